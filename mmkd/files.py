@@ -1,0 +1,139 @@
+"""Outputs that appear whole or not at all, and archives that cannot write outside their folder.
+
+Every stage writes beside its destination and renames, so that a killed run never leaves half a file under the final
+name. Renames are atomic only within one file system, hence the temporary names are siblings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import uuid
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ZIP_LIMIT_BYTES = 8 * 1024**3
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that readers see the old file or the whole new one.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is then untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON with sorted keys; see `atomic_write_bytes`."""
+    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated, write it again") from error
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes ``path`` when the block succeeds and vanishes when it fails.
+
+    Args:
+        path: the folder to create.
+        overwrite: replace an existing folder (the old one stays until the new one is complete).
+
+    Raises:
+        FileExistsError: ``path`` exists and ``overwrite`` is false; raised before the block runs.
+    """
+    refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        rename_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rename_folder(source: Path, destination: Path) -> None:
+    """Move a finished folder to its final name, replacing an older one there."""
+    if destination.exists():
+        old = _sibling(destination)
+        destination.rename(old)
+        source.rename(destination)
+        shutil.rmtree(old)
+    else:
+        source.rename(destination)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise before any work when ``path`` holds something and may not be replaced.
+
+    Raises:
+        FileExistsError: ``path`` exists, is not an empty folder, and ``overwrite`` is false.
+    """
+    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise FileExistsError(f"{path} exists; choose another --output, or replace it with --overwrite true")
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of files, in sorted order: equal files give equal fingerprints."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def extract_zip(archive: Path, destination: Path) -> None:
+    """Unpack a zip whose members must all stay inside ``destination``.
+
+    Raises:
+        ValueError: a member is a link, leaves the folder, or the archive unpacks to more than 8 GiB.
+    """
+    with zipfile.ZipFile(archive) as zipped:
+        if sum(member.file_size for member in zipped.infolist()) > ZIP_LIMIT_BYTES:
+            raise ValueError(f"{archive} unpacks to more than {ZIP_LIMIT_BYTES} bytes; refused")
+        root = destination.resolve()
+        for member in zipped.infolist():
+            target = (root / member.filename).resolve()
+            if not target.is_relative_to(root) or stat.S_ISLNK(member.external_attr >> 16):
+                raise ValueError(f"{archive} holds {member.filename!r}, which leaves its folder; refused")
+        zipped.extractall(root)
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

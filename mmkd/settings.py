@@ -1,0 +1,237 @@
+"""Recipe settings: a dataclass whose defaults YAML may change and the command line may change again.
+
+``--config FILE.yaml`` gives values, ``--key value`` overrides them, ``--losses.task 0.5`` sets one entry of a mapping.
+A key that is not a field is refused with the nearest name, since a misspelt setting that silently does nothing costs a
+training run. Values are converted by the field's type, never evaluated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from mmkd.files import atomic_write_text
+
+T = TypeVar("T")
+TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
+
+
+def setting(default: Any = dataclasses.MISSING, help: str = "", *, factory: Callable[[], Any] | None = None) -> Any:
+    """A dataclass field with a help text; without a default or factory the setting is required."""
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata={"help": help})
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse(settings_class: type[T], argv: list[str] | None = None) -> T:
+    """Build settings from ``--config`` and ``--key value`` arguments.
+
+    Args:
+        settings_class: a dataclass; its fields are the allowed keys.
+        argv: the arguments, by default those of the process.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type, or a required key that is missing.
+        FileNotFoundError: the YAML file does not exist.
+        SystemExit: ``--help`` was asked for and printed.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text(settings_class))
+        raise SystemExit(0)
+    hints = typing.get_type_hints(settings_class)
+    values: dict[str, Any] = {}
+    given = _split_arguments(argv, hints)
+    for path in [value for key, value in given if key == "config"]:
+        _merge_yaml(values, Path(path), hints)
+    for key, text in given:
+        if key != "config":
+            _set(values, key, text, hints)
+    for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in values:
+            raise ValueError(f"--{field.name} is required: {field.metadata.get('help') or 'see --help'}")
+    return settings_class(**values)
+
+
+def run(settings_class: type[T], main: Callable[[T], None]) -> None:
+    """Parse, run, and turn errors meant for the user into one line and exit code 1 (2 for wrong settings)."""
+    try:
+        settings = parse(settings_class)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    try:
+        main(settings)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def resolved(settings: Any) -> dict[str, Any]:
+    """Settings as plain YAML types, in field order."""
+    return {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+
+
+def save_settings(settings: Any, path: Path) -> None:
+    """Write the resolved settings as YAML that ``--config`` reads back."""
+    atomic_write_text(path, yaml.safe_dump(resolved(settings), sort_keys=False, allow_unicode=True))
+
+
+def nearest(name: str, allowed: typing.Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the allowed name closest to a misspelt one, else an empty string."""
+    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def help_text(settings_class: type) -> str:
+    """The class' docstring and one line for each setting."""
+    hints = typing.get_type_hints(settings_class)
+    lines = [textwrap.dedent(settings_class.__doc__ or "").strip(), "", "settings (--config FILE.yaml, --key value):"]
+    for field in dataclasses.fields(settings_class):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        shown = "required" if default is dataclasses.MISSING else f"default {_plain(default)!r}"
+        lines.append(f"  --{field.name} {_type_name(hints[field.name])}  {field.metadata.get('help', '')} [{shown}]")
+    return "\n".join(lines)
+
+
+def _split_arguments(argv: list[str], hints: dict[str, Any]) -> list[tuple[str, str]]:
+    """``--key value``, ``--key=value`` and, for switches, ``--key`` alone."""
+    pairs: list[tuple[str, str]] = []
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        position += 1
+        if not argument.startswith("--"):
+            raise ValueError(f"unexpected argument {argument!r}: settings are given as --key value")
+        key, equals, value = argument[2:].partition("=")
+        key = _known(key, hints)
+        following = argv[position] if position < len(argv) else None
+        if equals:
+            pairs.append((key, value))
+        elif hints.get(key) is bool and (following is None or following.lower() not in TRUE + FALSE):
+            pairs.append((key, "true"))
+        elif following is None or following.startswith("--"):
+            raise ValueError(f"--{key} needs a value")
+        else:
+            pairs.append((key, following))
+            position += 1
+    return pairs
+
+
+def _known(key: str, hints: dict[str, Any]) -> str:
+    """The key with dashes as underscores, if it is a field or an entry of a mapping field."""
+    head, dot, entry = key.partition(".")
+    name = head.replace("-", "_")
+    if name != "config" and (name not in hints or (dot and get_origin(_bare(hints[name])) is not dict)):
+        raise ValueError(f"unknown setting --{key}{nearest(name, hints)}; allowed: {', '.join(sorted(hints))}")
+    return name + dot + entry
+
+
+def _merge_yaml(values: dict[str, Any], path: Path, hints: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, not a {type(loaded).__name__}")
+    for key, value in loaded.items():
+        try:
+            values[_known(str(key), hints)] = _convert(str(key), value, hints[str(key).replace("-", "_")])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _set(values: dict[str, Any], key: str, text: str, hints: dict[str, Any]) -> None:
+    name, dot, entry = key.partition(".")
+    if dot:
+        entry_type = get_args(_bare(hints[name]))[1]
+        values[name] = {**(values.get(name) or {}), entry: _convert(key, text, entry_type)}
+    else:
+        values[name] = _convert(name, text, hints[name])
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """``value`` (text or a YAML value) as the type ``hint``."""
+    if hint != _bare(hint) and (value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))):
+        return None
+    hint = _bare(hint)
+    origin = get_origin(hint)
+    if origin is list:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise ValueError(f"{key} must be a list, not {value!r}")
+        cleaned = [item.strip() if isinstance(item, str) else item for item in items]
+        return [_convert(key, item, get_args(hint)[0]) for item in cleaned if item != ""]
+    if origin is dict:
+        mapping = yaml.safe_load("{" + value.strip().strip("{}") + "}") if isinstance(value, str) else value
+        if not isinstance(mapping, dict):
+            raise ValueError(f"{key} must be a mapping such as {{task: 1.0}}, not {value!r}")
+        return {str(name): _convert(f"{key}.{name}", item, get_args(hint)[1]) for name, item in mapping.items()}
+    if origin is Literal:
+        if value not in get_args(hint):
+            allowed = ", ".join(map(str, get_args(hint)))
+            raise ValueError(f"{key} is {value!r}{nearest(str(value), map(str, get_args(hint)))}; allowed: {allowed}")
+        return value
+    return _scalar(key, value, hint)
+
+
+def _scalar(key: str, value: Any, hint: Any) -> Any:
+    if hint is Any:
+        return value
+    if hint is bool:
+        if str(value).lower() not in TRUE + FALSE:
+            raise ValueError(f"{key} must be true or false, not {value!r}")
+        return str(value).lower() in TRUE
+    if isinstance(value, (dict, list)) or value is None or (isinstance(value, bool) and hint is not str):
+        raise ValueError(f"{key} must be {_type_name(hint)}, not {value!r}")
+    try:
+        return hint(value) if hint is not int else _integer(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{key} must be {_type_name(hint)}, not {value!r}") from None
+
+
+def _integer(value: Any) -> int:
+    number = int(value) if not isinstance(value, float) else value
+    if number != int(number):
+        raise ValueError(value)
+    return int(number)
+
+
+def _bare(hint: Any) -> Any:
+    """``X`` of ``X | None``."""
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
+
+
+def _type_name(hint: Any) -> str:
+    hint = _bare(hint)
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint):
+        return str(hint)
+    return {Path: "path", Any: "value"}.get(hint) or hint.__name__
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
