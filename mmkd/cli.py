@@ -1,15 +1,128 @@
 """``mmkd NAME ...``: the recipes under one command, each the same module that ``accelerate launch -m`` runs.
 
-Recipes that use several processes start through ``accelerate launch`` as soon as one of its options is given
-(``mmkd distill --num_processes 8 ...``) or accelerate has been configured on this machine; otherwise the module runs in
-one process at once, which is what ``accelerate launch`` would do a few seconds later.
+A recipe runs in this process, unless several are asked for (``mmkd distill --num_processes 8 ...``) or accelerate has
+been configured on this machine: then it starts through ``accelerate launch``. Without a GPU, several processes start
+through ``torchrun``, because ``accelerate launch --cpu`` stays with one.
 """
 
 from __future__ import annotations
 
+import importlib.resources
+import os
+import runpy
+import shutil
+import subprocess
 import sys
+from pathlib import Path
+
+from mmkd.settings import nearest
+
+RECIPES = {
+    "curate": ("mmkd.train.curate", "image-text pairs from a folder, an archive or the packaged images"),
+    "pretrain": ("mmkd.train.pretrain", "stage 1: contrastive pretraining of a student, or of a teacher of your own"),
+    "extract": ("mmkd.train.extract", "features of any teacher for every pair"),
+    "screen": ("mmkd.train.screen", "which teachers agree with which pair"),
+    "align": ("mmkd.train.align", "the teachers' feature spaces brought into one"),
+    "distill": ("mmkd.train.distill", "stage 2: the student learns from all teachers' features"),
+    "eval": ("mmkd.train.eval", "student, teachers and their ensemble side by side, with intervals"),
+    "report": ("mmkd.train.report", "one self-contained HTML page from an evaluation"),
+    "pipeline": ("mmkd.train.pipeline", "the whole way from one YAML"),
+    "quickstart": ("mmkd.train.pipeline", "the whole way on real images in five minutes"),
+    "convert": ("mmkd.hub.convert", "the authors' checkpoint to a from_pretrained folder, and back"),
+}
+PIPELINES = {"quickstart": "quickstart.yaml"}
+DISTRIBUTED = ("pretrain", "extract", "align", "distill")
+LAUNCHER_OPTIONS = (
+    "num_processes",
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
+    "gpu_ids",
+    "config_file",
+)
 
 
-def main() -> None:
-    """Entry point of the console command."""
-    raise SystemExit(f"unknown command {sys.argv[1:2]}")
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console command.
+
+    Raises:
+        SystemExit: with the recipe's exit code; 2 for an unknown command.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: mmkd COMMAND [--config FILE.yaml] [--key value ...]; `mmkd COMMAND --help` lists the settings\n")
+        print("\n".join(f"  {name:<11}{description}" for name, (_, description) in RECIPES.items()))
+        return
+    name, arguments = argv[0], argv[1:]
+    if name not in RECIPES:
+        print(f"error: unknown command {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}", file=sys.stderr)
+        raise SystemExit(2)
+    launcher, arguments = split_launcher_options(arguments)
+    if launcher and name not in DISTRIBUTED:
+        print(f"error: {launcher[0]} belongs to {', '.join(DISTRIBUTED)}; {name} runs in one process", file=sys.stderr)
+        raise SystemExit(2)
+    if name in PIPELINES:
+        preset = importlib.resources.files("mmkd.train.configs") / PIPELINES[name]
+        arguments = ["--config", str(preset), *arguments]
+    module = RECIPES[name][0]
+    if name in DISTRIBUTED and not _is_launched() and (launcher or _accelerate_is_configured()):
+        command, environment = launch_command(module, launcher, arguments)
+        raise SystemExit(subprocess.call(command, env=os.environ | environment))
+    sys.argv = [f"mmkd {name}", *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=False)
+
+
+def split_launcher_options(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Options of ``accelerate launch`` and the recipe's own arguments, apart."""
+    launcher: list[str] = []
+    own: list[str] = []
+    position = 0
+    while position < len(arguments):
+        key, equals, _ = arguments[position].lstrip("-").partition("=")
+        taken = 1 if equals else 2
+        if arguments[position].startswith("--") and key.replace("-", "_") in LAUNCHER_OPTIONS:
+            launcher += arguments[position : position + taken]
+        else:
+            own.append(arguments[position])
+            taken = 1
+        position += taken
+    return launcher, own
+
+
+def launch_command(module: str, launcher: list[str], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command that starts ``module`` on several processes, and the environment it needs.
+
+    Raises:
+        FileNotFoundError: there is no GPU and torchrun is not installed beside this interpreter.
+    """
+    import torch
+
+    if torch.cuda.is_available() or "--config_file" in launcher or not launcher:
+        return [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", module, *arguments], {}
+    torchrun = shutil.which("torchrun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if torchrun is None:
+        raise FileNotFoundError("torchrun is not on the PATH; it is installed with torch")
+    names = {"num_processes": "nproc_per_node", "num_machines": "nnodes", "machine_rank": "node_rank"}
+    names |= {"main_process_ip": "master_addr", "main_process_port": "master_port"}
+    renamed = [_rename(option, names) for option in launcher]
+    return [torchrun, *renamed, "-m", module, *arguments], {"ACCELERATE_USE_CPU": "1"}
+
+
+def _rename(option: str, names: dict[str, str]) -> str:
+    key, equals, value = option.partition("=")
+    known = names.get(key.lstrip("-").replace("-", "_"))
+    return f"--{known}{equals}{value}" if option.startswith("--") and known else option
+
+
+def _is_launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _accelerate_is_configured() -> bool:
+    home = os.environ.get("HF_HOME", Path("~/.cache/huggingface").expanduser())
+    return any((Path(home) / "accelerate" / f"default_config.{ending}").is_file() for ending in ("yaml", "json"))
+
+
+if __name__ == "__main__":
+    main()

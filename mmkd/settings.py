@@ -51,7 +51,10 @@ def parse(settings_class: type[T], argv: list[str] | None = None) -> T:
         print(help_text(settings_class))
         raise SystemExit(0)
     hints = typing.get_type_hints(settings_class)
-    values: dict[str, Any] = {}
+    mappings = [field for field in dataclasses.fields(settings_class) if get_origin(_bare(hints[field.name])) is dict]  # type: ignore[arg-type]
+    values: dict[str, Any] = {
+        field.name: field.default_factory() for field in mappings if callable(field.default_factory)
+    }
     given = _split_arguments(argv, hints)
     for path in [value for key, value in given if key == "config"]:
         _merge_yaml(values, Path(path), hints)
@@ -150,7 +153,8 @@ def _merge_yaml(values: dict[str, Any], path: Path, hints: dict[str, Any]) -> No
         raise ValueError(f"{path} must hold `key: value` lines, not a {type(loaded).__name__}")
     for key, value in loaded.items():
         try:
-            values[_known(str(key), hints)] = _convert(str(key), value, hints[str(key).replace("-", "_")])
+            name = _known(str(key), hints)
+            values[name] = _convert(name, value, hints[name])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -159,7 +163,7 @@ def _set(values: dict[str, Any], key: str, text: str, hints: dict[str, Any]) -> 
     name, dot, entry = key.partition(".")
     if dot:
         entry_type = get_args(_bare(hints[name]))[1]
-        values[name] = {**(values.get(name) or {}), entry: _convert(key, text, entry_type)}
+        values[name] = {**values.get(name, {}), entry: _convert(key, text, entry_type)}
     else:
         values[name] = _convert(name, text, hints[name])
 

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+
+import pytest
+
+from mmkd import cli
+
+
+def test_launcher_options_are_told_apart():
+    arguments = ["--config", "a.yaml", "--num_processes", "2", "--epochs", "3", "--main-process-port=29511"]
+    launcher, own = cli.split_launcher_options(arguments)
+    assert launcher == ["--num_processes", "2", "--main-process-port=29511"]
+    assert own == ["--config", "a.yaml", "--epochs", "3"]
+
+
+def test_several_processes_without_gpu_start_through_torchrun(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = ["--num_processes", "2", "--main_process_port=1"]
+    command, environment = cli.launch_command("mmkd.train.distill", options, ["--epochs", "3"])
+    assert command[0].endswith("torchrun")
+    assert command[1:] == ["--nproc_per_node", "2", "--master_port=1", "-m", "mmkd.train.distill", "--epochs", "3"]
+    assert environment == {"ACCELERATE_USE_CPU": "1"}
+
+
+def test_gpus_start_through_accelerate(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    command, _ = cli.launch_command("mmkd.train.distill", ["--num_processes", "8"], [])
+    assert command[1:] == ["-m", "accelerate.commands.launch", "--num_processes", "8", "-m", "mmkd.train.distill"]
+
+
+def test_unknown_command_answers_with_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["distil"])
+    assert "did you mean 'distill'" in capsys.readouterr().err
+
+
+def test_recipes_of_one_process_refuse_launcher_options(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["curate", "--num_processes", "2"])
+    assert "runs in one process" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys):
+    cli.main([])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.RECIPES)
+
+
+@pytest.mark.parametrize("name", sorted(cli.RECIPES))
+def test_every_command_tells_its_settings(name):
+    done = subprocess.run([sys.executable, "-m", "mmkd.cli", name, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--output" in done.stdout
