@@ -1,0 +1,165 @@
+"""Any image file a collection may hold, as 8-bit RGB, or a named reason why not.
+
+What a file says is followed where it is clear and decided here where it is not:
+
+- first frame of animated files and of multi-page TIFF; EXIF orientation is applied, so that up is up;
+- transparency is composited on white, the page that figures with a transparent background are drawn for;
+- 16-bit, 32-bit and float grey is windowed from its 0.5th to its 99.5th percentile (from minimum to maximum where these
+  coincide), ignoring values that are not finite; 16-bit colour keeps its high bytes;
+- CMYK, palette, YCbCr and 1-bit images are converted before any resizing.
+
+The header is read before any pixel: an image of more than 89 million pixels (Pillow's own warning threshold, 268 MB as
+RGB) is refused undecoded, and so is one over 100 times as long as wide, whose resized copy would be the bomb. Only
+formats that Pillow decodes itself are tried; EPS, which starts another program, is not.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+Reason = Literal["missing", "unreadable", "unsupported", "corrupt", "too_small", "too_large", "too_narrow"]
+REASONS: tuple[str, ...] = get_args(Reason)
+FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000", "MPO")
+MAX_PIXELS = 89_478_485
+MAX_FILE_BYTES = 1024**3
+MAX_ASPECT = 100
+MINIMUM_SIDE = 8
+WINDOW_PERCENTILES = (0.5, 99.5)
+PNG_BIT_DEPTH_BYTE = 24
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be used; ``reason`` is one of `REASONS`."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(f"{message} ({reason})")
+        self.reason = reason
+
+
+def open_image(source: Path | bytes, minimum_side: int = MINIMUM_SIDE, draft_side: int | None = None) -> Image.Image:
+    """Decode an image as 8-bit RGB.
+
+    Args:
+        source: the file, or its bytes.
+        minimum_side: images with a shorter side than this many pixels are refused.
+        draft_side: decode JPEG at 1/2, 1/4 or 1/8 size where both sides still have at least this many pixels.
+
+    Raises:
+        UnreadableImage: with one of `REASONS`.
+    """
+    name = "image" if isinstance(source, bytes) else str(source)
+    data = source if isinstance(source, bytes) else read_image_bytes(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = _open_header(data, name)
+        _check_size(image.size, name, minimum_side)
+        try:
+            if draft_side is not None:
+                image.draft(None, (draft_side, draft_side))
+            image.load()
+            orientation = _orientation(image)
+            image = to_rgb(image)
+        except Exception as error:  # decoders of broken files raise anything from OSError to IndexError
+            raise UnreadableImage("corrupt", f"{name} cannot be decoded: {error}") from error
+    return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
+
+
+def read_image_bytes(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        UnreadableImage: there is no such file, it cannot be read, or it is over a gibibyte.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UnreadableImage("too_large", f"{path} has more than {MAX_FILE_BYTES} bytes")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UnreadableImage("missing", f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UnreadableImage("unreadable", f"{path}: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as 8-bit RGB: deep grey windowed, transparency on white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+        return Image.fromarray(_window(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        page = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(page, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether the bytes are an upright, opaque, 8-bit grey or RGB JPEG or PNG, which every reader shows alike."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        except Image.UnidentifiedImageError:
+            return False
+        eight_bit = image.format != "PNG" or data[PNG_BIT_DEPTH_BYTE] == 8
+        opaque = image.mode in ("L", "RGB") and "transparency" not in image.info
+        return eight_bit and opaque and getattr(image, "n_frames", 1) == 1 and _orientation(image) == 1
+
+
+def _open_header(data: bytes, name: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UnreadableImage("too_large", f"{name}: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImage("unsupported", f"{name} is none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # see open_image
+        raise UnreadableImage("corrupt", f"{name} has a broken header: {error}") from error
+
+
+def _check_size(size: tuple[int, int], name: str, minimum_side: int) -> None:
+    short, long = sorted(size)
+    if short * long > MAX_PIXELS:
+        raise UnreadableImage("too_large", f"{name} has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS}")
+    if short < minimum_side:
+        raise UnreadableImage("too_small", f"{name} has {size[0]} x {size[1]} pixels, a side under {minimum_side}")
+    if long > MAX_ASPECT * short:
+        raise UnreadableImage("too_narrow", f"{name} has {size[0]} x {size[1]} pixels, sides beyond 1:{MAX_ASPECT}")
+
+
+def _window(values: np.ndarray) -> np.ndarray:
+    """Grey values of any depth (height, width) as uint8."""
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return np.zeros(values.shape, dtype=np.uint8)
+    low, high = np.percentile(finite, WINDOW_PERCENTILES)
+    if high <= low:
+        low, high = finite.min(), finite.max()
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, np.finfo(float).tiny)
+    return (np.clip(scaled, 0, 1) * 255).round().astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none or the EXIF block is broken."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return 1

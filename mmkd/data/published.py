@@ -1,0 +1,73 @@
+"""The list of the authors' published folder, ``meta.jsonl``, read as it is.
+
+Each line gives ``folderid``, ``id``, ``imgpath``, ``txt`` and ``available_clips``
+(https://github.com/wangshansong1/MMKD-CLIP). Torch stays out of this file, so that worker processes which only read
+images start fast; the features beside the images are read in `published_features`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+META_FILE = "meta.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedSample:
+    """One line of ``meta.jsonl``."""
+
+    id: str
+    folder: str
+    image: str
+    caption: str
+    teachers: tuple[str, ...]
+
+
+def read_published(folder: Path) -> list[PublishedSample]:
+    """All samples that ``folder/meta.jsonl`` lists, in its order.
+
+    Raises:
+        FileNotFoundError: there is no ``meta.jsonl``.
+        ValueError: a line is not JSON or lacks a key; the message names it.
+    """
+    return [_sample(row, place) for row, place in read_json_lines(folder / META_FILE)]
+
+
+def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """The objects of a JSON-lines file, each with its place (``file:line``) for error messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object.
+    """
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place} is not JSON ({error}); the file may be truncated, write it again") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} must hold a JSON object, not a {type(row).__name__}")
+        rows.append((row, place))
+    return rows
+
+
+def _sample(row: dict[str, Any], place: str) -> PublishedSample:
+    missing = [key for key in ("id", "folderid", "imgpath", "txt") if not isinstance(row.get(key), str)]
+    if missing:
+        raise ValueError(f"{place} lacks {', '.join(missing)}; found: {', '.join(row)}")
+    for key in ("id", "folderid"):
+        if row[key] in ("", ".", "..") or "/" in row[key] or "\\" in row[key]:
+            raise ValueError(f"{place}: {key} {row[key]!r} is not the name of a folder; refused")
+    teachers = tuple(str(name) for name in row.get("available_clips") or ())
+    return PublishedSample(row["id"], row["folderid"], row["imgpath"], row["txt"], teachers)

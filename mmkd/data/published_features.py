@@ -1,0 +1,81 @@
+"""Teacher features as the authors publish them: two small ``.pt`` files beside each image, read when asked for.
+
+``clips_output.pt`` holds the raw features and ``clips_project_output.pt`` the authors' aligned ones, dictionaries of
+``<Teacher>_img`` and ``<Teacher>_txt`` -> (dim,) float32. One file is opened for each sample and lookup: slow, but the
+published set needs no conversion. `mmkd.data.features.FeatureStore` holds the same numbers in a memory map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mmkd.data.published import META_FILE, read_published
+
+FeatureKind = Literal["raw", "aligned"]
+FEATURE_FILES: dict[FeatureKind, str] = {"raw": "clips_output.pt", "aligned": "clips_project_output.pt"}
+
+
+class PublishedFeatures:
+    """The features of all teachers in the authors' folder.
+
+    Attributes:
+        ids: the samples of ``meta.jsonl``, in its order.
+        dims: teacher name -> width of its features.
+    """
+
+    def __init__(self, folder: Path, kind: FeatureKind = "raw") -> None:
+        """Read ``meta.jsonl`` and, for the dims, one feature file for each teacher.
+
+        Args:
+            folder: the folder that holds ``meta.jsonl``.
+            kind: ``raw`` for the teachers' own spaces, ``aligned`` for the authors' projected targets.
+
+        Raises:
+            FileNotFoundError: ``meta.jsonl`` or a feature file is missing.
+            ValueError: no sample lists a teacher.
+        """
+        samples = read_published(folder)
+        self._paths = {s.id: folder / "features" / s.folder / s.id / FEATURE_FILES[kind] for s in samples}
+        self.ids = list(self._paths)
+        first_with: dict[str, str] = {}
+        for sample in samples:
+            for name in sample.teachers:
+                first_with.setdefault(name, sample.id)
+        if not first_with:
+            raise ValueError(f"{folder / META_FILE} lists no available_clips, so that there are no features to read")
+        self.dims = {name: self._load(id)[f"{name}_img"].shape[-1] for name, id in first_with.items()}
+
+    def lookup(self, ids: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+        """Features of n samples by teacher.
+
+        Returns:
+            name -> ``image`` (n, dim) float32, ``text`` (n, dim) float32 and ``mask`` (n,) bool; where a sample lacks a
+            teacher the mask is false and the features are zero.
+        """
+        found = {
+            name: {
+                "image": torch.zeros(len(ids), dim),
+                "text": torch.zeros(len(ids), dim),
+                "mask": torch.zeros(len(ids), dtype=torch.bool),
+            }
+            for name, dim in self.dims.items()
+        }
+        for row, id in enumerate(ids):
+            features = self._load(id) if id in self._paths else {}
+            for name, parts in found.items():
+                if f"{name}_img" in features and f"{name}_txt" in features:
+                    parts["image"][row] = features[f"{name}_img"].reshape(-1)
+                    parts["text"][row] = features[f"{name}_txt"].reshape(-1)
+                    parts["mask"][row] = True
+        return found
+
+    def _load(self, id: str) -> dict[str, torch.Tensor]:
+        path = self._paths[id]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: the folder lists sample {id} but not its features")
+        loaded: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return loaded
