@@ -133,18 +133,25 @@ class GlobalBatchSampler(Sampler[list[int]]):
 class Collate:
     """Items of a `PairDataset` as one batch, with teacher features when there are any."""
 
-    def __init__(self, processor: Any, context: int, features: TeacherFeatures | None = None) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        context: int,
+        features: TeacherFeatures | None = None,
+        aligned: TeacherFeatures | None = None,
+    ) -> None:
         """Take mean, standard deviation and tokenizer from the model's processor.
 
         Args:
             processor: an ``MMKDClipProcessor``: its ``image_processor`` has mean and standard deviation, and calling it
                 with ``text`` cleans and tokenizes.
             context: longest number of tokens; more are cut off.
-            features: teacher features, looked up by pair id.
+            features: teacher features in their own spaces, looked up by pair id.
+            aligned: the same in the common space.
         """
         self.processor = processor
         self.context = context
-        self.features = features
+        self.features = {"teachers": features, "aligned": aligned}
         self._mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
         self._std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
 
@@ -153,8 +160,7 @@ class Collate:
 
         Returns:
             ``pixel_values`` (B, 3, size, size) float32 normalised; ``input_ids`` and ``attention_mask`` (B, longest);
-            ``index`` (B,); ``ids``, a list; and with features ``teachers``: name -> ``image`` (B, dim), ``text``
-            (B, dim), ``mask`` (B,), true where the teacher has seen the pair and screening left it available.
+            ``index`` (B,); ``ids``, a list; and as far as given ``teachers`` and ``aligned``, see `available_features`.
         """
         pixels = torch.stack([item["pixel_values"] for item in items])
         texts = self.processor(
@@ -171,12 +177,30 @@ class Collate:
             "index": torch.tensor([item["index"] for item in items]),
             "ids": [item["id"] for item in items],
         }
-        if self.features is not None:
-            batch["teachers"] = self.features.lookup(batch["ids"])
-            for name, teacher in batch["teachers"].items():
-                allowed = [item["teachers"] is None or name in item["teachers"] for item in items]
-                teacher["mask"] &= torch.tensor(allowed)
+        for key, features in self.features.items():
+            if features is not None:
+                batch[key] = available_features(features, batch["ids"], [item["teachers"] for item in items])
         return batch
+
+
+def available_features(
+    features: TeacherFeatures, ids: Sequence[str], teachers: Sequence[Sequence[str] | None]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Teacher features of B pairs, as far as screening allows them.
+
+    Args:
+        features: where they are looked up.
+        ids: ids of the pairs.
+        teachers: for each pair the teachers that screening left it, None for all.
+
+    Returns:
+        name -> ``image`` (B, dim), ``text`` (B, dim), ``mask`` (B,), true where the teacher has seen the pair and
+        screening left it available.
+    """
+    found = features.lookup(ids)
+    for name, teacher in found.items():
+        teacher["mask"] &= torch.tensor([allowed is None or name in allowed for allowed in teachers])
+    return found
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -1,0 +1,94 @@
+"""Epochs of batches that can start in the middle, for the training loop.
+
+A fresh loader is made for each epoch, so that one started at batch k reads nothing of the k before it: a resumed run
+costs no replay, and sees each sample exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+from mmkd.data.features import TeacherFeatures
+from mmkd.data.pairs import Collate, GlobalBatchSampler, PairDataset, available_features
+from mmkd.data.records import Pair, PairFolder
+from mmkd.distributed import rank, world_size
+
+
+def pair_batches(
+    folder: PairFolder,
+    processor: Any,
+    *,
+    batch_size: int,
+    crop: Literal["random", "center"],
+    workers: int,
+    seed: int,
+    features: TeacherFeatures | None = None,
+    aligned: TeacherFeatures | None = None,
+) -> PairBatches:
+    """This process' batches of a folder of pairs, sized and normalized as a model's processor says.
+
+    Args:
+        folder: the pairs to train on.
+        processor: the model's, with ``image_processor`` and ``tokenizer``.
+        batch_size: pairs in a global batch.
+        crop: random or center.
+        workers: processes that read images, 0 for this one.
+        seed: of order and crops.
+        features: raw teacher features to add as ``teachers``.
+        aligned: teacher features in the common space to add as ``aligned``.
+    """
+    dataset = PairDataset(folder, processor.image_processor.crop_size["height"], crop, seed)
+    sampler = GlobalBatchSampler(len(dataset), batch_size, rank(), world_size(), seed)
+    collate = Collate(processor, processor.tokenizer.model_max_length, features, aligned)
+    return PairBatches(dataset, sampler, collate, workers)
+
+
+class PairBatches:
+    """Batches of images, captions and teacher features."""
+
+    def __init__(self, dataset: PairDataset, sampler: GlobalBatchSampler, collate: Collate, workers: int) -> None:
+        """Read with `workers` processes beside this one, 0 to read in this one."""
+        self.dataset, self.sampler, self.collate, self.workers = dataset, sampler, collate, workers
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.sampler)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterable[dict[str, Any]]:
+        """The batches of an epoch from number `skip` on."""
+        self.sampler.set_epoch(epoch)
+        self.dataset.set_epoch(epoch)
+        return DataLoader(
+            self.dataset,
+            batch_sampler=islice(self.sampler, skip, None),  # an iterator, used once
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else making a loader would draw from the global one
+        )
+
+
+class FeatureBatches:
+    """Batches of teacher features alone."""
+
+    def __init__(self, pairs: Sequence[Pair], features: TeacherFeatures, sampler: GlobalBatchSampler) -> None:
+        """Look the pairs up in `features`, in the sampler's order."""
+        self.pairs, self.features, self.sampler = pairs, features, sampler
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.sampler)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterable[dict[str, Any]]:
+        """The batches of an epoch from number `skip` on."""
+        self.sampler.set_epoch(epoch)
+        for indices in islice(self.sampler, skip, None):
+            chosen = [self.pairs[index] for index in indices]
+            ids = [pair.id for pair in chosen]
+            teachers = available_features(self.features, ids, [pair.teachers for pair in chosen])
+            yield {"ids": ids, "index": torch.tensor(indices), "teachers": teachers}
