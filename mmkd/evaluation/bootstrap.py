@@ -1,0 +1,138 @@
+"""Stratified, grouped, paired bootstrap: intervals for one encoder, differences between two.
+
+Patients (groups) are drawn with replacement inside each class, and the same draws serve every encoder, so that the
+difference of two encoders is taken replicate by replicate. A class with one group alone would never vary and its
+interval would be a lie; such classes are pooled into one stratum, and where there is only one group in all, images are
+drawn instead and the result says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmkd.evaluation.metrics import Floats, Integers
+
+REPLICATES = 1000
+SEED = 42
+CHUNK = 100
+LEVELS = (2.5, 97.5)
+BY_GROUP, BY_IMAGE = "groups within class", "images within class: fewer than two groups, so intervals are too narrow"
+
+Metrics = dict[str, Floats]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is resampled: the samples' strata and groups.
+
+    Attributes:
+        units: which drawing unit (group) each sample belongs to, ``(n,)``.
+        strata: the stratum of each unit, ``(units,)``.
+        resampling: what is drawn, in words.
+    """
+
+    units: Integers
+    strata: Integers
+    resampling: str
+
+    @property
+    def groups(self) -> int:
+        """How many independent units there are."""
+        return len(self.strata)
+
+
+def frame(classes: Sequence[str], groups: Sequence[str]) -> Frame:
+    """Strata from classes, units from groups.
+
+    Args:
+        classes: class of each sample.
+        groups: patient, case or specimen of each sample; an empty one is a group of its own.
+    """
+    names = [f"g:{group}" if group else f"i:{position}" for position, group in enumerate(groups)]
+    if len(set(names)) < 2:
+        names, resampling = [str(position) for position in range(len(names))], BY_IMAGE
+    else:
+        resampling = BY_GROUP
+    _, first, units = np.unique(names, return_index=True, return_inverse=True)
+    _, class_index = np.unique(list(classes), return_inverse=True)
+    # A group that holds several classes counts where most of its samples are.
+    counts = np.zeros((len(first), class_index.max() + 1), dtype=np.int64)
+    np.add.at(counts, (units, class_index), 1)
+    return Frame(units.astype(np.int64), _pool_singles(counts.argmax(axis=1)), resampling)
+
+
+def replicate_weights(sampling: Frame, replicates: int = REPLICATES, seed: int = SEED) -> Iterator[Floats]:
+    """Weights of every sample, in chunks of up to 100 replicates ``(chunk, n)``.
+
+    In each stratum as many units are drawn as it has; a sample weighs as often as its unit was drawn.
+    """
+    sizes = [min(CHUNK, replicates - start) for start in range(0, replicates, CHUNK)]
+    for size, source in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
+        generator = np.random.default_rng(source)
+        drawn = np.zeros((size, sampling.groups))
+        for stratum in np.unique(sampling.strata):
+            members = np.flatnonzero(sampling.strata == stratum)
+            picks = generator.integers(0, len(members), (size, len(members)))
+            offsets = np.arange(size)[:, None] * len(members)
+            counted = np.bincount((picks + offsets).ravel(), minlength=size * len(members))
+            drawn[:, members] = counted.reshape(size, len(members))
+        yield drawn[:, sampling.units]
+
+
+def replicate(
+    metrics: Callable[[dict[str, Floats]], Metrics], frames: dict[str, Frame], replicates: int, seed: int
+) -> tuple[dict[str, float], Metrics]:
+    """Point values on the full set, and replicates.
+
+    Args:
+        metrics: from weights ``(r, n)`` of each frame to values ``(r,)`` of each metric.
+        frames: sampling frames by name.
+        replicates: how many.
+        seed: the same seed gives the same draws for every encoder.
+
+    Returns:
+        ``{metric: value}`` and ``{metric: (replicates,)}``; the latter NaN where a frame has one unit alone.
+    """
+    ones = {name: np.ones((1, len(sampling.units))) for name, sampling in frames.items()}
+    points = {name: float(values[0]) for name, values in metrics(ones).items()}
+    if min(sampling.groups for sampling in frames.values()) < 2:
+        return points, {name: np.full(replicates, np.nan) for name in points}
+    streams = [replicate_weights(sampling, replicates, seed) for sampling in frames.values()]
+    chunks = [metrics(dict(zip(frames, weights, strict=True))) for weights in zip(*streams, strict=True)]
+    return points, {name: np.concatenate([chunk[name] for chunk in chunks]) for name in points}
+
+
+def interval(values: Floats) -> tuple[float, float]:
+    """Percentiles 2.5 and 97.5 of replicates ``(r,)``; NaN when more than half of them are undefined."""
+    defined = values[~np.isnan(values)]
+    if 2 * len(defined) < len(values) or len(defined) == 0:
+        return float("nan"), float("nan")
+    low, high = np.percentile(defined, LEVELS)
+    return float(low), float(high)
+
+
+def difference(ours: float, theirs: float, our_replicates: Floats, their_replicates: Floats) -> dict[str, Any]:
+    """Paired difference ``ours - theirs`` with its interval and two-sided p.
+
+    ``p = 2 min(P(d <= 0), P(d >= 0))`` over the replicates, each count plus one, at most 1.
+    """
+    differences = our_replicates - their_replicates
+    low, high = interval(differences)
+    defined = differences[~np.isnan(differences)]
+    tails = [(defined <= 0).sum() + 1, (defined >= 0).sum() + 1]
+    p = min(1.0, 2 * min(tails) / (len(defined) + 1)) if not np.isnan(low) else float("nan")
+    return {"difference": ours - theirs, "low": low, "high": high, "p": p}
+
+
+def _pool_singles(strata: Integers) -> Integers:
+    """Strata of one unit put together; if that leaves one unit, it joins the smallest other stratum."""
+    labels, inverse, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    pooled = np.where(sizes[inverse] < 2, -1, inverse)
+    if (pooled == -1).sum() == 1 and len(labels) > 1:
+        others = np.where(sizes < 2, sizes.max() + 1, sizes)
+        pooled = np.where(pooled == -1, others.argmin(), pooled)
+    return pooled.astype(np.int64)

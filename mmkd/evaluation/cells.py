@@ -1,0 +1,126 @@
+"""The cells of a table of results: one encoder on one task, kept so that a second run makes only what is missing.
+
+A cell is two files under ``cells/ENCODER/``: ``TASK.safetensors`` with per-sample outputs and bootstrap replicates,
+and, written last, ``TASK.json`` with point values and intervals. Its key is the hash of all it was made from; a cell
+with another key is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from mmkd.evaluation.bootstrap import Metrics, interval, replicate
+from mmkd.evaluation.task import Outputs, Task
+from mmkd.files import atomic_write_bytes, read_json, write_json
+
+FORMAT = 1
+Cell = dict[str, Any]
+
+
+class CellFolder:
+    """Cells of one evaluation, and how their intervals are made."""
+
+    def __init__(self, path: Path, replicates: int, seed: int) -> None:
+        """Name the folder of the results; nothing is written yet."""
+        self.path = path
+        self.replicates = replicates
+        self.seed = seed
+
+    def describe(self, task: Task) -> dict[str, Any]:
+        """Write what the task asks to ``tasks/TASK.json`` and return it."""
+        description = {
+            "name": task.name,
+            "title": task.title,
+            "kind": task.kind,
+            "headline": task.headline,
+            "frames": {
+                name: {"n": len(frame.units), "groups": frame.groups, "resampling": frame.resampling}
+                for name, frame in task.frames.items()
+            },
+            "modalities": task.modalities,
+            **task.description,
+        }
+        write_json(self.path / "tasks" / f"{task.name}.json", description)
+        return description
+
+    def cell(
+        self, task: Task, encoder: str, made_from: list[Any], compute: Callable[[], tuple[Outputs, Cell]]
+    ) -> tuple[Cell, Outputs]:
+        """Read a cell, or make it.
+
+        Args:
+            task: the column.
+            encoder: the row.
+            made_from: fingerprints of the weights, images and questions behind it, plain JSON values.
+            compute: gives the per-sample outputs and what else the cell shall record.
+
+        Returns:
+            The cell as in its JSON file, and the per-sample outputs.
+        """
+        recipe = [FORMAT, self.replicates, self.seed, encoder, made_from]
+        key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        file = self._file(encoder, task.name, "json")
+        if file.is_file() and (cell := read_json(file)).get("key") == key:
+            return cell, self.outputs(encoder, task.name)
+        outputs, extra = compute()
+        cell, replicates = self._evaluate(task, outputs)
+        cell |= {"encoder": encoder, "task": task.name, "key": key, **extra}
+        tensors = {f"outputs.{name}": np.ascontiguousarray(array) for name, array in outputs.items()}
+        tensors |= {f"replicates.{name}": np.ascontiguousarray(values) for name, values in replicates.items()}
+        atomic_write_bytes(self._file(encoder, task.name, "safetensors"), safetensors.numpy.save(tensors))
+        write_json(file, cell)
+        return cell, outputs
+
+    def outputs(self, encoder: str, task: str) -> Outputs:
+        """Per-sample outputs of a cell."""
+        return self._tensors(encoder, task, "outputs.")
+
+    def replicate_values(self, encoder: str, task: str) -> Metrics:
+        """Bootstrap replicates of a cell, ``{metric: (replicates,)}``."""
+        return self._tensors(encoder, task, "replicates.")
+
+    def _evaluate(self, task: Task, outputs: Outputs) -> tuple[Cell, Metrics]:
+        unsound = [name for name, array in outputs.items() if not np.isfinite(array).all()]
+        if unsound:
+            count = int(max((~np.isfinite(outputs[name])).any(axis=-1).sum() for name in unsound))
+            reason = (
+                f"the encoder gave vectors that are not finite; {count} outputs ({', '.join(unsound)}) are undefined"
+            )
+            return {"undefined": reason, "metrics": {}, "by_modality": {}}, {}
+        points, replicates = replicate(
+            lambda weights: task.metrics(outputs, weights), task.frames, self.replicates, self.seed
+        )
+        metrics = {}
+        for name, value in points.items():
+            low, high = interval(replicates[name])
+            metrics[name] = {"value": plain(value), "low": plain(low), "high": plain(high)}
+        return {"undefined": None, "metrics": metrics, "by_modality": _by_modality(task, outputs)}, replicates
+
+    def _file(self, encoder: str, task: str, ending: str) -> Path:
+        return self.path / "cells" / encoder / f"{task}.{ending}"
+
+    def _tensors(self, encoder: str, task: str, prefix: str) -> dict[str, Any]:
+        stored = safetensors.numpy.load_file(self._file(encoder, task, "safetensors"))
+        return {name[len(prefix) :]: array for name, array in stored.items() if name.startswith(prefix)}
+
+
+def plain(value: float) -> float | None:
+    """A number as JSON knows it: NaN becomes null."""
+    return None if np.isnan(value) else float(value)
+
+
+def _by_modality(task: Task, outputs: Outputs) -> dict[str, dict[str, float]]:
+    """Mean score and number of the images of each modality."""
+    scores, modalities = task.sample_scores(outputs)["image"], np.array(task.modalities["image"])
+    return {
+        str(modality): {"score": float(scores[modalities == modality].mean()), "n": int((modalities == modality).sum())}
+        for modality in np.unique(modalities)
+        if modality
+    }

@@ -1,0 +1,193 @@
+"""Embed once: every task reads the same cached image and text embeddings of an encoder.
+
+The cache is addressed by content: a shard's name is the hash of the encoder's weights and of the very images or texts
+in it, so that a killed run resumes at the shard, a changed image is embedded again and nothing else is. Vectors are
+kept in half precision and read back before use; a warm and a cold cache give the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mmkd.data.images import UnreadableImage, open_image, read_image_bytes
+from mmkd.data.records import Pair, PairFolder
+from mmkd.encoder import DualEncoder
+from mmkd.files import atomic_write_bytes, fingerprint
+
+SHARD_SIZE = 4096
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.txt", "*.yaml")
+NOT_WEIGHTS = ("settings.yaml", "report.json")
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass
+class Embedded:
+    """What one encoder makes of all images and texts of an evaluation.
+
+    Attributes:
+        name: the encoder as it is called in the results.
+        fingerprint: of its weights and preprocessing.
+        provenance: what the encoder says of itself.
+        images: pair id -> image vector ``(dim,)``, unit length; unreadable images are absent.
+        texts: text -> text vector ``(dim,)``, unit length.
+        unreadable: pair id -> reason.
+    """
+
+    name: str
+    fingerprint: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Vectors] = field(default_factory=dict)
+    texts: dict[str, Vectors] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def image_matrix(self, pairs: Sequence[Pair]) -> Vectors:
+        """Image vectors of pairs, ``(n, dim)``."""
+        return np.stack([self.images[pair.id] for pair in pairs])
+
+    def text_matrix(self, texts: Sequence[str]) -> Vectors:
+        """Text vectors, ``(n, dim)``."""
+        return np.stack([self.texts[text] for text in texts])
+
+
+def embed(
+    encoder: DualEncoder,
+    source: str,
+    name: str,
+    folder: PairFolder,
+    digests: dict[str, str],
+    texts: Sequence[str],
+    cache: Path,
+    batch_size: int = 32,
+    quiet: bool = False,
+) -> Embedded:
+    """Embed the images of all pairs of ``folder`` and all ``texts``, or read them from the cache.
+
+    Args:
+        encoder: any dual encoder.
+        source: the name or folder it was loaded from; a folder's files are part of the fingerprint.
+        name: how the encoder is called in the results.
+        folder: the pairs.
+        digests: pair id -> hash of its image file (`image_digests`).
+        texts: distinct captions and prompts.
+        cache: folder of shards.
+        batch_size: images or texts at a time.
+        quiet: no progress bar.
+
+    Returns:
+        Vectors by pair id and by text; images that cannot be read are listed, not embedded.
+    """
+    embedded = Embedded(name, encoder_fingerprint(encoder, source), encoder.provenance)
+    bar = tqdm(total=len(folder.pairs) + len(texts), desc=name, unit="item", disable=quiet)
+    for pairs in _shards(folder.pairs):
+        keys = [f"{pair.id} {digests[pair.id]}" for pair in pairs]
+        compute = _image_batches(encoder, folder, pairs, batch_size, bar)
+        vectors, unreadable = _cached(cache / _shard_name("images", embedded.fingerprint, keys), compute)
+        embedded.unreadable |= unreadable
+        readable = [pair for pair in pairs if pair.id not in unreadable]
+        embedded.images |= {pair.id: vector for pair, vector in zip(readable, vectors, strict=True)}
+    for part in _shards(texts):
+        compute = _text_batches(encoder, part, batch_size, bar)
+        vectors, _ = _cached(cache / _shard_name("texts", embedded.fingerprint, part), compute)
+        embedded.texts |= dict(zip(part, vectors, strict=True))
+    bar.update(bar.total - bar.n)
+    bar.close()
+    return embedded
+
+
+def image_digests(folder: PairFolder) -> dict[str, str]:
+    """SHA-256 of every image file by pair id; ``"missing"`` where it cannot be read."""
+    digests = {}
+    for pair in folder.pairs:
+        try:
+            digests[pair.id] = hashlib.sha256(read_image_bytes(folder.image_path(pair))).hexdigest()
+        except ValueError:
+            digests[pair.id] = "missing"
+    return digests
+
+
+def encoder_fingerprint(encoder: DualEncoder, source: str) -> str:
+    """SHA-256 of what the encoder says of itself and, if it was loaded from a folder or file, of those files."""
+    path = Path(source)
+    found = {file for pattern in WEIGHT_FILES for file in path.glob(pattern)} if path.is_dir() else {path}
+    files = [file for file in found if file.is_file() and file.name not in NOT_WEIGHTS]
+    described = json.dumps(encoder.provenance, sort_keys=True, default=str)
+    return hashlib.sha256(f"{described} {encoder.dim} {fingerprint(files)}".encode()).hexdigest()
+
+
+def _image_batches(
+    encoder: DualEncoder, folder: PairFolder, pairs: Sequence[Pair], batch_size: int, bar: tqdm
+) -> Callable[[], tuple[Vectors, dict[str, str]]]:
+    """The work of one image shard, to be done only if it is not cached."""
+
+    def compute() -> tuple[Vectors, dict[str, str]]:
+        unreadable: dict[str, str] = {}
+        parts = [np.zeros((0, encoder.dim), dtype=np.float32)]
+        for start in range(0, len(pairs), batch_size):
+            batch = pairs[start : start + batch_size]
+            images = []
+            for pair in batch:
+                try:
+                    images.append(open_image(folder.image_path(pair)))
+                except UnreadableImage as error:
+                    unreadable[pair.id] = error.reason
+                except ValueError:
+                    unreadable[pair.id] = "outside"
+            if images:
+                parts.append(_numpy(encoder.encode_images(images)))
+            bar.update(len(batch))
+        return np.concatenate(parts), unreadable
+
+    return compute
+
+
+def _text_batches(
+    encoder: DualEncoder, texts: Sequence[str], batch_size: int, bar: tqdm
+) -> Callable[[], tuple[Vectors, dict[str, str]]]:
+    """The work of one text shard, to be done only if it is not cached."""
+
+    def compute() -> tuple[Vectors, dict[str, str]]:
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            parts.append(_numpy(encoder.encode_texts(batch)))
+            bar.update(len(batch))
+        return np.concatenate(parts), {}
+
+    return compute
+
+
+def _cached(path: Path, compute: Callable[[], tuple[Vectors, dict[str, str]]]) -> tuple[Vectors, dict[str, str]]:
+    """Vectors ``(n, dim)`` and unreadable ids from the shard, which is written first if it is missing."""
+    if not path.is_file():
+        vectors, unreadable = compute()
+        metadata = {"unreadable": json.dumps(unreadable, sort_keys=True)}
+        half = np.ascontiguousarray(vectors.astype(np.float16))
+        atomic_write_bytes(path, safetensors.numpy.save({"vectors": half}, metadata))
+    with safetensors.safe_open(path, framework="np") as shard:
+        return shard.get_tensor("vectors").astype(np.float32), json.loads(shard.metadata()["unreadable"])
+
+
+def _shard_name(kind: str, encoder: str, keys: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps([encoder, *keys]).encode()).hexdigest()
+    return f"{kind}-{digest[:24]}.safetensors"
+
+
+def _shards(items: Sequence[Any]) -> list[Sequence[Any]]:
+    return [items[start : start + SHARD_SIZE] for start in range(0, len(items), SHARD_SIZE)]
+
+
+def _numpy(vectors: torch.Tensor) -> Vectors:
+    return vectors.detach().float().cpu().numpy()

@@ -1,0 +1,93 @@
+"""What a class is called when it is shown to a text encoder: several plain sentences for each modality.
+
+A collection names its modality in its own words ("MRI", "x-ray radiography"), so a modality is recognised by the words
+in its name. Classes are described by the mean of their sentences, which is steadier than any one of them.
+"""
+
+from __future__ import annotations
+
+import re
+
+# The first family one of whose words occurs in the name of the modality decides. Sentences take the finding as {}.
+FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "x-ray": (
+        r"x-?ray|xray|radiograph|mammogra|\bcr\b|\bdx\b",
+        ("an X-ray image", "a plain radiograph"),
+        ("an X-ray image showing {}", "radiograph of {}", "plain film with {}"),
+    ),
+    "optical coherence tomography": (
+        r"\boct\b|optical coherence",
+        ("an optical coherence tomography (OCT) scan", "an OCT B-scan of the retina"),
+        ("an OCT scan showing {}", "optical coherence tomography of a retina with {}", "retinal B-scan, {}"),
+    ),
+    "immunohistochemistry": (
+        r"immunohisto|\bihc\b",
+        ("an immunohistochemistry image", "immunohistochemically stained tissue"),
+        ("an immunohistochemistry image of {}", "immunostained tissue showing {}", "IHC staining, {}"),
+    ),
+    "histopathology": (
+        r"histo|patholog|h&e|whole.?slide",
+        ("a histopathology image", "a stained tissue section under the microscope"),
+        ("a histopathology image of {}", "H&E stained tissue section showing {}", "microscopic section with {}"),
+    ),
+    "dermatology": (
+        r"dermato|dermo|skin",
+        ("a dermatoscopic image of a skin lesion", "a close photograph of skin"),
+        ("a dermatoscopic image of {}", "skin lesion diagnosed as {}", "dermatoscopy showing {}"),
+    ),
+    "fundus photography": (
+        r"fundus|retina|\beye",
+        ("a color fundus photograph", "a photograph of the retina"),
+        ("a fundus photograph showing {}", "retinal image with {}", "color photograph of the fundus, {}"),
+    ),
+    "endoscopy": (
+        r"endoscop|colonoscop|laryngoscop|gastroscop",
+        ("an endoscopy image", "an image from the camera of an endoscope"),
+        ("an endoscopy image showing {}", "endoscopic view of {}", "endoscopic finding: {}"),
+    ),
+    "ultrasound": (
+        r"ultraso|sonogra|echocard|\bus\b",
+        ("an ultrasound image", "a sonogram"),
+        ("an ultrasound image showing {}", "sonogram of {}", "ultrasonography with {}"),
+    ),
+    "microscopy": (
+        r"microscop|blood smear|cytolog|fluorescen",
+        ("a microscopy image", "a micrograph of cells"),
+        ("a microscopy image of {}", "micrograph showing {}", "{} under the microscope"),
+    ),
+    "magnetic resonance imaging": (
+        r"\bmri?\b|magnetic|\bt[12]\b|\bflair\b",
+        ("a magnetic resonance image (MRI)", "an MR scan"),
+        ("an MRI scan showing {}", "magnetic resonance image of {}", "MR imaging, {}"),
+    ),
+    "computed tomography": (
+        r"\bct\b|tomogra",
+        ("a computed tomography (CT) image", "an axial CT slice"),
+        ("a CT scan showing {}", "computed tomography image of {}", "CT slice, {}"),
+    ),
+}
+ANY_MODALITY = ("a biomedical image of {}", "an image showing {}", "medical image, {}")
+
+
+def modality_prompts(modality: str) -> list[str]:
+    """Sentences that name a modality: in the collection's own words, and in those of its family if it is known."""
+    name = _plain(modality)
+    family = _family(modality)
+    known = list(FAMILIES[family][1]) if family else []
+    return [f"a {name} image", f"biomedical image, {name}", *known]
+
+
+def label_prompts(label: str, modality: str) -> list[str]:
+    """Sentences that name a finding as images of this modality show it; any modality where it is empty or unknown."""
+    family = _family(modality)
+    return [template.format(_plain(label)) for template in (FAMILIES[family][2] if family else ANY_MODALITY)]
+
+
+def _family(modality: str) -> str | None:
+    lowered = modality.lower()
+    return next((name for name, (words, _, _) in FAMILIES.items() if re.search(words, lowered)), None)
+
+
+def _plain(name: str) -> str:
+    """A name from a table as words: underscores become spaces."""
+    return " ".join(name.replace("_", " ").split())

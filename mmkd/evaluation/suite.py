@@ -1,0 +1,96 @@
+"""The task types, and all encoders on one task side by side.
+
+Three kinds of rows: encoders as they are; the teachers' ensemble, in which each has the same say; and the oracle, the
+teacher that does best on each modality. The oracle is chosen on the test set and so flatters: it is the mark a single
+student is measured against when nobody tells it which specialist to ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mmkd.data.records import Pair, PairFolder
+from mmkd.evaluation import linear_probe, retrieval, zeroshot
+from mmkd.evaluation.cells import Cell, CellFolder
+from mmkd.evaluation.embedding import Embedded
+from mmkd.evaluation.task import Outputs, Samples, Task, best_by_modality
+
+SUITE: dict[str, Callable[[Samples], tuple[list[Any], dict[str, str]]]] = {
+    "zeroshot": zeroshot.tasks,
+    "retrieval": retrieval.tasks,
+    "probe": linear_probe.tasks,
+}
+ENSEMBLE, ORACLE = "ensemble", "oracle"
+
+
+def tasks_for(samples: Samples, kinds: list[str]) -> tuple[list[Task], dict[str, str]]:
+    """All tasks of these kinds that the pairs allow, and the reasons why others are not there."""
+    found: list[Task] = []
+    skipped: dict[str, str] = {}
+    for kind in kinds:
+        tasks, reasons = SUITE[kind](samples)
+        found += tasks
+        skipped |= reasons
+    return found, skipped
+
+
+def texts_for(pairs: list[Pair]) -> list[str]:
+    """All captions and prompts that any task may ask an encoder to embed."""
+    captions = {pair.caption for pair in pairs if pair.caption.strip()}
+    return sorted(captions | set(zeroshot.prompt_texts(pairs)))
+
+
+def collect_samples(folder: PairFolder, split: str, digests: dict[str, str], unreadable: dict[str, str]) -> Samples:
+    """The readable pairs by use; the held-out split is never trained on, whichever it is."""
+    by_split: dict[str, list[Pair]] = {"train": [], "validation": [], "test": []}
+    for pair in folder.pairs:
+        if pair.id not in unreadable:
+            by_split[pair.split].append(pair)
+    held_out, by_split[split] = by_split[split], []
+    return Samples(held_out, by_split["train"], by_split["validation"], digests)
+
+
+def run_task(
+    task: Task, samples: Samples, encoders: list[Embedded], teachers: list[str], folder: CellFolder
+) -> dict[str, Cell]:
+    """Every cell of a task: each encoder, the teachers' ensemble and the best teacher of each modality.
+
+    Args:
+        task: what is asked.
+        samples: the pairs behind it.
+        encoders: all of them, embedded.
+        teachers: names of those that make up ensemble and oracle; both need two with sound vectors.
+        folder: where cells are kept.
+
+    Returns:
+        Cells by row.
+    """
+    pairs = [*samples.train, *samples.validation, *samples.held_out]
+    question = [folder.describe(task), [[pair.id, samples.digests[pair.id]] for pair in pairs]]
+    cells: dict[str, Cell] = {}
+    outputs: dict[str, Outputs] = {}
+    for embedded in encoders:
+        name = embedded.name
+        cells[name], outputs[name] = folder.cell(task, name, [question, embedded.fingerprint], _single(task, embedded))
+    members = [e for e in encoders if e.name in teachers and cells[e.name]["undefined"] is None]
+    if len(members) < 2:
+        return cells
+    made_from = [question, [[member.name, member.fingerprint] for member in members]]
+    theirs = {member.name: outputs[member.name] for member in members}
+
+    def ensemble() -> tuple[Outputs, Cell]:
+        return task.ensemble(members, list(theirs.values())), {"members": list(theirs)}
+
+    def oracle() -> tuple[Outputs, Cell]:
+        composed, chosen = best_by_modality(task, theirs)
+        return composed, {"chosen": chosen}
+
+    cells[ENSEMBLE], _ = folder.cell(task, ENSEMBLE, made_from, ensemble)
+    if not task.asks_modality:
+        cells[ORACLE], _ = folder.cell(task, ORACLE, made_from, oracle)
+    return cells
+
+
+def _single(task: Task, embedded: Embedded) -> Callable[[], tuple[Outputs, Cell]]:
+    return lambda: (task.outputs(embedded), {})

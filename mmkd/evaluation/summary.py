@@ -1,0 +1,148 @@
+"""From cells to the table a reader wants: all rows side by side, paired differences, and one number for each row.
+
+The overall score is the mean over kinds of task of the mean over tasks of their headline metric, over the tasks that
+every row has, so that many small tasks of one kind do not outvote the others. Its interval and its differences come
+from the same replicates as those of the tasks.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mmkd.data.records import SPLITS, PairFolder
+from mmkd.evaluation.bootstrap import Metrics, difference, interval
+from mmkd.evaluation.cells import Cell, CellFolder, plain
+from mmkd.evaluation.metrics import Floats
+from mmkd.evaluation.suite import ENSEMBLE, ORACLE
+
+PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")
+Table = dict[str, dict[str, Cell]]
+
+
+def task_summary(
+    description: dict[str, Any], cells: dict[str, Cell], student: str, folder: CellFolder
+) -> dict[str, Any]:
+    """One task: what was asked in brief, the cells of all rows, and ``student - rival`` for every rival and metric."""
+    name = description["name"]
+    brief = {k: v for k, v in description.items() if k not in ("ids", "captions", "targets", "prompts", "modalities")}
+    values = {row: folder.replicate_values(row, name) for row in cells}
+    shown = {row: {k: v for k, v in cell.items() if k not in ("key", "task", "encoder")} for row, cell in cells.items()}
+    ours = cells[student]["metrics"]
+    differences: dict[str, Any] = {}
+    for rival, cell in cells.items():
+        if rival == student or not ours or not cell["metrics"]:
+            continue
+        differences[rival] = {
+            metric: _plain(
+                difference(_number(ours[metric]), _number(theirs), values[student][metric], values[rival][metric])
+            )
+            for metric, theirs in cell["metrics"].items()
+        }
+    return brief | {"rows": shown, "differences": differences}
+
+
+def overall(
+    tasks: dict[str, dict[str, Any]], table: Table, student: str, teachers: Sequence[str], folder: CellFolder
+) -> dict[str, Any]:
+    """The overall score of every row but the oracle, which some tasks do not have, and the student's differences.
+
+    Args:
+        tasks: `task_summary` by task.
+        table: cells by task and row.
+        student: its row.
+        teachers: rows among which the best is named.
+        folder: where the replicates are.
+    """
+    rows = [row for row in _ordered(table) if row != ORACLE and any(_sound(cells, row) for cells in table.values())]
+    common = [task for task, cells in table.items() if all(_sound(cells, row) for row in rows)]
+    if not common or student not in rows:
+        return {"tasks": [], "rows": {}, "differences": {}, "best_teacher": None}
+    points = {
+        row: _mean_of_kinds(tasks, common, {t: np.array(_headline(tasks[t], table[t][row])) for t in common})
+        for row in rows
+    }
+    replicates = {
+        row: _mean_of_kinds(tasks, common, {t: folder.replicate_values(row, t)[tasks[t]["headline"]] for t in common})
+        for row in rows
+    }
+    scores = {row: float(points[row]) for row in rows}
+    known = [row for row in rows if row in teachers]
+    return {
+        "tasks": common,
+        "rows": {
+            row: _plain(dict(zip(("value", "low", "high"), (scores[row], *interval(replicates[row])), strict=True)))
+            for row in rows
+        },
+        "differences": {
+            row: _plain(difference(scores[student], scores[row], replicates[student], replicates[row]))
+            for row in rows
+            if row != student
+        },
+        "best_teacher": max(known, key=lambda row: scores[row]) if known else None,
+    }
+
+
+def split_summary(folder: PairFolder, digests: dict[str, str], split: str) -> dict[str, Any]:
+    """How many pairs and groups each split has, and how many groups and images the held-out one shares.
+
+    Identical images are looked for only where ``digests`` covers the other splits too; else their number is None.
+    """
+    counts = {
+        name: {
+            "pairs": sum(pair.split == name for pair in folder.pairs),
+            "groups": len({pair.group for pair in folder.pairs if pair.split == name and pair.group}),
+            "modalities": dict(sorted(Counter(p.modality for p in folder.pairs if p.split == name).items())),
+        }
+        for name in SPLITS
+    }
+    inside = [pair for pair in folder.pairs if pair.split == split]
+    outside = [pair for pair in folder.pairs if pair.split != split]
+    groups = {pair.group for pair in inside if pair.group} & {pair.group for pair in outside if pair.group}
+    checked = all(pair.id in digests for pair in outside)
+    images = {digests[pair.id] for pair in inside} & {digests.get(pair.id) for pair in outside} - {"missing"}
+    return {"counts": counts, "shared_groups": len(groups), "shared_images": len(images) if checked else None}
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _mean_of_kinds(tasks: dict[str, dict[str, Any]], common: list[str], values: Metrics) -> Floats:
+    kinds = sorted({tasks[task]["kind"] for task in common})
+    means = [np.mean([values[t] for t in common if tasks[t]["kind"] == kind], axis=0) for kind in kinds]
+    return np.asarray(np.mean(means, axis=0))
+
+
+def _ordered(table: Table) -> list[str]:
+    """Rows in order of appearance, ensemble and oracle last."""
+    rows = dict.fromkeys(row for cells in table.values() for row in cells)
+    return [row for row in rows if row not in (ENSEMBLE, ORACLE)] + [row for row in (ENSEMBLE, ORACLE) if row in rows]
+
+
+def _sound(cells: dict[str, Cell], row: str) -> bool:
+    return row in cells and cells[row]["undefined"] is None
+
+
+def _headline(task: dict[str, Any], cell: Cell) -> float:
+    return _number(cell["metrics"][task["headline"]])
+
+
+def _number(metric: dict[str, float | None]) -> float:
+    return float("nan") if metric["value"] is None else float(metric["value"])
+
+
+def _plain(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: plain(value) for name, value in values.items()}

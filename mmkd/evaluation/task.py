@@ -1,0 +1,150 @@
+"""What every task type has in common, and the metrics that zero-shot classification and linear probing share.
+
+A task turns an encoder's embeddings into per-sample outputs, and outputs plus bootstrap weights into metrics. Outputs
+are arrays named ``FRAME.NAME`` whose first axis is that frame's samples; hence rows of different encoders can be put
+together (the best teacher of each modality) without knowing what the task is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmkd.data.records import Pair
+from mmkd.evaluation import metrics
+from mmkd.evaluation.bootstrap import Frame, Metrics, frame
+from mmkd.evaluation.embedding import Embedded
+from mmkd.evaluation.metrics import Floats, Integers
+
+Outputs = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The pairs of an evaluation, readable ones only.
+
+    Attributes:
+        held_out: what is evaluated on.
+        train: for probing.
+        validation: for the choice of the probe's regularisation.
+        digests: pair id -> hash of the image file; equal images are positives of each other's captions.
+    """
+
+    held_out: list[Pair]
+    train: list[Pair]
+    validation: list[Pair]
+    digests: dict[str, str]
+
+
+class Task(ABC):
+    """One column of the results.
+
+    Attributes:
+        name: file name of its cells.
+        title: for people.
+        kind: zeroshot, retrieval or probe.
+        headline: the metric that stands for the task.
+        frames: what is resampled, by name; ``image`` is always there.
+        modalities: modality of each sample of each frame.
+        description: everything a reader needs to redo or judge it; plain JSON values.
+        asks_modality: the answer is the modality, so that choosing an encoder by modality would give it away.
+    """
+
+    name: str
+    title: str
+    kind: str
+    headline: str
+    frames: dict[str, Frame]
+    modalities: dict[str, list[str]]
+    description: dict[str, Any]
+    asks_modality: bool = False
+
+    @abstractmethod
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """Per-sample outputs of one encoder."""
+
+    @abstractmethod
+    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
+        """Per-sample outputs of several encoders together, each with the same say."""
+
+    @abstractmethod
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Metric values ``(replicates,)`` under weights ``(replicates, n)`` of each frame."""
+
+    @abstractmethod
+    def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
+        """How well each sample of each frame was answered, 0 to 1, ``(n,)``."""
+
+
+class Classification(Task):
+    """Assign one of several classes to each image; ``image.scores`` is ``(n, classes)``."""
+
+    headline = "balanced_accuracy"
+
+    def __init__(self, name: str, title: str, pairs: Sequence[Pair], names: Sequence[str], classes: Sequence[str]):
+        """Fix images, classes and what is resampled.
+
+        Args:
+            name: of the task.
+            title: for people.
+            pairs: the images.
+            names: true class of each.
+            classes: the possible answers.
+        """
+        self.name, self.title = name, title
+        self.pairs = list(pairs)
+        self.classes = list(classes)
+        self.targets: Integers = np.array([self.classes.index(name) for name in names], dtype=np.int64)
+        self.frames = {"image": frame(names, [pair.group for pair in pairs])}
+        self.modalities = {"image": [pair.modality for pair in pairs]}
+        self.description = {
+            "ids": [pair.id for pair in pairs],
+            "classes": self.classes,
+            "targets": self.targets.tolist(),
+            "class_counts": np.bincount(self.targets, minlength=len(self.classes)).tolist(),
+            "chance": {"accuracy": 1 / len(classes), "balanced_accuracy": 1 / len(classes), "macro_auroc": 0.5},
+        }
+
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Balanced accuracy, accuracy, macro-F1 and macro one-versus-rest AUROC."""
+        scores, image = outputs["image.scores"].astype(np.float64), weights["image"]
+        answers = scores.argmax(axis=1)
+        return {
+            "balanced_accuracy": metrics.balanced_accuracy(self.targets, answers, image),
+            "accuracy": metrics.accuracy(self.targets, answers, image),
+            "macro_f1": metrics.macro_f1(self.targets, answers, image),
+            "macro_auroc": metrics.macro_auroc(self.targets, metrics.margins(scores), image),
+        }
+
+    def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
+        """1 where the answer is right."""
+        return {"image": (outputs["image.scores"].argmax(axis=1) == self.targets).astype(np.float64)}
+
+
+def best_by_modality(task: Task, outputs: dict[str, Outputs]) -> tuple[Outputs, dict[str, str]]:
+    """For each modality the outputs of the encoder that does best on it: an oracle, chosen on the test set itself.
+
+    Args:
+        task: of these outputs.
+        outputs: by encoder.
+
+    Returns:
+        The composed outputs, and the encoder chosen for each ``FRAME:MODALITY``.
+    """
+    composed: Outputs = {key: array.copy() for key, array in next(iter(outputs.values())).items()}
+    chosen: dict[str, str] = {}
+    scores = {name: task.sample_scores(own) for name, own in outputs.items()}
+    for frame_name, modalities in task.modalities.items():
+        for modality in sorted(set(modalities)):
+            rows = np.array([m == modality for m in modalities])
+            best = max(outputs, key=lambda name: scores[name][frame_name][rows].mean())
+            chosen[f"{frame_name}:{modality}"] = best
+            for key in composed:
+                if key.startswith(frame_name + "."):
+                    composed[key][rows] = outputs[best][key][rows]
+    return composed, chosen

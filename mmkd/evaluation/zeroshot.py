@@ -1,0 +1,120 @@
+"""Zero-shot classification: an image goes to the class whose sentences lie nearest.
+
+A class is the unit mean of its unit prompt vectors. Similarities are divided by their own standard deviation over all
+images and classes, which leaves answers as they are, makes the margins of the AUROC free of any temperature and lets
+encoders with different scales be averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmkd.data.records import Pair
+from mmkd.evaluation.embedding import Embedded, Vectors
+from mmkd.evaluation.metrics import Floats
+from mmkd.evaluation.prompts import label_prompts, modality_prompts
+from mmkd.evaluation.task import Classification, Outputs, Samples
+
+
+class ZeroShot(Classification):
+    """Classes described by sentences."""
+
+    kind = "zeroshot"
+
+    def __init__(
+        self, name: str, title: str, pairs: Sequence[Pair], names: Sequence[str], prompts: dict[str, list[str]]
+    ):
+        """Fix images and prompts.
+
+        Args:
+            name: of the task.
+            title: for people.
+            pairs: the images.
+            names: true class of each.
+            prompts: class -> sentences; its keys are the possible answers.
+        """
+        super().__init__(name, title, pairs, names, list(prompts))
+        self.prompts = prompts
+        self.description["prompts"] = prompts
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """``image.scores``: standardised similarities, ``(n, classes)``."""
+        classes = np.stack([class_vector(embedded.text_matrix(texts)) for texts in self.prompts.values()])
+        return {"image.scores": standardise(embedded.image_matrix(self.pairs) @ classes.T)}
+
+    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
+        """Mean of the members' standardised similarities."""
+        return {"image.scores": np.mean([own["image.scores"] for own in outputs], axis=0)}
+
+
+def tasks(samples: Samples) -> tuple[list[ZeroShot], dict[str, str]]:
+    """Modality recognition, label classification, and label classification within each modality.
+
+    Returns:
+        The tasks the held-out pairs allow, and why the others are not there.
+    """
+    found: list[ZeroShot] = []
+    skipped: dict[str, str] = {}
+    pairs = [pair for pair in samples.held_out if pair.modality]
+    modalities = sorted({pair.modality for pair in pairs})
+    if len(modalities) >= 2:
+        prompts = {modality: modality_prompts(modality) for modality in modalities}
+        names = [pair.modality for pair in pairs]
+        found.append(ZeroShot("zeroshot-modality", "Which modality is it?", pairs, names, prompts))
+        found[0].asks_modality = True
+    else:
+        skipped["zeroshot-modality"] = f"{len(modalities)} modality among the held-out images; 2 are needed"
+    labelled = [pair for pair in samples.held_out if pair.label]
+    overall = _label_task("zeroshot-label", "Which label is it?", labelled)
+    if overall is None:
+        skipped["zeroshot-label"] = f"{len({p.label for p in labelled})} label among the held-out images; 2 are needed"
+    elif all(pair.label == pair.modality for pair in labelled):
+        skipped["zeroshot-label"] = "labels are the modalities"
+    else:
+        found.append(overall)
+    if len({pair.modality for pair in labelled}) >= 2:
+        for modality in modalities:
+            inside = [pair for pair in labelled if pair.modality == modality]
+            task = _label_task(f"zeroshot-label-{slug(modality)}", f"Which label, within {modality}?", inside)
+            found += [task] if task else []
+    return found, skipped
+
+
+def prompt_texts(pairs: Sequence[Pair]) -> list[str]:
+    """Every sentence that `tasks` may ask about these pairs."""
+    kinds = {(pair.label, pair.modality) for pair in pairs}
+    sentences = [text for _, modality in kinds if modality for text in modality_prompts(modality)]
+    sentences += [text for label, modality in kinds if label for text in label_prompts(label, modality)]
+    return sorted(set(sentences))
+
+
+def class_vector(vectors: Vectors) -> Vectors:
+    """Unit mean ``(dim,)`` of unit prompt vectors ``(prompts, dim)``."""
+    mean = vectors.mean(axis=0)
+    return mean / max(float(np.linalg.norm(mean)), np.finfo(np.float32).tiny)
+
+
+def standardise(similarities: Vectors) -> Floats:
+    """Subtract the mean of the whole ``(n, classes)`` matrix and divide by its standard deviation."""
+    wide = similarities.astype(np.float64)
+    spread = wide.std()
+    return (wide - wide.mean()) / (spread if spread > 0 else 1.0)
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: letters and digits, the rest hyphens."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def _label_task(name: str, title: str, pairs: list[Pair]) -> ZeroShot | None:
+    labels = sorted({pair.label for pair in pairs})
+    if len(labels) < 2:
+        return None
+    seen = sorted({(pair.label, pair.modality) for pair in pairs})
+    prompts: dict[str, list[str]] = {
+        label: [text for known, modality in seen if known == label for text in label_prompts(label, modality)]
+        for label in labels
+    }
+    return ZeroShot(name, title, pairs, [pair.label for pair in pairs], prompts)

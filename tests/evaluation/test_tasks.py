@@ -1,0 +1,242 @@
+import numpy as np
+import pytest
+from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs
+
+from mmkd.data.records import Pair
+from mmkd.evaluation import linear_probe, retrieval, zeroshot
+from mmkd.evaluation.embedding import Embedded
+from mmkd.evaluation.prompts import label_prompts, modality_prompts
+from mmkd.evaluation.suite import texts_for
+from mmkd.evaluation.task import Samples, best_by_modality
+
+
+def samples(held_out, train=(), validation=()):
+    everything = [*held_out, *train, *validation]
+    return Samples(list(held_out), list(train), list(validation), {pair.id: pair.image for pair in everything})
+
+
+def random_embedding(data, dim=16, seed=0):
+    generator = np.random.default_rng(seed)
+
+    def unit(keys):
+        vectors = generator.normal(size=(len(keys), dim)).astype(np.float32)
+        return dict(zip(keys, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), strict=True))
+
+    pairs = [*data.held_out, *data.train, *data.validation]
+    return Embedded("random", "f", images=unit([p.id for p in pairs]), texts=unit(texts_for(data.held_out)))
+
+
+def value(task, outputs, metric):
+    ones = {name: np.ones((1, len(frame.units))) for name, frame in task.frames.items()}
+    return task.metrics(outputs, ones)[metric][0]
+
+
+def test_class_vector_is_the_unit_mean():
+    prompts = np.array([[1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
+    assert zeroshot.class_vector(prompts) == pytest.approx([np.sqrt(0.5)] * 2)
+
+
+def test_zeroshot_tasks_follow_what_the_pairs_hold():
+    found, skipped = zeroshot.tasks(samples(make_pairs(24)))
+    names = ["zeroshot-modality", "zeroshot-label", "zeroshot-label-ct", "zeroshot-label-mri", "zeroshot-label-x-ray"]
+    assert [task.name for task in found] == names and not skipped
+    one = [Pair(str(k), "x", "c", "CT", LABELS[k % 2]) for k in range(6)]
+    found, skipped = zeroshot.tasks(samples(one))
+    assert [task.name for task in found] == ["zeroshot-label"] and "1 modality" in skipped["zeroshot-modality"]
+    found, skipped = zeroshot.tasks(samples([Pair(str(k), "x", "c", "CT", "cyst") for k in range(6)]))
+    assert found == [] and set(skipped) == {"zeroshot-modality", "zeroshot-label"}
+
+
+def test_labels_that_repeat_the_modality_are_asked_once():
+    pairs = [Pair(str(k), "x", "c", MODALITIES[k % 3], MODALITIES[k % 3]) for k in range(6)]
+    found, skipped = zeroshot.tasks(samples(pairs))
+    assert [task.name for task in found] == ["zeroshot-modality"] and "zeroshot-label" in skipped
+
+
+def test_a_label_of_two_modalities_is_described_in_both():
+    pairs = [
+        Pair("1", "x", "", "OCT", "normal"),
+        Pair("2", "x", "", "X-ray", "normal"),
+        Pair("3", "x", "", "OCT", "drusen"),
+    ]
+    task = next(task for task in zeroshot.tasks(samples(pairs))[0] if task.name == "zeroshot-label")
+    assert set(task.prompts["normal"]) == set(label_prompts("normal", "OCT") + label_prompts("normal", "X-ray"))
+
+
+@pytest.mark.parametrize("modality", ["CT", "MRI", "x-ray radiography", "OCT", "fundus", "blood {smear}", "", "PET"])
+def test_prompts_name_modality_and_label(modality):
+    assert all("a_b {0}".replace("_", " ") in text for text in label_prompts("a_b {0}", modality))
+    assert len(set(modality_prompts(modality))) >= 2
+
+
+def test_words_of_a_modality_decide_its_sentences():
+    assert "radiograph" in modality_prompts("chest X-ray")[-1]
+    assert "sonogram" in modality_prompts("US")[-1]
+    assert "microscop" not in " ".join(label_prompts("nodule", "CT"))
+    assert "OCT" in label_prompts("CNV", "OCT")[0] and "CT scan" in label_prompts("CNV", "CT")[0]
+
+
+def test_random_vectors_are_at_chance():
+    data = samples(make_pairs(240), make_pairs(120, "train", 240))
+    embedded = random_embedding(data)
+    for task in zeroshot.tasks(data)[0] + linear_probe.tasks(data)[0]:
+        chance = 1 / len(task.classes)
+        assert abs(value(task, task.outputs(embedded), "balanced_accuracy") - chance) < 0.25
+        assert abs(value(task, task.outputs(embedded), "macro_auroc") - 0.5) < 0.2
+    task = retrieval.tasks(data)[0][0]
+    outputs = task.outputs(embedded)
+    for key in ("image_to_text_recall@10", "text_to_image_recall@10"):
+        assert abs(value(task, outputs, key) - task.description["chance"][key]) < 0.05
+
+
+def test_retrieval_counts_identical_captions_and_images_as_right():
+    pairs = [
+        Pair("a", "same.png", "one"),
+        Pair("b", "same.png", "two"),
+        Pair("c", "c.png", "one"),
+        Pair("d", "d.png", "three"),
+    ]
+    to_text, to_image = retrieval.positives(
+        [p.caption for p in pairs], [p.image for p in pairs], ["one", "three", "two"]
+    )
+    assert [own.tolist() for own in to_text] == [[0, 2], [0, 2], [0], [1]]
+    assert [own.tolist() for own in to_image] == [[0, 1, 2], [3], [0, 1]]
+
+
+def test_ranks_equal_a_plain_sort(monkeypatch):
+    generator = np.random.default_rng(0)
+    queries, pool = generator.normal(size=(50, 8)).astype(np.float32), generator.normal(size=(30, 8)).astype(np.float32)
+    right = [np.sort(generator.choice(30, size=generator.integers(1, 4), replace=False)) for _ in range(50)]
+    whole = retrieval.search(queries, pool, right)
+    monkeypatch.setattr(retrieval, "CHUNK_ELEMENTS", 31)
+    ranks, top, scores = retrieval.search(queries, pool, right)
+    assert (ranks == whole[0]).all() and (top == whole[1]).all()
+    for row in range(50):
+        order = np.argsort(-(queries[row] @ pool.T))
+        # Recall as open_clip and CLIP-benchmark define it: any right answer among the first k of all answers.
+        first = next(k for k, answer in enumerate(order, start=1) if answer in right[row])
+        others = sum(answer in right[row] for answer in order[: first - 1])
+        assert ranks[row] == first - others == first
+        assert top[row].tolist() == order[:5].tolist()
+    assert scores[0, 0] == pytest.approx((queries[0] @ pool.T).max())
+
+
+def test_an_encoder_that_says_the_same_of_everything_gains_nothing():
+    same = np.ones((20, 4), dtype=np.float32)
+    ranks, _, _ = retrieval.search(same, same, [np.array([k]) for k in range(20)])
+    assert (ranks == 10.5).all()
+
+
+def test_chance_of_retrieval_is_exact():
+    right = [np.array([0]), np.array([1, 2])]
+    chances = retrieval.random_recalls(right, 4)
+    assert chances[1] == pytest.approx((1 / 4 + 2 / 4) / 2)
+    assert chances[5] == 1.0
+
+
+def test_spread_is_that_of_the_similarity_matrix():
+    generator = np.random.default_rng(0)
+    x, t = generator.normal(size=(30, 6)), generator.normal(size=(20, 6))
+    assert retrieval.similarity_spread(x, t) == pytest.approx((x @ t.T).std())
+    assert retrieval.similarity_spread(np.ones((3, 2)), np.ones((4, 2))) == 1.0
+
+
+def test_ensemble_of_one_encoder_twice_is_that_encoder():
+    data = samples(make_pairs(48), make_pairs(48, "train", 48))
+    embedded = random_embedding(data)
+    for task in zeroshot.tasks(data)[0] + retrieval.tasks(data)[0] + linear_probe.tasks(data)[0]:
+        alone = task.outputs(embedded)
+        both = task.ensemble([embedded, embedded], [alone, alone])
+        for key in alone:
+            if not key.endswith("top_scores"):
+                np.testing.assert_allclose(both[key], alone[key], atol=1e-9)
+
+
+def test_oracle_takes_each_modality_from_its_best_encoder():
+    data = samples(make_pairs(48))
+    task = retrieval.tasks(data)[0][0]
+    rank = {name: np.full(48, 20.0) for name in ("a", "b")}
+    rank["a"][np.array(task.modalities["image"]) == "CT"] = 1.0
+    rank["b"][np.array(task.modalities["image"]) == "MRI"] = 2.0
+    outputs = {
+        name: {"image.rank": own, "caption.rank": np.full(len(task.captions), 3.0)} for name, own in rank.items()
+    }
+    composed, chosen = best_by_modality(task, outputs)
+    assert chosen["image:CT"] == "a" and chosen["image:MRI"] == "b"
+    assert composed["image.rank"].tolist() == np.minimum(rank["a"], rank["b"]).tolist()
+
+
+def test_probe_equals_a_plain_scikit_learn_sweep():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    generator = np.random.default_rng(0)
+    targets = generator.integers(0, 3, 400)
+    features = (generator.normal(size=(400, 12)) + 0.8 * np.eye(3, 12)[targets]).astype(np.float32)
+    parts = np.split(np.arange(400), [150, 250])
+    pairs = [Pair(str(k), str(k), "c", "CT", LABELS[t], split="test") for k, t in enumerate(targets)]
+    data = samples(*([pairs[k] for k in part] for part in (parts[2], parts[0], parts[1])))
+    task = linear_probe.tasks(data)[0][0]
+    embedded = Embedded("e", "f", images={str(k): row for k, row in enumerate(features)})
+    found = value(task, task.outputs(embedded), "accuracy")
+    scaler = StandardScaler().fit(features[parts[0]])
+    fits = {
+        c: LogisticRegression(C=c, max_iter=5000).fit(scaler.transform(features[parts[0]]), targets[parts[0]])
+        for c in (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    }
+    best = max(fits, key=lambda c: fits[c].score(scaler.transform(features[parts[1]]), targets[parts[1]]))
+    both = np.concatenate(parts[:2])
+    scaler = StandardScaler().fit(features[both])
+    plain = LogisticRegression(C=best, max_iter=5000).fit(scaler.transform(features[both]), targets[both])
+    assert abs(found - plain.score(scaler.transform(features[parts[2]]), targets[parts[2]])) <= 0.03
+
+
+def test_fit_gives_the_log_probabilities_of_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    generator = np.random.default_rng(0)
+    for classes in (2, 4):
+        targets = np.arange(80) % classes
+        features = generator.normal(size=(80, 6)) + np.eye(classes, 6)[targets]
+        scaled = StandardScaler().fit_transform(features)
+        expected = LogisticRegression(C=0.5, max_iter=1000).fit(scaled, targets).predict_log_proba(scaled)
+        np.testing.assert_allclose(linear_probe.fit(features, targets, 0.5)(features), expected, atol=1e-6)
+
+
+def test_search_finds_the_least_loss_in_thirteen_fits():
+    asked = []
+
+    def loss(exponent):
+        asked.append(exponent)
+        return (exponent - 1.3) ** 2
+
+    assert linear_probe.search_exponent(loss) == 1.25
+    assert len(asked) == len(set(asked)) == 13
+
+
+def test_probe_leaves_out_small_and_unseen_classes():
+    train = [Pair(f"t{k}", f"t{k}", "c", "CT", LABELS[k % 2]) for k in range(20)] + [
+        Pair("t-f", "t-f", "c", "CT", "effusion")
+    ]
+    held_out = [Pair(f"h{k}", f"h{k}", "c", "CT", LABELS[k % 4]) for k in range(12)]
+    data = samples(held_out, train)
+    found, skipped = linear_probe.tasks(data)
+    assert [task.name for task in found] == ["probe-label"] and list(skipped) == ["probe-modality"]
+    assert found[0].description["left_out"] == ["effusion", "healthy"] and len(found[0].pairs) == 6
+    embedded = random_embedding(data)
+    assert found[0].outputs(embedded)["image.scores"].shape == (6, 2)
+    embedded.images["h0"] = embedded.images["h0"] * np.nan
+    assert np.isnan(found[0].outputs(embedded)["image.scores"]).all()
+    found, skipped = linear_probe.tasks(samples(held_out, train[:4]))
+    assert found == [] and "at least 5 training images" in skipped["probe-label"]
+
+
+def test_no_captions_or_one_caption_means_no_retrieval():
+    for caption in ("", "the same"):
+        found, skipped = retrieval.tasks(samples([Pair(str(k), str(k), caption) for k in range(6)]))
+        assert found == [] and "2 are needed" in skipped["retrieval"]
+
+
+def test_fake_encoder_reads_its_pixels():
+    assert FakeEncoder("x").encode_texts(["a CT image"]).norm() == pytest.approx(1.0)
