@@ -31,9 +31,12 @@ def read_published(folder: Path) -> list[PublishedSample]:
 
     Raises:
         FileNotFoundError: there is no ``meta.jsonl``.
-        ValueError: a line is not JSON or lacks a key; the message names it.
+        ValueError: a line is not JSON or lacks a key (the message names it), or an id occurs twice.
     """
-    return [_sample(row, place) for row, place in read_json_lines(folder / META_FILE)]
+    samples = [_sample(row, place) for row, place in read_json_lines(folder / META_FILE)]
+    if len({sample.id for sample in samples}) != len(samples):
+        raise ValueError(f"{folder / META_FILE} lists an id twice; ids must be unique")
+    return samples
 
 
 def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:

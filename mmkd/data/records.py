@@ -125,7 +125,13 @@ def is_inside(relative: str) -> bool:
     """Whether a relative path, read without following links, stays inside the folder it is joined to."""
     path = PurePosixPath(relative.replace("\\", "/"))
     windows_drive = len(relative) > 1 and relative[1] == ":"
-    return bool(relative) and not path.is_absolute() and ".." not in path.parts and not windows_drive
+    return (
+        bool(relative)
+        and "\0" not in relative
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and not windows_drive
+    )
 
 
 def _record(pair: Pair) -> dict[str, Any]:

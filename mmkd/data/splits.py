@@ -1,0 +1,118 @@
+"""Who is trained on, who is held out: whole groups, by the collection's own split first and by hash where it has none.
+
+A group (patient, case, specimen) is never cut. Names such as ``dev`` or ``testing`` mean train, validation or test.
+Groups without a split are put in the order of a seeded hash and dealt out, about 60 % train, 15 % validation, 25 %
+test. A collection that comes without train, test or validation gives groups to the missing one from its largest, so
+that even six images in two groups can be trained on and tested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+
+from mmkd.data.records import SPLITS
+
+VALIDATION_SHARE, TEST_SHARE = 0.15, 0.25
+FEWEST_GROUPS_FOR_VALIDATION = 4
+MEANINGS = {
+    **dict.fromkeys(("train", "training", "trn", "tr"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "held-out"), "test"),
+}
+
+
+def meaning_of(name: str) -> str:
+    """Train, validation or test for a name in use, an empty string for any other."""
+    return MEANINGS.get(name.strip().lower(), "")
+
+
+def assign_splits(groups: Sequence[str], given: Sequence[str], seed: int) -> tuple[list[str], dict[str, int]]:
+    """One split for each of n rows, the same for all rows of a group.
+
+    Args:
+        groups: the group of each row; rows that belong together share one.
+        given: train, validation or test for each row, or an empty string.
+        seed: of the order in which groups are dealt out.
+
+    Returns:
+        The splits, and counts of rows that were ``moved`` (their group was given several splits, of which the most
+        frequent is kept, of equals the held-out one), ``dealt`` (no split given) or ``carved`` (given to an empty one).
+    """
+    votes: dict[str, Counter[str]] = defaultdict(Counter)
+    for group, split in zip(groups, given, strict=True):
+        votes[group][split] += 1
+    chosen = {group: _majority(counts) for group, counts in votes.items()}
+    order = sorted(votes, key=lambda group: hashed(seed, group))
+    undecided = [group for group in order if not chosen[group]]
+    chosen.update(zip(undecided, _deal(len(undecided)), strict=True))
+    carved = _fill_empty(chosen, order)
+    splits = [chosen[group] for group in groups]
+    counts = {
+        "moved": sum(bool(old) and old != chosen[g] and g not in carved for g, old in zip(groups, given, strict=True)),
+        "dealt": sum(group in set(undecided) for group in groups),
+        "carved": sum(group in carved for group in groups),
+    }
+    return splits, counts
+
+
+def subsample(strata: Sequence[Hashable], groups: Sequence[str], maximum: int, seed: int) -> list[int]:
+    """At most ``maximum`` of n rows: whole groups, each stratum in proportion and none forgotten while there is room.
+
+    Args:
+        strata: the stratum of each row, for example its modality and label; a group belongs to that of its first row.
+        groups: the group of each row.
+        maximum: most rows to keep.
+        seed: of the choice.
+
+    Returns:
+        The chosen rows, ascending.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for row, group in enumerate(groups):
+        members[group].append(row)
+    by_stratum: dict[Hashable, list[str]] = defaultdict(list)
+    for group in sorted(members, key=lambda group: hashed(seed, group)):
+        by_stratum[strata[members[group][0]]].append(group)
+    ranked = [
+        (rank / len(listed), hashed(seed, g), g) for listed in by_stratum.values() for rank, g in enumerate(listed)
+    ]
+    kept: list[int] = []
+    for _, _, group in sorted(ranked):
+        if len(kept) + len(members[group]) <= maximum:
+            kept += members[group]
+    return sorted(kept)
+
+
+def hashed(seed: int, key: str) -> str:
+    """A reproducible random order: the hash of seed and key."""
+    return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _majority(counts: Counter[str]) -> str:
+    """The most frequent split given to a group, of equals the held-out one; empty where none was given."""
+    named = [(count, SPLITS.index(split)) for split, count in counts.items() if split]
+    return SPLITS[max(named)[1]] if named else ""
+
+
+def _deal(n: int) -> list[str]:
+    """Splits of n groups in hash order: train first, for one group has to be learnt from before any is tested."""
+    test = max(1, round(TEST_SHARE * n)) if n > 1 else 0
+    validation = max(1, round(VALIDATION_SHARE * n)) if n >= FEWEST_GROUPS_FOR_VALIDATION else 0
+    return ["train"] * (n - test - validation) + ["validation"] * validation + ["test"] * test
+
+
+def _fill_empty(chosen: dict[str, str], order: list[str]) -> set[str]:
+    """Give groups of the largest split to an empty one; returns the groups that changed sides."""
+    carved: set[str] = set()
+    for split, share in (("train", 0.6), ("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
+        sizes = Counter(chosen.values())
+        largest = max(SPLITS, key=lambda name: sizes[name])
+        needed = FEWEST_GROUPS_FOR_VALIDATION if split == "validation" else 2
+        if sizes[split] or sizes[largest] < needed:
+            continue
+        given = [group for group in order if chosen[group] == largest][-max(1, round(share * sizes[largest])) :]
+        chosen.update(dict.fromkeys(given, split))
+        carved.update(given)
+    return carved
