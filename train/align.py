@@ -1,0 +1,124 @@
+"""Bring the features of all teachers into one space.
+
+Fitted on the training pairs alone, then applied to every pair that has features. The default rotates each teacher so
+that teachers agree on the same sample; ``--aligner autoencoder`` is the paper's way. Reads ``features/``, writes one
+feature store for each teacher, the aligner itself and ``report.json``, which says how far the teachers agree before and
+after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mmkd.aligner import Aligner, AutoencoderAligner, Features, ProcrustesAligner
+from mmkd.alignment_report import alignment_report
+from mmkd.data.batches import FeatureBatches
+from mmkd.data.features import SHARD_SIZE, FeatureWriter, TeacherFeatures
+from mmkd.data.pairs import GlobalBatchSampler, available_features
+from mmkd.data.records import Pair, open_pairs
+from mmkd.distributed import rank, wait_for_everyone, world_size
+from mmkd.files import atomic_folder, write_json
+from mmkd.loop import LoopSettings, fit, start
+from mmkd.objectives import AlignObjective
+from mmkd.settings import run, save_settings, setting
+
+REPORTED_PAIRS = 5000
+
+
+@dataclass(kw_only=True)
+class AlignSettings(LoopSettings):
+    """Bring the features of all teachers into one space. Settings of training belong to the autoencoder."""
+
+    pairs: Path = setting(help="folder of pairs; its training split is what the aligner is fitted on")
+    features: Path = setting(help="folder with one feature store for each teacher")
+    teachers: list[str] = setting(factory=list, help="teachers to align, by default all")
+    aligner: Literal["procrustes", "autoencoder"] = setting("procrustes", "rotation, or the paper's autoencoder")
+    dim: int = setting(512, "width of the common space: the student's projection_dim")
+    epochs: int = setting(20, "passes over the pairs (autoencoder)")
+    batch_size: int = setting(1024, "pairs in a global batch (autoencoder)")
+    learning_rate: float = setting(1e-3, "peak (autoencoder)")
+    dropout: float = setting(0.2, "in the shared encoders (autoencoder)")
+    noise: float = setting(0.01, "standard deviation added to inputs in training (autoencoder)")
+
+
+def main(settings: AlignSettings) -> None:
+    """Fit, transform, report."""
+    accelerator = start(settings)
+    features = TeacherFeatures.open(settings.features, settings.teachers or None)
+    known = set(features.ids)
+    pairs = [pair for pair in open_pairs(settings.pairs, "train").pairs if pair.id in known]
+    if not pairs:
+        raise ValueError(f"{settings.features} has features for no training pair of {settings.pairs}; extract them")
+    if settings.aligner == "autoencoder":
+        autoencoder = AutoencoderAligner(features.dims, settings.dim, settings.noise, settings.dropout)
+        sampler = GlobalBatchSampler(len(pairs), settings.batch_size, rank(), world_size(), settings.seed)
+        batches = FeatureBatches(pairs, features, sampler)
+        objective = AlignObjective(autoencoder)
+        fit(accelerator, objective, batches, settings, lambda folder: write(folder, autoencoder, features, pairs))
+    elif rank() == 0:
+        with atomic_folder(settings.output, settings.overwrite) as folder:
+            aligner = ProcrustesAligner.fit(lambda: chunks(features, pairs), features.dims, settings.dim)
+            write(folder, aligner, features, pairs)
+            save_settings(settings, folder / "settings.yaml")
+    wait_for_everyone()
+
+
+def chunks(features: TeacherFeatures, pairs: Sequence[Pair]) -> Iterator[Features]:
+    """Features of the pairs, some thousands at a time."""
+    for begin in range(0, len(pairs), SHARD_SIZE):
+        chosen = pairs[begin : begin + SHARD_SIZE]
+        yield available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
+
+
+def write(folder: Path, aligner: Aligner, features: TeacherFeatures, pairs: Sequence[Pair]) -> None:
+    """Write aligner, one store for each teacher with every pair it has seen, and the report on training pairs."""
+    aligner.save(folder)
+    stores = {name: AlignedStore(folder / name, name, aligner) for name in features.names}
+    for begin in range(0, len(features.ids), SHARD_SIZE):
+        ids = features.ids[begin : begin + SHARD_SIZE]
+        for name, found in features.lookup(ids).items():
+            stores[name].add(ids, found)
+    for store in stores.values():
+        store.finish()
+    report = alignment_report(next(chunks(features, pairs[:REPORTED_PAIRS])), aligner)
+    write_json(folder / "report.json", report)
+
+
+class AlignedStore:
+    """Writes one teacher's aligned features in whole shards, of pairs that come in chunks with gaps."""
+
+    def __init__(self, path: Path, name: str, aligner: Aligner) -> None:
+        """Name the store; the first full shard is the first thing written."""
+        self.writer, self.aligner = FeatureWriter(path, name), aligner
+        self.ids: list[str] = []
+        self.shards = 0
+        self.image, self.text = torch.empty(0, aligner.dim), torch.empty(0, aligner.dim)
+
+    def add(self, ids: Sequence[str], found: dict[str, torch.Tensor]) -> None:
+        """Align the rows whose ``mask`` is set, and write what fills a shard."""
+        mask, name = found["mask"], self.writer.name
+        self.ids += [id for id, known in zip(ids, mask.tolist(), strict=True) if known]
+        self.image = torch.cat([self.image, self.aligner.transform(name, found["image"][mask], "image").cpu()])
+        self.text = torch.cat([self.text, self.aligner.transform(name, found["text"][mask], "text").cpu()])
+        if len(self.image) >= SHARD_SIZE:
+            self._write(SHARD_SIZE)
+
+    def finish(self) -> None:
+        """Write the rest and close the store."""
+        if len(self.image):
+            self._write(len(self.image))
+        provenance = {"aligner": self.aligner.kind, "width_before": self.aligner.widths[self.writer.name]}
+        self.writer.finish(self.ids, provenance)
+
+    def _write(self, rows: int) -> None:
+        self.writer.write_shard(self.shards, self.image[:rows], self.text[:rows])
+        self.image, self.text, self.shards = self.image[rows:], self.text[rows:], self.shards + 1
+
+
+if __name__ == "__main__":
+    run(AlignSettings, main)

@@ -1,0 +1,113 @@
+"""Stage 1: contrastive pretraining on image-text pairs.
+
+The same recipe trains a generalist student and, on some of the modalities or labels, a specialist teacher. Reads
+``pairs/``, writes a folder for ``from_pretrained``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mmkd.data.batches import pair_batches
+from mmkd.data.records import Pair, PairFolder, open_pairs
+from mmkd.loop import LoopSettings, fit, start
+from mmkd.objectives import ContrastiveObjective
+from mmkd.settings import nearest, run, setting
+from mmkd.student import load_student, save_student
+from mmkd.towers import build_model
+from mmkd.trainable import enable_gradient_checkpointing, freeze
+
+
+@dataclass(kw_only=True)
+class PretrainSettings(LoopSettings):
+    """Contrastive pretraining of a student, or of a specialist teacher."""
+
+    pairs: Path = setting(help="folder of pairs; the training split is used")
+    model: str | None = setting(None, "folder or Hub id of a student to start from, instead of vision and text")
+    vision: str = setting("packaged:efficientnet-lite0", "starting weights of the vision tower")
+    text: str = setting("packaged:all-minilm-l6-v2", "starting weights of the text tower")
+    projection_dim: int = setting(512, "width of the common space")
+    image_size: int | None = setting(None, "side of the images in pixels, by default the vision tower's")
+    text_layers: int | None = setting(None, "keep only the first layers of the text tower")
+    freeze: list[str] = setting(
+        factory=list, help="what does not learn: vision_model, text_model.embeddings, text_model[:4]"
+    )
+    modalities: list[str] = setting(factory=list, help="keep only pairs of these modalities")
+    labels: list[str] = setting(factory=list, help="keep only pairs of these labels")
+    part: str | None = setting(None, "keep one share of the groups, such as 1/3")
+    crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
+
+
+def main(settings: PretrainSettings) -> None:
+    """Train and write the folder."""
+    accelerator = start(settings)
+    folder = open_pairs(settings.pairs, "train")
+    pairs = select(folder.pairs, settings.modalities, settings.labels, settings.part)
+    if settings.model is not None:
+        model, processor = load_student(settings.model)
+    else:
+        model, processor = build_model(
+            settings.vision, settings.text, settings.projection_dim, settings.image_size, settings.text_layers
+        )
+    freeze(model, settings.freeze)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    batches = pair_batches(
+        PairFolder(folder.path, folder.image_root, pairs),
+        processor,
+        batch_size=settings.batch_size,
+        crop=settings.crop,
+        workers=settings.workers,
+        seed=settings.seed,
+    )
+    objective = ContrastiveObjective(model)
+    fit(accelerator, objective, batches, settings, lambda path: save_student(path, model, processor))
+
+
+def select(pairs: list[Pair], modalities: list[str], labels: list[str], part: str | None) -> list[Pair]:
+    """Pairs of some modalities and labels, and of one share of the groups.
+
+    Raises:
+        ValueError: a modality or label that no pair has, a part that is not like 1/3, or fewer than two pairs left.
+    """
+    for name, wanted, known in (
+        ("modalities", modalities, {pair.modality for pair in pairs}),
+        ("labels", labels, {pair.label for pair in pairs}),
+    ):
+        for value in wanted:
+            if value not in known:
+                raise ValueError(
+                    f"--{name} {value}: no training pair has it{nearest(value, known)}; "
+                    f"known: {', '.join(sorted(known - {''}))}"
+                )
+    share, count = _share(part)
+    kept = [
+        pair
+        for pair in pairs
+        if (not modalities or pair.modality in modalities)
+        and (not labels or pair.label in labels)
+        and _number(pair) % count == share - 1
+    ]
+    if len(kept) < 2:
+        raise ValueError(f"the selection leaves {len(kept)} of {len(pairs)} training pairs; at least 2 are needed")
+    return kept
+
+
+def _share(part: str | None) -> tuple[int, int]:
+    share, _, count = (part or "1/1").partition("/")
+    if not (share.isdecimal() and count.isdecimal() and 1 <= int(share) <= int(count)):
+        raise ValueError(f"--part {part} must be a share such as 1/3")
+    return int(share), int(count)
+
+
+def _number(pair: Pair) -> int:
+    """The same for all pairs of a group, whatever else the folder holds."""
+    return int.from_bytes(hashlib.sha256((pair.group or pair.id).encode()).digest()[:8], "big")
+
+
+if __name__ == "__main__":
+    run(PretrainSettings, main)
