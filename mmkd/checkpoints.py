@@ -1,0 +1,239 @@
+"""The authors' checkpoint keys and ours, both ways: pure functions from state dictionary to state dictionary.
+
+The published form is open_clip's: a fused attention input, projections stored as (width, dim), a scalar scale. Every
+key is accounted for in both directions; a key that is unknown or missing is an error that lists it, because weights
+left random by a prefix that did not match are the commonest way to a wrong number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling_mmkd import MMKDClipConfig
+
+HEAD_WIDTH = 64  # of the published model, in both towers
+PREFIXES = ("module.", "_orig_mod.")
+BUFFERS = {"text_encoder.transformer.embeddings.position_ids"}  # saved by transformers before 4.31; holds no weight
+SHOWN = 12
+
+BLOCK = {
+    "ln_1.weight": "layer_norm1.weight",
+    "ln_1.bias": "layer_norm1.bias",
+    "ln_2.weight": "layer_norm2.weight",
+    "ln_2.bias": "layer_norm2.bias",
+    "attn.out_proj.weight": "self_attn.out_proj.weight",
+    "attn.out_proj.bias": "self_attn.out_proj.bias",
+    "mlp.c_fc.weight": "mlp.fc1.weight",
+    "mlp.c_fc.bias": "mlp.fc1.bias",
+    "mlp.c_proj.weight": "mlp.fc2.weight",
+    "mlp.c_proj.bias": "mlp.fc2.bias",
+}
+FUSED = ("q_proj", "k_proj", "v_proj")
+VISION = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",  # the spelling is transformers'
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+}
+TEXT_PREFIX = ("text_encoder.transformer.", "text_model.")
+PROJECTION = {
+    "text_encoder.proj.0.weight": "text_projection.fc1.weight",
+    "text_encoder.proj.2.weight": "text_projection.fc2.weight",
+}
+
+
+def unwrap(checkpoint: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint without training envelope and prefixes.
+
+    Args:
+        checkpoint: what the file held: a state dictionary, or a dictionary with one under ``state_dict``.
+
+    Raises:
+        ValueError: there are no named tensors in it, or two keys differ by their prefix only.
+    """
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError("it holds no state dictionary: names and tensors, alone or under 'state_dict', are expected")
+    plain: dict[str, Tensor] = {}
+    for key, value in state.items():
+        while key.startswith(PREFIXES):
+            key = key[key.index(".") + 1 :]
+        if key in plain:
+            raise ValueError(f"{key!r} stands in it twice, with and without a prefix")
+        plain[key] = value
+    return plain
+
+
+def from_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename, split and transpose the authors' tensors into ours; unknown keys are an error.
+
+    Args:
+        state: keys ``visual.*``, ``text_encoder.*`` and ``logit_scale``, without prefixes (`unwrap`).
+
+    Raises:
+        ValueError: a key that is not of this form.
+    """
+    ours: dict[str, Tensor] = {}
+    unknown = []
+    for key, value in state.items():
+        if key in BUFFERS:
+            continue
+        renamed = _renamed(key, value)
+        if renamed is None:
+            unknown.append(key)
+        else:
+            ours |= renamed
+    if unknown:
+        raise ValueError(f"{len(unknown)} keys are not of the authors' form: {listed(unknown)}")
+    return ours
+
+
+def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back, bit for bit: our tensors under the authors' names, fused and transposed as they store them.
+
+    Raises:
+        ValueError: a key of a tower that the authors' form cannot hold.
+    """
+    vision_names = {f"vision_model.{ours}": f"visual.{theirs}" for theirs, ours in VISION.items()}
+    block_names = {ours: theirs for theirs, ours in BLOCK.items()}
+    theirs: dict[str, Tensor] = {}
+    unknown = []
+    for key, value in state.items():
+        block = re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.(.+)", key)
+        if key == "logit_scale":
+            theirs[key] = value.reshape(())
+        elif key == "visual_projection.weight":
+            theirs["visual.proj"] = value.T.contiguous()
+        elif key in vision_names:
+            theirs[vision_names[key]] = value
+        elif block and block[2] in block_names:
+            theirs[f"visual.transformer.resblocks.{block[1]}.{block_names[block[2]]}"] = value
+        elif block and re.fullmatch(r"self_attn\.[qkv]_proj\.(weight|bias)", block[2]):
+            kind = block[2].rpartition(".")[2]
+            parts = [state[f"vision_model.encoder.layers.{block[1]}.self_attn.{name}.{kind}"] for name in FUSED]
+            theirs[f"visual.transformer.resblocks.{block[1]}.attn.in_proj_{kind}"] = torch.cat(parts)
+        elif key in PROJECTION.values():
+            theirs[next(name for name, ours in PROJECTION.items() if ours == key)] = value
+        elif key.startswith(TEXT_PREFIX[1]):
+            theirs[TEXT_PREFIX[0] + key.removeprefix(TEXT_PREFIX[1])] = value
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ValueError(f"the authors' form holds an OpenAI-style ViT only; it has no place for {listed(unknown)}")
+    return theirs
+
+
+def require_same_keys(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or a tensor has another shape; the message lists them.
+    """
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & state.keys())
+        if state[key].shape != expected[key].shape
+    ]
+    faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    found = [f"{len(keys)} {fault}: {listed(keys)}" for fault, keys in faults if keys]
+    if found:
+        raise ValueError(f"{what} does not fit the model; " + "; ".join(found))
+
+
+def infer_config(state: Mapping[str, Tensor]) -> MMKDClipConfig:
+    """Read the sizes off the authors' tensors; heads are 64 wide, as in the published model.
+
+    Args:
+        state: without prefixes (`unwrap`).
+
+    Raises:
+        ValueError: a tensor that tells a size is missing, or a width is not a multiple of 64.
+    """
+    needed = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj", *PROJECTION)
+    embeddings = TEXT_PREFIX[0] + "embeddings."
+    needed += tuple(f"{embeddings}{name}_embeddings.weight" for name in ("word", "position", "token_type"))
+    absent = [key for key in needed if key not in state]
+    if absent:
+        raise ValueError(f"not a checkpoint of the authors' form: no {listed(absent)}")
+    vocabulary, text_width = state[f"{embeddings}word_embeddings.weight"].shape
+    vision_width, channels, patch, _ = state["visual.conv1.weight"].shape
+    grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+    return MMKDClipConfig(
+        vision_config={
+            "hidden_size": vision_width,
+            "num_channels": channels,
+            "patch_size": patch,
+            "image_size": grid * patch,
+            "num_hidden_layers": _count(state, r"visual\.transformer\.resblocks\.(\d+)\."),
+            "num_attention_heads": _heads(vision_width, "vision"),
+            "intermediate_size": _rows(state, "visual.transformer.resblocks.0.mlp.c_fc.weight"),
+        },
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": text_width,
+            "num_hidden_layers": _count(state, r"text_encoder\.transformer\.encoder\.layer\.(\d+)\."),
+            "num_attention_heads": _heads(text_width, "text"),
+            "intermediate_size": _rows(state, TEXT_PREFIX[0] + "encoder.layer.0.intermediate.dense.weight"),
+            "max_position_embeddings": _rows(state, f"{embeddings}position_embeddings.weight"),
+            "type_vocab_size": _rows(state, f"{embeddings}token_type_embeddings.weight"),
+        },
+        projection_dim=state["visual.proj"].shape[1],
+        text_projection_hidden=_rows(state, "text_encoder.proj.0.weight"),
+    )
+
+
+def listed(keys: list[str]) -> str:
+    """The first keys of a list, and how many more there are."""
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return ", ".join(keys[:SHOWN]) + more
+
+
+def _renamed(key: str, value: Tensor) -> dict[str, Tensor] | None:
+    """Our tensors for one of the authors', or None when the key is not of their form."""
+    block = re.fullmatch(r"visual\.transformer\.resblocks\.(\d+)\.(.+)", key)
+    if key == "logit_scale":
+        return {key: value.reshape(1)}
+    if key == "visual.proj":
+        return {"visual_projection.weight": value.T.contiguous()}
+    if key in PROJECTION:
+        return {PROJECTION[key]: value}
+    if key.startswith(TEXT_PREFIX[0]):
+        return {TEXT_PREFIX[1] + key.removeprefix(TEXT_PREFIX[0]): value}
+    if key.removeprefix("visual.") in VISION and key.startswith("visual."):
+        return {"vision_model." + VISION[key.removeprefix("visual.")]: value}
+    if block and block[2] in BLOCK:
+        return {f"vision_model.encoder.layers.{block[1]}.{BLOCK[block[2]]}": value}
+    if block and block[2] in ("attn.in_proj_weight", "attn.in_proj_bias"):
+        kind = block[2].rpartition("_")[2]
+        parts = zip(FUSED, value.chunk(3), strict=True)
+        prefix = f"vision_model.encoder.layers.{block[1]}.self_attn"
+        return {f"{prefix}.{name}.{kind}": part.contiguous() for name, part in parts}
+    return None
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    return 1 + max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)
+
+
+def _rows(state: Mapping[str, Tensor], key: str) -> int:
+    if key not in state:
+        raise ValueError(f"not a checkpoint of the authors' form: no {key}")
+    return state[key].shape[0]
+
+
+def _heads(width: int, tower: str) -> int:
+    if width % HEAD_WIDTH:
+        raise ValueError(
+            f"the {tower} tower is {width} wide, which heads of {HEAD_WIDTH} do not divide: give the sizes with "
+            '--config FILE.json, for example {"vision": {"num_attention_heads": 4, ...}, "text": {...}}'
+        )
+    return width // HEAD_WIDTH

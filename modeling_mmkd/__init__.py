@@ -1,0 +1,42 @@
+# Copyright 2026 The mmkd-clip developers
+# SPDX-License-Identifier: Apache-2.0
+"""MMKD-CLIP for Hugging Face Transformers; importing it teaches the Auto classes the model.
+
+import modeling_mmkd
+from transformers import AutoModel
+model = AutoModel.from_pretrained("mmkd-clip")
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    BertTokenizer,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+)
+
+from .configuration_mmkd import MMKDClipConfig
+from .modeling_mmkd import MMKDClipModel, MMKDClipOutput, MMKDClipPreTrainedModel
+from .processing_mmkd import MMKDClipProcessor, clean_text
+
+AutoConfig.register(MMKDClipConfig.model_type, MMKDClipConfig)
+AutoModel.register(MMKDClipConfig, MMKDClipModel)
+AutoModelForZeroShotImageClassification.register(MMKDClipConfig, MMKDClipModel)
+AutoProcessor.register(MMKDClipConfig, MMKDClipProcessor)
+AutoImageProcessor.register(
+    MMKDClipConfig, image_processor_classes={"torchvision": CLIPImageProcessor, "pil": CLIPImageProcessorPil}
+)
+AutoTokenizer.register(MMKDClipConfig, tokenizer_class=BertTokenizer)
+
+__all__ = [
+    "MMKDClipConfig",
+    "MMKDClipModel",
+    "MMKDClipOutput",
+    "MMKDClipPreTrainedModel",
+    "MMKDClipProcessor",
+    "clean_text",
+]

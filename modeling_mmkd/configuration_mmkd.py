@@ -1,0 +1,84 @@
+# Copyright 2026 The mmkd-clip developers
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of MMKD-CLIP: a vision tower, a text tower and what joins them.
+
+The defaults are the published student: ViT-B/16 at 224 pixels in OpenAI's form and BiomedBERT-base. The towers may be
+any vision and any BERT-like model that transformers knows, each described by its own configuration.
+"""
+
+import math
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
+POOLINGS = ("cls", "mean")
+
+
+class MMKDClipConfig(PretrainedConfig):
+    """Configuration of an `MMKDClipModel`.
+
+    Args:
+        vision_config: configuration or dictionary of the vision tower; ``model_type`` defaults to
+            ``clip_vision_model`` with a patch size of 16.
+        text_config: configuration or dictionary of the text tower; ``model_type`` defaults to ``bert``.
+        projection_dim: width of the joint space.
+        text_projection_hidden: hidden width of the text projection, by default the mean of the text tower's width and
+            ``projection_dim``.
+        text_pooling: ``cls`` (first token, as published) or ``mean`` (over the attention mask).
+        logit_scale_init_value: natural logarithm of the similarities' multiplier at the start.
+
+    Raises:
+        ValueError: a size that is not positive, or an unknown pooling.
+    """
+
+    model_type = "mmkd_clip"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vision_config: PretrainedConfig | dict[str, Any] | None = None,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        projection_dim: int = 512,
+        text_projection_hidden: int | None = None,
+        text_pooling: str = "cls",
+        logit_scale_init_value: float = DEFAULT_LOGIT_SCALE,
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = _tower(vision_config, "clip_vision_model", {"patch_size": 16})
+        self.text_config = _tower(text_config, "bert", {})
+        if text_pooling not in POOLINGS:
+            raise ValueError(f"text_pooling is {text_pooling!r}; allowed: {', '.join(POOLINGS)}")
+        self.projection_dim = projection_dim
+        self.text_projection_hidden = text_projection_hidden or (_width(self.text_config) + projection_dim) // 2
+        self.text_pooling = text_pooling
+        self.logit_scale_init_value = logit_scale_init_value
+        for name in ("projection_dim", "text_projection_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__init__(**kwargs)
+
+
+def _tower(
+    config: PretrainedConfig | dict[str, Any] | None, model_type: str, defaults: dict[str, Any]
+) -> PretrainedConfig:
+    """A tower's configuration object; ``defaults`` hold where it is of the default type and does not say otherwise."""
+    if isinstance(config, PretrainedConfig):
+        return config
+    values = dict(config or {})
+    model_type = values.pop("model_type", model_type)
+    if model_type == "clip_vision_model":
+        values = {**defaults, **values}
+    return AutoConfig.for_model(model_type, **values)
+
+
+def _width(config: PretrainedConfig) -> int:
+    """Width of a text tower's hidden states."""
+    width = getattr(config, "hidden_size", None) or getattr(config, "dim", None)
+    if not width:
+        raise ValueError(f"text_config of type {config.model_type!r} states no hidden_size; use a BERT-like model")
+    return int(width)
+
+
+__all__ = ["MMKDClipConfig"]

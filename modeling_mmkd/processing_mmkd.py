@@ -1,0 +1,78 @@
+# Copyright 2026 The mmkd-clip developers
+# SPDX-License-Identifier: Apache-2.0
+"""Processor of MMKD-CLIP: evaluation pixels as the authors computed them, captions as short as they are.
+
+Texts are unescaped and freed of superfluous white space as in the authors' training, then padded to the longest of the
+batch, never to the whole context.
+"""
+
+import html
+from typing import Any
+
+from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class MMKDClipProcessorKwargs(ProcessingKwargs, total=False):
+    """Defaults: padding to the longest text of the batch, truncation to the tokenizer's context."""
+
+    _defaults = {"text_kwargs": {"padding": True, "truncation": True}}  # noqa: RUF012
+
+
+class MMKDClipProcessor(ProcessorMixin):
+    """Images to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``.
+
+    Args:
+        image_processor: shortest side to 224 pixels (bicubic, antialiased), central square, RGB, OpenAI's mean and
+            standard deviation. ``CLIPImageProcessorPil`` gives the authors' pixels exactly; the torchvision backend is
+            faster and differs by at most one grey level.
+        tokenizer: the text tower's; its ``model_max_length`` is the context.
+    """
+
+    valid_processor_kwargs = MMKDClipProcessorKwargs
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "MMKDClipProcessor":
+        """Load from a folder or Hub id; ``backend="torchvision"`` is faster, the default ``"pil"`` exact."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{"backend": "pil", **kwargs})
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Prepare images, texts or both.
+
+        Args:
+            images: an image or a list of them (PIL, numpy or torch).
+            text: a text or a list of them; longer ones than the context are cut, with one warning.
+            **kwargs: options of the image processor and the tokenizer.
+        """
+        if isinstance(text, str):
+            text = clean_text(text)
+        elif text is not None:
+            text = [clean_text(item) if isinstance(item, str) else item for item in text]
+        output = super().__call__(images=images, text=text, **kwargs)
+        if text is not None:
+            context = kwargs.get("max_length") or self.tokenizer.model_max_length
+            if len(output["input_ids"]) and len(output["input_ids"][0]) >= context:
+                self._warn_if_cut([text] if isinstance(text, str) else text, context)
+        return output
+
+    def _warn_if_cut(self, texts: list[Any], context: int) -> None:
+        """Say once that a text was longer than the context."""
+        for text in texts:
+            tokens = len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+            if tokens > context:
+                logger.warning_once(f"texts longer than {context} tokens are cut, the first seen has {tokens}")
+                return
+
+
+def clean_text(text: str) -> str:
+    """Unescape HTML twice and make every run of white space one space."""
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
+__all__ = ["MMKDClipProcessor", "clean_text"]
