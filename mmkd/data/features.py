@@ -261,7 +261,8 @@ def shard_path(store: Path, shard: int) -> Path:
 
 
 def _as_stored(features: torch.Tensor, dtype: FeatureType) -> np.ndarray:
-    return np.ascontiguousarray(features.detach().cpu().float().numpy().astype(dtype))
+    with np.errstate(over="ignore"):  # infinities are refused by the caller
+        return np.ascontiguousarray(features.detach().cpu().float().numpy().astype(dtype))
 
 
 def _map_shard(path: Path, shape: tuple[int, int], dtype: FeatureType) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ from PIL import Image
 
 Reason = Literal["missing", "unreadable", "unsupported", "corrupt", "too_small", "too_large", "too_narrow"]
 REASONS: tuple[str, ...] = get_args(Reason)
-FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000", "MPO")
+FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
 MAX_PIXELS = 89_478_485
 MAX_FILE_BYTES = 1024**3
 MAX_ASPECT = 100

@@ -71,8 +71,8 @@ def _always(label: str) -> Finding:
 def _dab(tile: np.ndarray) -> tuple[str, str]:
     """Brown is where red exceeds blue by more than 30 grey levels."""
     brown = float((tile[..., 0].astype(int) - tile[..., 2] > 30).mean())
-    label = "DAB-positive immunohistochemistry" if brown >= 0.5 else "hematoxylin-counterstained DAB-negative tissue"
-    return label, f"brown DAB reaction on {100 * brown:.0f} % of the area"
+    answer = "positive" if brown >= 0.5 else "negative"
+    return f"mostly DAB-{answer} immunohistochemistry", f"brown DAB reaction on {100 * brown:.0f} % of the area"
 
 
 def _flow(tile: np.ndarray) -> tuple[str, str]:
@@ -87,7 +87,7 @@ def _flow(tile: np.ndarray) -> tuple[str, str]:
 def _phase(tile: np.ndarray) -> tuple[str, str]:
     """The cell has a phase far above the background's."""
     bright = float((tile > 150).mean())
-    return "quantitative phase image of a cell", "part of the cell" if bright > 0.05 else "background around the cell"
+    return "quantitative phase image", "part of the cell" if bright > 0.05 else "background around the cell"
 
 
 FIELDS = (

@@ -67,7 +67,7 @@ def brain_slices() -> Iterator[PackagedImage]:
         for plane in PLANES:
             for slab, (split, first, last) in enumerate(plane.slabs):
                 for position in range(first, last + 1, plane.step_mm):
-                    pixels = np.take(volume, position - ORIGIN_MM[plane.axis], axis=plane.axis)
+                    pixels = np.moveaxis(volume, plane.axis, 0)[position - ORIGIN_MM[plane.axis]]
                     group = f"mni152 {plane.name} slab {slab}"
                     yield _slice(map_name, plane, position, np.ascontiguousarray(pixels.T[::-1]), group, split)
 

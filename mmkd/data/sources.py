@@ -117,21 +117,24 @@ def _row(place: str, fields: dict[str | Any, Any]) -> Row:
 
 def _published_row(source: Path, number: int, sample: PublishedSample) -> Row:
     """A sample with what the JSON beside its image says of modality, article and licence."""
-    sidecar = source / Path(sample.image).with_suffix(".json")
-    facts: dict[str, Any] = {}
-    if is_inside(sample.image) and sidecar.is_file():
-        try:
-            facts = json.loads(sidecar.read_text(encoding="utf-8"))
-        except ValueError:  # broken JSON or bytes: the image and its caption are still good
-            facts = {}
-    modalities = facts.get("image_secondary_label") or [""]
+    facts = _sidecar(source / Path(sample.image).with_suffix(".json")) if is_inside(sample.image) else {}
+    modalities = facts.get("image_secondary_label")
     return Row(
         place=f"{META_FILE}:{number}",
         file=sample.image,
         caption=sample.caption,
-        modality=str(modalities[0]),
+        modality=str(modalities[0]) if isinstance(modalities, list) and modalities else "",
         group=str(facts.get("article_accession_id") or sample.id),
         license=str(facts.get("article_license") or ""),
         id=sample.id,
         teachers=sample.teachers,
     )
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """The JSON beside an image, empty where it is missing or broken: image and caption are good without it."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

@@ -1,0 +1,159 @@
+"""Feature stores: exact look-up, resumable and byte-identical writing, and the authors' folder as it is."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from mmkd.data.features import FeatureStore, FeatureWriter, TeacherFeatures, shard_path
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGE, TEXT = torch.randn(10, 6, generator=GENERATOR), torch.randn(10, 6, generator=GENERATOR)
+IDS = [f"pair-{number}" for number in range(10)]
+
+
+def write(path, shards=(0, 1, 2), name="plip", ids=IDS, dtype="float16", fingerprint="weights-1"):
+    writer = FeatureWriter(path, name, dtype, shard_size=4, fingerprint=fingerprint)
+    for k in shards:
+        if not writer.has(k):
+            writer.write_shard(k, IMAGE[4 * k : 4 * k + 4], TEXT[4 * k : 4 * k + 4])
+    writer.finish(ids, {"weights": fingerprint})
+    return path
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 0)])
+def test_lookup(tmp_path, dtype, tolerance):
+    store = FeatureStore(write(tmp_path / "plip", dtype=dtype))
+    assert (store.name, store.dim, store.ids, store.provenance) == ("plip", 6, IDS, {"weights": "weights-1"})
+    image, text, mask = store.lookup(["pair-9", "nobody", "pair-0", "pair-5", "pair-9"])
+    assert mask.tolist() == [True, False, True, True, True]
+    rows = [9, 0, 5, 9]
+    torch.testing.assert_close(image[mask], IMAGE[rows], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(text[mask], TEXT[rows], atol=tolerance, rtol=tolerance)
+    assert not image[1].any()
+    assert image.dtype == text.dtype == torch.float32
+
+
+def test_resumed_store_is_byte_identical(tmp_path):
+    whole = contents(write(tmp_path / "whole"))
+    killed = FeatureWriter(tmp_path / "killed", "plip", shard_size=4, fingerprint="weights-1")
+    killed.write_shard(1, IMAGE[4:8], TEXT[4:8])  # another process was first, then the run was killed
+    (tmp_path / "killed" / ".shard-00000.safetensors.0.tmp").write_bytes(b"half")
+    with pytest.raises(FileNotFoundError, match="no finished"):
+        FeatureStore(tmp_path / "killed")
+    stamp = shard_path(tmp_path / "killed", 1).stat().st_mtime_ns
+    resumed = contents(write(tmp_path / "killed"))
+    assert shard_path(tmp_path / "killed", 1).stat().st_mtime_ns == stamp
+    assert {name: data for name, data in resumed.items() if not name.startswith(".")} == whole
+
+
+def test_shards_of_other_weights_are_refused(tmp_path):
+    write(tmp_path / "plip")
+    with pytest.raises(ValueError, match="other pairs or weights"):
+        FeatureWriter(tmp_path / "plip", "plip", shard_size=4, fingerprint="weights-2").has(0)
+
+
+def test_writer_refuses_what_it_cannot_store(tmp_path):
+    writer = FeatureWriter(tmp_path / "plip", "plip", shard_size=4)
+    for image, text in ((IMAGE[:4], TEXT[:4, :5]), (IMAGE[:5], TEXT[:5]), (IMAGE[:0], TEXT[:0])):
+        with pytest.raises(ValueError, match="features must"):
+            writer.write_shard(0, image, text)
+    with pytest.raises(ValueError, match="not finite"):
+        writer.write_shard(0, IMAGE[:4] * 1e6, TEXT[:4])
+    assert not (tmp_path / "plip").exists()
+    writer.write_shard(0, IMAGE[:4], TEXT[:4])
+    with pytest.raises(FileNotFoundError, match="shard-00001"):
+        writer.finish(IDS[:6], {})
+    with pytest.raises(ValueError, match="expected"):
+        writer.finish(IDS[:3], {})
+    with pytest.raises(ValueError, match="unique"):
+        writer.finish(["a", "a", "b", "c"], {})
+    with pytest.raises(ValueError, match="dtype"):
+        FeatureWriter(tmp_path / "plip", "plip", "int4")
+
+
+def test_a_shard_cut_in_half_is_refused(tmp_path):
+    store = write(tmp_path / "plip")
+    path = shard_path(store, 1)
+    data = path.read_bytes()
+    for size in (len(data) // 2, len(data) - 1, 20, 0):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"shard-00001.*truncated"):
+            FeatureStore(store)
+
+
+def test_teachers_of_different_width_with_missing_pairs(tmp_path):
+    write(tmp_path / "plip")
+    writer = FeatureWriter(tmp_path / "bmca", "BMCA", "float32", shard_size=16)
+    writer.write_shard(0, torch.cat([IMAGE, IMAGE], 1)[:3], torch.cat([TEXT, TEXT], 1)[:3])
+    writer.finish(["extra", "pair-1", "pair-3"], {})
+    features = TeacherFeatures.open(tmp_path)
+    assert features.dims == {"BMCA": 12, "plip": 6}
+    assert set(features.ids) == {"extra", *IDS}
+    found = features.lookup(["pair-3", "pair-2", "extra", "nobody"])
+    assert found["BMCA"]["mask"].tolist() == [True, False, True, False]
+    assert found["plip"]["mask"].tolist() == [True, True, False, False]
+    assert torch.equal(found["BMCA"]["image"][0, :6], IMAGE[2])
+    torch.testing.assert_close(found["plip"]["text"][0], TEXT[3], atol=2e-3, rtol=2e-3)
+    assert TeacherFeatures.open(tmp_path, ["plip"]).names == ["plip"]
+    assert TeacherFeatures.open(tmp_path / "bmca").names == ["BMCA"]
+    with pytest.raises(ValueError, match="it has: BMCA, plip"):
+        TeacherFeatures.open(tmp_path, ["quilt"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="mmkd extract"):
+        TeacherFeatures.open(tmp_path / "empty")
+
+
+def test_two_stores_of_one_name(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    with pytest.raises(ValueError, match="same teacher"):
+        TeacherFeatures.open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["raw", "aligned"])
+def test_published_features(shared_data, kind):
+    folder = shared_data / "mmkd_clip_official" / "MMKDCLIP_DATA"
+    features = TeacherFeatures.open(folder, kind=kind)
+    assert set(features.dims.values()) == ({512, 768} if kind == "raw" else {512})
+    found = features.lookup([features.ids[7], "nobody", features.ids[0]])
+    file = {"raw": "clips_output.pt", "aligned": "clips_project_output.pt"}[kind]
+    for row, id in ((0, features.ids[7]), (2, features.ids[0])):
+        stored = torch.load(next(folder.glob(f"features/*/{id}/{file}")), weights_only=True)
+        for name, teacher in found.items():
+            assert bool(teacher["mask"][row]) == (f"{name}_img" in stored)
+            if teacher["mask"][row]:
+                assert torch.equal(teacher["image"][row], stored[f"{name}_img"])
+                assert torch.equal(teacher["text"][row], stored[f"{name}_txt"])
+    assert not any(teacher["mask"][1] for teacher in found.values())
+
+
+def test_published_folder_with_a_missing_or_escaping_sample(shared_data, tmp_path):
+    source = shared_data / "mmkd_clip_official" / "MMKDCLIP_DATA"
+    lines = (source / "meta.jsonl").read_text().splitlines()
+    shutil.copy(source / "meta.jsonl", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"clips_output\.pt is missing"):
+        TeacherFeatures.open(tmp_path)
+    row = json.loads(lines[0])
+    (tmp_path / "meta.jsonl").write_text(json.dumps({**row, "id": "../../x"}) + "\n")
+    with pytest.raises(ValueError, match="refused"):
+        TeacherFeatures.open(tmp_path)
+
+
+def test_random_rows_equal_a_plain_array(tmp_path):
+    image = torch.randn(1000, 8, generator=GENERATOR)
+    writer = FeatureWriter(tmp_path / "t", "t", "float32", shard_size=64)
+    for k in range(0, 1000, 64):
+        writer.write_shard(k // 64, image[k : k + 64], -image[k : k + 64])
+    ids = [str(number) for number in range(1000)]
+    writer.finish(ids, {})
+    rows = np.random.default_rng(0).integers(0, 1000, 500)
+    found = TeacherFeatures.open(tmp_path).lookup([ids[row] for row in rows])["t"]
+    assert torch.equal(found["image"], image[rows])
+    assert torch.equal(found["text"], -image[rows])

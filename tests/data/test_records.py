@@ -1,0 +1,74 @@
+"""Manifests: what is written is read, and nothing leaves the image root."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mmkd.data.records import Pair, is_inside, open_pairs, write_manifest
+
+PAIRS = [
+    Pair("a", "x/1.png", "eine Aufnahme „März“", modality="CT", split="test", width=3, teachers=("plip", "bmca")),
+    Pair("b", "2.png", "b", teachers=()),
+    Pair("c", "3.png", "c"),
+]
+
+
+def test_round_trip(tmp_path):
+    write_manifest(tmp_path, PAIRS)
+    assert open_pairs(tmp_path).pairs == PAIRS
+    assert open_pairs(tmp_path, "test").pairs == PAIRS[:1]
+    assert json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[2]) == {
+        "id": "c", "image": "3.png", "caption": "c", "split": "train",
+    }  # fmt: skip
+    before = (tmp_path / "manifest.jsonl").read_bytes()
+    write_manifest(tmp_path, PAIRS)
+    assert (tmp_path / "manifest.jsonl").read_bytes() == before
+
+
+def test_images_may_lie_in_the_folder_of_another_stage(tmp_path):
+    write_manifest(tmp_path / "screened", PAIRS, images=tmp_path / "pairs" / "images")
+    folder = open_pairs(tmp_path / "screened")
+    assert folder.image_path(PAIRS[1]) == (tmp_path / "pairs" / "images" / "2.png").resolve()
+
+
+@pytest.mark.parametrize("path", ["../x.png", "/etc/passwd", "a/../../x", "..\\x", "C:\\x", "", "a\0b"])
+def test_paths_that_leave(path, tmp_path):
+    assert not is_inside(path)
+    write_manifest(tmp_path, [Pair("a", path, "c")])
+    with pytest.raises(ValueError, match=r"leaves the image root|missing keys"):
+        open_pairs(tmp_path)
+
+
+def test_links_that_leave(tmp_path):
+    (tmp_path / "pairs" / "images").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (tmp_path / "pairs" / "images" / "2.png").symlink_to(tmp_path / "secret.png")
+    write_manifest(tmp_path / "pairs", PAIRS)
+    with pytest.raises(ValueError, match="outside"):
+        open_pairs(tmp_path / "pairs").image_path(PAIRS[1])
+
+
+def test_errors_say_where(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mmkd curate"):
+        open_pairs(tmp_path)
+    write_manifest(tmp_path, PAIRS)
+    with pytest.raises(ValueError, match="allowed: train, validation, test"):
+        open_pairs(tmp_path, "dev")
+    with pytest.raises(ValueError, match="no pairs in split 'validation'"):
+        open_pairs(tmp_path, "validation")
+    write_manifest(tmp_path, [PAIRS[1], dataclasses.replace(PAIRS[2], id="b")])
+    with pytest.raises(ValueError, match="twice"):
+        open_pairs(tmp_path)
+    for line in ('{"id": "a", "image"', "[]", '{"id": "a"}', '{"id": "a", "image": "i", "caption": "c", "colour": 1}',
+                 '{"id": 7, "image": "i", "caption": "c"}'):  # fmt: skip
+        (tmp_path / "manifest.jsonl").write_text('{"id": "z", "image": "i", "caption": "c"}\n' + line + "\n")
+        with pytest.raises(ValueError, match=r"manifest\.jsonl:2"):
+            open_pairs(tmp_path)
+
+
+def test_published_folder(shared_data):
+    folder = open_pairs(shared_data / "mmkd_clip_official" / "MMKDCLIP_DATA")
+    assert len(folder.pairs) == 8
+    assert folder.pairs[0].teachers == ("BMCA", "BiomedCLIP", "UniMedCLIP", "QuiltNet", "GenMedClip")
+    assert all(folder.image_path(pair).is_file() for pair in folder.pairs)
