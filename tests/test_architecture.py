@@ -58,11 +58,9 @@ def test_arrows_point_down():
     for path in SOURCES:
         room = path.relative_to(ROOT).parts[0]
         for name in imports(path):
-            if room == "mmkd":
-                assert not name.startswith(("mmkd.train", "mmkd.hub", "train", "hub.")), f"{path}: {name}"
-            if room in ("train", "hub"):
-                allowed = name == "mmkd.train.configs" or not name.startswith(("mmkd.train", "mmkd.hub", ".", "train"))
-                assert allowed, f"{path}: a recipe imports a recipe ({name})"
+            upward = f"{name}.".startswith(("mmkd.train.", "mmkd.hub.", "train.", "hub."))
+            assert not upward, f"{path} imports the recipe {name}"
+            assert room == "modeling_mmkd" or not name.startswith("."), f"{path}: {name} is relative"
 
 
 def test_no_circles():
