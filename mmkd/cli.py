@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         command, environment = launch_command(module, launcher, arguments)
         raise SystemExit(subprocess.call(command, env=os.environ | environment))
     sys.argv = [f"mmkd {name}", *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=False)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def split_launcher_options(arguments: list[str]) -> tuple[list[str], list[str]]:

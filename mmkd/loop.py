@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -82,8 +82,7 @@ def start(settings: LoopSettings) -> Accelerator:
     if not settings.learning_rate > 0 or not 0 <= settings.dropout < 1:
         raise ValueError("--learning_rate must be above 0, --dropout at least 0 and below 1")
     refuse_existing(settings.output, settings.overwrite)
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision="no")
     torch.manual_seed(settings.seed)
     return accelerator
 

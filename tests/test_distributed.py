@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 
-import pytest
 import torch
 
 from mmkd.distributed import gather, gather_lists, mean_over_processes, rank, world_size

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.utils.logging import disable_progress_bar
+
 from mmkd.data.batches import pair_batches
 from mmkd.data.features import TeacherFeatures
 from mmkd.data.published_features import FeatureKind
@@ -77,6 +79,8 @@ class DistillSettings(LoopSettings):
 def main(settings: DistillSettings) -> None:
     """Distil and write the folder."""
     accelerator = start(settings)
+    if settings.quiet:
+        disable_progress_bar()
     folder = open_pairs(settings.pairs, "train")
     features, aligned = open_features(settings, folder)
     model, processor = load_student(settings.model)

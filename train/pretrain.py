@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from transformers.utils.logging import disable_progress_bar
+
 from mmkd.data.batches import pair_batches
 from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.loop import LoopSettings, fit, start
@@ -45,6 +47,8 @@ class PretrainSettings(LoopSettings):
 def main(settings: PretrainSettings) -> None:
     """Train and write the folder."""
     accelerator = start(settings)
+    if settings.quiet:
+        disable_progress_bar()
     folder = open_pairs(settings.pairs, "train")
     pairs = select(folder.pairs, settings.modalities, settings.labels, settings.part)
     if settings.model is not None:

@@ -1,0 +1,273 @@
+"""Every training config and recipe on a few pictures, through the functions that the commands call."""
+
+import json
+from pathlib import Path
+
+import mmkd.train.align
+import mmkd.train.configs
+import mmkd.train.distill
+import mmkd.train.pretrain
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from test_distributed import torchrun
+from transformers import BertConfig, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig
+
+from mmkd.aligner import load_aligner
+from mmkd.data.features import FeatureWriter, TeacherFeatures
+from mmkd.data.records import Pair, write_manifest
+from mmkd.settings import parse
+from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
+
+CONFIGS = Path(mmkd.train.configs.__file__).parent
+RECIPES = {"pretrain": mmkd.train.pretrain, "align": mmkd.train.align, "distill": mmkd.train.distill}
+SETTINGS = {
+    "pretrain": mmkd.train.pretrain.PretrainSettings,
+    "align": mmkd.train.align.AlignSettings,
+    "distill": mmkd.train.distill.DistillSettings,
+}
+PAIRS, DIM = 12, 16
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+TINY = ["--epochs", "1", "--batch_size", "4", "--workers", "0", "--quiet"]
+
+
+def make_student(folder, dim=DIM):
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnop")]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    vision = CLIPVisionConfig(image_size=32, patch_size=16, **SMALL)
+    text = BertConfig(vocab_size=len(words), max_position_embeddings=64, **SMALL)
+    MMKDClipModel(MMKDClipConfig(vision, text, projection_dim=dim)).save_pretrained(folder)
+    sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=32)
+    MMKDClipProcessor(CLIPImageProcessorPil(**sides), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Pairs of random pictures, features of three teachers of two widths, and a tiny student."""
+    root = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    pairs = []
+    (root / "pairs" / "images").mkdir(parents=True)
+    for k in range(PAIRS + 2):
+        pixels = rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "pairs" / "images" / f"{k}.png")
+        split = "train" if k < PAIRS else "test"
+        modality = ("ct", "mri")[k % 2]
+        pairs.append(
+            Pair(f"p{k}", f"{k}.png", f"{modality} of case {chr(97 + k)}", modality, group=f"g{k // 2}", split=split)
+        )
+    write_manifest(root / "pairs", pairs)
+    for name, width in {"one": DIM, "two": DIM, "three": 24}.items():
+        writer = FeatureWriter(root / "features" / name, name)
+        features = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(2, PAIRS + 2, width))), dim=-1)
+        writer.write_shard(0, features[0].float(), features[1].float())
+        writer.finish([pair.id for pair in pairs], {})
+    make_student(root / "student")
+    align(root / "aligned", root, "--dim", DIM)
+    return root
+
+
+def call(recipe, *arguments):
+    settings = parse(SETTINGS[recipe], [str(argument) for argument in arguments])
+    RECIPES[recipe].main(settings)
+    return settings
+
+
+def align(output, world, *more):
+    return call(
+        "align", "--pairs", world / "pairs", "--features", world / "features", "--output", output, "--quiet", *more
+    )
+
+
+def distill(output, world, *more):
+    inputs = [argument for name in ("pairs", "features", "aligned") for argument in (f"--{name}", world / name)]
+    return call("distill", *inputs, "--model", world / "student", "--output", output, *TINY, *more)
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def overrides(recipe, world, output):
+    """What replaces the folders and sizes of a config, and nothing else."""
+    common = {
+        "output": output,
+        "pairs": world / "pairs",
+        "max_steps": 2,
+        "batch_size": 4,
+        "workers": 0,
+        "quiet": "true",
+    }
+    own = {
+        "pretrain": {"model": world / "student"},
+        "align": {"features": world / "features", "dim": DIM},
+        "distill": {name: world / name for name in ("features", "aligned")} | {"model": world / "student"},
+    }[recipe]
+    return [text for key, value in (common | own).items() for text in (f"--{key}", value)]
+
+
+@pytest.mark.parametrize("name", ["pretrain", "pretrain_paper", "align", "distill", "distill_paper"])
+def test_every_config_opens_with_its_commands_and_runs(tmp_path, world, name):
+    path, recipe = CONFIGS / f"{name}.yaml", name.removesuffix("_paper")
+    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(line.startswith("# Before: ") for line in comment)
+    assert f"# Run:    accelerate launch train/{recipe}.py --config train/configs/{name}.yaml" in comment
+    call(recipe, "--config", path, *overrides(recipe, world, tmp_path / "out"))
+    saved = yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text())
+    given = yaml.safe_load(path.read_text())
+    for key in ("learning_rate", "warmup_steps", "precision", "aligner", "recipe", "losses"):
+        if key in given:
+            assert given[key] == (saved[key] if key != "losses" else {name: saved[key][name] for name in given[key]})
+    if recipe != "align":
+        assert len(log(tmp_path / "out")) == 2
+
+
+def test_pretrained_folder_loads_and_has_learned(tmp_path, world):
+    call("pretrain", "--pairs", world / "pairs", "--model", world / "student", "--output", tmp_path / "out", *TINY)
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"config.json", "settings.yaml", "log.jsonl"}
+    model = MMKDClipModel.from_pretrained(tmp_path / "out")
+    assert MMKDClipProcessor.from_pretrained(tmp_path / "out").tokenizer.model_max_length == 32
+    before = tensors(world / "student")
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert len(changed) > len(before) / 2
+    assert [line["step"] for line in log(tmp_path / "out")] == [1, 2, 3]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_frozen_parts_stay(tmp_path, world):
+    call(
+        "pretrain", "--pairs", world / "pairs", "--model", world / "student", "--output", tmp_path / "out",
+        "--freeze", "vision_model,text_model[:1]", "--gradient_checkpointing", *TINY,
+    )  # fmt: skip
+    before, after = tensors(world / "student"), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any(name.startswith(("vision_model.", "text_model.embeddings.")) for name in changed)
+    assert any(name.startswith("text_model.") for name in changed)
+    assert "visual_projection.weight" in changed
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, world):
+    for name, more in {"plain": [], "checkpointed": ["--gradient_checkpointing"]}.items():
+        distill(tmp_path / name, world, *more)
+    plain, checkpointed = tensors(tmp_path / "plain"), tensors(tmp_path / "checkpointed")
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tensor, checkpointed[name], atol=1e-6, rtol=0)
+
+
+def test_selection_of_pairs(world):
+    pairs = [Pair(f"p{k}", "x", "y", ("ct", "mri")[k % 2], group=f"g{k // 2}") for k in range(40)]
+    select = mmkd.train.pretrain.select
+    assert {pair.modality for pair in select(pairs, ["ct"], [], None)} == {"ct"}
+    parts = [{pair.id for pair in select(pairs, [], [], f"{share}/3")} for share in (1, 2, 3)]
+    assert set.union(*parts) == {pair.id for pair in pairs}
+    assert sum(map(len, parts)) == 40
+    groups = [{pair.group for pair in pairs if pair.id in part} for part in parts]
+    assert not groups[0] & groups[1]
+    with pytest.raises(ValueError, match=r"--modalities cta.*did you mean 'ct'"):
+        select(pairs, ["cta"], [], None)
+    with pytest.raises(ValueError, match="--part 4/3"):
+        select(pairs, [], [], "4/3")
+
+
+def test_aligned_stores_and_report(tmp_path, world):
+    features = TeacherFeatures.open(world / "aligned")
+    assert features.dims == {"one": DIM, "three": DIM, "two": DIM}
+    assert len(features.ids) == PAIRS + 2
+    report = json.loads((world / "aligned" / "report.json").read_text())
+    assert report["teachers"] == {"one": PAIRS, "two": PAIRS, "three": PAIRS}
+    after, before = report["after"]["same_sample_cross_teacher"], report["before"]["same_sample_cross_teacher"]
+    assert after["image"] > before["image"]
+
+
+def test_alignment_is_fitted_on_training_pairs_alone(tmp_path, world):
+    """Other features of the held-out pairs leave the aligner as it was."""
+    changed = tmp_path / "features"
+    for name, store in ((n, TeacherFeatures.open(world / "features", [n])) for n in ("one", "two", "three")):
+        found = store.lookup(store.ids)[name]
+        for side in ("image", "text"):
+            found[side][PAIRS:] = 7.0
+        writer = FeatureWriter(changed / name, name)
+        writer.write_shard(0, found["image"], found["text"])
+        writer.finish(store.ids, {})
+    call("align", "--pairs", world / "pairs", "--features", changed, "--output", tmp_path / "out", "--dim", DIM)
+    for name, tensor in load_aligner(tmp_path / "out").tensors().items():
+        assert torch.equal(tensor, load_aligner(world / "aligned").tensors()[name])
+
+
+def test_autoencoder_aligns_through_the_loop(tmp_path, world):
+    align(tmp_path / "out", world, "--aligner", "autoencoder", "--dim", DIM, "--epochs", 3, "--batch_size", 4)
+    assert len(log(tmp_path / "out")) == 9
+    assert TeacherFeatures.open(tmp_path / "out").dims["three"] == DIM
+
+
+def test_distilling_twice_gives_the_same_bytes(tmp_path, world):
+    for name in ("one", "two"):
+        distill(tmp_path / name, world, "--losses.interactive", "1")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert {"task", "feature", "interactive", "relational"} <= set(log(tmp_path / "one")[0])
+
+
+def test_recipe_paper_is_a_set_of_named_settings(tmp_path, world):
+    paper = distill(tmp_path / "paper", world, "--recipe", "paper")
+    assert (paper.target, paper.target_norm, paper.feature_form) == ("random", "stored", "squared")
+    assert paper.interactive_scale == "constant"
+    assert paper.losses == {"task": 1.0, "feature": 50.0, "interactive": 1.0, "relational": 0.0}
+    spelled = ["--target", "random", "--target_norm", "stored", "--feature_form", "squared"]
+    weights = ["--losses", "task: 1, feature: 50, interactive: 1, relational: 0"]
+    distill(tmp_path / "spelled", world, *spelled, "--interactive_scale", "constant", *weights)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("paper", "spelled")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_distilling_from_the_authors_folder_as_it_is(tmp_path, shared_data, recipe):
+    folder = shared_data / "mmkd_clip_official" / "MMKDCLIP_DATA"
+    student = make_student(tmp_path / "student", dim=512)
+    inputs = [text for name in ("pairs", "features", "aligned") for text in (f"--{name}", folder)]
+    output = tmp_path / "out"
+    call("distill", *inputs, "--model", student, "--output", output, *TINY, "--recipe", recipe)
+    assert len(log(output)) == 2
+    assert {"task", "feature"} < set(log(output)[0])
+
+
+def test_mixed_widths_are_refused_before_training(tmp_path, world):
+    with pytest.raises(ValueError, match=r"student's features \(16\).*three 24.*mmkd align --dim 16"):
+        distill(tmp_path / "out", world, "--aligned", world / "features")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_inputs_are_said_before_training(tmp_path, world):
+    with pytest.raises(ValueError, match="the loss relational needs --features"):
+        distill(tmp_path / "out", world, "--features", "none")
+    with pytest.raises(FileNotFoundError, match=r"--model \./nowhere"):
+        distill(tmp_path / "out", world, "--model", "./nowhere")
+    with pytest.raises(ValueError, match="unknown loss 'tsk'"):
+        distill(tmp_path / "out", world, "--losses.tsk", "1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_give_the_model_of_one(tmp_path, world):
+    common = [
+        "--pairs", world / "pairs", "--features", world / "features", "--aligned", world / "aligned",
+        "--model", world / "student", "--epochs", 7, "--batch_size", 4, "--workers", 0, "--quiet",
+        "--learning_rate", 1e-3, "--losses.interactive", 1,
+        "--target", "random",
+    ]  # fmt: skip
+    call("distill", *common, "--output", tmp_path / "one")
+    torchrun("-m", "mmkd.train.distill", *common, "--output", tmp_path / "two")
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], atol=1e-5, rtol=0)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
