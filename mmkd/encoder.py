@@ -1,0 +1,85 @@
+"""The one interface of student and teachers: images and texts in, unit vectors in one space out.
+
+Everything that differs between models (preprocessing, tokenizer, context, pooling) stays behind `encode_images` and
+`encode_texts`, so that extraction and evaluation treat a teacher, a student and a user's own model alike. Encoding is
+inference only: whole batches, no gradients, results in main memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from mmkd.data.images import to_rgb
+
+BATCH_SIZE = 64
+Item = TypeVar("Item")
+
+
+class DualEncoder(ABC):
+    """Encodes images and texts into one space.
+
+    Attributes:
+        name: how the encoder is called in stores and results.
+        dim: width of its space.
+        provenance: JSON values that say what it is: weights and their fingerprint, preprocessing, tokenizer, context,
+            pooling, license, versions.
+        batch_size: most images or texts that go through the model together.
+    """
+
+    def __init__(self, name: str, dim: int, provenance: dict[str, Any], batch_size: int = BATCH_SIZE) -> None:
+        """Name the encoder and say what it is."""
+        self.name = name
+        self.dim = dim
+        self.provenance = provenance
+        self.batch_size = batch_size
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Encode n images of any size and mode.
+
+        Returns:
+            (n, dim) float32 on the CPU, unit length.
+
+        Raises:
+            ValueError: the model gives features of another shape, or some that are not finite.
+        """
+        return self._encode([to_rgb(image) for image in images], self.image_features, "image")
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Encode n texts; what exceeds the context is cut off.
+
+        Returns:
+            (n, dim) float32 on the CPU, unit length.
+
+        Raises:
+            ValueError: the model gives features of another shape, or some that are not finite.
+        """
+        return self._encode(list(texts), self.text_features, "text")
+
+    @abstractmethod
+    def image_features(self, images: list[Image.Image]) -> Tensor:
+        """Features of one batch of RGB images, (n, dim), of any length, on any device."""
+
+    @abstractmethod
+    def text_features(self, texts: list[str]) -> Tensor:
+        """Features of one batch of texts, (n, dim), of any length, on any device."""
+
+    @torch.inference_mode()
+    def _encode(self, items: list[Item], features: Callable[[list[Item]], Tensor], kind: str) -> Tensor:
+        encoded = [torch.zeros(0, self.dim)]
+        for start in range(0, len(items), self.batch_size):
+            batch = items[start : start + self.batch_size]
+            found = features(batch).float().cpu()
+            if found.shape != (len(batch), self.dim):
+                expected = (len(batch), self.dim)
+                raise ValueError(f"{self.name} gave {kind} features {tuple(found.shape)}, expected {expected}")
+            if not torch.isfinite(found).all():
+                raise ValueError(f"{self.name} gave {kind} features that are not finite; its weights may be broken")
+            encoded.append(functional.normalize(found, dim=-1))
+        return torch.cat(encoded)

@@ -1,0 +1,93 @@
+"""Teachers that transformers loads: CLIP-like models with two feature methods, folders of our own among them.
+
+Images go through the slow PIL backend, which the published features were made with; the torchvision backend differs by
+up to one grey level.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmkd.encoder import DualEncoder
+from mmkd.teachers.rows import TeacherRow, describe
+from mmkd.teachers.weights import TOKENIZER_FILES, fetch, load_transformers
+
+CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class HFClipEncoder(DualEncoder):
+    """A transformers model with ``get_image_features`` and ``get_text_features``, and its processor."""
+
+    def __init__(
+        self, name: str, dim: int, provenance: dict[str, Any], model: Any, processor: Any, context: int
+    ) -> None:
+        """Take a model in evaluation mode."""
+        super().__init__(name, dim, provenance)
+        self.model = model
+        self.processor = processor
+        self.context = context
+
+    def image_features(self, images: list[Image.Image]) -> Tensor:
+        """See `DualEncoder`."""
+        inputs = self.processor(images=images, return_tensors="pt")
+        return _pooled(self.model.get_image_features(pixel_values=inputs["pixel_values"].to(self.model.device)))
+
+    def text_features(self, texts: list[str]) -> Tensor:
+        """See `DualEncoder`; texts are padded to the longest of the batch."""
+        inputs = self.processor(text=texts, padding=True, truncation=True, max_length=self.context, return_tensors="pt")
+        return _pooled(self.model.get_text_features(**inputs.to(self.model.device)))
+
+
+def load(row: TeacherRow, device: str) -> HFClipEncoder:
+    """Load a teacher of this form.
+
+    Raises:
+        FileNotFoundError: the folder, the repository or a file is not there.
+        ValueError: keys that do not fit, or a model without the two feature methods.
+    """
+    from transformers import AutoModel, AutoProcessor
+
+    import modeling_mmkd  # noqa: F401  # registers our own models with the Auto classes
+
+    names = row.files or WEIGHT_FILES
+    local = Path(row.weights)
+    sharded = local.is_dir() and any((local / name).is_file() for name in SHARDED)
+    folder = fetch(row.weights, CONFIG_FILES, () if sharded else names, revision=row.revision, gated=row.gated)
+    model = load_transformers(AutoModel, row.weights, folder)
+    if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
+        raise ValueError(f"{row.weights}: {type(model).__name__} has no get_image_features and get_text_features")
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    return build(row, model.to(device), processor, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
+
+
+def build(row: TeacherRow, model: Any, processor: Any, weight_files: list[Path]) -> HFClipEncoder:
+    """The encoder of a loaded model: context from row, tokenizer and position embeddings, whichever is shortest."""
+    limits = (row.context, processor.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+    context = min(limit for limit in limits if limit)
+    image_processor = processor.image_processor
+    size, mean, std = image_processor.size, image_processor.image_mean, image_processor.image_std
+    provenance = describe(
+        row,
+        weight_files,
+        [],
+        preprocessing=f"{type(image_processor).__name__} size {dict(size)} mean {tuple(mean)} std {tuple(std)}",
+        tokenizer=type(processor.tokenizer).__name__,
+        context=context,
+        pooling=f"{type(model).__name__}.get_text_features",
+    )
+    encoder = HFClipEncoder(row.name, row.dim, provenance, model, processor, context)
+    with torch.inference_mode():
+        encoder.dim = encoder.text_features(["a"]).shape[-1]
+    return encoder
+
+
+def _pooled(output: Any) -> Tensor:
+    """The projected features; since version 5, transformers wraps them."""
+    return output if isinstance(output, Tensor) else output.pooler_output

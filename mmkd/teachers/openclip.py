@@ -1,0 +1,193 @@
+"""Teachers in open_clip's form: a folder with ``open_clip_config.json``, or an architecture's name and one weight file.
+
+The model is built here from its configuration and loaded strictly, instead of through ``open_clip.create_model``, which
+asks the Hub for the text tower's configuration even when weights lie in a folder, and falls back to default
+preprocessing without a word when the configuration states none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmkd.encoder import DualEncoder
+from mmkd.files import read_json
+from mmkd.settings import nearest
+from mmkd.teachers.rows import TeacherRow, describe
+from mmkd.teachers.weights import (
+    TOKENIZER_FILES,
+    companion,
+    fetch,
+    first_file,
+    load_strictly,
+    read_state_dict,
+)
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHT_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+
+class OpenClipEncoder(DualEncoder):
+    """An open_clip model with its own transform and tokenizer."""
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        provenance: dict[str, Any],
+        model: Any,
+        transform: Any,
+        tokenizer: Any,
+        padding: int | None,
+    ) -> None:
+        """Take an open_clip model in evaluation mode; ``padding`` is the token whose columns may be left out."""
+        super().__init__(name, dim, provenance)
+        self.model = model
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.padding = padding
+        self.device = next(model.parameters()).device
+
+    def image_features(self, images: list[Image.Image]) -> Tensor:
+        """See `DualEncoder`."""
+        pixels = torch.stack([self.transform(image) for image in images])
+        return self.model.encode_image(pixels.to(self.device))
+
+    def text_features(self, texts: list[str]) -> Tensor:
+        """See `DualEncoder`; a BERT tower reads no column that is padding in every text of the batch."""
+        tokens = self.tokenizer(texts)
+        if self.padding is not None:
+            tokens = tokens[:, : int((tokens != self.padding).sum(dim=1).max())]
+        return self.model.encode_text(tokens.to(self.device))
+
+
+def load(row: TeacherRow, device: str) -> OpenClipEncoder:
+    """Load a teacher of this form.
+
+    Raises:
+        FileNotFoundError: weights, or the text tower's configuration or tokenizer, are not there.
+        ValueError: an unknown architecture, keys that do not fit, or a folder that does not state its preprocessing.
+    """
+    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+    weights, config, stated = _find(row)
+    text_config = config["text_cfg"]
+    if row.context:
+        text_config["context_length"] = row.context
+    context = text_config.get("context_length", 77)
+    tokenizer, tokenizer_name = _tokenizer(weights.parent, text_config, context)
+    model = _build(weights.parent, config)
+    load_strictly(model, _renamed(read_state_dict(weights), model), str(weights))
+    size = model.visual.image_size
+    preprocess = PreprocessCfg(**{**merge_preprocess_dict({}, stated), "size": size})
+    provenance = describe(
+        row,
+        [weights],
+        ["open_clip_torch", "timm"],
+        preprocessing=f"open_clip {preprocess}",
+        tokenizer=tokenizer_name,
+        context=context,
+        pooling=text_config.get("hf_pooler_type") or text_config.get("pool_type", "argmax"),
+    )
+    transform = image_transform_v2(preprocess, is_train=False)
+    trims = "hf_model_name" in text_config and not text_config.get("tokenizer_mode")
+    padding = model.text.config.pad_token_id if trims else None
+    encoder = model.eval().to(device)
+    return OpenClipEncoder(row.name, config["embed_dim"], provenance, encoder, transform, tokenizer, padding)
+
+
+def _find(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The weight file, the model's configuration, and the preprocessing as stated with the weights."""
+    if row.architecture:
+        return _find_by_architecture(row)
+    files = row.files or WEIGHT_FILES
+    folder = _fetch(row, files)
+    config = read_json(first_file(folder, [CONFIG_FILE]))
+    stated = config.get("preprocess_cfg") or {}
+    if "model_cfg" not in config or not {"mean", "std"} <= set(stated):
+        raise ValueError(f"{folder / CONFIG_FILE} must state model_cfg and, in preprocess_cfg, mean and std")
+    return first_file(folder, files), deepcopy(config["model_cfg"]), stated
+
+
+def _find_by_architecture(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The same for an architecture that open_clip knows by name; weights are a file, a folder, a Hub id or a tag."""
+    import open_clip
+
+    config = open_clip.get_model_config(row.architecture)
+    if config is None:
+        known = open_clip.list_models()
+        raise ValueError(
+            f"open_clip has no architecture {row.architecture!r}{nearest(row.architecture, known)}; "
+            f"`open_clip.list_models()` lists the {len(known)} it has"
+        )
+    stated = {"mean": tuple(row.mean), "std": tuple(row.std)}
+    if Path(row.weights).is_file():
+        return Path(row.weights), config, stated
+    tag = open_clip.get_pretrained_cfg(row.architecture, row.weights)
+    if tag:
+        config["quick_gelu"] = tag.get("quick_gelu", config.get("quick_gelu", False))
+        return Path(open_clip.download_pretrained(tag)), config, {**stated, **tag}
+    if not Path(row.weights).is_dir() and row.weights.count("/") != 1:
+        tags = open_clip.list_pretrained_tags_by_model(row.architecture)
+        raise ValueError(
+            f"{row.weights!r} is no file, folder, Hub id or tag of {row.architecture}; tags: {', '.join(tags)}"
+        )
+    files = row.files or WEIGHT_FILES
+    return first_file(_fetch(row, files), files), config, stated
+
+
+def _fetch(row: TeacherRow, files: Sequence[str]) -> Path:
+    wanted = [CONFIG_FILE, "config.json", *TOKENIZER_FILES]
+    return fetch(row.weights, wanted, files, revision=row.revision, repo_type=row.repo_type, gated=row.gated)
+
+
+def _tokenizer(folder: Path, text_config: dict[str, Any], context: int) -> tuple[Any, str]:
+    """open_clip's own tokenizer, or the text tower's: in the folder, in a sub-folder with its name, or from the Hub."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    name = text_config.get("hf_tokenizer_name")
+    options = text_config.get("tokenizer_kwargs") or {}
+    if not name:
+        return SimpleTokenizer(context_length=context, **options), "open_clip byte-pair encoding"
+    own = any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json"))
+    source = folder if own else companion(folder, name, ["config.json", *TOKENIZER_FILES])
+    mode = text_config.get("tokenizer_mode")
+    return HFTokenizer(str(source), context_length=context, tokenizer_mode=mode, **options), name
+
+
+def _build(folder: Path, model_config: dict[str, Any]) -> Any:
+    """The model with random weights; nothing is downloaded but a text tower's ``config.json``."""
+    import open_clip
+
+    config = deepcopy(model_config)
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    name = config["text_cfg"].get("hf_model_name")
+    if name:
+        config["text_cfg"]["hf_model_name"] = str(companion(folder, name, ["config.json"]))
+        config["text_cfg"]["hf_model_pretrained"] = False
+    custom = config.pop("custom_text", False) or bool(name)
+    return open_clip.CustomTextCLIP(**config) if custom else open_clip.CLIP(**config)
+
+
+def _renamed(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Names of the older layout (text tower at the top) and a scale of another shape, as the model has them."""
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    if "logit_scale" in state:
+        state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
+    return state

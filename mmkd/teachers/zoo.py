@@ -1,0 +1,210 @@
+"""The nine teachers of the paper as rows, and the one function that loads any dual encoder by name, folder or row.
+
+Names are the authors' spelling in ``available_clips``. What a row infers or does not know stands in its note, goes into
+the provenance of every feature made with it, and can be changed by a YAML row of one's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmkd.encoder import DualEncoder
+from mmkd.files import read_json
+from mmkd.settings import nearest
+from mmkd.teachers import hfclip, medclip, openclip, pmcclip, pythonform, unimed
+from mmkd.teachers.rows import OWN_MODEL, UNDECLARED, TeacherRow, announce, read_row
+from mmkd.teachers.weights import fetch
+
+BIOMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+PUBMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
+
+TEACHERS = {
+    "BMCA": TeacherRow(
+        name="BMCA",
+        form="openclip",
+        weights="BIOMEDICA/BMC_CLIP_CF",
+        files=["BMC_CLIP_CF.pt"],
+        architecture="ViT-L-14",
+        dim=768,
+        license="not declared",
+        gated=True,
+        note="preprocessing inferred: OpenAI's; license and gate unknown",
+    ),
+    "BiomedCLIP": TeacherRow(
+        name="BiomedCLIP",
+        form="openclip",
+        weights="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        dim=512,
+        context=256,
+        license="MIT",
+    ),
+    "UniMedCLIP": TeacherRow(
+        name="UniMedCLIP",
+        form="unimed",
+        weights="UzairK/unimed-clip-vit-b16",
+        files=["unimed-clip-vit-b16.pt"],
+        text_model=BIOMEDBERT,
+        dim=512,
+        context=256,
+        license="CC BY-NC 4.0",
+    ),
+    "QuiltNet": TeacherRow(
+        name="QuiltNet",
+        form="openclip",
+        weights="wisdomik/QuiltNet-B-32",
+        dim=512,
+        license="MIT",
+        note="which of QuiltNet-B-32, -B-16 and -B-16-PMB the authors used is unknown",
+    ),
+    "GenMedClip": TeacherRow(
+        name="GenMedClip",
+        form="openclip",
+        weights="wisdomik/GenMedClip",
+        dim=512,
+        license="MIT",
+        note="which of GenMedClip, -B-32 and -B-16-PMB the authors used is inferred",
+    ),
+    "PLIP": TeacherRow(name="PLIP", form="hfclip", weights="vinid/plip", dim=512, context=77),
+    "PUBMEDCLIP": TeacherRow(
+        name="PUBMEDCLIP",
+        form="hfclip",
+        weights="flaviagiammarino/pubmed-clip-vit-base-patch32",
+        dim=512,
+        context=77,
+        license="MIT",
+    ),
+    "PMCCLIP": TeacherRow(
+        name="PMCCLIP",
+        form="pmcclip",
+        weights="axiong/pmc_oa",
+        repo_type="dataset",
+        text_model=PUBMEDBERT,
+        dim=768,
+        context=77,
+        license="not declared for the weights; code MIT",
+        note="32 heads in the attention pool by the training configuration, 8 in a public port",
+    ),
+    "MedCLIP": TeacherRow(
+        name="MedCLIP",
+        form="medclip",
+        weights="https://storage.googleapis.com/pytrial/medclip-vit-pretrained.zip",
+        text_model="emilyalsentzer/Bio_ClinicalBERT",
+        vision_model="microsoft/swin-tiny-patch4-window7-224",
+        dim=512,
+        context=77,
+        mean=[0.5862785803043838],
+        std=[0.27950088968644304],
+        license="BSD (the code's)",
+        note="inferred to be the ninth teacher; its features are in none of the published samples",
+    ),
+}
+
+LOADERS: dict[str, Callable[[TeacherRow, str], DualEncoder]] = {
+    "openclip": openclip.load,
+    "hfclip": hfclip.load,
+    "ours": hfclip.load,
+    "unimed": unimed.load,
+    "pmcclip": pmcclip.load,
+    "medclip": medclip.load,
+    "python": pythonform.load,
+}
+
+
+def load_encoder(name_or_path: str, device: str = "cpu", weights: Path | None = None) -> DualEncoder:
+    """Load a teacher, a student or any other dual encoder.
+
+    Args:
+        name_or_path: a teacher's name in any case; a folder of ours or of transformers or open_clip; a Hub id
+            (``owner/name``); ``open_clip:ARCHITECTURE/PRETRAINED``; ``python:module.function``; or a YAML row.
+        device: where it shall run.
+        weights: a local folder or file instead of the row's weights.
+
+    Raises:
+        FileNotFoundError: weights are not there, or the Hub cannot be reached; the message says what to do.
+        ValueError: an unknown name (with the known ones), or weights that do not fit the model.
+    """
+    row = find_row(name_or_path)
+    if weights is not None:
+        row = dataclasses.replace(row, weights=str(weights))
+    encoder = LOADERS[row.form](row, device)
+    if row.dim and encoder.dim != row.dim:
+        raise ValueError(f"{row.name} is {encoder.dim} wide, but its row says dim {row.dim}; are these its weights?")
+    announce(encoder.provenance)
+    return encoder
+
+
+def find_row(name_or_path: str) -> TeacherRow:
+    """The row that a name, folder, Hub id or YAML file stands for; see `load_encoder`.
+
+    Raises:
+        FileNotFoundError: it looks like a path and is not there.
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    by_name = {name.lower(): row for name, row in TEACHERS.items()}
+    if name_or_path.lower() in by_name:
+        return by_name[name_or_path.lower()]
+    path = Path(name_or_path)
+    prefix, colon, rest = name_or_path.partition(":")
+    if colon and prefix == "open_clip":
+        architecture, _, pretrained = rest.partition("/")
+        return TeacherRow(
+            _fit(f"{architecture}-{Path(pretrained).stem}"), "openclip", pretrained, architecture=architecture
+        )
+    if colon and prefix == "python":
+        return TeacherRow(rest, "python", rest)
+    if path.suffix in (".yaml", ".yml"):
+        return read_row(path)
+    if path.is_dir():
+        return _row_of_folder(path.resolve().name, str(path), path)
+    if path.is_absolute() or name_or_path.startswith(".") or path.exists() or name_or_path.count("/") > 1:
+        raise FileNotFoundError(f"{name_or_path}: no such folder, and no YAML row of a teacher")
+    if "/" in name_or_path:
+        return _row_of_folder(path.name, name_or_path, fetch(name_or_path, ["config.json", openclip.CONFIG_FILE]))
+    raise ValueError(
+        f"unknown encoder {name_or_path!r}{nearest(name_or_path.lower(), by_name)}; known: {', '.join(TEACHERS)}; or "
+        f"give a folder, a Hub id (owner/name), open_clip:ARCHITECTURE/PRETRAINED, or a YAML row"
+    )
+
+
+def named_sources(sources: list[str]) -> dict[str, str]:
+    """Sources by the name of their store: what stands before ``=``, else the row's name.
+
+    Raises:
+        ValueError: none is given, or two have one name.
+    """
+    named: dict[str, str] = {}
+    for entry in sources:
+        before, equals, after = entry.partition("=")
+        name, source = (_fit(before), after) if equals else (_fit(find_row(entry).name), entry)
+        if not name or not source:
+            raise ValueError(f"teacher {entry!r}: give a name or folder, or NAME=SOURCE")
+        if name.lower() in map(str.lower, named):
+            raise ValueError(f"two teachers are called {name!r}; tell them apart with NAME=SOURCE")
+        named[name] = source
+    if not named:
+        raise ValueError(f"no teacher is named; known: {', '.join(TEACHERS)}")
+    return named
+
+
+def _row_of_folder(name: str, weights: str, folder: Path) -> TeacherRow:
+    """A row for a folder that says itself what it is."""
+    if (folder / openclip.CONFIG_FILE).is_file():
+        return TeacherRow(name, "openclip", weights)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds neither config.json nor {openclip.CONFIG_FILE}: its form is not known; write a YAML row "
+            "that states it"
+        )
+    config: dict[str, Any] = read_json(folder / "config.json")
+    if config.get("model_type") == "mmkd_clip":
+        return TeacherRow(name, "ours", weights, license=OWN_MODEL if Path(weights).is_dir() else UNDECLARED)
+    return TeacherRow(name, "hfclip", weights)
+
+
+def _fit(name: str) -> str:
+    """A name fit for a folder."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
