@@ -45,12 +45,11 @@ class FakeEncoder(DualEncoder):
     """Reads pixels and words and mixes in ``noise`` times a random unit vector that depends on the input alone."""
 
     def __init__(self, name: str, noise: float = 0.0, blind_to: tuple[str, ...] = (), nan: bool = False):
-        self.name, self.noise, self.blind_to, self.nan = name, noise, blind_to, nan
-        self.dim = 4 + 5 + 32
-        self.provenance = {"noise": noise, "blind_to": blind_to, "name": name, "nan": nan}
+        super().__init__(name, 4 + 5 + 32, {"noise": noise, "blind_to": blind_to, "name": name, "nan": nan})
+        self.noise, self.blind_to, self.nan = noise, blind_to, nan
         self.calls = 0
 
-    def encode_images(self, images):
+    def image_features(self, images):
         rows = []
         for image in images:
             red, green, blue = image.getpixel((0, 0))
@@ -58,7 +57,7 @@ class FakeEncoder(DualEncoder):
         self.calls += len(rows)
         return self._finish(rows)
 
-    def encode_texts(self, texts):
+    def text_features(self, texts):
         self.calls += len(texts)
         return self._finish([self._vector(_word(t, MODALITIES), _word(t, LABELS), _serial(t), t) for t in texts])
 
@@ -76,7 +75,6 @@ class FakeEncoder(DualEncoder):
 
     def _finish(self, rows):
         vectors = torch.tensor(np.array(rows), dtype=torch.float32)
-        vectors = vectors / vectors.norm(dim=1, keepdim=True)
         return vectors * float("nan") if self.nan else vectors
 
 

@@ -69,7 +69,7 @@ def main(settings: EvalSettings) -> None:
         )
     student, *others = sources
     teachers = [name for name in others if name not in settings.baselines]
-    cells = CellFolder(settings.output, settings.replicates, settings.seed)
+    cells = CellFolder(settings.output, samples.held_out, settings.replicates, settings.seed)
     table: Table = {}
     for task in tqdm(tasks, desc="tasks", disable=settings.quiet):
         table[task.name] = run_task(task, samples, encoders, teachers, cells)
@@ -78,7 +78,15 @@ def main(settings: EvalSettings) -> None:
         "student": student,
         "teachers": teachers,
         "baselines": [name for name in others if name in settings.baselines],
-        "encoders": {e.name: _encoder_row(e, sources[e.name]) for e in encoders},
+        "encoders": {
+            e.name: {
+                "source": sources[e.name],
+                "fingerprint": e.fingerprint,
+                "failures": e.failures,
+                "provenance": e.provenance,
+            }
+            for e in encoders
+        },
         "tasks": summaries,
         "skipped": skipped,
         "unreadable": unreadable,
@@ -168,6 +176,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         for row, cell in task["rows"].items():
             metric = cell["metrics"].get(task["headline"])
             print(f"  {row:<24}{_shown(metric) if metric else cell['undefined']}")
+    for name, encoder in summary["encoders"].items():
+        for failure in encoder["failures"]:
+            print(f"\n{name}: {failure}")
     for name, reason in summary["skipped"].items():
         print(f"\n{name}: left out, {reason}")
     if summary["unreadable"]:
@@ -177,10 +188,6 @@ def print_summary(summary: dict[str, Any]) -> None:
 def _shown(metric: dict[str, float | None]) -> str:
     value, low, high = (float("nan") if metric[key] is None else metric[key] for key in ("value", "low", "high"))
     return f"{value:.3f}  [{low:.3f}, {high:.3f}]"
-
-
-def _encoder_row(embedded: Embedded, source: str) -> dict[str, Any]:
-    return {"source": source, "fingerprint": embedded.fingerprint, "provenance": embedded.provenance}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ drawn instead and the result says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,14 @@ class Frame:
     Attributes:
         units: which drawing unit (group) each sample belongs to, ``(n,)``.
         strata: the stratum of each unit, ``(units,)``.
+        groups: how many independent groups there are; as many as units unless images are drawn instead.
         resampling: what is drawn, in words.
     """
 
     units: Integers
     strata: Integers
+    groups: int
     resampling: str
-
-    @property
-    def groups(self) -> int:
-        """How many independent units there are."""
-        return len(self.strata)
 
 
 def frame(classes: Sequence[str], groups: Sequence[str]) -> Frame:
@@ -53,7 +50,8 @@ def frame(classes: Sequence[str], groups: Sequence[str]) -> Frame:
         groups: patient, case or specimen of each sample; an empty one is a group of its own.
     """
     names = [f"g:{group}" if group else f"i:{position}" for position, group in enumerate(groups)]
-    if len(set(names)) < 2:
+    independent = len(set(names))
+    if independent < 2:
         names, resampling = [str(position) for position in range(len(names))], BY_IMAGE
     else:
         resampling = BY_GROUP
@@ -62,7 +60,12 @@ def frame(classes: Sequence[str], groups: Sequence[str]) -> Frame:
     # A group that holds several classes counts where most of its samples are.
     counts = np.zeros((len(first), class_index.max() + 1), dtype=np.int64)
     np.add.at(counts, (units, class_index), 1)
-    return Frame(units.astype(np.int64), _pool_singles(counts.argmax(axis=1)), resampling)
+    return Frame(units.astype(np.int64), _pool_singles(counts.argmax(axis=1)), independent, resampling)
+
+
+def subframe(whole: Frame, samples: Sequence[int]) -> Frame:
+    """The same units and draws as ``whole``, for some of its samples, given by position."""
+    return replace(whole, units=whole.units[np.asarray(samples, dtype=np.int64)])
 
 
 def replicate_weights(sampling: Frame, replicates: int = REPLICATES, seed: int = SEED) -> Iterator[Floats]:
@@ -73,7 +76,7 @@ def replicate_weights(sampling: Frame, replicates: int = REPLICATES, seed: int =
     sizes = [min(CHUNK, replicates - start) for start in range(0, replicates, CHUNK)]
     for size, source in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
         generator = np.random.default_rng(source)
-        drawn = np.zeros((size, sampling.groups))
+        drawn = np.zeros((size, len(sampling.strata)))
         for stratum in np.unique(sampling.strata):
             members = np.flatnonzero(sampling.strata == stratum)
             picks = generator.integers(0, len(members), (size, len(members)))
@@ -99,7 +102,7 @@ def replicate(
     """
     ones = {name: np.ones((1, len(sampling.units))) for name, sampling in frames.items()}
     points = {name: float(values[0]) for name, values in metrics(ones).items()}
-    if min(sampling.groups for sampling in frames.values()) < 2:
+    if min(len(sampling.strata) for sampling in frames.values()) < 2:
         return points, {name: np.full(replicates, np.nan) for name in points}
     streams = [replicate_weights(sampling, replicates, seed) for sampling in frames.values()]
     chunks = [metrics(dict(zip(frames, weights, strict=True))) for weights in zip(*streams, strict=True)]

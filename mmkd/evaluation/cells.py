@@ -3,6 +3,9 @@
 A cell is two files under ``cells/ENCODER/``: ``TASK.safetensors`` with per-sample outputs and bootstrap replicates,
 and, written last, ``TASK.json`` with point values and intervals. Its key is the hash of all it was made from; a cell
 with another key is made again.
+
+Replicates are drawn twice: stratified by the task's own classes for the task's intervals, and from one draw of all
+held-out groups, stratified by modality, for means over tasks, whose errors go together because their images do.
 """
 
 from __future__ import annotations
@@ -10,13 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
-from mmkd.evaluation.bootstrap import Metrics, interval, replicate
+from mmkd.data.records import Pair
+from mmkd.evaluation.bootstrap import Metrics, frame, interval, replicate, subframe
 from mmkd.evaluation.task import Outputs, Task
 from mmkd.files import atomic_write_bytes, read_json, write_json
 
@@ -27,11 +32,13 @@ Cell = dict[str, Any]
 class CellFolder:
     """Cells of one evaluation, and how their intervals are made."""
 
-    def __init__(self, path: Path, replicates: int, seed: int) -> None:
-        """Name the folder of the results; nothing is written yet."""
+    def __init__(self, path: Path, held_out: list[Pair], replicates: int, seed: int) -> None:
+        """Name the folder of the results and what is drawn from; nothing is written yet."""
         self.path = path
         self.replicates = replicates
         self.seed = seed
+        self._whole = frame([pair.modality for pair in held_out], [pair.group for pair in held_out])
+        self._position = {pair.id: position for position, pair in enumerate(held_out)}
 
     def describe(self, task: Task) -> dict[str, Any]:
         """Write what the task asks to ``tasks/TASK.json`` and return it."""
@@ -70,10 +77,11 @@ class CellFolder:
         if file.is_file() and (cell := read_json(file)).get("key") == key:
             return cell, self.outputs(encoder, task.name)
         outputs, extra = compute()
-        cell, replicates = self._evaluate(task, outputs)
+        cell, replicates, together = self._evaluate(task, outputs)
         cell |= {"encoder": encoder, "task": task.name, "key": key, **extra}
         tensors = {f"outputs.{name}": np.ascontiguousarray(array) for name, array in outputs.items()}
         tensors |= {f"replicates.{name}": np.ascontiguousarray(values) for name, values in replicates.items()}
+        tensors |= {f"together.{name}": np.ascontiguousarray(values) for name, values in together.items()}
         atomic_write_bytes(self._file(encoder, task.name, "safetensors"), safetensors.numpy.save(tensors))
         write_json(file, cell)
         return cell, outputs
@@ -86,22 +94,30 @@ class CellFolder:
         """Bootstrap replicates of a cell, ``{metric: (replicates,)}``."""
         return self._tensors(encoder, task, "replicates.")
 
-    def _evaluate(self, task: Task, outputs: Outputs) -> tuple[Cell, Metrics]:
+    def together(self, encoder: str, task: str) -> Metrics:
+        """Replicates under the draws that all tasks share, ``{headline metric: (replicates,)}``."""
+        return self._tensors(encoder, task, "together.")
+
+    def _evaluate(self, task: Task, outputs: Outputs) -> tuple[Cell, Metrics, Metrics]:
         unsound = [name for name, array in outputs.items() if not np.isfinite(array).all()]
         if unsound:
             count = int(max((~np.isfinite(outputs[name])).any(axis=-1).sum() for name in unsound))
             reason = (
                 f"the encoder gave vectors that are not finite; {count} outputs ({', '.join(unsound)}) are undefined"
             )
-            return {"undefined": reason, "metrics": {}, "by_modality": {}}, {}
-        points, replicates = replicate(
-            lambda weights: task.metrics(outputs, weights), task.frames, self.replicates, self.seed
-        )
+            return {"undefined": reason, "metrics": {}, "by_modality": {}}, {}, {}
+        points, replicates = replicate(partial(task.metrics, outputs), task.frames, self.replicates, self.seed)
+        shared = {
+            name: subframe(self._whole, [self._position[pair.id] for pair in pairs])
+            for name, pairs in task.holders.items()
+        }
+        _, together = replicate(partial(task.headline_metric, outputs), shared, self.replicates, self.seed)
         metrics = {}
         for name, value in points.items():
             low, high = interval(replicates[name])
             metrics[name] = {"value": plain(value), "low": plain(low), "high": plain(high)}
-        return {"undefined": None, "metrics": metrics, "by_modality": _by_modality(task, outputs)}, replicates
+        cell = {"undefined": None, "metrics": metrics, "by_modality": _by_modality(task, outputs)}
+        return cell, replicates, together
 
     def _file(self, encoder: str, task: str, ending: str) -> Path:
         return self.path / "cells" / encoder / f"{task}.{ending}"

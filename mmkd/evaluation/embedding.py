@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Embedded:
         images: pair id -> image vector ``(dim,)``, unit length; unreadable images are absent.
         texts: text -> text vector ``(dim,)``, unit length.
         unreadable: pair id -> reason.
+        failures: what the encoder said where it gave no sound vectors; those are NaN.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Embedded:
     images: dict[str, Vectors] = field(default_factory=dict)
     texts: dict[str, Vectors] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     def image_matrix(self, pairs: Sequence[Pair]) -> Vectors:
         """Image vectors of pairs, ``(n, dim)``."""
@@ -93,15 +96,21 @@ def embed(
     bar = tqdm(total=len(folder.pairs) + len(texts), desc=name, unit="item", disable=quiet)
     for pairs in _shards(folder.pairs):
         keys = [f"{pair.id} {digests[pair.id]}" for pair in pairs]
-        compute = _image_batches(encoder, folder, pairs, batch_size, bar)
-        vectors, unreadable = _cached(cache / _shard_name("images", embedded.fingerprint, keys), compute)
-        embedded.unreadable |= unreadable
-        readable = [pair for pair in pairs if pair.id not in unreadable]
-        embedded.images |= {pair.id: vector for pair, vector in zip(readable, vectors, strict=True)}
+        shard = _cached(
+            cache / _shard_name("images", embedded.fingerprint, keys),
+            partial(_embed_images, encoder, folder, pairs, batch_size, bar),
+        )
+        embedded.unreadable |= shard.unreadable
+        embedded.failures += shard.failures
+        readable = [pair for pair in pairs if pair.id not in shard.unreadable]
+        embedded.images |= {pair.id: vector for pair, vector in zip(readable, shard.vectors, strict=True)}
     for part in _shards(texts):
-        compute = _text_batches(encoder, part, batch_size, bar)
-        vectors, _ = _cached(cache / _shard_name("texts", embedded.fingerprint, part), compute)
-        embedded.texts |= dict(zip(part, vectors, strict=True))
+        shard = _cached(
+            cache / _shard_name("texts", embedded.fingerprint, part),
+            partial(_embed_texts, encoder, part, batch_size, bar),
+        )
+        embedded.failures += shard.failures
+        embedded.texts |= dict(zip(part, shard.vectors, strict=True))
     bar.update(bar.total - bar.n)
     bar.close()
     return embedded
@@ -127,57 +136,69 @@ def encoder_fingerprint(encoder: DualEncoder, source: str) -> str:
     return hashlib.sha256(f"{described} {encoder.dim} {fingerprint(files)}".encode()).hexdigest()
 
 
-def _image_batches(
+@dataclass
+class _Shard:
+    """Vectors ``(n, dim)`` of what could be read, unreadable ids with their reasons, and what the encoder refused."""
+
+    vectors: Vectors
+    unreadable: dict[str, str]
+    failures: list[str]
+
+
+def _embed_images(
     encoder: DualEncoder, folder: PairFolder, pairs: Sequence[Pair], batch_size: int, bar: tqdm
-) -> Callable[[], tuple[Vectors, dict[str, str]]]:
-    """The work of one image shard, to be done only if it is not cached."""
-
-    def compute() -> tuple[Vectors, dict[str, str]]:
-        unreadable: dict[str, str] = {}
-        parts = [np.zeros((0, encoder.dim), dtype=np.float32)]
-        for start in range(0, len(pairs), batch_size):
-            batch = pairs[start : start + batch_size]
-            images = []
-            for pair in batch:
-                try:
-                    images.append(open_image(folder.image_path(pair)))
-                except UnreadableImage as error:
-                    unreadable[pair.id] = error.reason
-                except ValueError:
-                    unreadable[pair.id] = "outside"
-            if images:
-                parts.append(_numpy(encoder.encode_images(images)))
-            bar.update(len(batch))
-        return np.concatenate(parts), unreadable
-
-    return compute
+) -> _Shard:
+    shard = _Shard(np.zeros((0, encoder.dim), dtype=np.float32), {}, [])
+    parts = [shard.vectors]
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
+        images = []
+        for pair in batch:
+            try:
+                images.append(open_image(folder.image_path(pair)))
+            except UnreadableImage as error:
+                shard.unreadable[pair.id] = error.reason
+            except ValueError:
+                shard.unreadable[pair.id] = "outside"
+        if images:
+            parts.append(_sound(encoder, encoder.encode_images, images, shard.failures))
+        bar.update(len(batch))
+    shard.vectors = np.concatenate(parts)
+    return shard
 
 
-def _text_batches(
-    encoder: DualEncoder, texts: Sequence[str], batch_size: int, bar: tqdm
-) -> Callable[[], tuple[Vectors, dict[str, str]]]:
-    """The work of one text shard, to be done only if it is not cached."""
-
-    def compute() -> tuple[Vectors, dict[str, str]]:
-        parts = []
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            parts.append(_numpy(encoder.encode_texts(batch)))
-            bar.update(len(batch))
-        return np.concatenate(parts), {}
-
-    return compute
+def _embed_texts(encoder: DualEncoder, texts: Sequence[str], batch_size: int, bar: tqdm) -> _Shard:
+    failures: list[str] = []
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        parts.append(_sound(encoder, encoder.encode_texts, batch, failures))
+        bar.update(len(batch))
+    return _Shard(np.concatenate(parts), {}, failures)
 
 
-def _cached(path: Path, compute: Callable[[], tuple[Vectors, dict[str, str]]]) -> tuple[Vectors, dict[str, str]]:
-    """Vectors ``(n, dim)`` and unreadable ids from the shard, which is written first if it is missing."""
+def _sound(
+    encoder: DualEncoder, encode: Callable[[Any], torch.Tensor], batch: Sequence[Any], failures: list[str]
+) -> Vectors:
+    """Vectors of a batch; NaN, with the encoder's own words kept, where it refuses to give any."""
+    try:
+        return encode(batch).float().cpu().numpy()
+    except ValueError as error:
+        if str(error) not in failures:
+            failures.append(str(error))
+        return np.full((len(batch), encoder.dim), np.nan, dtype=np.float32)
+
+
+def _cached(path: Path, compute: Callable[[], _Shard]) -> _Shard:
+    """The shard at ``path``, which is computed and written first if it is missing."""
     if not path.is_file():
-        vectors, unreadable = compute()
-        metadata = {"unreadable": json.dumps(unreadable, sort_keys=True)}
-        half = np.ascontiguousarray(vectors.astype(np.float16))
+        shard = compute()
+        notes = {"unreadable": shard.unreadable, "failures": shard.failures}
+        metadata = {"notes": json.dumps(notes, sort_keys=True)}
+        half = np.ascontiguousarray(shard.vectors.astype(np.float16))
         atomic_write_bytes(path, safetensors.numpy.save({"vectors": half}, metadata))
-    with safetensors.safe_open(path, framework="np") as shard:
-        return shard.get_tensor("vectors").astype(np.float32), json.loads(shard.metadata()["unreadable"])
+    with safetensors.safe_open(path, framework="np") as stored:
+        return _Shard(stored.get_tensor("vectors").astype(np.float32), **json.loads(stored.metadata()["notes"]))
 
 
 def _shard_name(kind: str, encoder: str, keys: Sequence[str]) -> str:
@@ -187,7 +208,3 @@ def _shard_name(kind: str, encoder: str, keys: Sequence[str]) -> str:
 
 def _shards(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[start : start + SHARD_SIZE] for start in range(0, len(items), SHARD_SIZE)]
-
-
-def _numpy(vectors: torch.Tensor) -> Vectors:
-    return vectors.detach().float().cpu().numpy()

@@ -23,7 +23,7 @@ from mmkd.evaluation.task import Classification, Outputs, Samples
 FEWEST = 5
 COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 FINER = (1.0, 0.5, 0.25)
-ITERATIONS = 1000
+ITERATIONS = 200
 
 
 class LinearProbe(Classification):

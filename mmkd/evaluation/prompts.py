@@ -50,6 +50,11 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("an ultrasound image", "a sonogram"),
         ("an ultrasound image showing {}", "sonogram of {}", "ultrasonography with {}"),
     ),
+    "nuclear medicine": (
+        r"nuclear|scintigra|bone scan|\bpet\b|\bspect\b|positron",
+        ("a nuclear medicine scan", "an image of tracer uptake"),
+        ("a nuclear medicine scan, {}", "tracer uptake in {}", "scintigraphy: {}"),
+    ),
     "microscopy": (
         r"microscop|blood smear|cytolog|fluorescen",
         ("a microscopy image", "a micrograph of cells"),

@@ -39,9 +39,10 @@ class Retrieval(Task):
         self.captions = sorted(first)
         contents = [samples.digests[pair.id] for pair in self.pairs]
         self.right_captions, self.right_images = positives([p.caption for p in self.pairs], contents, self.captions)
-        holders = {"image": self.pairs, "caption": [first[caption] for caption in self.captions]}
-        self.frames = {key: frame([p.modality for p in own], [p.group for p in own]) for key, own in holders.items()}
-        self.modalities = {key: [pair.modality for pair in own] for key, own in holders.items()}
+        self.holders = {"image": self.pairs, "caption": [first[caption] for caption in self.captions]}
+        self.frames = {
+            name: frame([p.modality for p in own], [p.group for p in own]) for name, own in self.holders.items()
+        }
         to_text = random_recalls(self.right_captions, len(self.captions))
         to_image = random_recalls(self.right_images, len(self.pairs))
         chance = {f"image_to_text_recall@{k}": to_text[k] for k in RECALLS}
@@ -49,6 +50,9 @@ class Retrieval(Task):
         self.description = {
             "ids": [pair.id for pair in self.pairs],
             "captions": self.captions,
+            "labels": {name: [pair.label for pair in own] for name, own in self.holders.items()},
+            "right_captions": [own.tolist() for own in self.right_captions],
+            "right_images": [own.tolist() for own in self.right_images],
             "pool": {"images": len(self.pairs), "captions": len(self.captions)},
             "chance": chance | {"mean_recall": float(np.mean(list(chance.values())))},
         }

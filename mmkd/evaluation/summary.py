@@ -2,7 +2,7 @@
 
 The overall score is the mean over kinds of task of the mean over tasks of their headline metric, over the tasks that
 every row has, so that many small tasks of one kind do not outvote the others. Its interval and its differences come
-from the same replicates as those of the tasks.
+from draws of held-out groups that all tasks share.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mmkd.evaluation.metrics import Floats
 from mmkd.evaluation.suite import ENSEMBLE, ORACLE
 
 PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")
+BRIEF = ("title", "kind", "headline", "frames", "chance", "classes", "class_counts", "pool", "train", "left_out")
 Table = dict[str, dict[str, Cell]]
 
 
@@ -30,7 +31,7 @@ def task_summary(
 ) -> dict[str, Any]:
     """One task: what was asked in brief, the cells of all rows, and ``student - rival`` for every rival and metric."""
     name = description["name"]
-    brief = {k: v for k, v in description.items() if k not in ("ids", "captions", "targets", "prompts", "modalities")}
+    brief = {key: description[key] for key in BRIEF if key in description}
     values = {row: folder.replicate_values(row, name) for row in cells}
     shown = {row: {k: v for k, v in cell.items() if k not in ("key", "task", "encoder")} for row, cell in cells.items()}
     ours = cells[student]["metrics"]
@@ -68,7 +69,7 @@ def overall(
         for row in rows
     }
     replicates = {
-        row: _mean_of_kinds(tasks, common, {t: folder.replicate_values(row, t)[tasks[t]["headline"]] for t in common})
+        row: _mean_of_kinds(tasks, common, {t: folder.together(row, t)[tasks[t]["headline"]] for t in common})
         for row in rows
     }
     scores = {row: float(points[row]) for row in rows}
@@ -121,9 +122,17 @@ def versions() -> dict[str, str]:
 
 
 def _mean_of_kinds(tasks: dict[str, dict[str, Any]], common: list[str], values: Metrics) -> Floats:
+    """Mean over kinds of means over tasks; a task that a replicate leaves undefined is left out of that replicate."""
     kinds = sorted({tasks[task]["kind"] for task in common})
-    means = [np.mean([values[t] for t in common if tasks[t]["kind"] == kind], axis=0) for kind in kinds]
-    return np.asarray(np.mean(means, axis=0))
+    return _nan_mean([_nan_mean([values[t] for t in common if tasks[t]["kind"] == kind]) for kind in kinds])
+
+
+def _nan_mean(rows: list[Floats]) -> Floats:
+    """Mean over the first axis of what is defined; NaN where nothing is."""
+    stacked = np.stack(rows)
+    defined = ~np.isnan(stacked)
+    count, total = defined.sum(axis=0), np.where(defined, stacked, 0.0).sum(axis=0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def _ordered(table: Table) -> list[str]:

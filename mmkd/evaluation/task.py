@@ -50,7 +50,7 @@ class Task(ABC):
         kind: zeroshot, retrieval or probe.
         headline: the metric that stands for the task.
         frames: what is resampled, by name; ``image`` is always there.
-        modalities: modality of each sample of each frame.
+        holders: the pair behind each sample of each frame.
         description: everything a reader needs to redo or judge it; plain JSON values.
         asks_modality: the answer is the modality, so that choosing an encoder by modality would give it away.
     """
@@ -60,9 +60,14 @@ class Task(ABC):
     kind: str
     headline: str
     frames: dict[str, Frame]
-    modalities: dict[str, list[str]]
+    holders: dict[str, list[Pair]]
     description: dict[str, Any]
     asks_modality: bool = False
+
+    @property
+    def modalities(self) -> dict[str, list[str]]:
+        """Modality of each sample of each frame."""
+        return {name: [pair.modality for pair in pairs] for name, pairs in self.holders.items()}
 
     @abstractmethod
     def outputs(self, embedded: Embedded) -> Outputs:
@@ -75,6 +80,10 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """Metric values ``(replicates,)`` under weights ``(replicates, n)`` of each frame."""
+
+    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """The metric that stands for the task, alone."""
+        return {self.headline: self.metrics(outputs, weights)[self.headline]}
 
     @abstractmethod
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
@@ -101,7 +110,7 @@ class Classification(Task):
         self.classes = list(classes)
         self.targets: Integers = np.array([self.classes.index(name) for name in names], dtype=np.int64)
         self.frames = {"image": frame(names, [pair.group for pair in pairs])}
-        self.modalities = {"image": [pair.modality for pair in pairs]}
+        self.holders = {"image": self.pairs}
         self.description = {
             "ids": [pair.id for pair in pairs],
             "classes": self.classes,
@@ -120,6 +129,11 @@ class Classification(Task):
             "macro_f1": metrics.macro_f1(self.targets, answers, image),
             "macro_auroc": metrics.macro_auroc(self.targets, metrics.margins(scores), image),
         }
+
+    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Balanced accuracy alone, without the sorting that AUROC needs."""
+        answers = outputs["image.scores"].argmax(axis=1)
+        return {self.headline: metrics.balanced_accuracy(self.targets, answers, weights["image"])}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """1 where the answer is right."""

@@ -60,7 +60,7 @@ def test_classes_of_one_group_are_pooled_so_that_they_vary():
 
 def test_one_group_alone_falls_back_to_images_and_says_so():
     sampling = frame(["a", "a", "b", "b"], ["1"] * 4)
-    assert sampling.resampling == BY_IMAGE and sampling.groups == 4
+    assert sampling.resampling == BY_IMAGE and sampling.groups == 1 and len(sampling.strata) == 4
     single = frame(["a"], ["1"])
     points, found = replicate(lambda w: {"n": w["image"].sum(axis=1)}, {"image": single}, 100, 0)
     assert points["n"] == 1 and np.isnan(found["n"]).all()

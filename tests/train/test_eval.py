@@ -1,10 +1,10 @@
 import json
 
+import mmkd.train.eval as recipe
 import numpy as np
 import pytest
 from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs, write_pairs
 
-import mmkd.train.eval as recipe
 from mmkd.data.records import Pair
 from mmkd.files import read_json
 
@@ -138,6 +138,7 @@ def test_vectors_that_are_not_finite_give_a_reason_instead_of_a_number(folder, t
     for task in summary["tasks"].values():
         assert "not finite" in task["rows"]["broken"]["undefined"] and task["rows"]["broken"]["metrics"] == {}
         assert task["rows"]["ensemble"]["members"] == ["ct", "mri"] and "broken" not in task["differences"]
+    assert "weights may be broken" in summary["encoders"]["broken"]["failures"][0]
     assert "broken" not in summary["overall"]["rows"] and summary["overall"]["tasks"]
     json.dumps(summary, allow_nan=False)
 

@@ -1,0 +1,166 @@
+"""One self-contained page from an evaluation: a claim computed from the numbers, the numbers, and examples.
+
+Nothing is fetched and no script runs. The headline is written by the intervals, also when the student loses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+
+from mmkd.data.records import PairFolder, open_pairs
+from mmkd.evaluation.examples import (
+    Thumbnails,
+    caption_answers,
+    caption_card,
+    class_answers,
+    image_answers,
+    image_card,
+    spread,
+)
+from mmkd.evaluation.markup import page, section, text
+from mmkd.evaluation.report_pipeline import data_section, provenance_section, teachers_section, training_section
+from mmkd.evaluation.report_results import (
+    caveat,
+    claim,
+    differences_section,
+    modalities_section,
+    overall_section,
+    tasks_section,
+    verdict,
+)
+from mmkd.evaluation.task import Outputs
+from mmkd.files import read_json
+
+SHOWN_IMAGES, SHOWN_CAPTIONS = 16, 4
+GRADES = "✓ belong together, ≈ same label but another image, ✗ neither."
+EXAMPLE_TASKS = ("retrieval", "zeroshot-label", "zeroshot-modality")
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Where the report finds what the stages left; only results and pairs are needed."""
+
+    results: Path
+    pairs: Path
+    stage1_log: Path | None = None
+    distill_log: Path | None = None
+    screen_report: Path | None = None
+    align_report: Path | None = None
+    stages: Path | None = None
+
+
+def build_report(inputs: ReportInputs) -> str:
+    """The whole page.
+
+    Raises:
+        FileNotFoundError: there is no ``summary.json`` among the results, or there are no pairs.
+        ValueError: a JSON file is broken.
+    """
+    summary_file = inputs.results / "summary.json"
+    if not summary_file.is_file():
+        raise FileNotFoundError(f"{summary_file} is not there; run `mmkd eval --output {inputs.results}` first")
+    summary, folder = read_json(summary_file), open_pairs(inputs.pairs)
+    datasheet = inputs.pairs / "README.md"
+    sections = [
+        overall_section(summary),
+        images_section(summary, inputs.results, folder),
+        captions_section(summary, inputs.results, folder),
+        tasks_section(summary),
+        modalities_section(summary),
+        differences_section(summary),
+        training_section({"Stage 1, captions": inputs.stage1_log, "Stage 2, distillation": inputs.distill_log}),
+        teachers_section(_optional(inputs.align_report), _optional(inputs.screen_report)),
+        data_section(summary, datasheet.read_text(encoding="utf-8") if datasheet.is_file() else ""),
+        provenance_section(summary, _settings(inputs), _optional(inputs.stages)),
+    ]
+    body = "\n".join([header(summary), "<main>", *(part for part in sections if part), "</main>", footer(summary)])
+    return page(f"MMKD-CLIP: {verdict(summary)}", body)
+
+
+def header(summary: dict[str, Any]) -> str:
+    """The claim, its numbers and what they are not."""
+    return (
+        '<header><p class="brand">MMKD-CLIP</p>'
+        f'<h1>{text(verdict(summary))}</h1>\n<p class="claim">{claim(summary)}</p>\n'
+        f'<p class="caveat">{caveat(summary)}</p></header>'
+    )
+
+
+def footer(summary: dict[str, Any]) -> str:
+    """Which program made the page."""
+    version = summary["versions"].get("mmkd-clip", "")
+    made = f"Made by <code>mmkd report</code>, mmkd-clip {text(version)}."
+    return f"<footer>{made} No medical device, no medical advice.</footer>"
+
+
+def images_section(summary: dict[str, Any], results: Path, folder: PairFolder) -> str:
+    """Held-out images with the student's first answers."""
+    name = next((name for name in EXAMPLE_TASKS if name in summary["tasks"]), None)
+    if name is None or summary["tasks"][name]["rows"][summary["student"]]["undefined"]:
+        return ""
+    task, outputs = _load(results, summary["student"], name)
+    thumbnails = Thumbnails(folder)
+    cards = []
+    for position in spread(task["ids"], task["modalities"]["image"], SHOWN_IMAGES):
+        id = task["ids"][position]
+        pair = thumbnails.pairs.get(id)
+        modality = pair.modality if pair else ""
+        if task["kind"] == "retrieval":
+            answers, own = caption_answers(task, outputs, position), pair.caption if pair else ""
+        else:
+            answers, own = class_answers(task, outputs, position), task["classes"][task["targets"][position]]
+        cards.append(image_card(thumbnails.tag(id, f"held-out image, {modality}"), modality, own, answers))
+    what, grades = ("captions", GRADES) if task["kind"] == "retrieval" else ("classes", "")
+    lead = (
+        f"The student's first three of {len(task[what])} {what} for images it has not seen, chosen by a fixed "
+        f"rule that knows no result. {grades}"
+    )
+    return section("images", "What the student sees", lead, f'<div class="cards">{"".join(cards)}</div>')
+
+
+def captions_section(summary: dict[str, Any], results: Path, folder: PairFolder) -> str:
+    """Captions with the images the student finds for them."""
+    if "retrieval" not in summary["tasks"] or summary["tasks"]["retrieval"]["rows"][summary["student"]]["undefined"]:
+        return ""
+    task, outputs = _load(results, summary["student"], "retrieval")
+    thumbnails = Thumbnails(folder)
+    cards = []
+    for position in spread(task["captions"], task["modalities"]["caption"], SHOWN_CAPTIONS):
+        found = image_answers(task, outputs, position)
+        images = [
+            (thumbnails.tag(a.value, f"image found in place {place}"), a) for place, a in enumerate(found, start=1)
+        ]
+        cards.append(caption_card(task["captions"][position], images))
+    lead = (
+        f"A sentence in, images out: the first five of {len(task['ids'])} held-out images, with their cosines. {GRADES}"
+    )
+    return section("captions", "Search by sentence", lead, f'<div class="queries">{"".join(cards)}</div>')
+
+
+def _load(results: Path, encoder: str, name: str) -> tuple[dict[str, Any], Outputs]:
+    stored = safetensors.numpy.load_file(results / "cells" / encoder / f"{name}.safetensors")
+    prefix = "outputs."
+    outputs = {key[len(prefix) :]: array for key, array in stored.items() if key.startswith(prefix)}
+    return read_json(results / "tasks" / f"{name}.json"), outputs
+
+
+def _optional(path: Path | None) -> Any:
+    return read_json(path) if path is not None and path.is_file() else None
+
+
+def _settings(inputs: ReportInputs) -> dict[str, str]:
+    """The resolved settings that stages left beside what they wrote, by command."""
+    outputs = {
+        "curate": inputs.pairs / "manifest.jsonl",
+        "pretrain": inputs.stage1_log,
+        "screen": inputs.screen_report,
+        "align": inputs.align_report,
+        "distill": inputs.distill_log,
+        "eval": inputs.results / "summary.json",
+    }
+    files = {name: path.parent / "settings.yaml" for name, path in outputs.items() if path is not None}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
