@@ -106,7 +106,8 @@ def launch_command(module: str, launcher: list[str], arguments: list[str]) -> tu
     names = {"num_processes": "nproc_per_node", "num_machines": "nnodes", "machine_rank": "node_rank"}
     names |= {"main_process_ip": "master_addr", "main_process_port": "master_port"}
     renamed = [_rename(option, names) for option in launcher]
-    return [torchrun, *renamed, "-m", module, *arguments], {"ACCELERATE_USE_CPU": "1"}
+    alone = [] if any("nnodes" in option for option in renamed) else ["--standalone"]  # a free port of its own
+    return [torchrun, *alone, *renamed, "-m", module, *arguments], {"ACCELERATE_USE_CPU": "1"}
 
 
 def _rename(option: str, names: dict[str, str]) -> str:
