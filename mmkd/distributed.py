@@ -8,6 +8,7 @@ ranks want of its rows. Each rank computes 1/W of the logits and none twice.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """This process' number, 0 when there is no process group."""
-    return dist.get_rank() if _initialized() else 0
+    """This process' number: in its group, without one as the launcher said (``RANK``), else 0."""
+    return dist.get_rank() if _initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """Number of processes, 1 when there is no process group."""
-    return dist.get_world_size() if _initialized() else 1
+    """Number of processes: of the group, without one as the launcher said (``WORLD_SIZE``), else 1."""
+    return dist.get_world_size() if _initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def wait_for_everyone() -> None:
@@ -41,7 +42,7 @@ def gather(rows: Tensor) -> Tensor:
         `(rows * world_size, ...)`; the rows of this process start at `rank() * rows`. The gradient that reaches
         ``rows`` is the sum over processes of their gradients of this process' part.
     """
-    if world_size() == 1:
+    if not _initialized():
         return rows
     if rows.dtype == torch.bool:
         return _Gather.apply(rows.to(torch.uint8)).bool()
@@ -50,7 +51,7 @@ def gather(rows: Tensor) -> Tensor:
 
 def mean_over_processes(values: Tensor) -> Tensor:
     """The mean of a tensor over processes, without gradient."""
-    if world_size() == 1:
+    if not _initialized():
         return values.detach()
     total = values.detach().clone()
     dist.all_reduce(total)
@@ -59,7 +60,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 def gather_lists(items: list[str]) -> list[str]:
     """The items of all processes in rank order."""
-    if world_size() == 1:
+    if not _initialized():
         return list(items)
     parts: list[list[str]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, items)
