@@ -1,9 +1,9 @@
 """An extraction under way: parts of fixed pairs, written whole by any process, that become one feature store.
 
-A part is named by what it holds (the teacher's identity and the ids of its pairs): a part that is there is done, whoever
-made it and whenever, and one of other weights is never taken for it. Whichever process finds all parts closes the store;
-no process waits for another. The bytes of the store depend on the pairs and the teacher alone, not on how many processes
-there were or how often they were killed.
+A part is named by what it holds (the teacher's identity and the ids of its pairs): a part that is there is done,
+whoever made it and whenever, and one of other weights is never taken for it. Whichever process finds all parts closes
+the store; no process waits for another. The bytes of the store depend on the pairs and the teacher alone, not on how
+many processes there were or how often they were killed.
 """
 
 from __future__ import annotations
