@@ -57,7 +57,7 @@ def main(settings: EvalSettings) -> None:
     sources = named_sources(settings.encoders)
     check(settings, sources)
     folder = evaluated_pairs(settings)
-    digests = image_digests(folder)
+    digests = image_digests(folder, settings.quiet)
     encoders = embed_all(settings, sources, folder, digests)
     unreadable = encoders[0].unreadable
     samples = collect_samples(folder, settings.split, digests, unreadable)

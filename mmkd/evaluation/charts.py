@@ -105,6 +105,7 @@ def _forest(caption: str, measure: str, body: str, ticks: Sequence[tuple[str, fl
     axis = "".join(f'<span style="left:{100 * at:.1f}%">{text(label)}</span>' for label, at in ticks)
     return (
         f'<table class="forest"><caption>{text(caption)}</caption>'
+        '<colgroup><col class="who"><col><col class="how"></colgroup>'
         f'<thead><tr><th scope="col">Encoder</th><th scope="col">{text(measure)}</th>'
         '<th scope="col">Value</th></tr></thead>'
         f'\n<tbody>\n{body}\n</tbody><tfoot aria-hidden="true"><tr><td></td><td><div class="axis">{axis}</div></td>'

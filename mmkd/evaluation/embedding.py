@@ -116,10 +116,10 @@ def embed(
     return embedded
 
 
-def image_digests(folder: PairFolder) -> dict[str, str]:
+def image_digests(folder: PairFolder, quiet: bool = False) -> dict[str, str]:
     """SHA-256 of every image file by pair id; ``"missing"`` where it cannot be read."""
     digests = {}
-    for pair in folder.pairs:
+    for pair in tqdm(folder.pairs, desc="looking for changed images", unit="image", disable=quiet):
         try:
             digests[pair.id] = hashlib.sha256(read_image_bytes(folder.image_path(pair))).hexdigest()
         except ValueError:

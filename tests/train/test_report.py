@@ -17,7 +17,7 @@ EVIL = '<img src=https://evil.example/x onerror=alert(1)> & "quoted"'
 class Page(HTMLParser):
     """Checks that tags are closed and notes what a browser would load or run."""
 
-    VOID = ("meta", "img", "br", "link", "input", "path")
+    VOID = ("meta", "img", "br", "link", "input", "path", "col")
 
     def __init__(self):
         super().__init__()
