@@ -20,6 +20,7 @@ from mmkd.evaluation.cells import CellFolder
 from mmkd.evaluation.embedding import Embedded, embed, image_digests
 from mmkd.evaluation.suite import ENSEMBLE, ORACLE, SUITE, collect_samples, run_task, tasks_for, texts_for
 from mmkd.evaluation.summary import Table, overall, split_summary, task_summary, versions
+from mmkd.evaluation.task import Samples, Task
 from mmkd.files import write_json
 from mmkd.settings import nearest, resolved, run, save_settings, setting
 from mmkd.teachers.zoo import load_encoder
@@ -59,38 +60,18 @@ def main(settings: EvalSettings) -> None:
     folder = evaluated_pairs(settings)
     digests = image_digests(folder, settings.quiet)
     encoders = embed_all(settings, sources, folder, digests)
-    unreadable = encoders[0].unreadable
-    samples = collect_samples(folder, settings.split, digests, unreadable)
+    samples = collect_samples(folder, settings.split, digests, encoders[0].unreadable)
     tasks, skipped = tasks_for(samples, settings.tasks) if samples.held_out else ([], {})
     if not tasks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ValueError(
             f"nothing to evaluate on the {len(samples.held_out)} readable {settings.split} pairs. {reasons}"
         )
-    student, *others = sources
-    teachers = [name for name in others if name not in settings.baselines]
-    cells = CellFolder(settings.output, samples.held_out, settings.replicates, settings.seed)
-    table: Table = {}
-    for task in tqdm(tasks, desc="tasks", disable=settings.quiet):
-        table[task.name] = run_task(task, samples, encoders, teachers, cells)
-    summaries = {task.name: task_summary(cells.describe(task), table[task.name], student, cells) for task in tasks}
-    summary = {
-        "student": student,
-        "teachers": teachers,
-        "baselines": [name for name in others if name in settings.baselines],
-        "encoders": {
-            e.name: {
-                "source": sources[e.name],
-                "fingerprint": e.fingerprint,
-                "failures": e.failures,
-                "provenance": e.provenance,
-            }
-            for e in encoders
-        },
-        "tasks": summaries,
+    summary = compare(settings, samples, tasks, encoders)
+    summary |= {
+        "encoders": {e.name: _encoder_row(e, sources[e.name]) for e in encoders},
         "skipped": skipped,
-        "unreadable": unreadable,
-        "overall": overall(summaries, table, student, teachers, cells),
+        "unreadable": encoders[0].unreadable,
         "splits": split_summary(open_pairs(settings.pairs), digests, settings.split),
         "settings": resolved(settings),
         "versions": versions(),
@@ -98,6 +79,24 @@ def main(settings: EvalSettings) -> None:
     save_settings(settings, settings.output / "settings.yaml")
     write_json(settings.output / "summary.json", summary)
     print_summary(summary)
+
+
+def compare(settings: EvalSettings, samples: Samples, tasks: list[Task], encoders: list[Embedded]) -> dict[str, Any]:
+    """Run every task and set the student against its rivals."""
+    student, *others = [encoder.name for encoder in encoders]
+    teachers = [name for name in others if name not in settings.baselines]
+    cells = CellFolder(settings.output, samples.held_out, settings.replicates, settings.seed)
+    table: Table = {}
+    for task in tqdm(tasks, desc="tasks", disable=settings.quiet):
+        table[task.name] = run_task(task, samples, encoders, teachers, cells)
+    summaries = {task.name: task_summary(cells.describe(task), table[task.name], student, cells) for task in tasks}
+    return {
+        "student": student,
+        "teachers": teachers,
+        "baselines": [name for name in others if name in settings.baselines],
+        "tasks": summaries,
+        "overall": overall(summaries, table, student, teachers, cells),
+    }
 
 
 def named_sources(encoders: list[str]) -> dict[str, str]:
@@ -188,6 +187,15 @@ def print_summary(summary: dict[str, Any]) -> None:
 def _shown(metric: dict[str, float | None]) -> str:
     value, low, high = (float("nan") if metric[key] is None else metric[key] for key in ("value", "low", "high"))
     return f"{value:.3f}  [{low:.3f}, {high:.3f}]"
+
+
+def _encoder_row(embedded: Embedded, source: str) -> dict[str, Any]:
+    return {
+        "source": source,
+        "fingerprint": embedded.fingerprint,
+        "failures": embedded.failures,
+        "provenance": embedded.provenance,
+    }
 
 
 if __name__ == "__main__":

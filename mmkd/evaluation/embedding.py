@@ -93,26 +93,15 @@ def embed(
         Vectors by pair id and by text; images that cannot be read are listed, not embedded.
     """
     embedded = Embedded(name, encoder_fingerprint(encoder, source), encoder.provenance)
-    bar = tqdm(total=len(folder.pairs) + len(texts), desc=name, unit="item", disable=quiet)
-    for pairs in _shards(folder.pairs):
-        keys = [f"{pair.id} {digests[pair.id]}" for pair in pairs]
-        shard = _cached(
-            cache / _shard_name("images", embedded.fingerprint, keys),
-            partial(_embed_images, encoder, folder, pairs, batch_size, bar),
-        )
-        embedded.unreadable |= shard.unreadable
-        embedded.failures += shard.failures
-        readable = [pair for pair in pairs if pair.id not in shard.unreadable]
-        embedded.images |= {pair.id: vector for pair, vector in zip(readable, shard.vectors, strict=True)}
-    for part in _shards(texts):
-        shard = _cached(
-            cache / _shard_name("texts", embedded.fingerprint, part),
-            partial(_embed_texts, encoder, part, batch_size, bar),
-        )
-        embedded.failures += shard.failures
-        embedded.texts |= dict(zip(part, shard.vectors, strict=True))
-    bar.update(bar.total - bar.n)
-    bar.close()
+    with tqdm(total=len(folder.pairs) + len(texts), desc=name, unit="item", disable=quiet) as bar:
+        for pairs in _shards(folder.pairs):
+            keys = [f"{pair.id} {digests[pair.id]}" for pair in pairs]
+            compute = partial(_embed_images, encoder, folder, pairs, batch_size, bar)
+            _add_images(embedded, pairs, _cached(cache, "images", [embedded.fingerprint, *keys], compute))
+        for part in _shards(texts):
+            compute = partial(_embed_texts, encoder, part, batch_size, bar)
+            _add_texts(embedded, part, _cached(cache, "texts", [embedded.fingerprint, *part], compute))
+        bar.update(bar.total - bar.n)
     return embedded
 
 
@@ -143,6 +132,18 @@ class _Shard:
     vectors: Vectors
     unreadable: dict[str, str]
     failures: list[str]
+
+
+def _add_images(embedded: Embedded, pairs: Sequence[Pair], shard: _Shard) -> None:
+    readable = [pair for pair in pairs if pair.id not in shard.unreadable]
+    embedded.images |= {pair.id: vector for pair, vector in zip(readable, shard.vectors, strict=True)}
+    embedded.unreadable |= shard.unreadable
+    embedded.failures += shard.failures
+
+
+def _add_texts(embedded: Embedded, texts: Sequence[str], shard: _Shard) -> None:
+    embedded.texts |= dict(zip(texts, shard.vectors, strict=True))
+    embedded.failures += shard.failures
 
 
 def _embed_images(
@@ -189,8 +190,10 @@ def _sound(
         return np.full((len(batch), encoder.dim), np.nan, dtype=np.float32)
 
 
-def _cached(path: Path, compute: Callable[[], _Shard]) -> _Shard:
-    """The shard at ``path``, which is computed and written first if it is missing."""
+def _cached(folder: Path, kind: str, keys: Sequence[str], compute: Callable[[], _Shard]) -> _Shard:
+    """The shard whose name is the hash of ``keys``, which is computed and written first if it is missing."""
+    digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+    path = folder / f"{kind}-{digest[:24]}.safetensors"
     if not path.is_file():
         shard = compute()
         notes = {"unreadable": shard.unreadable, "failures": shard.failures}
@@ -199,11 +202,6 @@ def _cached(path: Path, compute: Callable[[], _Shard]) -> _Shard:
         atomic_write_bytes(path, safetensors.numpy.save({"vectors": half}, metadata))
     with safetensors.safe_open(path, framework="np") as stored:
         return _Shard(stored.get_tensor("vectors").astype(np.float32), **json.loads(stored.metadata()["notes"]))
-
-
-def _shard_name(kind: str, encoder: str, keys: Sequence[str]) -> str:
-    digest = hashlib.sha256(json.dumps([encoder, *keys]).encode()).hexdigest()
-    return f"{kind}-{digest[:24]}.safetensors"
 
 
 def _shards(items: Sequence[Any]) -> list[Sequence[Any]]:

@@ -64,26 +64,20 @@ def overall(
     common = [task for task, cells in table.items() if all(_sound(cells, row) for row in rows)]
     if not common or student not in rows:
         return {"tasks": [], "rows": {}, "differences": {}, "best_teacher": None}
-    points = {
-        row: _mean_of_kinds(tasks, common, {t: np.array(_headline(tasks[t], table[t][row])) for t in common})
-        for row in rows
-    }
-    replicates = {
-        row: _mean_of_kinds(tasks, common, {t: folder.together(row, t)[tasks[t]["headline"]] for t in common})
-        for row in rows
-    }
-    scores = {row: float(points[row]) for row in rows}
-    known = [row for row in rows if row in teachers]
+    scores: dict[str, float] = {}
+    replicates: dict[str, Floats] = {}
+    for row in rows:
+        points = {t: np.array(_headline(tasks[t], table[t][row])) for t in common}
+        scores[row] = float(_mean_of_kinds(tasks, points))
+        drawn = {t: folder.together(row, t)[tasks[t]["headline"]] for t in common}
+        replicates[row] = _mean_of_kinds(tasks, drawn)
+    rivals, known = [row for row in rows if row != student], [row for row in rows if row in teachers]
     return {
         "tasks": common,
-        "rows": {
-            row: _plain(dict(zip(("value", "low", "high"), (scores[row], *interval(replicates[row])), strict=True)))
-            for row in rows
-        },
+        "rows": {row: _with_interval(scores[row], replicates[row]) for row in rows},
         "differences": {
-            row: _plain(difference(scores[student], scores[row], replicates[student], replicates[row]))
-            for row in rows
-            if row != student
+            rival: _plain(difference(scores[student], scores[rival], replicates[student], replicates[rival]))
+            for rival in rivals
         },
         "best_teacher": max(known, key=lambda row: scores[row]) if known else None,
     }
@@ -121,10 +115,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _mean_of_kinds(tasks: dict[str, dict[str, Any]], common: list[str], values: Metrics) -> Floats:
+def _mean_of_kinds(tasks: dict[str, dict[str, Any]], values: Metrics) -> Floats:
     """Mean over kinds of means over tasks; a task that a replicate leaves undefined is left out of that replicate."""
-    kinds = sorted({tasks[task]["kind"] for task in common})
-    return _nan_mean([_nan_mean([values[t] for t in common if tasks[t]["kind"] == kind]) for kind in kinds])
+    kinds = sorted({tasks[task]["kind"] for task in values})
+    return _nan_mean(
+        [_nan_mean([own for task, own in values.items() if tasks[task]["kind"] == kind]) for kind in kinds]
+    )
 
 
 def _nan_mean(rows: list[Floats]) -> Floats:
@@ -133,6 +129,11 @@ def _nan_mean(rows: list[Floats]) -> Floats:
     defined = ~np.isnan(stacked)
     count, total = defined.sum(axis=0), np.where(defined, stacked, 0.0).sum(axis=0)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def _with_interval(value: float, replicates: Floats) -> dict[str, float | None]:
+    low, high = interval(replicates)
+    return _plain({"value": value, "low": low, "high": high})
 
 
 def _ordered(table: Table) -> list[str]:
