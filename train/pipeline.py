@@ -76,7 +76,7 @@ def main(settings: PipelineSettings) -> None:
     stages.run("distill", "distill", settings.output, {**inputs, **settings.distill})
     encoders = [f"student={settings.output}", *teachers, f"stage1={work / 'stage1'}"]
     stages.run("eval", "eval", work / "results", {"encoders": encoders, "pairs": str(pairs), **settings.eval})
-    stages.run("report", "report", settings.report, report_inputs(settings))
+    stages.run("report", "report", settings.report, report_inputs(settings, stages))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nDone in {minutes} min {seconds:02d} s. Student: {settings.output}/  Report: {settings.report}")
 
@@ -93,7 +93,7 @@ def train_specialists(stages: Stages, settings: PipelineSettings, pairs: Path) -
     return folders
 
 
-def report_inputs(settings: PipelineSettings) -> dict[str, Any]:
+def report_inputs(settings: PipelineSettings, stages: Stages) -> dict[str, Any]:
     """Where the report finds what the stages left."""
     work = settings.work
     return {
@@ -103,6 +103,7 @@ def report_inputs(settings: PipelineSettings) -> dict[str, Any]:
         "distill_log": str(settings.output / "log.jsonl"),
         "screen_report": str(work / "screened" / "report.json"),
         "align_report": str(work / "aligned" / "report.json"),
+        "stages": str(stages.record),
     }
 
 

@@ -21,6 +21,7 @@ from mmkd.files import atomic_write_text, read_json, write_json
 MANIFEST_FILE, FOLDER_FILE = "manifest.jsonl", "pairs.json"
 SPLITS = ("train", "validation", "test")
 VERSION = 1
+REQUIRED = ("id", "image", "caption")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +136,15 @@ def is_inside(relative: str) -> bool:
 
 
 def _record(pair: Pair) -> dict[str, Any]:
-    """The fields that are not empty; an empty tuple of teachers says something and stays."""
+    """The required fields and those that are not empty; an empty tuple of teachers says something and stays."""
     record = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}
-    return {key: value for key, value in record.items() if value not in ("", 0, None)}
+    return {key: value for key, value in record.items() if key in REQUIRED or value not in ("", 0, None)}
 
 
 def _pair(row: dict[str, Any], place: str) -> Pair:
     known = {field.name: field for field in dataclasses.fields(Pair)}
     unknown = [key for key in row if key not in known]
-    missing = [key for key in ("id", "image", "caption") if key not in row]
+    missing = [key for key in REQUIRED if key not in row]
     if unknown or missing:
         raise ValueError(f"{place}: unknown keys {unknown}, missing keys {missing}; allowed: {', '.join(known)}")
     if row.get("teachers") is not None:

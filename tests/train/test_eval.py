@@ -1,10 +1,10 @@
 import json
 
-import mmkd.train.eval as recipe
 import numpy as np
 import pytest
 from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs, write_pairs
 
+import mmkd.train.eval as recipe
 from mmkd.data.records import Pair
 from mmkd.files import read_json
 

@@ -3,11 +3,11 @@ import json
 import re
 from html.parser import HTMLParser
 
-import mmkd.train.eval as evaluation
-import mmkd.train.report as recipe
 import pytest
 from fake_encoder import LABELS, FakeEncoder, make_pairs, write_pairs
 
+import mmkd.train.eval as evaluation
+import mmkd.train.report as recipe
 from mmkd.data.records import Pair
 from mmkd.files import write_json
 

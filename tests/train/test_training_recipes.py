@@ -3,10 +3,6 @@
 import json
 from pathlib import Path
 
-import mmkd.train.align
-import mmkd.train.configs
-import mmkd.train.distill
-import mmkd.train.pretrain
 import numpy as np
 import pytest
 import torch
@@ -16,6 +12,10 @@ from safetensors.torch import load_file
 from test_distributed import torchrun
 from transformers import BertConfig, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig
 
+import mmkd.train.align
+import mmkd.train.configs
+import mmkd.train.distill
+import mmkd.train.pretrain
 from mmkd.aligner import load_aligner
 from mmkd.data.features import FeatureWriter, TeacherFeatures
 from mmkd.data.records import Pair, write_manifest
