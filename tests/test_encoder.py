@@ -50,3 +50,13 @@ def test_wrong_shapes_and_broken_numbers_are_refused():
     broken.text_features = lambda texts: torch.full((len(texts), 3), torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         broken.encode_texts(["a"])
+
+
+def test_equal_texts_are_encoded_once_and_order_is_kept():
+    encoder = Counting(batch_size=8)
+    seen = []
+    real = encoder.text_features
+    encoder.text_features = lambda texts: seen.extend(texts) or real(texts)
+    found = encoder.encode_texts(["ccc", "a", "ccc", "bb"])
+    assert seen == ["a", "bb", "ccc"]
+    torch.testing.assert_close(found[:, 0], torch.tensor([3.0, 1.0, 3.0, 2.0]) / torch.tensor([10, 2, 10, 5]).sqrt())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from mmkd.distributed import rank, world_size
 from mmkd.encoder import DualEncoder
 from mmkd.settings import nearest, run, setting
 from mmkd.teachers.zoo import load_encoder, named_sources
+
+Batch = tuple[Sequence[Pair], list[Image.Image | str]]
 
 
 @dataclass
@@ -127,39 +129,32 @@ def extract(jobs: Sequence[Job], folder: PairFolder, settings: ExtractSettings) 
         ThreadPoolExecutor(max_workers=1) as decoder,
     ):
         for part in own:
+            pairs = [by_id[id] for id in parts[part]]
             pending = [job for job in jobs if not job.parts.has(part)]
             if pending:
-                extract_part(pending, part, [by_id[id] for id in parts[part]], folder, settings.batch_size, decoder)
-            bar.update(len(parts[part]))
+                extract_part(pending, part, decoded(pairs, folder, settings.batch_size, decoder), bar)
+            else:
+                bar.update(len(pairs))
 
 
-def extract_part(
-    jobs: Sequence[Job],
-    part: int,
-    pairs: Sequence[Pair],
-    folder: PairFolder,
-    batch_size: int,
-    decoder: ThreadPoolExecutor,
-) -> None:
+def extract_part(jobs: Sequence[Job], part: int, batches: Iterable[Batch], bar: tqdm) -> None:
     """Encode one part with each of the teachers, in fixed batches, and write it."""
-    ids: list[str] = []
+    kept: list[Pair] = []
     skipped: dict[str, str] = {}
-    features = [([torch.zeros(0, job.encoder.dim)], [torch.zeros(0, job.encoder.dim)]) for job in jobs]
-    for batch, images in decoded(pairs, folder, batch_size, decoder):
-        skipped |= {pair.id: found for pair, found in zip(batch, images, strict=True) if isinstance(found, str)}
+    features = [[torch.zeros(0, job.encoder.dim)] for job in jobs]
+    for pairs, images in batches:
         readable = [found for found in images if not isinstance(found, str)]
-        kept = [pair for pair in batch if pair.id not in skipped]
-        ids += [pair.id for pair in kept]
-        for job, (image, text) in zip(jobs, features, strict=True):
-            image.append(job.encoder.encode_images(readable))
-            text.append(job.encoder.encode_texts([pair.caption for pair in kept]))
-    for job, (image, text) in zip(jobs, features, strict=True):
-        job.parts.write(part, ids, torch.cat(image), torch.cat(text), skipped)
+        for job, found in zip(jobs, features, strict=True):
+            found.append(job.encoder.encode_images(readable))
+        skipped |= {pair.id: found for pair, found in zip(pairs, images, strict=True) if isinstance(found, str)}
+        kept += [pair for pair in pairs if pair.id not in skipped]
+        bar.update(len(pairs))
+    ids, captions = [pair.id for pair in kept], [pair.caption for pair in kept]
+    for job, found in zip(jobs, features, strict=True):
+        job.parts.write(part, ids, torch.cat(found), job.encoder.encode_texts(captions), skipped)
 
 
-def decoded(
-    pairs: Sequence[Pair], folder: PairFolder, batch_size: int, decoder: ThreadPoolExecutor
-) -> Iterator[tuple[Sequence[Pair], list[Image.Image | str]]]:
+def decoded(pairs: Sequence[Pair], folder: PairFolder, batch_size: int, decoder: ThreadPoolExecutor) -> Iterator[Batch]:
     """Batches of pairs with their images, or the reason why there is none; the next batch is decoded meanwhile."""
 
     def decode(batch: Sequence[Pair]) -> list[Image.Image | str]:

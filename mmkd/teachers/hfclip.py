@@ -64,11 +64,16 @@ def load(row: TeacherRow, device: str) -> HFClipEncoder:
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ValueError(f"{row.weights}: {type(model).__name__} has no get_image_features and get_text_features")
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    return build(row, model.to(device), processor, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
+    return build(row, model, device, processor, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
 
 
-def build(row: TeacherRow, model: Any, processor: Any, weight_files: list[Path]) -> HFClipEncoder:
-    """The encoder of a loaded model: context from row, tokenizer and position embeddings, whichever is shortest."""
+def build(row: TeacherRow, model: Any, device: str, processor: Any, weight_files: list[Path]) -> HFClipEncoder:
+    """The encoder of a loaded model.
+
+    The context is that of row, tokenizer or position embeddings, whichever is shortest. Convolutions run with channels
+    last, which takes about half the time on CPUs.
+    """
+    model = model.to(device=device, memory_format=torch.channels_last)
     limits = (row.context, processor.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
     context = min(limit for limit in limits if limit)
     image_processor = processor.image_processor

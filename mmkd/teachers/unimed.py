@@ -35,4 +35,4 @@ def load(row: TeacherRow, device: str) -> HFClipEncoder:
     )
     tokenizer = AutoTokenizer.from_pretrained(companion(checkpoint.parent, row.text_model, TOKENIZER_FILES))
     processor = MMKDClipProcessor(image_processor, tokenizer)
-    return build(row, model.to(device), processor, [checkpoint])
+    return build(row, model, device, processor, [checkpoint])
