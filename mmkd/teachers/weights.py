@@ -212,9 +212,10 @@ def _download(
         raise FileNotFoundError(f"{source} is not on the Hub, or is private: {asked}") from error
     except OSError as error:
         hint = f" (gated: {asked})" if gated else ""
+        kind = " --repo-type dataset" if repo_type == "dataset" else ""
         raise FileNotFoundError(
             f"{source} is not in the Hub's cache and the Hub cannot be reached{hint}. Where there is a network, run "
-            f"`hf download {source}{' --repo-type dataset' if repo_type == 'dataset' else ''} {' '.join(weights[:1])}`"
-            f", copy the folder here and give its path as weights"
+            f"`hf download {source}{kind} --local-dir DIR`, copy DIR here, and give it as --weights.NAME DIR, or as "
+            "`weights: DIR` in a YAML row"
         ) from error
     return Path(folder)

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmkd.train import extract
-from mmkd.train.extract import ExtractSettings, main
 from PIL import Image
 
 from mmkd.data.features import FeatureStore, TeacherFeatures
 from mmkd.data.records import Pair, write_manifest
 from mmkd.settings import parse
+from mmkd.train import extract
+from mmkd.train.extract import ExtractSettings, main
 
 TEACHER = """
 import os

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmkd.train.screen import ScreenSettings, main
 
 from mmkd.data.features import FeatureWriter
 from mmkd.data.records import Pair, open_pairs, write_manifest
 from mmkd.files import read_json
 from mmkd.settings import parse
+from mmkd.train.screen import ScreenSettings, main
 
 SPLITS = ["train"] * 40 + ["validation"] * 6 + ["test"] * 6
 
