@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     if name in PIPELINES:
         preset = importlib.resources.files("mmkd.train.configs") / PIPELINES[name]
         arguments = ["--config", str(preset), *arguments]
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine severalfold
     module = RECIPES[name][0]
     if name in DISTRIBUTED and not _is_launched() and (launcher or _accelerate_is_configured()):
         command, environment = launch_command(module, launcher, arguments)
