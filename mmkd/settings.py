@@ -56,10 +56,11 @@ def parse(settings_class: type[T], argv: list[str] | None = None) -> T:
         field.name: field.default_factory() for field in mappings if callable(field.default_factory)
     }
     given = _split_arguments(argv, hints)
-    for path in [value for key, value in given if key == "config"]:
+    is_yaml = "config" not in hints  # a recipe with a setting of this name means its own file by it
+    for path in [value for key, value in given if key == "config" and is_yaml]:
         _merge_yaml(values, Path(path), hints)
     for key, text in given:
-        if key != "config":
+        if key != "config" or not is_yaml:
             _set(values, key, text, hints)
     for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -101,7 +102,8 @@ def nearest(name: str, allowed: typing.Iterable[str]) -> str:
 def help_text(settings_class: type) -> str:
     """The class' docstring and one line for each setting."""
     hints = typing.get_type_hints(settings_class)
-    lines = [textwrap.dedent(settings_class.__doc__ or "").strip(), "", "settings (--config FILE.yaml, --key value):"]
+    ways = "--key value" if "config" in hints else "--config FILE.yaml, --key value"
+    lines = [textwrap.dedent(settings_class.__doc__ or "").strip(), "", f"settings ({ways}):"]
     for field in dataclasses.fields(settings_class):
         default = field.default_factory() if callable(field.default_factory) else field.default
         shown = "required" if default is dataclasses.MISSING else f"default {_plain(default)!r}"
