@@ -32,6 +32,11 @@ AutoImageProcessor.register(
 )
 AutoTokenizer.register(MMKDClipConfig, tokenizer_class=BertTokenizer)
 
+# What is saved carries its code, so that the folder also works where this package is not installed.
+MMKDClipConfig.register_for_auto_class()
+MMKDClipModel.register_for_auto_class("AutoModel")
+MMKDClipProcessor.register_for_auto_class("AutoProcessor")
+
 __all__ = [
     "MMKDClipConfig",
     "MMKDClipModel",

@@ -13,6 +13,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 POOLINGS = ("cls", "mean")
+AUTO_MAP = {  # lets a saved folder work without this package: the files are saved beside the weights
+    "AutoConfig": "configuration_mmkd.MMKDClipConfig",
+    "AutoModel": "modeling_mmkd.MMKDClipModel",
+    "AutoModelForZeroShotImageClassification": "modeling_mmkd.MMKDClipModel",
+    "AutoProcessor": "processing_mmkd.MMKDClipProcessor",
+}
 
 
 class MMKDClipConfig(PretrainedConfig):
@@ -51,13 +57,25 @@ class MMKDClipConfig(PretrainedConfig):
         if text_pooling not in POOLINGS:
             raise ValueError(f"text_pooling is {text_pooling!r}; allowed: {', '.join(POOLINGS)}")
         self.projection_dim = projection_dim
-        self.text_projection_hidden = text_projection_hidden or (_width(self.text_config) + projection_dim) // 2
+        self.text_projection_hidden = text_projection_hidden or (tower_width(self.text_config) + projection_dim) // 2
         self.text_pooling = text_pooling
         self.logit_scale_init_value = logit_scale_init_value
         for name in ("projection_dim", "text_projection_hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        super().__init__(**kwargs)
+        super().__init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+
+
+def tower_width(config: PretrainedConfig) -> int:
+    """Width of a tower's hidden states.
+
+    Raises:
+        ValueError: the configuration does not state it.
+    """
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"a tower of type {config.model_type!r} states no hidden_size; use a ViT or BERT-like model")
+    return width
 
 
 def _tower(
@@ -71,14 +89,6 @@ def _tower(
     if model_type == "clip_vision_model":
         values = {**defaults, **values}
     return AutoConfig.for_model(model_type, **values)
-
-
-def _width(config: PretrainedConfig) -> int:
-    """Width of a text tower's hidden states."""
-    width = getattr(config, "hidden_size", None) or getattr(config, "dim", None)
-    if not width:
-        raise ValueError(f"text_config of type {config.model_type!r} states no hidden_size; use a BERT-like model")
-    return int(width)
 
 
 __all__ = ["MMKDClipConfig"]

@@ -9,16 +9,17 @@ element rather than none, because sharded data parallelism does not take scalars
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack  # typing has it from Python 3.11 on
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .configuration_mmkd import MMKDClipConfig
+from .configuration_mmkd import MMKDClipConfig, tower_width
 
 
 @dataclass
@@ -35,11 +36,11 @@ class MMKDClipOutput(ModelOutput):
         vision_model_output: output of the vision tower; ``pooler_output`` is projected, not normalized.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
 
@@ -67,7 +68,7 @@ class MMKDClipPreTrainedModel(PreTrainedModel):
     config_class = MMKDClipConfig
     base_model_prefix = "mmkd_clip"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -76,7 +77,7 @@ class MMKDClipPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Projections: normal with the inverse square root of the width; ``logit_scale``: the configured value."""
-        if getattr(module, "_is_projection", False):
+        if isinstance(module, nn.Linear) and getattr(module, "_is_projection", False):
             init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         elif isinstance(module, MMKDClipModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)
@@ -89,12 +90,11 @@ class MMKDClipModel(MMKDClipPreTrainedModel):
         super().__init__(config)
         self.vision_model = _build_tower(config.vision_config)
         self.text_model = _build_tower(config.text_config)
-        text_width = self.text_model.get_input_embeddings().weight.shape[1]
-        hidden = config.text_projection_hidden
+        text_width, hidden = tower_width(config.text_config), config.text_projection_hidden
         self.visual_projection = nn.Linear(_vision_width(self.vision_model), config.projection_dim, bias=False)
         self.text_projection = MMKDClipTextProjection(text_width, hidden, config.projection_dim)
         for projection in (self.visual_projection, self.text_projection.fc1, self.text_projection.fc2):
-            projection._is_projection = True
+            projection._is_projection = True  # type: ignore[assignment]
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
         self.post_init()
         present = {type(module).__name__ for module in self.modules()}
@@ -120,6 +120,7 @@ class MMKDClipModel(MMKDClipPreTrainedModel):
         Args:
             pixel_values: `(images, channels, height, width)`, normalized by the processor.
             interpolate_pos_encoding: stretch the position embeddings to images of another size.
+            **kwargs: options of the tower, such as ``output_hidden_states``.
 
         Returns:
             The vision tower's output with ``pooler_output`` `(images, projection_dim)`, projected, not normalized.
@@ -148,6 +149,7 @@ class MMKDClipModel(MMKDClipPreTrainedModel):
             position_ids: `(texts, tokens)`.
             token_type_ids: `(texts, tokens)`, for towers that have them.
             inputs_embeds: `(texts, tokens, width)` instead of ``input_ids``.
+            **kwargs: options of the tower, such as ``output_hidden_states``.
 
         Returns:
             The text tower's output with ``pooler_output`` `(texts, projection_dim)`, projected, not normalized.
@@ -187,6 +189,7 @@ class MMKDClipModel(MMKDClipPreTrainedModel):
             inputs_embeds: `(texts, tokens, width)` instead of ``input_ids``.
             return_loss: also the symmetric contrastive loss; text k must then belong to image k.
             interpolate_pos_encoding: stretch the position embeddings to images of another size.
+            **kwargs: options of the towers, such as ``output_hidden_states``.
 
         Raises:
             ValueError: neither modality is given, or a loss is asked of unpaired inputs.
@@ -222,9 +225,9 @@ class MMKDClipModel(MMKDClipPreTrainedModel):
 
 def _build_tower(config: PretrainedConfig) -> PreTrainedModel:
     """A tower from its configuration, without a pooling layer that nothing would train."""
-    model_class = AutoModel._model_mapping[type(config)]
-    model_class = model_class[0] if isinstance(model_class, (list, tuple)) else model_class
-    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    mapped: Any = AutoModel._model_mapping[type(config)]
+    model_class = mapped[0] if isinstance(mapped, (list, tuple)) else mapped
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
     return AutoModel.from_config(config, **({"add_pooling_layer": False} if has_pooler else {}))
 
 
@@ -233,10 +236,10 @@ def _vision_width(tower: PreTrainedModel) -> int:
     backbone = getattr(tower, "timm_model", None)
     if backbone is not None:
         return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
-    return int(tower.config.hidden_size)
+    return tower_width(tower.config)
 
 
-def _projected(output: ModelOutput, projected: torch.Tensor) -> BaseModelOutputWithPooling:
+def _projected(output: Any, projected: torch.Tensor) -> BaseModelOutputWithPooling:
     """A tower's output with the projected feature as ``pooler_output``."""
     return BaseModelOutputWithPooling(
         last_hidden_state=output.last_hidden_state,

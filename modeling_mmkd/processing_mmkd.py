@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 class MMKDClipProcessorKwargs(ProcessingKwargs, total=False):
     """Defaults: padding to the longest text of the batch, truncation to the tokenizer's context."""
 
-    _defaults = {"text_kwargs": {"padding": True, "truncation": True}}  # noqa: RUF012
+    _defaults = {"text_kwargs": {"padding": True, "truncation": True}}  # type: ignore[misc]  # noqa: RUF012
 
 
 class MMKDClipProcessor(ProcessorMixin):
@@ -38,7 +38,9 @@ class MMKDClipProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "MMKDClipProcessor":
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> "MMKDClipProcessor":
         """Load from a folder or Hub id; ``backend="torchvision"`` is faster, the default ``"pil"`` exact."""
         return super().from_pretrained(pretrained_model_name_or_path, **{"backend": "pil", **kwargs})
 
@@ -49,17 +51,32 @@ class MMKDClipProcessor(ProcessorMixin):
             images: an image or a list of them (PIL, numpy or torch).
             text: a text or a list of them; longer ones than the context are cut, with one warning.
             **kwargs: options of the image processor and the tokenizer.
+
+        Raises:
+            ValueError: a text is given, and the folder the processor was loaded from has no tokenizer.
         """
+        if text is not None:
+            self._require_vocabulary()
         if isinstance(text, str):
             text = clean_text(text)
         elif text is not None:
             text = [clean_text(item) if isinstance(item, str) else item for item in text]
         output = super().__call__(images=images, text=text, **kwargs)
         if text is not None:
+            ids = output["input_ids"]
+            rows = ids if len(ids) and hasattr(ids[0], "__len__") else [ids]
             context = kwargs.get("max_length") or self.tokenizer.model_max_length
-            if len(output["input_ids"]) and len(output["input_ids"][0]) >= context:
+            if max(len(row) for row in rows) >= context:
                 self._warn_if_cut([text] if isinstance(text, str) else text, context)
         return output
+
+    def _require_vocabulary(self) -> None:
+        """Refuse the tokenizer that transformers makes up where a folder has none: it knows special tokens only."""
+        if len(self.tokenizer) <= len(set(self.tokenizer.all_special_ids)):
+            raise ValueError(
+                f"{self.tokenizer.name_or_path or 'the processor'} has no tokenizer, so texts cannot be read; save the "
+                "text tower's there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+            )
 
     def _warn_if_cut(self, texts: list[Any], context: int) -> None:
         """Say once that a text was longer than the context."""
