@@ -48,6 +48,21 @@ PROJECTION = {
     "text_encoder.proj.0.weight": "text_projection.fc1.weight",
     "text_encoder.proj.2.weight": "text_projection.fc2.weight",
 }
+POSITIONS = "visual.positional_embedding"
+_EMBEDDINGS = TEXT_PREFIX[0] + "embeddings."
+MEASURED = {  # (part, size): the tensor that tells it, and the axis
+    ("vision", "hidden_size"): ("visual.conv1.weight", 0),
+    ("vision", "num_channels"): ("visual.conv1.weight", 1),
+    ("vision", "patch_size"): ("visual.conv1.weight", 2),
+    ("vision", "intermediate_size"): ("visual.transformer.resblocks.0.mlp.c_fc.weight", 0),
+    ("text", "vocab_size"): (_EMBEDDINGS + "word_embeddings.weight", 0),
+    ("text", "hidden_size"): (_EMBEDDINGS + "word_embeddings.weight", 1),
+    ("text", "max_position_embeddings"): (_EMBEDDINGS + "position_embeddings.weight", 0),
+    ("text", "type_vocab_size"): (_EMBEDDINGS + "token_type_embeddings.weight", 0),
+    ("text", "intermediate_size"): (TEXT_PREFIX[0] + "encoder.layer.0.intermediate.dense.weight", 0),
+    ("model", "projection_dim"): ("visual.proj", 1),
+    ("model", "text_projection_hidden"): ("text_encoder.proj.0.weight", 0),
+}
 
 
 def unwrap(checkpoint: Any) -> dict[str, Tensor]:
@@ -149,46 +164,35 @@ def require_same_keys(state: Mapping[str, Any], expected: Mapping[str, Any], wha
         raise ValueError(f"{what} does not fit the model; " + "; ".join(found))
 
 
-def infer_config(state: Mapping[str, Tensor]) -> MMKDClipConfig:
+def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None) -> MMKDClipConfig:
     """Read the sizes off the authors' tensors; heads are 64 wide, as in the published model.
 
     Args:
         state: without prefixes (`unwrap`).
+        sizes: what is known about the model, instead of what the tensors tell: values for ``vision`` and ``text``, and
+            of `MMKDClipConfig`. What nothing tells is then transformers' default.
 
     Raises:
-        ValueError: a tensor that tells a size is missing, or a width is not a multiple of 64.
+        ValueError: without ``sizes``, a tensor that tells a size is missing; or a width is not a multiple of 64.
     """
-    needed = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj", *PROJECTION)
-    embeddings = TEXT_PREFIX[0] + "embeddings."
-    needed += tuple(f"{embeddings}{name}_embeddings.weight" for name in ("word", "position", "token_type"))
-    absent = [key for key in needed if key not in state]
-    if absent:
+    absent = sorted({POSITIONS, *(key for key, _ in MEASURED.values())} - state.keys())
+    if absent and sizes is None:
         raise ValueError(f"not a checkpoint of the authors' form: no {listed(absent)}")
-    vocabulary, text_width = state[f"{embeddings}word_embeddings.weight"].shape
-    vision_width, channels, patch, _ = state["visual.conv1.weight"].shape
-    grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
-    return MMKDClipConfig(
-        vision_config={
-            "hidden_size": vision_width,
-            "num_channels": channels,
-            "patch_size": patch,
-            "image_size": grid * patch,
-            "num_hidden_layers": _count(state, r"visual\.transformer\.resblocks\.(\d+)\."),
-            "num_attention_heads": _heads(vision_width, "vision"),
-            "intermediate_size": _rows(state, "visual.transformer.resblocks.0.mlp.c_fc.weight"),
-        },
-        text_config={
-            "vocab_size": vocabulary,
-            "hidden_size": text_width,
-            "num_hidden_layers": _count(state, r"text_encoder\.transformer\.encoder\.layer\.(\d+)\."),
-            "num_attention_heads": _heads(text_width, "text"),
-            "intermediate_size": _rows(state, TEXT_PREFIX[0] + "encoder.layer.0.intermediate.dense.weight"),
-            "max_position_embeddings": _rows(state, f"{embeddings}position_embeddings.weight"),
-            "type_vocab_size": _rows(state, f"{embeddings}token_type_embeddings.weight"),
-        },
-        projection_dim=state["visual.proj"].shape[1],
-        text_projection_hidden=_rows(state, "text_encoder.proj.0.weight"),
-    )
+    given = {"vision": {}, "text": {}, **(sizes or {})}
+    measured = _measured(state)
+    if given["text"].get("model_type", "bert") != "bert":
+        measured["text"] = {}  # other towers have other names for their sizes
+    vision, text = measured["vision"] | given["vision"], measured["text"] | given["text"]
+    if POSITIONS in state and "patch_size" in vision:
+        grid = round((len(state[POSITIONS]) - 1) ** 0.5)
+        vision.setdefault("image_size", grid * vision["patch_size"])
+    for tower, values in (("vision", vision), ("text", text)):
+        if "hidden_size" in values:
+            values.setdefault("intermediate_size", 4 * values["hidden_size"])
+            if "num_attention_heads" not in values:
+                values["num_attention_heads"] = _heads(values["hidden_size"], tower)
+    joint = {name: value for name, value in given.items() if name not in ("vision", "text")}
+    return MMKDClipConfig(vision, text, **(measured["model"] | joint))
 
 
 def listed(keys: list[str]) -> str:
@@ -220,20 +224,25 @@ def _renamed(key: str, value: Tensor) -> dict[str, Tensor] | None:
     return None
 
 
+def _measured(state: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """Sizes by part of the model, as far as the tensors are there that tell them."""
+    measured: dict[str, dict[str, int]] = {"vision": {}, "text": {}, "model": {}}
+    for (part, name), (key, axis) in MEASURED.items():
+        if key in state and state[key].ndim > axis:
+            measured[part][name] = state[key].shape[axis]
+    measured["vision"]["num_hidden_layers"] = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
+    measured["text"]["num_hidden_layers"] = _count(state, r"text_encoder\.transformer\.encoder\.layer\.(\d+)\.")
+    return measured
+
+
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return 1 + max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)
-
-
-def _rows(state: Mapping[str, Tensor], key: str) -> int:
-    if key not in state:
-        raise ValueError(f"not a checkpoint of the authors' form: no {key}")
-    return state[key].shape[0]
 
 
 def _heads(width: int, tower: str) -> int:
     if width % HEAD_WIDTH:
         raise ValueError(
             f"the {tower} tower is {width} wide, which heads of {HEAD_WIDTH} do not divide: give the sizes with "
-            '--config FILE.json, for example {"vision": {"num_attention_heads": 4, ...}, "text": {...}}'
+            f'--config FILE.json, for example {{"{tower}": {{"num_attention_heads": 4}}}}'
         )
     return width // HEAD_WIDTH
