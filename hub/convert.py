@@ -161,7 +161,10 @@ def read_config(path: Path, state: Mapping[str, Tensor]) -> MMKDClipConfig:
         model_type = values.get("model_type", default)
         known_sizes = set(AutoConfig.for_model(model_type).to_dict()) | set(FORMER)
         _require_known(values, known_sizes, f"{path}: {part}")
-    return MMKDClipConfig.from_dict(given) if is_ours else infer_config(state, given)
+    try:
+        return MMKDClipConfig.from_dict(given) if is_ours else infer_config(state, given)
+    except TypeError as error:
+        raise ValueError(f"{path} holds a size that is no number: {error}") from error
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

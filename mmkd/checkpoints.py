@@ -75,7 +75,11 @@ def unwrap(checkpoint: Any) -> dict[str, Tensor]:
         ValueError: there are no named tensors in it, or two keys differ by their prefix only.
     """
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    ):
         raise ValueError("it holds no state dictionary: names and tensors, alone or under 'state_dict', are expected")
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -133,8 +137,11 @@ def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             theirs[f"visual.transformer.resblocks.{block[1]}.{block_names[block[2]]}"] = value
         elif block and re.fullmatch(r"self_attn\.[qkv]_proj\.(weight|bias)", block[2]):
             kind = block[2].rpartition(".")[2]
-            parts = [state[f"vision_model.encoder.layers.{block[1]}.self_attn.{name}.{kind}"] for name in FUSED]
-            theirs[f"visual.transformer.resblocks.{block[1]}.attn.in_proj_{kind}"] = torch.cat(parts)
+            parts = [f"vision_model.encoder.layers.{block[1]}.self_attn.{name}.{kind}" for name in FUSED]
+            require_same_keys({part: value for part in parts if part in state}, dict.fromkeys(parts, value), "a block")
+            theirs[f"visual.transformer.resblocks.{block[1]}.attn.in_proj_{kind}"] = torch.cat(
+                [state[p] for p in parts]
+            )
         elif key in PROJECTION.values():
             theirs[next(name for name, ours in PROJECTION.items() if ours == key)] = value
         elif key.startswith(TEXT_PREFIX[1]):
@@ -183,8 +190,8 @@ def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = 
     if given["text"].get("model_type", "bert") != "bert":
         measured["text"] = {}  # other towers have other names for their sizes
     vision, text = measured["vision"] | given["vision"], measured["text"] | given["text"]
-    if POSITIONS in state and "patch_size" in vision:
-        grid = round((len(state[POSITIONS]) - 1) ** 0.5)
+    if POSITIONS in state and state[POSITIONS].ndim == 2 and "patch_size" in vision:
+        grid = round(max(len(state[POSITIONS]) - 1, 0) ** 0.5)
         vision.setdefault("image_size", grid * vision["patch_size"])
     for tower, values in (("vision", vision), ("text", text)):
         if "hidden_size" in values:
@@ -205,9 +212,9 @@ def _renamed(key: str, value: Tensor) -> dict[str, Tensor] | None:
     """Our tensors for one of the authors', or None when the key is not of their form."""
     block = re.fullmatch(r"visual\.transformer\.resblocks\.(\d+)\.(.+)", key)
     if key == "logit_scale":
-        return {key: value.reshape(1)}
+        return {key: value.reshape(-1)}
     if key == "visual.proj":
-        return {"visual_projection.weight": value.T.contiguous()}
+        return {"visual_projection.weight": value.transpose(0, -1).contiguous()}
     if key in PROJECTION:
         return {PROJECTION[key]: value}
     if key.startswith(TEXT_PREFIX[0]):
@@ -218,7 +225,7 @@ def _renamed(key: str, value: Tensor) -> dict[str, Tensor] | None:
         return {f"vision_model.encoder.layers.{block[1]}.{BLOCK[block[2]]}": value}
     if block and block[2] in ("attn.in_proj_weight", "attn.in_proj_bias"):
         kind = block[2].rpartition("_")[2]
-        parts = zip(FUSED, value.chunk(3), strict=True)
+        parts = zip(FUSED, torch.atleast_1d(value).tensor_split(3), strict=True)
         prefix = f"vision_model.encoder.layers.{block[1]}.self_attn"
         return {f"{prefix}.{name}.{kind}": part.contiguous() for name, part in parts}
     return None

@@ -67,11 +67,15 @@ def embeddings(folder, pixels, ids):
 
 
 @pytest.mark.parametrize("name", ["tiny", "wide"])
-def test_authors_outputs_through_the_command(golden, tmp_path, name):
-    arguments = ["--checkpoint", golden / f"{name}.pt", "--config", golden / f"{name}.json"]
-    command = [sys.executable, "-m", "mmkd.cli", "convert", *map(str, arguments), "--output", str(tmp_path / name)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stderr
+def test_authors_outputs(golden, tmp_path, name):
+    paths = {"checkpoint": golden / f"{name}.pt", "config": golden / f"{name}.json", "output": tmp_path / name}
+    if name == "tiny":
+        arguments = [str(part) for key, value in paths.items() for part in (f"--{key}", value)]
+        command = [sys.executable, "-m", "mmkd.cli", "convert", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, done.stderr
+    else:
+        run(**paths)
     expected = np.load(golden / f"{name}.npz")
     pixels, ids = torch.from_numpy(expected["pixel_values"]), torch.from_numpy(expected["input_ids"])
     names = ("image_embeds", "text_embeds", "logits_per_image")
@@ -261,6 +265,10 @@ def test_unknown_and_missing_keys_are_listed(tmp_path, capsys, stated):
         ({"text": {**TINY["text"], "hidden_sise": 40}}, ["hidden_sise", "'hidden_size'"]),
         ({"text": {**TINY["text"], "model_type": "nonesuch"}}, ["nonesuch"]),
         ({"text": {**TINY["text"], "hidden_size": "wide"}}, ["hidden_size"]),
+        ({"text": {"hidden_size": "wide"}}, ["x.json", "number"]),
+        ({"vision": {"patch_size": None}}, ["x.json", "number"]),
+        ({"projection_dim": "x"}, ["x.json", "number"]),
+        ({"projection_dim": -3}, ["projection_dim is -3"]),
         ({"vision": 3}, ["vision"]),
         ({"vison": {}}, ["vison", "'vision'"]),
         ({"projection_dims": 20}, ["projection_dims", "'projection_dim'"]),
