@@ -80,11 +80,9 @@ class MMKDClipProcessor(ProcessorMixin):
 
     def _warn_if_cut(self, texts: list[Any], context: int) -> None:
         """Say once that a text was longer than the context."""
-        for text in texts:
-            tokens = len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
-            if tokens > context:
-                logger.warning_once(f"texts longer than {context} tokens are cut, the first seen has {tokens}")
-                return
+        lengths = (len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"]) for text in texts)
+        if any(length > context for length in lengths):
+            logger.warning_once(f"texts longer than {context} tokens are cut to their beginning")
 
 
 def clean_text(text: str) -> str:

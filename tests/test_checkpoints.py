@@ -105,9 +105,9 @@ def test_given_sizes_win_over_the_tensors(state):
 
 
 def test_heads_that_do_not_divide_ask_for_the_config(state):
-    with pytest.raises(ValueError, match="48 wide.*--config"):
+    with pytest.raises(ValueError, match=r"48 wide.*--config"):
         infer_config(state)
-    with pytest.raises(ValueError, match="40 wide.*--config"):
+    with pytest.raises(ValueError, match=r"40 wide.*--config"):
         infer_config(state, {"vision": {"num_attention_heads": 3}})
 
 
