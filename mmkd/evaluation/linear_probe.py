@@ -23,6 +23,7 @@ from mmkd.evaluation.task import Classification, Outputs, Samples
 FEWEST = 5
 COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 FINER = (1.0, 0.5, 0.25)
+SMALL = 4_000_000  # numbers in a matrix
 ITERATIONS = 200
 
 
@@ -125,11 +126,13 @@ def fit(features: Any, targets: Integers, c: float) -> Callable[[Any], Floats]:
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     mean, spread = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
     spread = np.where(spread > 0, spread, 1.0)
     model = LogisticRegression(C=c, max_iter=ITERATIONS)
-    with warnings.catch_warnings():
+    threads = 1 if features.size < SMALL else None  # more threads only wait for each other on small matrices
+    with warnings.catch_warnings(), threadpool_limits(threads, user_api="blas"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # a nearly unpenalised fit may stop at the limit
         model.fit((features - mean) / spread, targets)
 
