@@ -1,0 +1,132 @@
+"""The whole way through the commands a user types, on a small folder of pictures and random towers."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+import modeling_mmkd  # noqa: F401  registers MMKDClipModel with the Auto classes
+from mmkd.data.partition import partition
+from mmkd.data.records import Pair
+
+MODALITIES = {"MRI": (40, 40, 40), "fundus": (160, 60, 30), "ultrasound": (20, 30, 90)}
+TINY = {"vision": "random:tiny", "text": "random:tiny", "projection_dim": 16, "image_size": 32, "epochs": 1}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_pictures(folder: Path) -> None:
+    """Sixty pictures of three modalities, each with noise of its own, in a folder whose name has a space."""
+    (folder / "images").mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    with (folder / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "modality", "label", "caption", "group", "split"])
+        for number in range(60):
+            modality = list(MODALITIES)[number % 3]
+            pixels = np.clip(noise.normal(MODALITIES[modality], 12, (40, 48, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+            label = f"{modality} of kind {number % 2}"
+            table.writerow([f"images/{number}.png", modality, label, "", f"patient {number // 2}", ""])
+
+
+def mmkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mmkd.cli", *arguments], cwd=folder, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    write_pictures(folder / "my pictures")
+    settings = [f"--{stage}.{key}={value}" for stage in ("pretrain", "specialist") for key, value in TINY.items()]
+    settings += ["--pretrain.text_layers=none", "--pretrain.freeze=", "--specialist.freeze=", "--align.dim=16"]
+    settings += ["--distill.epochs=1", "--distill.freeze=", "--eval.replicates=100", "--quiet"]
+    command = ["quickstart", "--data", "my pictures", *settings]
+    done = mmkd(folder, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, command
+
+
+def test_the_student_loads_and_answers(finished):
+    folder, _ = finished
+    model = AutoModel.from_pretrained(folder / "mmkd-clip")
+    processor = AutoProcessor.from_pretrained(folder / "mmkd-clip")
+    inputs = processor(text=["MRI", "fundus"], images=Image.new("RGB", (50, 40)), return_tensors="pt")
+    with torch.inference_mode():
+        assert model(**inputs).logits_per_image.shape == (1, 2)
+
+
+def test_the_report_compares_student_and_three_teachers(finished):
+    folder, _ = finished
+    summary = json.loads((folder / "mmkd-clip-work" / "results" / "summary.json").read_text())
+    assert summary["student"] == "student"
+    assert sorted(summary["teachers"]) == ["fundus", "mri", "ultrasound"]
+    page = (folder / "report.html").read_text()
+    assert "no medical result" in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_started_again_it_does_nothing(finished):
+    folder, command = finished
+    before = (folder / "mmkd-clip" / "model.safetensors").stat().st_mtime_ns
+    done = mmkd(folder, *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before") == 11
+    assert (folder / "mmkd-clip" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("script", ["zero_shot", "search_images"])
+def test_examples_run_on_the_student(finished, script):
+    folder, _ = finished
+    picture, pictures = "my pictures/images/0.png", "my pictures/images"
+    arguments = {"zero_shot": [picture, "MRI", "fundus"], "search_images": [pictures, "MRI", "3"]}[script]
+    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "mmkd-clip", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == {"zero_shot": 2, "search_images": 3}[script]
+
+
+def test_what_it_did_not_make_it_does_not_touch(tmp_path):
+    (tmp_path / "mmkd-clip").mkdir()
+    (tmp_path / "mmkd-clip" / "mine.txt").write_text("keep")
+    done = mmkd(tmp_path, "quickstart")
+    assert done.returncode == 1
+    assert "mmkd-clip exists" in done.stderr
+    assert (tmp_path / "mmkd-clip" / "mine.txt").read_text() == "keep"
+
+
+def test_a_missing_folder_is_named_before_any_work(tmp_path):
+    done = mmkd(tmp_path, "quickstart", "--data", "nowhere")
+    assert done.returncode == 1
+    assert "nowhere: no such folder" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def pairs(**fields: list[str]) -> list[Pair]:
+    rows = [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
+    return [Pair(id=str(k), image=f"{k}.png", caption="x", **row) for k, row in enumerate(rows)]
+
+
+def test_pairs_are_shared_out_by_modality_then_label_then_group():
+    many = pairs(modality=["MRI"] * 20 + ["CT"] * 10 + ["US"] * 9, label=["a"] * 39)
+    assert partition(many, 3) == {
+        "mri": {"modalities": ["MRI"]},
+        "ct": {"modalities": ["CT"]},
+        "us": {"modalities": ["US"]},
+    }
+    one = pairs(modality=["MRI"] * 30, label=["a"] * 10 + ["b"] * 10 + ["c"] * 10)
+    assert [share["labels"] for share in partition(one, 3).values()] == [["a"], ["b"], ["c"]]
+    plain = pairs(modality=["MRI"] * 60)
+    assert [share["part"] for share in partition(plain, 3).values()] == ["1/3", "2/3", "3/3"]
+    assert list(partition(pairs(modality=["OCT"] * 4), 3).values()) == [{}, {}, {}]
+    with pytest.raises(ValueError, match="cannot share"):
+        partition([], 3)
