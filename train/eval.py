@@ -172,9 +172,10 @@ def print_summary(summary: dict[str, Any]) -> None:
             f"\n{name}: {task['headline']}, {frame['n']} images in {frame['groups']} groups, "
             f"chance {task['chance'][task['headline']]:.3f}"
         )
+        width = max(map(len, task["rows"]))
         for row, cell in task["rows"].items():
             metric = cell["metrics"].get(task["headline"])
-            print(f"  {row:<24}{_shown(metric) if metric else cell['undefined']}")
+            print(f"  {row:<{width}}  {_shown(metric) if metric else cell['undefined']}")
     for name, encoder in summary["encoders"].items():
         for failure in encoder["failures"]:
             print(f"\n{name}: {failure}")
