@@ -101,6 +101,7 @@ def _attribution(images: Sequence[PackagedImage]) -> str:
         "",
         "Flat images were cut into tiles that do not overlap, and whole columns or rows of tiles are held out. Volumes",
         "were cut into slabs with 8 mm left out between them; the same slabs are held out of all three brain maps.",
+        "Slices of different planes still cross in a line of voxels.",
         "Captions state what the packages, file headers and coordinates say, or what was measured in the tile.",
         "",
     ]

@@ -64,7 +64,8 @@ def build_report(inputs: ReportInputs) -> str:
     if not summary_file.is_file():
         raise FileNotFoundError(f"{summary_file} is not there; run `mmkd eval --output {inputs.results}` first")
     summary, folder = read_json(summary_file), open_pairs(inputs.pairs)
-    datasheet = inputs.pairs / "README.md"
+    sheets = [inputs.pairs / name for name in ("README.md", "ATTRIBUTION.md")]
+    datasheet = "\n".join(sheet.read_text(encoding="utf-8") for sheet in sheets if sheet.is_file())
     sections = [
         overall_section(summary),
         images_section(summary, inputs.results, folder),
@@ -74,7 +75,7 @@ def build_report(inputs: ReportInputs) -> str:
         differences_section(summary),
         training_section({"Stage 1, captions": inputs.stage1_log, "Stage 2, distillation": inputs.distill_log}),
         teachers_section(_optional(inputs.align_report), _optional(inputs.screen_report)),
-        data_section(summary, datasheet.read_text(encoding="utf-8") if datasheet.is_file() else ""),
+        data_section(summary, datasheet),
         provenance_section(summary, _settings(inputs), _optional(inputs.stages)),
     ]
     body = "\n".join([header(summary), "<main>", *(part for part in sections if part), "</main>", footer(summary)])
