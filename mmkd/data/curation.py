@@ -237,7 +237,10 @@ def _held_out_rank(row: Row) -> int:
 
 def _pairs(kept: list[tuple[Row, StoredImage]], source: str, seed: int) -> tuple[list[Pair], dict[str, int]]:
     splits, counts = assign_splits(
-        [_group_of(row) for row, _ in kept], [meaning_of(row.split) for row, _ in kept], seed
+        [_group_of(row) for row, _ in kept],
+        [meaning_of(row.split) for row, _ in kept],
+        [(row.modality, row.label) for row, _ in kept],
+        seed,
     )
     pairs = [
         Pair(

@@ -1,9 +1,10 @@
 """Who is trained on, who is held out: whole groups, by the collection's own split first and by hash where it has none.
 
 A group (patient, case, specimen) is never cut. Names such as ``dev`` or ``testing`` mean train, validation or test.
-Groups without a split are put in the order of a seeded hash and dealt out, about 60 % train, 15 % validation, 25 %
-test. A collection that comes without train, test or validation gives groups to the missing one from its largest, so
-that even six images in two groups can be trained on and tested.
+Groups without a split are dealt out, about 60 % train, 15 % validation, 25 % test, by a seeded hash and so that every
+stratum (modality and label) has about these shares; a stratum of a single group falls in the middle of the deal. A
+collection that comes without train, test or validation gives groups to the missing one from its largest, so that even
+six images in two groups can be trained on and tested.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ def meaning_of(name: str) -> str:
     return MEANINGS.get(name.strip().lower(), "")
 
 
-def assign_splits(groups: Sequence[str], given: Sequence[str], seed: int) -> tuple[list[str], dict[str, int]]:
+def assign_splits(
+    groups: Sequence[str], given: Sequence[str], strata: Sequence[Hashable], seed: int
+) -> tuple[list[str], dict[str, int]]:
     """One split for each of n rows, the same for all rows of a group.
 
     Args:
         groups: the group of each row; rows that belong together share one.
         given: train, validation or test for each row, or an empty string.
+        strata: the stratum of each row; a group belongs to that of its first row.
         seed: of the order in which groups are dealt out.
 
     Returns:
@@ -44,7 +48,7 @@ def assign_splits(groups: Sequence[str], given: Sequence[str], seed: int) -> tup
     for group, split in zip(groups, given, strict=True):
         votes[group][split] += 1
     chosen = {group: _majority(counts) for group, counts in votes.items()}
-    order = sorted(votes, key=lambda group: hashed(seed, group))
+    order = _in_turn(groups, strata, seed, start=0.5)
     undecided = [group for group in order if not chosen[group]]
     chosen.update(zip(undecided, _deal(len(undecided)), strict=True))
     carved = _fill_empty(chosen, order)
@@ -72,14 +76,8 @@ def subsample(strata: Sequence[Hashable], groups: Sequence[str], maximum: int, s
     members: dict[str, list[int]] = defaultdict(list)
     for row, group in enumerate(groups):
         members[group].append(row)
-    by_stratum: dict[Hashable, list[str]] = defaultdict(list)
-    for group in sorted(members, key=lambda group: hashed(seed, group)):
-        by_stratum[strata[members[group][0]]].append(group)
-    ranked = [
-        (rank / len(listed), hashed(seed, g), g) for listed in by_stratum.values() for rank, g in enumerate(listed)
-    ]
     kept: list[int] = []
-    for _, _, group in sorted(ranked):
+    for group in _in_turn(groups, strata, seed, start=0.0):
         if len(kept) + len(members[group]) <= maximum:
             kept += members[group]
     return sorted(kept)
@@ -88,6 +86,16 @@ def subsample(strata: Sequence[Hashable], groups: Sequence[str], maximum: int, s
 def hashed(seed: int, key: str) -> str:
     """A reproducible random order: the hash of seed and key."""
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _in_turn(groups: Sequence[str], strata: Sequence[Hashable], seed: int, start: float) -> list[str]:
+    """The distinct groups, those of each stratum spread evenly from ``start`` (in steps), by hash within it."""
+    first = dict(zip(reversed(groups), reversed(strata), strict=True))
+    by_stratum: dict[Hashable, list[str]] = defaultdict(list)
+    for group in sorted(first, key=lambda group: hashed(seed, group)):
+        by_stratum[first[group]].append(group)
+    places = {g: (rank + start) / len(own) for own in by_stratum.values() for rank, g in enumerate(own)}
+    return sorted(places, key=lambda group: (places[group], hashed(seed, group)))
 
 
 def _majority(counts: Counter[str]) -> str:

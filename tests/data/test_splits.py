@@ -15,39 +15,50 @@ def test_names_in_use():
 
 def test_large_collections_come_near_the_shares():
     groups = [str(number // 2) for number in range(2000)]
-    splits, counts = assign_splits(groups, [""] * 2000, seed=1)
+    splits, counts = assign_splits(groups, [""] * 2000, ["x"] * 2000, seed=1)
     sizes = Counter(splits)
     assert (sizes["train"], sizes["validation"], sizes["test"]) == (1200, 300, 500)
     assert counts == {"moved": 0, "dealt": 2000, "carved": 0}
     assert all(splits[2 * pair] == splits[2 * pair + 1] for pair in range(1000))
-    assert assign_splits(groups, [""] * 2000, seed=1)[0] == splits
-    assert assign_splits(groups, [""] * 2000, seed=2)[0] != splits
+    assert assign_splits(groups, [""] * 2000, ["x"] * 2000, seed=1)[0] == splits
+    assert assign_splits(groups, [""] * 2000, ["x"] * 2000, seed=2)[0] != splits
     order = list(range(1999, -1, -1))
-    backwards, _ = assign_splits([groups[row] for row in order], [""] * 2000, seed=1)
+    backwards, _ = assign_splits([groups[row] for row in order], [""] * 2000, ["x"] * 2000, seed=1)
     assert backwards[::-1] == splits
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("groups", [["a", "b"], ["a"] * 5 + ["b"], list("abc"), list("abcdef")])
 def test_tiny_collections_can_be_trained_on_and_tested(groups, seed):
-    splits, _ = assign_splits(groups, [""] * len(groups), seed)
+    splits, _ = assign_splits(groups, [""] * len(groups), ["x"] * len(groups), seed)
     assert {"train", "test"} <= set(splits)
     assert ("validation" in splits) == (len(set(groups)) >= 4)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_every_class_is_dealt_out_in_its_share(seed):
+    labels = ["common"] * 400 + ["rare"] * 8 + ["single"]
+    splits, _ = assign_splits([str(number) for number in range(409)], [""] * 409, labels, seed)
+    assert Counter(zip(labels, splits, strict=True))["rare", "test"] == 2
+    assert 98 <= Counter(zip(labels, splits, strict=True))["common", "test"] <= 102
+    six = ["a", "a", "b", "c", "c", "d"]
+    splits, _ = assign_splits(list("abcdef"), [""] * 6, six, seed)
+    assert {label for label, split in zip(six, splits, strict=True) if split == "test"} == {"a", "c"}
+
+
 def test_one_group_is_trained_on():
-    assert assign_splits(["a", "a"], ["", ""], 0)[0] == ["train", "train"]
-    assert assign_splits(["a"], ["test"], 0)[0] == ["test"]
+    assert assign_splits(["a", "a"], ["", ""], ["x", "x"], 0)[0] == ["train", "train"]
+    assert assign_splits(["a"], ["test"], ["x"], 0)[0] == ["test"]
 
 
 def test_given_splits_are_kept_and_missing_ones_filled():
     groups = [str(number) for number in range(20)]
-    splits, counts = assign_splits(groups, ["train"] * 12 + ["test"] * 8, 0)
+    splits, counts = assign_splits(groups, ["train"] * 12 + ["test"] * 8, ["x"] * 20, 0)
     assert splits[12:] == ["test"] * 8
     assert Counter(splits)["validation"] == counts["carved"] == 2
-    splits, counts = assign_splits(groups, ["train"] * 20, 0)
+    splits, counts = assign_splits(groups, ["train"] * 20, ["x"] * 20, 0)
     assert Counter(splits) == {"train": 13, "test": 5, "validation": 2}
-    splits, counts = assign_splits(groups, ["test"] * 20, 0)
+    splits, counts = assign_splits(groups, ["test"] * 20, ["x"] * 20, 0)
     assert Counter(splits)["train"] == 10
     assert set(splits) == {"train", "validation", "test"}
     assert counts["moved"] == 0
@@ -56,7 +67,7 @@ def test_given_splits_are_kept_and_missing_ones_filled():
 def test_a_group_in_several_splits_is_forced_into_one():
     groups = ["a", "a", "a", "b", "b", "c", "d", "e", "e"]
     given = ["train", "train", "test", "train", "test", "validation", "train", "", "test"]
-    splits, counts = assign_splits(groups, given, 0)
+    splits, counts = assign_splits(groups, given, ["x"] * 9, 0)
     assert splits == ["train", "train", "train", "test", "test", "validation", "train", "test", "test"]
     assert counts == {"moved": 2, "dealt": 0, "carved": 0}
 
