@@ -10,6 +10,7 @@ six images in two groups can be trained on and tested.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
@@ -17,6 +18,7 @@ from mmkd.data.records import SPLITS
 
 VALIDATION_SHARE, TEST_SHARE = 0.15, 0.25
 FEWEST_GROUPS_FOR_VALIDATION = 4
+MOST_SHARES = 4  # a group takes at most this part of a subsample
 MEANINGS = {
     **dict.fromkeys(("train", "training", "trn", "tr"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
@@ -50,12 +52,13 @@ def assign_splits(
     chosen = {group: _majority(counts) for group, counts in votes.items()}
     order = _in_turn(groups, strata, seed, start=0.5)
     undecided = [group for group in order if not chosen[group]]
-    chosen.update(zip(undecided, _deal(len(undecided)), strict=True))
+    dealt = dict(zip(undecided, _deal(len(undecided)), strict=True))
+    chosen |= dealt
     carved = _fill_empty(chosen, order)
     splits = [chosen[group] for group in groups]
     counts = {
         "moved": sum(bool(old) and old != chosen[g] and g not in carved for g, old in zip(groups, given, strict=True)),
-        "dealt": sum(group in set(undecided) for group in groups),
+        "dealt": sum(group in dealt for group in groups),
         "carved": sum(group in carved for group in groups),
     }
     return splits, counts
@@ -63,6 +66,9 @@ def assign_splits(
 
 def subsample(strata: Sequence[Hashable], groups: Sequence[str], maximum: int, seed: int) -> list[int]:
     """At most ``maximum`` of n rows: whole groups, each stratum in proportion and none forgotten while there is room.
+
+    Of a group that alone would take more than a quarter of ``maximum`` a part is kept, evenly from its rows, so that a
+    few huge groups (slides, volumes) leave room for each other.
 
     Args:
         strata: the stratum of each row, for example its modality and label; a group belongs to that of its first row.
@@ -76,10 +82,12 @@ def subsample(strata: Sequence[Hashable], groups: Sequence[str], maximum: int, s
     members: dict[str, list[int]] = defaultdict(list)
     for row, group in enumerate(groups):
         members[group].append(row)
+    most = max(1, maximum // min(MOST_SHARES, len(members)))
     kept: list[int] = []
     for group in _in_turn(groups, strata, seed, start=0.0):
-        if len(kept) + len(members[group]) <= maximum:
-            kept += members[group]
+        rows = members[group][:: math.ceil(len(members[group]) / most)]
+        if len(kept) + len(rows) <= maximum:
+            kept += rows
     return sorted(kept)
 
 

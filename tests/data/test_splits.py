@@ -1,5 +1,6 @@
 """Splits: whole groups, given names first, none missing where it can be helped."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -89,3 +90,16 @@ def test_subsample_keeps_groups_whole():
     chosen = subsample(["x"] * 140, groups, 50, seed=0)
     assert len(chosen) == 49
     assert set(Counter(groups[row] for row in chosen).values()) == {7}
+
+
+def test_subsample_takes_a_part_of_huge_groups():
+    groups = [f"slide {number // 1000}" for number in range(3000)]
+    chosen = subsample(["x"] * 3000, groups, 600, seed=0)
+    assert Counter(groups[row] for row in chosen) == {"slide 0": 200, "slide 1": 200, "slide 2": 200}
+    assert max(chosen) > 2990
+
+
+def test_many_groups_take_no_longer_than_they_are_many():
+    began = time.perf_counter()
+    assign_splits([str(number) for number in range(30_000)], [""] * 30_000, ["x"] * 30_000, 0)
+    assert time.perf_counter() - began < 5
