@@ -20,6 +20,8 @@ AUTO_MAP = {  # lets a saved folder work without this package: the files are sav
     "AutoProcessor": "processing_mmkd.MMKDClipProcessor",
 }
 
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions start behind the padding token's
+
 
 class MMKDClipConfig(PretrainedConfig):
     """Configuration of an `MMKDClipModel`.
@@ -76,6 +78,16 @@ def tower_width(config: PretrainedConfig) -> int:
     if not isinstance(width, int):
         raise ValueError(f"a tower of type {config.model_type!r} states no hidden_size; use a ViT or BERT-like model")
     return width
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Most tokens that a text tower has positions for; None where its configuration states no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    if config.model_type in OFFSET_POSITIONS:
+        return positions - config.pad_token_id - 1
+    return positions
 
 
 def _tower(

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack  # typing has it from Python 3.11 on
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .configuration_mmkd import MMKDClipConfig, tower_width
+from .configuration_mmkd import MMKDClipConfig, position_limit, tower_width
 
 
 @dataclass
@@ -153,7 +153,17 @@ class MMKDClipModel(MMKDClipPreTrainedModel):
 
         Returns:
             The text tower's output with ``pooler_output`` `(texts, projection_dim)`, projected, not normalized.
+
+        Raises:
+            ValueError: more tokens than the tower has positions for.
         """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        limit = position_limit(self.config.text_config)
+        if tokens is not None and limit is not None and tokens.shape[1] > limit:
+            raise ValueError(
+                f"texts of {tokens.shape[1]} tokens came, but the text tower takes at most {limit}; cut them with the "
+                f"tokenizer's truncation=True, max_length={limit}"
+            )
         padding = getattr(self.config.text_config, "pad_token_id", None)
         if attention_mask is None and input_ids is not None and padding is not None:
             attention_mask = input_ids.ne(padding).long()
@@ -192,7 +202,7 @@ class MMKDClipModel(MMKDClipPreTrainedModel):
             **kwargs: options of the towers, such as ``output_hidden_states``.
 
         Raises:
-            ValueError: neither modality is given, or a loss is asked of unpaired inputs.
+            ValueError: neither modality is given, texts are too long, or a loss is asked of unpaired inputs.
         """
         has_text = input_ids is not None or inputs_embeds is not None
         if not has_text and pixel_values is None:

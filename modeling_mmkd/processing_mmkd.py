@@ -53,7 +53,8 @@ class MMKDClipProcessor(ProcessorMixin):
             **kwargs: options of the image processor and the tokenizer.
 
         Raises:
-            ValueError: a text is given, and the folder the processor was loaded from has no tokenizer.
+            ValueError: a text is given, and the folder the processor was loaded from has no tokenizer; or the list of
+                texts is empty.
         """
         if text is not None:
             self._require_vocabulary()
@@ -61,6 +62,8 @@ class MMKDClipProcessor(ProcessorMixin):
             text = clean_text(text)
         elif text is not None:
             text = [clean_text(item) if isinstance(item, str) else item for item in text]
+            if not text:
+                raise ValueError("text is an empty list; give at least one text, or none with images alone")
         output = super().__call__(images=images, text=text, **kwargs)
         if text is not None:
             ids = output["input_ids"]

@@ -380,3 +380,24 @@ print("the same", type(model).__module__.startswith("transformers_modules"))
     out = in_another_process("modeling_mmkd,mmkd", code, folder, tmp_path / "again", HF_MODULES_CACHE=str(tmp_path))
     assert "the same True" in out
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == MMKDClipConfig().auto_map
+
+
+@torch.no_grad()
+def test_texts_beyond_the_positions_name_the_limit(model):
+    assert model(input_ids=torch.ones(1, 40, dtype=torch.long)).text_embeds.shape == (1, 16)
+    with pytest.raises(ValueError, match=r"41 tokens came.*at most 40.*truncation=True, max_length=40"):
+        model(input_ids=torch.ones(1, 41, dtype=torch.long))
+    with pytest.raises(ValueError, match="at most 40"):
+        model(inputs_embeds=torch.zeros(1, 41, 32))
+    offset = small(text=RobertaConfig(**TEXT, pad_token_id=1))
+    assert offset(input_ids=torch.full((1, 38), 5)).text_embeds.shape == (1, 16)
+    with pytest.raises(ValueError, match="at most 38"):
+        offset(input_ids=torch.full((1, 39), 5))
+
+
+def test_the_limit_survives_export(model):
+    tokens = torch.export.Dim("tokens", min=2, max=40)
+    ids = torch.ones(2, 9, dtype=torch.long)
+    exported = torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes={"input_ids": {1: tokens}}).module()
+    longer = torch.arange(60).reshape(2, 30) + 5
+    torch.testing.assert_close(exported(input_ids=longer).text_embeds, model(input_ids=longer).text_embeds)

@@ -137,3 +137,10 @@ def test_without_a_vocabulary_texts_are_refused(processor, folder, tmp_path):
     assert lonely(images=Image.new("RGB", (9, 9)))["pixel_values"][0].shape == (3, 224, 224)
     with pytest.raises(ValueError, match="no tokenizer"):
         lonely(text="ct", images=Image.new("RGB", (9, 9)))
+
+
+def test_no_texts_and_texts_of_nothing(processor):
+    with pytest.raises(ValueError, match="text is an empty list"):
+        processor(text=[])
+    for nothing in ("", " \n", [""]):
+        assert processor(text=nothing, return_tensors="pt")["input_ids"].shape == (1, 2)  # beginning and end
