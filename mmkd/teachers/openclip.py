@@ -111,7 +111,7 @@ def load(row: TeacherRow, device: str) -> OpenClipEncoder:
 def _find(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The weight file, the model's configuration, and the preprocessing as stated with the weights."""
     if row.architecture:
-        return _find_by_architecture(row)
+        return find_by_architecture(row)
     files = row.files or WEIGHT_FILES
     folder = _fetch(row, files)
     config = read_json(first_file(folder, [CONFIG_FILE]))
@@ -121,8 +121,16 @@ def _find(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     return first_file(folder, files), deepcopy(config["model_cfg"]), stated
 
 
-def _find_by_architecture(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The same for an architecture that open_clip knows by name; weights are a file, a folder, a Hub id or a tag."""
+def find_by_architecture(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The weight file, configuration and preprocessing of an architecture that open_clip knows by name.
+
+    Args:
+        row: with the architecture; its weights are a file, a folder, a Hub id, or a tag of open_clip's.
+
+    Raises:
+        FileNotFoundError: the weights are not there, or the Hub cannot be reached; the message says what to do.
+        ValueError: an unknown architecture or tag; the message lists the known ones.
+    """
     import open_clip
 
     config = open_clip.get_model_config(row.architecture)
@@ -138,7 +146,9 @@ def _find_by_architecture(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[s
     tag = open_clip.get_pretrained_cfg(row.architecture, row.weights)
     if tag:
         config["quick_gelu"] = tag.get("quick_gelu", config.get("quick_gelu", False))
-        return Path(open_clip.download_pretrained(tag)), config, {**stated, **tag}
+        repository, _, file = tag["hf_hub"].rpartition("/")
+        names = [file] if file else WEIGHT_FILES
+        return first_file(fetch(repository, [], names), names), config, {**stated, **tag}
     if not Path(row.weights).is_dir() and row.weights.count("/") != 1:
         tags = open_clip.list_pretrained_tags_by_model(row.architecture)
         raise ValueError(

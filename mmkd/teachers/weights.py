@@ -6,7 +6,10 @@ goes through `load_strictly`, which makes that an error. Only the files a loader
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +104,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    tensors = read_tensors(path)
     try:
-        return unwrap(read_tensors(path))
+        return unwrap(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -111,17 +115,60 @@ def read_tensors(path: Path) -> Any:
     """What a safetensors or torch file holds; nothing in it is executed.
 
     Raises:
-        ValueError: it cannot be read so.
+        ValueError: it cannot be read so; the message says what it seems to be and what to do.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # damaged files raise anything from EOFError to the unpickler's own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot be read as safetensors or torch weights without running code: {reason}") from error
+        raise ValueError(f"{path}: cannot be read as weights: {_diagnosis(path, str(error))}") from error
+
+
+def _diagnosis(path: Path, said: str) -> str:
+    """What a file that is no weights seems to be, and what to do.
+
+    Args:
+        path: the file.
+        said: the reader's message; torch's advice in it to run the file's code is not passed on.
+    """
+    with path.open("rb") as file:
+        start = file.read(512)
+    allowed = "safetensors, or a torch file of nothing but tensors, is wanted"
+    if not start:
+        return f"the file is empty; {allowed}: download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return f"it is a Git LFS pointer; {allowed}: fetch the file behind it with `git lfs pull`"
+    if start.lstrip().startswith(b"<"):
+        return f"it is a web page, as a failed download leaves it; {allowed}: download it again"
+    if re.fullmatch(rb"[\t\n\r -~\x80-\xff]+", start):
+        return f"it is text; {allowed}"
+    if blocked := re.search(r"GLOBAL (\S+)", said):
+        return (
+            f"it holds {blocked[1]}, which only running its code would restore; {allowed}: where the file is trusted, "
+            "save its tensors alone with torch.save(model.state_dict(), FILE)"
+        )
+    return f"it is truncated, damaged or of another kind; {allowed}: download it again"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Load or save without transformers' progress bars and key reports: bars are ours, and so is the check of keys."""
+    from transformers.utils import logging
+
+    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -156,21 +203,7 @@ def load_transformers(model_class: Any, source: str, folder: Path | None = None,
     Raises:
         ValueError: keys are missing or unexpected, or shapes differ; the message lists them. Or the file is damaged.
     """
-    from transformers.utils import logging
-
-    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model, info = model_class.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32, **options
-        )
-    except SafetensorError as error:
-        raise ValueError(f"{source} is truncated or no safetensors file: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bar:
-            logging.enable_progress_bar()
+    model, info = read_transformers(model_class, source, folder, ignore_mismatched_sizes=True, **options)
     faults = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(key for key in info["unexpected_keys"] if not is_stray(key)),
@@ -180,6 +213,23 @@ def load_transformers(model_class: Any, source: str, folder: Path | None = None,
     if found:
         raise ValueError(f"{source} does not fit the model; " + "; ".join(found))
     return model.eval()
+
+
+def read_transformers(model_class: Any, source: str, folder: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A transformers model in fp32 and what transformers says about its keys, without a bar.
+
+    Raises:
+        ValueError: a weight file is damaged, or holds more than tensors.
+    """
+    try:
+        with quiet_transformers():
+            return model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{source} is truncated or no safetensors file: {error}") from error
+    except Exception:  # torch's unpickler raises anything: where it is the file's fault, `read_tensors` says so better
+        for path in sorted(folder.glob("*.bin")) if folder else ():
+            read_tensors(path)
+        raise
 
 
 def is_stray(key: str) -> bool:
@@ -215,7 +265,7 @@ def _download(
         kind = " --repo-type dataset" if repo_type == "dataset" else ""
         raise FileNotFoundError(
             f"{source} is not in the Hub's cache and the Hub cannot be reached{hint}. Where there is a network, run "
-            f"`hf download {source}{kind} --local-dir DIR`, copy DIR here, and give it as --weights.NAME DIR, or as "
-            "`weights: DIR` in a YAML row"
+            f"`hf download {source}{kind} --local-dir DIR`, copy DIR here, and name DIR instead (a teacher's as "
+            "--weights.NAME DIR, or as `weights: DIR` in a YAML row); or copy the Hub's cache, ~/.cache/huggingface"
         ) from error
     return Path(folder)

@@ -80,6 +80,14 @@ def test_keys_that_do_not_fit_are_listed(plip, change, said):
         load_encoder("PUBMEDCLIP", weights=plip[0])
 
 
+@pytest.mark.parametrize("content", [b"<html>404</html>", b"", b"\x80\x04\x95\x00"])
+def test_a_damaged_file_is_named_without_torchs_advice(plip, content):
+    (plip[0] / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: cannot be read as weights") as caught:
+        load_encoder("PLIP", weights=plip[0])
+    assert "weights_only" not in str(caught.value)
+
+
 @pytest.fixture
 def ours(tmp_path):
     """A student's folder."""

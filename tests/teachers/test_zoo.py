@@ -162,11 +162,23 @@ def test_named_sources(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
-def test_files_that_are_no_weights(tmp_path, name):
-    for content in (b"", b"nonsense", b"PK\x03\x04 not a zip"):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
-            read_state_dict(tmp_path / name)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "the file is empty"),
+        (b"nonsense", "it is text"),
+        (b"e", "it is text"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page.* download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*`git lfs pull`"),
+        (b"PK\x03\x04 not a zip", "truncated, damaged or of another kind"),
+        (b"\x80\x04\x95\x00\x00", "truncated, damaged or of another kind"),
+    ],
+)
+def test_files_that_are_no_weights(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: cannot be read as weights: .*{said}") as caught:
+        read_state_dict(tmp_path / name)
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_nothing_in_a_weight_file_is_executed(tmp_path):
@@ -175,6 +187,7 @@ def test_nothing_in_a_weight_file_is_executed(tmp_path):
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
 
     torch.save({"state_dict": {"a": Payload()}}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="without running code"):
+    with pytest.raises(ValueError, match=r"it holds \S*exec, which only running its code would restore") as caught:
         read_state_dict(tmp_path / "weights.pt")
+    assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
