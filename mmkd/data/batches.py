@@ -6,12 +6,12 @@ costs no replay, and sees each sample exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mmkd.data.features import TeacherFeatures
 from mmkd.data.pairs import Collate, GlobalBatchSampler, PairDataset, available_features
@@ -59,18 +59,39 @@ class PairBatches:
         """Batches of an epoch."""
         return len(self.sampler)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterable[dict[str, Any]]:
-        """The batches of an epoch from number `skip` on."""
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
+        """The batches of an epoch from number `skip` on.
+
+        Raises:
+            ValueError: an image or a feature file cannot be read; the message names it.
+        """
         self.sampler.set_epoch(epoch)
         self.dataset.set_epoch(epoch)
-        return DataLoader(
-            self.dataset,
-            batch_sampler=islice(self.sampler, skip, None),  # an iterator, used once
-            collate_fn=self.collate,
+        loader = DataLoader(
+            _Collated(self.dataset, self.collate),
+            batch_size=None,
+            sampler=islice(self.sampler, skip, None),  # an iterator, used once
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else making a loader would draw from the global one
         )
+        for batch in loader:
+            if isinstance(batch, str):
+                raise ValueError(batch)
+            yield batch
+
+
+class _Collated(Dataset):
+    """A batch for a list of indices, or what is wrong with it: an error raised in a worker arrives as a traceback."""
+
+    def __init__(self, dataset: PairDataset, collate: Collate) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __getitem__(self, indices: list[int]) -> dict[str, Any] | str:
+        try:
+            return self.collate([self.dataset[index] for index in indices])
+        except (ValueError, OSError) as error:
+            return str(error)
 
 
 class FeatureBatches:

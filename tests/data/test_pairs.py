@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessorPil
 
+from mmkd.data.batches import PairBatches
 from mmkd.data.features import FeatureWriter, TeacherFeatures
 from mmkd.data.images import UnreadableImage, open_image
 from mmkd.data.pairs import Collate, GlobalBatchSampler, PairDataset, center_crop, random_crop
@@ -191,3 +192,11 @@ def test_a_broken_image_is_named(folder):
         PairDataset(folder, 16, crop="center")[3]
     with pytest.raises(ValueError, match="allowed: random, center"):
         PairDataset(folder, 16, crop="centre")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_error_from_any_process(folder, workers):
+    folder.image_path(folder.pairs[3]).write_bytes(b"")
+    dataset, sampler = PairDataset(folder, 16, crop="center"), GlobalBatchSampler(len(folder.pairs), 10)
+    with pytest.raises(ValueError, match=r"^\S*3\.jpg .*\(unsupported\)$"):
+        list(PairBatches(dataset, sampler, Collate(WordProcessor(), 8), workers).epoch(0))
