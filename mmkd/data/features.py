@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from mmkd.data.published import META_FILE
+from mmkd.data.published import META_FILE, is_folder_name
 from mmkd.data.published_features import FeatureKind, PublishedFeatures
 from mmkd.files import atomic_write_bytes, read_json, write_json
 
@@ -45,12 +45,15 @@ class FeatureStore:
 
         Raises:
             FileNotFoundError: the store is unfinished (no ``meta.json``) or a shard is missing.
-            ValueError: a shard is truncated or does not have the shape that ``meta.json`` states.
+            ValueError: a shard is truncated or does not have the shape that ``meta.json`` states, or the teacher's name
+                is none for a folder.
         """
         if not (path / "meta.json").is_file():
             raise FileNotFoundError(f"{path} is no finished feature store (no meta.json); run `mmkd extract` again")
         meta = read_json(path / "meta.json")
         self.name: str = meta["teacher"]
+        if not is_folder_name(self.name):
+            raise ValueError(f"{path}: the teacher is called {self.name!r}, which is not the name of a folder; refused")
         self.dim: int = meta["dim"]
         self.provenance: dict[str, Any] = meta["provenance"]
         self.ids: list[str] = read_json(path / "ids.json")

@@ -65,12 +65,19 @@ def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     return rows
 
 
+def is_folder_name(name: object) -> bool:
+    """Whether a name from a file may become the name of a folder: one part of a path, and not a way out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
 def _sample(row: dict[str, Any], place: str) -> PublishedSample:
     missing = [key for key in ("id", "folderid", "imgpath", "txt") if not isinstance(row.get(key), str)]
     if missing:
         raise ValueError(f"{place} lacks {', '.join(missing)}; found: {', '.join(row)}")
     for key in ("id", "folderid"):
-        if row[key] in ("", ".", "..") or "/" in row[key] or "\\" in row[key]:
+        if not is_folder_name(row[key]):
             raise ValueError(f"{place}: {key} {row[key]!r} is not the name of a folder; refused")
-    teachers = tuple(str(name) for name in row.get("available_clips") or ())
-    return PublishedSample(row["id"], row["folderid"], row["imgpath"], row["txt"], teachers)
+    teachers = row.get("available_clips") or []
+    if not isinstance(teachers, list) or not all(map(is_folder_name, teachers)):
+        raise ValueError(f"{place}: available_clips is {teachers!r}; it must be a list of teachers' names")
+    return PublishedSample(row["id"], row["folderid"], row["imgpath"], row["txt"], tuple(teachers))

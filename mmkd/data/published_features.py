@@ -36,7 +36,7 @@ class PublishedFeatures:
 
         Raises:
             FileNotFoundError: ``meta.jsonl`` or a feature file is missing.
-            ValueError: no sample lists a teacher.
+            ValueError: no sample lists a teacher, or a file cannot be read or lacks a teacher that is listed.
         """
         samples = read_published(folder)
         self._paths = {s.id: folder / "features" / s.folder / s.id / FEATURE_FILES[kind] for s in samples}
@@ -47,7 +47,7 @@ class PublishedFeatures:
                 first_with.setdefault(name, sample.id)
         if not first_with:
             raise ValueError(f"{folder / META_FILE} lists no available_clips, so that there are no features to read")
-        self.dims = {name: self._load(id)[f"{name}_img"].shape[-1] for name, id in first_with.items()}
+        self.dims = {name: self._width(name, id) for name, id in first_with.items()}
 
     def lookup(self, ids: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
         """Features of n samples by teacher.
@@ -55,6 +55,10 @@ class PublishedFeatures:
         Returns:
             name -> ``image`` (n, dim) float32, ``text`` (n, dim) float32 and ``mask`` (n,) bool; where a sample lacks a
             teacher the mask is false and the features are zero.
+
+        Raises:
+            FileNotFoundError: a feature file is missing.
+            ValueError: one cannot be read, or a teacher's features have another width than elsewhere.
         """
         found = {
             name: {
@@ -68,14 +72,32 @@ class PublishedFeatures:
             features = self._load(id) if id in self._paths else {}
             for name, parts in found.items():
                 if f"{name}_img" in features and f"{name}_txt" in features:
-                    parts["image"][row] = features[f"{name}_img"].reshape(-1)
-                    parts["text"][row] = features[f"{name}_txt"].reshape(-1)
+                    for modality, ending in (("image", "img"), ("text", "txt")):
+                        stored = features[f"{name}_{ending}"].reshape(-1)
+                        if len(stored) != self.dims[name]:
+                            raise ValueError(
+                                f"{self._paths[id]}: {name}_{ending} is {len(stored)} wide, elsewhere {self.dims[name]}"
+                            )
+                        parts[modality][row] = stored
                     parts["mask"][row] = True
         return found
+
+    def _width(self, name: str, id: str) -> int:
+        features = self._load(id)
+        if f"{name}_img" not in features:
+            raise ValueError(f"{self._paths[id]} lacks {name}_img, although available_clips names {name}")
+        return features[f"{name}_img"].shape[-1]
 
     def _load(self, id: str) -> dict[str, torch.Tensor]:
         path = self._paths[id]
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: the folder lists sample {id} but not its features")
-        loaded: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # damaged files raise anything from EOFError to the unpickler's own
+            raise ValueError(f"{path} is no file of tensors, or cut off ({type(error).__name__})") from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise ValueError(f"{path} must hold tensors by name")
         return loaded

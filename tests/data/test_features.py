@@ -146,6 +146,43 @@ def test_published_folder_with_a_missing_or_escaping_sample(shared_data, tmp_pat
         TeacherFeatures.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", ""])
+def test_a_teacher_whose_name_leaves_the_folder_is_refused(tmp_path, name):
+    write(tmp_path / "store", name=name)
+    with pytest.raises(ValueError, match="not the name of a folder"):
+        TeacherFeatures.open(tmp_path)
+    row = {"id": "a", "folderid": "f", "imgpath": "a.png", "txt": "b", "available_clips": [name]}
+    (tmp_path / "meta.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="available_clips"):
+        TeacherFeatures.open(tmp_path)
+
+
+def published(folder, contents):
+    """Two samples of one teacher, whose feature files hold `contents`: a dictionary or raw bytes."""
+    rows = [{"id": id, "folderid": "f", "imgpath": "a.png", "txt": "b", "available_clips": ["P"]} for id in "ab"]
+    (folder / "meta.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for id, content in zip("ab", contents, strict=True):
+        file = folder / "features" / "f" / id / "clips_output.pt"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    return folder
+
+
+def test_damaged_published_features_are_named(tmp_path):
+    def pair(width):
+        return {"P_img": torch.zeros(width), "P_txt": torch.zeros(width)}
+
+    for number, damaged in enumerate((b"", b"no tensors", b"PK\x03\x04 cut", [torch.zeros(4)], pair(5))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        features = TeacherFeatures.open(published(folder, [pair(4), damaged]))
+        with pytest.raises(ValueError, match=r"b/clips_output\.pt"):
+            features.lookup(["a", "b"])
+    (tmp_path / "lacking").mkdir()
+    with pytest.raises(ValueError, match="lacks P_img"):
+        TeacherFeatures.open(published(tmp_path / "lacking", [{}, {}]))
+
+
 def test_random_rows_equal_a_plain_array(tmp_path):
     image = torch.randn(1000, 8, generator=GENERATOR)
     writer = FeatureWriter(tmp_path / "t", "t", "float32", shard_size=64)
