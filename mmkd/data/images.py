@@ -16,6 +16,7 @@ formats that Pillow decodes itself are tried; EPS, which starts another program,
 from __future__ import annotations
 
 import io
+import stat
 import struct
 import warnings
 from pathlib import Path
@@ -88,10 +89,15 @@ def read_image_bytes(path: Path) -> bytes:
         UnreadableImage: there is no such file, it cannot be read, or it is over a gibibyte.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a folder; a pipe would be waited for without end
+            raise UnreadableImage("missing", f"{path} is no file")
+        if status.st_size > MAX_FILE_BYTES:
             raise UnreadableImage("too_large", f"{path} has more than {MAX_FILE_BYTES} bytes")
         return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except UnreadableImage:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UnreadableImage("missing", f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise UnreadableImage("unreadable", f"{path}: {error}") from error

@@ -1,12 +1,14 @@
 """Collections as their owners keep them, read into one kind of row; nothing is judged here.
 
 A collection is a folder with ``labels.csv`` or the authors' published folder with ``meta.jsonl``. CSV files come from
-spreadsheets, so a byte-order mark, any line ending, comma, semicolon or tab, capital letters in the header and the
-Windows code page are accepted; columns that are not known are ignored.
+spreadsheets, so a byte-order mark, any line ending, comma, semicolon or tab, capital letters in the header, UTF-16 and
+the Windows code page are accepted; columns that are not known are ignored, and the marks that spreadsheets and pandas
+leave in an empty cell (``nan``, ``null``, ``<NA>``, ``#N/A``) count as empty.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -21,6 +23,8 @@ LABELS_FILE = "labels.csv"
 TEXT_COLUMNS = ("caption", "label", "modality")
 KNOWN_COLUMNS = ("file", *TEXT_COLUMNS, "group", "split", "license", "source")
 LONGEST_FIELD = 1 << 24
+EMPTY_MARKS = ("nan", "null", "<na>", "#n/a")
+SHOWN_COLUMNS, SHOWN_LETTERS = 12, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ def _read_labels(path: Path) -> list[Row]:
     delimiter = max(",;\t", key=header.count)
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
+        _refuse_open_quote(path, text, delimiter)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         _check_columns(path, list(reader.fieldnames))
@@ -90,8 +95,18 @@ def _read_labels(path: Path) -> list[Row]:
         csv.field_size_limit(limit)
 
 
+def _refuse_open_quote(path: Path, text: str, delimiter: str) -> None:
+    """A quote that is never closed would swallow all rows after it: a line put behind the text must stay a line."""
+    *before, last = csv.reader(io.StringIO(f"{text}\n{LABELS_FILE}", newline=""), delimiter=delimiter)
+    if last != [LABELS_FILE]:
+        line = 1 + sum(1 + "".join(row).count("\n") for row in before)
+        raise ValueError(f'{path}: the row at line {line} opens a quote (") that is never closed; close or double it')
+
+
 def _decode(data: bytes) -> str:
-    """UTF-8, or the Windows code page that spreadsheets write where it is not."""
+    """UTF-8, or what spreadsheets write where it is not: UTF-16 with its mark, or the Windows code page."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -100,8 +115,9 @@ def _decode(data: bytes) -> str:
 
 def _check_columns(path: Path, columns: list[str]) -> None:
     if "file" not in columns or not any(column in columns for column in TEXT_COLUMNS):
+        shown = [" ".join(column.split())[:SHOWN_LETTERS] for column in columns[:SHOWN_COLUMNS]]
         raise ValueError(
-            f"{path} has the columns {', '.join(columns) or '(none)'}; needed are file and at least one of "
+            f"{path} has the columns {', '.join(shown) or '(none)'}; needed are file and at least one of "
             f"{', '.join(TEXT_COLUMNS)}, optional are group, split, license and source"
         )
     twice = sorted({column for column in columns if columns.count(column) > 1 and column in KNOWN_COLUMNS})
@@ -110,7 +126,8 @@ def _check_columns(path: Path, columns: list[str]) -> None:
 
 
 def _row(place: str, fields: dict[str | Any, Any]) -> Row:
-    values: dict[str, Any] = {name: (fields.get(name) or "").strip() for name in KNOWN_COLUMNS}
+    cells = {name: (fields.get(name) or "").strip() for name in KNOWN_COLUMNS}
+    values: dict[str, Any] = {name: "" if cell.lower() in EMPTY_MARKS else cell for name, cell in cells.items()}
     values["file"] = values["file"].replace("\\", "/")
     return Row(place=place, malformed=any(fields.get(None, ())), **values)
 

@@ -1,6 +1,7 @@
 """Every bad form of image gives 8-bit RGB or one of the named reasons."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -40,6 +41,8 @@ def reason_of(source, **options):
 def test_missing_and_folder(tmp_path):
     assert reason_of(tmp_path / "no.png") == "missing"
     assert reason_of(tmp_path) == "missing"
+    os.mkfifo(tmp_path / "pipe.png")
+    assert reason_of(tmp_path / "pipe.png") == "missing"
     with pytest.raises(UnreadableImage, match=r"no\.png"):
         open_image(tmp_path / "no.png")
 

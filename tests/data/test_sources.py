@@ -40,6 +40,15 @@ def test_code_pages_nul_and_backslashes(tmp_path):
     )
 
 
+def test_utf16_as_spreadsheets_write_it(tmp_path):
+    assert rows_of(tmp_path, "file\tcaption\na.png\tLäsion\n".encode("utf-16"))[0].caption == "Läsion"
+
+
+def test_marks_of_empty_cells_are_empty(tmp_path):
+    row = rows_of(tmp_path, HEADER + "a.png,NaN,None,nan,<NA>,#N/A\n")[0]
+    assert (row.modality, row.label, row.caption, row.group, row.split) == ("", "None", "", "", "")
+
+
 def test_unquoted_commas_are_seen(tmp_path):
     rows = rows_of(tmp_path, "file,caption,group\na.png,one, two,g\nb.png,one,g,,\n")
     assert [row.malformed for row in rows] == [True, False]
@@ -60,6 +69,8 @@ def test_very_long_captions_are_read(tmp_path):
         ("", "has the columns"),
         ("file,label,label\na,b,c\n", "label more than once"),
         (HEADER, "lists no images"),
+        ('file,label\na.png,"x\ny"\nb.png,"x\nc.png,y\n', r"line 4 opens a quote"),
+        ("\x01\x02\rjunk\nmore\n", r"has the columns [^\n\r]*; needed"),
     ],
 )
 def test_errors_name_what_is_needed(tmp_path, content, message):
