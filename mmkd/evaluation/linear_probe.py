@@ -19,6 +19,7 @@ from mmkd.data.records import Pair
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.metrics import Floats, Integers
 from mmkd.evaluation.task import Classification, Outputs, Samples
+from mmkd.evaluation.zeroshot import known_modality
 
 FEWEST = 5
 COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
@@ -93,7 +94,7 @@ def tasks(samples: Samples) -> tuple[list[LinearProbe], dict[str, str]]:
     found: list[LinearProbe] = []
     skipped: dict[str, str] = {}
     fields: tuple[tuple[str, Callable[[Pair], str]], ...] = (
-        ("modality", lambda pair: pair.modality),
+        ("modality", known_modality),
         ("label", lambda pair: pair.label),
     )
     for field, class_of in fields:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmkd.data.captions import UNKNOWN
 from mmkd.data.records import Pair
 from mmkd.evaluation.embedding import Embedded, Vectors
 from mmkd.evaluation.metrics import Floats
@@ -50,14 +51,14 @@ class ZeroShot(Classification):
 
 
 def tasks(samples: Samples) -> tuple[list[ZeroShot], dict[str, str]]:
-    """Modality recognition, label classification, and label classification within each modality.
+    """Modality recognition, label classification, and label classification within each modality that is known.
 
     Returns:
         The tasks the held-out pairs allow, and why the others are not there.
     """
     found: list[ZeroShot] = []
     skipped: dict[str, str] = {}
-    pairs = [pair for pair in samples.held_out if pair.modality]
+    pairs = [pair for pair in samples.held_out if known_modality(pair)]
     modalities = sorted({pair.modality for pair in pairs})
     if len(modalities) >= 2:
         prompts = {modality: modality_prompts(modality) for modality in modalities}
@@ -77,15 +78,23 @@ def tasks(samples: Samples) -> tuple[list[ZeroShot], dict[str, str]]:
     if len({pair.modality for pair in labelled}) >= 2:
         for modality in modalities:
             inside = [pair for pair in labelled if pair.modality == modality]
-            task = _label_task(f"zeroshot-label-{slug(modality)}", f"Which label, within {modality}?", inside)
+            name = f"zeroshot-label-{slug(modality)}"
+            name += f"-{len(found)}" if name in [task.name for task in found] else ""  # "MRI" beside "mri"
+            task = _label_task(name, f"Which label, within {modality}?", inside)
             found += [task] if task else []
     return found, skipped
+
+
+def known_modality(pair: Pair) -> str:
+    """The modality of a pair, empty where its collection does not say: "unknown" is no answer to choose."""
+    return "" if pair.modality == UNKNOWN else pair.modality
 
 
 def prompt_texts(pairs: Sequence[Pair]) -> list[str]:
     """Every sentence that `tasks` may ask about these pairs."""
     kinds = {(pair.label, pair.modality) for pair in pairs}
-    sentences = [text for _, modality in kinds if modality for text in modality_prompts(modality)]
+    modalities = {known_modality(pair) for pair in pairs} - {""}
+    sentences = [text for modality in modalities for text in modality_prompts(modality)]
     sentences += [text for label, modality in kinds if label for text in label_prompts(label, modality)]
     return sorted(set(sentences))
 
@@ -104,8 +113,8 @@ def standardise(similarities: Vectors) -> Floats:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name: letters and digits, the rest hyphens."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    """A name as part of a file name: letters and digits, the rest hyphens, cut at 40 characters."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())[:40]
 
 
 def _label_task(name: str, title: str, pairs: list[Pair]) -> ZeroShot | None:

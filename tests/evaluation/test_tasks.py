@@ -53,6 +53,23 @@ def test_labels_that_repeat_the_modality_are_asked_once():
     assert [task.name for task in found] == ["zeroshot-modality"] and "zeroshot-label" in skipped
 
 
+def test_an_unknown_modality_is_no_answer():
+    pairs = [Pair(str(k), "x", "c", ("CT", "unknown")[k % 2], LABELS[k % 4 // 2]) for k in range(24)]
+    found, skipped = zeroshot.tasks(samples(pairs))
+    assert [task.name for task in found] == ["zeroshot-label", "zeroshot-label-ct"]
+    assert "1 modality" in skipped["zeroshot-modality"]
+    assert not any("unknown" in text for text in zeroshot.prompt_texts(pairs))
+    _, skipped = linear_probe.tasks(samples(pairs, train=pairs))
+    assert "1 modality" in skipped["probe-modality"]
+
+
+def test_modalities_that_differ_in_letters_only_have_tasks_of_their_own():
+    pairs = [Pair(str(k), "x", "c", ("MRI", "mri", "m" * 300)[k % 3], LABELS[k // 3 % 2]) for k in range(24)]
+    names = [task.name for task in zeroshot.tasks(samples(pairs))[0]]
+    assert len(names) == len(set(names)) == 5
+    assert max(map(len, names)) < 80
+
+
 def test_a_label_of_two_modalities_is_described_in_both():
     pairs = [
         Pair("1", "x", "", "OCT", "normal"),
