@@ -2,9 +2,8 @@
 
 A group (patient, case, specimen) is never cut. Names such as ``dev`` or ``testing`` mean train, validation or test.
 Groups without a split are dealt out, about 60 % train, 15 % validation, 25 % test, by a seeded hash and so that every
-stratum (modality and label) has about these shares; a stratum of a single group falls in the middle of the deal. A
-collection that comes without train, test or validation gives groups to the missing one from its largest, so that even
-six images in two groups can be trained on and tested.
+stratum (modality and label) has about these shares. A collection that comes without train, test or validation gives
+groups to the missing one from its largest, so that even six images in two groups can be trained on and tested.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def assign_splits(
     for group, split in zip(groups, given, strict=True):
         votes[group][split] += 1
     chosen = {group: _majority(counts) for group, counts in votes.items()}
-    order = _in_turn(groups, strata, seed, start=0.5)
+    order = _in_turn(groups, strata, seed, none_late=False)
     undecided = [group for group in order if not chosen[group]]
     dealt = dict(zip(undecided, _deal(len(undecided)), strict=True))
     chosen |= dealt
@@ -84,7 +83,7 @@ def subsample(strata: Sequence[Hashable], groups: Sequence[str], maximum: int, s
         members[group].append(row)
     most = max(1, maximum // min(MOST_SHARES, len(members)))
     kept: list[int] = []
-    for group in _in_turn(groups, strata, seed, start=0.0):
+    for group in _in_turn(groups, strata, seed, none_late=True):
         rows = members[group][:: math.ceil(len(members[group]) / most)]
         if len(kept) + len(rows) <= maximum:
             kept += rows
@@ -96,13 +95,20 @@ def hashed(seed: int, key: str) -> str:
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _in_turn(groups: Sequence[str], strata: Sequence[Hashable], seed: int, start: float) -> list[str]:
-    """The distinct groups, those of each stratum spread evenly from ``start`` (in steps), by hash within it."""
+def _in_turn(groups: Sequence[str], strata: Sequence[Hashable], seed: int, none_late: bool) -> list[str]:
+    """The distinct groups, those of each stratum spread evenly, by hash within it.
+
+    With ``none_late`` every stratum begins at the front; else at a place by hash, so that strata of a single group come
+    anywhere.
+    """
     first = dict(zip(reversed(groups), reversed(strata), strict=True))
     by_stratum: dict[Hashable, list[str]] = defaultdict(list)
     for group in sorted(first, key=lambda group: hashed(seed, group)):
         by_stratum[first[group]].append(group)
-    places = {g: (rank + start) / len(own) for own in by_stratum.values() for rank, g in enumerate(own)}
+    places: dict[str, float] = {}
+    for own in by_stratum.values():
+        start = 0.0 if none_late else int(hashed(seed, f"start:{own[0]}")[:8], 16) / 16**8
+        places |= {group: (rank + start) / len(own) for rank, group in enumerate(own)}
     return sorted(places, key=lambda group: (places[group], hashed(seed, group)))
 
 

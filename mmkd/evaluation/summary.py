@@ -86,12 +86,13 @@ def overall(
 def split_summary(folder: PairFolder, digests: dict[str, str], split: str) -> dict[str, Any]:
     """How many pairs and groups each split has, and how many groups and images the held-out one shares.
 
-    Identical images are looked for only where ``digests`` covers the other splits too; else their number is None.
+    A pair without a group is a group of its own. Identical images are looked for only where ``digests`` covers the
+    other splits too; else their number is None.
     """
     counts = {
         name: {
             "pairs": sum(pair.split == name for pair in folder.pairs),
-            "groups": len({pair.group for pair in folder.pairs if pair.split == name and pair.group}),
+            "groups": len({pair.group or pair.id for pair in folder.pairs if pair.split == name}),
             "modalities": dict(sorted(Counter(p.modality for p in folder.pairs if p.split == name).items())),
         }
         for name in SPLITS

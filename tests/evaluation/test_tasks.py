@@ -1,12 +1,15 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs
 
-from mmkd.data.records import Pair
+from mmkd.data.records import Pair, PairFolder
 from mmkd.evaluation import linear_probe, retrieval, zeroshot
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.prompts import label_prompts, modality_prompts
 from mmkd.evaluation.suite import texts_for
+from mmkd.evaluation.summary import split_summary
 from mmkd.evaluation.task import Samples, best_by_modality
 
 
@@ -45,6 +48,12 @@ def test_zeroshot_tasks_follow_what_the_pairs_hold():
     assert [task.name for task in found] == ["zeroshot-label"] and "1 modality" in skipped["zeroshot-modality"]
     found, skipped = zeroshot.tasks(samples([Pair(str(k), "x", "c", "CT", "cyst") for k in range(6)]))
     assert found == [] and set(skipped) == {"zeroshot-modality", "zeroshot-label"}
+
+
+def test_pairs_without_a_group_are_counted_as_groups_of_their_own():
+    pairs = [Pair(str(k), f"{k}.png", "c", "CT", group="" if k < 3 else "patient") for k in range(5)]
+    summary = split_summary(PairFolder(Path("pairs"), Path("pairs"), pairs), {}, "test")
+    assert summary["counts"]["train"] == {"pairs": 5, "groups": 4, "modalities": {"CT": 5}}
 
 
 def test_labels_that_repeat_the_modality_are_asked_once():
