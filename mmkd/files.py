@@ -86,14 +86,22 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def rename_folder(source: Path, destination: Path) -> None:
-    """Move a finished folder to its final name, replacing an older one there."""
+    """Move a finished folder to its final name, replacing what is there."""
     if destination.exists():
         old = _sibling(destination)
         destination.rename(old)
         source.rename(destination)
-        shutil.rmtree(old)
+        remove(old)
     else:
         source.rename(destination)
+
+
+def remove(path: Path) -> None:
+    """Take away a folder, a file or a link (not what it names), if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:

@@ -68,3 +68,16 @@ def test_fingerprint_follows_content(tmp_path):
     assert before == files.fingerprint([tmp_path / "a"])
     (tmp_path / "a").write_text("2")
     assert before != files.fingerprint([tmp_path / "a"])
+
+
+def test_a_file_or_link_is_replaced_and_what_the_link_names_stays(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "mine.txt").write_text("keep")
+    (tmp_path / "link").symlink_to("disk")
+    for name in ("file", "link"):
+        with files.atomic_folder(tmp_path / name, overwrite=True) as folder:
+            (folder / "new.txt").write_text("new")
+        assert (tmp_path / name / "new.txt").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "file", "link"]
+    assert (tmp_path / "disk" / "mine.txt").read_text() == "keep"
