@@ -18,7 +18,7 @@ from pathlib import Path
 from mmkd.settings import nearest
 
 RECIPES = {
-    "curate": ("mmkd.train.curate", "image-text pairs from a folder, an archive or the packaged images"),
+    "curate": ("mmkd.train.curate", "image-text pairs from a folder or the packaged images"),
     "pretrain": ("mmkd.train.pretrain", "stage 1: contrastive pretraining of a student, or of a teacher of your own"),
     "extract": ("mmkd.train.extract", "features of any teacher for every pair"),
     "screen": ("mmkd.train.screen", "which teachers agree with which pair"),
