@@ -147,13 +147,11 @@ def _pair(row: dict[str, Any], place: str) -> Pair:
     missing = [key for key in REQUIRED if key not in row]
     if unknown or missing:
         raise ValueError(f"{place}: unknown keys {unknown}, missing keys {missing}; allowed: {', '.join(known)}")
-    if row.get("teachers") is not None:
-        row = {**row, "teachers": tuple(row["teachers"])}
     for key, value in row.items():
-        expected = tuple if key == "teachers" else int if key in ("width", "height") else str
-        if value is not None and not isinstance(value, expected):
+        expected = list if key == "teachers" else int if key in ("width", "height") else str
+        if not isinstance(value, expected):
             raise ValueError(f"{place}: {key} is {value!r}, not of type {expected.__name__}")
-    return Pair(**row)
+    return Pair(**{**row, "teachers": tuple(row["teachers"])} if "teachers" in row else row)
 
 
 def _image_root(folder: Path) -> str:

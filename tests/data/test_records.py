@@ -61,7 +61,8 @@ def test_errors_say_where(tmp_path):
     with pytest.raises(ValueError, match="twice"):
         open_pairs(tmp_path)
     for line in ('{"id": "a", "image"', "[]", '{"id": "a"}', '{"id": "a", "image": "i", "caption": "c", "colour": 1}',
-                 '{"id": 7, "image": "i", "caption": "c"}'):  # fmt: skip
+                 '{"id": 7, "image": "i", "caption": "c"}', '{"id": "a", "image": "i", "caption": null}',
+                 '{"id": "a", "image": "i", "caption": "c", "teachers": 5}'):  # fmt: skip
         (tmp_path / "manifest.jsonl").write_text('{"id": "z", "image": "i", "caption": "c"}\n' + line + "\n")
         with pytest.raises(ValueError, match=r"manifest\.jsonl:2"):
             open_pairs(tmp_path)
