@@ -1,6 +1,6 @@
 """The whole way from one YAML: curate, pretrain, teachers, extract, screen, align, distill, evaluate, report.
 
-Every stage is the command a user would type, started as its own process and printed before it runs; the pipeline adds
+Every stage is the command a user would type, run in its own process and printed before it starts; the pipeline adds
 only the order, the folder names and, when no teachers are named, a partition of the pairs among small specialists
 fine-tuned on the spot. Started again, it skips what has finished and goes on where it was killed.
 """
@@ -8,9 +8,7 @@ fine-tuned on the spot. Started again, it skips what has finished and goes on wh
 from __future__ import annotations
 
 import hashlib
-import shutil
-import subprocess
-import sys
+import multiprocessing
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +16,16 @@ from typing import Any
 
 import yaml
 
+from mmkd import cli
 from mmkd.data.partition import partition
 from mmkd.data.records import open_pairs
-from mmkd.files import atomic_write_text, read_json, refuse_existing, write_json
+from mmkd.evaluation.suite import SUITE, collect_samples, tasks_for
+from mmkd.files import atomic_write_text, read_json, refuse_existing, remove, write_json
 from mmkd.settings import run, setting
 
+PRELOADED = ["modeling_mmkd", "torchvision", "accelerate"]
 SEEDED = ("curate", "pretrain", "align", "distill", "eval")
+FILLED_BIT_BY_BIT = ("extract", "eval")  # the others' output is there whole or not at all
 
 
 @dataclass
@@ -58,13 +60,14 @@ def main(settings: PipelineSettings) -> None:
     Raises:
         FileNotFoundError: the folder of images does not exist.
         FileExistsError: OUTPUT exists and was not made by this pipeline.
-        ValueError: a stage failed; its own message stands above.
+        ValueError: a stage failed, and its own message stands above; or there is nothing to evaluate on.
     """
     started = time.monotonic()
     work, stages = settings.work, Stages(settings)
     pairs, features, aligned = work / "pairs", work / "features", work / "aligned"
     source = str(settings.data) if settings.data else "packaged"
     stages.run("curate", "curate", pairs, {"source": source, **settings.curate})
+    require_questions(pairs, settings.eval.get("split", "test"))
     stages.run("pretrain", "pretrain", work / "stage1", {"pairs": str(pairs), **settings.pretrain})
     teachers = settings.teachers or train_specialists(stages, settings, pairs)
     stages.run("extract", "extract", features, {"teacher": teachers, "pairs": str(pairs), **settings.extract})
@@ -79,6 +82,33 @@ def main(settings: PipelineSettings) -> None:
     stages.run("report", "report", settings.report, report_inputs(settings, stages))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nDone in {minutes} min {seconds:02d} s. Student: {settings.output}/  Report: {settings.report}")
+
+
+def require_questions(pairs: Path, split: str) -> None:
+    """Stop before the first training where the last stage would find nothing to ask.
+
+    Raises:
+        ValueError: fewer than two training pairs, or held-out ones that allow no task.
+    """
+    folder = open_pairs(pairs)
+    samples = collect_samples(folder, split, {pair.id: pair.sha256 for pair in folder.pairs}, {})
+    if not samples.held_out:
+        groups = len({pair.group or pair.id for pair in folder.pairs})
+        raise ValueError(
+            f"none of the {len(folder.pairs)} pairs of {pairs} is in split {split!r}, so nothing can be evaluated; "
+            f"they form {groups} group(s), which are never cut, and at least two groups are needed"
+        )
+    if len(samples.train) < 2:
+        raise ValueError(
+            f"{len(samples.train)} of the {len(folder.pairs)} pairs of {pairs} can be trained on; add images, two are "
+            "the least"
+        )
+    tasks, reasons = tasks_for(samples, list(SUITE))
+    if not tasks:
+        raise ValueError(
+            f"the {len(samples.held_out)} {split} pairs of {pairs} are too few or too much alike to evaluate on: "
+            f"{'; '.join(reasons.values())}. Add images, or captions and labels that differ"
+        )
 
 
 def train_specialists(stages: Stages, settings: PipelineSettings, pairs: Path) -> list[str]:
@@ -112,6 +142,7 @@ class Stages:
 
     def __init__(self, settings: PipelineSettings):
         self.settings = settings
+        self.processes = _processes()
         self.record = settings.work / "stages.json"
         self.known: dict[str, dict[str, Any]] = read_json(self.record) if self.record.is_file() else {}
         self.total = 8 + (0 if settings.teachers else settings.specialists)
@@ -132,20 +163,24 @@ class Stages:
         self.chain = hashlib.sha256((self.chain + yaml.safe_dump(values)).encode()).hexdigest()
         heading = f"[{self.number}/{self.total}] {name}"
         before = self.known.get(name, {})
-        if before.get("hash") == self.chain and before.get("seconds") is not None and output.exists():
+        finished = before.get("seconds") is not None or recipe not in FILLED_BIT_BY_BIT
+        if before.get("hash") == self.chain and finished and output.exists():
             print(f"{heading}: done before", flush=True)
             return
         if before.get("hash") != self.chain:
-            _remove(output)
+            for path in (output, output.with_name(output.name + ".partial")):  # of an earlier run, other settings
+                remove(path)
         self._remember(name, {"hash": self.chain, "output": str(output), "seconds": None})
         config = self.settings.work / "configs" / f"{name.replace(' ', '-')}.yaml"
         atomic_write_text(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         print(f"\n{heading}: mmkd {recipe} --config {config}", flush=True)
         started = time.monotonic()
         switches = ["--quiet"] if self.settings.quiet else []
-        code = subprocess.call([sys.executable, "-m", "mmkd.cli", recipe, "--config", str(config), *switches])
-        if code != 0:
-            raise ValueError(f"stage {name} failed (exit code {code}); mend it and start the same command again")
+        process = self.processes.Process(target=cli.main, args=([recipe, "--config", str(config), *switches],))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            raise ValueError(f"stage {name} failed (exit {process.exitcode}); mend it and start the same command again")
         seconds = round(time.monotonic() - started, 1)
         self._remember(name, {"hash": self.chain, "output": str(output), "seconds": seconds})
 
@@ -154,13 +189,13 @@ class Stages:
         write_json(self.record, self.known)
 
 
-def _remove(output: Path) -> None:
-    """Take away what an earlier run with other settings left."""
-    for path in (output, output.with_name(output.name + ".partial")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _processes() -> Any:
+    """Starts a process for each stage; where the system can fork, torch and transformers are imported once for all."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _source_hash(data: Path | None) -> str:

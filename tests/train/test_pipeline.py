@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_started_again_it_does_nothing(finished):
     assert (folder / "mmkd-clip" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_stage_killed_after_its_last_rename_is_done(finished):
+    folder, command = finished
+    record = folder / "mmkd-clip-work" / "stages.json"
+    stages = json.loads(record.read_text())
+    for name in ("distill", "report"):
+        stages[name]["seconds"] = None
+    record.write_text(json.dumps(stages))
+    done = mmkd(folder, *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before") == 11
+
+
 @pytest.mark.parametrize("script", ["zero_shot", "search_images"])
 def test_examples_run_on_the_student(finished, script):
     folder, _ = finished
@@ -111,6 +124,16 @@ def test_a_missing_folder_is_named_before_any_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_group_alone_is_refused_before_any_training(tmp_path):
+    write_pictures(tmp_path / "data")
+    table = tmp_path / "data" / "labels.csv"
+    table.write_text(re.sub(r"patient \d+", "patient 0", table.read_text()))
+    done = mmkd(tmp_path, "quickstart", "--data", "data")
+    assert done.returncode == 1
+    assert "at least two groups are needed" in done.stderr
+    assert "pretrain" not in done.stdout
+
+
 def pairs(**fields: list[str]) -> list[Pair]:
     rows = [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
     return [Pair(id=str(k), image=f"{k}.png", caption="x", **row) for k, row in enumerate(rows)]
@@ -130,3 +153,14 @@ def test_pairs_are_shared_out_by_modality_then_label_then_group():
     assert list(partition(pairs(modality=["OCT"] * 4), 3).values()) == [{}, {}, {}]
     with pytest.raises(ValueError, match="cannot share"):
         partition([], 3)
+
+
+def test_pairs_that_leave_nothing_to_ask_are_refused_before_training(tmp_path):
+    write_pictures(tmp_path / "pictures")
+    table = tmp_path / "pictures" / "labels.csv"
+    table.write_text("file,caption\n" + "".join(f"images/{number}.png,the same words\n" for number in range(60)))
+    done = mmkd(tmp_path, "quickstart", "--data", "pictures", "--quiet")
+    assert done.returncode == 1
+    assert "too much alike to evaluate on: " in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "mmkd-clip-work" / "stage1").exists()
