@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import sys
 import textwrap
 import types
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
+from safetensors import SafetensorError
 
 from mmkd.files import atomic_write_text
 
@@ -70,7 +72,7 @@ def parse(settings_class: type[T], argv: list[str] | None = None) -> T:
 
 
 def run(settings_class: type[T], main: Callable[[T], None]) -> None:
-    """Parse, run, and turn errors meant for the user into one line and exit code 1 (2 for wrong settings)."""
+    """Parse and run; errors meant for the user become one line and exit code 1 (2 for wrong settings, 130 for ^C)."""
     try:
         settings = parse(settings_class)
     except (ValueError, OSError) as error:
@@ -78,9 +80,20 @@ def run(settings_class: type[T], main: Callable[[T], None]) -> None:
         raise SystemExit(2) from None
     try:
         main(settings)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"error: {_told(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; what is whole stays, and the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _told(error: Exception) -> str:
+    """An error of the operating system as ``FILE: what is wrong``, any other in its own words."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}{'; free some and try again' if error.errno == errno.ENOSPC else ''}"
+    return str(error)
 
 
 def resolved(settings: Any) -> dict[str, Any]:

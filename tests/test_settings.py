@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from safetensors import SafetensorError
 
 from mmkd.settings import help_text, parse, resolved, run, save_settings, setting
 
@@ -94,6 +95,25 @@ def test_help_lists_every_setting(capsys):
     with pytest.raises(SystemExit, match="0"):
         parse(Example, ["--help"])
     assert "An example recipe." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (FileExistsError(17, "File exists", "a/b"), 1, "error: a/b: File exists\n"),
+        (OSError(28, "No space left on device"), 1, "error: No space left on device; free some and try again\n"),
+        (SafetensorError("I/O error"), 1, "error: I/O error\n"),
+        (KeyboardInterrupt(), 130, "interrupted; what is whole stays, and the same command goes on from there\n"),
+    ],
+)
+def test_run_says_what_the_system_refused(monkeypatch, capsys, error, code, line):
+    def fails(_settings):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["x", "--output", "o"])
+    with pytest.raises(SystemExit, match=str(code)):
+        run(Example, fails)
+    assert capsys.readouterr().err == line
 
 
 def test_run_turns_user_errors_into_one_line(monkeypatch, capsys):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from mmkd.data.records import PairFolder, open_pairs
+from mmkd.device import chosen_device
 from mmkd.evaluation.bootstrap import REPLICATES, SEED
 from mmkd.evaluation.cells import CellFolder
 from mmkd.evaluation.embedding import Embedded, embed, image_digests
@@ -150,9 +150,7 @@ def embed_all(
     settings: EvalSettings, sources: dict[str, str], folder: PairFolder, digests: dict[str, str]
 ) -> list[Embedded]:
     """Embed with one encoder after another; only one is in memory at a time."""
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(settings.device)
     texts = texts_for([pair for pair in folder.pairs if pair.split == settings.split])
     embedded = []
     for name, source in sources.items():

@@ -11,7 +11,6 @@ out, counted, and listed in the store's ``skipped.jsonl``.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from mmkd.data.feature_parts import SKIPPED_FILE, FeatureParts
 from mmkd.data.features import FeatureType
 from mmkd.data.images import UnreadableImage, open_image
 from mmkd.data.records import Pair, PairFolder, open_pairs
+from mmkd.device import chosen_device
 from mmkd.distributed import rank, world_size
 from mmkd.encoder import DualEncoder
 from mmkd.settings import nearest, run, setting
@@ -96,11 +96,8 @@ def check(settings: ExtractSettings) -> dict[str, str]:
 
 def load_teacher(name: str, source: str, settings: ExtractSettings) -> DualEncoder:
     """The teacher on this process' device, under the name of its store."""
-    device = settings.device
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     weights = settings.weights.get(name)
-    encoder = load_encoder(source, device, Path(weights) if weights else None)
+    encoder = load_encoder(source, chosen_device(settings.device), Path(weights) if weights else None)
     encoder.batch_size = settings.batch_size
     if rank() == 0 and not settings.quiet:
         shown = ("preprocessing", "tokenizer", "context", "pooling", "license")

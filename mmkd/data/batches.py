@@ -6,6 +6,7 @@ costs no replay, and sees each sample exactly once.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
@@ -74,6 +75,7 @@ class PairBatches:
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else making a loader would draw from the global one
+            worker_init_fn=_leave_interrupts_to_the_parent,
         )
         for batch in loader:
             if isinstance(batch, str):
@@ -113,3 +115,8 @@ class FeatureBatches:
             ids = [pair.id for pair in chosen]
             teachers = available_features(self.features, ids, [pair.teachers for pair in chosen])
             yield {"ids": ids, "index": torch.tensor(indices), "teachers": teachers}
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    """^C reaches every process of a terminal: a worker that died of it would be reported as a crash."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
