@@ -32,6 +32,14 @@ RECIPES = {
 }
 PIPELINES = {"quickstart": "quickstart.yaml"}
 DISTRIBUTED = ("pretrain", "extract", "align", "distill")
+EXTRAS = {
+    "accelerate": "train",
+    "torchvision": "train",
+    "open_clip": "teachers",
+    "timm": "teachers",
+    "sklearn": "eval",
+    "threadpoolctl": "eval",
+}
 LAUNCHER_OPTIONS = (
     "num_processes",
     "num_machines",
@@ -71,7 +79,14 @@ def main(argv: list[str] | None = None) -> None:
         command, environment = launch_command(module, launcher, arguments)
         raise SystemExit(subprocess.call(command, env=os.environ | environment))
     sys.argv = [f"mmkd {name}", *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f'error: {package} is not installed; run `pip install "mmkd-clip[{EXTRAS[package]}]"`', file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def split_launcher_options(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -79,6 +79,8 @@ def start(settings: LoopSettings) -> Accelerator:
             raise ValueError(f"--{name} is {vars(settings)[name]}; it must be at least {least}")
     if settings.max_steps is not None and settings.max_steps < 1:
         raise ValueError(f"--max_steps is {settings.max_steps}; it must be at least 1, or none")
+    if settings.clip_norm is not None and not settings.clip_norm > 0:
+        raise ValueError(f"--clip_norm is {settings.clip_norm}; it must be above 0, or none")
     if not settings.learning_rate > 0 or not 0 <= settings.dropout < 1:
         raise ValueError("--learning_rate must be above 0, --dropout at least 0 and below 1")
     refuse_existing(settings.output, settings.overwrite)

@@ -52,18 +52,7 @@ def parse(settings_class: type[T], argv: list[str] | None = None) -> T:
     if "--help" in argv or "-h" in argv:
         print(help_text(settings_class))
         raise SystemExit(0)
-    hints = typing.get_type_hints(settings_class)
-    mappings = [field for field in dataclasses.fields(settings_class) if get_origin(_bare(hints[field.name])) is dict]  # type: ignore[arg-type]
-    values: dict[str, Any] = {
-        field.name: field.default_factory() for field in mappings if callable(field.default_factory)
-    }
-    given = _split_arguments(argv, hints)
-    is_yaml = "config" not in hints  # a recipe with a setting of this name means its own file by it
-    for path in [value for key, value in given if key == "config" and is_yaml]:
-        _merge_yaml(values, Path(path), hints)
-    for key, text in given:
-        if key != "config" or not is_yaml:
-            _set(values, key, text, hints)
+    values = given_values(settings_class, argv)
     for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in values:
@@ -71,9 +60,40 @@ def parse(settings_class: type[T], argv: list[str] | None = None) -> T:
     return settings_class(**values)
 
 
+def given_values(settings_class: type, argv: list[str]) -> dict[str, Any]:
+    """What ``--config`` and ``--key value`` arguments give, by name and of the right type; required ones may lack.
+
+    A mapping in a later ``--config`` is merged into that of an earlier one.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+        FileNotFoundError: the YAML file does not exist.
+    """
+    hints = typing.get_type_hints(settings_class)
+    mappings = [field for field in dataclasses.fields(settings_class) if get_origin(_bare(hints[field.name])) is dict]
+    values: dict[str, Any] = {
+        field.name: field.default_factory() for field in mappings if callable(field.default_factory)
+    }
+    given = _split_arguments(argv, hints)
+    is_yaml = "config" not in hints  # a recipe with a setting of this name means its own file by it
+    merged: set[str] = set()
+    for path in [value for key, value in given if key == "config" and is_yaml]:
+        _merge_yaml(values, Path(path), hints, merged)
+    for key, text in given:
+        if key != "config" or not is_yaml:
+            _set(values, key, text, hints)
+    return values
+
+
 def run(settings_class: type[T], main: Callable[[T], None]) -> None:
-    """Parse and run; errors meant for the user become one line and exit code 1 (2 for wrong settings, 130 for ^C)."""
+    """Parse and run; errors meant for the user become one line and exit code 1 (2 for wrong settings, 130 for ^C).
+
+    With ``--check`` the names and types of the given settings are checked and nothing is run.
+    """
     try:
+        if "--check" in sys.argv:
+            given_values(settings_class, [argument for argument in sys.argv[1:] if argument != "--check"])
+            return
         settings = parse(settings_class)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -116,7 +136,7 @@ def help_text(settings_class: type) -> str:
     """The class' docstring and one line for each setting."""
     hints = typing.get_type_hints(settings_class)
     ways = "--key value" if "config" in hints else "--config FILE.yaml, --key value"
-    lines = [textwrap.dedent(settings_class.__doc__ or "").strip(), "", f"settings ({ways}):"]
+    lines = [textwrap.dedent(settings_class.__doc__ or "").strip(), "", f"settings ({ways}; --check only checks them):"]
     for field in dataclasses.fields(settings_class):
         default = field.default_factory() if callable(field.default_factory) else field.default
         shown = "required" if default is dataclasses.MISSING else f"default {_plain(default)!r}"
@@ -157,7 +177,8 @@ def _known(key: str, hints: dict[str, Any]) -> str:
     return name + dot + entry
 
 
-def _merge_yaml(values: dict[str, Any], path: Path, hints: dict[str, Any]) -> None:
+def _merge_yaml(values: dict[str, Any], path: Path, hints: dict[str, Any], merged: set[str]) -> None:
+    """Take what a file gives; a mapping that an earlier file (its name in ``merged``) gave keeps its other entries."""
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: no such file")
     try:
@@ -169,7 +190,10 @@ def _merge_yaml(values: dict[str, Any], path: Path, hints: dict[str, Any]) -> No
     for key, value in loaded.items():
         try:
             name = _known(str(key), hints)
-            values[name] = _convert(name, value, hints[name])
+            converted = _convert(name, value, hints[name])
+            both = name in merged and isinstance(converted, dict)
+            values[name] = {**values[name], **converted} if both else converted
+            merged.add(name)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -66,3 +66,14 @@ def test_the_command_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "mmkd.cli"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "distill" in done.stdout
+
+
+def test_a_missing_library_names_the_extra_that_brings_it(monkeypatch, capsys):
+    def missing(*_arguments, **_options):
+        raise ModuleNotFoundError("No module named 'accelerate.utils'", name="accelerate.utils")
+
+    monkeypatch.setattr("sys.argv", ["mmkd"])
+    monkeypatch.setattr(cli.runpy, "run_module", missing)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["curate"])
+    assert 'pip install "mmkd-clip[train]"' in capsys.readouterr().err

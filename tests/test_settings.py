@@ -127,3 +127,23 @@ def test_run_turns_user_errors_into_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x"])
     with pytest.raises(SystemExit, match="2"):
         run(Example, fails)
+
+
+def test_a_later_file_merges_mappings_into_an_earlier_one(tmp_path):
+    (tmp_path / "a.yaml").write_text("output: o\nlosses: {task: 0.5, feature: 2}\nteachers: [a]\n")
+    (tmp_path / "b.yaml").write_text("losses: {feature: 3}\nteachers: [b]\n")
+    settings = parse(Example, ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])
+    assert settings.losses == {"task": 0.5, "feature": 3.0}
+    assert settings.teachers == ["b"]
+
+
+def test_check_only_checks(monkeypatch, capsys):
+    def never(_settings):
+        raise AssertionError("ran")
+
+    monkeypatch.setattr("sys.argv", ["x", "--epochs", "3", "--check"])
+    run(Example, never)
+    monkeypatch.setattr("sys.argv", ["x", "--epohcs", "3", "--check"])
+    with pytest.raises(SystemExit, match="2"):
+        run(Example, never)
+    assert "did you mean 'epochs'" in capsys.readouterr().err

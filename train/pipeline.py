@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ def main(settings: PipelineSettings) -> None:
     """
     started = time.monotonic()
     work, stages = settings.work, Stages(settings)
+    stages.check()
     pairs, features, aligned = work / "pairs", work / "features", work / "aligned"
     source = str(settings.data) if settings.data else "packaged"
     stages.run("curate", "curate", pairs, {"source": source, **settings.curate})
@@ -154,6 +156,20 @@ class Stages:
             if self.known.get(name, {}).get("output") != str(path):
                 refuse_existing(path, settings.overwrite)
 
+    def check(self) -> None:
+        """Have every stage check the names and types of its settings before the first one works.
+
+        Raises:
+            ValueError: a stage refused; its own message stands above.
+        """
+        for name in ("curate", "pretrain", "specialist", "extract", "screen", "align", "distill", "eval"):
+            with tempfile.TemporaryDirectory() as folder:
+                config = Path(folder) / f"{name}.yaml"
+                config.write_text(yaml.safe_dump(vars(self.settings)[name]), encoding="utf-8")
+                code = self._start("pretrain" if name == "specialist" else name, ["--config", str(config), "--check"])
+            if code != 0:
+                raise ValueError(f"the settings of {name} are wrong; nothing was started")
+
     def run(self, recipe: str, name: str, output: Path, values: dict[str, Any]) -> None:
         """Write the stage's settings as YAML and start ``mmkd RECIPE --config`` on it, unless it finished before."""
         self.number += 1
@@ -176,13 +192,18 @@ class Stages:
         print(f"\n{heading}: mmkd {recipe} --config {config}", flush=True)
         started = time.monotonic()
         switches = ["--quiet"] if self.settings.quiet else []
-        process = self.processes.Process(target=cli.main, args=([recipe, "--config", str(config), *switches],))
-        process.start()
-        process.join()
-        if process.exitcode != 0:
-            raise ValueError(f"stage {name} failed (exit {process.exitcode}); mend it and start the same command again")
+        code = self._start(recipe, ["--config", str(config), *switches])
+        if code != 0:
+            raise ValueError(f"stage {name} failed (exit code {code}); mend it and start the same command again")
         seconds = round(time.monotonic() - started, 1)
         self._remember(name, {"hash": self.chain, "output": str(output), "seconds": seconds})
+
+    def _start(self, recipe: str, arguments: list[str]) -> int | None:
+        """Run ``mmkd RECIPE`` in a process of its own; returns its exit code."""
+        process = self.processes.Process(target=cli.main, args=([recipe, *arguments],))
+        process.start()
+        process.join()
+        return process.exitcode
 
     def _remember(self, name: str, entry: dict[str, Any]) -> None:
         self.known[name] = entry

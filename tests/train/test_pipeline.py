@@ -117,6 +117,14 @@ def test_what_it_did_not_make_it_does_not_touch(tmp_path):
     assert (tmp_path / "mmkd-clip" / "mine.txt").read_text() == "keep"
 
 
+def test_a_misspelt_setting_of_a_late_stage_is_refused_before_any_work(tmp_path):
+    done = mmkd(tmp_path, "quickstart", "--distill.epoch=4")
+    assert done.returncode == 1
+    assert "did you mean 'epochs'" in done.stderr
+    assert "settings of distill are wrong" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_folder_is_named_before_any_work(tmp_path):
     done = mmkd(tmp_path, "quickstart", "--data", "nowhere")
     assert done.returncode == 1
