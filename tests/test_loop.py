@@ -225,7 +225,9 @@ def test_vectors_do_not_decay(tmp_path):
     assert len(vectors["params"]) == 5
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 1}, {"max_steps": 0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch_size": 1}, {"max_steps": 0}, {"learning_rate": 0.0}, {"clip_norm": 0.0}]
+)
 def test_settings_out_of_range_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong))}"):
         start(settings(tmp_path, **wrong))
