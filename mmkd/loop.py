@@ -73,7 +73,8 @@ def start(settings: LoopSettings) -> Accelerator:
         ValueError: a setting is out of range.
         FileExistsError: the output exists and may not be replaced.
     """
-    bounds = {"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "checkpoints_kept": 1, "warmup_steps": 0, "seed": 0}
+    bounds = {"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "checkpoints_kept": 1}
+    bounds |= {"warmup_steps": 0, "workers": 0, "seed": 0}
     for name, least in bounds.items():
         if vars(settings)[name] < least:
             raise ValueError(f"--{name} is {vars(settings)[name]}; it must be at least {least}")
@@ -82,7 +83,10 @@ def start(settings: LoopSettings) -> Accelerator:
     if settings.clip_norm is not None and not settings.clip_norm > 0:
         raise ValueError(f"--clip_norm is {settings.clip_norm}; it must be above 0, or none")
     if not settings.learning_rate > 0 or not 0 <= settings.dropout < 1:
-        raise ValueError("--learning_rate must be above 0, --dropout at least 0 and below 1")
+        raise ValueError(
+            f"--learning_rate is {settings.learning_rate} and must be above 0; "
+            f"--dropout is {settings.dropout} and must be at least 0 and below 1"
+        )
     refuse_existing(settings.output, settings.overwrite)
     accelerator = Accelerator(mixed_precision="no")
     torch.manual_seed(settings.seed)

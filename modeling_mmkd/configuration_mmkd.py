@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 POOLINGS = ("cls", "mean")
@@ -37,7 +38,7 @@ class MMKDClipConfig(PretrainedConfig):
         logit_scale_init_value: natural logarithm of the similarities' multiplier at the start.
 
     Raises:
-        ValueError: a size that is not positive, or an unknown pooling.
+        ValueError: sizes that no tower can have, an unknown pooling or activation, or a scale that is not finite.
     """
 
     model_type = "mmkd_clip"
@@ -65,6 +66,10 @@ class MMKDClipConfig(PretrainedConfig):
         for name in ("projection_dim", "text_projection_hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not math.isfinite(logit_scale_init_value):
+            raise ValueError(f"logit_scale_init_value is {logit_scale_init_value}; it must be a finite number")
+        _check_sizes("vision_config", self.vision_config)
+        _check_sizes("text_config", self.text_config)
         super().__init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
 
 
@@ -90,6 +95,25 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return positions
 
 
+def _check_sizes(name: str, config: PretrainedConfig) -> None:
+    """Refuse sizes that no tower can have, where its configuration states them.
+
+    Raises:
+        ValueError: a size below 1, heads or patches that do not divide, or an unknown activation.
+    """
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
+    stated = {key: value for key in sizes if isinstance(value := getattr(config, key, None), int)}
+    for key, value in stated.items():
+        if value < 1:
+            raise ValueError(f"{name}: {key} is {value}; it must be at least 1")
+    for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
+        if stated.get(whole, 0) % stated.get(part, 1):
+            raise ValueError(f"{name}: {whole} {stated[whole]} must be a multiple of {part} {stated[part]}")
+    activation = getattr(config, "hidden_act", None)
+    if isinstance(activation, str) and activation not in ACT2FN:
+        raise ValueError(f"{name}: hidden_act is {activation!r}; allowed: {', '.join(sorted(ACT2FN))}")
+
+
 def _tower(
     config: PretrainedConfig | dict[str, Any] | None, model_type: str, defaults: dict[str, Any]
 ) -> PretrainedConfig:
@@ -100,6 +124,9 @@ def _tower(
     model_type = values.pop("model_type", model_type)
     if model_type == "clip_vision_model":
         values = {**defaults, **values}
+    zeros = [key for key, value in values.items() if key.startswith("num_") and value == 0 and key != "num_labels"]
+    if zeros:  # some towers' configurations divide by them
+        raise ValueError(f"{', '.join(zeros)} of a {model_type} tower is 0; it must be at least 1")
     return AutoConfig.for_model(model_type, **values)
 
 

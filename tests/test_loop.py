@@ -226,7 +226,8 @@ def test_vectors_do_not_decay(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"batch_size": 1}, {"max_steps": 0}, {"learning_rate": 0.0}, {"clip_norm": 0.0}]
+    "wrong",
+    [{"epochs": 0}, {"batch_size": 1}, {"max_steps": 0}, {"learning_rate": 0.0}, {"clip_norm": 0.0}, {"workers": -1}],
 )
 def test_settings_out_of_range_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong))}"):

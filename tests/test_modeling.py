@@ -401,3 +401,20 @@ def test_the_limit_survives_export(model):
     exported = torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes={"input_ids": {1: tokens}}).module()
     longer = torch.arange(60).reshape(2, 30) + 5
     torch.testing.assert_close(exported(input_ids=longer).text_embeds, model(input_ids=longer).text_embeds)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"vision_config": {"num_attention_heads": 0}}, "num_attention_heads of a clip_vision_model tower is 0"),
+        ({"text_config": {"num_attention_heads": -1}}, "text_config: num_attention_heads is -1"),
+        ({"text_config": {"num_attention_heads": 7}}, "hidden_size 768 must be a multiple of num_attention_heads 7"),
+        ({"vision_config": {"patch_size": 0}}, "patch_size is 0"),
+        ({"vision_config": {"image_size": 33, "patch_size": 8}}, "image_size 33 must be a multiple of patch_size 8"),
+        ({"vision_config": {"hidden_act": "zelu"}}, "hidden_act is 'zelu'; allowed: .*quick_gelu"),
+        ({"logit_scale_init_value": float("nan")}, "must be a finite number"),
+    ],
+)
+def test_sizes_that_no_tower_can_have_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        MMKDClipConfig(**wrong)

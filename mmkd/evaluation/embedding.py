@@ -101,7 +101,7 @@ def embed(
         for part in _shards(texts):
             compute = partial(_embed_texts, encoder, part, batch_size, bar)
             _add_texts(embedded, part, _cached(cache, "texts", [embedded.fingerprint, *part], compute))
-        bar.update(bar.total - bar.n)
+        bar.update(len(folder.pairs) + len(texts) - bar.n)
     return embedded
 
 
