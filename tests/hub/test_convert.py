@@ -41,7 +41,7 @@ def run(**options):
     convert.main(parse(convert.ConvertSettings, [*arguments, "--quiet"]))
 
 
-def refused(capsys, tmp_path, *words, **options):
+def assert_refused(capsys, tmp_path, *words, **options):
     """Run as the command does, expect one line on stderr, exit code 1 or 2, and no file that was not there before."""
     options.setdefault("output", tmp_path / "out")
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
@@ -234,7 +234,7 @@ def test_not_a_checkpoint(tmp_path, tiny, capsys, kind, ending):
         torch.save({"state_dict": {"a": Code()}} if kind == "code" else {"state_dict": {"a": 3}}, path)
     elif kind != "absent":
         path.write_bytes(BAD_FILES[kind])
-    message = refused(capsys, tmp_path, str(path), checkpoint=path, config=tiny[1])
+    message = assert_refused(capsys, tmp_path, str(path), checkpoint=path, config=tiny[1])
     assert "weights_only" not in message and "torch.load" not in message
     assert "must not run" not in capsys.readouterr().out
 
@@ -245,14 +245,14 @@ def test_unknown_and_missing_keys_are_listed(tmp_path, capsys, stated):
     (tmp_path / "x.json").write_text(json.dumps(HEADS_OF_64))
     options = {"checkpoint": tmp_path / "x.pt"} | ({"config": tmp_path / "x.json"} if stated else {})
     torch.save({**state, "module.visual.extra": torch.ones(1), "module.head.weight": torch.ones(1)}, tmp_path / "x.pt")
-    refused(capsys, tmp_path, "visual.extra", "head.weight", **options)
+    assert_refused(capsys, tmp_path, "visual.extra", "head.weight", **options)
     for lost in ("visual.ln_pre.bias", "logit_scale", "visual.proj"):
         torch.save({key: value for key, value in state.items() if not key.endswith(lost)}, tmp_path / "x.pt")
         told = {"visual.ln_pre.bias": "pre_layrnorm.bias", "visual.proj": "proj"}.get(lost, lost)
-        refused(capsys, tmp_path, told, **options)
+        assert_refused(capsys, tmp_path, told, **options)
     block = "text_encoder.transformer.encoder.layer.1."
     torch.save({key: value for key, value in state.items() if block + "attention" not in key}, tmp_path / "x.pt")
-    refused(capsys, tmp_path, "10 missing", "layer.1.attention.self.query.weight", **options)
+    assert_refused(capsys, tmp_path, "10 missing", "layer.1.attention.self.query.weight", **options)
 
 
 @pytest.mark.parametrize(
@@ -278,27 +278,27 @@ def test_unknown_and_missing_keys_are_listed(tmp_path, capsys, stated):
 )
 def test_sizes_that_do_not_fit(tmp_path, tiny, capsys, change, words):
     (tmp_path / "x.json").write_text(json.dumps({**TINY, **change}))
-    refused(capsys, tmp_path, *words, checkpoint=tiny[0], config=tmp_path / "x.json")
+    assert_refused(capsys, tmp_path, *words, checkpoint=tiny[0], config=tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "{", "vision: {}", '"vision"'])
 def test_json_that_is_none(tmp_path, tiny, capsys, text):
     (tmp_path / "x.json").write_text(text)
-    refused(capsys, tmp_path, "x.json", checkpoint=tiny[0], config=tmp_path / "x.json")
+    assert_refused(capsys, tmp_path, "x.json", checkpoint=tiny[0], config=tmp_path / "x.json")
 
 
 def test_a_width_that_64_does_not_divide_asks_for_the_config(tmp_path, tiny, capsys):
-    refused(capsys, tmp_path, "48 wide", "--config", "num_attention_heads", checkpoint=tiny[0])
+    assert_refused(capsys, tmp_path, "48 wide", "--config", "num_attention_heads", checkpoint=tiny[0])
 
 
 def test_outputs_that_cannot_be(tmp_path, tiny, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
-    refused(capsys, tmp_path, "exists", checkpoint=tiny[0], config=tiny[1], output=tmp_path / "full")
-    refused(
+    assert_refused(capsys, tmp_path, "exists", checkpoint=tiny[0], config=tiny[1], output=tmp_path / "full")
+    assert_refused(
         capsys, tmp_path, "letter", checkpoint=tiny[0], config=tiny[1], output=tmp_path / "full" / "letter.txt" / "x"
     )
-    refused(capsys, tmp_path, "nonsense", "open_clip", checkpoint=tiny[0], to="nonsense")
+    assert_refused(capsys, tmp_path, "nonsense", "open_clip", checkpoint=tiny[0], to="nonsense")
     assert (tmp_path / "full" / "letter.txt").read_text() == "dear"
     run(checkpoint=tiny[0], config=tiny[1], output=tmp_path / "full", overwrite="true")
     assert not (tmp_path / "full" / "letter.txt").exists() and (tmp_path / "full" / "config.json").exists()
@@ -309,7 +309,7 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path, tiny, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MMKDClipModel, "save_pretrained", full)
-    refused(capsys, tmp_path, "No space left", checkpoint=tiny[0], config=tiny[1])
+    assert_refused(capsys, tmp_path, "No space left", checkpoint=tiny[0], config=tiny[1])
 
 
 def test_written_tensors_are_compared(tmp_path, tiny, monkeypatch):
@@ -330,16 +330,16 @@ def test_written_tensors_are_compared(tmp_path, tiny, monkeypatch):
 def test_folders_that_cannot_go_back(tmp_path, tiny, capsys):
     back = {"to": "open_clip", "output": tmp_path / "back.pt"}
     (tmp_path / "nothing").mkdir()
-    refused(capsys, tmp_path, "config.json", checkpoint=tmp_path / "nothing", **back)
-    refused(capsys, tmp_path, "tiny.pt", checkpoint=tiny[0], **back)
+    assert_refused(capsys, tmp_path, "config.json", checkpoint=tmp_path / "nothing", **back)
+    assert_refused(capsys, tmp_path, "tiny.pt", checkpoint=tiny[0], **back)
     vision = {**TINY["vision"], "intermediate_size": 64, "model_type": "vit"}
     MMKDClipModel(MMKDClipConfig(vision, TINY["text"], 20)).save_pretrained(tmp_path / "vit")
-    refused(capsys, tmp_path, "vit", checkpoint=tmp_path / "vit", **back)
+    assert_refused(capsys, tmp_path, "vit", checkpoint=tmp_path / "vit", **back)
     vision["model_type"] = "clip_vision_model"
     MMKDClipModel(MMKDClipConfig(vision, TINY["text"], 20, text_pooling="mean")).save_pretrained(tmp_path / "mean")
-    refused(capsys, tmp_path, "mean", checkpoint=tmp_path / "mean", **back)
-    refused(capsys, tmp_path, "--config", checkpoint=tmp_path / "mean", config=tiny[1], **back)
+    assert_refused(capsys, tmp_path, "mean", checkpoint=tmp_path / "mean", **back)
+    assert_refused(capsys, tmp_path, "--config", checkpoint=tmp_path / "mean", config=tiny[1], **back)
     (tmp_path / "mean" / "model.safetensors").write_bytes(b"12345678")
-    refused(capsys, tmp_path, "model.safetensors", checkpoint=tmp_path / "mean", **back)
+    assert_refused(capsys, tmp_path, "model.safetensors", checkpoint=tmp_path / "mean", **back)
     (tmp_path / "mean" / "model.safetensors").unlink()
-    refused(capsys, tmp_path, "model.safetensors", checkpoint=tmp_path / "mean", **back)
+    assert_refused(capsys, tmp_path, "model.safetensors", checkpoint=tmp_path / "mean", **back)

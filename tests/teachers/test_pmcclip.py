@@ -91,10 +91,12 @@ def test_images_equal_the_formula(pmcclip, images, heads):
 def test_texts_are_the_first_token_of_the_last_state_times_the_projection(pmcclip):
     encoder = load_encoder("PMCCLIP", weights=pmcclip)
     bert = BertModel.from_pretrained(
-        None, config=BertConfig.from_pretrained(pmcclip / BERT), state_dict=torch.load(pmcclip / TEXT_FILE)
+        None,
+        config=BertConfig.from_pretrained(pmcclip / BERT),
+        state_dict=torch.load(pmcclip / TEXT_FILE, weights_only=True),
     ).eval()
     tokenizer = BertTokenizer.from_pretrained(pmcclip / BERT)
-    projection = torch.load(pmcclip / PROJECTION_FILE)
+    projection = torch.load(pmcclip / PROJECTION_FILE, weights_only=True)
     with torch.no_grad():
         inputs = tokenizer(TEXTS, padding="max_length", max_length=77, return_tensors="pt")
         expected = functional.normalize(bert(**inputs).last_hidden_state[:, 0] @ projection, dim=-1)
