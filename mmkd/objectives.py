@@ -1,8 +1,9 @@
 """What is trained: a model, its losses and everything learnable about them in one module.
 
 `forward(batch)` returns ``{"loss": ..., part: ...}``, so that wrapping the objective for several processes synchronizes
-every gradient, and an optimizer built from it cannot forget a learnable scale. A loss of weight zero is not computed,
-and what only it would read need not be in the batch.
+every gradient, and an optimizer built from it cannot forget a learnable scale. It is two steps: `encode` maps each row
+by itself, so that a batch may be encoded in pieces and put together again, and `loss` compares the rows of all
+processes. A loss of weight zero is not computed, and what only it would read need not be in the batch.
 
 A batch holds ``pixel_values`` `(rows, 3, size, size)`, ``input_ids`` and ``attention_mask`` `(rows, tokens)`, ``index``
 `(rows,)`, ``ids`` and, for distillation, ``teachers`` (raw features) and ``aligned`` (features in the student's width),
@@ -12,6 +13,7 @@ each ``{teacher: {"image": (rows, width), "text": (rows, width), "mask": (rows,)
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +41,23 @@ class Embeddings(NamedTuple):
     row_offset: int
 
 
-class ContrastiveObjective(nn.Module):
+class Objective(nn.Module, ABC):
+    """What is trained: `encode` works row by row, `loss` on the batch of all processes."""
+
+    @abstractmethod
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Embeddings of this process' rows, each `(rows, width)`; no row may depend on another."""
+
+    @abstractmethod
+    def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``loss`` and its parts, scalars, from what `encode` gave for every row of the batch."""
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``loss(encode(batch), batch)``."""
+        return self.loss(self.encode(batch), batch)
+
+
+class ContrastiveObjective(Objective):
     """Stage 1: symmetric InfoNCE over the global batch."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,13 +65,17 @@ class ContrastiveObjective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return ``loss`` and ``task``, which are the same."""
-        task = _task_loss(embed(self.model, batch), self.model)
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Unit-norm ``image`` and ``text`` features, `(rows, dim)`."""
+        return embed(self.model, batch)
+
+    def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``loss`` and ``task``, which are the same."""
+        task = _task_loss(gathered(embeddings), self.model)
         return {"loss": task, "task": task}
 
 
-class DistillObjective(nn.Module):
+class DistillObjective(Objective):
     """Stage 2: the student learns from captions and from stored features of many teachers.
 
     ``loss = sum of weights[name] * part``, with the parts
@@ -102,9 +124,13 @@ class DistillObjective(nn.Module):
         if self.weights["interactive"] > 0 and interactive_scale == "learnable":
             self.interactive_logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return ``loss`` and every part that has a weight, unweighted."""
-        student = embed(self.model, batch)
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Unit-norm ``image`` and ``text`` features of the student, `(rows, dim)`."""
+        return embed(self.model, batch)
+
+    def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``loss`` and every part that has a weight, unweighted."""
+        student = gathered(embeddings)
         parts: dict[str, Tensor] = {}
         if self.weights["task"]:
             parts["task"] = _task_loss(student, self.model)
@@ -159,7 +185,7 @@ class DistillObjective(nn.Module):
         return total
 
 
-class AlignObjective(nn.Module):
+class AlignObjective(Objective):
     """The authors' aligner: every teacher's features reconstructed through shared layers."""
 
     def __init__(self, aligner: AutoencoderAligner) -> None:
@@ -167,27 +193,40 @@ class AlignObjective(nn.Module):
         super().__init__()
         self.aligner = aligner
 
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return ``loss``, the mean over teachers of ``image`` plus ``text`` reconstruction errors."""
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``MODALITY/TEACHER``: the features of each as restored from the common space, `(rows, width)`."""
+        return {
+            f"{modality}/{name}": self.aligner(name, teacher[modality], modality)
+            for modality in MODALITIES
+            for name, teacher in batch["teachers"].items()
+        }
+
+    def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``loss``, the mean over teachers of ``image`` plus ``text`` reconstruction errors."""
         parts = {}
         for modality in MODALITIES:
             errors = [
-                losses.reconstruction(
-                    self.aligner(name, teacher[modality], modality), teacher[modality], teacher["mask"]
-                )
+                losses.reconstruction(embeddings[f"{modality}/{name}"], teacher[modality], teacher["mask"])
                 for name, teacher in batch["teachers"].items()
             ]
             parts[str(modality)] = torch.stack(errors).mean()
         return {"loss": parts["image"] + parts["text"], **parts}
 
 
-def embed(model: nn.Module, batch: Mapping[str, Any]) -> Embeddings:
-    """Run the student on a batch and gather its unit-norm features from all processes, in fp32."""
+def embed(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run the student on a batch: its unit-norm ``image`` and ``text`` features `(rows, dim)`, in fp32."""
     output = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch["pixel_values"]
     )
-    image = F.normalize(output.image_embeds.float(), dim=1)
-    text = F.normalize(output.text_embeds.float(), dim=1)
+    return {
+        "image": F.normalize(output.image_embeds.float(), dim=1),
+        "text": F.normalize(output.text_embeds.float(), dim=1),
+    }
+
+
+def gathered(embeddings: Mapping[str, Tensor]) -> Embeddings:
+    """This process' image and text features with those of all processes."""
+    image, text = embeddings["image"], embeddings["text"]
     return Embeddings(image, text, gather(image), gather(text), rank() * len(image))
 
 

@@ -160,3 +160,35 @@ def test_align_objective_reaches_every_layer():
     assert parts["loss"].item() == pytest.approx((parts["image"] + parts["text"]).item())
     parts["loss"].backward()
     assert all(parameter.grad is not None for parameter in objective.parameters())
+
+
+class Towers(nn.Module):
+    """Embeds each row by itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.vision, self.words = nn.Linear(5, 8), nn.Embedding(20, 8)
+        self.logit_scale = nn.Parameter(torch.tensor([1.0]))
+
+    def forward(self, input_ids, attention_mask, pixel_values):
+        text = (self.words(input_ids) * attention_mask[:, :, None]).sum(dim=1)
+        return SimpleNamespace(image_embeds=self.vision(pixel_values), text_embeds=text)
+
+
+def test_a_batch_may_be_encoded_in_pieces():
+    g = torch.Generator().manual_seed(3)
+    inputs = {
+        "pixel_values": torch.randn(6, 5, generator=g),
+        "input_ids": torch.randint(20, (6, 7), generator=g),
+        "attention_mask": torch.ones(6, 7, dtype=torch.int64),
+    }
+    data = batch(**inputs)
+    objective = DistillObjective(Towers(), {"task": 1, "feature": 1, "interactive": 1, "relational": 1})
+    pieces = [
+        objective.encode({name: value[rows] for name, value in inputs.items()}) for rows in ([0, 1, 2, 3], [4, 5])
+    ]
+    joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    whole = objective(data)
+    for name, part in objective.loss(joined, data).items():
+        torch.testing.assert_close(part, whole[name])
