@@ -148,6 +148,10 @@ def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             theirs[TEXT_PREFIX[0] + key.removeprefix(TEXT_PREFIX[1])] = value
         else:
             unknown.append(key)
+    if any(key.startswith("visual_projection.fc") for key in unknown):
+        raise ValueError(
+            "its image projection has a hidden layer (vision_projection_hidden); the authors' form holds a single layer"
+        )
     if unknown:
         raise ValueError(f"the authors' form holds an OpenAI-style ViT only; it has no place for {listed(unknown)}")
     return theirs

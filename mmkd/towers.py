@@ -23,7 +23,13 @@ from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 
 def build_model(
-    vision: str, text: str, projection_dim: int = 512, image_size: int | None = None, text_layers: int | None = None
+    vision: str,
+    text: str,
+    projection_dim: int = 512,
+    image_size: int | None = None,
+    text_layers: int | None = None,
+    vision_projection_hidden: int | None = None,
+    text_projection_hidden: int | None = None,
 ) -> tuple[MMKDClipModel, MMKDClipProcessor]:
     """A model from starting weights and the processor that belongs to it.
 
@@ -33,6 +39,8 @@ def build_model(
         projection_dim: width of the joint space.
         image_size: side of the images in pixels, by default what the vision tower was made for.
         text_layers: keep only the first layers of the text tower.
+        vision_projection_hidden: hidden width of the image projection, by default one linear layer.
+        text_projection_hidden: hidden width of the text projection, by default the mean of its two widths.
 
     Raises:
         ValueError: an unknown name, weights that do not fit, or a size the tower cannot take.
@@ -44,7 +52,14 @@ def build_model(
     if text_layers is not None:
         _keep_layers(words, text_layers)
     _require_rows(words, text)
-    config = MMKDClipConfig(eyes.config, words.config, projection_dim, text_pooling=words.pooling)
+    config = MMKDClipConfig(
+        eyes.config,
+        words.config,
+        projection_dim,
+        text_projection_hidden,
+        vision_projection_hidden,
+        text_pooling=words.pooling,
+    )
     model = MMKDClipModel(config)
     for tower, start, name in ((model.vision_model, eyes, vision), (model.text_model, words, text)):
         if start.state is not None:

@@ -34,6 +34,8 @@ class MMKDClipConfig(PretrainedConfig):
         projection_dim: width of the joint space.
         text_projection_hidden: hidden width of the text projection, by default the mean of the text tower's width and
             ``projection_dim``.
+        vision_projection_hidden: hidden width of an image projection in two layers like the text's; by default there
+            is none, and the projection is one linear layer, as published.
         text_pooling: ``cls`` (first token, as published) or ``mean`` (over the attention mask).
         logit_scale_init_value: natural logarithm of the similarities' multiplier at the start.
 
@@ -51,6 +53,7 @@ class MMKDClipConfig(PretrainedConfig):
         text_config: PretrainedConfig | dict[str, Any] | None = None,
         projection_dim: int = 512,
         text_projection_hidden: int | None = None,
+        vision_projection_hidden: int | None = None,
         text_pooling: str = "cls",
         logit_scale_init_value: float = DEFAULT_LOGIT_SCALE,
         **kwargs: Any,
@@ -61,11 +64,13 @@ class MMKDClipConfig(PretrainedConfig):
             raise ValueError(f"text_pooling is {text_pooling!r}; allowed: {', '.join(POOLINGS)}")
         self.projection_dim = projection_dim
         self.text_projection_hidden = text_projection_hidden or (tower_width(self.text_config) + projection_dim) // 2
+        self.vision_projection_hidden = vision_projection_hidden
         self.text_pooling = text_pooling
         self.logit_scale_init_value = logit_scale_init_value
-        for name in ("projection_dim", "text_projection_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("projection_dim", "text_projection_hidden", "vision_projection_hidden"):
+            width = getattr(self, name)
+            if width is not None and width < 1:
+                raise ValueError(f"{name} is {width}; it must be at least 1")
         if not math.isfinite(logit_scale_init_value):
             raise ValueError(f"logit_scale_init_value is {logit_scale_init_value}; it must be a finite number")
         _check_sizes("vision_config", self.vision_config)

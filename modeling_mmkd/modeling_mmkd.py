@@ -49,7 +49,7 @@ class MMKDClipOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class MMKDClipTextProjection(nn.Module):
+class MMKDClipProjection(nn.Module):
     """Two linear layers without biases, GELU between them: width -> hidden -> projection_dim."""
 
     def __init__(self, width: int, hidden: int, projection_dim: int) -> None:
@@ -91,10 +91,10 @@ class MMKDClipModel(MMKDClipPreTrainedModel):
         self.vision_model = _build_tower(config.vision_config)
         self.text_model = _build_tower(config.text_config)
         text_width, hidden = tower_width(config.text_config), config.text_projection_hidden
-        self.visual_projection = nn.Linear(_vision_width(self.vision_model), config.projection_dim, bias=False)
-        self.text_projection = MMKDClipTextProjection(text_width, hidden, config.projection_dim)
-        for projection in (self.visual_projection, self.text_projection.fc1, self.text_projection.fc2):
-            projection._is_projection = True  # type: ignore[assignment]
+        self.visual_projection = _vision_projection(_vision_width(self.vision_model), config)
+        self.text_projection = MMKDClipProjection(text_width, hidden, config.projection_dim)
+        for projection in (*self.visual_projection.modules(), *self.text_projection.modules()):
+            projection._is_projection = isinstance(projection, nn.Linear)  # type: ignore[assignment]
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
         self.post_init()
         present = {type(module).__name__ for module in self.modules()}
@@ -247,6 +247,13 @@ def _vision_width(tower: PreTrainedModel) -> int:
     if backbone is not None:
         return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)
     return tower_width(tower.config)
+
+
+def _vision_projection(width: int, config: MMKDClipConfig) -> nn.Module:
+    """One linear layer as published, or two where the configuration states a hidden width."""
+    if config.vision_projection_hidden is None:
+        return nn.Linear(width, config.projection_dim, bias=False)
+    return MMKDClipProjection(width, config.vision_projection_hidden, config.projection_dim)
 
 
 def _projected(output: Any, projected: torch.Tensor) -> BaseModelOutputWithPooling:

@@ -25,7 +25,7 @@ from transformers import (
     pipeline,
 )
 
-from mmkd.checkpoints import from_authors, infer_config
+from mmkd.checkpoints import from_authors, infer_config, to_authors
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -158,6 +158,21 @@ def test_other_towers(tmp_path, vision, text, batch):
     model.train()(**inputs, return_loss=True).loss.backward()
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert unused == [], "parameters without gradient break distributed training"
+
+
+@torch.no_grad()
+def test_a_hidden_layer_of_the_image_projection(batch, tmp_path):
+    model = small(vision_projection_hidden=24)
+    vision = model.vision_model(batch["pixel_values"]).pooler_output
+    weights = model.state_dict()
+    assert weights["visual_projection.fc1.weight"].shape == (24, 32)
+    assert weights["visual_projection.fc1.weight"].std().item() == pytest.approx(32**-0.5, rel=0.1)
+    image = gelu(vision @ weights["visual_projection.fc1.weight"].T) @ weights["visual_projection.fc2.weight"].T
+    torch.testing.assert_close(model(**batch).image_embeds, normalize(image, dim=-1))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path).eval()(**batch).image_embeds, model(**batch).image_embeds)
+    with pytest.raises(ValueError, match=r"hidden layer \(vision_projection_hidden\)"):
+        to_authors(weights)
 
 
 @torch.no_grad()
@@ -294,6 +309,7 @@ def test_default_sizes_are_the_papers():
         ({"text_pooling": "max"}, "'max'; allowed: cls, mean"),
         ({"projection_dim": 0}, "projection_dim is 0"),
         ({"text_projection_hidden": -4}, "text_projection_hidden is -4"),
+        ({"vision_projection_hidden": 0}, "vision_projection_hidden is 0"),
         ({"text_config": {"model_type": "resnet"}}, "hidden_size"),
     ],
 )
@@ -310,14 +326,15 @@ def test_a_patch_size_of_16_holds_unless_said_otherwise():
 
 @pytest.mark.parametrize("vision", [VISION, TimmWrapperConfig(architecture="test_vit"), ViTConfig(**VISION)])
 def test_config_round_trip(tmp_path, vision):
-    config = MMKDClipConfig(vision, TEXT, 24, 30, "mean", 3.25)
+    config = MMKDClipConfig(vision, TEXT, 24, 30, 20, "mean", 3.25)
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, MMKDClipConfig)
     assert type(again.vision_config) is type(config.vision_config)
     again = MMKDClipConfig.from_dict(json.loads(again.to_json_string(use_diff=False)))
     assert again.to_dict().keys() == config.to_dict().keys()
-    for name in ("projection_dim", "text_projection_hidden", "text_pooling", "logit_scale_init_value"):
+    widths = ("projection_dim", "text_projection_hidden", "vision_projection_hidden")
+    for name in (*widths, "text_pooling", "logit_scale_init_value"):
         assert getattr(again, name) == getattr(config, name)
     for name in ("vision_config", "text_config"):
         assert getattr(again, name).to_diff_dict() == getattr(config, name).to_diff_dict()

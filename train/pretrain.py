@@ -34,6 +34,8 @@ class PretrainSettings(LoopSettings):
     projection_dim: int = setting(512, "width of the common space")
     image_size: int | None = setting(None, "side of the images in pixels, by default the vision tower's")
     text_layers: int | None = setting(None, "keep only the first layers of the text tower")
+    vision_projection_hidden: int | None = setting(None, "hidden width of the image projection; none = one layer")
+    text_projection_hidden: int | None = setting(None, "hidden width of the text projection; none = mean of its ends")
     freeze: list[str] = setting(
         factory=list, help="what does not learn: vision_model, text_model.embeddings, text_model[:4]"
     )
@@ -55,7 +57,13 @@ def main(settings: PretrainSettings) -> None:
         model, processor = load_student(settings.model)
     else:
         model, processor = build_model(
-            settings.vision, settings.text, settings.projection_dim, settings.image_size, settings.text_layers
+            settings.vision,
+            settings.text,
+            settings.projection_dim,
+            settings.image_size,
+            settings.text_layers,
+            settings.vision_projection_hidden,
+            settings.text_projection_hidden,
         )
     freeze(model, settings.freeze)
     if settings.gradient_checkpointing:
