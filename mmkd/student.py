@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mmkd.provenance import write_provenance
 from mmkd.teachers.hfclip import CONFIG_FILES
 from mmkd.teachers.weights import fetch, load_transformers, quiet_transformers
 from modeling_mmkd import MMKDClipModel, MMKDClipProcessor
@@ -24,8 +25,10 @@ def load_student(name: str) -> tuple[MMKDClipModel, Any]:
     return load_transformers(MMKDClipModel, name, folder), MMKDClipProcessor.from_pretrained(folder)
 
 
-def save_student(folder: Path, model: MMKDClipModel, processor: Any) -> None:
-    """Write what ``from_pretrained`` reads."""
+def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance: dict[str, Any] | None = None) -> None:
+    """Write what ``from_pretrained`` reads and, where it is known, what the student was made from."""
     with quiet_transformers():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+    if provenance is not None:
+        write_provenance(folder, provenance)

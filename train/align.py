@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from mmkd.distributed import rank, wait_for_everyone, world_size
 from mmkd.files import atomic_folder, write_json
 from mmkd.loop import LoopSettings, fit, start
 from mmkd.objectives import AlignObjective
+from mmkd.provenance import teachers_of
 from mmkd.settings import run, save_settings, setting
 
 REPORTED_PAIRS = 5000
@@ -59,11 +60,17 @@ def main(settings: AlignSettings) -> None:
         sampler = GlobalBatchSampler(len(pairs), settings.batch_size, rank(), world_size(), settings.seed)
         batches = FeatureBatches(pairs, features, sampler)
         objective = AlignObjective(autoencoder)
-        fit(accelerator, objective, batches, settings, lambda folder: write(folder, autoencoder, features, pairs))
+        fit(
+            accelerator,
+            objective,
+            batches,
+            settings,
+            lambda folder: write(folder, autoencoder, features, pairs, teachers_of([settings.features])),
+        )
     elif rank() == 0:
         with atomic_folder(settings.output, settings.overwrite) as folder:
             aligner = ProcrustesAligner.fit(lambda: chunks(features, pairs), features.dims, settings.dim)
-            write(folder, aligner, features, pairs)
+            write(folder, aligner, features, pairs, teachers_of([settings.features]))
             save_settings(settings, folder / "settings.yaml")
     wait_for_everyone()
 
@@ -75,10 +82,25 @@ def chunks(features: TeacherFeatures, pairs: Sequence[Pair]) -> Iterator[Feature
         yield available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
 
 
-def write(folder: Path, aligner: Aligner, features: TeacherFeatures, pairs: Sequence[Pair]) -> None:
-    """Write aligner, one store for each teacher with every pair it has seen, and the report on training pairs."""
+def write(
+    folder: Path,
+    aligner: Aligner,
+    features: TeacherFeatures,
+    pairs: Sequence[Pair],
+    origins: Sequence[dict[str, Any]],
+) -> None:
+    """Write aligner, one store for each teacher with every pair it has seen, and the report on training pairs.
+
+    Args:
+        folder: where.
+        aligner: fitted.
+        features: raw ones of all teachers.
+        pairs: what it was fitted on.
+        origins: the teachers' weights and licences, which every store carries on.
+    """
     aligner.save(folder)
-    stores = {name: AlignedStore(folder / name, name, aligner) for name in features.names}
+    raw = {origin["teacher"]: origin for origin in origins}
+    stores = {name: AlignedStore(folder / name, name, aligner, raw.get(name, {})) for name in features.names}
     for begin in range(0, len(features.ids), SHARD_SIZE):
         ids = features.ids[begin : begin + SHARD_SIZE]
         for name, found in features.lookup(ids).items():
@@ -92,9 +114,9 @@ def write(folder: Path, aligner: Aligner, features: TeacherFeatures, pairs: Sequ
 class AlignedStore:
     """Writes one teacher's aligned features in whole shards, of pairs that come in chunks with gaps."""
 
-    def __init__(self, path: Path, name: str, aligner: Aligner) -> None:
-        """Name the store; the first full shard is the first thing written."""
-        self.writer, self.aligner = FeatureWriter(path, name), aligner
+    def __init__(self, path: Path, name: str, aligner: Aligner, raw: dict[str, Any]) -> None:
+        """Name the store and say what ``raw`` features it is made from; nothing is written before a full shard."""
+        self.writer, self.aligner, self.raw = FeatureWriter(path, name), aligner, raw
         self.ids: list[str] = []
         self.shards = 0
         self.image, self.text = torch.empty(0, aligner.dim), torch.empty(0, aligner.dim)
@@ -112,7 +134,8 @@ class AlignedStore:
         """Write the rest and close the store."""
         if len(self.image):
             self._write(len(self.image))
-        provenance = {"aligner": self.aligner.kind, "width_before": self.aligner.widths[self.writer.name]}
+        width = self.aligner.widths[self.writer.name]
+        provenance = {"aligner": self.aligner.kind, "width_before": width, "raw": self.raw}
         self.writer.finish(self.ids, provenance)
 
     def _write(self, rows: int) -> None:

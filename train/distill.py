@@ -20,6 +20,7 @@ from mmkd.data.published_features import FeatureKind
 from mmkd.data.records import PairFolder, open_pairs
 from mmkd.loop import LoopSettings, fit, start
 from mmkd.objectives import ALIGNED_LOSSES, DistillObjective, checked_weights, require_width
+from mmkd.provenance import teachers_of, training_provenance
 from mmkd.settings import run, setting
 from mmkd.student import load_student, save_student
 from mmkd.trainable import enable_gradient_checkpointing, freeze
@@ -99,7 +100,15 @@ def main(settings: DistillSettings) -> None:
         features=features,
         aligned=aligned,
     )
-    fit(accelerator, objective(settings, model), batches, settings, lambda path: save_student(path, model, processor))
+    teachers = teachers_of([settings.features, settings.aligned], settings.teachers)
+    provenance = training_provenance("distill", folder, [settings.model], teachers)
+    fit(
+        accelerator,
+        objective(settings, model),
+        batches,
+        settings,
+        lambda path: save_student(path, model, processor, provenance),
+    )
 
 
 def objective(settings: DistillSettings, model: Any) -> DistillObjective:

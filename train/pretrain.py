@@ -17,6 +17,7 @@ from mmkd.data.batches import pair_batches
 from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.loop import LoopSettings, fit, start
 from mmkd.objectives import ContrastiveObjective
+from mmkd.provenance import training_provenance
 from mmkd.settings import nearest, run, setting
 from mmkd.student import load_student, save_student
 from mmkd.towers import build_model
@@ -68,8 +69,9 @@ def main(settings: PretrainSettings) -> None:
     freeze(model, settings.freeze)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    chosen = PairFolder(folder.path, folder.image_root, pairs)
     batches = pair_batches(
-        PairFolder(folder.path, folder.image_root, pairs),
+        chosen,
         processor,
         batch_size=settings.batch_size,
         crop=settings.crop,
@@ -77,7 +79,9 @@ def main(settings: PretrainSettings) -> None:
         seed=settings.seed,
     )
     objective = ContrastiveObjective(model)
-    fit(accelerator, objective, batches, settings, lambda path: save_student(path, model, processor))
+    started_from = [settings.model] if settings.model is not None else [settings.vision, settings.text]
+    provenance = training_provenance("pretrain", chosen, started_from)
+    fit(accelerator, objective, batches, settings, lambda path: save_student(path, model, processor, provenance))
 
 
 def select(pairs: list[Pair], modalities: list[str], labels: list[str], part: str | None) -> list[Pair]:

@@ -29,7 +29,7 @@ from mmkd.files import atomic_write_bytes, fingerprint
 
 SHARD_SIZE = 4096
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.txt", "*.yaml")
-NOT_WEIGHTS = ("settings.yaml", "report.json")
+NOT_WEIGHTS = ("settings.yaml", "report.json", "provenance.json")
 
 Vectors = NDArray[np.float32]
 

@@ -19,6 +19,7 @@ import mmkd.train.pretrain
 from mmkd.aligner import load_aligner
 from mmkd.data.features import FeatureWriter, TeacherFeatures
 from mmkd.data.records import Pair, write_manifest
+from mmkd.provenance import teachers_of
 from mmkd.settings import parse
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
@@ -67,7 +68,7 @@ def world(tmp_path_factory):
         writer = FeatureWriter(root / "features" / name, name)
         features = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(2, PAIRS + 2, width))), dim=-1)
         writer.write_shard(0, features[0].float(), features[1].float())
-        writer.finish([pair.id for pair in pairs], {})
+        writer.finish([pair.id for pair in pairs], {"license": f"licence of {name}"})
     make_student(root / "student")
     align(root / "aligned", root, "--dim", DIM)
     return root
@@ -180,6 +181,7 @@ def test_selection_of_pairs(world):
 
 
 def test_aligned_stores_and_report(tmp_path, world):
+    assert {row["license"] for row in teachers_of([world / "aligned"])} >= {"licence of one", "licence of three"}
     features = TeacherFeatures.open(world / "aligned")
     assert features.dims == {"one": DIM, "three": DIM, "two": DIM}
     assert len(features.ids) == PAIRS + 2
@@ -216,6 +218,12 @@ def test_distilling_twice_gives_the_same_bytes(tmp_path, world):
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
     assert {"task", "feature", "interactive", "relational"} <= set(log(tmp_path / "one")[0])
+    told = json.loads((tmp_path / "one" / "provenance.json").read_text())
+    assert {row["teacher"]: row["license"] for row in told["teachers"]} == {
+        name: f"licence of {name}" for name in ("one", "two", "three")
+    }
+    assert (told["stage"], told["data"]["pairs"]) == ("distill", PAIRS)
+    assert told["started_from"] == [{"weights": "student", "license": "not stated"}]
 
 
 def test_recipe_paper_is_a_set_of_named_settings(tmp_path, world):
