@@ -49,7 +49,13 @@ class DualEncoder(ABC):
         Raises:
             ValueError: the model gives features of another shape, or some that are not finite.
         """
-        return self._encode([to_rgb(image) for image in images], self.image_features, "image")
+        return self._encode(
+            images, lambda batch: self.image_features([self.prepare(to_rgb(i)) for i in batch]), "image"
+        )
+
+    def encode_prepared(self, prepared: Sequence[Any]) -> Tensor:
+        """Encode n images that `prepare` has prepared; returns and raises as `encode_images`."""
+        return self._encode(prepared, lambda batch: self.image_features(list(batch)), "image")
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Encode n texts; what exceeds the context is cut off.
@@ -64,18 +70,23 @@ class DualEncoder(ABC):
         """
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         rows = {text: row for row, text in enumerate(distinct)}
-        return self._encode(distinct, self.text_features, "text")[[rows[text] for text in texts]]
+        encoded = self._encode(distinct, lambda batch: self.text_features(list(batch)), "text")
+        return encoded[[rows[text] for text in texts]]
+
+    def prepare(self, image: Image.Image) -> Any:
+        """One RGB image as `image_features` takes it, by default as it is; several threads may prepare at once."""
+        return image
 
     @abstractmethod
-    def image_features(self, images: list[Image.Image]) -> Tensor:
-        """Features of one batch of RGB images, (n, dim), of any length, on any device."""
+    def image_features(self, prepared: list[Any]) -> Tensor:
+        """Features of one batch of prepared images, (n, dim), of any length, on any device."""
 
     @abstractmethod
     def text_features(self, texts: list[str]) -> Tensor:
         """Features of one batch of texts, (n, dim), of any length, on any device."""
 
     @torch.inference_mode()
-    def _encode(self, items: list[Item], features: Callable[[list[Item]], Tensor], kind: str) -> Tensor:
+    def _encode(self, items: Sequence[Item], features: Callable[[Sequence[Item]], Tensor], kind: str) -> Tensor:
         encoded = [torch.zeros(0, self.dim)]
         for start in range(0, len(items), self.batch_size):
             batch = items[start : start + self.batch_size]

@@ -51,8 +51,9 @@ def main(settings: AlignSettings) -> None:
     """Fit, transform, report."""
     accelerator = start(settings)
     features = TeacherFeatures.open(settings.features, settings.teachers or None)
-    known = set(features.ids)
-    pairs = [pair for pair in open_pairs(settings.pairs, "train").pairs if pair.id in known]
+    training = open_pairs(settings.pairs, "train").pairs
+    seen = features.seen([pair.id for pair in training])
+    pairs = [pair for pair, known in zip(training, seen.tolist(), strict=True) if known]
     if not pairs:
         raise ValueError(f"{settings.features} has features for no training pair of {settings.pairs}; extract them")
     if settings.aligner == "autoencoder":

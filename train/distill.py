@@ -150,7 +150,7 @@ def _open(
     if path is None:
         raise ValueError(f"the loss {losses[0]} needs --{name} FOLDER; give it, or set --losses.{losses[0]} 0")
     opened = TeacherFeatures.open(path, settings.teachers or None, kind)
-    if set(opened.ids).isdisjoint(pair.id for pair in folder.pairs):
+    if not opened.seen([pair.id for pair in folder.pairs]).any():
         raise ValueError(f"--{name} {path} has features for none of the training pairs of {settings.pairs}")
     return opened
 

@@ -3,26 +3,28 @@
     mmkd extract --teacher biomedclip,plip --pairs pairs --output features
     mmkd extract --num_processes 8 --teacher biomedclip --pairs pairs --output features
 
-Teachers named together share the decoding of images. Processes share the parts of the work and do not talk: they may
-run on different machines with ``RANK`` and ``WORLD_SIZE`` set, start at different times and be killed; the same command
-goes on. Pairs added later are the only ones extracted when it is started again. An image that cannot be read is left
-out, counted, and listed in the store's ``skipped.jsonl``.
+Teachers named together share the decoding of images, and the preprocessing where theirs is the same; both run in
+threads beside the encoding. Processes share the shards of the work and do not talk: they may run on different machines
+with ``RANK`` and ``WORLD_SIZE`` set, start at different times and be killed; the same command goes on. Pairs added
+later are the only ones extracted when it is started again. A pair whose image or caption cannot be read is left out,
+counted, and listed in the store's ``skipped.jsonl``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from mmkd.data.feature_parts import SKIPPED_FILE, FeatureParts
-from mmkd.data.features import FeatureType
+from mmkd.data.feature_shards import FeatureType
 from mmkd.data.images import UnreadableImage, open_image
 from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.device import chosen_device
@@ -31,7 +33,8 @@ from mmkd.encoder import DualEncoder
 from mmkd.settings import nearest, run, setting
 from mmkd.teachers.zoo import load_encoder, named_sources
 
-Batch = tuple[Sequence[Pair], list[Image.Image | str]]
+MOST_WORKERS = 16
+BATCHES_AHEAD = 2
 
 
 @dataclass
@@ -42,9 +45,10 @@ class ExtractSettings:
     pairs: Path = setting(help="folder of pairs")
     output: Path = setting(help="folder that gets one store for each teacher; what is there already is kept")
     weights: dict[str, str] = setting(factory=dict, help="teacher -> local folder of its weights")
-    dtype: FeatureType = setting("float16", "how numbers are stored")
+    dtype: FeatureType = setting("float16", "how numbers are stored; int8 takes half the space, cosine above 0.9999")
     batch_size: int = setting(32, "images that go through a model together")
-    part_size: int = setting(1024, "pairs written together: what a kill loses at most, and what processes share")
+    shard_size: int = setting(0, "pairs written together: what a kill loses at most; 0 = 256 to 16384 by their number")
+    workers: int = setting(0, "threads that read and prepare images; 0 = this process' share of the cores")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one, another for each process")
     quiet: bool = setting(False, "no progress bar")
 
@@ -57,8 +61,19 @@ class Job:
     parts: FeatureParts
 
 
+@dataclass
+class Batch:
+    """Pairs of one shard that go through the teachers together, their images being read meanwhile."""
+
+    part: int
+    jobs: Sequence[Job]
+    pairs: Sequence[Pair]
+    last: bool
+    images: list[Future[dict[str, Any] | str]] = field(default_factory=list)
+
+
 def main(settings: ExtractSettings) -> None:
-    """Extract this process' parts, and close every store whose parts are all there.
+    """Extract this process' shards, and close every store whose shards are all there.
 
     Raises:
         FileNotFoundError: pairs or weights are not there.
@@ -71,16 +86,15 @@ def main(settings: ExtractSettings) -> None:
     for name, source in sources.items():
         encoder = load_teacher(name, source, settings)
         path = settings.output / name
-        parts = FeatureParts(path, name, ids, encoder.provenance, settings.dtype, settings.part_size)
+        parts = FeatureParts(path, name, ids, encoder.provenance, settings.dtype, settings.shard_size)
         jobs.append(Job(encoder, parts))
     for group in same_work(jobs):
         extract(group, folder, settings)
     for job in jobs:
         skipped = job.parts.close()
         if skipped is not None and not settings.quiet:
-            print(f"{job.parts.path}: {len(ids) - len(skipped)} of {len(ids)} pairs{reasons(skipped)}")
-        elif not job.parts.parts and rank() == 0 and not settings.quiet:
-            print(f"{job.parts.path}: holds all {len(ids)} pairs already")
+            count = len(ids) - len(skipped)
+            print(f"{job.parts.path}: {count} of {len(ids)} pairs{reasons(skipped)}")
 
 
 def check(settings: ExtractSettings) -> dict[str, str]:
@@ -89,8 +103,11 @@ def check(settings: ExtractSettings) -> dict[str, str]:
     for name in settings.weights:
         if name not in sources:
             raise ValueError(f"--weights.{name}{nearest(name, sources)}: no such teacher here; {', '.join(sources)}")
-    if settings.batch_size < 1 or settings.part_size < 1:
-        raise ValueError(f"--batch_size {settings.batch_size} and --part_size {settings.part_size} must be at least 1")
+    if settings.batch_size < 1 or settings.shard_size < 0 or settings.workers < 0:
+        raise ValueError(
+            f"--batch_size {settings.batch_size} must be at least 1, --shard_size {settings.shard_size} and --workers "
+            f"{settings.workers} at least 0"
+        )
     return sources
 
 
@@ -108,74 +125,123 @@ def load_teacher(name: str, source: str, settings: ExtractSettings) -> DualEncod
 
 def same_work(jobs: Sequence[Job]) -> list[list[Job]]:
     """Jobs grouped by the pairs they still have to do, so that each group decodes them once."""
-    groups: dict[tuple[tuple[str, ...], ...], list[Job]] = {}
+    groups: list[list[Job]] = []
     for job in jobs:
-        groups.setdefault(tuple(map(tuple, job.parts.parts)), []).append(job)
-    return list(groups.values())
+        alike = [group for group in groups if group[0].parts.parts == job.parts.parts]
+        alike[0].append(job) if alike else groups.append([job])
+    return groups
 
 
 def extract(jobs: Sequence[Job], folder: PairFolder, settings: ExtractSettings) -> None:
-    """Do this process' share of the parts that are missing."""
-    by_id = {pair.id: pair for pair in folder.pairs}
+    """Do this process' share of the shards that are missing."""
     parts = jobs[0].parts.parts
     own = range(rank(), len(parts), world_size())
     hidden = settings.quiet or rank() > 0
     title = ", ".join(job.parts.name for job in jobs)
+    workers = settings.workers or share_of_cores()
+    ahead = BATCHES_AHEAD + -(-workers // settings.batch_size)
     with (
         tqdm(total=sum(len(parts[k]) for k in own), desc=title, unit="pair", disable=hidden) as bar,
-        ThreadPoolExecutor(max_workers=1) as decoder,
+        ThreadPoolExecutor(max_workers=workers) as readers,
     ):
-        for part in own:
-            pairs = [by_id[id] for id in parts[part]]
-            pending = [job for job in jobs if not job.parts.has(part)]
-            if pending:
-                extract_part(pending, part, decoded(pairs, folder, settings.batch_size, decoder), bar)
+        shard = Shard()
+        for batch in read_ahead(pending_batches(jobs, folder, own, settings.batch_size, bar), folder, readers, ahead):
+            shard.add(batch)
+            bar.update(len(batch.pairs))
+            if batch.last:
+                shard.write(batch)
+                shard = Shard()
+
+
+class Shard:
+    """One shard in the making: the pairs that could be read, and each teacher's image features of them."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.captions: list[str] = []
+        self.skipped: dict[str, str] = {}
+        self.features: list[list[torch.Tensor]] = []
+
+    def add(self, batch: Batch) -> None:
+        """Encode the images of a batch with each teacher."""
+        found = [future.result() for future in batch.images]
+        readable = [prepared for prepared in found if not isinstance(prepared, str)]
+        self.features = self.features or [[] for _ in batch.jobs]
+        for job, features in zip(batch.jobs, self.features, strict=True):
+            key = preparation(job.encoder)
+            features.append(job.encoder.encode_prepared([prepared[key] for prepared in readable]))
+        for pair, prepared in zip(batch.pairs, found, strict=True):
+            if isinstance(prepared, str):
+                self.skipped[pair.id] = prepared
             else:
-                bar.update(len(pairs))
+                self.captions.append(pair.caption)
+
+    def write(self, batch: Batch) -> None:
+        """Encode the captions with each teacher and write the shard of each."""
+        for job, features in zip(batch.jobs, self.features, strict=True):
+            job.parts.write(batch.part, torch.cat(features), job.encoder.encode_texts(self.captions), self.skipped)
 
 
-def extract_part(jobs: Sequence[Job], part: int, batches: Iterable[Batch], bar: tqdm) -> None:
-    """Encode one part with each of the teachers, in fixed batches, and write it."""
-    kept: list[Pair] = []
-    skipped: dict[str, str] = {}
-    features = [[torch.zeros(0, job.encoder.dim)] for job in jobs]
-    for pairs, images in batches:
-        readable = [found for found in images if not isinstance(found, str)]
-        for job, found in zip(jobs, features, strict=True):
-            found.append(job.encoder.encode_images(readable))
-        skipped |= {pair.id: found for pair, found in zip(pairs, images, strict=True) if isinstance(found, str)}
-        kept += [pair for pair in pairs if pair.id not in skipped]
-        bar.update(len(pairs))
-    ids, captions = [pair.id for pair in kept], [pair.caption for pair in kept]
-    for job, found in zip(jobs, features, strict=True):
-        job.parts.write(part, ids, torch.cat(found), job.encoder.encode_texts(captions), skipped)
+def pending_batches(
+    jobs: Sequence[Job], folder: PairFolder, own: Sequence[int], batch_size: int, bar: tqdm
+) -> Iterator[Batch]:
+    """The batches of those shards that a teacher has not done yet, always the same ones for the same shard."""
+    by_id = {pair.id: pair for pair in folder.pairs}
+    for part in own:
+        pairs = [by_id[id] for id in jobs[0].parts.parts[part]]
+        pending = [job for job in jobs if not job.parts.has(part)]
+        if not pending:
+            bar.update(len(pairs))
+            continue
+        for start in range(0, len(pairs), batch_size):
+            yield Batch(part, pending, pairs[start : start + batch_size], start + batch_size >= len(pairs))
 
 
-def decoded(pairs: Sequence[Pair], folder: PairFolder, batch_size: int, decoder: ThreadPoolExecutor) -> Iterator[Batch]:
-    """Batches of pairs with their images, or the reason why there is none; the next batch is decoded meanwhile."""
-
-    def decode(batch: Sequence[Pair]) -> list[Image.Image | str]:
-        return [readable_image(folder, pair) for pair in batch]
-
-    waiting: tuple[Sequence[Pair], Future[list[Image.Image | str]]] | None = None
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
-        following = (batch, decoder.submit(decode, batch))
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
-        waiting = following
-    if waiting is not None:
-        yield waiting[0], waiting[1].result()
+def read_ahead(
+    batches: Iterator[Batch], folder: PairFolder, readers: ThreadPoolExecutor, ahead: int
+) -> Iterator[Batch]:
+    """The same batches in the same order, with the images of the next ones being read."""
+    waiting: deque[Batch] = deque()
+    for batch in batches:
+        encoders = {preparation(job.encoder): job.encoder for job in batch.jobs}
+        batch.images = [readers.submit(prepare, folder, pair, encoders) for pair in batch.pairs]
+        waiting.append(batch)
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
-def readable_image(folder: PairFolder, pair: Pair) -> Image.Image | str:
-    """The image of a pair, or why it cannot be used."""
+def prepare(folder: PairFolder, pair: Pair, encoders: dict[str, DualEncoder]) -> dict[str, Any] | str:
+    """The image of a pair as each of the encoders takes it, or why the pair cannot be used."""
+    if not is_text(pair.caption):
+        return "caption"
     try:
-        return open_image(folder.image_path(pair))
+        image = open_image(folder.image_path(pair))
     except UnreadableImage as error:
         return error.reason
     except ValueError:
         return "outside"
+    return {key: encoder.prepare(image) for key, encoder in encoders.items()}
+
+
+def preparation(encoder: DualEncoder) -> str:
+    """Names what an encoder does to an image before its model sees it; equal names, equal pixels."""
+    return f"{type(encoder).__name__} {encoder.provenance['preprocessing']}"
+
+
+def is_text(caption: str) -> bool:
+    """Whether a caption is text that can be encoded: JSON can hold halves of characters, tokenizers cannot."""
+    try:
+        caption.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def share_of_cores() -> int:
+    """Cores of this machine for each process on it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def reasons(skipped: dict[str, str]) -> str:

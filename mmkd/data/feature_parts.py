@@ -1,38 +1,40 @@
-"""An extraction under way: parts of fixed pairs, written whole by any process, that become one feature store.
+"""An extraction under way: shards of fixed pairs, written whole by any process, that become one feature store.
 
-A part is named by what it holds (the teacher's identity and the ids of its pairs): a part that is there is done,
-whoever made it and whenever, and one of other weights is never taken for it. Whichever process finds all parts closes
-the store; no process waits for another. The bytes of the store depend on the pairs and the teacher alone, not on how
-many processes there were or how often they were killed.
+A shard is named by what it holds (the teacher's identity and the ids of its pairs): a shard that is there is done,
+whoever made it and whenever, and one of other weights is never taken for it. Whichever process finds all shards closes
+the store by writing its index and ``meta.json``; no process waits for another. The bytes of the store depend on the
+pairs and the teacher alone, not on how many processes there were or how often they were killed. Pairs that come later
+become further shards; those that are there stay as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from mmkd.data.features import SHARD_SIZE, FeatureStore, FeatureType, FeatureWriter
-from mmkd.files import atomic_write_bytes, atomic_write_text, read_json, rename_folder
+from mmkd.data.feature_ids import digests
+from mmkd.data.feature_shards import FeatureType, header_sha256, write_shard
+from mmkd.data.feature_store import FeatureStore, close_store
+from mmkd.data.features import SHARD_SIZE
+from mmkd.files import atomic_write_text
 
 IDENTITY = ("fingerprint", "preprocessing", "tokenizer", "context", "pooling")
 SKIPPED_FILE = "skipped.jsonl"
+SMALLEST_SHARD, SHARDS_WANTED = 256, 1024
 
 
 class FeatureParts:
     """What is still to be extracted for one store.
 
     Attributes:
-        path: the finished store; parts lie in ``PATH.parts`` beside it.
-        parts: ids of the pairs of each part; pairs that the store holds already are in none.
+        path: the store.
+        name: the teacher.
+        parts: ids of the pairs of each shard to be made; pairs that the store holds already are in none.
     """
 
     def __init__(
@@ -46,43 +48,47 @@ class FeatureParts:
             ids: the pairs that the store shall hold.
             provenance: of the teacher.
             dtype: how numbers are stored.
-            part_size: pairs a part.
+            part_size: pairs a shard; 0 to choose by their number.
 
         Raises:
             ValueError: the store is there, but from other weights or preprocessing, or in another dtype.
         """
         self.path, self.name, self.provenance, self.dtype = path, name, provenance, dtype
-        self._folder = path.with_name(f"{path.name}.parts")
         self._meta_before = self._meta()
         self._store = FeatureStore(path) if self._meta_before else None
+        new = list(ids)
         if self._store is not None:
             self._refuse_other(self._store)
-        known = set(self._store.ids) if self._store is not None else set()
-        new = [id for id in ids if id not in known]
-        self.parts = [new[start : start + part_size] for start in range(0, len(new), part_size)]
+            rows = self._store.ids.rows(digests(new))
+            new = [id for id, row in zip(new, rows.tolist(), strict=True) if row < 0]
+        size = part_size or shard_size(len(new))
+        self.parts = [new[start : start + size] for start in range(0, len(new), size)]
         self._identity = json.dumps([dtype, *(provenance[key] for key in IDENTITY)])
 
     def has(self, part: int) -> bool:
-        """Whether a part is done, or another process has closed the store since."""
-        return self._file(part).is_file() or self._meta() != self._meta_before
+        """Whether a shard is done, or another process has closed the store since; a damaged one is to be made anew."""
+        try:
+            header_sha256(self._file(part))
+            return True
+        except (FileNotFoundError, ValueError):
+            return self._meta() != self._meta_before
 
-    def write(self, part: int, ids: Sequence[str], image: Tensor, text: Tensor, skipped: dict[str, str]) -> None:
-        """Write a part whole.
+    def write(self, part: int, image: Tensor, text: Tensor, skipped: dict[str, str]) -> None:
+        """Write a shard whole.
 
         Args:
             part: its number.
-            ids: those of its pairs that could be encoded, in their order.
-            image: (n, dim), unit length.
+            image: (n, dim), unit length, of those of its pairs that are not in ``skipped``, in their order.
             text: (n, dim), unit length.
             skipped: id -> reason for the others.
+
+        Raises:
+            OSError: the disk is full; shards that are whole stay.
         """
-        dtype = torch.float16 if self.dtype == "float16" else torch.float32
-        tensors = {"image": image.to(dtype).contiguous(), "text": text.to(dtype).contiguous()}
-        metadata = {"ids": json.dumps(list(ids)), "skipped": json.dumps(skipped)}
-        atomic_write_bytes(self._file(part), save(tensors, metadata=metadata))
+        write_shard(self._file(part), image, text, self.dtype, {"skipped": json.dumps(skipped)})
 
     def close(self) -> dict[str, str] | None:
-        """Make the store of all parts, if they are all there and it has not been made.
+        """Make the store of all shards, if they are all there and it has not been made.
 
         Returns:
             id -> reason of the pairs that were left out, or None when it was not this process that closed the store.
@@ -90,52 +96,44 @@ class FeatureParts:
         Raises:
             ValueError: no pair could be encoded.
         """
-        if not self.parts or not all(self._file(part).is_file() for part in range(len(self.parts))):
+        files = [self._file(part) for part in range(len(self.parts))]
+        if not all(map(self.has, range(len(files)))) or self._meta() != self._meta_before:
             return None
-        staged = self._folder / "store"
-        try:
-            skipped = self._write_store(staged)
-            rename_folder(staged, self.path)
-        except OSError:
-            if self._meta() != self._meta_before:  # another process closed it at the same moment and cleared the parts
-                return None
-            raise
-        shutil.rmtree(self._folder, ignore_errors=True)
-        return skipped
-
-    def _write_store(self, staged: Path) -> dict[str, str]:
-        """Old rows, then new ones in the order of the pairs, in full shards."""
-        ids = list(self._store.ids) if self._store is not None else []
-        skipped: dict[str, str] = {}
-        for part in range(len(self.parts)):
-            with safe_open(self._file(part), "pt") as file:
-                ids += json.loads(file.metadata()["ids"])
-                skipped |= json.loads(file.metadata()["skipped"])
-        if not ids:
+        headers = [header_sha256(file) for file in files]
+        skipped = {id: why for _, notes, _ in headers for id, why in json.loads(notes["skipped"]).items()}
+        filled = [file for file, (_, _, (rows, _)) in zip(files, headers, strict=True) if rows]
+        before = [self.path / shard["file"] for shard in self._store.shards] if self._store else []
+        if not before + filled:
             reasons = ", ".join(sorted(set(skipped.values())))
             raise ValueError(f"{self.path}: none of the {len(skipped)} images could be read ({reasons})")
-        shutil.rmtree(staged, ignore_errors=True)
-        writer = FeatureWriter(staged, self.name, self.dtype)
-        for shard, (image, text) in enumerate(in_shards(self._blocks(), SHARD_SIZE)):
-            writer.write_shard(shard, image, text)
         lines = [json.dumps({"id": id, "reason": reason}) + "\n" for id, reason in skipped.items()]
-        atomic_write_text(staged / SKIPPED_FILE, "".join(lines))
-        writer.finish(ids, self._store.provenance if self._store is not None else self.provenance)
-        return skipped
+        atomic_write_text(self.path / SKIPPED_FILE, "".join(lines))
+        if filled:
+            provenance = self._store.provenance if self._store else self.provenance
+            close_store(self.path, self.name, self.dtype, before + filled, self._ids(skipped), provenance)
+        self._tidy()
+        return skipped if self.parts else None
 
-    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Image and text features (n, dim) of the store as it is, then of every part."""
+    def _ids(self, skipped: dict[str, str]) -> Iterator[list[str]]:
+        """The ids of the store as it is, then of every shard."""
         if self._store is not None:
             for start in range(0, len(self._store.ids), SHARD_SIZE):
-                image, text, _ = self._store.lookup(self._store.ids[start : start + SHARD_SIZE])
-                yield image, text
-        for part in range(len(self.parts)):
-            with safe_open(self._file(part), "pt") as file:
-                yield file.get_tensor("image").float(), file.get_tensor("text").float()
+                yield self._store.ids[start : start + SHARD_SIZE]
+        for part in self.parts:
+            yield [id for id in part if id not in skipped]
+
+    def _tidy(self) -> None:
+        """Take away what a killed run, an earlier index or a shard without a readable image left in the folder."""
+        store = FeatureStore(self.path)
+        wanted = {store.meta["ids"]["file"], *(shard["file"] for shard in store.shards)}
+        for pattern in ("shard-*.safetensors", "ids-*.safetensors", ".shard-*.tmp"):
+            for file in self.path.glob(pattern):
+                if file.name not in wanted:
+                    file.unlink(missing_ok=True)
 
     def _file(self, part: int) -> Path:
         content = json.dumps([self._identity, self.parts[part]])
-        return self._folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.safetensors"
+        return self.path / f"shard-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
 
     def _meta(self) -> bytes:
         """The bytes of ``meta.json``, none when the store is unfinished."""
@@ -146,28 +144,16 @@ class FeatureParts:
 
     def _refuse_other(self, store: FeatureStore) -> None:
         differing = [key for key in IDENTITY if store.provenance.get(key) != self.provenance[key]]
-        dtype = read_json(self.path / "meta.json")["dtype"]
-        if store.name != self.name:
-            differing.append("teacher")
-        if dtype != self.dtype:
-            differing.append("dtype")
+        differing += ["teacher"] * (store.name != self.name) + ["dtype"] * (store.dtype != self.dtype)
         if differing:
             raise ValueError(
                 f"{self.path} was extracted with another {', '.join(differing)}; choose another --output, or remove it"
             )
 
 
-def in_shards(blocks: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same rows in blocks of exactly ``size``, the last one excepted."""
-    waiting: list[tuple[Tensor, Tensor]] = []
-    rows = 0
-    for block in blocks:
-        waiting.append(block)
-        rows += len(block[0])
-        while rows >= size:
-            image, text = (torch.cat(side) for side in zip(*waiting, strict=True))
-            yield image[:size], text[:size]
-            waiting, rows = [(image[size:], text[size:])], rows - size
-    if rows:
-        image, text = (torch.cat(side) for side in zip(*waiting, strict=True))
-        yield image, text
+def shard_size(pairs: int) -> int:
+    """Pairs a shard: about a thousand shards, none of fewer than 256 pairs and none larger than the reader's best."""
+    size = SMALLEST_SHARD
+    while size < SHARD_SIZE and size * SHARDS_WANTED < pairs:
+        size *= 2
+    return size

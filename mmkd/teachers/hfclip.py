@@ -34,10 +34,13 @@ class HFClipEncoder(DualEncoder):
         self.processor = processor
         self.context = context
 
-    def image_features(self, images: list[Image.Image]) -> Tensor:
+    def prepare(self, image: Image.Image) -> Tensor:
+        """See `DualEncoder`; (3, height, width)."""
+        return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
+
+    def image_features(self, prepared: list[Tensor]) -> Tensor:
         """See `DualEncoder`."""
-        inputs = self.processor(images=images, return_tensors="pt")
-        return _pooled(self.model.get_image_features(pixel_values=inputs["pixel_values"].to(self.model.device)))
+        return _pooled(self.model.get_image_features(pixel_values=torch.stack(prepared).to(self.model.device)))
 
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`; texts are padded to the longest of the batch."""
@@ -76,13 +79,11 @@ def build(row: TeacherRow, model: Any, device: str, processor: Any, weight_files
     model = model.to(device=device, memory_format=torch.channels_last)
     limits = (row.context, processor.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
     context = min(limit for limit in limits if limit)
-    image_processor = processor.image_processor
-    size, mean, std = image_processor.size, image_processor.image_mean, image_processor.image_std
     provenance = describe(
         row,
         weight_files,
         [],
-        preprocessing=f"{type(image_processor).__name__} size {dict(size)} mean {tuple(mean)} std {tuple(std)}",
+        preprocessing=_preprocessing(processor.image_processor),
         tokenizer=type(processor.tokenizer).__name__,
         context=context,
         pooling=f"{type(model).__name__}.get_text_features",
@@ -91,6 +92,16 @@ def build(row: TeacherRow, model: Any, device: str, processor: Any, weight_files
     with torch.inference_mode():
         encoder.dim = encoder.text_features(["a"]).shape[-1]
     return encoder
+
+
+def _preprocessing(image_processor: Any) -> str:
+    """Everything that decides about pixels."""
+    facts = [f"size {dict(image_processor.size)}"]
+    if getattr(image_processor, "do_center_crop", False):
+        facts.append(f"centre crop {dict(image_processor.crop_size)}")
+    facts.append(f"resample {int(image_processor.resample)}")
+    facts += [f"mean {tuple(image_processor.image_mean)}", f"std {tuple(image_processor.image_std)}"]
+    return f"{type(image_processor).__name__} {' '.join(facts)}"
 
 
 def _pooled(output: Any) -> Tensor:

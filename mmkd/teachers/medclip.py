@@ -49,12 +49,15 @@ class MedClipEncoder(DualEncoder):
         self.context = row.context
         self.mean, self.std = row.mean[0], row.std[0]
 
-    def image_features(self, images: list[Image.Image]) -> Tensor:
+    def prepare(self, image: Image.Image) -> Tensor:
+        """See `DualEncoder`; (size, size)."""
+        grey = np.asarray(grey_square(image, self.vision.config.image_size), dtype=np.float32) / 255
+        return torch.from_numpy((grey - self.mean) / self.std).float()
+
+    def image_features(self, prepared: list[Tensor]) -> Tensor:
         """See `DualEncoder`."""
-        size = self.vision.config.image_size
-        grey = np.stack([np.asarray(grey_square(image, size), dtype=np.float32) for image in images]) / 255
-        pixels = torch.from_numpy((grey - self.mean) / self.std).float().unsqueeze(1).expand(-1, 3, -1, -1)
-        return self.vision(pixels.to(self.image_head.device)).pooler_output @ self.image_head.T
+        pixels = torch.stack(prepared).to(self.image_head.device).unsqueeze(1).expand(-1, 3, -1, -1)
+        return self.vision(pixels).pooler_output @ self.image_head.T
 
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`."""

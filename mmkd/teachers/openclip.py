@@ -60,10 +60,13 @@ class OpenClipEncoder(DualEncoder):
         self.padding = padding
         self.device = next(model.parameters()).device
 
-    def image_features(self, images: list[Image.Image]) -> Tensor:
+    def prepare(self, image: Image.Image) -> Tensor:
+        """See `DualEncoder`; (3, size, size)."""
+        return self.transform(image)
+
+    def image_features(self, prepared: list[Tensor]) -> Tensor:
         """See `DualEncoder`."""
-        pixels = torch.stack([self.transform(image) for image in images])
-        return self.model.encode_image(pixels.to(self.device))
+        return self.model.encode_image(torch.stack(prepared).to(self.device))
 
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`; a BERT tower reads no column that is padding in every text of the batch."""

@@ -52,10 +52,13 @@ class PmcClipEncoder(DualEncoder):
         self.tokenizer = tokenizer
         self.context = row.context
 
-    def image_features(self, images: list[Image.Image]) -> Tensor:
+    def prepare(self, image: Image.Image) -> Tensor:
+        """See `DualEncoder`; (3, size, size)."""
+        return self.transform(image)
+
+    def image_features(self, prepared: list[Tensor]) -> Tensor:
         """See `DualEncoder`."""
-        pixels = torch.stack([self.transform(image) for image in images])
-        return self.vision(pixels.to(self.projection.device))
+        return self.vision(torch.stack(prepared).to(self.projection.device))
 
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`."""

@@ -40,9 +40,9 @@ class PythonEncoder(DualEncoder):
         if not dim:
             self.dim = self.text_features(["a"]).shape[-1]
 
-    def image_features(self, images: list[Image.Image]) -> Tensor:
+    def image_features(self, prepared: list[Image.Image]) -> Tensor:
         """See `DualEncoder`."""
-        return torch.as_tensor(self.encodes.encode_images(images))
+        return torch.as_tensor(self.encodes.encode_images(prepared))
 
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`."""

@@ -27,10 +27,12 @@ def contents(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 0)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float16", 2e-3), ("float32", 0), ("bfloat16", 2e-2), ("int8", 2e-2)]
+)
 def test_lookup(tmp_path, dtype, tolerance):
     store = FeatureStore(write(tmp_path / "plip", dtype=dtype))
-    assert (store.name, store.dim, store.ids, store.provenance) == ("plip", 6, IDS, {"weights": "weights-1"})
+    assert (store.name, store.dim, list(store.ids), store.provenance) == ("plip", 6, IDS, {"weights": "weights-1"})
     image, text, mask = store.lookup(["pair-9", "nobody", "pair-0", "pair-5", "pair-9"])
     assert mask.tolist() == [True, False, True, True, True]
     rows = [9, 0, 5, 9]
