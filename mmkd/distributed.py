@@ -1,4 +1,4 @@
-"""The process group, and the gather that lets a contrastive loss see the global batch.
+"""The process group, the gather that lets a contrastive loss see the global batch, and weights spread over processes.
 
 Every function works without a process group (one process), so nothing else in the package asks whether there is one.
 With W processes, a loss that is the mean over local rows against gathered columns, averaged over processes by DDP, has
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def rank() -> int:
@@ -65,6 +66,90 @@ def gather_lists(items: list[str]) -> list[str]:
     parts: list[list[str]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether sharded parallelism (FSDP2, ZeRO) keeps the truth about a parameter in parts on several processes."""
+    return isinstance(tensor, DTensor) or _of_deepspeed(tensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter that is spread over the processes, put together on each; any other tensor as it is.
+
+    Every process must ask for the same tensors in the same order.
+    """
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if _of_deepspeed(tensor):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(tensor)
+    return tensor
+
+
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole `value` into a tensor or, where it is spread over the processes, each its part."""
+    value = value.detach().to(tensor.device, tensor.dtype)
+    with torch.no_grad():
+        if isinstance(tensor, DTensor):
+            tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
+        elif not hasattr(tensor, "ds_id"):
+            tensor.copy_(value)
+    if _of_deepspeed(tensor):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(tensor, value)
+
+
+def make_plain(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a module whole parameters and buffers of its own in place of what is spread over processes."""
+    for name, parameter in list(module.named_parameters()):
+        owner, _, own = name.rpartition(".")
+        module.get_submodule(owner)._parameters[own] = nn.Parameter(tensors[name], parameter.requires_grad)
+    for name, buffer in module.named_buffers():
+        if name in tensors:
+            buffer.copy_(tensors[name])
+
+
+def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
+    """What Adam keeps of a parameter: ``exp_avg``, ``exp_avg_sq`` and ``step``, whole; nothing before its first step.
+
+    Every process must ask for the same parameters in the same order.
+    """
+    if not _of_deepspeed(parameter):
+        return {name: whole(value) for name, value in optimizer.state.get(parameter, {}).items()}
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    found = {name: safe_get_full_optimizer_state(parameter, name) for name in ("exp_avg", "exp_avg_sq")}
+    return found | {"step": _deepspeed_steps(optimizer)[0].reshape(())}
+
+
+def set_moments(optimizer: Any, parameter: Tensor, values: dict[str, Tensor]) -> None:
+    """Give Adam what `moments` returned."""
+    if _of_deepspeed(parameter):
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for step in _deepspeed_steps(optimizer):
+            step.fill_(values["step"].item())
+        for name in ("exp_avg", "exp_avg_sq"):
+            safe_set_full_optimizer_state(parameter, values[name].to(parameter.device), name)
+        return
+    state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    for name, tensor in state.items():
+        assign(tensor, values[name])
+    optimizer.state[parameter] = state
+
+
+def _of_deepspeed(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
+
+
+def _deepspeed_steps(optimizer: Any) -> list[Tensor]:
+    """The step counters of the Adam that ZeRO wraps, one for each flat part."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return [state["step"] for state in optimizer.state.values() if "step" in state]
 
 
 class _Gather(torch.autograd.Function):

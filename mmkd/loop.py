@@ -2,8 +2,8 @@
 
 Explicit rather than configurable: one global batch is one step, read in an order that depends on the seed alone, so
 that the same command gives the same model on any number of processes (to rounding) and, on one machine, the same bytes
-after any interruption. There is no gradient accumulation, because it would silently change the negatives of a
-contrastive loss: the global batch is what is compared.
+after any interruption. There is no plain gradient accumulation, because it would silently change the negatives of a
+contrastive loss: the global batch is what is compared, and a smaller ``micro_batch_size`` is exact gradient caching.
 """
 
 from __future__ import annotations
@@ -13,48 +13,31 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from mmkd.distributed import gather_lists, mean_over_processes, rank, wait_for_everyone, world_size
+from mmkd.distributed import gather_lists, make_plain, mean_over_processes, rank, wait_for_everyone, whole, world_size
 from mmkd.files import refuse_existing
-from mmkd.resume import load_checkpoint, newest_checkpoint, save_checkpoint
+from mmkd.gradient_cache import OneForward, cached_backward, set_seed
+from mmkd.interruption import StopRequest
+from mmkd.loop_settings import LoopSettings, check
+from mmkd.objectives import Objective
+from mmkd.optimization import WeightAverage, build_optimizer, clamp_scales, learning_rate, set_learning_rate
+from mmkd.resume import Progress, checkpoint_bytes, load_checkpoint, newest_checkpoint, save_checkpoint, snapshot
 from mmkd.run_folder import RunFolder
-from mmkd.settings import setting
+from mmkd.step_log import StepLog
 from mmkd.trainable import set_training_mode
+from mmkd.validation import Validation
+
+__all__ = ["Batches", "LoopSettings", "fit", "start"]
 
 logger = logging.getLogger(__name__)
-
-LOGIT_SCALE_RANGE = (0.0, math.log(100))
-
-
-@dataclass(kw_only=True)
-class LoopSettings:
-    """What every training has in common."""
-
-    output: Path = setting(help="folder to write; OUTPUT.partial while running, from which the same command resumes")
-    epochs: int = setting(1, "passes over the pairs")
-    max_steps: int | None = setting(None, "stop after so many steps if epochs would take longer")
-    batch_size: int = setting(64, "pairs in a global batch, over all processes")
-    learning_rate: float = setting(5e-5, "peak, reached after the warm-up, then cosine to 0")
-    warmup_steps: int = setting(0, "steps of linear warm-up")
-    weight_decay: float = setting(0.2, "of AdamW, none on biases, norms and scales")
-    clip_norm: float | None = setting(1.0, "largest norm of the gradient; none = not clipped")
-    precision: Literal["fp32", "bf16"] = setting("fp32", "of the model's forward pass; losses are always fp32")
-    dropout: float = setting(0.0, "of every dropout layer; above 0 results depend on the number of processes")
-    workers: int = setting(2, "processes that read images, beside each training process")
-    checkpoint_every: int = setting(1000, "steps between checkpoints")
-    checkpoints_kept: int = setting(2, "newest checkpoints that are kept")
-    seed: int = setting(42, "of order, crops, new layers and dropout")
-    quiet: bool = setting(False, "no progress bar")
-    overwrite: bool = setting(False, "replace OUTPUT when it exists")
 
 
 class Batches(Protocol):
@@ -65,6 +48,9 @@ class Batches(Protocol):
     def epoch(self, epoch: int, skip: int = 0) -> Iterable[dict[str, Any]]:
         """The batches of an epoch from number `skip` on; each has ``ids``, a list."""
 
+    def identity(self) -> dict[str, Any]:
+        """What the order and content of the batches depend on, as JSON values: a run goes on with the same alone."""
+
 
 def start(settings: LoopSettings) -> Accelerator:
     """Join the process group and seed, before anything random or slow.
@@ -73,154 +59,222 @@ def start(settings: LoopSettings) -> Accelerator:
         ValueError: a setting is out of range.
         FileExistsError: the output exists and may not be replaced.
     """
-    bounds = {"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "checkpoints_kept": 1}
-    bounds |= {"warmup_steps": 0, "workers": 0, "seed": 0}
-    for name, least in bounds.items():
-        if vars(settings)[name] < least:
-            raise ValueError(f"--{name} is {vars(settings)[name]}; it must be at least {least}")
-    if settings.max_steps is not None and settings.max_steps < 1:
-        raise ValueError(f"--max_steps is {settings.max_steps}; it must be at least 1, or none")
-    if settings.clip_norm is not None and not settings.clip_norm > 0:
-        raise ValueError(f"--clip_norm is {settings.clip_norm}; it must be above 0, or none")
-    if not settings.learning_rate > 0 or not 0 <= settings.dropout < 1:
-        raise ValueError(
-            f"--learning_rate is {settings.learning_rate} and must be above 0; "
-            f"--dropout is {settings.dropout} and must be at least 0 and below 1"
-        )
+    check(settings)
     refuse_existing(settings.output, settings.overwrite)
-    accelerator = Accelerator(mixed_precision="no")
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
     torch.manual_seed(settings.seed)
     return accelerator
 
 
 def fit(
     accelerator: Accelerator,
-    objective: nn.Module,
+    objective: Objective,
     batches: Batches,
     settings: LoopSettings,
     write_output: Callable[[Path], None],
+    validation: Validation | None = None,
 ) -> None:
     """Train, and write the output whole; started again after an interruption, go on from the newest checkpoint.
 
     Args:
         accelerator: from `start`.
-        objective: ``forward(batch)`` gives ``loss`` and its parts, scalars.
+        objective: what is trained.
         batches: this process' batches.
         settings: how long, how fast and where to.
         write_output: puts the trained model into the folder it is given; called on the first process.
+        validation: measures the objective as it trains, and may choose which weights are the output.
 
     Raises:
-        ValueError: settings differ from those of the interrupted run, or a loss or gradient is not finite; the message
-            names the settings, or the batch's pairs.
-        OSError: the disk is full; the last checkpoint stays.
+        ValueError: settings or data differ from those of the interrupted run, or loss or gradient were not finite for
+            several steps in a row; the message names the settings, or the batch's pairs.
+        OSError: there is no room for the next checkpoint; the last one stays.
+        SystemExit: with 0, when SIGTERM or SIGUSR1 came; everything is saved.
     """
-    run = _Run(accelerator, objective, batches, settings)
-    hidden = settings.quiet or rank() > 0
-    with tqdm(total=run.total, initial=run.step, disable=hidden, unit="step", desc=settings.output.name) as bar:
-        while run.step < run.total:
-            for loss in run.epoch():
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update()
-                if run.step % settings.checkpoint_every == 0 and run.step < run.total:
-                    run.save_checkpoint()
-    wait_for_everyone()
-    if rank() == 0:
-        objective.eval()
-        run.folder.finish(write_output)
-    wait_for_everyone()
-
-
-def learning_rate(step: int, total: int, settings: LoopSettings) -> float:
-    """Linear from ``peak / warmup_steps`` to the peak, then half a cosine that reaches 0 after the last step."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    share = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    return settings.learning_rate * (1 + math.cos(math.pi * share)) / 2
-
-
-def build_optimizer(objective: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.98, 1e-6) over what learns; no decay on vectors and scalars: biases, norms, scales."""
-    learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in learning if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    with StopRequest() as request:
+        run = _Run(accelerator, objective, batches, settings, validation, request)
+        hidden = settings.quiet or rank() > 0
+        done, total = run.progress.step, run.total
+        with tqdm(total=total, initial=done, disable=hidden, unit="step", desc=settings.output.name) as bar:
+            while run.progress.step < run.total:
+                for loss in run.epoch():
+                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                    bar.update()
+    run.finish(write_output)
 
 
 class _Run:
     """One training: what is trained, on what, and how far it has come."""
 
     def __init__(
-        self, accelerator: Accelerator, objective: nn.Module, batches: Batches, settings: LoopSettings
+        self,
+        accelerator: Accelerator,
+        objective: Objective,
+        batches: Batches,
+        settings: LoopSettings,
+        validation: Validation | None,
+        request: StopRequest,
     ) -> None:
-        self.accelerator, self.batches, self.settings = accelerator, batches, settings
+        self.accelerator, self.batches, self.settings, self.request = accelerator, batches, settings, request
+        self.validation, self.objective = validation, objective
         self.folder = RunFolder(settings.output)
+        self.step_log = StepLog(self.folder)
         self.total = min(settings.epochs * len(batches), settings.max_steps or sys.maxsize)
         if 0 < self.total <= settings.warmup_steps:
             logger.warning("the warm-up of %d steps fills this run of %d", settings.warmup_steps, self.total)
         set_training_mode(objective, settings.dropout)
         # EfficientNet-Lite0 at 128 pixels trains 1.6 times as fast on a CPU thread in this layout; a ViT ignores it.
-        self.objective = objective.to(accelerator.device).to(memory_format=torch.channels_last)
+        objective.to(accelerator.device).to(memory_format=torch.channels_last)
+        wrapped = OneForward(objective, accelerator.device.type, settings.precision)
+        self.trained, self.optimizer = accelerator.prepare(wrapped, build_optimizer(objective, settings))
         self.scales = [p for name, p in objective.named_parameters() if name.endswith("logit_scale")]
-        torch.manual_seed(settings.seed + rank())
-        optimizer = build_optimizer(objective, settings)
-        self.step = self._resume(optimizer)
-        self.trained, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.average = WeightAverage(objective, settings.ema_decay) if settings.ema_decay is not None else None
+        self.progress = self._resume()
 
     def epoch(self) -> Iterator[float]:
         """Train to the end of the current epoch or of the run; gives the loss after each step."""
-        epoch, skip = divmod(self.step, len(self.batches))
+        epoch, skip = divmod(self.progress.step, len(self.batches))
         for batch, waited, began in _timed(self.batches.epoch(epoch, skip)):
-            rate = learning_rate(self.step, self.total, self.settings)
-            parts = self._update(send_to_device({**batch, "epoch": epoch}, self.accelerator.device), rate)
-            self.step += 1
-            values = mean_over_processes(torch.stack(list(parts.values()))).tolist()
-            line = {"step": self.step, "epoch": epoch, **dict(zip(parts, values, strict=True)), "learning_rate": rate}
-            if not all(map(math.isfinite, values)):
-                raise ValueError(_not_finite(line, batch["ids"]))
-            if rank() == 0:
-                self.folder.log(line | _speed(len(batch["ids"]) * world_size(), waited, time.perf_counter() - began))
-            yield line["loss"]
-            if self.step == self.total:
+            rate = learning_rate(self.progress.step, self.total, self.settings)
+            values, stop = self._update({**batch, "epoch": epoch}, rate)
+            line = {"step": self.progress.step, "epoch": epoch, **values, "learning_rate": rate}
+            if self.progress.skipped_in_a_row:
+                self._skipped(line, batch["ids"])
+            line |= self._validate()
+            self.step_log.write(line, batch, waited=waited, seconds=time.perf_counter() - began)
+            yield values["loss"]
+            is_last = self.progress.step == self.total
+            if not is_last and (stop or self.progress.step % self.settings.checkpoint_every == 0):
+                self._checkpoint()
+            if stop and not is_last:
+                logger.warning("stopped as asked; saved at step %d, the same command goes on", self.progress.step)
+                raise SystemExit(0)
+            if is_last:
                 return
 
-    def save_checkpoint(self) -> None:
-        """Keep everything that the rest of the run depends on."""
-        save_checkpoint(
-            self.folder.checkpoints, self.step, self.objective, self.optimizer, self.settings.checkpoints_kept
-        )
+    def finish(self, write_output: Callable[[Path], None]) -> None:
+        """Write the output: the best weights, the average, or the last."""
+        if self.validation is not None and self.validation.best_metric is not None and self.folder.best() is not None:
+            tensors = self.folder.best_weights() if rank() == 0 else {}
+        else:
+            if self.average is not None:
+                self.average.swap(self.objective)
+            tensors = snapshot(self.objective)
+        if rank() == 0:
+            make_plain(self.objective, tensors)
+            self.objective.cpu().eval()
+            self.folder.finish(write_output)
+        wait_for_everyone()
 
-    def _update(self, batch: dict[str, Any], rate: float) -> dict[str, Tensor]:
-        """One step; returns the loss, its parts and the norm of the gradient, without waiting for the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            parts = self.trained(batch)
-        self.accelerator.backward(parts["loss"])
+    def _update(self, batch: dict[str, Any], rate: float) -> tuple[dict[str, float], bool]:
+        """One step; returns losses and norm of the gradient, means over processes, and whether to stop after it."""
+        set_learning_rate(self.optimizer, rate)
+        parts = self._backward(batch)
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
-        norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), limit)
-        self.optimizer.step()
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained.parameters(), limit))
+        parts = parts | {"gradient_norm": whole(norm).to(self.accelerator.device)}
+        asked = torch.tensor(float(self.request.requested), device=self.accelerator.device)
+        # One sum for all processes, so that all of them skip, stop or go on together.
+        told = torch.stack([*(part.detach().float() for part in parts.values()), asked])
+        *values, stop = mean_over_processes(told).tolist()
+        self.progress.step += 1
+        if all(map(math.isfinite, values)):
+            self.optimizer.step()
+            clamp_scales(self.scales)
+            if self.average is not None:
+                self.average.update(self.objective, self.progress.step - 1)
+            self.progress.skipped_in_a_row = 0
+        else:
+            self.progress.skipped += 1
+            self.progress.skipped_in_a_row += 1
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            for scale in self.scales:
-                scale.clamp_(*LOGIT_SCALE_RANGE)
-        return {name: part.detach().float() for name, part in parts.items()} | {"gradient_norm": norm.float()}
+        return dict(zip(parts, values, strict=True)), stop > 0
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest checkpoint, if there is one, and cut the log back to it; returns the steps done."""
-        newest = newest_checkpoint(self.folder.checkpoints)
-        step = 0
+    def _backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Leave the gradient in the weights; returns the loss and its parts of this process."""
+        seed = (self.settings.seed, self.progress.step, rank())
+        size = self.settings.micro_batch_size
+        if size is not None and size < len(batch["ids"]):
+            return cached_backward(
+                self.trained,
+                batch,
+                size,
+                to_device=self._to_device,
+                backward=self.accelerator.backward,
+                without_sync=lambda: self.accelerator.no_sync(self.trained),
+                seed=seed,
+            )
+        set_seed(*seed)
+        parts = self.trained("whole", self._to_device(batch))
+        self.accelerator.backward(parts["loss"])
+        return parts
+
+    def _skipped(self, line: dict[str, Any], ids: list[str]) -> None:
+        """Tell of a step whose loss or gradient was not finite; after several in a row, stop."""
+        line["skipped"] = self.progress.skipped
+        shown = ", ".join(f"{name} {value:g}" for name, value in line.items())
+        told = f"not finite: {shown}; the pairs of this step: {', '.join(gather_lists(ids))}"
+        if self.progress.skipped_in_a_row >= self.settings.skipped_in_a_row:
+            raise ValueError(f"{told}. Lower --learning_rate, or look at these pairs; the last checkpoint stays")
+        if rank() == 0:
+            logger.warning("step skipped, %s", told)
+
+    def _validate(self) -> dict[str, float]:
+        """Measures by ``validation_NAME`` when they are due; keeps the weights when they are the best so far."""
+        validation, step = self.validation, self.progress.step
+        if validation is None or (step % validation.every and step < self.total):
+            return {}
+        if self.average is not None:
+            self.average.swap(self.objective)
+        self.objective.eval()
+        measured = validation.measure(self.trained, self._to_device)
+        if validation.best_metric is not None:
+            self._keep_best(measured[validation.best_metric])
+        set_training_mode(self.objective, self.settings.dropout)
+        if self.average is not None:
+            self.average.swap(self.objective)
+        return {f"validation_{name}": value for name, value in measured.items()}
+
+    def _keep_best(self, value: float) -> None:
+        best = self.folder.best()
+        wait_for_everyone()  # no process may write while another reads
+        assert self.validation is not None
+        if self.validation.is_better(value, best["value"] if best else None):
+            tensors = snapshot(self.objective)
+            if rank() == 0:
+                facts = {"step": self.progress.step, "metric": self.validation.best_metric, "value": value}
+                self.folder.keep_best(facts, tensors)
+        wait_for_everyone()
+
+    def _checkpoint(self) -> None:
+        """Keep everything that the rest of the run depends on, and see that there is room for the next time."""
+        self.folder.sync_log()
+        kept = self.settings.checkpoints_kept
+        save_checkpoint(self.folder.checkpoints, self.progress, self.objective, self.optimizer, self.average, kept)
+        self._require_space()
+
+    def _require_space(self) -> None:
+        self.folder.require_space(checkpoint_bytes(self.objective, self.average))
+
+    def _resume(self) -> Progress:
+        """Load the newest checkpoint, if there is one, and cut the log back to it; returns how far it had come."""
+        newest, data = newest_checkpoint(self.folder.checkpoints), self.batches.identity()
+        progress = Progress()
         if newest is not None:
-            self.folder.refuse_changes(self.settings)
-            step = load_checkpoint(newest, self.objective, optimizer)
-            logger.info("resuming %s at step %d", self.settings.output, step)
+            self.folder.refuse_changes(self.settings, data)
+            progress = load_checkpoint(newest, self.objective, self.optimizer, self.average)
+            logger.info("resuming %s at step %d", self.settings.output, progress.step)
+            if progress.processes != world_size():
+                logger.warning("%s was written by %d processes, now %d", newest, progress.processes, world_size())
         wait_for_everyone()
         if rank() == 0:
-            self.folder.begin(self.settings, step)
+            self.folder.begin(self.settings, data, progress.step)
         wait_for_everyone()
-        return step
+        self._require_space()
+        return progress
+
+    def _to_device(self, batch: Any) -> Any:
+        return send_to_device(batch, self.accelerator.device, non_blocking=True)
 
 
 def _timed(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float, float]]:
@@ -232,12 +286,3 @@ def _timed(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], 
         if batch is None:
             return
         yield batch, time.perf_counter() - began, began
-
-
-def _speed(images: int, waited: float, seconds: float) -> dict[str, float]:
-    return {"images_per_second": round(images / seconds, 2), "data_time": round(waited / seconds, 4)}
-
-
-def _not_finite(line: dict[str, Any], ids: list[str]) -> str:
-    shown = ", ".join(f"{name} {value:g}" for name, value in line.items())
-    return f"not finite: {shown}; lower --learning_rate, or look at the batch's pairs: {', '.join(gather_lists(ids))}"

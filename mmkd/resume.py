@@ -1,57 +1,88 @@
 """Numbered checkpoints beside an unfinished output, each whole or absent, from which a run goes on exactly.
 
-A checkpoint holds the objective, the optimizer and every process' random state. It is written under a temporary name
-and renamed when its last file, ``checkpoint.json``, states the size of all the others; one whose sizes do not agree is
-passed over. Nothing in it is unpickled.
+A checkpoint holds weights, their average and Adam's moments as safetensors under the names of the parameters, whole
+even where they are spread over processes, so that a run may go on at another number of them. Random state is not kept:
+every step seeds its own. A checkpoint is written under a temporary name and renamed when its last file,
+``checkpoint.json``, states the size of all the others; one whose sizes do not agree is passed over.
 """
 
 from __future__ import annotations
 
-import io
 import logging
+import os
 import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load, save
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from mmkd.distributed import rank, wait_for_everyone
-from mmkd.files import atomic_write_bytes, read_json, write_json
+from mmkd.distributed import assign, moments, rank, set_moments, wait_for_everyone, whole, world_size
+from mmkd.files import read_json, write_json
+from mmkd.optimization import WeightAverage
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS, OPTIMIZER, AVERAGE = "objective.safetensors", "optimizer.safetensors", "average.safetensors"
+FACTS = "checkpoint.json"
 
-def save_checkpoint(folder: Path, step: int, objective: nn.Module, optimizer: Any, keep: int) -> None:
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: steps done, skipped ones included.
+        skipped: steps that changed nothing, because loss or gradient were not finite.
+        skipped_in_a_row: those since the last step that did.
+        processes: number of processes that wrote the checkpoint.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    processes: int = 1
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    objective: nn.Module,
+    optimizer: Any,
+    average: WeightAverage | None = None,
+    keep: int = 1,
+) -> None:
     """Write ``folder/step-00000123`` and remove all but the newest `keep` checkpoints.
 
-    Called by every process; the first one writes all but the others' random states.
+    Called by every process; the first one writes.
 
     Raises:
         OSError: the disk is full; checkpoints written before are untouched.
     """
-    final = folder / _name(step)
-    temporary = folder / f".{_name(step)}.tmp"
+    final = folder / f"step-{progress.step:08d}"
+    temporary = folder / f".{final.name}.tmp"
     if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    wait_for_everyone()
-    atomic_write_bytes(temporary / f"random-{rank()}.safetensors", save(_random_state()))
-    if rank() == 0:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in objective.state_dict().items()}
-        atomic_write_bytes(temporary / "objective.safetensors", save(tensors))
-        buffer = io.BytesIO()
-        torch.save(optimizer.state_dict(), buffer)
-        atomic_write_bytes(temporary / "optimizer.pt", buffer.getvalue())
-    wait_for_everyone()
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*.tmp"):
+            shutil.rmtree(left)
+        temporary.mkdir()
+    _write(temporary / WEIGHTS, snapshot(objective))
+    _write(temporary / OPTIMIZER, _moments(objective, optimizer))
+    if average is not None:
+        _write(temporary / AVERAGE, _on_first_process(average.weights.items()))
     if rank() == 0:
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        write_json(temporary / "checkpoint.json", {"step": step, "sizes": sizes})
-        shutil.rmtree(final, ignore_errors=True)
+        write_json(temporary / FACTS, asdict(progress) | {"processes": world_size(), "sizes": sizes})
+        if final.exists():  # damaged, or the run would have gone on from it
+            shutil.rmtree(final)
         temporary.rename(final)
+        _sync(folder)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
+    wait_for_everyone()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -64,50 +95,113 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, objective: nn.Module, optimizer: Any) -> int:
-    """Load what `save_checkpoint` wrote into objective and optimizer; returns the step.
+def load_checkpoint(path: Path, objective: nn.Module, optimizer: Any, average: WeightAverage | None = None) -> Progress:
+    """Load what `save_checkpoint` wrote, at the same number of processes or another.
 
     Raises:
         ValueError: the checkpoint is of another model.
     """
-    tensors = load((path / "objective.safetensors").read_bytes())
+    restore(objective, load_file(path / WEIGHTS), str(path))
+    state = load_file(path / OPTIMIZER)
+    for name, parameter in objective.named_parameters():
+        values = {key: state[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}/{name}" in state}
+        if values and parameter.requires_grad:
+            set_moments(optimizer, parameter, values)
+    if average is not None:
+        for name, tensor in load_file(path / AVERAGE).items():
+            assign(average.weights[name], tensor)
+    facts = read_json(path / FACTS)
+    return Progress(**{field.name: int(facts[field.name]) for field in fields(Progress)})
+
+
+def snapshot(objective: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, whole, in the memory of the first process; nothing on the others."""
+    parameters = dict(objective.named_parameters())
+    return _on_first_process((name, parameters.get(name, tensor)) for name, tensor in objective.state_dict().items())
+
+
+def restore(objective: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Put a `snapshot` back, on every process.
+
+    Raises:
+        ValueError: it is of another model; the message names `source`.
+    """
+    own = objective.state_dict() | dict(objective.named_parameters())
+    names = sorted(own.keys() ^ tensors.keys())
+    names += [n for n in own.keys() & tensors.keys() if not _fits(own[n], tensors[n])]
+    if names:
+        raise ValueError(f"{source} is a checkpoint of another model: {', '.join(names[:5])} differ")
+    for name, tensor in own.items():
+        assign(tensor, tensors[name])
+
+
+def checkpoint_bytes(objective: nn.Module, average: WeightAverage | None) -> int:
+    """About how large the next checkpoint will be."""
+    weights = sum(tensor.nbytes for tensor in objective.state_dict().values())
+    learning = sum(4 * p.numel() for p in objective.parameters() if p.requires_grad)
+    return weights + (2 + (average is not None)) * learning
+
+
+def _fits(own: Tensor, other: Tensor) -> bool:
+    return tuple(getattr(own, "ds_shape", own.shape)) == tuple(other.shape)
+
+
+def _moments(objective: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Adam's state by ``kind/parameter``."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            state = moments(optimizer, parameter)
+            found |= _on_first_process((f"{key}/{name}", value) for key, value in state.items())
+    return found
+
+
+def _on_first_process(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    kept = {}
+    for name, tensor in tensors:
+        full = whole(tensor)
+        if rank() == 0:
+            kept[name] = full.detach().cpu().contiguous()
+    return kept
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file on disk; on the first process only.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if rank() > 0:
+        return
     try:
-        objective.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is a checkpoint of another model: {error}") from None
-    device = next(objective.parameters()).device
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
-    random = path / f"random-{rank()}.safetensors"
-    if random.is_file():
-        _set_random_state(load(random.read_bytes()))
-    return int(read_json(path / "checkpoint.json")["step"])
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    _sync(path)
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
+def _sync(path: Path) -> None:
+    """Let a file or folder survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None when it is whole."""
     try:
-        sizes = read_json(path / "checkpoint.json")["sizes"]
+        sizes = read_json(path / FACTS)["sizes"]
     except (OSError, ValueError, KeyError) as error:
-        return f"checkpoint.json cannot be read ({error})"
+        return f"{FACTS} cannot be read ({error})"
     for name, size in sizes.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             return f"{name} is truncated or missing"
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            return f"{name} is no safetensors file ({error})"
     return None
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -1,13 +1,48 @@
-"""Which parts of a model learn, and in which mode they run while others do."""
+"""Which parts of a model learn, in which mode they run while others do, and how they compute."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mmkd.settings import setting
+
 _FIRST_LAYERS = re.compile(r"(?P<tower>[\w.]+)\[:(?P<count>\d+)\]")
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """How a model is trained, whatever it is trained for."""
+
+    freeze: list[str] = setting(
+        factory=list, help="what does not learn: vision_model, text_model.embeddings, text_model[:4]"
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = setting(
+        None, "how towers attend, by default as torch does it best; flash needs its package, a GPU and bf16"
+    )
+    compile: bool = setting(False, "compile the towers: minutes at the start, then faster steps; not the same bytes")
+
+
+def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Freeze, recompute, attend and compile as the settings say.
+
+    Raises:
+        ValueError: a part that the model does not have, or a way of attending that it or this machine does not.
+    """
+    freeze(model, settings.freeze)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if settings.attention is not None:
+        set_attention(model, settings.attention)
+    if settings.compile:
+        for tower in ("vision_model", "text_model"):
+            model.get_submodule(tower).compile(dynamic=True)  # in place, so that no name in a checkpoint changes
 
 
 def freeze(model: nn.Module, parts: list[str]) -> None:
@@ -23,16 +58,40 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
     """
     for part in parts:
         match = _FIRST_LAYERS.fullmatch(part)
-        names = _first_layers(model, match["tower"], int(match["count"])) if match else [part]
-        for name in names:
-            found = [p for key, p in model.named_parameters() if key == name or key.startswith(f"{name}.")]
-            if not found:
-                known = ", ".join(name for name, _ in model.named_children())
-                raise ValueError(f"--freeze {part}: the model has no {name!r}; its parts are {known}")
-            for parameter in found:
-                parameter.requires_grad_(False)
+        if match:
+            found = _first_layers(model, match["tower"], int(match["count"]))
+        else:
+            found = require_part(model, part, f"--freeze {part}")
+        for name in found:
+            model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"--freeze {','.join(parts)} leaves nothing to train")
+
+
+def require_part(model: nn.Module, part: str, given: str) -> list[str]:
+    """Names of the parameters of a module, or of one parameter.
+
+    Raises:
+        ValueError: the model has no such part; the message begins with `given` and names the parts it has.
+    """
+    found = [name for name, _ in model.named_parameters() if name == part or name.startswith(f"{part}.")]
+    if not found:
+        known = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"{given}: the model has no {part!r}; its parts are {known}")
+    return found
+
+
+def layers_of(model: nn.Module, tower: str) -> tuple[list[str], list[list[str]]] | None:
+    """Names of a tower's parameters before its list of layers, and of each layer; None when it has no such list."""
+    root = model.get_submodule(tower)
+    lists = (nn.ModuleList, nn.Sequential)
+    found = next(((name, m) for name, m in root.named_modules() if name and isinstance(m, lists) and len(m) > 1), None)
+    if found is None:
+        return None
+    names = [name for name, _ in root.named_parameters()]
+    first = next(i for i, name in enumerate(names) if name.startswith(f"{found[0]}."))
+    layers = [[n for n in names if n.startswith(f"{found[0]}.{number}.")] for number in range(len(found[1]))]
+    return [f"{tower}.{n}" for n in names[:first]], [[f"{tower}.{n}" for n in layer] for layer in layers]
 
 
 def set_training_mode(module: nn.Module, dropout: float) -> None:
@@ -63,18 +122,29 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable()
 
 
-def _first_layers(model: nn.Module, tower: str, count: int) -> list[str]:
-    """Names of the modules and parameters of a tower up to its `count`-th layer."""
+def set_attention(model: PreTrainedModel, attention: str) -> None:
+    """Choose how the towers attend.
+
+    Raises:
+        ValueError: a tower or this machine cannot attend that way.
+    """
+    if attention.startswith("flash") and not torch.cuda.is_available():
+        raise ValueError(f"--attention {attention} needs a GPU; --attention sdpa works everywhere")
     try:
-        root = model.get_submodule(tower)
-    except AttributeError:
-        return [tower]
-    lists = (nn.ModuleList, nn.Sequential)
-    layers = next(((name, m) for name, m in root.named_modules() if name and isinstance(m, lists) and len(m) > 1), None)
+        model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"--attention {attention}: {error}") from None
+    for name in ("vision_model", "text_model"):
+        chosen = getattr(model.get_submodule(name).config, "_attn_implementation", None)
+        if chosen != attention:
+            raise ValueError(f"--attention {attention}: the {name} stays with {chosen}; leave the option out")
+
+
+def _first_layers(model: nn.Module, tower: str, count: int) -> list[str]:
+    """Names of the parameters of a tower up to its `count`-th layer."""
+    require_part(model, tower, f"--freeze {tower}[:{count}]")
+    layers = layers_of(model, tower)
     if layers is None or count > len(layers[1]):
         have = f"{len(layers[1])} layers" if layers else "no list of layers"
         raise ValueError(f"--freeze {tower}[:{count}]: {tower} has {have}")
-    own = [f"{layers[0]}.{number}" for number in range(count)]
-    before = [name for name, _ in root.named_parameters()]
-    first = next(i for i, name in enumerate(before) if name.startswith(f"{layers[0]}."))
-    return [f"{tower}.{name}" for name in before[:first] + own]
+    return layers[0] + [name for layer in layers[1][:count] for name in layer]

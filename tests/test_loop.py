@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmkd.loop import LoopSettings, build_optimizer, fit, learning_rate, start
+from mmkd.loop import LoopSettings, fit, start
+from mmkd.objectives import Objective
+from mmkd.optimization import build_optimizer, learning_rate
 
 
-class Regression(nn.Module):
+class Regression(Objective):
     """A few random layers with dropout, batch normalization and a scale that runs away without clamping."""
 
     def __init__(self):
@@ -23,8 +25,11 @@ class Regression(nn.Module):
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.logit_scale = nn.Parameter(torch.tensor([4.6]))
 
-    def forward(self, batch):
-        error = (self.layers(batch["x"]) - batch["y"]).square().mean()
+    def encode(self, batch):
+        return {"y": self.layers(batch["x"])}
+
+    def loss(self, embeddings, batch):
+        error = (embeddings["y"] - batch["y"]).square().mean()
         return {"loss": error - self.logit_scale.sum(), "error": error}
 
 
@@ -34,6 +39,9 @@ class Numbers:
 
     def __len__(self):
         return self.steps
+
+    def identity(self):
+        return {"pairs": 6 * self.steps}
 
     def epoch(self, epoch, skip=0):
         for number in range(skip, self.steps):

@@ -23,7 +23,8 @@ from mmkd.objectives import ALIGNED_LOSSES, DistillObjective, checked_weights, r
 from mmkd.provenance import teachers_of, training_provenance
 from mmkd.settings import run, setting
 from mmkd.student import load_student, save_student
-from mmkd.trainable import enable_gradient_checkpointing, freeze
+from mmkd.trainable import ModelSettings, make_trainable
+from mmkd.validation import ValidationSettings, validation_of
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
@@ -44,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(kw_only=True)
-class DistillSettings(LoopSettings):
+class DistillSettings(LoopSettings, ModelSettings, ValidationSettings):
     """Distil the stored features of many teachers into one student."""
 
     pairs: Path = setting(help="folder of pairs, ours or the authors' published one; the training split is used")
@@ -61,14 +62,11 @@ class DistillSettings(LoopSettings):
     feature_form: Literal["cosine", "squared"] | None = setting(None, "1 - cos, or mean squared difference")
     interactive_scale: Literal["learnable", "constant"] | None = setting(None, "exp'd and learned, or ln(1/0.07)")
     relational_scale: float = setting(20.0, "inverse temperature of the relational loss")
-    freeze: list[str] = setting(
-        factory=list, help="what does not learn: vision_model, text_model.embeddings, text_model[:4]"
-    )
     crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
-    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
 
     def __post_init__(self) -> None:
         """Take from the recipe what was not given, so that the saved settings say everything."""
+        super().__post_init__()
         preset = RECIPES[self.recipe]
         self.losses = checked_weights({**preset["losses"], **self.losses})
         self.target = self.target or preset["target"]
@@ -87,14 +85,22 @@ def main(settings: DistillSettings) -> None:
     model, processor = load_student(settings.model)
     if aligned is not None:
         require_width(aligned.dims, model.config.projection_dim)
-    freeze(model, settings.freeze)
-    if settings.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    make_trainable(model, settings)
     batches = pair_batches(
         folder,
         processor,
         batch_size=settings.batch_size,
         crop=settings.crop,
+        workers=settings.workers,
+        seed=settings.seed,
+        features=features,
+        aligned=aligned,
+    )
+    validation = validation_of(
+        settings,
+        settings.pairs,
+        processor,
+        batch_size=settings.batch_size,
         workers=settings.workers,
         seed=settings.seed,
         features=features,
@@ -108,6 +114,7 @@ def main(settings: DistillSettings) -> None:
         batches,
         settings,
         lambda path: save_student(path, model, processor, provenance),
+        validation,
     )
 
 

@@ -21,11 +21,12 @@ from mmkd.provenance import training_provenance
 from mmkd.settings import nearest, run, setting
 from mmkd.student import load_student, save_student
 from mmkd.towers import build_model
-from mmkd.trainable import enable_gradient_checkpointing, freeze
+from mmkd.trainable import ModelSettings, make_trainable
+from mmkd.validation import ValidationSettings, validation_of
 
 
 @dataclass(kw_only=True)
-class PretrainSettings(LoopSettings):
+class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
     """Contrastive pretraining of a student, or of a specialist teacher."""
 
     pairs: Path = setting(help="folder of pairs; the training split is used")
@@ -37,14 +38,10 @@ class PretrainSettings(LoopSettings):
     text_layers: int | None = setting(None, "keep only the first layers of the text tower")
     vision_projection_hidden: int | None = setting(None, "hidden width of the image projection; none = one layer")
     text_projection_hidden: int | None = setting(None, "hidden width of the text projection; none = mean of its ends")
-    freeze: list[str] = setting(
-        factory=list, help="what does not learn: vision_model, text_model.embeddings, text_model[:4]"
-    )
     modalities: list[str] = setting(factory=list, help="keep only pairs of these modalities")
     labels: list[str] = setting(factory=list, help="keep only pairs of these labels")
     part: str | None = setting(None, "keep one share of the groups, such as 1/3")
     crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
-    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
 
 
 def main(settings: PretrainSettings) -> None:
@@ -66,9 +63,7 @@ def main(settings: PretrainSettings) -> None:
             settings.vision_projection_hidden,
             settings.text_projection_hidden,
         )
-    freeze(model, settings.freeze)
-    if settings.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    make_trainable(model, settings)
     chosen = PairFolder(folder.path, folder.image_root, pairs)
     batches = pair_batches(
         chosen,
@@ -78,10 +73,25 @@ def main(settings: PretrainSettings) -> None:
         workers=settings.workers,
         seed=settings.seed,
     )
+    validation = validation_of(
+        settings,
+        settings.pairs,
+        processor,
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        seed=settings.seed,
+    )
     objective = ContrastiveObjective(model)
     started_from = [settings.model] if settings.model is not None else [settings.vision, settings.text]
     provenance = training_provenance("pretrain", chosen, started_from)
-    fit(accelerator, objective, batches, settings, lambda path: save_student(path, model, processor, provenance))
+    fit(
+        accelerator,
+        objective,
+        batches,
+        settings,
+        lambda path: save_student(path, model, processor, provenance),
+        validation,
+    )
 
 
 def select(pairs: list[Pair], modalities: list[str], labels: list[str], part: str | None) -> list[Pair]:

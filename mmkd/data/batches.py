@@ -6,6 +6,7 @@ costs no replay, and sees each sample exactly once.
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -60,6 +61,11 @@ class PairBatches:
         """Batches of an epoch."""
         return len(self.sampler)
 
+    def identity(self) -> dict[str, Any]:
+        """Pairs, teachers and share of the batch, see `identity_of`."""
+        features = {key: found.dims for key, found in self.collate.features.items() if found is not None}
+        return identity_of(self.dataset.folder.pairs, self.sampler) | features
+
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of an epoch from number `skip` on.
 
@@ -107,6 +113,10 @@ class FeatureBatches:
         """Batches of an epoch."""
         return len(self.sampler)
 
+    def identity(self) -> dict[str, Any]:
+        """Pairs, teachers and share of the batch, see `identity_of`."""
+        return identity_of(self.pairs, self.sampler) | {"teachers": self.features.dims}
+
     def epoch(self, epoch: int, skip: int = 0) -> Iterable[dict[str, Any]]:
         """The batches of an epoch from number `skip` on."""
         self.sampler.set_epoch(epoch)
@@ -115,6 +125,14 @@ class FeatureBatches:
             ids = [pair.id for pair in chosen]
             teachers = available_features(self.features, ids, [pair.teachers for pair in chosen])
             yield {"ids": ids, "index": torch.tensor(indices), "teachers": teachers}
+
+
+def identity_of(pairs: Sequence[Pair], sampler: GlobalBatchSampler) -> dict[str, Any]:
+    """Number and SHA-256 of the pairs in their order (id, image, caption, teachers), and size of a global batch."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(repr((pair.id, pair.image, pair.sha256, pair.caption, pair.teachers)).encode())
+    return {"pairs": len(pairs), "pairs_sha256": digest.hexdigest(), "batch_size": sampler.batch_size}
 
 
 def _leave_interrupts_to_the_parent(_worker: int) -> None:

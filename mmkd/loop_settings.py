@@ -1,0 +1,74 @@
+"""What every training has in common, and the bounds of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmkd.settings import setting
+
+LEAST = {"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "checkpoints_kept": 1, "skipped_in_a_row": 1}
+LEAST |= {"warmup_steps": 0, "workers": 0, "seed": 0}
+LEAST_UNLESS_NONE = {"max_steps": 1, "micro_batch_size": 1}
+
+
+@dataclass(kw_only=True)
+class LoopSettings:
+    """What every training has in common."""
+
+    output: Path = setting(help="folder to write; OUTPUT.partial while running, from which the same command resumes")
+    epochs: int = setting(1, "passes over the pairs")
+    max_steps: int | None = setting(None, "stop after so many steps if epochs would take longer")
+    batch_size: int = setting(64, "pairs in a global batch, over all processes")
+    micro_batch_size: int | None = setting(
+        None, "pairs a process encodes at once, by default its whole share; the same gradient, less memory"
+    )
+    learning_rate: float = setting(5e-5, "peak, reached after the warm-up, then cosine to 0")
+    learning_rate_factors: dict[str, float] = setting(
+        factory=dict, help="factor of the learning rate for parts of the model, such as vision_model: 0.1"
+    )
+    layer_decay: float = setting(1.0, "factor of the learning rate from each layer of a tower to the one below")
+    warmup_steps: int = setting(0, "steps of linear warm-up")
+    weight_decay: float = setting(0.2, "of AdamW, none on biases, norms and scales")
+    clip_norm: float | None = setting(1.0, "largest norm of the gradient; none = not clipped")
+    ema_decay: float | None = setting(
+        None, "the output is the exponential moving average of the weights, with this decay a step; none = the last"
+    )
+    precision: Literal["fp32", "bf16"] = setting("fp32", "of the model's forward pass; losses are always fp32")
+    dropout: float = setting(0.0, "of every dropout layer; above 0 results depend on the number of processes")
+    workers: int = setting(2, "processes that read images, beside each training process")
+    checkpoint_every: int = setting(1000, "steps between checkpoints")
+    checkpoints_kept: int = setting(2, "newest checkpoints that are kept")
+    skipped_in_a_row: int = setting(3, "stop at so many steps in a row that were skipped, being not finite")
+    seed: int = setting(42, "of order, crops, new layers and dropout")
+    quiet: bool = setting(False, "no progress bar")
+    overwrite: bool = setting(False, "replace OUTPUT when it exists")
+
+
+def check(settings: LoopSettings) -> None:
+    """Refuse values out of range.
+
+    Raises:
+        ValueError: the message names the setting, its value and what is allowed.
+    """
+    values: dict[str, Any] = vars(settings)
+    for name, least in LEAST.items():
+        if values[name] < least:
+            raise ValueError(f"--{name} is {values[name]}; it must be at least {least}")
+    for name, least in LEAST_UNLESS_NONE.items():
+        if values[name] is not None and values[name] < least:
+            raise ValueError(f"--{name} is {values[name]}; it must be at least {least}, or none")
+    if settings.clip_norm is not None and not settings.clip_norm > 0:
+        raise ValueError(f"--clip_norm is {settings.clip_norm}; it must be above 0, or none")
+    if settings.ema_decay is not None and not 0 < settings.ema_decay < 1:
+        raise ValueError(f"--ema_decay is {settings.ema_decay}; it must be above 0 and below 1, or none")
+    if not settings.learning_rate > 0:
+        raise ValueError(f"--learning_rate is {settings.learning_rate}; it must be above 0")
+    if not 0 < settings.layer_decay <= 1:
+        raise ValueError(f"--layer_decay is {settings.layer_decay}; it must be above 0 and at most 1")
+    for part, factor in settings.learning_rate_factors.items():
+        if not factor > 0:
+            raise ValueError(f"--learning_rate_factors.{part} is {factor}; it must be above 0, or --freeze {part}")
+    if not 0 <= settings.dropout < 1:
+        raise ValueError(f"--dropout is {settings.dropout}; it must be at least 0 and below 1")
