@@ -34,7 +34,7 @@ class Regression(Objective):
 
 
 class Numbers:
-    def __init__(self, steps=5, wrong_at=None):
+    def __init__(self, steps=5, wrong_at=()):
         self.steps, self.wrong_at, self.read = steps, wrong_at, []
 
     def __len__(self):
@@ -48,7 +48,7 @@ class Numbers:
             self.read.append((epoch, number))
             g = torch.Generator().manual_seed(100 * epoch + number)
             x = torch.randn(6, 4, generator=g)
-            if self.wrong_at == (epoch, number):
+            if (epoch, number) in self.wrong_at:
                 x[0, 0] = math.nan
             yield {"x": x, "y": x.sum(dim=1, keepdim=True), "ids": [f"pair-{epoch}-{number}-{k}" for k in range(6)]}
 
@@ -60,8 +60,8 @@ class Killed(Exception):
 class Interrupted(Numbers):
     """Stops as a kill would, in the middle of the run."""
 
-    def __init__(self, at):
-        super().__init__()
+    def __init__(self, at, **more):
+        super().__init__(**more)
         self.at = at
 
     def epoch(self, epoch, skip=0):
@@ -202,9 +202,24 @@ def test_existing_output_is_refused_before_work_and_replaced_when_asked(tmp_path
     assert len(losses(tmp_path)) == 15
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_ids(tmp_path):
-    with pytest.raises(ValueError, match=r"not finite: step 8.*pair-1-2-0, pair-1-2-1"):
-        train(settings(tmp_path), Numbers(wrong_at=(1, 2)))
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
+    wrong = {(1, 2), (2, 1)}
+    objective = train(settings(tmp_path / "run"), Numbers(wrong_at=wrong))
+    assert all(parameter.isfinite().all() for parameter in objective.parameters())
+    lines = losses(tmp_path / "run")
+    assert {line["step"]: line["skipped"] for line in lines if "skipped" in line} == {8: 1, 12: 2}
+    assert [line["step"] for line in lines if line["loss"] is None] == [8, 12]
+    assert "step skipped, not finite: step 8" in caplog.text
+    with pytest.raises(Killed):
+        train(settings(tmp_path / "cut"), Interrupted((2, 4), wrong_at=wrong))
+    train(settings(tmp_path / "cut"), Numbers(wrong_at=wrong))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "run")
+    assert losses(tmp_path / "cut") == lines
+
+
+def test_several_in_a_row_stop_the_run_with_the_ids(tmp_path):
+    with pytest.raises(ValueError, match=r"not finite: step 8.*pair-1-2-0, pair-1-2-1.*--learning_rate"):
+        train(settings(tmp_path, skipped_in_a_row=2), Numbers(wrong_at={(1, 1), (1, 2)}))
     assert not (tmp_path / "model").exists()
 
 
