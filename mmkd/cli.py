@@ -39,6 +39,8 @@ EXTRAS = {
     "timm": "teachers",
     "sklearn": "eval",
     "threadpoolctl": "eval",
+    **dict.fromkeys(("pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"), "curate"),
+    **dict.fromkeys(("datasets", "matplotlib"), "curate"),
 }
 LAUNCHER_OPTIONS = (
     "num_processes",

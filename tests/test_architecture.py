@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("modeling_mmkd", "mmkd", "train", "hub")
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 LAZY = {"open_clip", "timm", "sklearn", "h5py", "matplotlib", "skimage", "nilearn", "nibabel", "pydicom", "torchvision"}
+LAZY |= {"pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc", "datasets"}
 
 
 def name_of(path: Path) -> str:

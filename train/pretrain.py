@@ -7,6 +7,7 @@ The same recipe trains a generalist student and, on some of the modalities or la
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -94,7 +95,7 @@ def main(settings: PretrainSettings) -> None:
     )
 
 
-def select(pairs: list[Pair], modalities: list[str], labels: list[str], part: str | None) -> list[Pair]:
+def select(pairs: Sequence[Pair], modalities: list[str], labels: list[str], part: str | None) -> Sequence[Pair]:
     """Pairs of some modalities and labels, and of one share of the groups.
 
     Raises:
@@ -111,16 +112,17 @@ def select(pairs: list[Pair], modalities: list[str], labels: list[str], part: st
                     f"known: {', '.join(sorted(known - {''}))}"
                 )
     share, count = _share(part)
-    kept = [
-        pair
-        for pair in pairs
-        if (not modalities or pair.modality in modalities)
-        and (not labels or pair.label in labels)
-        and _number(pair) % count == share - 1
-    ]
+    kept = pairs
+    if modalities or labels or count > 1:
+        kept = [pair for pair in pairs if _selected(pair, modalities, labels, share, count)]
     if len(kept) < 2:
         raise ValueError(f"the selection leaves {len(kept)} of {len(pairs)} training pairs; at least 2 are needed")
     return kept
+
+
+def _selected(pair: Pair, modalities: list[str], labels: list[str], share: int, count: int) -> bool:
+    known = (not modalities or pair.modality in modalities) and (not labels or pair.label in labels)
+    return known and _number(pair) % count == share - 1
 
 
 def _share(part: str | None) -> tuple[int, int]:

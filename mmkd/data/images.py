@@ -25,6 +25,8 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
+from mmkd.data.archives import ArchivedFile
+
 Reason = Literal["missing", "unreadable", "unsupported", "corrupt", "too_small", "too_large", "too_narrow"]
 REASONS: tuple[str, ...] = get_args(Reason)
 FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
@@ -53,7 +55,9 @@ class UnreadableImage(ValueError):
         self.reason = reason
 
 
-def open_image(source: Path | bytes, minimum_side: int = MINIMUM_SIDE, draft_side: int | None = None) -> Image.Image:
+def open_image(
+    source: Path | ArchivedFile | bytes, minimum_side: int = MINIMUM_SIDE, draft_side: int | None = None
+) -> Image.Image:
     """Decode an image as 8-bit RGB.
 
     Args:
@@ -82,13 +86,15 @@ def open_image(source: Path | bytes, minimum_side: int = MINIMUM_SIDE, draft_sid
     return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
 
 
-def read_image_bytes(path: Path) -> bytes:
-    """The bytes of an image file.
+def read_image_bytes(path: Path | ArchivedFile) -> bytes:
+    """The bytes of an image file, or of one inside a tar file.
 
     Raises:
         UnreadableImage: there is no such file, it cannot be read, or it is over a gibibyte.
     """
     try:
+        if isinstance(path, ArchivedFile):
+            return path.read_bytes()
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a folder; a pipe would be waited for without end
             raise UnreadableImage("missing", f"{path} is no file")

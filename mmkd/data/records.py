@@ -10,72 +10,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mmkd.data.archives import ArchivedFile, archived_file
+from mmkd.data.pair import SPLITS, Pair
+from mmkd.data.pair_table import TABLE_FILE, PairTable, check_table
 from mmkd.data.published import META_FILE, read_json_lines, read_published
 from mmkd.files import atomic_write_text, read_json, write_json
 
 MANIFEST_FILE, FOLDER_FILE = "manifest.jsonl", "pairs.json"
-SPLITS = ("train", "validation", "test")
 VERSION = 1
 REQUIRED = ("id", "image", "caption")
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """An image and its caption, with what is known about both.
-
-    Attributes:
-        id: unique in its manifest.
-        image: path relative to the image root, with forward slashes.
-        group: patient, case or specimen; never on both sides of a split.
-        split: train, validation or test.
-        width: pixels of the stored image; 0 when unknown.
-        sha256: of the original image file.
-        teachers: names of the teachers whose features may be used for this pair; None before screening.
-    """
-
-    id: str
-    image: str
-    caption: str
-    modality: str = ""
-    label: str = ""
-    group: str = ""
-    split: str = "train"
-    source: str = ""
-    license: str = ""
-    width: int = 0
-    height: int = 0
-    sha256: str = ""
-    teachers: tuple[str, ...] | None = None
 
 
 class PairFolder:
     """Pairs and the root their images lie under."""
 
-    def __init__(self, path: Path, image_root: Path, pairs: list[Pair]) -> None:
+    def __init__(self, path: Path, image_root: Path, pairs: Sequence[Pair]) -> None:
         self.path = path
         self.image_root = image_root
         self.pairs = pairs
         self._resolved_root = image_root.resolve()
 
-    def image_path(self, pair: Pair) -> Path:
-        """Where the image of a pair lies.
+    def image_path(self, pair: Pair) -> Path | ArchivedFile:
+        """Where the image of a pair lies, for `open_image` or `read_image_bytes`.
 
         Raises:
             ValueError: the path, or the link it names, leaves the image root.
         """
-        path = self._resolved_root / pair.image
+        archived = archived_file(self._resolved_root, pair.image)
+        path = archived.archive if archived else self._resolved_root / pair.image
         if not path.resolve().is_relative_to(self._resolved_root):
             raise ValueError(f"pair {pair.id}: image {pair.image!r} lies outside {self.image_root}; refused")
-        return path
+        return archived or path
 
 
 def open_pairs(folder: Path, split: str | None = None) -> PairFolder:
-    """Open a folder of pairs: ours (``manifest.jsonl``) or the authors' published one (``meta.jsonl``).
+    """Open a folder of pairs: ours (``manifest.jsonl`` or ``manifest.arrow``) or the authors' one (``meta.jsonl``).
 
     Args:
         folder: the folder.
@@ -87,6 +60,8 @@ def open_pairs(folder: Path, split: str | None = None) -> PairFolder:
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    if (folder / TABLE_FILE).is_file():
+        return _open_table(folder, split)
     if (folder / MANIFEST_FILE).is_file():
         pairs = [_pair(row, place) for row, place in read_json_lines(folder / MANIFEST_FILE)]
         image_root = folder / _image_root(folder)
@@ -98,13 +73,12 @@ def open_pairs(folder: Path, split: str | None = None) -> PairFolder:
         image_root = folder
     else:
         raise FileNotFoundError(
-            f"{folder} holds neither {MANIFEST_FILE} nor {META_FILE}; "
+            f"{folder} holds none of {MANIFEST_FILE}, {TABLE_FILE} and {META_FILE}; "
             f"make it with `mmkd curate --source DIR --output {folder}`"
         )
     _check(pairs, folder)
     kept = pairs if split is None else [pair for pair in pairs if pair.split == split]
-    if not kept:
-        raise ValueError(f"{folder} holds no pairs" + (f" in split {split!r} (of {len(pairs)})" if split else ""))
+    _refuse_none(kept, folder, split, len(pairs))
     return PairFolder(folder, image_root, kept)
 
 
@@ -133,6 +107,19 @@ def is_inside(relative: str) -> bool:
         and ".." not in path.parts
         and not windows_drive
     )
+
+
+def _open_table(folder: Path, split: str | None) -> PairFolder:
+    table = PairTable(folder / TABLE_FILE)
+    check_table(table, folder)
+    kept = table if split is None else table.in_split(split)
+    _refuse_none(kept, folder, split, len(table))
+    return PairFolder(folder, folder / _image_root(folder), kept)
+
+
+def _refuse_none(kept: Sequence[Pair], folder: Path, split: str | None, total: int) -> None:
+    if not kept:
+        raise ValueError(f"{folder} holds no pairs" + (f" in split {split!r} (of {total})" if split else ""))
 
 
 def _record(pair: Pair) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from mmkd.data.archives import ArchivedFile
 from mmkd.data.images import UnreadableImage, open_image
 from mmkd.data.records import PairFolder
 from mmkd.evaluation.markup import number, text
@@ -94,7 +95,7 @@ class Thumbnails:
         return f'<img src="{self._made[id]}" alt="{text(alt)}" loading="lazy">'
 
 
-def thumbnail(path: Path) -> str:
+def thumbnail(path: Path | ArchivedFile) -> str:
     """A JPEG data URI of at most 224 pixels a side; empty if the image cannot be read."""
     try:
         image = open_image(path)
