@@ -99,7 +99,7 @@ def write_folder(settings: ConvertSettings) -> None:
         else:
             pixels.save_pretrained(folder)
             shutil.copy(inspect.getfile(MMKDClipProcessor), folder)
-        require_same_bits(MMKDClipModel.from_pretrained(folder).state_dict(), state)
+        require_same_bits(read_folder(folder), state)
     if problem:
         _tell_missing_tokenizer(settings, problem, config)
 

@@ -59,6 +59,7 @@ def build_model(
         text_projection_hidden,
         vision_projection_hidden,
         text_pooling=words.pooling,
+        context_length=words.tokenizer.model_max_length,
     )
     model = MMKDClipModel(config)
     for tower, start, name in ((model.vision_model, eyes, vision), (model.text_model, words, text)):

@@ -20,8 +20,15 @@ from transformers import (
 )
 
 from .configuration_mmkd import MMKDClipConfig
-from .modeling_mmkd import MMKDClipModel, MMKDClipOutput, MMKDClipPreTrainedModel
+from .modeling_mmkd import (
+    MMKDClipModel,
+    MMKDClipOutput,
+    MMKDClipTextModelWithProjection,
+    MMKDClipVisionModelWithProjection,
+)
+from .presets_mmkd import PRESETS
 from .processing_mmkd import MMKDClipProcessor, clean_text
+from .towers_mmkd import MMKDClipPreTrainedModel
 
 AutoConfig.register(MMKDClipConfig.model_type, MMKDClipConfig)
 AutoModel.register(MMKDClipConfig, MMKDClipModel)
@@ -35,13 +42,18 @@ AutoTokenizer.register(MMKDClipConfig, tokenizer_class=BertTokenizer)
 # What is saved carries its code, so that the folder also works where this package is not installed.
 MMKDClipConfig.register_for_auto_class()
 MMKDClipModel.register_for_auto_class("AutoModel")
+MMKDClipTextModelWithProjection.register_for_auto_class("AutoModel")
+MMKDClipVisionModelWithProjection.register_for_auto_class("AutoModel")
 MMKDClipProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
+    "PRESETS",
     "MMKDClipConfig",
     "MMKDClipModel",
     "MMKDClipOutput",
     "MMKDClipPreTrainedModel",
     "MMKDClipProcessor",
+    "MMKDClipTextModelWithProjection",
+    "MMKDClipVisionModelWithProjection",
     "clean_text",
 ]

@@ -15,6 +15,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+AUTO_MAP = {"AutoProcessor": "processing_mmkd.MMKDClipProcessor"}  # as in the configuration, so that neither forgets it
+
 
 class MMKDClipProcessorKwargs(ProcessingKwargs, total=False):
     """Defaults: padding to the longest text of the batch, truncation to the tokenizer's context."""
@@ -36,6 +38,7 @@ class MMKDClipProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer)
+        self.auto_map = dict(AUTO_MAP)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

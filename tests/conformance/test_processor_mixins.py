@@ -1,0 +1,66 @@
+"""The processor and its image processors under transformers' own mix-ins, of the release that is installed."""
+
+import tempfile
+import unittest
+
+import pytest
+from mixins import load
+from transformers import AutoImageProcessor, AutoTokenizer, BertTokenizer, CLIPImageProcessor, CLIPImageProcessorPil
+
+from modeling_mmkd import MMKDClipProcessor
+
+processing = load("test_processing_common")
+images = load("test_image_processing_common")
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+class ProcessorTest(processing.ProcessorTesterMixin, unittest.TestCase):
+    processor_class = MMKDClipProcessor
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "lower", "newer", "low", "er", "##er", "the", "ct"]
+        return BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=256)
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return CLIPImageProcessorPil()
+
+    def test_processor_from_and_save_pretrained_as_nested_dict(self):
+        """As in the mix-in, with the backend said: ours is the exact one, that of AutoImageProcessor the fast one."""
+        first = self.get_processor()
+        with tempfile.TemporaryDirectory() as folder:
+            first.save_pretrained(folder)
+            assert self.processor_class.from_pretrained(folder).to_dict() == first.to_dict()
+            assert repr(AutoImageProcessor.from_pretrained(folder, backend="pil")) == repr(first.image_processor)
+            assert AutoTokenizer.from_pretrained(folder).get_vocab() == first.tokenizer.get_vocab()
+
+
+class SmallImages:
+    """What the mix-in asks of an image processor's tester."""
+
+    image_processing_classes = {"torchvision": CLIPImageProcessor, "pil": CLIPImageProcessorPil}  # noqa: RUF012
+    batch_size, num_channels, min_resolution, max_resolution = 7, 3, 30, 400
+
+    def prepare_image_processor_dict(self):
+        sides = {"size": {"shortest_edge": 20}, "crop_size": {"height": 18, "width": 18}}
+        return {"do_resize": True, "do_center_crop": True, "do_normalize": True, "do_convert_rgb": True, **sides}
+
+    def expected_output_image_shape(self, _images):
+        return self.num_channels, 18, 18
+
+    def prepare_image_inputs(self, equal_resolution=False, numpify=False, torchify=False):
+        return images.prepare_image_inputs(
+            batch_size=self.batch_size,
+            num_channels=self.num_channels,
+            min_resolution=self.min_resolution,
+            max_resolution=self.max_resolution,
+            equal_resolution=equal_resolution,
+            numpify=numpify,
+            torchify=torchify,
+        )
+
+
+class ImageProcessorTest(images.ImageProcessingTestMixin, unittest.TestCase):
+    def setUp(self):
+        self.image_processor_tester = SmallImages()
