@@ -145,7 +145,7 @@ def micro_batches(batch: Mapping[str, Any], size: int) -> list[Tensor]:
     mask = batch.get("attention_mask")
     if mask is None:
         return list(torch.arange(len(batch["ids"])).split(size))
-    return list(mask.sum(dim=1).argsort(stable=True).cpu().split(size))
+    return list(mask.sum(dim=1).argsort(descending=True, stable=True).cpu().split(size))
 
 
 def piece_of(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

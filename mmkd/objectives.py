@@ -5,9 +5,9 @@ every gradient, and an optimizer built from it cannot forget a learnable scale. 
 by itself, so that a batch may be encoded in pieces and put together again, and `loss` compares the rows of all
 processes. A loss of weight zero is not computed, and what only it would read need not be in the batch.
 
-A batch holds ``pixel_values`` `(rows, 3, size, size)`, ``input_ids`` and ``attention_mask`` `(rows, tokens)`, ``index``
-`(rows,)`, ``ids`` and, for distillation, ``teachers`` (raw features) and ``aligned`` (features in the student's width),
-each ``{teacher: {"image": (rows, width), "text": (rows, width), "mask": (rows,) bool}}``; the loop adds ``epoch``.
+A batch holds what `mmkd.embed.embed` reads, ``index`` `(rows,)`, ``ids`` and, for distillation, ``teachers`` (raw
+features) and ``aligned`` (features in the student's width), each ``{teacher: {"image": (rows, width), "text": (rows,
+width), "mask": (rows,) bool}}``; the loop adds ``epoch``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mmkd import losses
 from mmkd.aligner import MODALITIES, AutoencoderAligner
 from mmkd.distributed import gather, rank
+from mmkd.embed import embed
 from mmkd.settings import nearest
 
 DISTILL_LOSSES = ("task", "feature", "interactive", "relational")
@@ -211,17 +212,6 @@ class AlignObjective(Objective):
             ]
             parts[str(modality)] = torch.stack(errors).mean()
         return {"loss": parts["image"] + parts["text"], **parts}
-
-
-def embed(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Run the student on a batch: its unit-norm ``image`` and ``text`` features `(rows, dim)`, in fp32."""
-    output = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch["pixel_values"]
-    )
-    return {
-        "image": F.normalize(output.image_embeds.float(), dim=1),
-        "text": F.normalize(output.text_embeds.float(), dim=1),
-    }
 
 
 def gathered(embeddings: Mapping[str, Tensor]) -> Embeddings:

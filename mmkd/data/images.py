@@ -70,20 +70,49 @@ def open_image(
     """
     name = "image" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else read_image_bytes(source)
+    return finish_image(open_header(data, name, minimum_side), name, draft_side)
+
+
+def open_header(data: bytes, name: str, minimum_side: int = MINIMUM_SIDE) -> Image.Image:
+    """Read what a file says of its image, and refuse sizes that must not be decoded.
+
+    Args:
+        data: the bytes of the file.
+        name: how errors call it.
+        minimum_side: images with a shorter side than this many pixels are refused.
+
+    Raises:
+        UnreadableImage: with one of `REASONS`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = _open_header(data, name)
-        _check_size(image.size, name, minimum_side)
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise UnreadableImage("too_large", f"{name}: {error}") from error
+        except Image.UnidentifiedImageError as error:
+            raise UnreadableImage("unsupported", f"{name} is none of {', '.join(FORMATS)}") from error
+        except Exception as error:  # see finish_image
+            raise UnreadableImage("corrupt", f"{name} has a broken header: {error}") from error
+    check_size(image.size, name, minimum_side)
+    return image
+
+
+def finish_image(image: Image.Image, name: str, draft_side: int | None = None) -> Image.Image:
+    """Decode what `open_header` opened, as upright 8-bit RGB; see `open_image`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             if draft_side is not None:
                 image.draft(None, (draft_side, draft_side))
             image.load()
-            orientation = _orientation(image)
+            turned = orientation(image)
             image = to_rgb(image)
         except Exception as error:  # decoders of broken files raise anything from OSError to IndexError
             raise UnreadableImage("corrupt", f"{name} cannot be decoded: {error}") from error
-    return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
+    return image.transpose(TRANSPOSED[turned]) if turned in TRANSPOSED else image
 
 
 def read_image_bytes(path: Path | ArchivedFile) -> bytes:
@@ -132,21 +161,15 @@ def is_plain(data: bytes) -> bool:
             return False
         eight_bit = image.format != "PNG" or data[PNG_BIT_DEPTH_BYTE] == 8
         opaque = image.mode in ("L", "RGB") and "transparency" not in image.info
-        return eight_bit and opaque and getattr(image, "n_frames", 1) == 1 and _orientation(image) == 1
+        return eight_bit and opaque and getattr(image, "n_frames", 1) == 1 and orientation(image) == 1
 
 
-def _open_header(data: bytes, name: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UnreadableImage("too_large", f"{name}: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise UnreadableImage("unsupported", f"{name} is none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # see open_image
-        raise UnreadableImage("corrupt", f"{name} has a broken header: {error}") from error
+def check_size(size: tuple[int, int], name: str, minimum_side: int) -> None:
+    """Refuse (width, height) that must not be decoded.
 
-
-def _check_size(size: tuple[int, int], name: str, minimum_side: int) -> None:
+    Raises:
+        UnreadableImage: too many pixels, too few, or sides beyond 1:100.
+    """
     short, long = sorted(size)
     if short * long > MAX_PIXELS:
         raise UnreadableImage("too_large", f"{name} has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS}")
@@ -169,7 +192,7 @@ def _window(values: np.ndarray) -> np.ndarray:
     return (np.clip(scaled, 0, 1) * 255).round().astype(np.uint8)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) where there is none or the EXIF block is broken."""
     try:
         return int(image.getexif().get(0x0112, 1))

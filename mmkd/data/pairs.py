@@ -7,7 +7,6 @@ how many workers or processes share the work, so that two half batches train the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -18,11 +17,9 @@ from torch.utils.data import Dataset, Sampler
 
 from mmkd.data.features import TeacherFeatures
 from mmkd.data.images import open_image
+from mmkd.data.pixels import DRAFT_FACTOR, random_crop, read_pixels, to_tensor
 from mmkd.data.records import PairFolder
-
-CROP_AREA = (0.9, 1.0)
-CROP_ASPECT = (3 / 4, 4 / 3)
-DRAFT_FACTOR = 2
+from mmkd.embed import PixelStatistics
 
 
 class PairDataset(Dataset):
@@ -70,11 +67,11 @@ class PairDataset(Dataset):
         pair = self.folder.pairs[index]
         path = self.folder.image_path(pair)
         if self.crop == "center":
-            image = center_crop(open_image(path), self.image_size)
+            pixels = to_tensor(center_crop(open_image(path), self.image_size))
         else:
             generator = np.random.default_rng([self.seed, int(self._epoch), index])
-            image = random_crop(open_image(path, draft_side=DRAFT_FACTOR * self.image_size), self.image_size, generator)
-        pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1))
+            pixels = read_pixels(path, draft_side=DRAFT_FACTOR * self.image_size)
+            pixels = random_crop(pixels, self.image_size, generator)
         return {
             "pixel_values": pixels,
             "caption": pair.caption,
@@ -152,17 +149,17 @@ class Collate:
         self.processor = processor
         self.context = context
         self.features = {"teachers": features, "aligned": aligned}
-        self._mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
-        self._std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
+        images = processor.image_processor
+        self.pixel_statistics = PixelStatistics(tuple(images.image_mean), tuple(images.image_std))
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One batch of B items.
+        """One batch of B items, the longest captions first.
 
         Returns:
-            ``pixel_values`` (B, 3, size, size) float32 normalised; ``input_ids`` and ``attention_mask`` (B, longest);
-            ``index`` (B,); ``ids``, a list; and as far as given ``teachers`` and ``aligned``, see `available_features`.
+            ``pixel_values`` (B, 3, size, size) uint8 and ``pixel_statistics``, their mean and standard deviation;
+            ``input_ids`` and ``attention_mask`` (B, longest) and ``text_lengths``, tokens of each row; ``index`` (B,);
+            ``ids``, a list; and as far as given ``teachers`` and ``aligned``, see `available_features`.
         """
-        pixels = torch.stack([item["pixel_values"] for item in items])
         texts = self.processor(
             text=[item["caption"] for item in items],
             padding="longest",
@@ -170,10 +167,15 @@ class Collate:
             max_length=self.context,
             return_tensors="pt",
         )
+        lengths = texts["attention_mask"].sum(dim=1)
+        order = lengths.argsort(descending=True, stable=True)
+        items = [items[row] for row in order.tolist()]
         batch = {
-            "pixel_values": (pixels.float() / 255 - self._mean) / self._std,
-            "input_ids": texts["input_ids"],
-            "attention_mask": texts["attention_mask"],
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+            "pixel_statistics": self.pixel_statistics,
+            "input_ids": texts["input_ids"][order],
+            "attention_mask": texts["attention_mask"][order],
+            "text_lengths": lengths[order].tolist(),
             "index": torch.tensor([item["index"] for item in items]),
             "ids": [item["id"] for item in items],
         }
@@ -210,29 +212,3 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((size, long) if width <= height else (long, size), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def random_crop(image: Image.Image, size: int, generator: np.random.Generator) -> Image.Image:
-    """A random rectangle of 90-100 % of the area, 3:4 to 4:3, resized to a square by bicubic interpolation.
-
-    Where ten draws do not fit into the image, the largest central rectangle within the aspects is taken, as
-    torchvision's RandomResizedCrop does.
-    """
-    left, top, width, height = _crop_box(image.width, image.height, generator)
-    cropped = image.crop((left, top, left + width, top + height))
-    return cropped.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _crop_box(width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random crop."""
-    for _ in range(10):
-        area = width * height * generator.uniform(*CROP_AREA)
-        aspect = math.exp(generator.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
-        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(generator.integers(0, width - crop_width + 1))
-            top = int(generator.integers(0, height - crop_height + 1))
-            return left, top, crop_width, crop_height
-    crop_width = min(width, round(height * CROP_ASPECT[1]))
-    crop_height = min(height, round(width / CROP_ASPECT[0]))
-    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height

@@ -12,8 +12,10 @@ from transformers import BertTokenizer, CLIPImageProcessorPil
 from mmkd.data.batches import PairBatches
 from mmkd.data.features import FeatureWriter, TeacherFeatures
 from mmkd.data.images import UnreadableImage, open_image
-from mmkd.data.pairs import Collate, GlobalBatchSampler, PairDataset, center_crop, random_crop
+from mmkd.data.pairs import Collate, GlobalBatchSampler, PairDataset, center_crop
+from mmkd.data.pixels import random_crop, read_pixels, to_tensor
 from mmkd.data.records import Pair, open_pairs, write_manifest
+from mmkd.embed import PixelStatistics, normalized_pixels
 from modeling_mmkd import MMKDClipProcessor
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -87,7 +89,8 @@ def test_center_crop_equals_the_processor(folder):
     batch = Collate(WordProcessor(), 77)([dataset[index] for index in range(len(dataset))])
     images = [Image.open(folder.image_path(pair)) for pair in folder.pairs]
     expected = processor(images, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(batch["pixel_values"], expected, atol=1e-5, rtol=0)
+    pixels = normalized_pixels(batch["pixel_values"], batch["pixel_statistics"])
+    torch.testing.assert_close(pixels, expected[batch["index"]], atol=1e-5, rtol=0)
 
 
 def test_center_crop_equals_the_authors(shared_data, golden):
@@ -127,11 +130,11 @@ def test_random_crop_takes_most_of_the_image():
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (150, 1))).convert("RGB")
     generator = np.random.default_rng(0)
     for _ in range(50):
-        pixels = np.asarray(random_crop(ramp, 32, generator))[16, :, 0].astype(int)
+        pixels = random_crop(to_tensor(ramp), 32, generator).numpy()[0, 16].astype(int)
         assert pixels[-1] - pixels[0] > 0.75 * 200
         assert (np.diff(pixels) >= 0).all()
-    panorama = random_crop(Image.new("RGB", (900, 100)), 32, generator)  # no draw fits
-    assert panorama.size == (32, 32)
+    panorama = random_crop(to_tensor(Image.new("RGB", (900, 100))), 32, generator)  # no draw fits
+    assert panorama.shape == (3, 32, 32)
 
 
 def test_large_jpeg_is_decoded_at_reduced_size_and_looks_the_same(tmp_path):
@@ -142,20 +145,23 @@ def test_large_jpeg_is_decoded_at_reduced_size_and_looks_the_same(tmp_path):
     image.save(tmp_path / "images" / "b.png")
     write_manifest(tmp_path, [Pair("a", "a.jpg", "c"), Pair("b", "b.png", "c")])
     dataset = PairDataset(open_pairs(tmp_path), 64, crop="random", seed=0)
-    full = random_crop(image, 64, np.random.default_rng([0, 0, 0]))
-    reduced = dataset[0]["pixel_values"].numpy().transpose(1, 2, 0)
-    assert np.abs(reduced.astype(int) - np.asarray(full).astype(int)).max() <= 4
+    full = random_crop(to_tensor(image), 64, np.random.default_rng([0, 0, 0]))
+    assert (dataset[0]["pixel_values"].int() - full.int()).abs().max() <= 4
+    assert read_pixels(tmp_path / "images" / "a.jpg", draft_side=128).shape == (3, 150, 200)
+    assert read_pixels(tmp_path / "images" / "a.jpg", draft_side=151).shape == (3, 300, 400)
+    assert read_pixels(tmp_path / "images" / "a.jpg").shape == (3, 1200, 1600)
 
 
 def test_batch(folder):
     dataset = PairDataset(folder, 16, crop="center")
     batch = Collate(WordProcessor(), 4)([dataset[index] for index in (7, 0, 2)])
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
-    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["pixel_values"].dtype == torch.uint8
+    assert batch["pixel_statistics"] == PixelStatistics(MEAN, STD)
     assert batch["input_ids"].shape == (3, 4)
-    assert batch["attention_mask"].sum(1).tolist() == [4, 1, 3]
-    assert batch["index"].tolist() == [7, 0, 2]
-    assert batch["ids"] == ["p7", "p0", "p2"]
+    assert batch["attention_mask"].sum(1).tolist() == batch["text_lengths"] == [4, 3, 1]
+    assert batch["index"].tolist() == [7, 2, 0]
+    assert batch["ids"] == ["p7", "p2", "p0"]
     assert "teachers" not in batch
 
 
@@ -181,7 +187,12 @@ def test_screened_teachers_are_masked(folder, tmp_path):
     for item, teachers in zip(items, (None, ("plip", "bmca"), (), None), strict=True):
         item["teachers"] = teachers
     batch = Collate(WordProcessor(), 4, features)(items)
-    assert batch["teachers"]["plip"]["mask"].tolist() == [True, True, False, False]
+    assert dict(zip(batch["ids"], batch["teachers"]["plip"]["mask"].tolist(), strict=True)) == {
+        "p0": True,
+        "p1": True,
+        "p2": False,
+        "p3": False,
+    }
     assert batch["teachers"]["plip"]["image"].shape == (4, 5)
 
 

@@ -1,0 +1,133 @@
+"""The student's features of a batch of pairs: pixels normalized where the model is, captions in chunks of like length.
+
+Padding every caption to the longest of a large batch makes two thirds of the text tower's work padding. `Collate` hands
+over each batch with its longest captions first; here the text tower takes it in a few runs of neighbouring rows, each
+padded to its own longest. The features are the same to rounding, and so is the loss: no row depends on another, and
+nothing is moved between batches, whose members are each other's negatives. The number of runs depends on the number of
+rows alone, so that processes that share a sharded model call its layers equally often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MOST_CHUNKS = 8
+LEAST_ROWS = 8  # of a chunk on average: below, a chunk costs more to start than its padding would
+
+
+@dataclass(frozen=True)
+class PixelStatistics:
+    """Mean and standard deviation of each channel, of values from 0 to 1; a loader would make lists of tuples."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def embed(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run the student on a batch of pairs.
+
+    Args:
+        model: takes ``pixel_values``, ``input_ids`` with ``attention_mask``, or all three, and gives ``image_embeds``
+            and ``text_embeds``.
+        batch: ``pixel_values`` (rows, 3, size, size), normalized, or uint8 beside ``pixel_statistics``; ``input_ids``
+            and ``attention_mask`` (rows, tokens); ``text_lengths``, a list with the tokens of each row, without which
+            the captions are taken in one run.
+
+    Returns:
+        Unit-norm ``image`` and ``text`` features (rows, dim), in fp32.
+    """
+    pixels, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
+    if "pixel_statistics" in batch:
+        pixels = normalized_pixels(pixels, batch["pixel_statistics"])
+    chunks = text_chunks(batch["text_lengths"]) if "text_lengths" in batch else []
+    if len(chunks) < 2:
+        output = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
+        images, texts = output.image_embeds, output.text_embeds
+    else:
+        images = model(pixel_values=pixels).image_embeds
+        runs = [(ids[start:stop, :longest], mask[start:stop, :longest]) for start, stop, longest in chunks]
+        texts = torch.cat([model(input_ids=run, attention_mask=run_mask).text_embeds for run, run_mask in runs])
+    return {"image": F.normalize(images.float(), dim=1), "text": F.normalize(texts.float(), dim=1)}
+
+
+def normalized_pixels(pixels: Tensor, statistics: PixelStatistics) -> Tensor:
+    """``(pixels / 255 - mean) / std`` for each channel.
+
+    Args:
+        pixels: (rows, 3, height, width) uint8.
+        statistics: mean and standard deviation of each channel.
+
+    Returns:
+        (rows, 3, height, width) float32, on the device of ``pixels``.
+    """
+    scale, shift = _scale_and_shift(statistics, pixels.device)
+    return pixels.float().mul_(scale).add_(shift)
+
+
+def text_chunks(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of neighbouring rows with the fewest padded tokens, as many as the number of rows allows.
+
+    Args:
+        lengths: tokens of each row. Rows in descending order make the most of it; in any other order the runs are
+            correct, but only the first row's length is sure to be used well.
+
+    Returns:
+        ``(start, stop, longest)`` of each run, together all rows.
+    """
+    rows = len(lengths)
+    count = max(1, min(MOST_CHUNKS, rows // LEAST_ROWS))
+    if count == 1 or any(lengths[row] < lengths[row + 1] for row in range(rows - 1)):
+        bounds = np.linspace(0, rows, count + 1).astype(int).tolist()
+    else:
+        bounds = _best_bounds(np.asarray(lengths), count)
+    return [(start, stop, max(lengths[start:stop])) for start, stop in pairwise(bounds)]
+
+
+def padding_free_share(lengths: Sequence[int]) -> float:
+    """Tokens that captions have, of the tokens that the text tower processes."""
+    processed = sum((stop - start) * longest for start, stop, longest in text_chunks(lengths))
+    return sum(lengths) / processed
+
+
+def _best_bounds(lengths: np.ndarray, count: int) -> list[int]:
+    """Where to cut rows of descending length into `count` runs so that the sum of rows x longest is smallest.
+
+    Cuts lie between different lengths, of which there are at most as many as the context has tokens; the best cuts for
+    k runs follow from those for k - 1. With fewer different lengths than runs, runs of equal rows are halved.
+    """
+    firsts = np.concatenate([[0], np.flatnonzero(np.diff(lengths)) + 1])
+    edges = np.append(firsts, len(lengths))
+    cost = (edges[None, :] - firsts[:, None]) * lengths[firsts][:, None].astype(float)
+    cost[edges[None, :] <= firsts[:, None]] = np.inf  # (first, edge): a run from a first row to before an edge
+    total, choices = cost[0], []
+    for _ in range(min(count, len(firsts)) - 1):
+        candidates = total[:-1][:, None] + cost  # the run before ends where this one begins
+        choices.append(candidates.argmin(axis=0))
+        total = candidates.min(axis=0)
+    place, bounds = len(edges) - 1, [len(lengths)]
+    for choice in reversed(choices):
+        place = int(choice[place])
+        bounds.append(int(edges[place]))
+    bounds = [0, *reversed(bounds)]
+    while len(bounds) <= count:
+        widest = int(np.argmax(np.diff(bounds)))
+        bounds.insert(widest + 1, (bounds[widest] + bounds[widest + 1]) // 2)
+    return bounds
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(statistics: PixelStatistics, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and summand (1, 3, 1, 1) that normalize values of 0-255; kept, since making them waits for the device."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (statistics.mean, statistics.std)
+    )
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
