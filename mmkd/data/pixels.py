@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mmkd.data.archives import ArchivedFile
 from mmkd.data.images import MINIMUM_SIDE, check_size, finish_image, open_header, orientation, read_image_bytes
 
 try:
@@ -32,11 +33,13 @@ JPEG_START = b"\xff\xd8\xff"
 METADATA_MARKER, SCAN_MARKER = 0xE1, 0xDA  # APP1: EXIF or XMP, either of which may turn the image; SOS: pixels follow
 
 
-def read_pixels(source: Path | bytes, minimum_side: int = MINIMUM_SIDE, draft_side: int | None = None) -> Tensor:
+def read_pixels(
+    source: Path | ArchivedFile | bytes, minimum_side: int = MINIMUM_SIDE, draft_side: int | None = None
+) -> Tensor:
     """Decode an image as 8-bit RGB, the pixels of `open_image`.
 
     Args:
-        source: the file, or its bytes.
+        source: the file, alone or inside a tar file, or its bytes.
         minimum_side: images with a shorter side than this many pixels are refused.
         draft_side: decode JPEG at 1/2, 1/4 or 1/8 size where both sides still have at least this many pixels.
 
