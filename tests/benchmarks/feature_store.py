@@ -1,0 +1,197 @@
+"""Reading teacher features: this project's store against the authors' form, one small ``.pt`` file a pair.
+
+    python tests/benchmarks/feature_store.py                          # shuffled batches, page cache warm
+    python tests/benchmarks/feature_store.py --open_pairs 20000000    # and what opening a store of that size takes
+
+Both sides read the same random batches of 1,024 pairs and, for each pair, the image and text feature of one random
+teacher among those available for it; sides alternate batch by batch in one process on one thread. The baseline is one
+``torch.load`` a pair and a stack, as the released training code does; nothing else is counted to it. The last line is
+JSON; ``ratio`` is pairs per second of ours over the baseline's, by medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from mmkd.data.feature_shards import write_shard
+from mmkd.data.feature_store import FeatureStore, close_store
+from mmkd.data.features import SHARD_SIZE, FeatureWriter, TeacherFeatures
+
+WIDTHS = {"BMCA": 768, "PMCCLIP": 768} | dict.fromkeys(
+    ("BiomedCLIP", "UniMedCLIP", "QuiltNet", "GenMedClip", "PLIP", "PUBMEDCLIP"), 512
+)
+AVAILABLE = 6  # teachers a pair, the published mean being 6.6
+BATCH = 1024
+
+
+def main() -> None:
+    """Write both forms into a temporary folder, read them, print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=8192)
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32", "int8"])
+    parser.add_argument("--open_pairs", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.open_pairs:
+            measure_opening(Path(folder) / "large", options.open_pairs)
+        measure_reading(Path(folder), options.pairs, options.batches, options.dtype)
+
+
+def measure_reading(folder: Path, pairs: int, batches: int, dtype: str) -> None:
+    """Alternate the two forms over the same batches, and compare what they give."""
+    generator = np.random.default_rng(0)
+    ids = [generator.bytes(16).hex() for _ in range(pairs)]
+    names = list(WIDTHS)
+    available = [sorted(generator.permutation(len(names))[:AVAILABLE].tolist()) for _ in ids]
+    write_both(folder, ids, available, dtype)
+    features = TeacherFeatures.open(folder / "stores")
+    files = {id: str(folder / "published" / id / "clips_output.pt") for id in ids}
+    times: dict[str, list[float]] = {"ours": [], "baseline": []}
+    for batch in range(batches + 1):  # the first warms the page cache and is not counted
+        rows = generator.integers(0, pairs, BATCH)
+        drawn = [(ids[row], names[generator.choice(available[row])]) for row in rows]
+        start = time.perf_counter()
+        theirs = read_published(files, drawn)
+        middle = time.perf_counter()
+        ours = read_store(features, drawn)
+        end = time.perf_counter()
+        compare(drawn, ours, theirs)
+        if batch:
+            times["baseline"].append(middle - start)
+            times["ours"].append(end - middle)
+    report(folder, times, dtype)
+
+
+def read_published(files: dict[str, str], drawn: list[tuple[str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """One torch.load a pair."""
+    found = []
+    for id, name in drawn:
+        features = torch.load(files[id], weights_only=True)
+        found.append((features[f"{name}_img"], features[f"{name}_txt"]))
+    return found
+
+
+def read_store(
+    features: TeacherFeatures, drawn: list[tuple[str, str]]
+) -> dict[str, tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """The pairs of each teacher together: teacher -> positions in the batch, image and text features."""
+    positions: dict[str, list[int]] = {}
+    for position, (_, name) in enumerate(drawn):
+        positions.setdefault(name, []).append(position)
+    found = {}
+    for name, chosen in positions.items():
+        image, text, _ = features.stores[name].lookup([drawn[position][0] for position in chosen])
+        found[name] = (chosen, image, text)
+    return found
+
+
+def compare(drawn, ours, theirs) -> None:  # type: ignore[no-untyped-def]
+    """Both sides must have read the same features."""
+    seen = 0
+    for positions, images, texts in ours.values():
+        for row, position in enumerate(positions):
+            for mine, other in ((images[row], theirs[position][0]), (texts[row], theirs[position][1])):
+                assert torch.nn.functional.cosine_similarity(mine, other.flatten(), dim=0) > 0.9999, drawn[position]
+            seen += 1
+    assert seen == len(drawn)
+
+
+def write_both(folder: Path, ids: list[str], available: list[list[int]], dtype: str) -> None:
+    """The same random unit vectors as the authors' files and as one store for each teacher."""
+    generator = torch.Generator().manual_seed(0)
+    names = list(WIDTHS)
+    vectors = {
+        name: torch.nn.functional.normalize(torch.randn(len(ids), 2, width, generator=generator), dim=-1)
+        for name, width in WIDTHS.items()
+    }
+    for row, id in enumerate(ids):
+        file = folder / "published" / id / "clips_output.pt"
+        file.parent.mkdir(parents=True)
+        sample = {}
+        for k in available[row]:
+            sample[f"{names[k]}_img"] = vectors[names[k]][row, 0].clone()
+            sample[f"{names[k]}_txt"] = vectors[names[k]][row, 1].clone()
+        torch.save(sample, file)
+    for k, name in enumerate(names):
+        rows = [row for row in range(len(ids)) if k in available[row]]
+        writer = FeatureWriter(folder / "stores" / name, name, dtype)  # type: ignore[arg-type]
+        for shard, start in enumerate(range(0, len(rows), SHARD_SIZE)):
+            chosen = vectors[name][rows[start : start + SHARD_SIZE]]
+            writer.write_shard(shard, chosen[:, 0], chosen[:, 1])
+        writer.finish([ids[row] for row in rows], {})
+
+
+def report(folder: Path, times: dict[str, list[float]], dtype: str) -> None:
+    """Medians, spread, bytes a number, and the JSON line."""
+    rates = {side: BATCH / statistics.median(seconds) for side, seconds in times.items()}
+    for side, seconds in times.items():
+        low, high = BATCH / max(seconds), BATCH / min(seconds)
+        print(f"{side}: {rates[side]:,.0f} pairs/s (slowest batch {low:,.0f}, fastest {high:,.0f})")
+    stores = [FeatureStore(path) for path in sorted((folder / "stores").iterdir())]
+    numbers = sum(2 * store.dim * len(store.ids) for store in stores)
+    size = sum(file.stat().st_size for file in (folder / "stores").rglob("*") if file.is_file())
+    print(f"{size / numbers:.3f} bytes a number stored as {dtype}, ids, index and headers included")
+    result = {"name": "feature_store", "ours": round(rates["ours"]), "baseline": round(rates["baseline"])}
+    print(json.dumps({**result, "unit": "pairs/s", "ratio": round(rates["ours"] / rates["baseline"], 1)}))
+
+
+def measure_opening(folder: Path, pairs: int) -> None:
+    """Open a store of that size in a fresh process; its features are holes in sparse files, its ids are real."""
+    folder.mkdir(parents=True)
+    files = []
+    for k, start in enumerate(range(0, pairs, SHARD_SIZE)):
+        files.append(folder / f"shard-{k:05d}.safetensors")
+        sparse_shard(files[-1], min(SHARD_SIZE, pairs - start), 512)
+    chunks = ([f"{row:032x}" for row in range(k, min(k + SHARD_SIZE, pairs))] for k in range(0, pairs, SHARD_SIZE))
+    close_store(folder, "large", "float16", files, chunks, {})
+    script = f"""
+import time, resource, numpy as np, torch
+from pathlib import Path
+from mmkd.data.features import TeacherFeatures
+torch.set_num_threads(1)
+def rss():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+before, start = rss(), time.perf_counter()
+features = TeacherFeatures.open(Path({str(folder)!r}))
+print(f"opening {{len(features.stores['large'].ids):,}} pairs: {{time.perf_counter() - start:.3f}} s, "
+      f"{{rss() - before:.0f}} MB")
+wanted = [[f"{{row:032x}}" for row in np.random.default_rng(k).integers(0, {pairs}, {BATCH})] for k in range(20)]
+for title in ("first touch", "warm"):
+    start = time.perf_counter()
+    for ids in wanted:
+        assert features.stores["large"].lookup(ids)[2].all()
+    print(f"batches of {BATCH} of {pairs:,}, {{title}}: {{(time.perf_counter() - start) / 20 * 1e3:.2f}} ms")
+"""
+    print(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout, end="")
+
+
+def sparse_shard(path: Path, rows: int, dim: int) -> None:
+    """A shard whose numbers are zero and take no space on disk."""
+    write_shard(path, torch.zeros(1, dim), torch.zeros(1, dim), "float16")
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["features"] |= {"shape": [rows, 2, dim], "data_offsets": [0, rows * 2 * dim * 2]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + rows * 2 * dim * 2)
+
+
+if __name__ == "__main__":
+    main()
