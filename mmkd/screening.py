@@ -2,7 +2,8 @@
 
 The paper's rule is unpublished; known is that kept pairs match their own caption best among their batch, and that a
 sample stays when at least five of nine teachers are kept. Comparing within one teacher only, by rank, makes teachers
-comparable whose similarities lie on different scales (0.08 for one, 0.5 for another). An image and another pair's
+comparable whose similarities lie on different scales (0.08 for one, 0.5 for another). Mismatches come from one pool of
+random pairs, drawn once, so that any number of pairs can pass by one after the other. An image and another pair's
 caption in the very same words are no mismatch and are left out of the comparison.
 """
 
@@ -10,53 +11,82 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Rule = Literal["percentile", "paper", "all"]
+Rule = Literal["percentile", "rank", "all"]
 
 
-def available(image: Tensor, text: Tensor, captions: Sequence[str], rule: Rule, percentile: float) -> Tensor:
-    """Which pairs of a pool one teacher may teach.
+@dataclass(frozen=True)
+class Pool:
+    """What one teacher makes of random pairs.
 
-    ``percentile``: the pair's similarity is above this percentage of the teacher's mismatched similarities in the pool.
-    An untrained teacher passes ``100 - percentile`` percent of pairs.
-    ``paper``: the image's own caption ranks first among the pool's.
-    ``all``: every pair that has features.
+    Attributes:
+        captions: of the m pairs.
+        image: (m, dim) features, unit length.
+        text: (m, dim) features, unit length.
+    """
+
+    captions: Sequence[str]
+    image: Tensor
+    text: Tensor
+
+    def mismatched(self) -> Tensor:
+        """Similarities of images and captions that do not belong together, flat."""
+        similarity = self.image @ self.text.T
+        return similarity[_differ(self.captions, self.captions)]
+
+    def threshold(self, percentile: float) -> float:
+        """What this percentage of the mismatched similarities does not exceed; minus infinity where there are none."""
+        mismatched = self.mismatched()
+        rank = math.ceil(percentile / 100 * len(mismatched))
+        return -math.inf if rank == 0 else float(mismatched.kthvalue(rank).values)
+
+
+def above(image: Tensor, text: Tensor, threshold: float) -> Tensor:
+    """Whether the similarity of each of n pairs is above a threshold.
+
+    With the ``p``-th percentile of mismatches, a teacher that knows nothing passes ``100 - p`` percent of pairs.
+
+    Args:
+        image: (n, dim) image features, unit length.
+        text: (n, dim) text features of the same pairs, unit length.
+        threshold: see `Pool.threshold`.
+
+    Returns:
+        (n,) bool.
+    """
+    return (image * text).sum(dim=1) > threshold
+
+
+def within_top(image: Tensor, text: Tensor, captions: Sequence[str], pool: Pool, top: int) -> Tensor:
+    """Whether each image's own caption ranks among its best ``top`` when the pool's other captions compete.
 
     Args:
         image: (n, dim) image features, unit length.
         text: (n, dim) text features of the same pairs, unit length.
         captions: n captions.
-        rule: see above.
-        percentile: of the first rule, 0 to 100.
+        pool: who competes.
+        top: 1 for the first place alone; a tie counts against the own caption.
 
     Returns:
-        (n,) bool. A pair without a single mismatch passes, since nothing speaks against it.
+        (n,) bool.
     """
-    if rule == "all":
-        return torch.ones(len(image), dtype=torch.bool)
-    similarity = image @ text.T
-    own = similarity.diagonal()
-    codes = torch.tensor(np.unique(np.array(captions, dtype=object), return_inverse=True)[1])
-    mismatched = codes[:, None] != codes[None, :]
-    if rule == "paper":
-        return ~((similarity >= own[:, None]) & mismatched).any(dim=1)
-    beaten = math.ceil(percentile / 100 * int(mismatched.sum()))
-    if beaten == 0:
-        return torch.ones(len(image), dtype=torch.bool)
-    return own > similarity[mismatched].kthvalue(beaten).values
-
-
-def pools(count: int, size: int, seed: int) -> list[np.ndarray]:
-    """Positions 0 to ``count`` - 1, shared out at random among pools of about ``size``: mismatches are random pairs."""
-    order = np.random.default_rng(seed).permutation(count)
-    return np.array_split(order, max(1, round(count / size)))
+    own = (image * text).sum(dim=1, keepdim=True)
+    better = (image @ pool.text.T >= own) & _differ(captions, pool.captions)
+    return better.sum(dim=1) < top
 
 
 def default_minimum(teachers: int) -> int:
     """How many teachers must agree: the paper's five of nine, and the same share of fewer."""
     return min(5, max(1, round(5 / 9 * teachers)))
+
+
+def _differ(ones: Sequence[str], others: Sequence[str]) -> Tensor:
+    """Which captions are not the same words, (n, m) bool."""
+    codes = np.unique(np.array([*ones, *others], dtype=object), return_inverse=True)[1]
+    return torch.from_numpy(codes[: len(ones), None] != codes[None, len(ones) :])

@@ -3,27 +3,33 @@
     mmkd screen --pairs pairs --features features --output screened
 
 Only the training split is thinned out. Validation and test pairs all stay, because held-out data that the teachers had
-chosen would flatter the student; they carry their availability, compared within their own split. Images stay where they
-are: the new manifest points at the root of the old one.
+chosen would flatter the student; they carry their availability, compared within their own split. Pairs pass by one
+after the other, so that memory does not grow with them. Images stay where they are: the new manifest points at the root
+of the old one. ``report.json`` holds counts and histograms, ``report.svg`` draws them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from mmkd.data.choice import Choice, in_chunks, write_choice
 from mmkd.data.features import TeacherFeatures
-from mmkd.data.records import SPLITS, Pair, open_pairs, write_manifest
-from mmkd.files import atomic_folder, refuse_existing, write_json
-from mmkd.screening import Rule, available, default_minimum, pools
-from mmkd.settings import run, save_settings, setting
+from mmkd.data.pair import SPLITS, Pair
+from mmkd.data.records import PairFolder, open_pairs
+from mmkd.files import atomic_folder, atomic_write_text, refuse_existing, write_json
+from mmkd.screening import Pool, Rule, above, default_minimum, within_top
+from mmkd.screening_report import BINS, KEPT, OTHER_MODALITY, TOO_FEW, UNSEEN, ScreeningReport, draw
+from mmkd.settings import nearest, run, save_settings, setting
+
+Pools = dict[str, dict[str, Pool]]  # split -> teacher -> its pool
 
 
 @dataclass
@@ -34,17 +40,23 @@ class ScreenSettings:
     features: Path = setting(help="folder with one feature store for each teacher")
     output: Path = setting(help="folder to write: a manifest, images stay where they are")
     teachers: list[str] = setting(factory=list, help="teachers that are asked, by default all")
-    rule: Rule = setting("percentile", "above a percentile of mismatches | paper = own caption ranks first | all")
+    rule: Rule = setting("percentile", "above a percentile of mismatches | rank = own caption within --top | all")
     percentile: float = setting(80.0, "percentage of mismatched similarities that a pair's own must exceed")
-    minimum_teachers: int | None = setting(None, "teachers that must agree; none = 5 of 9, or that share of fewer")
-    pool: int = setting(1024, "pairs that are compared with each other")
+    top: int = setting(1, "rank of the own caption in the pool that still passes (rule rank)")
+    minimum_teachers: int | None = setting(
+        None, "teachers that must agree; none = 5 of 9, or that share of fewer; 0 keeps every pair"
+    )
+    modalities: list[str] = setting(
+        factory=list, help="training pairs of other modalities are dropped; empty keeps all"
+    )
+    pool: int = setting(1024, "random pairs of each split that give the mismatches")
     seed: int = setting(42, "of the pools")
     quiet: bool = setting(False, "no progress bar")
     overwrite: bool = setting(False, "replace OUTPUT")
 
 
 def main(settings: ScreenSettings) -> None:
-    """Screen, and write manifest and ``report.json``.
+    """Screen, and write manifest, ``report.json`` and ``report.svg``.
 
     Raises:
         FileNotFoundError: pairs or features are not there.
@@ -55,115 +67,162 @@ def main(settings: ScreenSettings) -> None:
     folder = open_pairs(settings.pairs)
     features = TeacherFeatures.open(settings.features, settings.teachers or None)
     minimum = check(settings, features)
-    names = availability(folder.pairs, features, settings)
-    has_features = set(features.ids)
-    outcome = [keep(pair, names[pair.id], pair.id in has_features, minimum) for pair in folder.pairs]
-    kept = [
-        dataclasses.replace(pair, teachers=names[pair.id])
-        for pair, reason in zip(folder.pairs, outcome, strict=True)
-        if reason == KEPT
-    ]
-    report = summary(folder.pairs, outcome, names, features, minimum)
-    if not report["train"]["kept"]:
-        raise ValueError(nothing_left(report, settings, minimum))
+    pools = draw_pools(folder, features, settings)
+    thresholds = {
+        split: {name: pool.threshold(settings.percentile) for name, pool in members.items()}
+        for split, members in pools.items()
+    }
+    report = ScreeningReport(features.names)
     with atomic_folder(settings.output, settings.overwrite) as output:
-        write_manifest(output, kept, images=folder.image_root)
-        write_json(output / "report.json", report)
+        write_choice(output, folder, choices(folder, features, pools, thresholds, report, minimum, settings))
+        summary = report.summary(minimum, about_pools(pools["train"], thresholds["train"], settings.rule))
+        if not summary["train"]["kept"]:
+            raise ValueError(nothing_left(summary, settings, minimum))
+        write_json(output / "report.json", summary)
+        atomic_write_text(output / "report.svg", draw(summary))
         save_settings(settings, output / "settings.yaml")
     if not settings.quiet:
-        train = report["train"]
+        train = summary["train"]
         dropped = ", ".join(f"{reason} {count}" for reason, count in train["dropped"].items() if count) or "none"
         print(f"{settings.output}: {train['kept']} of {train['pairs']} training pairs; dropped: {dropped}")
-
-
-KEPT, TOO_FEW, UNSEEN = "kept", "too few teachers agree", "no teacher has its features"
 
 
 def check(settings: ScreenSettings, features: TeacherFeatures) -> int:
     """The number of teachers that must agree; raises on settings out of range."""
     count = len(features.names)
     minimum = default_minimum(count) if settings.minimum_teachers is None else settings.minimum_teachers
-    if not 1 <= minimum <= count:
+    if not 0 <= minimum <= count:
         raise ValueError(
-            f"--minimum_teachers is {minimum}; {settings.features} has {count} teachers, so allowed: 1-{count}"
+            f"--minimum_teachers is {minimum}; {settings.features} has {count} teachers, so allowed: 0-{count}"
         )
-    if not 0 <= settings.percentile <= 100 or settings.pool < 2 or settings.seed < 0:
+    if not 0 <= settings.percentile <= 100 or settings.pool < 2 or settings.seed < 0 or settings.top < 1:
         raise ValueError(
-            f"--percentile {settings.percentile} must be 0 to 100, --pool {settings.pool} at least 2, --seed at least 0"
+            f"--percentile {settings.percentile} must be 0 to 100, --pool {settings.pool} at least 2, --top "
+            f"{settings.top} at least 1, --seed {settings.seed} at least 0"
         )
     return minimum
 
 
-def availability(
-    pairs: Sequence[Pair], features: TeacherFeatures, settings: ScreenSettings
-) -> dict[str, tuple[str, ...]]:
-    """For each pair id the teachers that are available, pools being formed within each split."""
-    names: dict[str, tuple[str, ...]] = {}
-    with tqdm(total=len(pairs), desc="screening", unit="pair", disable=settings.quiet) as bar:
-        for split in SPLITS:
-            members = [pair for pair in pairs if pair.split == split]
-            for positions in pools(len(members), settings.pool, settings.seed) if members else []:
-                names |= pool_availability([members[k] for k in positions], features, settings)
-                bar.update(len(positions))
-    return names
+def draw_pools(folder: PairFolder, features: TeacherFeatures, settings: ScreenSettings) -> Pools:
+    """For each split and teacher random pairs that the teacher has seen.
+
+    Every pair gets a random number, those with the smallest ones are drawn: one pass, and the same pairs for all.
+
+    Raises:
+        ValueError: a modality is asked for that no training pair has.
+    """
+    generator = np.random.default_rng(settings.seed)
+    drawn: dict[str, list[tuple[float, str, str]]] = {split: [] for split in SPLITS}
+    modalities: set[str] = set()
+    for _, pairs in in_chunks(folder.pairs):
+        seen, numbers = features.seen([pair.id for pair in pairs]), generator.random(len(pairs))
+        for pair, known, number in zip(pairs, seen.tolist(), numbers.tolist(), strict=True):
+            modalities.add(pair.modality.lower())
+            if known:
+                drawn[pair.split].append((number, pair.id, pair.caption))
+        drawn = {split: sorted(members)[: settings.pool] for split, members in drawn.items()}
+    for name in settings.modalities:
+        if name.lower() not in modalities:
+            known_names = ", ".join(sorted(modalities))
+            raise ValueError(f"--modalities {name!r}{nearest(name.lower(), modalities)}: no such pair; {known_names}")
+    return {split: pools_of(members, features) for split, members in drawn.items()}
 
 
-def pool_availability(
-    pool: Sequence[Pair], features: TeacherFeatures, settings: ScreenSettings
-) -> dict[str, tuple[str, ...]]:
-    """The same for the pairs of one pool; a teacher is asked about the pairs it has seen."""
-    captions = [pair.caption for pair in pool]
-    passed: dict[str, torch.Tensor] = {}
-    for name, found in features.lookup([pair.id for pair in pool]).items():
+def pools_of(members: Sequence[tuple[float, str, str]], features: TeacherFeatures) -> dict[str, Pool]:
+    """Each teacher's pool among the drawn pairs of a split."""
+    captions = [caption for _, _, caption in members]
+    pools = {}
+    for name, found in features.lookup([id for _, id, _ in members]).items():
         mask = found["mask"]
-        seen = [caption for caption, known in zip(captions, mask.tolist(), strict=True) if known]
-        passed[name] = mask.clone()
-        passed[name][mask] = available(
-            found["image"][mask], found["text"][mask], seen, settings.rule, settings.percentile
-        )
-    return {pair.id: tuple(name for name, passes in passed.items() if bool(passes[k])) for k, pair in enumerate(pool)}
+        known = [caption for caption, seen in zip(captions, mask.tolist(), strict=True) if seen]
+        pools[name] = Pool(known, found["image"][mask], found["text"][mask])
+    return pools
 
 
-def keep(pair: Pair, teachers: tuple[str, ...], has_features: bool, minimum: int) -> str:
-    """Whether a pair stays, or why not; held-out pairs always do."""
-    if pair.split != "train" or len(teachers) >= minimum:
-        return KEPT
-    return TOO_FEW if has_features else UNSEEN
-
-
-def summary(
-    pairs: Sequence[Pair],
-    outcome: Sequence[str],
-    names: dict[str, tuple[str, ...]],
+def choices(
+    folder: PairFolder,
     features: TeacherFeatures,
+    pools: Pools,
+    thresholds: dict[str, dict[str, float]],
+    report: ScreeningReport,
     minimum: int,
-) -> dict[str, Any]:
-    """Counts that add up: training pairs = kept + dropped = sum of ``agreeing``; by modality and by teacher, too."""
-    train = [(pair, reason) for pair, reason in zip(pairs, outcome, strict=True) if pair.split == "train"]
-    reasons = Counter(reason for _, reason in train)
-    agreeing = Counter(len(names[pair.id]) for pair, _ in train)
-    teachers = Counter(name for pair, _ in train for name in names[pair.id])
-    modalities = Counter(pair.modality or "unnamed" for pair, _ in train)
-    kept_of = Counter(pair.modality or "unnamed" for pair, reason in train if reason == KEPT)
+    settings: ScreenSettings,
+) -> Iterator[Choice]:
+    """The pairs that stay, with their teachers, some thousands at a time; every pair is counted in the report."""
+    allowed = {name.lower() for name in settings.modalities}
+    with tqdm(total=len(folder.pairs), desc="screening", unit="pair", disable=settings.quiet) as bar:
+        for start, pairs in in_chunks(folder.pairs):
+            passed, seen = availability(pairs, features, pools, thresholds, report, settings)
+            kept: list[tuple[int, Pair]] = []
+            for k, pair in enumerate(pairs):
+                teachers = tuple(name for name in features.names if passed[name][k])
+                reason = keep(pair, teachers, bool(seen[k]), minimum, allowed)
+                report.add(pair, teachers, reason)
+                if reason == KEPT:
+                    kept.append((start + k, dataclasses.replace(pair, teachers=teachers)))
+            yield np.array([position for position, _ in kept], dtype=np.int64), [pair for _, pair in kept]
+            bar.update(len(pairs))
+
+
+def availability(
+    pairs: Sequence[Pair],
+    features: TeacherFeatures,
+    pools: Pools,
+    thresholds: dict[str, dict[str, float]],
+    report: ScreeningReport,
+    settings: ScreenSettings,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Which pairs each teacher is available for, (n,) bool: it has seen them and the rule of their split lets them.
+
+    Returns:
+        that by teacher, and which pairs any teacher has seen.
+    """
+    splits = np.array([pair.split for pair in pairs])
+    passed, seen = {}, np.zeros(len(pairs), dtype=bool)
+    for name, found in features.lookup([pair.id for pair in pairs]).items():
+        image, text, passes = found["image"], found["text"], found["mask"].clone()
+        for split in set(splits.tolist()):
+            rows = torch.from_numpy(splits == split) & found["mask"]
+            if split == "train":
+                report.add_similarities(name, (image[rows] * text[rows]).sum(dim=1).numpy())
+            if settings.rule == "percentile":
+                passes[rows] = above(image[rows], text[rows], thresholds[split][name])
+            elif settings.rule == "rank":
+                captions = [pairs[k].caption for k in rows.nonzero().flatten().tolist()]
+                passes[rows] = within_top(image[rows], text[rows], captions, pools[split][name], settings.top)
+        passed[name] = passes.numpy()
+        seen |= found["mask"].numpy()
+    return passed, seen
+
+
+def keep(pair: Pair, teachers: tuple[str, ...], seen: bool, minimum: int, modalities: set[str]) -> str:
+    """Whether a pair stays, or why not; held-out pairs always do."""
+    if pair.split != "train":
+        return KEPT
+    if modalities and pair.modality.lower() not in modalities:
+        return OTHER_MODALITY
+    if len(teachers) >= minimum:
+        return KEPT
+    return TOO_FEW if seen else UNSEEN
+
+
+def about_pools(pools: dict[str, Pool], thresholds: dict[str, float], rule: Rule) -> dict[str, dict[str, Any]]:
+    """Size, mismatches and threshold of each teacher's pool, for the report."""
     return {
-        "minimum_teachers": minimum,
-        "train": {
-            "pairs": len(train),
-            "kept": reasons[KEPT],
-            "dropped": {reason: reasons[reason] for reason in (TOO_FEW, UNSEEN)},
-        },
-        "held_out_kept_unscreened": len(pairs) - len(train),
-        "agreeing_teachers": {str(count): agreeing[count] for count in range(len(features.names) + 1)},
-        "available": {name: teachers[name] for name in features.names},
-        "modalities": {name: {"pairs": count, "kept": kept_of[name]} for name, count in sorted(modalities.items())},
+        name: {
+            "pool": len(pool.captions),
+            "threshold": thresholds[name] if rule == "percentile" and np.isfinite(thresholds[name]) else None,
+            "mismatched": np.histogram(pool.mismatched().clamp(-1, 1).numpy(), BINS)[0],
+        }
+        for name, pool in pools.items()
     }
 
 
-def nothing_left(report: dict[str, Any], settings: ScreenSettings, minimum: int) -> str:
+def nothing_left(summary: dict[str, Any], settings: ScreenSettings, minimum: int) -> str:
     """The error when every training pair is dropped."""
-    counts = ", ".join(f"{name} {count}" for name, count in report["available"].items())
+    counts = ", ".join(f"{name} {count}" for name, count in summary["available"].items())
     return (
-        f"none of the {report['train']['pairs']} training pairs of {settings.pairs} has {minimum} agreeing teachers "
+        f"none of the {summary['train']['pairs']} training pairs of {settings.pairs} has {minimum} agreeing teachers "
         f"(available: {counts}); lower --minimum_teachers or --percentile, or look whether features and pairs belong "
         "together"
     )

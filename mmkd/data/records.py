@@ -18,7 +18,7 @@ from mmkd.data.archives import ArchivedFile, archived_file
 from mmkd.data.pair import SPLITS, Pair
 from mmkd.data.pair_table import TABLE_FILE, PairTable, check_table
 from mmkd.data.published import META_FILE, read_json_lines, read_published
-from mmkd.files import atomic_write_text, read_json, write_json
+from mmkd.files import atomic_write_lines, read_json, write_json
 
 MANIFEST_FILE, FOLDER_FILE = "manifest.jsonl", "pairs.json"
 VERSION = 1
@@ -91,8 +91,8 @@ def write_manifest(folder: Path, pairs: Iterable[Pair], images: Path | None = No
         images: the image root, by default ``folder/images``; stored relative to ``folder``.
     """
     root = os.path.relpath(images, folder) if images is not None else "images"
-    lines = [json.dumps(_record(pair), ensure_ascii=False) + "\n" for pair in pairs]
-    atomic_write_text(folder / MANIFEST_FILE, "".join(lines))
+    lines = (json.dumps(_record(pair), ensure_ascii=False) + "\n" for pair in pairs)
+    atomic_write_lines(folder / MANIFEST_FILE, lines)
     write_json(folder / FOLDER_FILE, {"version": VERSION, "images": Path(root).as_posix()})
 
 

@@ -1,12 +1,15 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmkd.data.features import FeatureWriter
+from mmkd.data.features import FeatureWriter, TeacherFeatures
 from mmkd.data.records import Pair, open_pairs, write_manifest
-from mmkd.files import read_json
+from mmkd.files import read_json, write_json
+from mmkd.screening_report import ScreeningReport
 from mmkd.settings import parse
+from mmkd.train import screen
 from mmkd.train.screen import ScreenSettings, main
 
 SPLITS = ["train"] * 40 + ["validation"] * 6 + ["test"] * 6
@@ -56,7 +59,15 @@ def test_availability_and_report_add_up(work):
     assert sum(report["agreeing_teachers"].values()) == 40
     assert sum(n for count, n in report["agreeing_teachers"].items() if int(count) >= 2) == len(train)
     assert report["available"]["good"] == 40 and report["available"]["guessing"] < 20
-    assert report["modalities"]["ct"] == {"pairs": 20, "kept": 20}
+    assert (report["modalities"]["ct"]["pairs"], report["modalities"]["ct"]["kept"]) == (20, 20)
+    for name in ("good", "ct", "guessing"):
+        assert (
+            sum(modality["available"][name] for modality in report["modalities"].values()) == report["available"][name]
+        )
+        similarities = report["similarities"][name]
+        assert sum(similarities["own"].values()) == 40 and sum(similarities["mismatched"].values()) == 40 * 39
+    own, mismatched = (report["similarities"]["good"][side] for side in ("own", "mismatched"))
+    assert min(map(float, own)) > report["similarities"]["good"]["threshold"] > min(map(float, mismatched))
     assert sum(modality["pairs"] for modality in report["modalities"].values()) == 40
 
 
@@ -69,11 +80,82 @@ def test_held_out_pairs_stay_whatever_teachers_think(work):
     assert any(len(pair.teachers) < 3 for pair in held_out)
 
 
+def test_modalities_and_rules_by_setting(work):
+    folder, report = run("ct-only", "--modalities", "CT", "--minimum_teachers", "0")
+    assert [pair.id for pair in folder.pairs if pair.split == "train"] == [f"p{k}" for k in range(1, 40, 2)]
+    assert report["train"]["dropped"] == dict.fromkeys(report["train"]["dropped"], 0) | {"modality not asked for": 20}
+    everything, report = run("everything", "--rule", "all", "--minimum_teachers", "0")
+    assert len(everything.pairs) == 52 and report["available"] == {"ct": 40, "good": 40, "guessing": 40}
+    assert report["similarities"]["good"]["threshold"] is None
+    counts = [run(f"top-{k}", "--rule", "rank", "--top", str(k))[1]["available"]["guessing"] for k in (1, 20, 40)]
+    assert counts[0] < counts[1] < counts[2] == 40
+
+
+def test_the_picture_shows_every_teacher(work):
+    import xml.etree.ElementTree as xml
+
+    write_store("<b>&", [f"p{k}" for k in range(52)], torch.randn(52, 8), torch.randn(52, 8))
+    run("screened")
+    root = xml.parse("screened/report.svg").getroot()
+    labels = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert any(label.startswith("<b>&: ") for label in labels) and any(
+        label.startswith("good: 40 of") for label in labels
+    )
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) == 2 * 4
+
+
+def test_memory_does_not_grow_with_the_pairs(work, monkeypatch):
+    """Every look-up is of a chunk; a table of pairs is read in slices and written as it comes."""
+    import tracemalloc
+
+    from mmkd.data import choice
+
+    monkeypatch.setattr(choice, "CHUNK", 500)
+    peaks = []
+    for count in (1_000, 8_000):
+        write_manifest(Path("pairs"), [Pair(f"p{k}", f"{k}.png", f"caption {k}") for k in range(count)])
+        image = torch.nn.functional.normalize(torch.randn(count, 16), dim=1)
+        write_store("good", [f"p{k}" for k in range(count)], image, image)
+        folder, features = open_pairs(Path("pairs")), TeacherFeatures.open(Path("features"), ["good"])
+        settings = parse(
+            ScreenSettings, ["--pairs", "p", "--features", "f", "--output", "o", "--pool", "64", "--quiet"]
+        )
+        report = ScreeningReport(features.names)
+        tracemalloc.start()
+        pools = screen.draw_pools(folder, features, settings)
+        thresholds = {split: dict.fromkeys(features.names, 0.5) for split in pools}
+        chosen = screen.choices(folder, features, pools, thresholds, report, 1, settings)
+        choice.write_choice(Path("chosen"), folder, chosen)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert sum(report.reasons.values()) == count
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_a_table_gives_a_table_with_all_its_columns(work):
+    pa = pytest.importorskip("pyarrow")
+    pairs = list(open_pairs(Path("pairs")).pairs)
+    columns = {f.name: [getattr(p, f.name) for p in pairs] for f in dataclasses.fields(Pair)}
+    columns["image"] = [f"shards/0.tar@{k}+5" for k in range(len(pairs))]
+    columns["teachers"] = pa.array([None] * len(pairs), pa.list_(pa.string()))
+    table = pa.table({**columns, "mesh": [f"term {k}" for k in range(len(pairs))]})
+    Path("table").mkdir()
+    with pa.OSFile("table/manifest.arrow", "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    write_json(Path("table/pairs.json"), {"version": 1, "images": "images"})
+    expected, _ = run("screened", "--minimum_teachers", "3")
+    folder, _ = run("screened-table", "--pairs", "table", "--minimum_teachers", "3")
+    assert [(p.id, p.teachers) for p in folder.pairs] == [(p.id, p.teachers) for p in expected.pairs]
+    written = pa.ipc.open_file("screened-table/manifest.arrow").read_all()
+    assert written.column("mesh").to_pylist() == [f"term {p.id[1:]}" for p in folder.pairs]
+    assert folder.image_root.resolve() == (work / "table/images").resolve()
+
+
 def test_images_stay_where_they_are_and_bytes_repeat(work):
     folder, _ = run("a/screened")
     assert folder.image_root.resolve() == (work / "elsewhere/images").resolve()
     run("a/again")
-    for name in ("manifest.jsonl", "pairs.json", "report.json"):
+    for name in ("manifest.jsonl", "pairs.json", "report.json", "report.svg"):
         assert (work / "a/screened" / name).read_bytes() == (work / "a/again" / name).read_bytes()
 
 
@@ -89,8 +171,10 @@ def test_pairs_without_features_are_counted(work):
 
 def test_settings_that_cannot_work_and_nothing_left(work):
     for arguments, said in (
-        (["--minimum_teachers", "4"], "allowed: 1-3"),
-        (["--minimum_teachers", "0"], "allowed: 1-3"),
+        (["--minimum_teachers", "4"], "allowed: 0-3"),
+        (["--minimum_teachers", "-1"], "allowed: 0-3"),
+        (["--top", "0"], "at least 1"),
+        (["--modalities", "ct,mry"], "did you mean 'mri'"),
         (["--percentile", "101"], "0 to 100"),
         (["--pool", "1"], "at least 2"),
         (["--teachers", "absent"], "no features of absent"),
@@ -106,9 +190,9 @@ def test_settings_that_cannot_work_and_nothing_left(work):
 
 
 def test_the_authors_samples_are_all_kept(shared_data, tmp_path):
-    """With the paper's rule and ours, every teacher the authors kept for a sample is available for it."""
+    """By either rule, every teacher the authors kept for a sample is available for it."""
     published = shared_data / "mmkd_clip_official" / "MMKDCLIP_DATA"
-    for rule in ("percentile", "paper"):
+    for rule in ("percentile", "rank"):
         arguments = ["--pairs", str(published), "--features", str(published), "--output", str(tmp_path / rule)]
         main(parse(ScreenSettings, [*arguments, "--rule", rule, "--minimum_teachers", "5", "--quiet"]))
         found = {pair.id: set(pair.teachers) for pair in open_pairs(tmp_path / rule).pairs}
