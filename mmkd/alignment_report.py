@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkd.aligner import MODALITIES, Aligner, Features
+from mmkd.alignment import MODALITIES, Aligner, Features
 
 
 def alignment_report(features: Features, aligner: Aligner) -> dict[str, Any]:

@@ -59,6 +59,16 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return total / world_size()
 
 
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over processes, without gradient; exact for integers."""
+    return _reduced(values, dist.ReduceOp.SUM) if _initialized() else values.detach()
+
+
+def maximum_over_processes(values: Tensor) -> Tensor:
+    """The largest of each element over processes, without gradient."""
+    return _reduced(values, dist.ReduceOp.MAX) if _initialized() else values.detach()
+
+
 def gather_lists(items: list[str]) -> list[str]:
     """The items of all processes in rank order."""
     if not _initialized():
@@ -165,6 +175,14 @@ class _Gather(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.narrow(0, rank() * ctx.rows, ctx.rows)
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
+    """Reduced where the process group works: NCCL takes nothing on the CPU."""
+    place = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else values.device
+    result = values.detach().to(place, copy=True)
+    dist.all_reduce(result, op=operation)
+    return result.to(values.device)
 
 
 def _initialized() -> bool:

@@ -15,21 +15,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkd import losses
-from mmkd.aligner import MODALITIES, AutoencoderAligner
+from mmkd.affinity import affinity, relational
+from mmkd.alignment import MODALITIES
+from mmkd.autoencoder import AutoencoderAligner
+from mmkd.chunked import Block
+from mmkd.distill_options import ALIGNED_LOSSES, DistillOptions
 from mmkd.distributed import gather, rank
 from mmkd.embed import embed
-from mmkd.settings import nearest
-
-DISTILL_LOSSES = ("task", "feature", "interactive", "relational")
-ALIGNED_LOSSES = ("feature", "interactive")
+from mmkd.heads import TeacherHeads, angular_error, mean_over_teachers, standardized_error
+from mmkd.targets import TeacherWeights, Weights, combined_target, drawn_teacher
+from mmkd.teacher_views import TeacherViews, teacher_weights
 
 
 class Embeddings(NamedTuple):
@@ -82,48 +84,46 @@ class DistillObjective(Objective):
     ``loss = sum of weights[name] * part``, with the parts
 
     - task: InfoNCE with the captions,
+    - affinity: the student's image-text softmax against the mean of the teachers', from raw features,
     - feature: the student's features against a target made of the aligned features of the sample's teachers,
     - interactive: the student's features against those targets of the whole batch, across modalities,
-    - relational: the student's neighbours within a modality against those of every teacher, from raw features.
+    - relational: the student's neighbours within a modality against those of every teacher, from raw features,
+    - heads: what a head for each teacher makes of the student's features against that teacher's raw features.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        weights: Mapping[str, float],
+        options: DistillOptions,
         *,
-        target: Literal["mean", "random"] = "mean",
-        target_norm: Literal["unit", "stored"] = "unit",
-        feature_form: Literal["cosine", "squared"] = "cosine",
-        interactive_scale: Literal["learnable", "constant"] = "learnable",
-        relational_scale: float = 20.0,
         seed: int = 0,
+        settled: TeacherWeights | None = None,
+        heads: TeacherHeads | None = None,
+        dispersions: Mapping[str, float] | None = None,
     ) -> None:
-        """Choose the losses; the paper's recipe is random, stored, squared and constant.
+        """Put the student and the losses that `options` name together.
 
         Args:
-            model: the student. Its ``logit_scale`` is frozen when the task loss has no weight.
-            weights: weight of each loss; those not named are zero.
-            target: the mean of the sample's available teachers, or one of them drawn anew each epoch.
-            target_norm: targets of unit norm, or as stored.
-            feature_form: ``1 - cos`` or the mean squared difference.
-            interactive_scale: exponentiated and learned from 1/0.07, or the constant ln(1/0.07).
-            relational_scale: inverse temperature of the relational loss.
-            seed: of the draw of teachers, which depends on it, the epoch and the pair's index alone.
-
-        Raises:
-            ValueError: an unknown loss, a negative weight, or no weight above zero.
+            model: the student. Its ``logit_scale`` is frozen when no loss with a weight uses it.
+            options: weights, temperatures, targets.
+            seed: of random choices, which depend on it, the epoch and the pair's index alone.
+            settled: weights of teachers by pair, by default all alike.
+            heads: needed when the heads loss has a weight.
+            dispersions: ``MODALITY/TEACHER`` to the angular dispersion, when heads learn by angle.
         """
         super().__init__()
-        self.weights = checked_weights(weights)
-        self.model = model
-        self.target, self.target_norm, self.feature_form = target, target_norm, feature_form
-        self.relational_scale, self.seed = relational_scale, seed
-        if self.weights["task"] == 0:
+        self.model, self.options, self.seed = model, options, seed
+        self.settled, self.heads, self.dispersions = settled, heads, dict(dispersions or {})
+        self.weights = options.losses
+        shared = self.weights["affinity"] > 0 and options.affinity_scale == "shared"
+        if self.weights["task"] == 0 and not shared:
             model.get_parameter("logit_scale").requires_grad_(False)
         self.interactive_logit_scale: nn.Parameter | None = None
-        if self.weights["interactive"] > 0 and interactive_scale == "learnable":
+        if self.weights["interactive"] > 0 and options.interactive_scale == "learnable":
             self.interactive_logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
+        self.affinity_logit_scale: nn.Parameter | None = None
+        if self.weights["affinity"] > 0 and options.affinity_scale == "own":
+            self.affinity_logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Unit-norm ``image`` and ``text`` features of the student, `(rows, dim)`."""
@@ -133,56 +133,76 @@ class DistillObjective(Objective):
         """``loss`` and every part that has a weight, unweighted."""
         student = gathered(embeddings)
         parts: dict[str, Tensor] = {}
+        raw = TeacherViews(batch, student.row_offset, self.options) if self.options.reasons_for_raw() else None
+        counted = teacher_weights(batch, self.options, self.settled, self.seed, raw)
         if self.weights["task"]:
-            parts["task"] = _task_loss(student, self.model)
+            excluded = None if raw is None else raw.false_negatives()
+            parts["task"] = _task_loss(student, self.model, excluded)
         if any(self.weights[name] for name in ALIGNED_LOSSES):
-            parts |= self._aligned_losses(student, batch)
-        if self.weights["relational"]:
-            parts["relational"] = self._relational_loss(student, batch["teachers"])
+            parts |= self._aligned_losses(student, batch["aligned"], counted, batch)
+        if raw is not None:
+            parts |= self._raw_losses(student, raw, counted)
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return {"loss": total, **parts}
 
-    def _aligned_losses(self, student: Embeddings, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        image, text, available = self._targets(batch)
+    def _aligned_losses(
+        self, student: Embeddings, aligned: Mapping[str, Any], counted: Weights, batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        names, form, options = sorted(aligned), self.options.target, self.options
+        weights = torch.stack([counted[name] for name in names], dim=1)
+        if form == "random":
+            weights = drawn_teacher(weights > 0, self.seed, batch["epoch"], batch["index"]).float()
+        unit, known = options.target_norm == "unit", weights.sum(dim=1) > 0
+        image, text = (
+            combined_target(
+                torch.stack([aligned[name][modality].float() for name in names], dim=1),
+                weights,
+                "leave_one_out" if form == "leave_one_out" else "mean",
+                unit,
+            )
+            for modality in MODALITIES
+        )
         parts = {}
         if self.weights["feature"]:
-            form = losses.feature_cosine if self.feature_form == "cosine" else losses.feature_squared
-            parts["feature"] = form(student.image, image, available) + form(student.text, text, available)
+            error = losses.feature_cosine if options.feature_form == "cosine" else losses.feature_squared
+            parts["feature"] = error(student.image, image, known) + error(student.text, text, known)
         if self.weights["interactive"]:
             learned = self.interactive_logit_scale
             scale = losses.PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
-            columns = gather(image), gather(text), gather(available)
+            columns = gather(image), gather(text), gather(known)
             parts["interactive"] = losses.interactive(student.image, student.text, *columns, scale, student.row_offset)
         return parts
 
-    def _targets(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Image and text targets `(rows, dim)` and whether there is one `(rows,)`."""
-        aligned = batch["aligned"]
-        names = sorted(aligned)
-        mask = torch.stack([aligned[name]["mask"] for name in names], dim=1)
-        share = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        if self.target == "random":
-            share = drawn_teacher(mask, self.seed, batch["epoch"], batch["index"]).float()
-        targets = []
-        for modality in MODALITIES:
-            features = torch.stack([aligned[name][modality].float() for name in names], dim=1)
-            if self.target_norm == "unit":
-                target = (F.normalize(features, dim=2) * share[:, :, None]).sum(dim=1)
-                targets.append(F.normalize(target, dim=1))
-            else:
-                targets.append((features * share[:, :, None]).sum(dim=1))
-        return targets[0], targets[1], mask.any(dim=1)
+    def _raw_losses(self, student: Embeddings, raw: TeacherViews, counted: Weights) -> dict[str, Tensor]:
+        parts = {}
+        image, text, all_images, all_texts, row_offset = student
+        if self.weights["affinity"]:
+            own = self.affinity_logit_scale
+            scale = (self.model.get_parameter("logit_scale") if own is None else own).float().exp()
+            views = raw.across("image", counted), raw.across("text", counted)
+            parts["affinity"] = affinity(image, text, all_images, all_texts, *views, scale)
+        if self.weights["relational"]:
+            fixed = self.options.relational_scale
+            of_images = relational(image, all_images, raw.within("image", counted), fixed, row_offset)
+            of_texts = relational(text, all_texts, raw.within("text", counted), fixed, row_offset)
+            parts["relational"] = (of_images + of_texts) / 2
+        if self.weights["heads"]:
+            parts["heads"] = self._heads_loss({"image": image, "text": text}, raw.teachers, counted)
+        return parts
 
-    def _relational_loss(self, student: Embeddings, teachers: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        known = [(teacher["mask"], gather(teacher["mask"])) for teacher in teachers.values()]
-        total = student.image.new_zeros(())
-        for modality, rows, columns in (
-            ("image", student.image, student.all_images),
-            ("text", student.text, student.all_texts),
-        ):
-            features = [F.normalize(teacher[modality].float(), dim=1) for teacher in teachers.values()]
-            both = [(feature, gather(feature)) for feature in features]
-            total = total + losses.relational(rows, columns, both, known, self.relational_scale, student.row_offset) / 2
+    def _heads_loss(self, student: Mapping[str, Tensor], teachers: Mapping[str, Any], counted: Weights) -> Tensor:
+        assert self.heads is not None
+        total = student["image"].new_zeros(())
+        for modality in MODALITIES:
+            errors = {}
+            for name, teacher in teachers.items():
+                said = self.heads(name, student[modality], modality)
+                target = self.heads.targets(name, teacher[modality], modality)
+                dispersion = self.dispersions.get(f"{modality}/{name}")
+                errors[name] = (
+                    standardized_error(said, target) if dispersion is None else angular_error(said, target, dispersion)
+                )
+            total = total + mean_over_teachers(errors, counted) / 2
         return total
 
 
@@ -220,58 +240,7 @@ def gathered(embeddings: Mapping[str, Tensor]) -> Embeddings:
     return Embeddings(image, text, gather(image), gather(text), rank() * len(image))
 
 
-def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    """A weight for each of `DISTILL_LOSSES`, zero where none is given.
-
-    Raises:
-        ValueError: an unknown loss, a negative weight, or no weight above zero.
-    """
-    for name, weight in weights.items():
-        if name not in DISTILL_LOSSES:
-            raise ValueError(
-                f"unknown loss {name!r}{nearest(name, DISTILL_LOSSES)}; allowed: {', '.join(DISTILL_LOSSES)}"
-            )
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"the weight of {name} is {weight}; it must be finite and at least 0")
-    if not any(weights.values()):
-        raise ValueError(f"no loss has a weight above 0; give one of {', '.join(DISTILL_LOSSES)}")
-    return {name: float(weights.get(name, 0.0)) for name in DISTILL_LOSSES}
-
-
-def require_width(widths: Mapping[str, int], dim: int) -> None:
-    """Refuse targets that the student's features cannot be compared with.
-
-    Raises:
-        ValueError: a teacher's features are not `dim` wide; the message names it.
-    """
-    wrong = {name: width for name, width in widths.items() if width != dim}
-    if wrong:
-        listed = ", ".join(f"{name} {width}" for name, width in wrong.items())
-        raise ValueError(
-            f"the losses {' and '.join(ALIGNED_LOSSES)} need targets as wide as the student's features ({dim}), "
-            f"but these teachers are not: {listed}; align them with `mmkd align --dim {dim}`, or set both weights to 0"
-        )
-
-
-def drawn_teacher(mask: Tensor, seed: int, epoch: int, index: Tensor) -> Tensor:
-    """One available teacher for each sample, drawn uniformly from (seed, epoch, pair index) alone.
-
-    Args:
-        mask: `(rows, teachers)` bool, the available ones.
-        seed: at least 0.
-        epoch: number of the epoch.
-        index: `(rows,)` the pairs' indices.
-
-    Returns:
-        `(rows, teachers)` bool with one True a row, none where no teacher is available.
-    """
-    draws = [np.random.default_rng([seed, epoch, pair]).random() for pair in index.tolist()]
-    number = (torch.tensor(draws, device=mask.device) * mask.sum(dim=1)).long()
-    return mask & (mask.cumsum(dim=1) == number[:, None] + 1)
-
-
-def _task_loss(student: Embeddings, model: nn.Module) -> Tensor:
+def _task_loss(student: Embeddings, model: nn.Module, excluded: Block | None = None) -> Tensor:
     image, text, all_images, all_texts, row_offset = student
-    return losses.contrastive(
-        image, text, all_images, all_texts, model.get_parameter("logit_scale").float().exp(), row_offset
-    )
+    scale = model.get_parameter("logit_scale").float().exp()
+    return losses.contrastive(image, text, all_images, all_texts, scale, row_offset, excluded)

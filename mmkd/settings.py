@@ -27,10 +27,20 @@ T = TypeVar("T")
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
 
-def setting(default: Any = dataclasses.MISSING, help: str = "", *, factory: Callable[[], Any] | None = None) -> Any:
-    """A dataclass field with a help text; without a default or factory the setting is required."""
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    factory: Callable[[], Any] | None = None,
+    preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Any:
+    """A dataclass field with a help text; without a default or factory the setting is required.
+
+    ``preset`` belongs to a mapping: from the other settings that are given to what ``--mapping.entry value`` changes
+    when the mapping itself is not given.
+    """
     if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata={"help": help})
+        return dataclasses.field(default_factory=factory, metadata={"help": help, "preset": preset})
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
@@ -80,8 +90,13 @@ def given_values(settings_class: type, argv: list[str]) -> dict[str, Any]:
     for path in [value for key, value in given if key == "config" and is_yaml]:
         _merge_yaml(values, Path(path), hints, merged)
     for key, text in given:
-        if key != "config" or not is_yaml:
-            _set(values, key, text, hints)
+        if "." not in key and (key != "config" or not is_yaml):
+            values[key] = _convert(key, text, hints[key])
+            merged.add(key)
+    presets = {field.name: field.metadata.get("preset") for field in mappings if field.name not in merged}
+    for key, text in given:
+        if "." in key:
+            _set_entry(values, key, text, hints, presets)
     return values
 
 
@@ -198,13 +213,13 @@ def _merge_yaml(values: dict[str, Any], path: Path, hints: dict[str, Any], merge
             raise ValueError(f"{path}: {error}") from None
 
 
-def _set(values: dict[str, Any], key: str, text: str, hints: dict[str, Any]) -> None:
-    name, dot, entry = key.partition(".")
-    if dot:
-        entry_type = get_args(_bare(hints[name]))[1]
-        values[name] = {**values.get(name, {}), entry: _convert(key, text, entry_type)}
-    else:
-        values[name] = _convert(name, text, hints[name])
+def _set_entry(values: dict[str, Any], key: str, text: str, hints: dict[str, Any], presets: dict[str, Any]) -> None:
+    """One entry of a mapping, over the mapping that was given or its preset."""
+    name, _, entry = key.partition(".")
+    preset = presets.pop(name, None)
+    if preset is not None:
+        values[name] = preset(values)
+    values[name] = {**values.get(name, {}), entry: _convert(key, text, get_args(_bare(hints[name]))[1])}
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:

@@ -7,6 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from mmkd import losses
+from mmkd.affinity import View, relational
+
+
+def views(teachers, masks, scale):
+    """Teachers of one process, each known sample counting alike."""
+    return [View(teacher, teacher, mask, mask, scale) for teacher, mask in zip(teachers, masks, strict=True)]
 
 
 def unit(*shape, seed=0):
@@ -60,7 +66,7 @@ def test_losses_without_any_teacher_are_zero_with_zero_gradient():
         losses.interactive(image, image, zeros, zeros, none)
         + losses.feature_cosine(image, zeros, none)
         + losses.feature_squared(image, zeros, none)
-        + losses.relational(image, image, [(zeros, zeros)], [(none, none)], 10.0)
+        + relational(image, image, [View(zeros, zeros, none, none, 10.0)], 10.0)
     )
     total.backward()
     assert total.item() == 0
@@ -97,14 +103,14 @@ def relational_by_hand(student, teachers, masks, scale):
 def test_relational_by_hand_with_missing_teachers_of_unequal_widths():
     student, teachers = unit(5, 4), [unit(5, 3, seed=1), unit(5, 7, seed=2), unit(5, 4, seed=3)]
     masks = [torch.tensor(m, dtype=torch.bool) for m in ([1, 1, 0, 1, 0], [1, 1, 1, 1, 0], [0, 0, 0, 1, 0])]
-    value = losses.relational(student, student, [(t, t) for t in teachers], [(m, m) for m in masks], scale=6.0)
+    value = relational(student, student, views(teachers, masks, 6.0), 6.0)
     assert value.item() == pytest.approx(relational_by_hand(student, teachers, masks, 6.0), abs=1e-6)
 
 
 def test_relational_is_zero_for_a_student_with_the_teachers_relations():
     teacher, known = unit(6, 4), torch.ones(6, dtype=torch.bool)
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64))[0]
-    value = losses.relational(teacher @ rotation, teacher @ rotation, [(teacher, teacher)], [(known, known)], 20.0)
+    value = relational(teacher @ rotation, teacher @ rotation, views([teacher], [known], 20.0), 20.0)
     assert value.item() == pytest.approx(0, abs=1e-5)
 
 
@@ -112,10 +118,7 @@ def test_teacher_order_does_not_matter():
     student, teachers = unit(5, 4), [unit(5, 3, seed=1), unit(5, 7, seed=2)]
     masks = [torch.tensor([1, 1, 0, 1, 1]).bool(), torch.tensor([1, 0, 1, 1, 1]).bool()]
     both = list(zip(teachers, masks, strict=True))
-    values = [
-        losses.relational(student, student, [(t, t) for t, _ in order], [(m, m) for _, m in order], 6.0)
-        for order in (both, both[::-1])
-    ]
+    values = [relational(student, student, views(*zip(*order, strict=True), 6.0), 6.0) for order in (both, both[::-1])]
     torch.testing.assert_close(*values)
 
 
@@ -131,7 +134,7 @@ def test_mean_of_row_shares_is_the_whole_in_value_and_gradient():
             + losses.interactive(image[rows], text[rows], target_image, target_text, known, 4.0, begin)
             + losses.feature_squared(image[rows], target_image[rows], known[rows])
             + losses.feature_cosine(text[rows], target_text[rows], known[rows])
-            + losses.relational(image[rows], image, [(raw[rows], raw)], [(known[rows], known)], 8.0, begin)
+            + relational(image[rows], image, [View(raw[rows], raw, known[rows], known, 8.0)], 8.0, begin)
         )
 
     whole = [unit(6, 4, seed=s).float().requires_grad_() for s in (1, 2)]

@@ -9,14 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmkd.aligner import AutoencoderAligner
-from mmkd.objectives import (
-    AlignObjective,
-    ContrastiveObjective,
-    DistillObjective,
-    checked_weights,
-    drawn_teacher,
-    require_width,
-)
+from mmkd.distill_options import DistillOptions, checked_weights, require_width
+from mmkd.objectives import AlignObjective, ContrastiveObjective, DistillObjective
+from mmkd.targets import drawn_teacher
 
 
 class Student(nn.Module):
@@ -47,6 +42,12 @@ def batch(rows=6, teachers=("a", "b"), widths=(8, 8), seed=0, **more):
     return {**nothing, "index": torch.arange(rows), "epoch": 0, "teachers": both, "aligned": both, **more}
 
 
+def distill(model, losses, **options):
+    """The objective, with heads where they are wanted; keywords that are no option go to the objective itself."""
+    own = {key: options.pop(key) for key in ("settled", "heads", "dispersions", "seed") if key in options}
+    return DistillObjective(model, DistillOptions(losses=losses, **options), **own)
+
+
 def student(rows=6, dim=8, seed=9):
     g = torch.Generator().manual_seed(seed)
     return Student(torch.randn(rows, dim, generator=g), torch.randn(rows, dim, generator=g), math.log(10))
@@ -57,7 +58,7 @@ def test_paper_settings_give_the_authors_total_and_gradients(golden, case):
     expected = json.loads((golden / "loss.json").read_text())[case]
     arrays = {name: torch.tensor(array) for name, array in np.load(golden / f"loss_{case}.npz").items()}
     model = Student(arrays["image"], arrays["text"], math.log(expected["logit_scale"]))
-    objective = DistillObjective(
+    objective = distill(
         model,
         {"task": 1, "feature": 50, "interactive": 1},
         target="random",
@@ -78,13 +79,13 @@ def test_paper_settings_give_the_authors_total_and_gradients(golden, case):
 
 def test_the_whole_is_the_weighted_sum_of_its_parts():
     weights = {"task": 0.5, "feature": 3.0, "interactive": 2.0, "relational": 7.0}
-    parts = DistillObjective(student(), weights)(batch())
+    parts = distill(student(), weights)(batch())
     assert set(parts) == {"loss", *weights}
     assert parts["loss"].item() == pytest.approx(sum(weights[name] * parts[name].item() for name in weights), rel=1e-6)
 
 
 def test_a_loss_without_weight_needs_no_features_and_leaves_no_parameter():
-    objective = DistillObjective(student(), {"task": 1})
+    objective = distill(student(), {"task": 1})
     parts = objective({key: value for key, value in batch().items() if key not in ("teachers", "aligned")})
     assert set(parts) == {"loss", "task"}
     assert [name for name, _ in objective.named_parameters()] == [
@@ -94,7 +95,7 @@ def test_a_loss_without_weight_needs_no_features_and_leaves_no_parameter():
 
 def test_every_parameter_that_learns_gets_a_gradient():
     for weights in ({"relational": 1}, {"feature": 1}, {"interactive": 1}, {"task": 1, "interactive": 1}):
-        objective = DistillObjective(student(), weights)
+        objective = distill(student(), weights)
         objective(batch())["loss"].backward()
         missing = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
         assert missing == []
@@ -102,7 +103,7 @@ def test_every_parameter_that_learns_gets_a_gradient():
 
 def test_mean_target_by_hand():
     data, model = batch(), student()
-    value = DistillObjective(model, {"feature": 1})(data)["feature"].item()
+    value = distill(model, {"feature": 1})(data)["feature"].item()
     expected = 0.0
     for modality, own in (("image", model.image), ("text", model.text)):
         for row in range(6):
@@ -128,13 +129,13 @@ def test_order_of_teachers_does_not_matter():
     data = batch(teachers=("a", "b", "c"), widths=(8, 8, 8))
     backwards = {key: dict(reversed(data[key].items())) for key in ("teachers", "aligned")}
     for target in ("mean", "random"):
-        objective = DistillObjective(student(), {"task": 1, "feature": 1, "relational": 1}, target=target)
+        objective = distill(student(), {"task": 1, "feature": 1, "relational": 1}, target=target)
         torch.testing.assert_close(objective(data)["loss"], objective({**data, **backwards})["loss"])
 
 
 def test_relational_takes_teachers_of_any_width():
     data = batch(widths=(8, 3))
-    assert math.isfinite(DistillObjective(student(), {"relational": 1})(data)["loss"].item())
+    assert math.isfinite(distill(student(), {"relational": 1})(data)["loss"].item())
 
 
 def test_widths_and_weights_are_checked_before_training():
@@ -184,7 +185,7 @@ def test_a_batch_may_be_encoded_in_pieces():
         "attention_mask": torch.ones(6, 7, dtype=torch.int64),
     }
     data = batch(**inputs)
-    objective = DistillObjective(Towers(), {"task": 1, "feature": 1, "interactive": 1, "relational": 1})
+    objective = distill(Towers(), {"task": 1, "feature": 1, "interactive": 1, "relational": 1})
     pieces = [
         objective.encode({name: value[rows] for name, value in inputs.items()}) for rows in ([0, 1, 2, 3], [4, 5])
     ]

@@ -1,9 +1,9 @@
 """Bring the features of all teachers into one space.
 
 Fitted on the training pairs alone, then applied to every pair that has features. The default rotates each teacher so
-that teachers agree on the same sample; ``--aligner autoencoder`` is the paper's way. Reads ``features/``, writes one
-feature store for each teacher, the aligner itself and ``report.json``, which says how far the teachers agree before and
-after.
+that teachers agree on the same sample; ``--aligner autoencoder`` is the paper's way; ``--aligner phi-s`` leaves teachers
+their own spaces and equalizes variances, for the heads loss. Reads ``features/``, writes one feature store for each
+teacher, the aligner itself and ``report.json`` with ``report.svg``: how far teachers agree before and after.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from mmkd.aligner import Aligner, AutoencoderAligner, Features, ProcrustesAligner
+from mmkd.aligner import Aligner, AutoencoderAligner, Features, PhiSAligner, ProcrustesAligner
 from mmkd.alignment_report import alignment_report
 from mmkd.data.batches import FeatureBatches
 from mmkd.data.features import SHARD_SIZE, FeatureWriter, TeacherFeatures
@@ -38,8 +38,10 @@ class AlignSettings(LoopSettings):
     pairs: Path = setting(help="folder of pairs; its training split is what the aligner is fitted on")
     features: Path = setting(help="folder with one feature store for each teacher")
     teachers: list[str] = setting(factory=list, help="teachers to align, by default all")
-    aligner: Literal["procrustes", "autoencoder"] = setting("procrustes", "rotation, or the paper's autoencoder")
-    dim: int = setting(512, "width of the common space: the student's projection_dim")
+    aligner: Literal["procrustes", "autoencoder", "phi-s"] = setting(
+        "procrustes", "rotation to agreement, the paper's autoencoder, or equal variances in each teacher's own space"
+    )
+    dim: int = setting(512, "width of the common space: the student's projection_dim (phi-s keeps each teacher's)")
     epochs: int = setting(20, "passes over the pairs (autoencoder)")
     batch_size: int = setting(1024, "pairs in a global batch (autoencoder)")
     learning_rate: float = setting(1e-3, "peak (autoencoder)")
@@ -68,12 +70,24 @@ def main(settings: AlignSettings) -> None:
             settings,
             lambda folder: write(folder, autoencoder, features, pairs, teachers_of([settings.features])),
         )
-    elif rank() == 0:
+        return
+    aligner = closed_form(settings, features, pairs)
+    if rank() == 0:
         with atomic_folder(settings.output, settings.overwrite) as folder:
-            aligner = ProcrustesAligner.fit(lambda: chunks(features, pairs), features.dims, settings.dim)
             write(folder, aligner, features, pairs, teachers_of([settings.features]))
             save_settings(settings, folder / "settings.yaml")
     wait_for_everyone()
+
+
+def closed_form(settings: AlignSettings, features: TeacherFeatures, pairs: Sequence[Pair]) -> Aligner:
+    """The aligner that needs no training, fitted by all processes together, the same on each."""
+
+    def all_chunks() -> Iterator[Features]:
+        return chunks(features, pairs)
+
+    if settings.aligner == "phi-s":
+        return PhiSAligner.fit(all_chunks, features.dims)
+    return ProcrustesAligner.fit(all_chunks, features.dims, settings.dim)
 
 
 def chunks(features: TeacherFeatures, pairs: Sequence[Pair]) -> Iterator[Features]:
@@ -120,7 +134,7 @@ class AlignedStore:
         self.writer, self.aligner, self.raw = FeatureWriter(path, name), aligner, raw
         self.ids: list[str] = []
         self.shards = 0
-        self.image, self.text = torch.empty(0, aligner.dim), torch.empty(0, aligner.dim)
+        self.image, self.text = torch.empty(0, aligner.width_of(name)), torch.empty(0, aligner.width_of(name))
 
     def add(self, ids: Sequence[str], found: dict[str, torch.Tensor]) -> None:
         """Align the rows whose ``mask`` is set, and write what fills a shard."""

@@ -1,78 +1,58 @@
 """Stage 2: distil the stored features of many teachers into one student.
 
 Teachers are not run here: their features were extracted once, and every step reads a few kilobytes of them. Reads
-``pairs/``, raw features (relational loss), aligned features (feature and interactive losses) and a stage-1 model;
+``pairs/``, raw features (affinity, relational, heads), aligned features (feature, interactive) and a stage-1 model;
 writes a folder for ``from_pretrained``. ``--recipe paper`` is the authors' loss with its slips, each of which is also a
 setting of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers.utils.logging import disable_progress_bar
 
+from mmkd.aligner import load_aligner
+from mmkd.alignment import MODALITIES
 from mmkd.data.batches import pair_batches
 from mmkd.data.features import TeacherFeatures
+from mmkd.data.pairs import available_features
 from mmkd.data.published_features import FeatureKind
-from mmkd.data.records import PairFolder, open_pairs
+from mmkd.data.records import Pair, PairFolder, open_pairs
+from mmkd.distill_options import DistillOptions, require_width
+from mmkd.heads import TeacherHeads, angular_dispersion
 from mmkd.loop import LoopSettings, fit, start
-from mmkd.objectives import ALIGNED_LOSSES, DistillObjective, checked_weights, require_width
+from mmkd.objectives import DistillObjective
+from mmkd.phi_s import PhiSAligner
 from mmkd.provenance import teachers_of, training_provenance
 from mmkd.settings import run, setting
 from mmkd.student import load_student, save_student
+from mmkd.targets import TeacherWeights
 from mmkd.trainable import ModelSettings, make_trainable
 from mmkd.validation import ValidationSettings, validation_of
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {
-        "losses": {"task": 1.0, "feature": 1.0, "interactive": 0.0, "relational": 1.0},
-        "target": "mean",  # of the sample's available teachers, each step
-        "target_norm": "unit",
-        "feature_form": "cosine",
-        "interactive_scale": "learnable",
-    },
-    "paper": {
-        "losses": {"task": 1.0, "feature": 50.0, "interactive": 1.0, "relational": 0.0},
-        "target": "random",  # one available teacher, drawn anew each epoch
-        "target_norm": "stored",
-        "feature_form": "squared",
-        "interactive_scale": "constant",  # ln(1/0.07), not exponentiated and not learned
-    },
-}
+DISPERSION_PAIRS = 8192
 
 
 @dataclass(kw_only=True)
-class DistillSettings(LoopSettings, ModelSettings, ValidationSettings):
+class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSettings):
     """Distil the stored features of many teachers into one student."""
 
     pairs: Path = setting(help="folder of pairs, ours or the authors' published one; the training split is used")
     model: str = setting(help="folder or Hub id of the stage-1 student")
-    features: Path | None = setting(None, "raw teacher features, for the relational loss")
+    features: Path | None = setting(None, "raw teacher features, for the losses affinity, relational and heads")
     aligned: Path | None = setting(None, "aligned teacher features, for the feature and interactive losses")
     teachers: list[str] = setting(factory=list, help="teachers to learn from, by default all")
-    recipe: Literal["default", "paper"] = setting("default", "gives the following settings where they are not given")
-    losses: dict[str, float] = setting(factory=dict, help="weights of task, feature, interactive, relational")
-    target: Literal["mean", "random"] | None = setting(
-        None, "of the available teachers, or one of them drawn each epoch"
-    )
-    target_norm: Literal["unit", "stored"] | None = setting(None, "aligned features of unit norm, or as stored")
-    feature_form: Literal["cosine", "squared"] | None = setting(None, "1 - cos, or mean squared difference")
-    interactive_scale: Literal["learnable", "constant"] | None = setting(None, "exp'd and learned, or ln(1/0.07)")
-    relational_scale: float = setting(20.0, "inverse temperature of the relational loss")
+    standardizer: Path | None = setting(None, "folder of `mmkd align --aligner phi-s`, for standardized heads")
     crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
 
     def __post_init__(self) -> None:
-        """Take from the recipe what was not given, so that the saved settings say everything."""
-        super().__post_init__()
-        preset = RECIPES[self.recipe]
-        self.losses = checked_weights({**preset["losses"], **self.losses})
-        self.target = self.target or preset["target"]
-        self.target_norm = self.target_norm or preset["target_norm"]
-        self.feature_form = self.feature_form or preset["feature_form"]
-        self.interactive_scale = self.interactive_scale or preset["interactive_scale"]
+        """Check both groups of settings, and let the recipe give what was not given."""
+        DistillOptions.__post_init__(self)
+        ValidationSettings.__post_init__(self)
 
 
 def main(settings: DistillSettings) -> None:
@@ -108,29 +88,83 @@ def main(settings: DistillSettings) -> None:
     )
     teachers = teachers_of([settings.features, settings.aligned], settings.teachers)
     provenance = training_provenance("distill", folder, [settings.model], teachers)
+    objective = distill_objective(settings, model, folder.pairs, features, aligned)
+
+    def write(path: Path) -> None:
+        save_student(path, model, processor, provenance)
+        if objective.heads is not None:
+            objective.heads.save(path)
+
     fit(
         accelerator,
-        objective(settings, model),
+        objective,
         batches,
         settings,
-        lambda path: save_student(path, model, processor, provenance),
+        write,
         validation,
     )
 
 
-def objective(settings: DistillSettings, model: Any) -> DistillObjective:
-    """The losses that the settings name."""
-    assert settings.target and settings.target_norm and settings.feature_form and settings.interactive_scale
-    return DistillObjective(
-        model,
-        settings.losses,
-        target=settings.target,
-        target_norm=settings.target_norm,
-        feature_form=settings.feature_form,
-        interactive_scale=settings.interactive_scale,
-        relational_scale=settings.relational_scale,
-        seed=settings.seed,
-    )
+def distill_objective(
+    settings: DistillSettings,
+    model: Any,
+    pairs: Sequence[Pair],
+    features: TeacherFeatures | None,
+    aligned: TeacherFeatures | None,
+) -> DistillObjective:
+    """The losses that the settings name, with weights of teachers and heads for them.
+
+    Raises:
+        ValueError: a teacher or modality that is not there, or heads without a standardizer that fits.
+    """
+    stores = [store for store in (features, aligned) if store is not None]
+    teachers = list(dict.fromkeys(name for store in stores for name in store.names))
+    modalities = [pair.modality for pair in pairs]
+    settings.require_known(teachers, sorted(set(modalities)))
+    settled = TeacherWeights(settings.teacher_weights, teachers, modalities) if settings.teacher_weights else None
+    heads, dispersions = None, {}
+    if settings.losses["heads"] and features is not None:
+        standardizer = None
+        if settings.head_form == "standardized":
+            standardizer = open_standardizer(settings.standardizer, features.dims)
+        else:
+            dispersions = dispersions_of(features, pairs)
+        heads = TeacherHeads(model.config.projection_dim, features.dims, standardizer)
+    return DistillObjective(model, settings, seed=settings.seed, settled=settled, heads=heads, dispersions=dispersions)
+
+
+def open_standardizer(folder: Path | None, widths: dict[str, int]) -> PhiSAligner:
+    """What heads learn through.
+
+    Raises:
+        ValueError: no folder, not a PHI-S aligner, or one that lacks a teacher or knows it in another width.
+    """
+    if folder is None:
+        raise ValueError(
+            "the loss heads needs --standardizer FOLDER, made by `mmkd align --aligner phi-s`; give it, set "
+            "--head_form angular, or set --losses.heads 0"
+        )
+    aligner = load_aligner(folder)
+    if not isinstance(aligner, PhiSAligner):
+        raise ValueError(
+            f"--standardizer {folder} is of kind {aligner.kind}; make one with `mmkd align --aligner phi-s`"
+        )
+    unfit = [name for name, width in widths.items() if aligner.widths.get(name) != width]
+    if unfit:
+        raise ValueError(f"--standardizer {folder} does not fit the features of {', '.join(unfit)}; align them again")
+    return aligner
+
+
+def dispersions_of(features: TeacherFeatures, pairs: Sequence[Pair]) -> dict[str, float]:
+    """``MODALITY/TEACHER`` to the angular dispersion over some thousand training pairs, evenly picked."""
+    chosen = pairs[:: max(1, len(pairs) // DISPERSION_PAIRS)]
+    found = available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
+    return {
+        f"{modality}/{name}": angular_dispersion(teacher[modality][teacher["mask"]])
+        for modality in MODALITIES
+        for name, teacher in found.items()
+        if teacher["mask"].sum() > 1
+    }
 
 
 def open_features(
@@ -141,21 +175,20 @@ def open_features(
     Raises:
         ValueError: a loss needs features that were not given, or none of the pairs has any.
     """
-    raw_losses = [name for name in ("relational",) if settings.losses[name]]
-    aligned_losses = [name for name in ALIGNED_LOSSES if settings.losses[name]]
     return (
-        _open("features", settings.features, "raw", raw_losses, settings, folder),
-        _open("aligned", settings.aligned, "aligned", aligned_losses, settings, folder),
+        _open("features", settings.features, "raw", settings.reasons_for_raw(), settings, folder),
+        _open("aligned", settings.aligned, "aligned", settings.reasons_for_aligned(), settings, folder),
     )
 
 
 def _open(
-    name: str, path: Path | None, kind: FeatureKind, losses: list[str], settings: DistillSettings, folder: PairFolder
+    name: str, path: Path | None, kind: FeatureKind, reasons: list[str], settings: DistillSettings, folder: PairFolder
 ) -> TeacherFeatures | None:
-    if not losses:
+    if not reasons:
         return None
     if path is None:
-        raise ValueError(f"the loss {losses[0]} needs --{name} FOLDER; give it, or set --losses.{losses[0]} 0")
+        off = "none" if reasons[0] == "false_negatives" else "0"
+        raise ValueError(f"--{reasons[0]} needs --{name} FOLDER; give it, or set --{reasons[0]} {off}")
     opened = TeacherFeatures.open(path, settings.teachers or None, kind)
     if not opened.seen([pair.id for pair in folder.pairs]).any():
         raise ValueError(f"--{name} {path} has features for none of the training pairs of {settings.pairs}")
