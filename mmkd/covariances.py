@@ -1,9 +1,9 @@
 """Second moments of all teachers' features, within and across teachers, streamed and summed exactly.
 
 Floating-point sums depend on their order, and so would everything fitted from them. Here features are rounded to a grid
-(2^15 steps of each teacher's largest number, finer than the rounding of half-precision storage matters), so that blocks
-of products are whole numbers below 2^53, which any matrix product in float64 adds without rounding, and blocks are added
-as integers. The same samples give the same bits in any order, cut into any chunks, on any number of processes.
+(2^15 steps up to each teacher's largest number, about what half precision keeps), so that blocks of products are whole
+numbers below 2^53, which any matrix product in float64 adds without rounding, and blocks are added as integers. The
+same samples give the same bits in any order, cut into any chunks, on any number of processes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Bring the features of all teachers into one space.
 
 Fitted on the training pairs alone, then applied to every pair that has features. The default rotates each teacher so
-that teachers agree on the same sample; ``--aligner autoencoder`` is the paper's way; ``--aligner phi-s`` leaves teachers
-their own spaces and equalizes variances, for the heads loss. Reads ``features/``, writes one feature store for each
-teacher, the aligner itself and ``report.json`` with ``report.svg``: how far teachers agree before and after.
+that teachers agree on the same sample; ``--aligner autoencoder`` is the paper's way; ``--aligner phi-s`` leaves each
+teacher its own space and equalizes variances, for the heads loss. Reads ``features/``, writes one feature store for
+each teacher, the aligner itself and ``report.json``: how far teachers agree before and after.
 """
 
 from __future__ import annotations

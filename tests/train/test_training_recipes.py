@@ -230,7 +230,11 @@ def test_recipe_paper_is_a_set_of_named_settings(tmp_path, world):
     paper = distill(tmp_path / "paper", world, "--recipe", "paper")
     assert (paper.target, paper.target_norm, paper.feature_form) == ("random", "stored", "squared")
     assert paper.interactive_scale == "constant"
-    assert {name: weight for name, weight in paper.losses.items() if weight} == {"task": 1, "feature": 50, "interactive": 1}
+    assert {name: weight for name, weight in paper.losses.items() if weight} == {
+        "task": 1,
+        "feature": 50,
+        "interactive": 1,
+    }
     spelled = ["--target", "random", "--target_norm", "stored", "--feature_form", "squared"]
     weights = ["--losses", "task: 1, feature: 50, interactive: 1, relational: 0"]
     distill(tmp_path / "spelled", world, *spelled, "--interactive_scale", "constant", *weights)
