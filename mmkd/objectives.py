@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkd import losses
@@ -30,7 +29,7 @@ from mmkd.distill_options import ALIGNED_LOSSES, DistillOptions
 from mmkd.distributed import gather, rank
 from mmkd.embed import embed
 from mmkd.heads import TeacherHeads, angular_error, mean_over_teachers, standardized_error
-from mmkd.targets import TeacherWeights, Weights, combined_target, drawn_teacher
+from mmkd.targets import Weights, combined_target, drawn_teacher
 from mmkd.teacher_views import TeacherViews, teacher_weights
 
 
@@ -97,7 +96,6 @@ class DistillObjective(Objective):
         options: DistillOptions,
         *,
         seed: int = 0,
-        settled: TeacherWeights | None = None,
         heads: TeacherHeads | None = None,
         dispersions: Mapping[str, float] | None = None,
     ) -> None:
@@ -107,13 +105,12 @@ class DistillObjective(Objective):
             model: the student. Its ``logit_scale`` is frozen when no loss with a weight uses it.
             options: weights, temperatures, targets.
             seed: of random choices, which depend on it, the epoch and the pair's index alone.
-            settled: weights of teachers by pair, by default all alike.
             heads: needed when the heads loss has a weight.
             dispersions: ``MODALITY/TEACHER`` to the angular dispersion, when heads learn by angle.
         """
         super().__init__()
         self.model, self.options, self.seed = model, options, seed
-        self.settled, self.heads, self.dispersions = settled, heads, dict(dispersions or {})
+        self.heads, self.dispersions = heads, dict(dispersions or {})
         self.weights = options.losses
         shared = self.weights["affinity"] > 0 and options.affinity_scale == "shared"
         if self.weights["task"] == 0 and not shared:
@@ -134,7 +131,7 @@ class DistillObjective(Objective):
         student = gathered(embeddings)
         parts: dict[str, Tensor] = {}
         raw = TeacherViews(batch, student.row_offset, self.options) if self.options.reasons_for_raw() else None
-        counted = teacher_weights(batch, self.options, self.settled, self.seed, raw)
+        counted = teacher_weights(batch, self.options, self.seed, raw, self.training)
         if self.weights["task"]:
             excluded = None if raw is None else raw.false_negatives()
             parts["task"] = _task_loss(student, self.model, excluded)

@@ -163,32 +163,15 @@ def combined_target(features: Tensor, weights: Tensor, form: Literal["mean", "le
     return F.normalize(target, dim=1) if unit else target
 
 
-class TeacherWeights(torch.nn.Module):
-    """The settled weight of each teacher for each pair, from settings by teacher and by modality."""
+def weights_by_name(weights: Mapping[str, float], teacher: str, modalities: Sequence[str]) -> list[float]:
+    """The settled weight of one teacher for each pair; the more specific name wins.
 
-    table: Tensor
-    modality: Tensor
-
-    def __init__(self, weights: Mapping[str, float], teachers: Sequence[str], modalities: Sequence[str]) -> None:
-        """Make a table; the more specific name wins.
-
-        Args:
-            weights: ``TEACHER`` or ``MODALITY/TEACHER`` to a weight; 1 where not given.
-            teachers: names.
-            modalities: of each pair, by index.
-        """
-        super().__init__()
-        self.teachers = list(teachers)
-        kinds = sorted(set(modalities))
-        table = [[weights.get(f"{m}/{t}", weights.get(t, 1.0)) for t in self.teachers] for m in kinds]
-        number = {kind: k for k, kind in enumerate(kinds)}
-        self.register_buffer("table", torch.tensor(table), persistent=False)
-        self.register_buffer("modality", torch.tensor([number[m] for m in modalities]), persistent=False)
-
-    def forward(self, index: Tensor) -> Weights:
-        """Teacher to `(rows,)`, for pairs of these indices."""
-        rows = self.table[self.modality[index]]
-        return {name: rows[:, k] for k, name in enumerate(self.teachers)}
+    Args:
+        weights: ``TEACHER`` or ``MODALITY/TEACHER`` to a weight; 1 where not given.
+        teacher: its name.
+        modalities: of each pair.
+    """
+    return [weights.get(f"{modality}/{teacher}", weights.get(teacher, 1.0)) for modality in modalities]
 
 
 def _mixed(state: Tensor) -> Tensor:

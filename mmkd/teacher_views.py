@@ -16,7 +16,7 @@ from mmkd.affinity import View
 from mmkd.alignment import MODALITIES, Modality
 from mmkd.distill_options import DistillOptions
 from mmkd.distributed import gather
-from mmkd.targets import FalseNegatives, TeacherWeights, Weights, kept_teachers, own_pair_probability
+from mmkd.targets import FalseNegatives, Weights, kept_teachers, own_pair_probability, weights_by_name
 
 OTHER: dict[Modality, Modality] = {"image": "text", "text": "image"}
 
@@ -76,13 +76,16 @@ class TeacherViews:
 
 
 def teacher_weights(
-    batch: Mapping[str, Any],
-    options: DistillOptions,
-    settled: TeacherWeights | None,
-    seed: int,
-    raw: TeacherViews | None,
+    batch: Mapping[str, Any], options: DistillOptions, seed: int, raw: TeacherViews | None, training: bool
 ) -> Weights:
     """How much each teacher counts for each row: availability, times settled weight, dropout and confidence.
+
+    Args:
+        batch: of this process, with ``teachers`` or ``aligned``.
+        options: weights by name, dropout, confidence.
+        seed: of the dropout.
+        raw: views of raw features, for confidence.
+        training: whether teachers drop out.
 
     Returns:
         teacher -> `(rows,)` float32, of every teacher with raw or aligned features in the batch.
@@ -93,11 +96,14 @@ def teacher_weights(
         return {}
     names = sorted(masks)
     mask = torch.stack([masks[name] for name in names], dim=1)
-    if options.teacher_dropout:
+    if options.teacher_dropout and training:
         mask = kept_teachers(mask, options.teacher_dropout, seed, batch["epoch"], batch["index"])
     counted = {name: mask[:, k].float() for k, name in enumerate(names)}
-    if settled is not None:
-        counted |= {name: counted[name] * weight for name, weight in settled(batch["index"]).items() if name in counted}
+    if options.teacher_weights:
+        for name, weight in counted.items():
+            counted[name] = weight * weight.new_tensor(
+                weights_by_name(options.teacher_weights, name, batch["modality"])
+            )
     if options.confidence and raw is not None:
         counted |= {name: counted[name] * p.pow(options.confidence) for name, p in raw.confidence().items()}
     return counted

@@ -44,7 +44,7 @@ def batch(rows=6, teachers=("a", "b"), widths=(8, 8), seed=0, **more):
 
 def distill(model, losses, **options):
     """The objective, with heads where they are wanted; keywords that are no option go to the objective itself."""
-    own = {key: options.pop(key) for key in ("settled", "heads", "dispersions", "seed") if key in options}
+    own = {key: options.pop(key) for key in ("heads", "dispersions", "seed") if key in options}
     return DistillObjective(model, DistillOptions(losses=losses, **options), **own)
 
 

@@ -30,7 +30,6 @@ from mmkd.phi_s import PhiSAligner
 from mmkd.provenance import teachers_of, training_provenance
 from mmkd.settings import run, setting
 from mmkd.student import load_student, save_student
-from mmkd.targets import TeacherWeights
 from mmkd.trainable import ModelSettings, make_trainable
 from mmkd.validation import ValidationSettings, validation_of
 
@@ -95,14 +94,7 @@ def main(settings: DistillSettings) -> None:
         if objective.heads is not None:
             objective.heads.save(path)
 
-    fit(
-        accelerator,
-        objective,
-        batches,
-        settings,
-        write,
-        validation,
-    )
+    fit(accelerator, objective, batches, settings, write, validation)
 
 
 def distill_objective(
@@ -119,9 +111,8 @@ def distill_objective(
     """
     stores = [store for store in (features, aligned) if store is not None]
     teachers = list(dict.fromkeys(name for store in stores for name in store.names))
-    modalities = [pair.modality for pair in pairs]
-    settings.require_known(teachers, sorted(set(modalities)))
-    settled = TeacherWeights(settings.teacher_weights, teachers, modalities) if settings.teacher_weights else None
+    by_modality = any("/" in name for name in settings.teacher_weights)
+    settings.require_known(teachers, sorted({pair.modality for pair in pairs}) if by_modality else [])
     heads, dispersions = None, {}
     if settings.losses["heads"] and features is not None:
         standardizer = None
@@ -130,7 +121,7 @@ def distill_objective(
         else:
             dispersions = dispersions_of(features, pairs)
         heads = TeacherHeads(model.config.projection_dim, features.dims, standardizer)
-    return DistillObjective(model, settings, seed=settings.seed, settled=settled, heads=heads, dispersions=dispersions)
+    return DistillObjective(model, settings, seed=settings.seed, heads=heads, dispersions=dispersions)
 
 
 def open_standardizer(folder: Path | None, widths: dict[str, int]) -> PhiSAligner:

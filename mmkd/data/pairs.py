@@ -59,7 +59,8 @@ class PairDataset(Dataset):
         """One pair.
 
         Returns:
-            ``pixel_values`` (3, image_size, image_size) uint8, ``caption``, ``index``, ``id`` and ``teachers``.
+            ``pixel_values`` (3, image_size, image_size) uint8, ``caption``, ``index``, ``id``, ``teachers`` and
+            ``modality``.
 
         Raises:
             UnreadableImage: the file is missing or broken; the message names it.
@@ -78,6 +79,7 @@ class PairDataset(Dataset):
             "index": index,
             "id": pair.id,
             "teachers": pair.teachers,
+            "modality": pair.modality,
         }
 
 
@@ -158,7 +160,7 @@ class Collate:
         Returns:
             ``pixel_values`` (B, 3, size, size) uint8 and ``pixel_statistics``, their mean and standard deviation;
             ``input_ids`` and ``attention_mask`` (B, longest) and ``text_lengths``, tokens of each row; ``index`` (B,);
-            ``ids``, a list; and as far as given ``teachers`` and ``aligned``, see `available_features`.
+            ``ids`` and ``modality``, lists; and as far as given ``teachers`` and ``aligned``, see `available_features`.
         """
         texts = self.processor(
             text=[item["caption"] for item in items],
@@ -178,6 +180,7 @@ class Collate:
             "text_lengths": lengths[order].tolist(),
             "index": torch.tensor([item["index"] for item in items]),
             "ids": [item["id"] for item in items],
+            "modality": [item["modality"] for item in items],
         }
         for key, features in self.features.items():
             if features is not None:
