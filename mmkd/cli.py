@@ -24,6 +24,7 @@ RECIPES = {
     "screen": ("mmkd.train.screen", "which teachers agree with which pair"),
     "align": ("mmkd.train.align", "the teachers' feature spaces brought into one"),
     "distill": ("mmkd.train.distill", "stage 2: the student learns from all teachers' features"),
+    "finetune": ("mmkd.train.finetune", "a trained model on pairs of your own: by captions or labels, LoRA or in full"),
     "eval": ("mmkd.train.eval", "student, teachers and their ensemble side by side, with intervals"),
     "report": ("mmkd.train.report", "one self-contained HTML page from an evaluation"),
     "pipeline": ("mmkd.train.pipeline", "the whole way from one YAML"),
@@ -31,9 +32,10 @@ RECIPES = {
     "convert": ("mmkd.hub.convert", "the authors' checkpoint to a from_pretrained folder, and back"),
 }
 PIPELINES = {"quickstart": "quickstart.yaml"}
-DISTRIBUTED = ("pretrain", "extract", "align", "distill")
+DISTRIBUTED = ("pretrain", "extract", "align", "distill", "finetune")
 EXTRAS = {
     "accelerate": "train",
+    "peft": "train",
     "torchvision": "train",
     "open_clip": "teachers",
     "timm": "teachers",

@@ -1,0 +1,112 @@
+"""Fine-tune any ``from_pretrained`` folder on pairs: by captions or by labels, with a small adapter or in full.
+
+Reads ``pairs/`` and a model folder. Writes a model folder with the adapter merged, which every other command and
+pipeline reads, and beside it ``adapter/``, a few megabytes for whoever has the base model; ``--merge false`` writes the
+adapter alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.utils.logging import disable_progress_bar
+
+from mmkd.adapters import add_adapter
+from mmkd.classification import PromptClassification
+from mmkd.data.batches import pair_batches
+from mmkd.data.records import PairFolder, open_pairs
+from mmkd.loop import LoopSettings, fit, start
+from mmkd.objectives import ContrastiveObjective, Objective
+from mmkd.provenance import training_provenance, write_provenance
+from mmkd.settings import run, setting
+from mmkd.student import load_student, save_student
+from mmkd.teachers.weights import quiet_transformers
+from mmkd.trainable import ModelSettings, make_trainable
+
+
+@dataclass(kw_only=True)
+class FinetuneSettings(LoopSettings, ModelSettings):
+    """Fine-tuning of a model folder on pairs."""
+
+    pairs: Path = setting(help="folder of pairs; the training split is used")
+    model: str = setting(help="folder or Hub id of the model to start from")
+    objective: Literal["contrastive", "classification"] = setting(
+        "contrastive", "learn from captions, or from labels described by the prompts of the evaluation"
+    )
+    method: Literal["lora", "dora", "full"] = setting("lora", "a low-rank adapter, or all weights")
+    rank: int = setting(8, "of the adapter")
+    targets: Literal["attention", "all"] = setting(
+        "attention", "layers with an adapter: queries, values and projections, or every linear layer"
+    )
+    train_logit_scale: bool = setting(False, "an adapter leaves the scale alone; true trains it, for the merged model")
+    merge: bool = setting(True, "write the whole model with the adapter merged, and the adapter beside it")
+    crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
+
+
+def main(settings: FinetuneSettings) -> None:
+    """Train and write the folder.
+
+    Raises:
+        ValueError: settings that contradict each other, or pairs without the labels that are to be learned.
+    """
+    accelerator = start(settings)
+    check(settings)
+    if settings.quiet:
+        disable_progress_bar()
+    folder = open_pairs(settings.pairs, "train")
+    pairs = list(folder.pairs)
+    if settings.objective == "classification":
+        pairs = [pair for pair in pairs if pair.label]
+    chosen = PairFolder(folder.path, folder.image_root, pairs)
+    model, processor = load_student(settings.model)
+    adapted = None
+    if settings.method != "full":
+        adapted = add_adapter(model, settings.method, settings.rank, settings.targets)
+        model.get_parameter("logit_scale").requires_grad_(settings.train_logit_scale)
+    make_trainable(model, settings)
+    objective: Objective = ContrastiveObjective(model)
+    if settings.objective == "classification":
+        objective = PromptClassification(model, processor, pairs)
+    batches = pair_batches(
+        chosen,
+        processor,
+        batch_size=settings.batch_size,
+        crop=settings.crop,
+        workers=settings.workers,
+        seed=settings.seed,
+    )
+    provenance = training_provenance("finetune", chosen, [settings.model])
+
+    def write(path: Path) -> None:
+        if adapted is not None:
+            save_adapter(path / "adapter" if settings.merge else path, adapted, processor, provenance)
+        if settings.merge:
+            save_student(path, model if adapted is None else adapted.merge_and_unload(), processor, provenance)
+
+    fit(accelerator, objective, batches, settings, write)
+
+
+def check(settings: FinetuneSettings) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ValueError: the message names them.
+    """
+    if not settings.merge and settings.method == "full":
+        raise ValueError("--merge false writes an adapter alone, and --method full has none; choose lora or dora")
+    if not settings.merge and settings.train_logit_scale:
+        raise ValueError("an adapter cannot hold logit_scale: --train_logit_scale true needs --merge true")
+
+
+def save_adapter(folder: Path, adapted: Any, processor: Any, provenance: dict[str, Any]) -> None:
+    """Write what ``PeftModel.from_pretrained`` reads, the processor and where the adapter comes from."""
+    with quiet_transformers():
+        adapted.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    write_provenance(folder, provenance)
+
+
+if __name__ == "__main__":
+    run(FinetuneSettings, main)
