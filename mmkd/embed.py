@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST_CHUNKS = 8
+MOST_CHUNKS = 16
 LEAST_ROWS = 8  # of a chunk on average: below, a chunk costs more to start than its padding would
 
 
