@@ -1,10 +1,11 @@
 # Copyright 2026 The mmkd-clip developers
 # SPDX-License-Identifier: Apache-2.0
-"""What may go into the model: pixels and tokens that are none are refused, texts beyond the context are cut.
+"""What may go into processor and model: what is no image, pixel, text or token is refused, texts too long are cut.
 
 The checks run before a tower would answer with a tensor's shape. None waits for a device, none is traced or compiled.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -61,3 +62,68 @@ def refuse_bad_tokens(input_ids: torch.Tensor) -> None:
         raise ValueError(f"input_ids is a {type(input_ids).__name__}; {allowed}")
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids is {input_ids.dtype} of the shape {tuple(input_ids.shape)}; {allowed}")
+
+
+def refuse_bad_images(images: Any) -> None:
+    """Raise on what the image processor would take for pixels and is none, or would clip without a word.
+
+    Paths, URLs and nested lists are the image processor's to judge.
+
+    Raises:
+        ValueError: an empty list, a missing image, or one of the wrong depth, channels or values; the message says
+            which, what came and what is allowed.
+    """
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("images is an empty list; give at least one image, or none with text alone")
+        for number, image in enumerate(images):
+            _refuse_bad_image(image, f"image {number}")
+    elif getattr(images, "ndim", 0) == 4:
+        for number, image in enumerate(images):
+            _refuse_bad_image(image, f"image {number}")
+    else:
+        _refuse_bad_image(images, "the image")
+
+
+def refuse_bad_texts(texts: Any, strict: bool) -> None:
+    """Raise on texts that are none, such as the NaN of an empty table cell.
+
+    Raises:
+        ValueError: no text, something else than text, or with ``strict`` an empty one.
+    """
+    if not isinstance(texts, (str, list, tuple)):
+        raise ValueError(f"text is a {type(texts).__name__}; allowed: a string or a list of strings")
+    rows = [texts] if isinstance(texts, str) else texts
+    if not rows:
+        raise ValueError("text is an empty list; give at least one text, or none with images alone")
+    for number, text in enumerate(rows):
+        if not isinstance(text, (str, list, tuple)):
+            raise ValueError(f"text {number} is {text!r} of type {type(text).__name__}; allowed: strings")
+        if strict and not "".join(text).strip():
+            raise ValueError(f"text {number} is empty; strict asks for texts that say something")
+
+
+def _refuse_bad_image(image: Any, name: str) -> None:
+    if image is None:
+        raise ValueError(f"{name} is None; leave it out, or give a PIL image, an array or a tensor")
+    mode = getattr(image, "mode", None)
+    if isinstance(mode, str) and (mode == "F" or mode.startswith("I")):
+        raise ValueError(
+            f"{name} has the mode {mode}, more than 8 bits a channel, which would be clipped to white; window it to "
+            "0-255 first: L and RGB are allowed, among others"
+        )
+    if hasattr(image, "dtype") and hasattr(image, "shape"):
+        _refuse_bad_array(image, name)
+
+
+def _refuse_bad_array(image: Any, name: str) -> None:
+    allowed = "allowed: (3, height, width) or (height, width, 3), uint8 or floating point from 0 to 255"
+    shape = tuple(image.shape)
+    if len(shape) != 3 or 3 not in (shape[0], shape[-1]):
+        raise ValueError(f"{name} has the shape {shape}; {allowed}; repeat the channel of grey images three times")
+    kind = str(image.dtype).removeprefix("torch.")
+    if kind != "uint8" and not kind.startswith(("float", "bfloat")):
+        raise ValueError(f"{name} is {kind}; {allowed}")
+    total = image.sum(dtype=torch.float64 if isinstance(image, torch.Tensor) else "float64")
+    if not math.isfinite(float(total)):
+        raise ValueError(f"{name} has NaN or infinity; {allowed}, every one a finite number")

@@ -13,6 +13,8 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
+from .inputs_mmkd import refuse_bad_images, refuse_bad_texts
+
 logger = logging.get_logger(__name__)
 
 AUTO_MAP = {"AutoProcessor": "processing_mmkd.MMKDClipProcessor"}  # as in the configuration, so that neither forgets it
@@ -47,33 +49,34 @@ class MMKDClipProcessor(ProcessorMixin):
         """Load from a folder or Hub id; ``backend="torchvision"`` is faster, the default ``"pil"`` exact."""
         return super().from_pretrained(pretrained_model_name_or_path, **{"backend": "pil", **kwargs})
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, strict: bool | None = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, texts or both.
 
         Args:
             images: an image or a list of them (PIL, numpy or torch).
             text: a text or a list of them; longer ones than the context are cut, with one warning.
+            strict: refuse texts longer than the context, and empty ones.
             **kwargs: options of the image processor and the tokenizer.
 
         Raises:
-            ValueError: a text is given, and the folder the processor was loaded from has no tokenizer; or the list of
-                texts is empty.
+            ValueError: nothing came; an image or a text is none, see `refuse_bad_images` and `refuse_bad_texts`; a text
+                is given, and the folder the processor was loaded from has no tokenizer; or what ``strict`` refuses.
         """
+        if images is None and text is None:
+            raise ValueError("give images, text or both: neither came")
+        if images is not None:
+            refuse_bad_images(images)
         if text is not None:
+            refuse_bad_texts(text, bool(strict))
             self._require_vocabulary()
-        if isinstance(text, str):
-            text = clean_text(text)
-        elif text is not None:
-            text = [clean_text(item) if isinstance(item, str) else item for item in text]
-            if not text:
-                raise ValueError("text is an empty list; give at least one text, or none with images alone")
+            text = clean_text(text) if isinstance(text, str) else [_cleaned(item) for item in text]
         output = super().__call__(images=images, text=text, **kwargs)
         if text is not None:
             ids = output["input_ids"]
             rows = ids if len(ids) and hasattr(ids[0], "__len__") else [ids]
             context = kwargs.get("max_length") or self.tokenizer.model_max_length
             if max(len(row) for row in rows) >= context:
-                self._warn_if_cut([text] if isinstance(text, str) else text, context)
+                self._tell_if_cut([text] if isinstance(text, str) else text, context, bool(strict))
         return output
 
     def _require_vocabulary(self) -> None:
@@ -84,11 +87,18 @@ class MMKDClipProcessor(ProcessorMixin):
                 "text tower's there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             )
 
-    def _warn_if_cut(self, texts: list[Any], context: int) -> None:
-        """Say once that a text was longer than the context."""
-        lengths = (len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"]) for text in texts)
-        if any(length > context for length in lengths):
-            logger.warning_once(f"texts longer than {context} tokens are cut to their beginning")
+    def _tell_if_cut(self, texts: list[Any], context: int, strict: bool) -> None:
+        """Say once that a text was longer than the context, or refuse it."""
+        for number, text in enumerate(texts):
+            tokens = len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+            if tokens > context:
+                if strict:
+                    raise ValueError(f"text {number} has {tokens} tokens; strict allows at most {context}")
+                logger.warning_once(f"texts longer than {context} tokens are cut to their beginning")
+
+
+def _cleaned(text: Any) -> Any:
+    return clean_text(text) if isinstance(text, str) else text
 
 
 def clean_text(text: str) -> str:

@@ -459,3 +459,25 @@ def test_the_limit_survives_export(model):
 def test_sizes_that_no_tower_can_have_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         MMKDClipConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"pixel_values": torch.zeros(2, 1, 32, 32)},
+            r"pixel_values has the shape \(2, 1, 32, 32\); allowed: \(images, 3,",
+        ),
+        ({"pixel_values": torch.zeros(3, 32, 32)}, r"shape \(3, 32, 32\)"),
+        ({"pixel_values": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "pixel_values is torch.uint8; allowed"),
+        ({"pixel_values": torch.full((2, 3, 32, 32), torch.nan)}, r"NaN or infinity in images \[0, 1\]"),
+        ({"pixel_values": [[0.0]]}, "pixel_values is a list"),
+        ({"input_ids": torch.zeros(1, 4)}, r"input_ids is torch.float32 of the shape \(1, 4\); allowed: .*int64"),
+        ({"input_ids": torch.zeros(4, dtype=torch.long)}, r"of the shape \(4,\)"),
+        ({"input_ids": [[1, 2]]}, "input_ids is a list"),
+        ({}, "give pixel_values, input_ids or both: neither came"),
+    ],
+)
+def test_tensors_that_are_no_input_are_refused(model, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        model(**wrong)

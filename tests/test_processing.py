@@ -144,3 +144,60 @@ def test_no_texts_and_texts_of_nothing(processor):
         processor(text=[])
     for nothing in ("", " \n", [""]):
         assert processor(text=nothing, return_tensors="pt")["input_ids"].shape == (1, 2)  # beginning and end
+
+
+GREY = np.full((40, 50, 3), 90, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "images is an empty list"),
+        ([Image.new("L", (9, 9)), None], "image 1 is None"),
+        (np.zeros((40, 50), np.uint8), r"the image has the shape \(40, 50\); allowed: \(3, height, width\)"),
+        ([np.zeros((4, 40, 50), np.uint8)], r"image 0 has the shape \(4, 40, 50\)"),
+        (torch.zeros(2, 1, 40, 50), r"image 0 has the shape \(1, 40, 50\)"),
+        ([GREY, GREY.astype(np.uint16) * 400], "image 1 is uint16; allowed"),
+        (torch.zeros(3, 40, 50, dtype=torch.int64), "the image is int64; allowed"),
+        ([np.where(GREY > 0, np.nan, GREY)], "image 0 has NaN or infinity; allowed"),
+        (torch.full((3, 40, 50), torch.inf, dtype=torch.float16), "the image has NaN or infinity"),
+        (Image.new("I;16", (9, 9)), "the image has the mode I;16, more than 8 bits"),
+        ([Image.new("F", (9, 9))], "image 0 has the mode F"),
+    ],
+)
+def test_images_that_are_none_are_refused(processor, images, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=images, return_tensors="pt")
+
+
+def test_arrays_and_tensors_that_are_images_give_the_pixels_of_pil(processor):
+    expected = processor(images=Image.fromarray(GREY), return_tensors="pt")["pixel_values"]
+    channels_first = torch.from_numpy(GREY).permute(2, 0, 1)
+    for image in (GREY, channels_first, channels_first.float(), channels_first[None], [GREY]):
+        torch.testing.assert_close(processor(images=image, return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (7, "text is a int; allowed: a string or a list of strings"),
+        (["ct", None], "text 1 is None of type NoneType; allowed: strings"),
+        (["ct", float("nan")], "text 1 is nan of type float"),
+    ],
+)
+def test_texts_that_are_none_are_refused(processor, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=text)
+
+
+def test_nothing_at_all_is_refused(processor):
+    with pytest.raises(ValueError, match="give images, text or both: neither came"):
+        processor()
+
+
+def test_strict_refuses_what_would_be_cut_or_says_nothing(processor):
+    with pytest.raises(ValueError, match="text 1 has 42 tokens; strict allows at most 32"):
+        processor(text=["ct", "lung " * 40], strict=True)
+    with pytest.raises(ValueError, match="text 0 is empty; strict"):
+        processor(text=[" "], strict=True)
+    assert processor(text="ct of the lung", strict=True)["input_ids"]
