@@ -29,6 +29,7 @@ RECIPES = {
     "report": ("mmkd.train.report", "one self-contained HTML page from an evaluation"),
     "pipeline": ("mmkd.train.pipeline", "the whole way from one YAML"),
     "quickstart": ("mmkd.train.pipeline", "the whole way on real images in five minutes"),
+    "push": ("mmkd.hub.push", "a model, features or pairs to the Hub, with a card made from what is known"),
     "convert": ("mmkd.hub.convert", "the authors' checkpoint to a from_pretrained folder, and back"),
 }
 PIPELINES = {"quickstart": "quickstart.yaml"}

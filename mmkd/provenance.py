@@ -77,14 +77,20 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def describe_pairs(folder: PairFolder) -> dict[str, Any]:
     """Number of pairs and groups, and counts by license, source, modality and split; no ids, captions or paths."""
-    pairs = folder.pairs
+    columns = ("license", "source", "modality", "split")
+    counts: dict[str, Counter[str]] = {name: Counter() for name in columns}
+    groups = set()
+    for pair in folder.pairs:  # one pass: the pairs may be millions of rows on disk
+        groups.add(pair.group or pair.id)
+        for name in columns:
+            counts[name][getattr(pair, name) or UNSTATED] += 1
     return {
-        "pairs": len(pairs),
-        "groups": len({pair.group or pair.id for pair in pairs}),
-        "licenses": _counts(pair.license for pair in pairs),
-        "sources": _counts(pair.source for pair in pairs),
-        "modalities": _counts(pair.modality for pair in pairs),
-        "splits": _counts(pair.split for pair in pairs),
+        "pairs": len(folder.pairs),
+        "groups": len(groups),
+        "licenses": _most(counts["license"]),
+        "sources": _most(counts["source"]),
+        "modalities": _most(counts["modality"]),
+        "splits": _most(counts["split"]),
     }
 
 
@@ -139,9 +145,8 @@ def _published_teachers(folder: Path) -> list[dict[str, Any]]:
     return [{"teacher": name, **facts.get(name, {"license": UNSTATED})} for name in sorted(used)]
 
 
-def _counts(values: Iterable[str]) -> dict[str, int]:
+def _most(counts: Counter[str]) -> dict[str, int]:
     """Counts by value, the most frequent first; what is beyond the limit is put together."""
-    counts = Counter(value or UNSTATED for value in values)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rest = sum(count for _, count in ordered[MOST_VALUES:])
     return dict(ordered[:MOST_VALUES]) | ({OTHERS: rest} if rest else {})

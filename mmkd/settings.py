@@ -8,23 +8,21 @@ training run. Values are converted by the field's type, never evaluated.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import errno
 import sys
 import textwrap
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from safetensors import SafetensorError
 
 from mmkd.files import atomic_write_text
+from mmkd.setting_values import FALSE, TRUE, bare, convert, nearest, type_name
 
 T = TypeVar("T")
-TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
 
 def setting(
@@ -33,17 +31,20 @@ def setting(
     *,
     factory: Callable[[], Any] | None = None,
     preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    positional: bool = False,
 ) -> Any:
     """A dataclass field with a help text; without a default or factory the setting is required.
 
     ``preset`` belongs to a mapping: from the other settings that are given to what ``--mapping.entry value`` changes
-    when the mapping itself is not given.
+    when the mapping itself is not given. One field may be ``positional``: it is then also what stands on the command
+    line without a name.
     """
+    metadata = {"help": help, "preset": preset, "positional": positional}
     if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata={"help": help, "preset": preset})
+        return dataclasses.field(default_factory=factory, metadata=metadata)
     if default is dataclasses.MISSING:
-        return dataclasses.field(metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(settings_class: type[T], argv: list[str] | None = None) -> T:
@@ -80,18 +81,18 @@ def given_values(settings_class: type, argv: list[str]) -> dict[str, Any]:
         FileNotFoundError: the YAML file does not exist.
     """
     hints = typing.get_type_hints(settings_class)
-    mappings = [field for field in dataclasses.fields(settings_class) if get_origin(_bare(hints[field.name])) is dict]
+    mappings = [field for field in dataclasses.fields(settings_class) if get_origin(bare(hints[field.name])) is dict]
     values: dict[str, Any] = {
         field.name: field.default_factory() for field in mappings if callable(field.default_factory)
     }
-    given = _split_arguments(argv, hints)
+    given = _split_arguments(argv, hints, _positional(settings_class))
     is_yaml = "config" not in hints  # a recipe with a setting of this name means its own file by it
     merged: set[str] = set()
     for path in [value for key, value in given if key == "config" and is_yaml]:
         _merge_yaml(values, Path(path), hints, merged)
     for key, text in given:
         if "." not in key and (key != "config" or not is_yaml):
-            values[key] = _convert(key, text, hints[key])
+            values[key] = convert(key, text, hints[key])
             merged.add(key)
     presets = {field.name: field.metadata.get("preset") for field in mappings if field.name not in merged}
     for key, text in given:
@@ -141,12 +142,6 @@ def save_settings(settings: Any, path: Path) -> None:
     atomic_write_text(path, yaml.safe_dump(resolved(settings), sort_keys=False, allow_unicode=True))
 
 
-def nearest(name: str, allowed: typing.Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the allowed name closest to a misspelt one, else an empty string."""
-    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    return f" (did you mean {match[0]!r}?)" if match else ""
-
-
 def help_text(settings_class: type) -> str:
     """The class' docstring and one line for each setting."""
     hints = typing.get_type_hints(settings_class)
@@ -155,17 +150,26 @@ def help_text(settings_class: type) -> str:
     for field in dataclasses.fields(settings_class):
         default = field.default_factory() if callable(field.default_factory) else field.default
         shown = "required" if default is dataclasses.MISSING else f"default {_plain(default)!r}"
-        lines.append(f"  --{field.name} {_type_name(hints[field.name])}  {field.metadata.get('help', '')} [{shown}]")
+        name = f"[--{field.name}]" if field.metadata.get("positional") else f"--{field.name}"
+        lines.append(f"  {name} {type_name(hints[field.name])}  {field.metadata.get('help', '')} [{shown}]")
     return "\n".join(lines)
 
 
-def _split_arguments(argv: list[str], hints: dict[str, Any]) -> list[tuple[str, str]]:
-    """``--key value``, ``--key=value`` and, for switches, ``--key`` alone."""
+def _positional(settings_class: type) -> str | None:
+    fields = dataclasses.fields(settings_class)
+    return next((field.name for field in fields if field.metadata.get("positional")), None)
+
+
+def _split_arguments(argv: list[str], hints: dict[str, Any], positional: str | None) -> list[tuple[str, str]]:
+    """``--key value``, ``--key=value``, for switches ``--key`` alone, and one value without a key if there may be."""
     pairs: list[tuple[str, str]] = []
     position = 0
     while position < len(argv):
         argument = argv[position]
         position += 1
+        if not argument.startswith("--") and positional and positional not in dict(pairs):
+            pairs.append((positional, argument))
+            continue
         if not argument.startswith("--"):
             raise ValueError(f"unexpected argument {argument!r}: settings are given as --key value")
         key, equals, value = argument[2:].partition("=")
@@ -187,7 +191,7 @@ def _known(key: str, hints: dict[str, Any]) -> str:
     """The key with dashes as underscores, if it is a field or an entry of a mapping field."""
     head, dot, entry = key.partition(".")
     name = head.replace("-", "_")
-    if name != "config" and (name not in hints or (dot and get_origin(_bare(hints[name])) is not dict)):
+    if name != "config" and (name not in hints or (dot and get_origin(bare(hints[name])) is not dict)):
         raise ValueError(f"unknown setting --{key}{nearest(name, hints)}; allowed: {', '.join(sorted(hints))}")
     return name + dot + entry
 
@@ -205,7 +209,7 @@ def _merge_yaml(values: dict[str, Any], path: Path, hints: dict[str, Any], merge
     for key, value in loaded.items():
         try:
             name = _known(str(key), hints)
-            converted = _convert(name, value, hints[name])
+            converted = convert(name, value, hints[name])
             both = name in merged and isinstance(converted, dict)
             values[name] = {**values[name], **converted} if both else converted
             merged.add(name)
@@ -219,70 +223,7 @@ def _set_entry(values: dict[str, Any], key: str, text: str, hints: dict[str, Any
     preset = presets.pop(name, None)
     if preset is not None:
         values[name] = preset(values)
-    values[name] = {**values.get(name, {}), entry: _convert(key, text, get_args(_bare(hints[name]))[1])}
-
-
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    """``value`` (text or a YAML value) as the type ``hint``."""
-    if hint != _bare(hint) and (value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))):
-        return None
-    hint = _bare(hint)
-    origin = get_origin(hint)
-    if origin is list:
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list):
-            raise ValueError(f"{key} must be a list, not {value!r}")
-        cleaned = [item.strip() if isinstance(item, str) else item for item in items]
-        return [_convert(key, item, get_args(hint)[0]) for item in cleaned if item != ""]
-    if origin is dict:
-        mapping = yaml.safe_load("{" + value.strip().strip("{}") + "}") if isinstance(value, str) else value
-        if not isinstance(mapping, dict):
-            raise ValueError(f"{key} must be a mapping such as {{task: 1.0}}, not {value!r}")
-        return {str(name): _convert(f"{key}.{name}", item, get_args(hint)[1]) for name, item in mapping.items()}
-    if origin is Literal:
-        if value not in get_args(hint):
-            allowed = ", ".join(map(str, get_args(hint)))
-            raise ValueError(f"{key} is {value!r}{nearest(str(value), map(str, get_args(hint)))}; allowed: {allowed}")
-        return value
-    return _scalar(key, value, hint)
-
-
-def _scalar(key: str, value: Any, hint: Any) -> Any:
-    if hint is Any:
-        return value
-    if hint is bool:
-        if str(value).lower() not in TRUE + FALSE:
-            raise ValueError(f"{key} must be true or false, not {value!r}")
-        return str(value).lower() in TRUE
-    if isinstance(value, (dict, list)) or value is None or (isinstance(value, bool) and hint is not str):
-        raise ValueError(f"{key} must be {_type_name(hint)}, not {value!r}")
-    try:
-        return hint(value) if hint is not int else _integer(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{key} must be {_type_name(hint)}, not {value!r}") from None
-
-
-def _integer(value: Any) -> int:
-    number = int(value) if not isinstance(value, float) else value
-    if number != int(number):
-        raise ValueError(value)
-    return int(number)
-
-
-def _bare(hint: Any) -> Any:
-    """``X`` of ``X | None``."""
-    if get_origin(hint) in (typing.Union, types.UnionType):
-        return next(part for part in get_args(hint) if part is not type(None))
-    return hint
-
-
-def _type_name(hint: Any) -> str:
-    hint = _bare(hint)
-    if get_origin(hint) is Literal:
-        return "|".join(map(str, get_args(hint)))
-    if get_origin(hint):
-        return str(hint)
-    return {Path: "path", Any: "value"}.get(hint) or hint.__name__
+    values[name] = {**values.get(name, {}), entry: convert(key, text, get_args(bare(hints[name]))[1])}
 
 
 def _plain(value: Any) -> Any:

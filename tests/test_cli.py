@@ -59,7 +59,7 @@ def test_every_command_tells_its_settings(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["mmkd"])
     with pytest.raises(SystemExit, match="0"):
         cli.main([name, "--help"])
-    assert "--output" in capsys.readouterr().out
+    assert "settings (" in capsys.readouterr().out
 
 
 def test_the_command_runs_as_a_program():

@@ -147,3 +147,22 @@ def test_check_only_checks(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(Example, never)
     assert "did you mean 'epochs'" in capsys.readouterr().err
+
+
+@dataclass
+class Positional:
+    """One value may come without its name."""
+
+    folder: Path = setting(help="what it is about", positional=True)
+    dry_run: bool = setting(False, "only look")
+
+
+def test_one_value_may_come_without_its_name(capsys):
+    assert parse(Positional, ["a/b", "--dry-run"]) == Positional(Path("a/b"), True)
+    assert parse(Positional, ["--dry-run", "false", "a"]) == Positional(Path("a"), False)
+    assert parse(Positional, ["--folder", "a"]) == Positional(Path("a"), False)
+    with pytest.raises(ValueError, match="unexpected argument 'b'"):
+        parse(Positional, ["a", "b"])
+    with pytest.raises(ValueError, match="--folder is required"):
+        parse(Positional, [])
+    assert "[--folder] path" in help_text(Positional)

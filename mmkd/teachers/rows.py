@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from mmkd.distributed import rank
 from mmkd.files import fingerprint
+from mmkd.licenses import is_open
 from mmkd.settings import parse
 
 logger = logging.getLogger(__name__)
 
 Form = Literal["openclip", "hfclip", "ours", "unimed", "pmcclip", "medclip", "python"]
-UNDECLARED, OWN_MODEL = "not declared", "own model"
+UNDECLARED = "not declared"
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-OPEN_LICENSES = ("mit", "apache", "bsd", "cc0", "cc by 4", "cc-by-4", "isc", OWN_MODEL)
 _announced: set[str] = set()
 
 
@@ -126,12 +126,6 @@ def announce(provenance: dict[str, Any]) -> None:
             name,
             license,
         )
-
-
-def is_open(license: str) -> bool:
-    """Whether a license is declared and restricts no use; whatever is not known to be open counts as not."""
-    lowered = license.lower()
-    return lowered.startswith(OPEN_LICENSES) and UNDECLARED not in lowered
 
 
 def _version(package: str) -> str:

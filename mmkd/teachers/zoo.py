@@ -14,9 +14,10 @@ from typing import Any
 
 from mmkd.encoder import DualEncoder
 from mmkd.files import read_json
+from mmkd.licenses import OWN_MODEL
 from mmkd.settings import nearest
 from mmkd.teachers import hfclip, medclip, openclip, pmcclip, pythonform, unimed
-from mmkd.teachers.rows import OWN_MODEL, UNDECLARED, TeacherRow, announce, read_row
+from mmkd.teachers.rows import UNDECLARED, TeacherRow, announce, read_row
 from mmkd.teachers.weights import fetch
 
 BIOMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mmkd.licenses import is_open
 from mmkd.teachers import rows
-from mmkd.teachers.rows import is_open
 from mmkd.teachers.weights import fetch, read_state_dict
 from mmkd.teachers.zoo import LOADERS, TEACHERS, find_row, load_encoder, named_sources
 

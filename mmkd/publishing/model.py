@@ -1,0 +1,176 @@
+"""A model's folder as a Hub repository: sharded safetensors, its code, its processor and a card of what is known."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from mmkd.files import read_json
+from mmkd.provenance import PROVENANCE_FILE, UNSTATED, read_provenance
+from mmkd.publishing import card_facts
+from mmkd.publishing.publication import Item, Publication, existing, made, not_taken
+from mmkd.publishing.scores import Scores, read_scores
+from mmkd.publishing.weights import count_parameters, read_headers, weight_files, weight_items
+
+CODE = ("configuration_mmkd.py", "modeling_mmkd.py", "processing_mmkd.py")
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model")
+OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json")
+OWNED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "*_mmkd.py"]
+TAGS = ["mmkd-clip", "clip", "biomedical", "medical-imaging", "vision-language", "zero-shot"]
+MINIMUM_TRANSFORMERS = "5.8"
+CITATION = """@article{wang2025unifying,
+  title   = {Unifying Biomedical Vision-Language Expertise: Towards a Generalist Foundation Model via Multi-CLIP
+             Knowledge Distillation},
+  author  = {Wang, Shansong and others},
+  journal = {arXiv preprint arXiv:2506.22567},
+  year    = {2025}
+}"""
+
+
+def model_publication(
+    folder: Path, repo: str, template: str, results: Path | None, license: str | None, max_shard_bytes: int
+) -> Publication:
+    """Everything that is uploaded of a model.
+
+    Args:
+        folder: written by pretrain, distill, finetune or convert.
+        repo: ``user/name``.
+        template: of the card.
+        results: folder of ``mmkd eval``, or None.
+        license: under which the publisher offers the weights, or None.
+        max_shard_bytes: largest file of weights.
+
+    Raises:
+        FileNotFoundError: weights, processor, tokenizer or results are missing.
+        ValueError: a file is damaged, or results are of other weights.
+    """
+    provenance = read_provenance(folder)
+    files = weight_files(folder)
+    items = weight_items(folder, max_shard_bytes) | {"config.json": _config(folder)} | _code(folder)
+    items |= _processor(folder)
+    if provenance:
+        items[PROVENANCE_FILE] = existing(folder / PROVENANCE_FILE)
+    scores = read_scores(results, files) if results is not None else None
+    card = _card(folder, repo, template, provenance, scores, license)
+    conflict = card_facts.license_conflict(card_facts.components(provenance), license)
+    notes = [conflict] if conflict else []
+    if not provenance:
+        notes.append(f"{folder} has no {PROVENANCE_FILE}: the card cannot name teachers, data and their licences")
+    if results is None:
+        notes.append("no --results are given: the card will hold no evaluation")
+    return Publication("model", card, items, not_taken(folder, items), notes, OWNED)
+
+
+def _config(folder: Path) -> Item:
+    """``config.json``; one that does not lead to the model's code gets the lines that do."""
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("auto_map"):
+        return existing(path)
+    from modeling_mmkd.configuration_mmkd import AUTO_MAP  # here, because it loads torch
+
+    return made(json.dumps({**config, "auto_map": AUTO_MAP}, indent=2, sort_keys=True) + "\n")
+
+
+def _code(folder: Path) -> dict[str, Item]:
+    """The model's code as it lies in the folder, else that of the installed package."""
+    found = sorted(path.name for path in folder.glob("*_mmkd.py"))
+    if set(CODE) <= set(found):
+        return {name: existing(folder / name) for name in found}
+    spec = importlib.util.find_spec("modeling_mmkd")
+    assert spec is not None and spec.submodule_search_locations, "modeling_mmkd is installed with this package"
+    installed = Path(next(iter(spec.submodule_search_locations)))
+    return {path.name: existing(path) for path in sorted(installed.glob("*_mmkd.py"))}
+
+
+def _processor(folder: Path) -> dict[str, Item]:
+    """What AutoProcessor reads.
+
+    Raises:
+        FileNotFoundError: there is no image processor or no tokenizer.
+    """
+    for kind, names in (("image processor", PROCESSOR), ("tokenizer", TOKENIZER)):
+        if not any((folder / name).is_file() for name in names):
+            raise FileNotFoundError(
+                f"{folder} has no {kind} ({' or '.join(names[:2])}), so nobody could use the model; save the one there "
+                "that it was trained with"
+            )
+    found = [name for name in PROCESSOR + TOKENIZER + OPTIONAL if (folder / name).is_file()]
+    return {name: existing(folder / name) for name in found}
+
+
+def _card(
+    folder: Path, repo: str, template: str, provenance: dict[str, Any], scores: Scores | None, license: str | None
+) -> str:
+    name = repo.split("/")[1]
+    tensors = read_headers(weight_files(folder))
+    teachers, starts = card_facts.teacher_rows(provenance), card_facts.start_rows(provenance)
+    stage = provenance.get("stage", "")
+    distilled = [] if not teachers else ["knowledge-distillation"]
+    data = ModelCardData(
+        language="en",
+        license=card_facts.card_license(license),
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=TAGS + distilled,
+        model_name=name,
+        base_model=_base_models(provenance) or None,
+        eval_results=scores.index if scores is not None and scores.index else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        name=name,
+        repo=repo,
+        summary=_summary(teachers, stage),
+        facts=card_facts.model_facts(folder, count_parameters(tensors), [dtype for _, dtype, _ in tensors.values()]),
+        teachers=teachers,
+        teacher_notes=card_facts.teacher_notes(provenance),
+        no_teachers=_no_teachers(stage),
+        starts=starts,
+        data=card_facts.data_rows(provenance),
+        license_statement=card_facts.license_statement(card_facts.components(provenance), license),
+        recipe=card_facts.recipe_yaml(folder),
+        recipe_title=card_facts.STAGES.get(stage, "Made"),
+        versions=", ".join(f"{package} {version}" for package, version in (provenance.get("versions") or {}).items()),
+        scores=scores,
+        image_size=card_facts.image_size(folder),
+        data_caution=_caution(provenance),
+        citation=CITATION,
+        transformers_version=MINIMUM_TRANSFORMERS,
+    )
+    return str(card.content)
+
+
+def _summary(teachers: list[card_facts.Row], stage: str) -> str:
+    kind = "A biomedical CLIP: images and texts in one space, for zero-shot classification and retrieval."
+    if teachers:
+        return f"{kind} One student distilled from {', '.join(row['name'] for row in teachers)}."
+    return f"{kind} {card_facts.STAGES[stage]}." if stage in card_facts.STAGES else kind
+
+
+def _no_teachers(stage: str) -> str:
+    if stage in ("pretrain", "finetune"):
+        return "No teacher took part: it was trained on images and texts alone."
+    return "The folder that was published does not say whether teachers took part."
+
+
+def _base_models(provenance: dict[str, Any]) -> list[str]:
+    """Hub ids of the weights it started from."""
+    rows = [row for link in card_facts.chain(provenance) for row in link.get("started_from") or ()]
+    names = [row["weights"] for row in rows if not row.get("provenance")]
+    return [name for name in names if name.count("/") == 1 and ":" not in name]
+
+
+def _caution(provenance: dict[str, Any]) -> str:
+    """What is known of where images come from, as a caution."""
+    stages = card_facts.data_rows(provenance)
+    known = [row["name"] for stage in stages for row in stage["sources"][:5] if row["raw"] != UNSTATED]
+    if not known:
+        return "Where its training images come from is not stated here, so no site can be ruled out."
+    return f"Its training images come from: {', '.join(dict.fromkeys(known))}; test it on images from elsewhere."

@@ -1,0 +1,92 @@
+"""Folders to publish, and the commands that do it in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loopback_hub import LoopbackHub
+from PIL import Image
+
+from mmkd.data.features import FeatureWriter
+from mmkd.data.records import Pair, PairFolder, write_manifest
+from mmkd.provenance import training_provenance
+from mmkd.settings import save_settings
+from mmkd.student import save_student
+from mmkd.towers import build_model
+from mmkd.train.distill import DistillSettings
+
+TOKEN = "hf_writer_token"
+TEACHERS = [
+    {"teacher": "PLIP", "weights": "vinid/plip", "license": "not declared", "note": "which commit is unknown"},
+    {"teacher": "BiomedCLIP", "weights": "microsoft/BiomedCLIP", "license": "MIT"},
+]
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def published_student(tmp_path_factory) -> Path:
+    """A tiny student with everything that distillation leaves beside it."""
+    folder = tmp_path_factory.mktemp("models") / "student"
+    torch.manual_seed(0)
+    pairs = [Pair(f"p{k}", f"{k}.png", "c", "MRI" if k % 2 else "CT", group="g", license="CC BY 4.0") for k in range(8)]
+    provenance = training_provenance("distill", PairFolder(folder, folder, pairs), ["openai/clip-start"], TEACHERS)
+    save_student(folder, *build_model("random:tiny", "random:tiny", 16), provenance)
+    settings = DistillSettings(
+        output=folder,
+        pairs=Path("/secret/hospital/screened"),
+        model="openai/clip-start",
+        features=Path("/secret/features"),
+    )
+    save_settings(settings, folder / "settings.yaml")
+    (folder / "log.jsonl").write_text('{"loss": 1.0}\n')
+    (folder / "patients.txt").write_text("not for the public")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published_pairs(tmp_path_factory) -> Path:
+    """Four pairs with images under an open licence."""
+    folder = tmp_path_factory.mktemp("pairs") / "pairs"
+    (folder / "images" / "deep").mkdir(parents=True)
+    pairs = []
+    for k in range(4):
+        name = f"deep/{k}.png"
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(folder / "images" / name)
+        pairs.append(Pair(f"p{k}", name, f"caption {k}", "MRI", group=f"g{k}", license="CC BY 4.0", source="atlas"))
+    write_manifest(folder, pairs)
+    (folder / "README.md").write_text("# pairs: 4\n\n4 rows were read.\n\n## Splits\n")
+    (folder / "dropped.jsonl").write_text('{"file": "secret.png"}\n')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published_features(tmp_path_factory) -> Path:
+    """Two small stores, one of a teacher with a licence that restricts."""
+    folder = tmp_path_factory.mktemp("stores") / "features"
+    for name, license in {"PLIP": "not declared", "UniMedCLIP": "CC BY-NC 4.0"}.items():
+        writer = FeatureWriter(folder / name, name, shard_size=2)
+        for shard in range(2):
+            writer.write_shard(shard, torch.ones(2, 4), torch.ones(2, 4))
+        writer.finish([f"p{k}" for k in range(4)], {"license": license, "weights": f"owner/{name}", "pooling": "cls"})
+    return folder
+
+
+def hub_environment(hub, home, token=TOKEN):
+    """What leads the Hub's client to the stand-in, and away from this machine's token and cache."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return kept | own | ({"HF_TOKEN": token} if token else {})
+
+
+def mmkd(hub, home, *arguments, token=TOKEN):
+    """The command as a user types it."""
+    command = [sys.executable, "-m", "mmkd.cli", *map(str, arguments)]
+    return subprocess.run(command, env=hub_environment(hub, home, token), capture_output=True, text=True, timeout=120)

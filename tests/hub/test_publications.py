@@ -1,0 +1,193 @@
+"""What is made of a folder before anything is uploaded: kinds, cards, scores, and one clear error for a bad one."""
+
+import io
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from mmkd.data.pair import Pair
+from mmkd.data.records import open_pairs, write_manifest
+from mmkd.hub.push import PushSettings, check_repo, make_publication
+from mmkd.publishing.card_facts import license_conflict, recipe_yaml
+from mmkd.publishing.publication import gather
+from mmkd.publishing.weights import parse_size
+from mmkd.settings import parse
+from mmkd.train import eval as evaluation
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fake_encoder import make_pairs, write_pairs
+
+
+def publication(folder, *arguments):
+    return make_publication(parse(PushSettings, [str(folder), "--repo", "user/name", *map(str, arguments)]))
+
+
+@pytest.fixture(scope="module")
+def results(published_student, tmp_path_factory):
+    """A real evaluation of the tiny student, which knows nothing."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_pairs(folder / "held-out", make_pairs(48))
+    arguments = ["--encoders", f"ours={published_student}", "--pairs", str(folder / "held-out"), "--quiet"]
+    arguments += ["--output", str(folder / "results"), "--tasks", "zeroshot,retrieval", "--replicates", "100"]
+    evaluation.main(parse(evaluation.EvalSettings, arguments))
+    return folder / "results"
+
+
+def test_scores_stand_in_table_and_index_with_their_intervals(published_student, results):
+    card = ModelCard(publication(published_student, "--results", results).card)
+    summary = json.loads((results / "summary.json").read_text())
+    metric = summary["tasks"]["zeroshot-modality"]["rows"]["ours"]["metrics"]["balanced_accuracy"]
+    found = {(row.task_name, row.metric_type): row for row in card.data.eval_results}
+    entry = found["Which modality is it?", "balanced_accuracy"]
+    assert entry.metric_value == round(metric["value"], 4)
+    assert entry.metric_args["low"] == round(metric["low"], 4) and entry.metric_args["high"] == round(metric["high"], 4)
+    assert entry.metric_args["images"] == 48 and entry.metric_args["confidence"] == 0.95
+    assert (entry.dataset_name, entry.dataset_split) == ("held-out", "test")
+    assert f"| {metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}] | 0.333 |" in card.text
+    assert len({row.task_type for row in card.data.eval_results}) == 2
+    assert str(results.parent) not in card.content
+
+
+def test_results_of_other_weights_are_refused(published_student, results, tmp_path):
+    other = shutil.copytree(published_student, tmp_path / "other")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"are of other weights \(ours\) than the model"):
+        publication(other, "--results", results)
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "message"),
+    [
+        ({}, ValueError, "holds nothing; it should hold a model"),
+        ({"notes.txt": "x"}, ValueError, "holds notes.txt; it should hold"),
+        ({"summary.json": "{}"}, ValueError, "push the model they are of, with --results"),
+        ({"meta.jsonl": "{}"}, ValueError, "theirs to publish"),
+        ({"adapter_config.json": "{}"}, ValueError, "merge it into its model"),
+        ({"config.json": '{"model_type": "clip"}'}, ValueError, "a model of type 'clip'"),
+        ({"config.json": '{"model_type": "mmkd_clip"}'}, FileNotFoundError, "has no model.safetensors; is the folder"),
+        ({"config.json": '{"model_type": "mmkd_clip"}', "a.bin": ""}, FileNotFoundError, "pickled weights are not"),
+        ({"config.json": "{"}, ValueError, "is not valid JSON"),
+        ({"manifest.jsonl": "{}", "pairs.json": '{"version": 1, "images": "images"}'}, ValueError, "missing keys"),
+    ],
+)
+def test_a_folder_that_holds_nothing_to_push_is_told_so(tmp_path, files, error, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=message):
+        publication(tmp_path)
+
+
+def test_unfinished_and_missing_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        publication(tmp_path / "nowhere")
+    (tmp_path / "student.partial").mkdir()
+    with pytest.raises(ValueError, match="is an unfinished run"):
+        publication(tmp_path / "student.partial")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokenizer.json", None, "has no tokenizer"),
+        ("processor_config.json", None, "has no image processor"),
+        ("model.safetensors", b"{}", "is damaged"),
+        ("settings.yaml", b"a: [", "is not valid YAML"),
+        ("provenance.json", b"[]", "must hold a JSON object"),
+    ],
+)
+def test_a_model_with_a_broken_file_names_it(published_student, tmp_path, name, change, message):
+    folder = shutil.copytree(published_student, tmp_path / "student")
+    (folder / name).unlink()
+    if change is not None:
+        (folder / name).write_bytes(change)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        publication(folder)
+
+
+def test_options_of_another_kind_are_refused(published_student, published_pairs, results):
+    with pytest.raises(ValueError, match="--results belongs to a model"):
+        publication(published_pairs, "--results", results)
+    with pytest.raises(ValueError, match="--images belongs to pairs"):
+        publication(published_student, "--images", "true")
+    with pytest.raises(FileNotFoundError, match=r"holds no summary.json"):
+        publication(published_student, "--results", published_pairs)
+
+
+def test_images_in_archives_come_out_of_them(tmp_path):
+    tiny = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(tiny, "PNG")
+    (tmp_path / "images" / "shards").mkdir(parents=True)
+    with tarfile.open(tmp_path / "images" / "shards" / "000000.tar", "w") as tar:
+        member = tarfile.TarInfo("secret-name.png")
+        member.size = len(tiny.getvalue())
+        tar.addfile(member, io.BytesIO(tiny.getvalue()))
+    image = f"shards/000000.tar@512+{member.size}"
+    write_manifest(tmp_path, [Pair("p", image, "caption", license="CC0")])
+    gather(publication(tmp_path), tmp_path / "repository")
+    assert (tmp_path / "repository/images/shards/000000/512").read_bytes() == tiny.getvalue()
+    published = open_pairs(tmp_path / "repository")
+    assert published.image_path(published.pairs[0]).read_bytes() == tiny.getvalue()
+    assert not any("secret-name" in str(path) for path in (tmp_path / "repository").rglob("*"))
+
+
+def test_a_store_without_a_shard_is_refused(published_features, tmp_path):
+    folder = shutil.copytree(published_features, tmp_path / "features")
+    (folder / "PLIP" / "shard-00001.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-00001\.safetensors is missing"):
+        publication(folder)
+
+
+def test_code_that_a_folder_lacks_comes_from_the_package(published_student, tmp_path):
+    folder = shutil.copytree(published_student, tmp_path / "student")
+    (folder / "modeling_mmkd.py").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    items = publication(folder).items
+    items["config.json"].write(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_mmkd.MMKDClipModel"
+    assert items["modeling_mmkd.py"].size > 1000
+
+
+def test_settings_tell_no_folder_of_the_machine(tmp_path):
+    lines = ["pairs: data/screened", "model: owner/model", "vision: timm:vit/home/me/weights", "teachers: [./a/b]"]
+    (tmp_path / "settings.yaml").write_text("\n".join([*lines, "text: /home/me/bert", "seed: 3"]))
+    told = recipe_yaml(tmp_path)
+    assert told.splitlines() == [
+        "pairs: screened",
+        "model: owner/model",
+        "vision: timm:weights",
+        "teachers:",
+        "- b",
+        "text: bert",
+        "seed: 3",
+    ]
+
+
+def test_a_licence_that_offers_more_than_was_given_is_warned_of():
+    parts = [("teacher A", "CC BY-NC 4.0"), ("teacher B", "MIT")]
+    assert "offers more" in license_conflict(parts, "apache-2.0")
+    assert license_conflict(parts, "cc-by-nc-4.0") is None
+    assert license_conflict([("teacher B", "MIT")], "apache-2.0") is None
+    assert "choose one with --license" in license_conflict(parts, None)
+
+
+@pytest.mark.parametrize("repo", ["name", "a/b/c", "user/", "/name", "user/na me", "user/" + "x" * 200, "user/a..b"])
+def test_malformed_names_are_refused(repo):
+    with pytest.raises(ValueError, match="--repo"):
+        check_repo(repo)
+
+
+def test_sizes():
+    assert parse_size("1.5gb") == 1_500_000_000
+    for wrong in ("5", "GB", "-1GB", "0MB"):
+        with pytest.raises(ValueError, match="a size such as 5GB"):
+            parse_size(wrong)

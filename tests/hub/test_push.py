@@ -1,0 +1,190 @@
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TOKEN, hub_environment, mmkd
+from huggingface_hub import DatasetCard, ModelCard
+from safetensors import safe_open
+
+from mmkd.data.features import TeacherFeatures
+from mmkd.data.records import open_pairs, write_manifest
+from modeling_mmkd import MMKDClipModel
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["mmkd"] = sys.modules["modeling_mmkd"] = None  # as if not installed
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained("user/student", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("user/student", trust_remote_code=True)
+"""
+WITH_PACKAGE = """
+import modeling_mmkd
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained("user/student").eval()
+assert type(model) is modeling_mmkd.MMKDClipModel
+processor = AutoProcessor.from_pretrained("user/student")
+"""
+SHOW = """
+import torch
+with torch.inference_mode():
+    found = model(**processor(text=["an mri"], return_tensors="pt")).text_embeds
+print("EMBEDDING", found[0].tolist())
+"""
+
+
+def python(hub, home, code, token=TOKEN):
+    environment = hub_environment(hub, home, token)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_dry_run_shows_card_and_files_and_touches_no_network(hub, published_student, tmp_path):
+    done = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student", "--dry-run", token=None)
+    assert done.returncode == 0, done.stderr
+    assert hub.requests == []
+    text, _, files = done.stdout.partition("\n--- ")
+    card = ModelCard(text)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "zero-shot-image-classification")
+    assert "knowledge-distillation" in card.data.tags
+    for said in ("| PLIP | vinid/plip | not declared |", "CC BY 4.0 | 8 ", "learning_rate: 5.0e-05", "medical device"):
+        assert said in text
+    assert "No licence is declared for teacher PLIP (not declared), openai/clip-start (not stated)" in text
+    assert "secret" not in done.stdout
+    for name in ("model.safetensors", "modeling_mmkd.py", "processor_config.json", "tokenizer.json", "provenance.json"):
+        assert f"  {name}\n" in files
+    assert "stays here: log.jsonl, patients.txt, settings.yaml" in files
+
+
+def test_pushing_again_uploads_only_what_changed(hub, published_student, tmp_path):
+    student = shutil.copytree(published_student, tmp_path / "student")
+    command = ("push", student, "--repo", "user/student", "--license", "cc-by-nc-4.0")
+    first = mmkd(hub, tmp_path, *command)
+    assert first.returncode == 0, first.stderr
+    files = hub.repository("user/student").files
+    assert files["model.safetensors"] == ((student / "model.safetensors").read_bytes(), True)
+    assert "patients.txt" not in files and "settings.yaml" not in files
+    assert ModelCard(files["README.md"][0].decode()).data.license == "cc-by-nc-4.0"
+
+    uploads, commits = hub.count("PUT", "/lfs/"), hub.count("POST", "/commit/")
+    assert uploads and commits == 1
+    again = mmkd(hub, tmp_path, *command)
+    assert "0 files changed, 10 as they were" in again.stdout
+    assert (hub.count("PUT", "/lfs/"), hub.count("POST", "/commit/")) == (uploads, 1)
+
+    settings = (student / "settings.yaml").read_text()
+    (student / "settings.yaml").write_text(settings.replace("epochs: 1", "epochs: 7"))
+    third = mmkd(hub, tmp_path, *command)
+    assert "1 files changed (README.md), 9 as they were" in third.stdout
+    assert hub.count("PUT", "/lfs/") == uploads
+    assert b"epochs: 7" in hub.repository("user/student").files["README.md"][0]
+    assert not any(TOKEN in run.stdout + run.stderr for run in (first, again, third))
+
+
+def test_what_was_pushed_loads_by_its_id_with_and_without_the_package(hub, published_student, tmp_path):
+    done = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student", "--max_shard_size", "100KB")
+    assert done.returncode == 0, done.stderr
+    files = hub.repository("user/student").files
+    shards = [name for name in files if name.startswith("model-0")]
+    assert len(shards) >= 2 and "model.safetensors.index.json" in files and "model.safetensors" not in files
+    assert set(json.loads(files["model.safetensors.index.json"][0])["weight_map"].values()) == set(shards)
+    model = MMKDClipModel.from_pretrained(published_student).eval()
+    expected = None
+    for name, code in (("without", WITHOUT_PACKAGE), ("with", WITH_PACKAGE)):
+        hub.fail("GET", "/cdn/", "cut")  # once in the middle of a download
+        loaded = python(hub, tmp_path / name, code + SHOW)
+        assert "EMBEDDING" in loaded.stdout, loaded.stderr[-2000:]
+        found = torch.tensor(json.loads(loaded.stdout.partition("EMBEDDING")[2]))
+        expected = found if expected is None else expected
+        torch.testing.assert_close(found, expected)
+    assert len(expected) == model.config.projection_dim
+    assert not any(fault.times for fault in hub.faults)
+
+    whole = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student")
+    assert f"removed {', '.join(sorted([*shards, 'model.safetensors.index.json']))}" in whole.stdout
+
+
+def test_shards_hold_the_same_numbers(hub, published_student, tmp_path):
+    from mmkd.publishing.weights import weight_items
+
+    items = weight_items(published_student, 100_000)
+    found = {}
+    for name, item in items.items():
+        item.write(tmp_path / name)
+        if name.endswith(".safetensors"):
+            with safe_open(tmp_path / name, "pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    expected = MMKDClipModel.from_pretrained(published_student).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_private_repository_is_seen_with_a_token_alone(hub, published_student, tmp_path):
+    done = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/closed", "--private")
+    assert done.returncode == 0, done.stderr
+    assert hub.repository("user/closed").private
+    code = "from huggingface_hub import hf_hub_download; print(hf_hub_download('user/closed', 'config.json'))"
+    assert python(hub, tmp_path / "a", code).returncode == 0
+    refused = python(hub, tmp_path / "b", code, token=None)
+    assert refused.returncode and "401" in refused.stderr
+
+
+def test_pairs_go_up_with_images_that_may_be_passed_on_and_come_down_as_they_were(hub, published_pairs, tmp_path):
+    done = mmkd(hub, tmp_path, "push", published_pairs, "--repo", "user/pairs")
+    assert done.returncode == 0, done.stderr
+    assert "look that none names a patient" in done.stderr
+    files = hub.repository("user/pairs", "dataset").files
+    assert {f"images/deep/{k}.png" for k in range(4)} <= set(files) and "dropped.jsonl" not in files
+    card = DatasetCard(files["README.md"][0].decode())
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.configs[0]["data_files"] == [{"split": "all", "path": "manifest.jsonl"}]
+    assert "4 rows were read." in card.text and "| CC BY 4.0 | 4 |" in card.text
+
+    code = "from huggingface_hub import snapshot_download as s; s('user/pairs', repo_type='dataset', local_dir={!r})"
+    assert python(hub, tmp_path, code.format(str(tmp_path / "down"))).returncode == 0
+    down, up = open_pairs(tmp_path / "down"), open_pairs(published_pairs)
+    assert down.pairs == up.pairs
+    assert all(down.image_path(p).read_bytes() == up.image_path(p).read_bytes() for p in up.pairs)
+
+
+def test_images_without_a_licence_stay_where_they_are(hub, published_pairs, tmp_path):
+    folder = shutil.copytree(published_pairs, tmp_path / "pairs")
+    pairs = open_pairs(published_pairs).pairs
+    write_manifest(folder, [replace(pairs[0], license=""), *pairs[1:]])
+    shown = mmkd(hub, tmp_path, "push", folder, "--repo", "user/pairs", "--dry-run")
+    assert "images stay here, since their licences restrict or say nothing: not stated (1 pairs)" in shown.stderr
+    assert "images/deep" not in shown.stdout and "stays here: dropped.jsonl, images" in shown.stdout
+    assert "The images themselves are not here" in shown.stdout
+    forced = mmkd(hub, tmp_path, "push", folder, "--repo", "user/pairs", "--dry-run", "--images", "true")
+    assert "images are published although" in forced.stderr and "images/deep/0.png" in forced.stdout
+
+
+def test_features_go_up_with_their_teachers_licences(hub, published_features, tmp_path):
+    done = mmkd(hub, tmp_path, "push", published_features, "--repo", "user/features", "--license", "mit")
+    assert done.returncode == 0, done.stderr
+    assert "--license mit offers more than what went into the model" in done.stderr
+    files = hub.repository("user/features", "dataset").files
+    card = files["README.md"][0].decode()
+    assert "| UniMedCLIP | owner/UniMedCLIP | 4 | 4 | float16 | CC BY-NC 4.0 | commercial use |" in card
+    assert "The strictest declared licence forbids commercial use; it is that of teacher UniMedCLIP" in card
+    for name, (data, _) in files.items():
+        (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "down" / name).write_bytes(data)
+    assert TeacherFeatures.open(tmp_path / "down").dims == {"PLIP": 4, "UniMedCLIP": 4}
+    one = mmkd(hub, tmp_path, "push", published_features / "PLIP", "--repo", "user/plip", "--dry-run")
+    assert "shard-00001.safetensors" in one.stdout and "--local-dir features/PLIP" in one.stdout
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [(None, "no token for the Hub"), ("hf_forgotten", "HTTP 401"), ("hf_reader_token", "HTTP 403")],
+)
+def test_without_the_right_to_write_one_line_says_so(hub, published_student, tmp_path, token, message):
+    done = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student", token=token)
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not token or token not in done.stdout + done.stderr
+    assert hub.repositories == {}
