@@ -1,5 +1,6 @@
 """The model against formulas written out here, other towers, and what saving, loading and importing must keep."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from authors_form import HEADS_OF_64, TINY, inputs, reference, state_of, tokenizer
 from PIL import Image
 from torch.nn.functional import cross_entropy, gelu, normalize
@@ -26,7 +28,7 @@ from transformers import (
 )
 
 from mmkd.checkpoints import from_authors, infer_config, to_authors
-from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor, inputs_mmkd
+from modeling_mmkd import PRESETS, MMKDClipConfig, MMKDClipModel, MMKDClipProcessor, inputs_mmkd
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = {**SMALL, "image_size": 32, "patch_size": 16}
@@ -382,7 +384,7 @@ def test_a_saved_folder_brings_its_code(folder, tmp_path):
     code = """
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 folder, again = sys.argv[2:]
 model = AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -393,9 +395,19 @@ batch = AutoProcessor.from_pretrained(again, trust_remote_code=True)(
     images=Image.new("RGB", (50, 40)), text=["ct", "lung"], return_tensors="pt"
 )
 assert torch.equal(model(**batch).logits_per_image, twice(**batch).logits_per_image)
+scores = pipeline("zero-shot-image-classification", folder, trust_remote_code=True)(
+    Image.new("RGB", (50, 40)), candidate_labels=["ct", "lung"], hypothesis_template="{}"
+)
+expected = model(**batch).logits_per_image.softmax(dim=-1)[0]
+assert all(abs(row["score"] - expected[["ct", "lung"].index(row["label"])]) < 1e-3 for row in scores)
+text = pipeline("feature-extraction", folder, trust_remote_code=True)("ct", return_tensors=True)
+torch.testing.assert_close(text, model(**batch).text_embeds[:1], atol=1e-5, rtol=0)
+image = pipeline("image-feature-extraction", folder, trust_remote_code=True)(Image.new("RGB", (50, 40)))
+torch.testing.assert_close(torch.tensor(image), model(**batch).image_embeds, atol=1e-3, rtol=0)
 print("the same", type(model).__module__.startswith("transformers_modules"))
 """
-    out = in_another_process("modeling_mmkd,mmkd", code, folder, tmp_path / "again", HF_MODULES_CACHE=str(tmp_path))
+    hidden = "modeling_mmkd,mmkd,torchvision,timm,accelerate,peft,open_clip,sklearn"
+    out = in_another_process(hidden, code, folder, tmp_path / "again", HF_MODULES_CACHE=str(tmp_path))
     assert "the same True" in out
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == MMKDClipConfig().auto_map
 
@@ -481,3 +493,42 @@ def test_sizes_that_no_tower_can_have_are_refused(wrong, message):
 def test_tensors_that_are_no_input_are_refused(model, wrong, message):
     with pytest.raises(ValueError, match=message):
         model(**wrong)
+
+
+def test_a_checkpoint_without_weights_starts_as_the_model_does():
+    config = MMKDClipConfig({**VISION, "hidden_size": 64}, TEXT, 16)
+    empty, fresh = MMKDClipModel.from_pretrained(None, config=config, state_dict={}), MMKDClipModel(config)
+    for name, value in fresh.named_parameters():
+        found = empty.get_parameter(name)
+        assert found.device.type == "cpu" and torch.isfinite(found).all(), name
+        if value.ndim > 1 and value.numel() > 1000:  # weights, of each kind of layer
+            assert found.std().item() == pytest.approx(value.std().item(), rel=0.15), name
+        elif value.numel() > 1:
+            torch.testing.assert_close(found.mean(), value.mean(), atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["projection_dim", "text_projection_hidden", "context_length"])
+@pytest.mark.parametrize("value", ["512", 2.5, True])
+def test_a_width_that_is_no_whole_number_is_refused(name, value):
+    with pytest.raises(TypeError, match=f"{name} is {value!r}; it must be a whole number"):
+        MMKDClipConfig(**{name: value})
+
+
+def test_presets_are_named_configurations():
+    for name in PRESETS:
+        config = MMKDClipConfig.from_preset(name)
+        assert config.projection_dim in (512, 384, 256)
+    base = MMKDClipConfig.from_preset("mmkd-clip-base", projection_dim=128)
+    assert base.to_diff_dict() == MMKDClipConfig(projection_dim=128).to_diff_dict()
+    assert MMKDClipConfig.from_preset("mmkd-clip-small").vision_config.patch_size == 16
+    assert MMKDClipConfig.from_preset("mmkd-clip-mobile").vision_config.model_type == "timm_wrapper"
+    with pytest.raises(ValueError, match="'mmkd-clip-huge'; known: mmkd-clip-base"):
+        MMKDClipConfig.from_preset("mmkd-clip-huge")
+
+
+def test_an_old_transformers_is_refused_at_import(monkeypatch):
+    source = inspect.getsource(sys.modules[MMKDClipConfig.__module__])
+    guard = source[source.index("OLDEST_TRANSFORMERS") : source.index("DEFAULT_LOGIT_SCALE")]
+    monkeypatch.setattr(transformers, "__version__", "5.0.1")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.8 or newer, this is 5\.0\.1"):
+        exec(guard, {"transformers": transformers})

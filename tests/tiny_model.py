@@ -1,0 +1,20 @@
+"""A tiny model folder, as `from_pretrained` reads it."""
+
+import torch
+from authors_form import tokenizer
+from transformers import CLIPImageProcessorPil
+
+from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+VISION = {**SMALL, "image_size": 32, "patch_size": 16}
+TEXT = {**SMALL, "vocab_size": 70, "max_position_embeddings": 40}
+CONTEXT = 24
+
+
+def save_tiny(path, **options):
+    torch.manual_seed(0)
+    MMKDClipModel(MMKDClipConfig(VISION, TEXT, 16, context_length=CONTEXT, **options)).save_pretrained(path)
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    MMKDClipProcessor(pixels, tokenizer(70, model_max_length=CONTEXT)).save_pretrained(path)
+    return path
