@@ -186,16 +186,19 @@ class _Descriptors(threading.local):
     """The archives that this thread has open, so that no thread closes what another reads."""
 
     def __init__(self) -> None:
-        self.open: dict[Path, int] = {}
+        self.open: dict[tuple[Path, int, int], int] = {}
 
 
 _OPEN = _Descriptors()
 
 
 def _descriptor(path: Path) -> int:
-    descriptor = _OPEN.open.get(path)
+    """An open descriptor of the file that lies at ``path`` now, not of one that it has replaced."""
+    status = path.stat()
+    key = path, status.st_ino, status.st_mtime_ns
+    descriptor = _OPEN.open.get(key)
     if descriptor is None:
         if len(_OPEN.open) >= MOST_OPEN:
             os.close(_OPEN.open.pop(next(iter(_OPEN.open))))
-        descriptor = _OPEN.open[path] = os.open(path, os.O_RDONLY)
+        descriptor = _OPEN.open[key] = os.open(path, os.O_RDONLY)
     return descriptor

@@ -170,17 +170,17 @@ def _store_image(root: Path, images: Path, short_side: int, minimum_side: int, f
     except UnreadableImage as error:
         return error.reason
     sha256 = hashlib.sha256(data).hexdigest()
-    shrunk = _shrink(image, short_side)
+    shrunk = shrink(image, short_side)
     if shrunk is image and is_plain(data):
         suffix, content = (".png" if data.startswith(b"\x89PNG") else ".jpg"), data
     else:
-        suffix, content = _encode(shrunk, as_jpeg=shrunk is not image and data.startswith(b"\xff\xd8"))
+        suffix, content = encode(shrunk, as_jpeg=shrunk is not image and data.startswith(b"\xff\xd8"))
     name = sha256[:ID_LENGTH] + suffix
     (images / name).write_bytes(content)
     return StoredImage(name, shrunk.width, shrunk.height, sha256)
 
 
-def _shrink(image: Image.Image, short_side: int) -> Image.Image:
+def shrink(image: Image.Image, short_side: int) -> Image.Image:
     """The image with its shorter side reduced to ``short_side``, or itself when it is not larger."""
     if not short_side or min(image.size) <= short_side:
         return image
@@ -189,7 +189,7 @@ def _shrink(image: Image.Image, short_side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _encode(image: Image.Image, as_jpeg: bool) -> tuple[str, bytes]:
+def encode(image: Image.Image, as_jpeg: bool) -> tuple[str, bytes]:
     """Suffix and bytes: JPEG of quality 95 without chroma subsampling for what was JPEG and is resized, else PNG."""
     buffer = io.BytesIO()
     if as_jpeg:

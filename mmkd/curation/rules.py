@@ -1,0 +1,219 @@
+"""What is kept and what is dropped: rules read from YAML, each drop under its name.
+
+Modalities, licence families and the paper's choices are data files beside this one; a file of your own goes in their
+place. A condition names a field of the sample's JSON: ``any`` asks for one of the listed values, ``only`` for no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmkd.curation.facts import Facts
+
+HERE = Path(__file__).parent
+PRESETS = ("paper", "any")
+LICENSE_FAMILIES = ("commercial", "noncommercial", "other")
+PANEL_TYPES = ("single", "multiple")
+KEY_SUBSET = re.compile(r"filelist_(commercial|noncommercial|other)_")
+LICENSE_NOISE = re.compile(r"\d\.\d|[-_/]|\b(?:INTERNATIONAL|UNPORTED|LICEN[SC]E)\b")
+DEFAULT_REASON = "drop_rule"
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """``field`` holds one of ``any``, and nothing outside ``only``; texts are compared without regard to case."""
+
+    field: str
+    any: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    name: str = DEFAULT_REASON
+
+    def holds(self, facts: Facts) -> bool:
+        """Whether a sample meets the condition."""
+        values = [value.casefold() for value in facts.values(self.field)]
+        one = not self.any or any(value in self.any for value in values)
+        return one and (not self.only or (bool(values) and all(value in self.only for value in values)))
+
+
+@dataclass(frozen=True)
+class SampleRules:
+    """Rules for facts and captions, as their YAML file gives them.
+
+    Attributes:
+        licenses: families of ``licenses.yaml`` or single licences; empty for any.
+        panel_types: single, multiple; empty for any.
+        languages: ISO 639-1 codes; empty for any.
+        modalities: modality -> clusters that mean it; empty for pairs of every kind.
+        keep: conditions that a sample must meet, all of them.
+        drop: conditions of which a sample may meet none.
+        minimum_side: images with a shorter side in pixels are dropped.
+        minimum_words: shorter captions are dropped.
+        maximum_words: longer captions are dropped.
+    """
+
+    licenses: tuple[str, ...] = ()
+    panel_types: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    modalities: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    keep: tuple[Condition, ...] = ()
+    drop: tuple[Condition, ...] = ()
+    minimum_side: int = 8
+    minimum_words: int = 1
+    maximum_words: int = 1000
+
+    def __post_init__(self) -> None:
+        """Refuse what would drop everything or mean nothing."""
+        for name, allowed in (("panel_types", PANEL_TYPES),):
+            wrong = [value for value in getattr(self, name) if value not in allowed]
+            if wrong:
+                raise ValueError(f"{name}: {wrong[0]!r} is not known; allowed: {', '.join(allowed)}")
+        if not 1 <= self.minimum_words <= self.maximum_words or self.minimum_side < 1:
+            raise ValueError(
+                "minimum_side must be 1 or more and 1 <= minimum_words <= maximum_words; got "
+                f"{self.minimum_side}, {self.minimum_words}, {self.maximum_words}"
+            )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of the JSON that conditions look at."""
+        return tuple(sorted({condition.field for condition in (*self.keep, *self.drop)}))
+
+    def judge(self, key: str, facts: Facts) -> tuple[str, str]:
+        """Modality and an empty string for a sample that stays, an empty modality and the reason for one that goes."""
+        if self.licenses and not set(_license_names(key, facts)) & set(self.licenses):
+            return "", "license"
+        if self.panel_types and facts.text("image_panel_type") not in self.panel_types:
+            return "", "panel_type"
+        modality = self._modality(facts)
+        if not modality:
+            return "", "modality"
+        if not all(condition.holds(facts) for condition in self.keep):
+            return "", "keep_rule"
+        dropped = next((condition.name for condition in self.drop if condition.holds(facts)), "")
+        return (modality, "") if not dropped else ("", dropped)
+
+    def _modality(self, facts: Facts) -> str:
+        labels = [label.casefold() for label in facts.values("image_secondary_label")]
+        stated = facts.text("modality")
+        if not self.modalities:
+            return stated or next(iter(labels), "") or "unknown"
+        named = next((label for label in (*labels, stated.casefold()) if label in self.modalities), "")
+        return named or ("" if labels else _cluster_map(_frozen(self.modalities)).get(facts.text("image_label_id"), ""))
+
+
+def read_rules(preset: str, changes: dict[str, Any]) -> SampleRules:
+    """The rules of a preset or a YAML file, with single values changed.
+
+    Args:
+        preset: paper, any, or a file.
+        changes: field -> value that takes the place of the file's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown key or a value of the wrong type; the message says which.
+    """
+    path = HERE / f"{preset}.yaml" if preset in PRESETS else Path(preset)
+    values = _yaml(path, f"--preset {preset}: neither {' nor '.join(PRESETS)} nor a file") | changes
+    known = [field.name for field in dataclasses.fields(SampleRules)]
+    wrong = [key for key in values if key not in known]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]!r} is not known; allowed: {', '.join(known)}")
+    lists = {key: _texts(path, key, values.get(key)) for key in ("licenses", "panel_types", "languages")}
+    numbers = {key: values[key] for key in ("minimum_side", "minimum_words", "maximum_words") if key in values}
+    for key, value in numbers.items():
+        if not isinstance(value, int):
+            raise ValueError(f"{path}: {key} must be a whole number, not {value!r}")
+    licenses = (value if value in LICENSE_FAMILIES else plain_license(value) for value in lists.pop("licenses"))
+    return SampleRules(
+        licenses=tuple(licenses),
+        panel_types=lists["panel_types"],
+        languages=lists["languages"],
+        modalities=_modalities(path, values.get("modalities")),
+        keep=_conditions(path, "keep", values.get("keep")),
+        drop=_conditions(path, "drop", values.get("drop")),
+        **numbers,
+    )
+
+
+def plain_license(name: str) -> str:
+    """A licence without versions, hyphens and case: ``CC-BY-NC 4.0`` is ``CC BY NC``."""
+    return " ".join(LICENSE_NOISE.sub(" ", name.upper().replace("CC 0", "CC0")).split())
+
+
+def license_family(name: str) -> str:
+    """Commercial, noncommercial or other."""
+    families = _yaml(HERE / "licenses.yaml", "")
+    return next((family for family, names in families.items() if plain_license(name) in names), "other")
+
+
+def _license_names(key: str, facts: Facts) -> tuple[str, ...]:
+    """The licence and its family; where none is stated, the family that BIOMEDICA's key names."""
+    stated = facts.text("article_license") or facts.text("license")
+    if stated:
+        return _plain_and_family(stated)
+    subset = KEY_SUBSET.search(key)
+    return (subset[1],) if subset else ("other",)
+
+
+@lru_cache(4096)
+def _plain_and_family(name: str) -> tuple[str, str]:
+    return plain_license(name), license_family(name)
+
+
+def _frozen(modalities: dict[str, tuple[int, ...]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(modalities.items())
+
+
+@cache
+def _cluster_map(modalities: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, str]:
+    return {str(cluster): modality for modality, clusters in modalities for cluster in clusters}
+
+
+def _modalities(path: Path, value: Any) -> dict[str, tuple[int, ...]]:
+    if isinstance(value, str):
+        beside = [folder / value for folder in (path.parent, HERE) if (folder / value).is_file()]
+        value = _yaml(beside[0] if beside else Path(value), f"{path}: modalities {value}: no such file")
+    if not isinstance(value or [], (dict, list)):
+        raise ValueError(f"{path}: modalities must be names, or a file of names and clusters, not {value!r}")
+    if isinstance(value, dict):
+        return {str(name).casefold(): tuple(map(int, clusters or ())) for name, clusters in value.items()}
+    shipped = _yaml(HERE / "modalities.yaml", "")
+    return {str(name).casefold(): tuple(shipped.get(str(name).casefold(), ())) for name in value or ()}
+
+
+def _conditions(path: Path, key: str, value: Any) -> tuple[Condition, ...]:
+    conditions = []
+    for entry in value or ():
+        if not isinstance(entry, dict) or "field" not in entry or not set(entry) <= {"field", "any", "only", "name"}:
+            raise ValueError(f"{path}: {key} holds {entry!r}; write {{field: NAME, any: [..]}} or {{.., only: [..]}}")
+        lists = {name: tuple(v.casefold() for v in _texts(path, key, entry.get(name))) for name in ("any", "only")}
+        if not (lists["any"] or lists["only"]):
+            raise ValueError(f"{path}: {key} of {entry['field']} lists no values under any or only")
+        conditions.append(Condition(str(entry["field"]), **lists, name=str(entry.get("name", DEFAULT_REASON))))
+    return tuple(conditions)
+
+
+def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value or []
+    if not isinstance(values, list) or not all(isinstance(entry, (str, int)) for entry in values):
+        raise ValueError(f"{path}: {key} must be a list of texts, not {value!r}")
+    return tuple(map(str, values))
+
+
+def _yaml(path: Path, missing: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(missing)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `key: value` lines")
+    return values

@@ -1,0 +1,148 @@
+"""The datasheet of a curated folder: counts from the columns of its manifest, as JSON, as a page, and as charts."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmkd.data.pair_table import TABLE_FILE, PairTable
+from mmkd.files import atomic_write_text, write_json
+
+REPORT_FILE, PAGE_FILE = "report.json", "README.md"
+WORD_EDGES = (1, 5, 10, 20, 40, 80, 160, 320, 640)
+SIDE_EDGES = (1, 64, 128, 224, 256, 384, 512, 768, 1024, 2048)
+MOST_LINES = 40
+CHARTS = {"modality": "modalities", "caption_words": "caption words", "short_side": "shorter side, pixels"}
+
+
+def count_columns(table: PairTable) -> dict[str, Any]:
+    """Counts of a manifest's pairs by split, modality, licence, panel type, caption length and image size."""
+    import pyarrow.compute as pc
+
+    counts: dict[str, Any] = {"pairs": len(table)}
+    for name, column in (
+        ("split", "split"),
+        ("modality", "modality"),
+        ("license", "license"),
+        ("panel_type", "panel_type"),
+    ):
+        entries = pc.value_counts(table.column(column)).to_pylist() if len(table) else []
+        named = {entry["values"] or "not stated": entry["counts"] for entry in entries}
+        counts[name] = dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))
+    groups = table.column("group")
+    counts["groups"] = int(pc.count_distinct(groups).as_py()) if len(table) else 0
+    spaces = pc.count_substring(table.column("caption"), " ").to_numpy() + 1
+    width, height = (table.column(side).to_numpy() for side in ("width", "height"))
+    counts["caption_words"] = _histogram(spaces, WORD_EDGES)
+    counts["caption_words_median"] = float(np.median(spaces)) if len(table) else 0.0
+    counts["short_side"] = _histogram(np.minimum(width, height), SIDE_EDGES)
+    return counts
+
+
+def write_sheet(
+    folder: Path, title: str, source: str, account: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Write ``report.json``, ``README.md`` and ``charts/`` of a folder with a manifest.
+
+    Args:
+        folder: where ``manifest.arrow`` lies.
+        title: name of the folder of pairs.
+        source: name of what was curated.
+        account: counts of the run, see `mmkd.curation.engine`.
+        settings: the settings of the run.
+
+    Returns:
+        The report.
+    """
+    report = account | {"contents": count_columns(PairTable(folder / TABLE_FILE))}
+    write_json(folder / REPORT_FILE, report)
+    charts = _write_charts(folder / "charts", report["contents"])
+    atomic_write_text(folder / PAGE_FILE, _page(title, source, report, settings, charts))
+    return report
+
+
+def table_of(title: str, counts: dict[str, int]) -> str:
+    """A Markdown table of counts, the first forty."""
+    lines = [f"| {name.replace('|', '/')} | {count:,} |" for name, count in list(counts.items())[:MOST_LINES]]
+    rest = list(counts.values())[MOST_LINES:]
+    more = [f"| {len(rest)} more | {sum(rest):,} |"] if rest else []
+    return "\n".join([f"| {title} | number |", "|---|---:|", *lines, *more])
+
+
+def _histogram(values: np.ndarray, edges: tuple[int, ...]) -> dict[str, int]:
+    numbers, _ = np.histogram(values, bins=[*edges, np.inf])
+    names = [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)] + [f"{edges[-1]} or more"]
+    return {name: int(number) for name, number in zip(names, numbers, strict=True)}
+
+
+def _page(title: str, source: str, report: dict[str, Any], settings: dict[str, Any], charts: list[str]) -> str:
+    contents, rules = report["contents"], settings["rules"]
+    added = report["added_by_splitting"]
+    lines = [
+        f"# {title}: {report['kept']:,} image-text pairs",
+        "",
+        f"Curated from {source}: {report['read']:,} samples read"
+        + (f", {added:,} pairs added by splitting compound captions" if added else "")
+        + f", {report['kept']:,} pairs kept, {sum(report['dropped'].values()):,} dropped. "
+        f"{contents['groups']:,} groups (articles, patients); captions have {contents['caption_words_median']:g} "
+        "words in the middle.",
+        "",
+        table_of("dropped because", report["dropped"]) if report["dropped"] else "Nothing was dropped.",
+        "",
+        *([table_of("mended", report["mended"]), ""] if report["mended"] else []),
+        "## Contents",
+        *(f"![{name}](charts/{name}.png)" for name in charts),
+        "",
+    ]
+    for name in ("split", "modality", "license", "panel_type", "caption_words", "short_side"):
+        lines += [table_of(name.replace("_", " "), contents[name]), ""]
+    lines += ["## Test sets kept out", _test_sets(report["test_sets"]), ""]
+    lines += ["## Rules", "", *(f"- {name}: {_shown(value)}" for name, value in _flat(rules).items()), ""]
+    lines += [
+        "`manifest.arrow` has a row for each pair (pyarrow, pandas, polars and `datasets` read it); its image is named "
+        "`shards/NUMBER.tar@OFFSET+SIZE`. The shards are WebDataset tars of `ID.jpg` or `.png`, `.txt` and `.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(value) or "any"
+    return ", ".join(map(str, value)) or "any" if isinstance(value, list) else str(value)
+
+
+def _test_sets(sets: dict[str, Any]) -> str:
+    if not sets:
+        return "None was named (`--exclude_manifests`)."
+    lines = [
+        f"- {name}: " + (f"not compared, {entry['skipped']}" if "skipped" in entry else f"{entry['images']:,} images, "
+        f"{entry['unreadable']:,} of them unreadable, {entry['listed']:,} articles or sums listed")
+        for name, entry in sets.items()
+    ]  # fmt: skip
+    return "\n".join([*lines, "", "`contamination.jsonl` lists the pairs that were dropped for them."])
+
+
+def _write_charts(folder: Path, contents: dict[str, Any]) -> list[str]:
+    """Bar charts as PNG without dates or versions, so that equal counts give equal files."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(exist_ok=True)
+    for name, title in CHARTS.items():
+        counts = dict(list(contents[name].items())[:MOST_LINES])
+        figure = Figure(figsize=(8, 0.6 + 0.22 * len(counts)), dpi=110, layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh(list(counts), list(counts.values()), color="#2f6f8f")
+        axes.invert_yaxis()
+        axes.set_title(f"pairs by {title}", fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    return list(CHARTS)
+
+
+def _flat(rules: dict[str, Any]) -> dict[str, Any]:
+    return rules["sample"] | {name: value for name, value in rules.items() if name != "sample"}
