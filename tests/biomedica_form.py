@@ -40,7 +40,7 @@ def key(number, subset="commercial"):
     return f"filelist_{subset}_batch_1_{number}-PMC{1000 + number // 3}-{number}-fig{number}"
 
 
-WORDS = "lesion mass node tissue stain arrow panel axial view tumour cell nucleus margin vessel duct bone".split()
+WORDS = ("lesion", "mass", "node", "tissue", "stain", "arrow", "panel", "axial", "view", "tumour", "cell", "nucleus")
 
 
 def caption(number):
