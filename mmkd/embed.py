@@ -92,9 +92,16 @@ def text_chunks(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return [(start, stop, max(lengths[start:stop])) for start, stop in pairwise(bounds)]
 
 
-def padding_free_share(lengths: Sequence[int]) -> float:
-    """Tokens that captions have, of the tokens that the text tower processes."""
-    processed = sum((stop - start) * longest for start, stop, longest in text_chunks(lengths))
+def padding_free_share(lengths: Sequence[int], micro_batch_size: int | None = None) -> float:
+    """Tokens that captions have, of the tokens that the text tower processes for a batch.
+
+    Args:
+        lengths: tokens of each row, descending.
+        micro_batch_size: rows that are encoded at once; None for all.
+    """
+    size = micro_batch_size or len(lengths)
+    pieces = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    processed = sum((stop - start) * longest for piece in pieces for start, stop, longest in text_chunks(piece))
     return sum(lengths) / processed
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import send_to_device
+from accelerate.utils import ProjectConfiguration, send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,10 +28,19 @@ from mmkd.gradient_cache import OneForward, cached_backward, set_seed
 from mmkd.interruption import StopRequest
 from mmkd.loop_settings import LoopSettings, check
 from mmkd.objectives import Objective
-from mmkd.optimization import WeightAverage, build_optimizer, clamp_scales, learning_rate, set_learning_rate
+from mmkd.optimization import (
+    WeightAverage,
+    build_optimizer,
+    clamp_scales,
+    learning_rate,
+    scale_values,
+    set_learning_rate,
+)
+from mmkd.profiling import profiled_steps
 from mmkd.resume import Progress, checkpoint_bytes, load_checkpoint, newest_checkpoint, save_checkpoint, snapshot
 from mmkd.run_folder import RunFolder
-from mmkd.step_log import StepLog
+from mmkd.step_log import StepLog, timed
+from mmkd.tracking import TENSORBOARD_FOLDER, chosen_trackers
 from mmkd.trainable import set_training_mode
 from mmkd.validation import Validation
 
@@ -62,7 +71,13 @@ def start(settings: LoopSettings) -> Accelerator:
     check(settings)
     refuse_existing(settings.output, settings.overwrite)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+    trackers = ProjectConfiguration(logging_dir=str(RunFolder(settings.output).path / TENSORBOARD_FOLDER))
+    accelerator = Accelerator(
+        mixed_precision="no",
+        kwargs_handlers=[ddp],
+        log_with=chosen_trackers(settings.trackers) or None,
+        project_config=trackers,
+    )
     torch.manual_seed(settings.seed)
     return accelerator
 
@@ -91,15 +106,19 @@ def fit(
         OSError: there is no room for the next checkpoint; the last one stays.
         SystemExit: with 0, when SIGTERM or SIGUSR1 came; everything is saved.
     """
-    with StopRequest() as request:
+    folder = RunFolder(settings.output).path
+    with StopRequest() as request, profiled_steps(folder, settings.profile_steps) as profiled:
         run = _Run(accelerator, objective, batches, settings, validation, request)
         hidden = settings.quiet or rank() > 0
         done, total = run.progress.step, run.total
-        with tqdm(total=total, initial=done, disable=hidden, unit="step", desc=settings.output.name) as bar:
+        name = settings.output.name
+        # The time left follows from all steps of this start, with their checkpoints and evaluations.
+        with tqdm(total=total, initial=done, disable=hidden, unit="step", desc=name, smoothing=0) as bar:
             while run.progress.step < run.total:
-                for loss in run.epoch():
-                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                for _ in run.epoch():
+                    bar.set_postfix_str(run.step_log.shown, refresh=False)
                     bar.update()
+                    profiled()
     run.finish(write_output)
 
 
@@ -118,31 +137,33 @@ class _Run:
         self.accelerator, self.batches, self.settings, self.request = accelerator, batches, settings, request
         self.validation, self.objective = validation, objective
         self.folder = RunFolder(settings.output)
-        self.step_log = StepLog(self.folder)
         self.total = min(settings.epochs * len(batches), settings.max_steps or sys.maxsize)
         if 0 < self.total <= settings.warmup_steps:
             logger.warning("the warm-up of %d steps fills this run of %d", settings.warmup_steps, self.total)
         set_training_mode(objective, settings.dropout)
         # EfficientNet-Lite0 at 128 pixels trains 1.6 times as fast on a CPU thread in this layout; a ViT ignores it.
         objective.to(accelerator.device).to(memory_format=torch.channels_last)
+        self.step_log = StepLog(self.folder, settings, getattr(objective, "model", None), accelerator)
         wrapped = OneForward(objective, accelerator.device.type, settings.precision)
         self.trained, self.optimizer = accelerator.prepare(wrapped, build_optimizer(objective, settings))
-        self.scales = [p for name, p in objective.named_parameters() if name.endswith("logit_scale")]
+        self.scales = {n: p for n, p in objective.named_parameters() if n.endswith("logit_scale")}
         self.average = WeightAverage(objective, settings.ema_decay) if settings.ema_decay is not None else None
         self.progress = self._resume()
+        self.step_log.begin(self.progress.step)
 
-    def epoch(self) -> Iterator[float]:
-        """Train to the end of the current epoch or of the run; gives the loss after each step."""
+    def epoch(self) -> Iterator[None]:
+        """Train to the end of the current epoch or of the run, a step at a time."""
         epoch, skip = divmod(self.progress.step, len(self.batches))
-        for batch, waited, began in _timed(self.batches.epoch(epoch, skip)):
+        for batch, waited, began in timed(self.batches.epoch(epoch, skip)):
             rate = learning_rate(self.progress.step, self.total, self.settings)
             values, stop = self._update({**batch, "epoch": epoch}, rate)
             line = {"step": self.progress.step, "epoch": epoch, **values, "learning_rate": rate}
             if self.progress.skipped_in_a_row:
                 self._skipped(line, batch["ids"])
+            seconds = time.perf_counter() - began
             line |= self._validate()
-            self.step_log.write(line, batch, waited=waited, seconds=time.perf_counter() - began)
-            yield values["loss"]
+            self.step_log.write(line, batch, waited=waited, seconds=seconds)
+            yield
             is_last = self.progress.step == self.total
             if not is_last and (stop or self.progress.step % self.settings.checkpoint_every == 0):
                 self._checkpoint()
@@ -163,6 +184,7 @@ class _Run:
         if rank() == 0:
             make_plain(self.objective, tensors)
             self.objective.cpu().eval()
+            self.step_log.close()
             self.folder.finish(write_output)
         wait_for_everyone()
 
@@ -172,7 +194,7 @@ class _Run:
         parts = self._backward(batch)
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained.parameters(), limit))
-        parts = parts | {"gradient_norm": whole(norm).to(self.accelerator.device)}
+        parts = parts | {"gradient_norm": whole(norm).to(self.accelerator.device)} | scale_values(self.scales)
         asked = torch.tensor(float(self.request.requested), device=self.accelerator.device)
         # One sum for all processes, so that all of them skip, stop or go on together.
         told = torch.stack([*(part.detach().float() for part in parts.values()), asked])
@@ -180,7 +202,7 @@ class _Run:
         self.progress.step += 1
         if all(map(math.isfinite, values)):
             self.optimizer.step()
-            clamp_scales(self.scales)
+            clamp_scales(self.scales.values())
             if self.average is not None:
                 self.average.update(self.objective, self.progress.step - 1)
             self.progress.skipped_in_a_row = 0
@@ -275,14 +297,3 @@ class _Run:
 
     def _to_device(self, batch: Any) -> Any:
         return send_to_device(batch, self.accelerator.device, non_blocking=True)
-
-
-def _timed(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float, float]]:
-    """Each batch, the seconds waited for it, and when the waiting began."""
-    iterator = iter(batches)
-    while True:
-        began = time.perf_counter()
-        batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - began, began

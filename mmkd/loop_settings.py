@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmkd.settings import setting
+from mmkd.tracking import chosen_trackers
 
 LEAST = {"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "checkpoints_kept": 1, "skipped_in_a_row": 1}
 LEAST |= {"warmup_steps": 0, "workers": 0, "seed": 0}
-LEAST_UNLESS_NONE = {"max_steps": 1, "micro_batch_size": 1}
+LEAST_UNLESS_NONE = {"max_steps": 1, "micro_batch_size": 1, "profile_steps": 1}
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,11 @@ class LoopSettings:
     checkpoint_every: int = setting(1000, "steps between checkpoints")
     checkpoints_kept: int = setting(2, "newest checkpoints that are kept")
     skipped_in_a_row: int = setting(3, "stop at so many steps in a row that were skipped, being not finite")
+    trackers: list[str] = setting(
+        factory=lambda: ["auto"], help="tensorboard, wandb, trackio ...; auto = TensorBoard where installed; none"
+    )
+    peak_tflops: float | None = setting(None, "of one device, for the log's MFU; by default known from a GPU's name")
+    profile_steps: int | None = setting(None, "record so many steps with torch's profiler, after the first two")
     seed: int = setting(42, "of order, crops, new layers and dropout")
     quiet: bool = setting(False, "no progress bar")
     overwrite: bool = setting(False, "replace OUTPUT when it exists")
@@ -59,6 +65,9 @@ def check(settings: LoopSettings) -> None:
     for name, least in LEAST_UNLESS_NONE.items():
         if values[name] is not None and values[name] < least:
             raise ValueError(f"--{name} is {values[name]}; it must be at least {least}, or none")
+    chosen_trackers(settings.trackers)
+    if settings.peak_tflops is not None and not settings.peak_tflops > 0:
+        raise ValueError(f"--peak_tflops is {settings.peak_tflops}; it must be above 0, or none")
     if settings.clip_norm is not None and not settings.clip_norm > 0:
         raise ValueError(f"--clip_norm is {settings.clip_norm}; it must be above 0, or none")
     if settings.ema_decay is not None and not 0 < settings.ema_decay < 1:

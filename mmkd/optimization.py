@@ -85,6 +85,11 @@ def clamp_scales(scales: Iterable[Tensor]) -> None:
                 scale.clamp_(*LOGIT_SCALE_RANGE)
 
 
+def scale_values(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scales as losses use them, exponentiated, each a scalar by the last part of its name."""
+    return {name.rpartition(".")[2]: whole(scale.detach()).float().exp().mean() for name, scale in scales.items()}
+
+
 class WeightAverage:
     """Exponential moving average of what learns: ``a <- decay * a + (1 - decay) * w`` after each step.
 

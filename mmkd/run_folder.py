@@ -21,7 +21,10 @@ from mmkd.settings import resolved, save_settings
 MAY_CHANGE = (
     *("quiet", "overwrite", "workers", "checkpoint_every", "checkpoints_kept", "skipped_in_a_row"),
     *("micro_batch_size", "gradient_checkpointing"),  # the same gradient, to rounding
+    *("trackers", "peak_tflops", "profile_steps"),
 )
+LOG_FILE, SETTINGS_FILE = "log.jsonl", "settings.yaml"
+KEPT = (SETTINGS_FILE, LOG_FILE, "environment.json", "loss.png", "tensorboard", "profile")  # beside the output
 SPARE_BYTES = 64 * 1024**2  # for logs and tokenizer, beside weights
 
 
@@ -33,7 +36,7 @@ class RunFolder:
         self.output = output
         self.path = output.with_name(f"{output.name}.partial")
         self.checkpoints = self.path / "checkpoints"
-        self._log, self._settings = self.path / "log.jsonl", self.path / "settings.yaml"
+        self._log, self._settings = self.path / LOG_FILE, self.path / SETTINGS_FILE
         self._data, self._best = self.path / "data.json", self.path / "best"
 
     def begin(self, settings: Any, data: Mapping[str, Any], step: int) -> None:
@@ -117,7 +120,7 @@ class RunFolder:
         return load_file(self._best / "objective.safetensors")
 
     def finish(self, write_output: Callable[[Path], None]) -> None:
-        """Put what `write_output` writes, settings and log into one folder, and rename it to the output.
+        """Put what `write_output` writes, settings, log and all else that is `KEPT` into one folder, and rename it.
 
         Raises:
             OSError: the disk is full; the checkpoints stay, and the same command finishes the run.
@@ -129,8 +132,8 @@ class RunFolder:
             write_output(final)
         except SafetensorError as error:
             raise OSError(f"{final} cannot be written: {error}") from error
-        for file in (self._settings, self._log):
-            shutil.copyfile(file, final / file.name)
+        for source in (self.path / name for name in KEPT if (self.path / name).exists()):
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, final / source.name)
         rename_folder(final, self.output)
         shutil.rmtree(self.path)
 

@@ -16,6 +16,8 @@ from mmkd.loop import LoopSettings, fit, start
 from mmkd.objectives import Objective
 from mmkd.optimization import build_optimizer, learning_rate
 
+MEASURED = ("samples_per_second", "data_time", "memory_gb")
+
 
 class Regression(Objective):
     """A few random layers with dropout, batch normalization and a scale that runs away without clamping."""
@@ -72,7 +74,8 @@ class Interrupted(Numbers):
 
 
 def settings(folder, **more):
-    values = {"epochs": 3, "learning_rate": 1e-2, "dropout": 0.3, "quiet": True, "checkpoint_every": 4, **more}
+    values = {"epochs": 3, "learning_rate": 1e-2, "dropout": 0.3, "quiet": True, "checkpoint_every": 4}
+    values |= {"trackers": ["none"], **more}
     return LoopSettings(output=folder / "model", **values)
 
 
@@ -91,7 +94,7 @@ def train(chosen, batches=None):
 
 def losses(folder):
     lines = [json.loads(line) for line in (folder / "model" / "log.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in ("images_per_second", "data_time")} for line in lines]
+    return [{key: line[key] for key in line if key not in MEASURED} for line in lines]
 
 
 def weights(folder):
@@ -104,7 +107,9 @@ def test_output_is_whole_and_the_same_bytes_twice(tmp_path):
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     assert sorted(p.name for p in (tmp_path / "one" / "model").iterdir()) == [
+        "environment.json",
         "log.jsonl",
+        "loss.png",
         "model.safetensors",
         "settings.yaml",
     ]
@@ -115,7 +120,7 @@ def test_log_has_a_line_a_step(tmp_path):
     train(settings(tmp_path, warmup_steps=5))
     lines = [json.loads(line) for line in (tmp_path / "model" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 16))
-    expected = {"step", "epoch", "loss", "error", "gradient_norm", "learning_rate", "images_per_second", "data_time"}
+    expected = {"step", "epoch", "loss", "error", "gradient_norm", "logit_scale", "learning_rate", *MEASURED}
     assert all(set(line) == expected for line in lines)
     assert 0 <= lines[0]["data_time"] <= 1
 

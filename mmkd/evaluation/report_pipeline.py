@@ -12,7 +12,11 @@ from mmkd.data.records import SPLITS
 from mmkd.evaluation.charts import curve
 from mmkd.evaluation.markup import details, number, section, table, text
 
-NOT_LOSSES = ("step", "epoch", "learning_rate", "lr", "images_per_second", "data_time", "gradient_norm", "logit_scale")
+NOT_LOSSES = (
+    *("step", "epoch", "learning_rate", "lr", "samples_per_second", "tokens_per_second", "useful_tokens"),
+    *("data_time", "mfu", "memory_gb", "gradient_norm", "logit_scale", "interactive_logit_scale", "skipped"),
+)
+NOT_LOSSES_PREFIX = "teacher_use/"
 COSINES = {
     "same_sample_cross_teacher": "same sample, two teachers",
     "different_sample_same_teacher": "two samples, same teacher",
@@ -49,7 +53,9 @@ def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             continue
         for name, value in entry.items():
-            if name not in NOT_LOSSES and isinstance(value, (int, float)) and math.isfinite(value):
+            if name in NOT_LOSSES or name.startswith(NOT_LOSSES_PREFIX):
+                continue
+            if isinstance(value, (int, float)) and math.isfinite(value):
                 curves[name].append((entry["step"], float(value)))
     return dict(curves)
 

@@ -34,6 +34,7 @@ from transformers import BertTokenizer, CLIPImageProcessorPil
 from mmkd.data.batches import pair_batches
 from mmkd.data.features import FeatureWriter, TeacherFeatures
 from mmkd.data.records import Pair, open_pairs, write_manifest
+from mmkd.distill_options import DistillOptions
 from mmkd.gradient_cache import OneForward
 from mmkd.loop import LoopSettings
 from mmkd.objectives import DistillObjective
@@ -41,7 +42,6 @@ from mmkd.optimization import build_optimizer
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 TEACHERS, WORDS = ("a", "b", "c", "d", "e", "f"), 1000
-PAPER = {"task": 1.0, "feature": 50.0, "interactive": 1.0}
 
 
 class Clock:
@@ -147,8 +147,7 @@ class OurStep:
     """What ``mmkd distill --recipe paper --precision bf16`` does in a step."""
 
     def __init__(self, model: MMKDClipModel, folder: Path, batch: int) -> None:
-        options = {"target": "random", "target_norm": "stored", "feature_form": "squared"}
-        objective = DistillObjective(model, PAPER, **options, interactive_scale="constant")
+        objective = DistillObjective(model, DistillOptions(recipe="paper"))
         self.trained = OneForward(objective, "cpu", "bf16")
         self.optimizer = build_optimizer(objective, LoopSettings(output=folder / "out"))
         for group in self.optimizer.param_groups:

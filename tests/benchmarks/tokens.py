@@ -1,6 +1,6 @@
 """Seconds of a whole training step: captions in chunks of like length against captions padded to 256 tokens.
 
-``python tests/benchmarks/tokens.py [--captions FOLDER] [--batch 64] [--rounds 2]``
+``python tests/benchmarks/tokens.py [--captions FOLDER] [--batch 64] [--rounds 2] [--layers 12]``
 
 ViT-B/16 at 224 pixels and BERT-base with random weights, fp32, one thread, symmetric InfoNCE, forward, backward and
 AdamW, with gradient checkpointing in both towers (as the authors' stage 1 has it; a batch of 64 padded to 256 needs 20
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, default=SHARED)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=12, help="of both towers; the ratio is that of all twelve")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lengths = caption_lengths(arguments.captions)
@@ -99,11 +100,11 @@ def main() -> None:
     if arguments.rounds == 0:
         return
     torch.manual_seed(0)
-    model = MMKDClipModel(MMKDClipConfig(attn_implementation="sdpa")).train()
+    depth = {"num_hidden_layers": arguments.layers}
+    model = MMKDClipModel(MMKDClipConfig(vision_config=depth, text_config=depth)).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.text_model.config.attention_probs_dropout_prob = 0.0
     enable_gradient_checkpointing(model)
     objective = ContrastiveObjective(model)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0.0, fused=True)  # the same weights on both sides
