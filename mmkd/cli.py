@@ -21,6 +21,8 @@ RECIPES = {
     "curate": ("mmkd.train.curate", "image-text pairs from a folder or the packaged images"),
     "pretrain": ("mmkd.train.pretrain", "stage 1: contrastive pretraining of a student, or of a teacher of your own"),
     "extract": ("mmkd.train.extract", "features of any teacher for every pair"),
+    "verify-teacher": ("mmkd.train.verify_teacher", "a teacher's features against those the authors published"),
+    "features": ("mmkd.train.features", "stores of features: ls, verify, merge, export, import"),
     "screen": ("mmkd.train.screen", "which teachers agree with which pair"),
     "align": ("mmkd.train.align", "the teachers' feature spaces brought into one"),
     "distill": ("mmkd.train.distill", "stage 2: the student learns from all teachers' features"),
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: mmkd COMMAND [--config FILE.yaml] [--key value ...]; `mmkd COMMAND --help` lists the settings\n")
-        print("\n".join(f"  {name:<11}{description}" for name, (_, description) in RECIPES.items()))
+        print("\n".join(f"  {name:<15}{description}" for name, (_, description) in RECIPES.items()))
         return
     name, arguments = argv[0], argv[1:]
     if name not in RECIPES:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mmkd.data.choice import ids_of, pairs_at
+from mmkd.data.feature_ids import refuse_twice
 from mmkd.data.feature_parts import SKIPPED_FILE, FeatureParts
 from mmkd.data.feature_shards import FeatureType
 from mmkd.data.images import UnreadableImage, open_image
@@ -81,7 +83,8 @@ def main(settings: ExtractSettings) -> None:
     """
     sources = check(settings)
     folder = open_pairs(settings.pairs)
-    ids = [pair.id for pair in folder.pairs]
+    ids = ids_of(folder.pairs)
+    refuse_twice(ids)
     jobs = []
     for name, source in sources.items():
         encoder = load_teacher(name, source, settings)
@@ -127,21 +130,21 @@ def same_work(jobs: Sequence[Job]) -> list[list[Job]]:
     """Jobs grouped by the pairs they still have to do, so that each group decodes them once."""
     groups: list[list[Job]] = []
     for job in jobs:
-        alike = [group for group in groups if group[0].parts.parts == job.parts.parts]
+        alike = [group for group in groups if group[0].parts.same_work(job.parts)]
         alike[0].append(job) if alike else groups.append([job])
     return groups
 
 
 def extract(jobs: Sequence[Job], folder: PairFolder, settings: ExtractSettings) -> None:
     """Do this process' share of the shards that are missing."""
-    parts = jobs[0].parts.parts
+    parts = jobs[0].parts
     own = range(rank(), len(parts), world_size())
     hidden = settings.quiet or rank() > 0
     title = ", ".join(job.parts.name for job in jobs)
     workers = settings.workers or share_of_cores()
     ahead = BATCHES_AHEAD + -(-workers // settings.batch_size)
     with (
-        tqdm(total=sum(len(parts[k]) for k in own), desc=title, unit="pair", disable=hidden) as bar,
+        tqdm(total=sum(len(parts.positions(k)) for k in own), desc=title, unit="pair", disable=hidden) as bar,
         ThreadPoolExecutor(max_workers=workers) as readers,
     ):
         shard = Shard()
@@ -186,9 +189,8 @@ def pending_batches(
     jobs: Sequence[Job], folder: PairFolder, own: Sequence[int], batch_size: int, bar: tqdm
 ) -> Iterator[Batch]:
     """The batches of those shards that a teacher has not done yet, always the same ones for the same shard."""
-    by_id = {pair.id: pair for pair in folder.pairs}
     for part in own:
-        pairs = [by_id[id] for id in jobs[0].parts.parts[part]]
+        pairs = pairs_at(folder.pairs, jobs[0].parts.positions(part))
         pending = [job for job in jobs if not job.parts.has(part)]
         if not pending:
             bar.update(len(pairs))

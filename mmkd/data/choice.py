@@ -23,6 +23,16 @@ def in_chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, list[Pair]]]:
         yield start, list(pairs[start : start + CHUNK])
 
 
+def ids_of(pairs: Sequence[Pair]) -> list[str]:
+    """The ids of all pairs; of a table only this column is read."""
+    return pairs.column("id").to_pylist() if isinstance(pairs, PairTable) else [pair.id for pair in pairs]
+
+
+def pairs_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[Pair]:
+    """The pairs at some positions, (n,)."""
+    return list(pairs.take(positions)) if isinstance(pairs, PairTable) else [pairs[k] for k in positions.tolist()]
+
+
 def write_choice(output: Path, source: PairFolder, choices: Iterable[Choice]) -> None:
     """Write the chosen pairs with the teachers they were given; images stay where they are.
 

@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 import safetensors.numpy
 
-from mmkd.data.safetensors_map import map_tensors
+from mmkd.data.safetensors_map import TensorMap
 from mmkd.files import atomic_write_bytes
 
 BLOCK = 4096
@@ -35,7 +35,7 @@ class IdIndex(Sequence[str]):
             ValueError: it is truncated or no index.
         """
         self._path = path
-        arrays = map_tensors(path)
+        arrays = TensorMap(path).arrays
         if set(arrays) != {"key", "check", "row", "text", "end", "start"}:
             raise ValueError(f"{path} is no index of ids; extract again")
         self.key, self._check, self._row = arrays["key"], arrays["check"], arrays["row"]
@@ -141,6 +141,19 @@ def digests(ids: Iterable[str]) -> np.ndarray:
     """The digests of n ids, (n,) of ``key`` and ``check``."""
     hashes = [hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=DIGEST.itemsize).digest() for id in ids]
     return np.frombuffer(b"".join(hashes), dtype=DIGEST)
+
+
+def refuse_twice(ids: Sequence[str]) -> None:
+    """Raise before any work when an id occurs twice.
+
+    Raises:
+        ValueError: with the first such id.
+    """
+    table = digests(ids)
+    order = np.lexsort((table["check"], table["key"]))
+    twice = np.flatnonzero(table[order][1:] == table[order][:-1])
+    if len(twice):
+        raise ValueError(f"id {ids[int(order[twice[0]])]!r} occurs twice; ids must be unique")
 
 
 def write_index(folder: Path, chunks: Iterable[Sequence[str]], count: int) -> tuple[str, str]:

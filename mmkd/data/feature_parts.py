@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from mmkd.data.feature_ids import digests
@@ -34,7 +35,8 @@ class FeatureParts:
     Attributes:
         path: the store.
         name: the teacher.
-        parts: ids of the pairs of each shard to be made; pairs that the store holds already are in none.
+        missing: positions of the pairs that the store does not hold yet.
+        size: pairs a shard.
     """
 
     def __init__(
@@ -56,14 +58,30 @@ class FeatureParts:
         self.path, self.name, self.provenance, self.dtype = path, name, provenance, dtype
         self._meta_before = self._meta()
         self._store = FeatureStore(path) if self._meta_before else None
-        new = list(ids)
+        self._ids = ids
+        self._names: dict[int, str] = {}
+        self.missing = np.arange(len(ids))
         if self._store is not None:
             self._refuse_other(self._store)
-            rows = self._store.ids.rows(digests(new))
-            new = [id for id, row in zip(new, rows.tolist(), strict=True) if row < 0]
-        size = part_size or shard_size(len(new))
-        self.parts = [new[start : start + size] for start in range(0, len(new), size)]
+            self.missing = np.flatnonzero(self._store.ids.rows(digests(ids)) < 0)
+        self.size = part_size or shard_size(len(self.missing))
         self._identity = json.dumps([dtype, *(provenance[key] for key in IDENTITY)])
+
+    def __len__(self) -> int:
+        """Number of shards to be made."""
+        return -(-len(self.missing) // self.size)
+
+    def positions(self, part: int) -> np.ndarray:
+        """Positions of a shard's pairs among all."""
+        return self.missing[part * self.size : (part + 1) * self.size]
+
+    def ids(self, part: int) -> list[str]:
+        """Ids of a shard's pairs."""
+        return [self._ids[position] for position in self.positions(part).tolist()]
+
+    def same_work(self, other: FeatureParts) -> bool:
+        """Whether another store lacks the same pairs, in shards of the same size."""
+        return self.size == other.size and np.array_equal(self.missing, other.missing)
 
     def has(self, part: int) -> bool:
         """Whether a shard is done, or another process has closed the store since; a damaged one is to be made anew."""
@@ -96,9 +114,17 @@ class FeatureParts:
         Raises:
             ValueError: no pair could be encoded.
         """
-        files = [self._file(part) for part in range(len(self.parts))]
-        if not all(map(self.has, range(len(files)))) or self._meta() != self._meta_before:
+        if not all(map(self.has, range(len(self)))) or self._meta() != self._meta_before:
             return None
+        try:
+            return self._close()
+        except FileNotFoundError:
+            if self._meta() != self._meta_before:  # another process closed the store at the same moment and tidied up
+                return None
+            raise
+
+    def _close(self) -> dict[str, str] | None:
+        files = [self._file(part) for part in range(len(self))]
         headers = [header_sha256(file) for file in files]
         skipped = {id: why for _, notes, _ in headers for id, why in json.loads(notes["skipped"]).items()}
         filled = [file for file, (_, _, (rows, _)) in zip(files, headers, strict=True) if rows]
@@ -110,30 +136,32 @@ class FeatureParts:
         atomic_write_text(self.path / SKIPPED_FILE, "".join(lines))
         if filled:
             provenance = self._store.provenance if self._store else self.provenance
-            close_store(self.path, self.name, self.dtype, before + filled, self._ids(skipped), provenance)
+            close_store(self.path, self.name, self.dtype, before + filled, self._all_ids(skipped), provenance)
         self._tidy()
-        return skipped if self.parts else None
+        return skipped if files else None
 
-    def _ids(self, skipped: dict[str, str]) -> Iterator[list[str]]:
+    def _all_ids(self, skipped: dict[str, str]) -> Iterator[list[str]]:
         """The ids of the store as it is, then of every shard."""
         if self._store is not None:
             for start in range(0, len(self._store.ids), SHARD_SIZE):
                 yield self._store.ids[start : start + SHARD_SIZE]
-        for part in self.parts:
-            yield [id for id in part if id not in skipped]
+        for part in range(len(self)):
+            yield [id for id in self.ids(part) if id not in skipped]
 
     def _tidy(self) -> None:
         """Take away what a killed run, an earlier index or a shard without a readable image left in the folder."""
         store = FeatureStore(self.path)
         wanted = {store.meta["ids"]["file"], *(shard["file"] for shard in store.shards)}
-        for pattern in ("shard-*.safetensors", "ids-*.safetensors", ".shard-*.tmp"):
+        for pattern in ("shard-*.safetensors", "ids-*.safetensors", ".*.tmp"):
             for file in self.path.glob(pattern):
                 if file.name not in wanted:
                     file.unlink(missing_ok=True)
 
     def _file(self, part: int) -> Path:
-        content = json.dumps([self._identity, self.parts[part]])
-        return self.path / f"shard-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+        if part not in self._names:
+            content = json.dumps([self._identity, self.ids(part)])
+            self._names[part] = f"shard-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+        return self.path / self._names[part]
 
     def _meta(self) -> bytes:
         """The bytes of ``meta.json``, none when the store is unfinished."""

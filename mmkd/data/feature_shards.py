@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from mmkd.data.safetensors_map import map_tensors, read_header
+from mmkd.data.safetensors_map import TensorMap, read_header
 from mmkd.files import atomic_write_bytes
 
 FeatureType = Literal["float16", "float32", "bfloat16", "int8"]
@@ -63,13 +63,19 @@ def write_shard(
     tensors = encode(features, dtype)
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()):
         raise ValueError(f"{path}: features up to {features.abs().max():.3g} are not finite in {dtype}")
+    write_encoded(path, tensors, notes)
+
+
+def write_encoded(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """Write a shard of tensors that `encode` made; see `write_shard`."""
     about = json.dumps({**(notes or {}), "sha256": _checksum(tensors)}, sort_keys=True)
     atomic_write_bytes(path, save(tensors, metadata={ABOUT: about}))  # several entries would come in any order
 
 
-def read_shard(path: Path) -> dict[str, np.ndarray]:
-    """``features`` and, in int8, ``scale`` as they are stored, mapped."""
-    return map_tensors(path)
+def encoded(stored: np.ndarray, scale: np.ndarray | None, dtype: FeatureType) -> dict[str, Tensor]:
+    """Bits as a store gives them, as `encode` gives them."""
+    tensors = {"features": torch.from_numpy(stored).view(TORCH_TYPES[dtype])}
+    return tensors if scale is None else {**tensors, "scale": torch.from_numpy(scale).view(torch.bfloat16)}
 
 
 def encode(features: Tensor, dtype: FeatureType) -> dict[str, Tensor]:
@@ -108,7 +114,7 @@ def shard_fault(path: Path, rows: int, dim: int, dtype: FeatureType, header_sha2
         start, header = read_header(path)
         if hashlib.sha256(start).hexdigest() != header_sha256:
             return "its header was changed"
-        arrays = read_shard(path)
+        arrays = TensorMap(path).arrays
     except (ValueError, OSError) as error:
         return str(error)
     if arrays["features"].shape != (rows, 2, dim) or header["features"]["dtype"] != STORED_AS[dtype]:

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from mmkd.data.feature_ids import IdIndex, digests, write_index
-from mmkd.data.feature_shards import FeatureType, decode, header_sha256, read_shard
+from mmkd.data.feature_shards import FeatureType, decode, header_sha256
 from mmkd.data.published import is_folder_name
+from mmkd.data.safetensors_map import TensorMap
 from mmkd.files import read_json, write_json
 
 VERSION = 2
+STRETCH = 256  # rows; from here on neighbouring rows are read ahead together
 
 
 class FeatureStore:
@@ -71,7 +73,7 @@ class FeatureStore:
                 raise ValueError(
                     f"{file} is truncated; remove it and {path / 'meta.json'}, and run `mmkd extract` again"
                 )
-        self._mapped: dict[int, dict[str, np.ndarray]] = {}
+        self._mapped: dict[int, TensorMap] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process maps the files anew."""
@@ -87,34 +89,40 @@ class FeatureStore:
 
     def read(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Features by row number (n,) int64, -1 for none; returns as `lookup`."""
+        image, text = decode(*self.stored(rows), self.dtype)
+        return image, text, torch.from_numpy(rows >= 0)
+
+    def stored(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The bits of rows (n,) as they are stored: features (n, 2, dim) and, in int8, scales (n, 2)."""
         order = np.argsort(rows, kind="stable")
         order = order[np.searchsorted(rows[order], 0) :]
         shards = np.searchsorted(self._starts, rows[order], side="right") - 1
-        bounds = np.flatnonzero(np.diff(shards, prepend=-1, append=-1))
+        bounds = np.concatenate([[0], np.flatnonzero(shards[1:] != shards[:-1]) + 1, [len(shards)]])[: len(shards) + 1]
         stored, scale = self._empty(len(rows))
         for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             k, chosen = int(shards[begin]), order[begin:end]
-            arrays, local = self._shard(k), rows[chosen] - self._starts[k]
-            stored[chosen] = arrays["features"][local]
+            shard, local = self._shard(k), rows[chosen] - self._starts[k]
+            if len(local) >= STRETCH and local[-1] - local[0] < 2 * len(local):
+                shard.announce(shard.arrays["features"][local[0] : local[-1] + 1])
+            stored[chosen] = shard.arrays["features"][local]
             if scale is not None:
-                scale[chosen] = arrays["scale"][local]
-        image, text = decode(stored, scale, self.dtype)
-        return image, text, torch.from_numpy(rows >= 0)
+                scale[chosen] = shard.arrays["scale"][local]
+        return stored, scale
 
     def _empty(self, rows: int) -> tuple[np.ndarray, np.ndarray | None]:
         types = {"float16": np.float16, "float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
         stored = np.zeros((rows, 2, self.dim), dtype=types[self.dtype])
         return stored, np.zeros((rows, 2), dtype=np.uint16) if self.dtype == "int8" else None
 
-    def _shard(self, k: int) -> dict[str, np.ndarray]:
+    def _shard(self, k: int) -> TensorMap:
         if k not in self._mapped:
             path, rows = self.path / self.shards[k]["file"], self.shards[k]["rows"]
-            arrays = read_shard(path)
-            if arrays.get("features", np.empty(0)).shape != (rows, 2, self.dim):
+            mapped = TensorMap(path, scattered=True)
+            if mapped.arrays.get("features", np.empty(0)).shape != (rows, 2, self.dim):
                 raise ValueError(
                     f"{path} does not hold {rows} pairs of width {self.dim}; `mmkd features verify` says more"
                 )
-            self._mapped[k] = arrays
+            self._mapped[k] = mapped
         return self._mapped[k]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,51 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
     return prefix + text, header
 
 
-def map_tensors(path: Path) -> dict[str, np.ndarray]:
+class TensorMap:
     """All tensors of a file as read-only arrays on one memory map; bfloat16 as its 16 bits in uint16.
 
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is truncated, damaged, or holds a type that is not used here.
+    Attributes:
+        arrays: by name.
     """
-    start, header = read_header(path)
-    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[len(start) :]  # the bare array indexes faster
-    arrays = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        dtype, shape = np.dtype(NUMPY_TYPES.get(entry["dtype"], "V0")), tuple(entry["shape"])
-        if not dtype.itemsize or not 0 <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: {name} is {entry['dtype']} {shape} in {end - begin} bytes, which cannot be")
-        arrays[name] = data[begin:end].view(dtype).reshape(shape)
-    return arrays
+
+    def __init__(self, path: Path, scattered: bool = False) -> None:
+        """Map the file.
+
+        Args:
+            path: the file.
+            scattered: single rows will be read here and there: the system shall not read what lies around them, which
+                on a disk costs a hundred times the row.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it is truncated, damaged, or holds a type that is not used here.
+        """
+        start, header = read_header(path)
+        with path.open("rb") as file:
+            self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if scattered:
+            self._advise("MADV_RANDOM")
+        self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
+        self.arrays = {
+            name: _array(self._bytes[len(start) :], entry, f"{path}: {name}")
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+
+    def announce(self, rows: np.ndarray) -> None:
+        """Say that a stretch of an array will be read whole, so that the system reads ahead."""
+        begin = rows.ctypes.data - self._bytes.ctypes.data
+        page = begin - begin % mmap.PAGESIZE
+        self._advise("MADV_WILLNEED", page, begin - page + rows.nbytes)
+
+    def _advise(self, advice: str, *stretch: int) -> None:
+        if hasattr(mmap, advice):  # not on every system
+            self._memory.madvise(getattr(mmap, advice), *stretch)
+
+
+def _array(data: np.ndarray, entry: dict[str, Any], name: str) -> np.ndarray:
+    begin, end = entry["data_offsets"]
+    dtype, shape = np.dtype(NUMPY_TYPES.get(entry["dtype"], "V0")), tuple(entry["shape"])
+    if not dtype.itemsize or not 0 <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} is {entry['dtype']} {shape} in {end - begin} bytes, which cannot be")
+    return data[begin:end].view(dtype).reshape(shape)

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from mmkd.data.feature_ids import write_index
-from mmkd.data.feature_shards import decode, encode, header_sha256, read_shard, shard_fault, write_shard
+from mmkd.data.feature_shards import decode, encode, header_sha256, shard_fault, write_shard
+from mmkd.data.safetensors_map import TensorMap
 
 
 def stored_and_read(features, dtype):
@@ -79,7 +80,7 @@ def test_a_header_that_lies_is_refused(tmp_path):
     data = path.read_bytes()
     path.write_bytes(data.replace(b"[5,2,8]", b"[9,2,8]"))
     with pytest.raises(ValueError, match="cannot be"):
-        read_shard(path)
+        TensorMap(path)
     path.write_bytes(data.replace(b'"F32"', b'"F64"'))
     with pytest.raises(ValueError, match="F64"):
-        read_shard(path)
+        TensorMap(path)
