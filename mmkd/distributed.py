@@ -112,13 +112,13 @@ def assign(tensor: Tensor, value: Tensor) -> None:
 
 
 def make_plain(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a module whole parameters and buffers of its own in place of what is spread over processes."""
+    """Give a module parameters and buffers of its own, whole and in main memory, whatever processes or GPUs held."""
     for name, parameter in list(module.named_parameters()):
         owner, _, own = name.rpartition(".")
         module.get_submodule(owner)._parameters[own] = nn.Parameter(tensors[name], parameter.requires_grad)
-    for name, buffer in module.named_buffers():
-        if name in tensors:
-            buffer.copy_(tensors[name])
+    for name, buffer in list(module.named_buffers()):
+        owner, _, own = name.rpartition(".")
+        module.get_submodule(owner)._buffers[own] = tensors.get(name, buffer).cpu()
 
 
 def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:

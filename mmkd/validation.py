@@ -7,18 +7,20 @@ share is right for each of their images, so that a small or repetitive split is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkd.data.batches import pair_batches
 from mmkd.data.features import TeacherFeatures
 from mmkd.data.records import Pair, open_pairs
-from mmkd.distributed import gather, mean_over_processes
+from mmkd.distributed import gather, mean_over_processes, rank, wait_for_everyone
+from mmkd.resume import snapshot
+from mmkd.run_folder import RunFolder
 from mmkd.settings import nearest, setting
 
 RECALLS = (1, 5, 10)
@@ -91,6 +93,21 @@ class Validation:
             captions = self._captions.to(images[0].device)[torch.cat(index)]
             recalls = retrieval(torch.cat(images), torch.cat(texts), captions)
         return dict(zip(means, values, strict=True)) | recalls
+
+    def keep_best(self, measured: Mapping[str, float], step: int, folder: RunFolder, objective: nn.Module) -> None:
+        """Keep the weights in `folder` when they are the best so far by the metric, if there is one.
+
+        Called by every process; the first one writes.
+        """
+        if self.best_metric is None:
+            return
+        value, best = measured[self.best_metric], folder.best()
+        wait_for_everyone()  # no process may write while another reads
+        if self.is_better(value, best["value"] if best else None):
+            tensors = snapshot(objective)
+            if rank() == 0:
+                folder.keep_best({"step": step, "metric": self.best_metric, "value": value}, tensors)
+        wait_for_everyone()
 
     def is_better(self, value: float, best: float | None) -> bool:
         """Whether a value of the metric is better than the best before; a loss falls, a recall rises."""

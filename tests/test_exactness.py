@@ -1,0 +1,129 @@
+"""The same global batch gives the same model: in one piece, in several, on several processes, with spread weights."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import tiny_run
+import torch
+from safetensors.torch import load_file
+from test_distributed import torchrun
+
+from mmkd.gradient_cache import OneForward, cached_backward, micro_batches, piece_of, set_seed
+from mmkd.objectives import DistillObjective
+from mmkd.trainable import set_training_mode
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One process, the batch in one piece."""
+    folder = tmp_path_factory.mktemp("reference") / "one"
+    tiny_run.run(folder)
+    assert len(log(folder)) == STEPS
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(folder, reference):
+    expected = weights(reference)
+    for name, tensor in weights(folder).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0, msg=f"{folder.name}: {name}")
+    for ours, theirs in zip(log(folder), log(reference), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_pieces_of_a_batch_on_one_process(tmp_path, reference):
+    for name, more in {"pieces": {}, "checkpointed": {"checkpointing": True}}.items():
+        tiny_run.run(tmp_path / name, micro_batch_size=7, **more)
+        assert_same_run(tmp_path / name, reference)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes(tmp_path, reference, processes):
+    """Without and with pieces, in one process group; on two also with weights spread by FSDP2."""
+    runs = {"whole": {}, "pieces": {"micro_batch_size": 4}}
+    if processes == 2:
+        runs["spread"] = {"fsdp": True, "micro_batch_size": 5, "checkpoint_every": 8}
+    arguments = [text for name, more in runs.items() for text in (tmp_path / name, json.dumps(more))]
+    torchrun(tiny_run.__file__, tmp_path / "gradients.json", "differences", *arguments, processes=processes)
+    for name in runs:
+        assert_same_run(tmp_path / name, reference)
+    through, around = json.loads((tmp_path / "gradients.json").read_text())
+    assert through == 0.0
+    assert around > 1e-4, "without the wrapper each process would have had its own gradient"
+
+
+def gradients(objective, batch, **caching):
+    device = OneForward(objective, "cpu", "fp32")
+    objective.zero_grad()
+    if caching:
+        cached_backward(
+            device, batch, to_device=lambda b: b, backward=lambda x: x.backward(), without_sync=Nothing, **caching
+        )
+    else:
+        set_seed(1)
+        device("whole", batch)["loss"].backward()
+    return {name: p.grad.clone() for name, p in objective.named_parameters()}
+
+
+class Nothing:
+    def __enter__(self): ...
+
+    def __exit__(self, *error): ...
+
+
+@pytest.fixture
+def batch():
+    return {**next(iter(tiny_run.Generated(24).epoch(0))), "epoch": 0}
+
+
+def test_pieces_summed_without_the_cache_would_be_another_gradient(batch):
+    objective = DistillObjective(tiny_run.tiny_student(), tiny_run.WEIGHTS)
+    set_training_mode(objective, dropout=0.0)
+    exact = gradients(objective, batch)
+    cached = gradients(objective, batch, micro_batch_size=5, seed=(1,))
+    for name, gradient in exact.items():
+        torch.testing.assert_close(cached[name], gradient, atol=1e-6, rtol=1e-4)
+    objective.zero_grad()
+    for rows in micro_batches(batch, 12):
+        (objective(piece_of(batch, rows))["loss"] / 2).backward()
+    plain = objective.model.visual_projection.weight.grad
+    difference = (plain - exact["model.visual_projection.weight"]).norm() / plain.norm()
+    assert difference > 0.05
+
+
+def test_dropout_draws_the_same_in_both_passes(batch):
+    """Each piece's gradient belongs to the very embeddings that were compared."""
+    objective = DistillObjective(tiny_run.tiny_student(), tiny_run.WEIGHTS)
+    set_training_mode(objective, dropout=0.5)
+    cached = gradients(objective, batch, micro_batch_size=5, seed=(1, 2))
+    objective.zero_grad()
+    pieces = micro_batches(batch, 5)
+    encoded = []
+    for number, rows in enumerate(pieces):
+        set_seed(1, 2, number)
+        encoded.append(objective.encode(piece_of(batch, rows)))
+    back = torch.cat(pieces).argsort()
+    joined = {name: torch.cat([part[name] for part in encoded])[back] for name in encoded[0]}
+    objective.loss(joined, batch)["loss"].backward()
+    for name, p in objective.named_parameters():
+        torch.testing.assert_close(cached[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_pieces_are_of_like_length_and_without_shared_padding(batch):
+    pieces = micro_batches(batch, 6)
+    assert sorted(torch.cat(pieces).tolist()) == list(range(24))
+    cut = [piece_of(batch, rows) for rows in pieces]
+    lengths = [piece["attention_mask"].sum(dim=1) for piece in cut]
+    assert all(a.max() <= b.min() for a, b in pairwise(lengths))
+    assert [piece["input_ids"].shape[1] for piece in cut] == [int(n.max()) for n in lengths]
+    assert cut[0]["ids"] == [batch["ids"][row] for row in pieces[0].tolist()]

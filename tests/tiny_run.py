@@ -1,0 +1,139 @@
+"""A small student distilled on generated pairs: `python tiny_run.py OUTPUT '{"settings": 1}' ...`, also by torchrun.
+
+Captions differ in length and teachers lack some pairs, as in life. Every run of one call is in the same process group.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+from transformers import BertConfig, CLIPVisionConfig
+
+import mmkd.train.configs
+from mmkd.data.batches import identity_of
+from mmkd.data.pairs import GlobalBatchSampler
+from mmkd.data.records import Pair
+from mmkd.distributed import gather, rank, world_size
+from mmkd.gradient_cache import OneForward
+from mmkd.loop import LoopSettings, fit, start
+from mmkd.objectives import DistillObjective
+from mmkd.trainable import enable_gradient_checkpointing
+from modeling_mmkd import MMKDClipConfig, MMKDClipModel
+
+PAIRS, DIM, WORDS = 120, 16, 50
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+WEIGHTS = {"task": 1.0, "feature": 1.0, "interactive": 1.0, "relational": 1.0}
+
+
+def tiny_student():
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **SMALL)
+    text = BertConfig(vocab_size=WORDS, max_position_embeddings=16, **SMALL)
+    return MMKDClipModel(MMKDClipConfig(vision, text, projection_dim=DIM))
+
+
+class Generated:
+    """Batches in the order of the real ones, of pairs made from their number."""
+
+    def __init__(self, batch_size, wrong_step=None):
+        self.sampler = GlobalBatchSampler(PAIRS, batch_size, rank(), world_size(), seed=1)
+        self.wrong_step = wrong_step
+        generator = torch.Generator().manual_seed(5)
+        self.pixels = torch.randn(PAIRS, 3, 16, 16, generator=generator)
+        self.ids = torch.randint(5, WORDS, (PAIRS, 12), generator=generator)
+        self.lengths = torch.randint(3, 13, (PAIRS,), generator=generator)
+        self.teachers = {
+            name: {
+                "image": torch.randn(PAIRS, width, generator=generator),
+                "text": torch.randn(PAIRS, width, generator=generator),
+                "mask": torch.rand(PAIRS, generator=generator) > 0.3,
+            }
+            for name, width in (("one", DIM), ("two", DIM))
+        }
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def identity(self):
+        return identity_of([Pair(f"p{k}", f"{k}.png", "") for k in range(PAIRS)], self.sampler)
+
+    def epoch(self, epoch, skip=0):
+        self.sampler.set_epoch(epoch)
+        for number, indices in enumerate(self.sampler):
+            if number < skip:
+                continue
+            rows = torch.tensor(indices)
+            mask = (torch.arange(12) < self.lengths[rows][:, None]).long()
+            longest = int(mask.sum(dim=1).max())
+            pixels = self.pixels[rows].clone()
+            if epoch * len(self) + number == self.wrong_step and rank() == world_size() - 1:
+                pixels[0] = torch.nan  # on one process alone
+            teachers = {n: {k: v[rows] for k, v in teacher.items()} for n, teacher in self.teachers.items()}
+            yield {
+                "pixel_values": pixels,
+                "input_ids": (self.ids[rows] * mask)[:, :longest],
+                "attention_mask": mask[:, :longest],
+                "index": rows,
+                "ids": [f"p{row}" for row in indices],
+                "teachers": teachers,
+                "aligned": teachers,
+            }
+
+
+def fsdp_options():
+    """Those of the packaged configuration."""
+    file = Path(mmkd.train.configs.__file__).parent / "accelerate_fsdp2.yaml"
+    given = yaml.safe_load(file.read_text())["fsdp_config"]
+    names = {"fsdp_offload_params": "cpu_offload", "fsdp_version": "fsdp_version"}
+    return {names.get(name, name.removeprefix("fsdp_")): value for name, value in given.items()}
+
+
+def run(output, *, checkpointing=False, fsdp=False, wrong_step=None, **more):
+    """Train and write ``model.safetensors``; returns the objective."""
+    values = {"batch_size": 24, "epochs": 4, "learning_rate": 1e-3, "quiet": True, **more}
+    settings = LoopSettings(output=Path(output), **values)
+    accelerator = start(settings)
+    if fsdp:  # accelerate itself chooses it on GPUs alone; from here on all is its code
+        accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**fsdp_options())
+    student = tiny_student()
+    if checkpointing:
+        enable_gradient_checkpointing(student)
+    objective = DistillObjective(student, WEIGHTS, seed=3)
+    batches = Generated(settings.batch_size, wrong_step)
+    fit(
+        accelerator,
+        objective,
+        batches,
+        settings,
+        lambda folder: save_file(objective.state_dict(), folder / "model.safetensors"),
+    )
+    return objective
+
+
+def differences(output):
+    """Largest difference between the first two processes' gradients: through the wrapper, and around it."""
+    accelerator = Accelerator()
+    objective = DistillObjective(tiny_student(), WEIGHTS)
+    trained = accelerator.prepare(OneForward(objective, "cpu", "fp32"))
+    batch = {**next(iter(Generated(24).epoch(0))), "epoch": 0}
+    found = []
+    for forward in (lambda: trained("whole", batch), lambda: objective(batch)):
+        forward()["loss"].backward()
+        both = [gather(parameter.grad.reshape(1, -1)) for parameter in objective.parameters()]
+        found.append(max((rows[0] - rows[1]).abs().max().item() for rows in both))
+        objective.zero_grad()
+    if rank() == 0:
+        Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    for path, chosen in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        if chosen == "differences":
+            differences(path)
+        else:
+            run(path, **json.loads(chosen))
