@@ -1,14 +1,16 @@
 """Recipe settings: a dataclass whose defaults YAML may change and the command line may change again.
 
-``--config FILE.yaml`` gives values, ``--key value`` overrides them, ``--losses.task 0.5`` sets one entry of a mapping.
-A key that is not a field is refused with the nearest name, since a misspelt setting that silently does nothing costs a
-training run. Values are converted by the field's type, never evaluated.
+``--config FILE.yaml`` gives values (``--config NAME`` those of a file that comes with the package), ``--key value``
+overrides them, ``--losses.task 0.5`` sets one entry of a mapping. A key that is not a field is refused with the nearest
+name, since a misspelt setting that silently does nothing costs a training run. Values are converted by the field's
+type, never evaluated.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.resources
 import sys
 import textwrap
 import typing
@@ -198,8 +200,7 @@ def _known(key: str, hints: dict[str, Any]) -> str:
 
 def _merge_yaml(values: dict[str, Any], path: Path, hints: dict[str, Any], merged: set[str]) -> None:
     """Take what a file gives; a mapping that an earlier file (its name in ``merged``) gave keeps its other entries."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: no such file")
+    path = _packaged(path)
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -234,3 +235,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+def _packaged(path: Path) -> Path:
+    """The file, or the one of this name that comes with the package, such as ``distill_paper``."""
+    if path.is_file():
+        return path
+    presets = Path(str(importlib.resources.files("mmkd.train.configs")))
+    known = sorted(file.stem for file in presets.glob("*.yaml"))
+    if str(path) in known:
+        return presets / f"{path}.yaml"
+    raise FileNotFoundError(f"--config {path}: no such file{nearest(str(path), known)}; packaged: {', '.join(known)}")

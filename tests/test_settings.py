@@ -5,7 +5,8 @@ from typing import Any, Literal
 import pytest
 from safetensors import SafetensorError
 
-from mmkd.settings import help_text, parse, resolved, run, save_settings, setting
+from mmkd.settings import given_values, help_text, parse, resolved, run, save_settings, setting
+from mmkd.train.pretrain import PretrainSettings
 
 
 @dataclass
@@ -166,3 +167,9 @@ def test_one_value_may_come_without_its_name(capsys):
     with pytest.raises(ValueError, match="--folder is required"):
         parse(Positional, [])
     assert "[--folder] path" in help_text(Positional)
+
+
+def test_a_packaged_config_is_known_by_its_name():
+    assert given_values(PretrainSettings, ["--config", "pretrain_paper"])["warmup_steps"] == 2000
+    with pytest.raises(FileNotFoundError, match="did you mean 'pretrain_paper'.*packaged: .*distill_paper"):
+        given_values(PretrainSettings, ["--config", "pretrain_papr"])
