@@ -242,7 +242,7 @@ def _packaged(path: Path) -> Path:
     if path.is_file():
         return path
     presets = Path(str(importlib.resources.files("mmkd.train.configs")))
-    known = sorted(file.stem for file in presets.glob("*.yaml"))
+    known = sorted(file.stem for file in presets.glob("*.yaml") if not file.stem.startswith("accelerate_"))
     if str(path) in known:
         return presets / f"{path}.yaml"
     raise FileNotFoundError(f"--config {path}: no such file{nearest(str(path), known)}; packaged: {', '.join(known)}")

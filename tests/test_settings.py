@@ -171,5 +171,5 @@ def test_one_value_may_come_without_its_name(capsys):
 
 def test_a_packaged_config_is_known_by_its_name():
     assert given_values(PretrainSettings, ["--config", "pretrain_paper"])["warmup_steps"] == 2000
-    with pytest.raises(FileNotFoundError, match="did you mean 'pretrain_paper'.*packaged: .*distill_paper"):
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'pretrain_paper'.*packaged: .*distill_paper"):
         given_values(PretrainSettings, ["--config", "pretrain_papr"])
