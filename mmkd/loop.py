@@ -13,9 +13,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -23,6 +23,7 @@ from accelerate.utils import ProjectConfiguration, send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
+from mmkd.data.batches import Batches
 from mmkd.distributed import gather_lists, make_plain, mean_over_processes, rank, wait_for_everyone, whole, world_size
 from mmkd.files import refuse_existing
 from mmkd.gradient_cache import OneForward, cached_backward, set_seed
@@ -47,21 +48,7 @@ from mmkd.validation import Validation
 
 __all__ = ["Batches", "LoopSettings", "fit", "start"]
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
 logger = logging.getLogger(__name__)
-
-
-class Batches(Protocol):
-    """What the loop reads from: this process' share of every global batch."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, epoch: int, skip: int = 0) -> Iterable[dict[str, Any]]:
-        """The batches of an epoch from number `skip` on; each has ``ids``, a list."""
-
-    def identity(self) -> dict[str, Any]:
-        """What the order and content of the batches depend on, as JSON values: a run goes on with the same alone."""
 
 
 def start(settings: LoopSettings) -> Accelerator:
@@ -112,9 +99,8 @@ def fit(
     folder = RunFolder(settings.output).path
     with StopRequest() as request, profiled_steps(folder, settings.profile_steps) as profiled:
         run = _Run(accelerator, objective, batches, settings, validation, request)
-        hidden = settings.quiet or rank() > 0
+        hidden, name = settings.quiet or rank() > 0, settings.output.name
         done, total = run.progress.step, run.total
-        name = settings.output.name
         # The time left follows from all steps of this start, with their checkpoints and evaluations.
         with tqdm(total=total, initial=done, disable=hidden, unit="step", desc=name, smoothing=0) as bar:
             while run.progress.step < run.total:
@@ -145,8 +131,8 @@ class _Run:
             logger.warning("the warm-up of %d steps fills this run of %d", settings.warmup_steps, self.total)
         set_training_mode(objective, settings.dropout)
         objective.to(accelerator.device)
-        if accelerator.distributed_type not in SHARDED:  # which takes contiguous weights only
-            # EfficientNet-Lite0 at 128 pixels trains 1.6 times as fast on a CPU thread so; a ViT ignores it.
+        if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            # EfficientNet-Lite0 trains 1.6 times as fast on a CPU thread so; shards must be contiguous.
             objective.to(memory_format=torch.channels_last)
         self.step_log = StepLog(self.folder, settings, getattr(objective, "model", None), accelerator)
         wrapped = OneForward(objective, accelerator.device.type, settings.precision)
@@ -199,8 +185,8 @@ class _Run:
         set_learning_rate(self.optimizer, rate)
         parts = self._backward(batch)
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained.parameters(), limit))
-        parts = parts | {"gradient_norm": whole(norm).to(self.accelerator.device)} | scale_values(self.scales)
+        norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.trained.parameters(), limit)))
+        parts = parts | {"gradient_norm": norm.to(self.accelerator.device)} | scale_values(self.scales)
         asked = torch.tensor(float(self.request.requested), device=self.accelerator.device)
         # One sum for all processes, so that all of them skip, stop or go on together.
         told = torch.stack([*(part.detach().float() for part in parts.values()), asked])

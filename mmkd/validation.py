@@ -7,15 +7,15 @@ share is right for each of their images, so that a small or repetitive split is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmkd.data.batches import pair_batches
+from mmkd.data.batches import Batches, pair_batches
 from mmkd.data.features import TeacherFeatures
 from mmkd.data.records import Pair, open_pairs
 from mmkd.distributed import gather, mean_over_processes, rank, wait_for_everyone
@@ -48,13 +48,6 @@ class ValidationSettings:
         check(self.validate_every, self.best_metric)
         if self.validation_pairs < 2:
             raise ValueError(f"--validation_pairs is {self.validation_pairs}; it must be at least 2")
-
-
-class Batches(Protocol):
-    """This process' share of every batch of the validation pairs, in an order that never changes."""
-
-    def epoch(self, epoch: int, skip: int = 0) -> Iterable[dict[str, Any]]:
-        """The batches; each has ``index``, the numbers of its pairs."""
 
 
 class Validation:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_distributed import torchrun
 
+from mmkd.distill_options import DistillOptions
 from mmkd.gradient_cache import OneForward, cached_backward, micro_batches, piece_of, set_seed
 from mmkd.objectives import DistillObjective
 from mmkd.trainable import set_training_mode
@@ -87,7 +88,7 @@ def batch():
 
 
 def test_pieces_summed_without_the_cache_would_be_another_gradient(batch):
-    objective = DistillObjective(tiny_run.tiny_student(), tiny_run.WEIGHTS)
+    objective = DistillObjective(tiny_run.tiny_student(), DistillOptions(losses=tiny_run.LOSSES))
     set_training_mode(objective, dropout=0.0)
     exact = gradients(objective, batch)
     cached = gradients(objective, batch, micro_batch_size=5, seed=(1,))
@@ -103,7 +104,7 @@ def test_pieces_summed_without_the_cache_would_be_another_gradient(batch):
 
 def test_dropout_draws_the_same_in_both_passes(batch):
     """Each piece's gradient belongs to the very embeddings that were compared."""
-    objective = DistillObjective(tiny_run.tiny_student(), tiny_run.WEIGHTS)
+    objective = DistillObjective(tiny_run.tiny_student(), DistillOptions(losses=tiny_run.LOSSES))
     set_training_mode(objective, dropout=0.5)
     cached = gradients(objective, batch, micro_batch_size=5, seed=(1, 2))
     objective.zero_grad()

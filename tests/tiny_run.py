@@ -17,6 +17,7 @@ import mmkd.train.configs
 from mmkd.data.batches import identity_of
 from mmkd.data.pairs import GlobalBatchSampler
 from mmkd.data.records import Pair
+from mmkd.distill_options import DistillOptions
 from mmkd.distributed import gather, rank, world_size
 from mmkd.gradient_cache import OneForward
 from mmkd.loop import LoopSettings, fit, start
@@ -26,7 +27,7 @@ from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 PAIRS, DIM, WORDS = 120, 16, 50
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-WEIGHTS = {"task": 1.0, "feature": 1.0, "interactive": 1.0, "relational": 1.0}
+LOSSES = {"task": 1.0, "feature": 1.0, "interactive": 1.0, "relational": 1.0}
 
 
 def tiny_student():
@@ -103,7 +104,7 @@ def run(output, *, checkpointing=False, fsdp=False, wrong_step=None, **more):
     student = tiny_student()
     if checkpointing:
         enable_gradient_checkpointing(student)
-    objective = DistillObjective(student, WEIGHTS, seed=3)
+    objective = DistillObjective(student, DistillOptions(losses=LOSSES), seed=3)
     batches = Generated(settings.batch_size, wrong_step)
     fit(
         accelerator,
@@ -118,7 +119,7 @@ def run(output, *, checkpointing=False, fsdp=False, wrong_step=None, **more):
 def differences(output):
     """Largest difference between the first two processes' gradients: through the wrapper, and around it."""
     accelerator = Accelerator()
-    objective = DistillObjective(tiny_student(), WEIGHTS)
+    objective = DistillObjective(tiny_student(), DistillOptions(losses=LOSSES))
     trained = accelerator.prepare(OneForward(objective, "cpu", "fp32"))
     batch = {**next(iter(Generated(24).epoch(0))), "epoch": 0}
     found = []

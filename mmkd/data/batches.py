@@ -10,7 +10,7 @@ import hashlib
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +19,18 @@ from mmkd.data.features import TeacherFeatures
 from mmkd.data.pairs import Collate, GlobalBatchSampler, PairDataset, available_features
 from mmkd.data.records import Pair, PairFolder
 from mmkd.distributed import rank, world_size
+
+
+class Batches(Protocol):
+    """What the loop reads from: this process' share of every global batch."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterable[dict[str, Any]]:
+        """The batches of an epoch from number `skip` on; each has ``ids``, a list."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the order and content of the batches depend on, as JSON values: a run goes on with the same alone."""
 
 
 def pair_batches(
