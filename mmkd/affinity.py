@@ -125,22 +125,25 @@ class _Look:
 
     def __init__(self, view: View, own: OwnColumns | None) -> None:
         self.view, self.own = view, own
-        self.column = None if bool(view.known.all()) else view.known.nonzero()[:, 0]
-        self.known_columns = view.columns if self.column is None else view.columns[self.column]
+        self.all_known = bool(view.known.all())
+        self.known_columns = (view.columns if self.all_known else view.columns[view.known]).float()
+        # Of each column its place among the known ones; those that are not share the place after the last, a zero.
+        self.position = (view.known.long().cumsum(0) - 1).masked_fill(~view.known, len(self.known_columns))
         self.weight = view.weight
         if own is not None:  # a row sees the others only, and does not count where there are none
-            self.position = view.known.long().cumsum(0) - 1
             others = len(self.known_columns) - view.known[own.of_row].long()
             self.weight = view.weight * (others > 0)
 
     def add(self, mean: Tensor, votes: Tensor, begin: int, end: int) -> None:
         """Add this teacher's weighted softmax of some rows, and its weights."""
-        weight = self.weight[begin:end]
+        weight = self.weight[begin:end].float()
         row = weight.nonzero()[:, 0]
         if not len(row):
             return
-        scaled = self.view.rows[begin:end][row].float() * self.view.scale
-        logits = scaled @ self.known_columns.float().T
+        known = len(self.known_columns)
+        shares = mean.new_zeros(len(row), known + (not self.all_known))
+        logits = shares[:, :known]
+        torch.mm(self.view.rows[begin:end][row].float().mul_(self.view.scale), self.known_columns.T, out=logits)
         if self.own is not None:
             own = self.own.of_row[begin:end][row]
             inside = self.view.known[own].nonzero()[:, 0]
@@ -148,8 +151,4 @@ class _Look:
         logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
         logits.mul_((weight[row] / logits.sum(dim=1))[:, None])
         votes += weight
-        if self.column is None and len(row) == end - begin:
-            mean += logits
-        else:
-            column = torch.arange(mean.shape[1], device=mean.device) if self.column is None else self.column
-            mean[row[:, None], column] += logits
+        mean.index_add_(0, row, shares if self.all_known else shares.index_select(1, self.position))
