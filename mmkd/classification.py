@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkd.data.records import Pair
+from mmkd.embed import normalized_pixels
 from mmkd.evaluation.prompts import label_prompts
 from mmkd.objectives import Objective
 
@@ -59,7 +60,10 @@ class PromptClassification(Objective):
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Unit-norm ``image`` features, `(rows, dim)`."""
-        output = self.model(pixel_values=batch["pixel_values"])
+        pixels = batch["pixel_values"]
+        if "pixel_statistics" in batch:
+            pixels = normalized_pixels(pixels, batch["pixel_statistics"])
+        output = self.model(pixel_values=pixels)
         return {"image": F.normalize(output.image_embeds.float(), dim=1)}
 
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
