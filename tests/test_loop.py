@@ -1,6 +1,8 @@
 import json
 import logging
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +168,80 @@ def test_killed_process_resumes_to_the_same_bytes(tmp_path):
     train(settings(folder, checkpoint_every=1))
     train(settings(tmp_path / "whole"))
     assert weights(folder) == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_asked_to_stop_a_run_saves_exits_with_0_and_goes_on(tmp_path, name, caplog):
+    class Asked(Numbers):
+        def epoch(self, epoch, skip=0):
+            for number, batch in enumerate(super().epoch(epoch, skip), start=skip):
+                if (epoch, number) == (1, 1):
+                    os.kill(os.getpid(), getattr(signal, name))
+                yield batch
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        train(settings(tmp_path / "cut", checkpoint_every=100), Asked())
+    assert stopped.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "saved at step 7" in caplog.text
+    rest = Numbers()
+    train(settings(tmp_path / "cut", checkpoint_every=100), rest)
+    assert rest.read[0] == (1, 2)
+    train(settings(tmp_path / "whole", checkpoint_every=100))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_other_data_under_a_resumed_run_are_refused(tmp_path):
+    class Others(Numbers):
+        def identity(self):
+            return {"pairs": 31}
+
+    with pytest.raises(Killed):
+        train(settings(tmp_path), Interrupted((2, 0)))
+    with pytest.raises(ValueError, match=r"other data: pairs was 30, is now 31.*number of processes"):
+        train(settings(tmp_path), Others())
+    train(settings(tmp_path))
+
+
+def test_no_room_for_the_next_checkpoint_is_said_before_the_step(tmp_path, monkeypatch):
+    real, left = shutil.disk_usage, []
+
+    def usage(path):
+        left.append(path)
+        return real(path)._replace(free=10) if len(left) > 1 else real(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    numbers = Numbers()
+    with pytest.raises(OSError, match=r"0.00 GB are free, but the next checkpoint needs 0.07 GB.*nothing is lost"):
+        train(settings(tmp_path), numbers)
+    assert numbers.read[-1] == (0, 3), "right after the checkpoint of step 4, so that no step is lost"
+    monkeypatch.undo()
+    train(settings(tmp_path))
+    train(settings(tmp_path / "whole"))
+    assert weights(tmp_path) == weights(tmp_path / "whole")
+
+
+def test_checkpoints_are_safetensors_by_name_of_parameter(tmp_path):
+    with pytest.raises(Killed):
+        train(settings(tmp_path, ema_decay=0.9), Interrupted((1, 0)))
+    newest = tmp_path / "model.partial" / "checkpoints" / "step-00000004"
+    assert sorted(path.name for path in newest.iterdir()) == [
+        "average.safetensors",
+        "checkpoint.json",
+        "objective.safetensors",
+        "optimizer.safetensors",
+    ]
+    moments = load_file(newest / "optimizer.safetensors")
+    assert {"exp_avg/layers.0.weight", "exp_avg_sq/logit_scale", "step/layers.3.bias"} <= set(moments)
+    assert moments["step/logit_scale"].item() == 4
+    save_file({"other": torch.zeros(3)}, newest / "objective.safetensors")
+    sizes = json.loads((newest / "checkpoint.json").read_text())
+    sizes["sizes"]["objective.safetensors"] = (newest / "objective.safetensors").stat().st_size
+    (newest / "checkpoint.json").write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match="step-00000004 is a checkpoint of another model"):
+        train(settings(tmp_path, ema_decay=0.9))
 
 
 def test_truncated_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
