@@ -1,6 +1,7 @@
 """Every training config and recipe on a few pictures, through the functions that the commands call."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from test_distributed import torchrun
 from transformers import BertConfig, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig
 
+import mmkd.distill_options
 import mmkd.train.align
 import mmkd.train.configs
 import mmkd.train.distill
@@ -283,3 +285,26 @@ def test_two_processes_give_the_model_of_one(tmp_path, world):
         torch.testing.assert_close(tensor, two[name], atol=1e-5, rtol=0)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "distillation.md"
+EXAMPLES = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[f"example {k}" for k in range(len(EXAMPLES))])
+def test_examples_of_the_page_on_distillation_run(tmp_path, world, example):
+    given = yaml.safe_load(example)
+    folders = {"features": world / "features", "aligned": world / "aligned", "standardizer": tmp_path / "standard"}
+    if "standardizer" in given:
+        align(tmp_path / "standard", world, "--aligner", "phi-s")
+    (tmp_path / "distill.yaml").write_text(example)
+    replaced = [text for key in given if key in folders for text in (f"--{key}", folders[key])]
+    settings = call(
+        "distill", "--config", tmp_path / "distill.yaml", "--pairs", world / "pairs", "--model", world / "student",
+        "--output", tmp_path / "out", *replaced, *TINY,
+    )  # fmt: skip
+    wanted = given.get("losses") or mmkd.distill_options.RECIPES[given["recipe"]]["losses"]
+    assert {name: weight for name, weight in settings.losses.items() if weight} == wanted
+    assert wanted.keys() <= log(tmp_path / "out")[-1].keys()
+    assert (tmp_path / "out" / "teacher_heads.safetensors").is_file() == ("heads" in wanted)
+    MMKDClipModel.from_pretrained(tmp_path / "out")
