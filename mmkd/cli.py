@@ -25,6 +25,7 @@ RECIPES = {
     "features": ("mmkd.train.features", "stores of features: ls, verify, merge, export, import"),
     "screen": ("mmkd.train.screen", "which teachers agree with which pair"),
     "align": ("mmkd.train.align", "the teachers' feature spaces brought into one"),
+    "plan": ("mmkd.train.plan", "memory, time and cost of each stage on GPUs of your choice"),
     "distill": ("mmkd.train.distill", "stage 2: the student learns from all teachers' features"),
     "finetune": ("mmkd.train.finetune", "a trained model on pairs of your own: by captions or labels, LoRA or in full"),
     "eval": ("mmkd.train.eval", "student, teachers and their ensemble side by side, with intervals"),

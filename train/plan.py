@@ -1,0 +1,157 @@
+"""What a training would take before it is started: memory, time and money of each stage.
+
+The model is built (or read) and measured on the CPU; nothing is trained. Every assumption is a setting, and is printed
+beside the figures that rest on it. Exit code 1 means that a stage cannot run as asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoConfig
+
+from mmkd.files import write_json
+from mmkd.planning import GPU_MEMORY, Assumptions, Estimate, ModelSize, Stage, estimate, measure
+from mmkd.settings import run, setting
+from modeling_mmkd import MMKDClipConfig, MMKDClipModel
+
+PAPER = "paper"
+EXTRACTED_AT_ONCE = 256
+
+
+@dataclass(kw_only=True)
+class PlanSettings:
+    """Estimate memory, time and cost of each stage."""
+
+    gpus: int = setting(8, "how many, over all machines")
+    gpu: str = setting("h100", f"which: {', '.join(GPU_MEMORY)}")
+    model: str = setting(PAPER, "folder of a student, or paper: ViT-B/16 and BERT-base")
+    pairs: int = setting(2_900_000, "of the training split")
+    teachers: int = setting(9, "to extract; each is taken to cost what the student's forward pass costs")
+    pretrain_epochs: float = setting(20.0, "of stage 1")
+    distill_epochs: float = setting(20.0, "of stage 2")
+    batch_size: int = setting(4096, "pairs in a global batch")
+    micro_batch_size: int | None = setting(None, "pairs a GPU encodes at once, by default its whole share")
+    gradient_checkpointing: bool = setting(False, "recompute activations")
+    precision: Literal["fp32", "bf16"] = setting("bf16", "of the forward pass")
+    sharded: bool = setting(False, "weights and optimizer spread over the GPUs (FSDP, ZeRO-3)")
+    mean_tokens: float = setting(60.0, "of a caption")
+    efficiency: float = setting(0.35, "share of a GPU's peak that a step reaches; a run's log says it as mfu")
+    cores_per_gpu: int = setting(8, "that read images, --workers")
+    images_per_core: float = setting(700.0, "images a second; tests/benchmarks/loader.py measures it")
+    price: float = setting(2.5, "of a GPU for an hour, in your currency")
+    output: Path | None = setting(None, "JSON file for the same figures")
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            ValueError: the message names the setting, its value and what is allowed.
+        """
+        counts = ("gpus", "pairs", "batch_size", "cores_per_gpu")
+        for name in (*counts, "pretrain_epochs", "distill_epochs", "mean_tokens", "images_per_core"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 < self.efficiency <= 1 or self.price < 0 or self.teachers < 0:
+            raise ValueError(
+                f"--efficiency {self.efficiency} must be above 0 and at most 1, --price {self.price} and --teachers "
+                f"{self.teachers} at least 0"
+            )
+        if self.gpu not in GPU_MEMORY:
+            raise ValueError(f"--gpu {self.gpu} is not known; give one of {', '.join(GPU_MEMORY)}")
+
+
+def main(settings: PlanSettings) -> None:
+    """Measure, estimate and print.
+
+    Raises:
+        SystemExit: with 1 where a stage cannot run as asked.
+    """
+    size = measured_model(settings.model, settings.precision)
+    estimates = plan(settings, size)
+    print("\n".join(report(settings, size, estimates)))
+    if settings.output is not None:
+        write_json(settings.output, {"settings": _plain(settings), "stages": [asdict(each) for each in estimates]})
+    if any(each.warnings for each in estimates):
+        raise SystemExit(1)
+
+
+def measured_model(name: str, precision: Literal["fp32", "bf16"]) -> ModelSize:
+    """The size of the paper's student, or of the one in a folder, with weights of no meaning."""
+    config = MMKDClipConfig() if name == PAPER else AutoConfig.from_pretrained(name)
+    side = getattr(config.vision_config, "image_size", None)
+    return measure(MMKDClipModel(config), side if isinstance(side, int) else 224, precision)
+
+
+def plan(settings: PlanSettings, size: ModelSize) -> list[Estimate]:
+    """Estimates of extraction and both trainings."""
+
+    def stage(name: str, epochs: float) -> Stage:
+        return Stage(
+            name=name,
+            pairs=settings.pairs,
+            epochs=epochs,
+            batch_size=settings.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+
+    at_once = EXTRACTED_AT_ONCE * settings.gpus
+    extract = Stage(name="extract", pairs=settings.pairs, models=settings.teachers, trains=False, batch_size=at_once)
+    assumed = Assumptions(
+        efficiency=settings.efficiency,
+        images_per_core=settings.images_per_core,
+        cores_per_gpu=settings.cores_per_gpu,
+        mean_tokens=settings.mean_tokens,
+        price=settings.price,
+    )
+    return [
+        estimate(
+            each,
+            size,
+            settings.gpu,
+            settings.gpus,
+            precision=settings.precision,
+            sharded=settings.sharded,
+            assumed=assumed,
+        )
+        for each in (stage("pretrain", settings.pretrain_epochs), extract, stage("distill", settings.distill_epochs))
+    ]
+
+
+def report(settings: PlanSettings, size: ModelSize, estimates: list[Estimate]) -> list[str]:
+    """Lines of the plan: figures, then what they rest on, then what will not work."""
+    lines = [f"{'stage':<10}{'steps':>10}{'hours':>10}{'GPU hours':>12}{'price':>12}{'GB a GPU':>10}  limited by"]
+    for each in estimates:
+        lines.append(
+            f"{each.stage:<10}{each.steps:>10,}{each.hours:>10.1f}{each.gpu_hours:>12,.0f}{each.price:>12,.0f}"
+            f"{each.memory_gb:>10.1f}  {each.limit}"
+        )
+    gpu_hours = sum(each.gpu_hours for each in estimates)
+    price = sum(each.price for each in estimates)
+    lines.append(f"{'together':<20}{sum(each.hours for each in estimates):>10.1f}{gpu_hours:>12,.0f}{price:>12,.0f}")
+    features = settings.pairs * settings.teachers * 2 * size.dim * 2
+    measured = (
+        f"measured: {size.parameters / 1e6:.0f} M parameters; activations {size.image_bytes / 1e6:.0f} MB an image and "
+        f"{size.token_bytes / 1e6:.2f} MB a token ({settings.precision})"
+    )
+    assumed = (
+        f"assumed: {settings.gpus} x {settings.gpu} at {settings.efficiency:.0%} of peak; {settings.pairs:,} pairs; "
+        f"{settings.mean_tokens:g} tokens a caption and a tenth more of padding; {settings.cores_per_gpu} cores a GPU, "
+        f"{settings.images_per_core:g} images/s each; {settings.price:g} a GPU hour; communication hidden behind the "
+        "backward pass; curate, screen, align and eval are small beside these and not counted"
+    )
+    disk = f"features of {settings.teachers} teachers on disk: {features / 1e9:.0f} GB in half precision"
+    hints = [f"hint: {hint}" for each in estimates for hint in each.hints]
+    warnings = [f"warning: {warning}" for each in estimates for warning in each.warnings]
+    return [*lines, "", measured, size.cost.formula(), assumed, disk, *hints, *warnings]
+
+
+def _plain(settings: PlanSettings) -> dict[str, object]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+
+
+if __name__ == "__main__":
+    run(PlanSettings, main)
