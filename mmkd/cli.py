@@ -33,6 +33,7 @@ RECIPES = {
     "pipeline": ("mmkd.train.pipeline", "the whole way from one YAML"),
     "quickstart": ("mmkd.train.pipeline", "the whole way on real images in five minutes"),
     "push": ("mmkd.hub.push", "a model, features or pairs to the Hub, with a card made from what is known"),
+    "export": ("mmkd.hub.export", "both towers for deployment: ONNX, torch.export or int8"),
     "convert": ("mmkd.hub.convert", "the authors' checkpoint to a from_pretrained folder, and back"),
 }
 PIPELINES = {"quickstart": "quickstart.yaml"}
@@ -45,6 +46,9 @@ EXTRAS = {
     "timm": "teachers",
     "sklearn": "eval",
     "threadpoolctl": "eval",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
     **dict.fromkeys(("pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"), "curate"),
     **dict.fromkeys(("datasets", "matplotlib"), "curate"),
 }

@@ -1,0 +1,159 @@
+"""Export both towers for deployment: ONNX, a torch.export program, or ONNX with weights in 8 bits.
+
+    mmkd export mmkd-clip --format onnx --output mmkd-clip-onnx
+    mmkd export mmkd-clip --format int8 --output mmkd-clip-int8 --pairs pairs
+
+The folder that is written carries the processor and ``usage.py``, which works without this package. What the export
+costs and gains is measured beside the model in the same run, printed, and written to ``comparison.json``; ``--pairs``
+adds zero-shot accuracy with paired intervals.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mmkd.data.records import open_pairs
+from mmkd.evaluation.bootstrap import REPLICATES, SEED
+from mmkd.exporting.folder import quantize_export, require_exportable, write_export
+from mmkd.files import atomic_folder, refuse_existing, write_json
+from mmkd.settings import run, setting
+from mmkd.student import load_student
+from modeling_mmkd import MMKDClipModel
+
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "int8": ("onnx", "onnxscript", "onnxruntime")}
+
+
+@dataclass
+class ExportSettings:
+    """Export both towers of a model."""
+
+    model: str = setting(help="folder or Hub id of a model", positional=True)
+    format: Literal["onnx", "exported-program", "int8"] = setting(help="of the towers")
+    output: Path = setting(help="folder to write")
+    pairs: Path | None = setting(None, "folder of pairs, to compare zero-shot accuracy on")
+    split: Literal["train", "validation", "test"] = setting("test", "which pairs are compared on")
+    repeats: int = setting(20, "timed runs of each side, alternated; 0 compares nothing")
+    replicates: int = setting(REPLICATES, "bootstrap replicates")
+    seed: int = setting(SEED, "of the bootstrap")
+    quiet: bool = setting(False, "print nothing")
+    overwrite: bool = setting(False, "replace OUTPUT")
+
+
+def main(settings: ExportSettings) -> None:
+    """Export, compare, and write the folder whole.
+
+    Raises:
+        FileExistsError: OUTPUT exists.
+        FileNotFoundError: model or pairs are not there.
+        ModuleNotFoundError: a package of the extra ``export`` is not installed.
+        ValueError: the model cannot be exported, or its export differs from it.
+    """
+    check(settings)
+    model, processor = load_student(settings.model)
+    model.eval()
+    require_exportable(processor, Path(settings.model))
+    with (
+        tempfile.TemporaryDirectory(prefix="mmkd-export-") as temporary,
+        atomic_folder(settings.output, settings.overwrite) as folder,
+    ):
+        exports = {}
+        if settings.format == "int8":
+            exports["onnx"] = Path(temporary)
+            write_export(exports["onnx"], model, processor, "onnx")
+            quantize_export(exports["onnx"], folder)
+        else:
+            write_export(folder, model, processor, settings.format)
+        exports[settings.format] = folder
+        comparison = compare(settings, model, processor, exports)
+        if comparison:
+            write_json(folder / "comparison.json", comparison)
+    if not settings.quiet:
+        show(settings, comparison)
+
+
+def check(settings: ExportSettings) -> None:
+    """Raise on what cannot work before anything is loaded."""
+    refuse_existing(settings.output, settings.overwrite)
+    if settings.repeats < 0 or settings.replicates < 100:
+        raise ValueError(
+            f"--repeats {settings.repeats} must be at least 0, --replicates {settings.replicates} at least 100"
+        )
+    if settings.pairs is not None:
+        open_pairs(settings.pairs, settings.split)
+    for package in NEEDED.get(settings.format, ()):
+        importlib.import_module(package)
+
+
+def compare(settings: ExportSettings, model: MMKDClipModel, processor: Any, exports: dict[str, Path]) -> dict[str, Any]:
+    """Times, sizes, agreement and, where there are pairs, accuracy."""
+    from mmkd.exporting.comparison import agreement, measure, zero_shot  # here, because it loads the evaluation
+
+    comparison: dict[str, Any] = {}
+    side = int(processor.image_processor.crop_size["height"])
+    if settings.repeats:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        comparison = {
+            "threads": torch.get_num_threads(),
+            "repeats": settings.repeats,
+            "rows": measure(model, size, exports, side, settings.repeats),
+            "lowest_cosine": agreement(exports[settings.format], model, side),
+        }
+    if settings.pairs is not None:
+        comparison["zero_shot"] = zero_shot(
+            Path(settings.model),
+            exports,
+            settings.pairs,
+            settings.split,
+            settings.replicates,
+            settings.seed,
+            settings.quiet,
+        )
+    return comparison
+
+
+def show(settings: ExportSettings, comparison: dict[str, Any]) -> None:
+    """Print the comparison."""
+    print(f"{settings.output}: both towers as {settings.format}; usage.py shows how to use them")
+    if "rows" in comparison:
+        print(f"\nmilliseconds an item, median of {comparison['repeats']} alternated runs, threads: ", end="")
+        print(comparison["threads"])
+        print(f"{'':<18}{'MB':>8}" + "".join(f"{f'{t}, batch {b}':>18}" for t in ("image", "text") for b in (1, 16)))
+        for name, row in comparison["rows"].items():
+            times = [row[f"{tower}_ms"][batch] for tower in ("image", "text") for batch in ("1", "16")]
+            print(f"{name:<18}{row['megabytes']:>8.1f}" + "".join(f"{value:>18.2f}" for value in times))
+        lowest = ", ".join(f"{tower} {value:.4f}" for tower, value in comparison["lowest_cosine"].items())
+        print(f"lowest cosine to the model on random inputs: {lowest}")
+    for name, task in comparison.get("zero_shot", {}).items():
+        frame = task["frames"]["image"]
+        print(f"\n{name}: {frame['n']} images in {frame['groups']} groups")
+        for row, cell in task["rows"].items():
+            print(f"  {row:<18}" + "  ".join(_scores(cell["metrics"])))
+        for rival, metrics in task["differences"].items():
+            print(f"  {settings.format} - {rival}: " + "  ".join(_differences(metrics)))
+
+
+def _scores(metrics: dict[str, Any]) -> list[str]:
+    chosen = {name: metrics[name] for name in ("accuracy", "balanced_accuracy") if name in metrics}
+    return [f"{name} {_number(m['value'])} [{_number(m['low'])}, {_number(m['high'])}]" for name, m in chosen.items()]
+
+
+def _differences(metrics: dict[str, Any]) -> list[str]:
+    chosen = {name: metrics[name] for name in ("accuracy", "balanced_accuracy") if name in metrics}
+    return [
+        f"{name} {_number(m['difference'], '+')} [{_number(m['low'], '+')}, {_number(m['high'], '+')}]"
+        for name, m in chosen.items()
+    ]
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "undefined" if value is None else f"{value:{sign}.4f}"
+
+
+if __name__ == "__main__":
+    run(ExportSettings, main)

@@ -1,0 +1,120 @@
+"""Images and texts to unit vectors with the two towers in this folder; needs neither torch (ONNX) nor mmkd-clip.
+
+    pip install numpy pillow tokenizers onnxruntime        # torch instead of onnxruntime where the towers end in .pt2
+    python usage.py picture.png "an MRI of the brain" "a chest radiograph"
+
+In code: ``Encoder(folder).encode_images([PIL images])`` and ``.encode_texts([...])``; their products are cosine
+similarities. What the towers were made from and how pixels and texts are prepared stands in ``export.json``.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+Tower = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
+
+
+class Encoder:
+    """The two towers of an exported folder.
+
+    Attributes:
+        facts: ``export.json``.
+        scale: what cosine similarities are multiplied by before a softmax.
+    """
+
+    def __init__(self, folder: Path | str, threads: int = 0) -> None:
+        """Load towers and tokenizer.
+
+        Args:
+            folder: the exported folder.
+            threads: of ONNX Runtime; 0 for as many as there are cores.
+        """
+        folder = Path(folder)
+        self.facts: dict[str, Any] = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        self.scale = float(self.facts["logit_scale"])
+        self._image = load_tower(folder / self.facts["image"]["file"], threads)
+        self._text = load_tower(folder / self.facts["text"]["file"], threads)
+        text = self.facts["text"]
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.enable_truncation(text["context"])
+        self._tokenizer.enable_padding(pad_id=text["pad_id"], pad_token=text["pad_token"])
+
+    def encode_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Images of any size to unit vectors, (n, dim)."""
+        return self._image({"pixel_values": np.stack([self.pixels(image) for image in images])})
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts to unit vectors, (n, dim); what exceeds the context is cut off."""
+        return self._text(self.tokens(texts))
+
+    def pixels(self, image: Image.Image) -> NDArray[np.float32]:
+        """An image as (3, side, side): shortest side to ``size``, bicubic; central square; normalized."""
+        facts = self.facts["image"]
+        image = image.convert("RGB")
+        width, height = image.size
+        short, side = facts["size"], facts["side"]
+        long = int(short * max(width, height) / min(width, height))
+        target = (short, long) if width <= height else (long, short)
+        resized = np.asarray(image.resize(target, Image.Resampling(facts["resample"])))
+        top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
+        cropped = resized[top : top + side, left : left + side].astype(np.float32) * np.float32(1 / 255)
+        mean, std = np.array(facts["mean"], dtype=np.float32), np.array(facts["std"], dtype=np.float32)
+        return ((cropped - mean) / std).transpose(2, 0, 1)
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """Token ids and mask, each (n, tokens), padded to the longest."""
+        cleaned = [" ".join(html.unescape(html.unescape(text)).split()) for text in texts]
+        encoded = self._tokenizer.encode_batch(cleaned)
+        return {
+            "input_ids": np.array([entry.ids for entry in encoded], dtype=np.int64),
+            "attention_mask": np.array([entry.attention_mask for entry in encoded], dtype=np.int64),
+        }
+
+
+def load_tower(path: Path, threads: int = 0) -> Tower:
+    """A tower from an ``.onnx`` or ``.pt2`` file, as a function of named arrays."""
+    if path.suffix == ".pt2":
+        return _load_program(path)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
+    return lambda inputs: session.run(None, inputs)[0]
+
+
+def _load_program(path: Path) -> Tower:
+    import torch
+
+    program = torch.export.load(path).module()
+
+    def tower(inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return program(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()
+
+    return tower
+
+
+def main() -> None:
+    """Print how well each text fits an image."""
+    picture, *texts = sys.argv[1:]
+    encoder = Encoder(Path(__file__).parent)
+    with Image.open(picture) as image:
+        logits = encoder.scale * encoder.encode_images([image])[0] @ encoder.encode_texts(texts).T
+    shares = np.exp(logits - logits.max())
+    for text, share in sorted(zip(texts, shares / shares.sum(), strict=True), key=lambda item: -item[1]):
+        print(f"{share:.3f}  {text}")
+
+
+if __name__ == "__main__":
+    main()
