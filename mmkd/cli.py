@@ -50,7 +50,7 @@ EXTRAS = {
     "onnxscript": "export",
     "onnxruntime": "export",
     **dict.fromkeys(("pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"), "curate"),
-    **dict.fromkeys(("datasets", "matplotlib"), "curate"),
+    "datasets": "curate",
 }
 LAUNCHER_OPTIONS = (
     "num_processes",

@@ -43,9 +43,9 @@ class Marks:
 
 def repeats(keys: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Which rows (n,) repeat a key, (n,) or (n, k), that an earlier row of another sample has."""
-    columns = keys.reshape(len(keys), -1).T
-    order = np.lexsort(columns[::-1])
-    ordered = keys.reshape(len(keys), -1)[order]
+    rows = keys[:, None] if keys.ndim == 1 else keys
+    order = np.lexsort(rows.T[::-1])
+    ordered = rows[order]
     new = np.ones(len(keys), dtype=bool)
     new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     first = order[new][np.cumsum(new) - 1]  # lexsort is stable: the first of a run came first

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mmkd.curation.exclusions import read_exclusions
+from mmkd.curation.exclusions import fingerprints, read_exclusions
 from mmkd.curation.fragments import joined_samples
 from mmkd.curation.merge import Verdicts, decide, dropped_rows, reason_counts, write_shard, write_table
 from mmkd.curation.part import PartWriter
@@ -71,7 +71,7 @@ def curate_stream(
         OSError: the source cannot be read or the output not written; what is done stays for the next run.
     """
     name = source if "://" in source else Path(source).name  # a path of this machine is nobody else's business
-    settings = {"version": VERSION, "source": name, "rules": rules.as_dict(), "exclude": [e.name for e in exclude]}
+    settings = {"version": VERSION, "source": name, "rules": rules.as_dict(), "exclude": fingerprints(exclude)}
     settings = json.loads(json.dumps(settings))
     if not overwrite and (output / SETTINGS_FILE).is_file() and read_json(output / SETTINGS_FILE) == settings:
         report: dict[str, Any] = read_json(output / REPORT_FILE)
@@ -176,7 +176,7 @@ def _finish(
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet_on_interrupt) as pool:
         exclusions = read_exclusions(exclude, pool if workers > 1 else None)
     verdicts = decide(files, rules, exclusions)
-    folder = parts / "output"
+    folder = parts / f"output-{verdicts.fingerprint()[:16]}"
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     tasks = [(file, folder / "shards" / f"{n:06d}.tar", verdicts.kept(n)) for n, file in enumerate(files)]
     filled = [task for task in tasks if task[2].any()]

@@ -32,6 +32,7 @@ ARTICLE = re.compile(r"PMC\d+")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 CHUNK = 32
+LISTS = (MANIFEST_FILE, TABLE_FILE, META_FILE, LABELS_FILE)
 
 
 @dataclass
@@ -87,6 +88,24 @@ def read_exclusions(manifests: Sequence[Path], pool: Executor | None = None) -> 
     return found
 
 
+def fingerprints(manifests: Sequence[Path]) -> dict[str, str]:
+    """For each named set a sum over its lists, to notice that it has changed; images are not read.
+
+    Raises:
+        FileNotFoundError: one of them does not exist.
+    """
+    sums = {}
+    for name, path in _sets(manifests):
+        lists = [path] if path.is_file() else [path / file for file in LISTS if (path / file).is_file()]
+        digest = hashlib.sha256()
+        for file in lists:
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+        sums[name] = digest.hexdigest()
+    return sums
+
+
 def marks_of(image: Path | ArchivedFile) -> tuple[str, int | None]:
     """SHA-256 and perceptual hash of an image file; empty and None where it cannot be read."""
     try:
@@ -119,9 +138,7 @@ def _sets(manifests: Sequence[Path]) -> Iterator[tuple[str, Path]]:
 
 
 def _is_collection(path: Path) -> bool:
-    return path.is_dir() and any(
-        (path / name).is_file() for name in (MANIFEST_FILE, TABLE_FILE, META_FILE, LABELS_FILE)
-    )
+    return path.is_dir() and any((path / name).is_file() for name in LISTS)
 
 
 def _contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str], str]:

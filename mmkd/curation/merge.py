@@ -7,8 +7,8 @@ copied as they are. What one part needs is all that is held beside the marks.
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,6 +48,10 @@ class Verdicts:
     def kept(self, part: int) -> np.ndarray:
         """Which rows (m,) of a part stay."""
         return np.asarray(self.reasons[self.bounds[part] : self.bounds[part + 1]] == 0)
+
+    def fingerprint(self) -> str:
+        """Equal for equal verdicts."""
+        return hashlib.sha256(self.reasons.tobytes()).hexdigest()
 
     def counts(self) -> dict[str, int]:
         """Dropped pairs by reason."""
@@ -101,7 +105,7 @@ def read_marks(parts: Sequence[Path]) -> tuple[Marks, np.ndarray]:
         marks.digest[start:stop] = _halves(table["sha256"])
         marks.perceptual[start:stop] = table["perceptual"].to_numpy()
         raw = b"".join(table["signature"].to_pylist())
-        marks.signature[start:stop] = np.frombuffer(raw, "<u2").reshape(-1, PERMUTATIONS)
+        marks.signature[start:stop] = np.frombuffer(raw, "<u2").reshape(len(local), PERMUTATIONS)
         marks.key[start:stop] = table["key_hash"].to_numpy()
     return marks, bounds
 
@@ -111,7 +115,7 @@ def write_shard(part: Path, tar: Path, kept: np.ndarray) -> np.ndarray:
 
     Args:
         part: the part's Arrow file; its archive lies beside it.
-        tar: where to write; appears whole.
+        tar: where to write; appears whole, and is left alone if it is there.
         kept: (m,) bool.
 
     Returns:
@@ -122,21 +126,8 @@ def write_shard(part: Path, tar: Path, kept: np.ndarray) -> np.ndarray:
     starts, ends = table["start"].to_numpy()[rows], table["end"].to_numpy()[rows]
     offsets = table["offset"].to_numpy()[rows]
     source = part.with_suffix(".tar")
-    partial = tar.with_name(f"{tar.name}.partial")
-    partial.unlink(missing_ok=True)
-    if kept.all():
-        _link(source, partial)
-        partial.replace(tar)
-        return np.asarray(offsets)
-    with source.open("rb") as old, partial.open("wb") as new:
-        for start, end in _runs(starts, ends):
-            old.seek(start)
-            for position in range(start, end, COPY_BYTES):
-                new.write(old.read(min(COPY_BYTES, end - position)))
-        new.write(bytes(2 * BLOCK + -(new.tell() + 2 * BLOCK) % END_BYTES))
-        new.flush()
-        os.fsync(new.fileno())
-    partial.replace(tar)
+    if not tar.exists() and not (kept.all() and _linked(source, tar)):
+        _copy(source, tar, _runs(starts, ends))
     new_starts = np.cumsum(ends - starts) - (ends - starts)
     return np.asarray(offsets - starts + new_starts)
 
@@ -190,7 +181,7 @@ def dropped_rows(parts: Sequence[Path], verdicts: Verdicts) -> Iterator[dict[str
 def _halves(digests: Any) -> np.ndarray:
     """The first 128 bits of SHA-256 sums in hexadecimal, (n,) texts, as (n, 2) uint64."""
     raw = bytes.fromhex("".join(digest[:32] for digest in digests.to_pylist()))
-    return np.frombuffer(raw, "<u8").reshape(-1, 2)
+    return np.frombuffer(raw, "<u8").reshape(len(digests), 2)
 
 
 def _runs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -201,11 +192,27 @@ def _runs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
             yield int(run_starts[0]), int(run_ends[-1])
 
 
-def _link(source: Path, target: Path) -> None:
+def _linked(source: Path, target: Path) -> bool:
+    """Whether the file system took a hard link."""
     try:
         os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path, stretches: Iterator[tuple[int, int]]) -> None:
+    """Copy stretches (start, end) of an archive into one that ends as archives end."""
+    partial = target.with_name(f"{target.name}.partial")
+    with source.open("rb") as old, partial.open("wb") as new:
+        for start, end in stretches:
+            old.seek(start)
+            for position in range(start, end, COPY_BYTES):
+                new.write(old.read(min(COPY_BYTES, end - position)))
+        new.write(bytes(2 * BLOCK + -(new.tell() + 2 * BLOCK) % END_BYTES))
+        new.flush()
+        os.fsync(new.fileno())
+    partial.replace(target)
 
 
 def reason_counts(*counts: dict[str, int]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ REPORT_FILE, PAGE_FILE = "report.json", "README.md"
 WORD_EDGES = (1, 5, 10, 20, 40, 80, 160, 320, 640)
 SIDE_EDGES = (1, 64, 128, 224, 256, 384, 512, 768, 1024, 2048)
 MOST_LINES = 40
+CHART_WIDTH, BAR_START, ROW_HEIGHT = 720, 220, 20
 CHARTS = {"modality": "modalities", "caption_words": "caption words", "short_side": "shorter side, pixels"}
 
 
@@ -94,7 +96,7 @@ def _page(title: str, source: str, report: dict[str, Any], settings: dict[str, A
         "",
         *([table_of("mended", report["mended"]), ""] if report["mended"] else []),
         "## Contents",
-        *(f"![{name}](charts/{name}.png)" for name in charts),
+        *(f"![{name}](charts/{name}.svg)" for name in charts),
         "",
     ]
     for name in ("split", "modality", "license", "panel_type", "caption_words", "short_side"):
@@ -127,21 +129,30 @@ def _test_sets(sets: dict[str, Any]) -> str:
 
 
 def _write_charts(folder: Path, contents: dict[str, Any]) -> list[str]:
-    """Bar charts as PNG without dates or versions, so that equal counts give equal files."""
-    from matplotlib.figure import Figure
-
-    folder.mkdir(exist_ok=True)
+    """One SVG bar chart for each of `CHARTS`."""
     for name, title in CHARTS.items():
-        counts = dict(list(contents[name].items())[:MOST_LINES])
-        figure = Figure(figsize=(8, 0.6 + 0.22 * len(counts)), dpi=110, layout="constrained")
-        axes = figure.add_subplot()
-        axes.barh(list(counts), list(counts.values()), color="#2f6f8f")
-        axes.invert_yaxis()
-        axes.set_title(f"pairs by {title}", fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        chart = bar_chart(f"pairs by {title}", dict(list(contents[name].items())[:MOST_LINES]))
+        atomic_write_text(folder / f"{name}.svg", chart)
     return list(CHARTS)
+
+
+def bar_chart(title: str, counts: dict[str, int]) -> str:
+    """Counts as horizontal bars, an SVG document."""
+    longest = max(counts.values(), default=0) or 1
+    height = ROW_HEIGHT * (len(counts) + 2)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {CHART_WIDTH} {height}" width="{CHART_WIDTH}" '
+        f'height="{height}" font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>',
+        f'<text x="12" y="{ROW_HEIGHT}" font-weight="bold">{escape(title)}</text>',
+    ]
+    for row, (name, count) in enumerate(counts.items(), start=1):
+        y, length = ROW_HEIGHT * (row + 0.5), (CHART_WIDTH - BAR_START - 90) * count / longest
+        lines += [
+            f'<text x="{BAR_START - 8}" y="{y + 13:g}" text-anchor="end">{escape(name)}</text>',
+            f'<rect x="{BAR_START}" y="{y + 2:g}" width="{length:.1f}" height="{ROW_HEIGHT - 6}" fill="#2f6f8f"/>',
+            f'<text x="{BAR_START + length + 6:.1f}" y="{y + 13:g}">{count:,}</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""])
 
 
 def _flat(rules: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class _TarReader:
         stem, dot, suffix = base.rpartition(".")
         suffix = suffix.lower()
         kind = kind_of(suffix)
-        if not is_inside(name):
+        if ("/" in name or "\\" in name or ":" in name) and not is_inside(name):
             yield Refused(place, "path_outside")
         elif not member.plain:
             yield Refused(place, "link_in_archive")
