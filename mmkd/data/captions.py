@@ -33,8 +33,9 @@ UNKNOWN = "unknown"
 def clean_text(text: str) -> str:
     """Unicode in composed form, without control characters, white space as single blanks."""
     normal = unicodedata.normalize("NFC", text)
-    printable = "".join(c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else " " for c in normal)
-    return " ".join(printable.split())
+    if not normal.isprintable():
+        normal = "".join(c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else " " for c in normal)
+    return " ".join(normal.split())
 
 
 def caption_from_facts(label: str, modality: str, key: str) -> str:
