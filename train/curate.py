@@ -51,7 +51,7 @@ class CurateSettings:
     mentions: int = setting(0, "sentences of the article that mention the figure, added to the caption")
     scrub: bool = setting(False, "replace obvious identifiers of people in captions")
     near_duplicates: NearMode = setting("both", "drop pairs nearly like another in image and caption, one, or off")
-    image_distance: int = setting(3, "bits of 64 in which perceptual hashes of near images may differ")
+    image_distance: int = setting(4, "bits of 64 in which perceptual hashes of near images may differ")
     caption_similarity: float = setting(0.8, "Jaccard similarity from which captions are near")
     exclude_manifests: list[Path] = setting(factory=list, help="evaluation sets whose images and articles are dropped")
     validation_share: float = setting(0.0, "part of the articles held out where the source gives no split")

@@ -150,7 +150,7 @@ class PartWriter:
                 raise Dropped("caption_too_short")
             if words > rules.maximum_words:
                 raise Dropped("caption_too_long")
-        if rules.languages and language_of(" ".join(captions)) not in rules.languages:
+        if rules.languages and language_of(" ".join(captions), rules.languages) not in rules.languages:
             raise Dropped("language")
 
     def _store(

@@ -37,7 +37,7 @@ class StreamRules:
     mentions: int = 0
     scrub: bool = False
     near_duplicates: NearMode = "both"
-    image_distance: int = 3
+    image_distance: int = 4
     caption_similarity: float = 0.8
     validation_share: float = 0.0
     test_share: float = 0.0

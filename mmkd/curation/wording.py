@@ -21,6 +21,9 @@ EMPTY_BRACKETS = re.compile(r"\s*[(\[][\s,;.]*[)\]]")
 SPACE_BEFORE = re.compile(r"\s+([,.;:)\]])")
 BINARY = re.compile(r"[\x00-\x08\x0e-\x1f]")
 MOST_ENTITY_ROUNDS = 2
+PUBLICATION_LANGUAGES = (
+    "ar", "cs", "de", "en", "es", "fa", "fr", "hu", "it", "ja", "ko", "nl", "pl", "pt", "ro", "ru", "sv", "tr", "zh",
+)  # fmt: skip
 
 
 class WrongCaption(ValueError):
@@ -69,20 +72,25 @@ def clean_caption(text: str) -> str:
     return SPACE_BEFORE.sub(r"\1", clean_text(text))
 
 
-def language_of(text: str) -> str:
-    """The most likely language of a caption, as an ISO 639-1 code."""
-    return str(_identifier().classify(text)[0])
+def language_of(text: str, wanted: tuple[str, ...] = ()) -> str:
+    """The most likely language of a caption among those of publication and those wanted, as an ISO 639-1 code.
+
+    Raises:
+        ValueError: a wanted language is not known.
+    """
+    return str(_identifier(wanted).classify(text)[0])
 
 
 @cache
-def _identifier() -> Any:
+def _identifier(wanted: tuple[str, ...]) -> Any:
     import py3langid
 
+    py3langid.set_languages(sorted({*PUBLICATION_LANGUAGES, *wanted}))
     return py3langid
 
 
 def _without_latex(text: str) -> str:
-    text = LATEX_DOCUMENT.sub(r" \1 ", text)
+    text = LATEX_DOCUMENT.sub(r"\1", text).replace("$$", "$")
     if not LATEX_COMMAND.search(text):
         return text
     return str(_latex_reader().latex_to_text(text))
