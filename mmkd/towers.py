@@ -73,6 +73,23 @@ def build_model(
     return model, MMKDClipProcessor(pixels, words.tokenizer)
 
 
+def build_preset(name: str, text: str) -> tuple[MMKDClipModel, MMKDClipProcessor]:
+    """A model of a named size with random weights, and its processor.
+
+    Args:
+        name: of the size, see `modeling_mmkd.PRESETS`.
+        text: name of a text tower's weights, of which only the tokenizer is taken.
+
+    Raises:
+        ValueError: an unknown size or text tower.
+        FileNotFoundError: the package or folder of the text tower is not there.
+    """
+    config, tokenizer = MMKDClipConfig.from_preset(name), start_text(text).tokenizer
+    config.text_config.vocab_size = 1 + max(tokenizer.get_vocab().values())
+    config.context_length = tokenizer.model_max_length
+    return MMKDClipModel(config), MMKDClipProcessor(CLIPImageProcessorPil(), tokenizer)
+
+
 def _resize(start: VisionStart, image_size: int) -> None:
     """Take another image size: a ViT's position embeddings are interpolated, a convolutional net needs nothing."""
     if start.config.model_type == "clip_vision_model":

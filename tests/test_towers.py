@@ -6,6 +6,7 @@ import huggingface_hub
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import (
@@ -23,7 +24,8 @@ from mmkd import starting_weights
 from mmkd.files import extract_zip
 from mmkd.starting_weights import start_text, start_vision
 from mmkd.student import load_student, save_student
-from mmkd.towers import build_model
+from mmkd.towers import build_model, build_preset
+from mmkd.train.pretrain import PretrainSettings, refuse_other_sizes
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 
@@ -353,3 +355,18 @@ def test_a_student_with_a_missing_weight_is_refused(tmp_path):
     save_file(state, tmp_path / "student" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 missing: visual_projection\.weight"):
         load_student(str(tmp_path / "student"))
+
+
+def test_a_preset_takes_the_tokenizer_of_a_text_tower():
+    model, processor = build_preset("mmkd-clip-tiny", "random:tiny")
+    assert model.config.vision_config.hidden_size == 192 and model.config.text_config.hidden_size == 312
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    assert model.config.context_length == processor.tokenizer.model_max_length
+    batch = processor(text=["a ct"], images=Image.new("RGB", (30, 40)), return_tensors="pt")
+    assert model(**batch).logits_per_image.shape == (1, 1)
+
+
+def test_a_preset_states_every_size(tmp_path):
+    settings = PretrainSettings(pairs=tmp_path, output=tmp_path, preset="mmkd-clip-tiny", projection_dim=64)
+    with pytest.raises(ValueError, match="--preset mmkd-clip-tiny states every size; leave --projection_dim out"):
+        refuse_other_sizes(settings)

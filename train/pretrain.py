@@ -6,6 +6,7 @@ The same recipe trains a generalist student and, on some of the modalities or la
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from mmkd.objectives import ContrastiveObjective
 from mmkd.provenance import training_provenance
 from mmkd.settings import nearest, run, setting
 from mmkd.student import load_student, save_student
-from mmkd.towers import build_model
+from mmkd.towers import build_model, build_preset
 from mmkd.trainable import ModelSettings, make_trainable
 from mmkd.validation import ValidationSettings, validation_of
+from modeling_mmkd import PRESETS
 
 
 @dataclass(kw_only=True)
@@ -32,6 +34,9 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
 
     pairs: Path = setting(help="folder of pairs; the training split is used")
     model: str | None = setting(None, "folder or Hub id of a student to start from, instead of vision and text")
+    preset: str | None = setting(
+        None, f"a named size with random weights and the tokenizer of text: {', '.join(PRESETS)}"
+    )
     vision: str = setting("packaged:efficientnet-lite0", "starting weights of the vision tower")
     text: str = setting("packaged:all-minilm-l6-v2", "starting weights of the text tower")
     projection_dim: int = setting(512, "width of the common space")
@@ -54,6 +59,9 @@ def main(settings: PretrainSettings) -> None:
     pairs = select(folder.pairs, settings.modalities, settings.labels, settings.part)
     if settings.model is not None:
         model, processor = load_student(settings.model)
+    elif settings.preset is not None:
+        refuse_other_sizes(settings)
+        model, processor = build_preset(settings.preset, settings.text)
     else:
         model, processor = build_model(
             settings.vision,
@@ -83,7 +91,9 @@ def main(settings: PretrainSettings) -> None:
         seed=settings.seed,
     )
     objective = ContrastiveObjective(model)
-    started_from = [settings.model] if settings.model is not None else [settings.vision, settings.text]
+    started_from = [settings.vision, settings.text]
+    if settings.model is not None or settings.preset is not None:
+        started_from = [settings.model] if settings.model is not None else []
     provenance = training_provenance("pretrain", chosen, started_from)
     fit(
         accelerator,
@@ -93,6 +103,19 @@ def main(settings: PretrainSettings) -> None:
         lambda path: save_student(path, model, processor, provenance),
         validation,
     )
+
+
+def refuse_other_sizes(settings: PretrainSettings) -> None:
+    """A preset states every size.
+
+    Raises:
+        ValueError: another setting of the model's sizes is given beside it.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    sizes = ("vision", "projection_dim", "image_size", "text_layers", "vision_projection_hidden")
+    for name in (*sizes, "text_projection_hidden"):
+        if getattr(settings, name) != defaults[name]:
+            raise ValueError(f"--preset {settings.preset} states every size; leave --{name} out, or --preset")
 
 
 def select(pairs: Sequence[Pair], modalities: list[str], labels: list[str], part: str | None) -> Sequence[Pair]:
