@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ class DualEncoder(ABC):
         provenance: JSON values that say what it is: weights and their fingerprint, preprocessing, tokenizer, context,
             pooling, license, versions.
         batch_size: most images or texts that go through the model together.
+        autocast: kind of device and type in which the model computes where it safely can; None for its weights' type.
     """
 
     def __init__(self, name: str, dim: int, provenance: dict[str, Any], batch_size: int = BATCH_SIZE) -> None:
@@ -39,6 +41,7 @@ class DualEncoder(ABC):
         self.dim = dim
         self.provenance = provenance
         self.batch_size = batch_size
+        self.autocast: tuple[str, torch.dtype] | None = None
 
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Encode n images of any size and mode.
@@ -90,7 +93,9 @@ class DualEncoder(ABC):
         encoded = [torch.zeros(0, self.dim)]
         for start in range(0, len(items), self.batch_size):
             batch = items[start : start + self.batch_size]
-            found = features(batch).float().cpu()
+            with torch.autocast(*self.autocast) if self.autocast else nullcontext():
+                found = features(batch)
+            found = found.float().cpu()
             if found.shape != (len(batch), self.dim):
                 expected = (len(batch), self.dim)
                 raise ValueError(f"{self.name} gave {kind} features {tuple(found.shape)}, expected {expected}")

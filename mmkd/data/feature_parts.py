@@ -24,7 +24,7 @@ from mmkd.data.feature_store import FeatureStore, close_store
 from mmkd.data.features import SHARD_SIZE
 from mmkd.files import atomic_write_text
 
-IDENTITY = ("fingerprint", "preprocessing", "tokenizer", "context", "pooling")
+IDENTITY = ("fingerprint", "preprocessing", "tokenizer", "context", "pooling", "precision")
 SKIPPED_FILE = "skipped.jsonl"
 SMALLEST_SHARD, SHARDS_WANTED = 256, 1024
 
@@ -65,7 +65,7 @@ class FeatureParts:
             self._refuse_other(self._store)
             self.missing = np.flatnonzero(self._store.ids.rows(digests(ids)) < 0)
         self.size = part_size or shard_size(len(self.missing))
-        self._identity = json.dumps([dtype, *(provenance[key] for key in IDENTITY)])
+        self._identity = json.dumps([dtype, *(provenance.get(key) for key in IDENTITY)])
 
     def __len__(self) -> int:
         """Number of shards to be made."""
@@ -171,7 +171,7 @@ class FeatureParts:
             return b""
 
     def _refuse_other(self, store: FeatureStore) -> None:
-        differing = [key for key in IDENTITY if store.provenance.get(key) != self.provenance[key]]
+        differing = [key for key in IDENTITY if store.provenance.get(key) != self.provenance.get(key)]
         differing += ["teacher"] * (store.name != self.name) + ["dtype"] * (store.dtype != self.dtype)
         if differing:
             raise ValueError(

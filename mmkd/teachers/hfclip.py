@@ -62,11 +62,13 @@ def load(row: TeacherRow, device: str) -> HFClipEncoder:
     names = row.files or WEIGHT_FILES
     local = Path(row.weights)
     sharded = local.is_dir() and any((local / name).is_file() for name in SHARDED)
-    folder = fetch(row.weights, CONFIG_FILES, () if sharded else names, revision=row.revision, gated=row.gated)
-    model = load_transformers(AutoModel, row.weights, folder)
+    wanted = [*CONFIG_FILES, *(["*.py"] if row.trust_remote_code else [])]
+    folder = fetch(row.weights, wanted, () if sharded else names, revision=row.revision, gated=row.gated)
+    trusted = row.trust_remote_code
+    model = load_transformers(AutoModel, row.weights, folder, trust_remote_code=trusted)
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ValueError(f"{row.weights}: {type(model).__name__} has no get_image_features and get_text_features")
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=trusted)
     return build(row, model, device, processor, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
 
 

@@ -42,7 +42,8 @@ class TeacherRow:
         license: of the weights.
         gated: access has to be asked for on the Hub.
         repo_type: on the Hub, ``model`` or ``dataset``.
-        revision: commit, tag or branch on the Hub.
+        revision: commit, tag or branch on the Hub; the commit that was read is recorded either way.
+        trust_remote_code: (hfclip) run the model code that the weights bring along.
         note: what is inferred or unknown.
     """
 
@@ -62,6 +63,7 @@ class TeacherRow:
     gated: bool = False
     repo_type: str = "model"
     revision: str | None = None
+    trust_remote_code: bool = False
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -101,7 +103,7 @@ def describe(row: TeacherRow, weight_files: list[Path], packages: list[str], **f
         "teacher": row.name,
         "form": row.form,
         "weights": source,
-        "revision": row.revision,
+        "revision": _commit(weight_files) or row.revision,
         "files": sorted(file.name for file in weight_files),
         "fingerprint": fingerprint(weight_files),
         **facts,
@@ -126,6 +128,12 @@ def announce(provenance: dict[str, Any]) -> None:
             name,
             license,
         )
+
+
+def _commit(files: list[Path]) -> str:
+    """The commit that files in the Hub's cache belong to, nothing for files elsewhere."""
+    folder = files[0].parent if files else Path()
+    return folder.name if folder.parent.name == "snapshots" else ""
 
 
 def _version(package: str) -> str:

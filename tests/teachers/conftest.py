@@ -10,6 +10,17 @@ from PIL import Image
 
 WORDS = ["lung", "brain", "of", "the", "mri", "ct", "a", "normal", "with", "##s", "b", "c", ",", "."]
 BERT_VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+ODD_TEXTS = [
+    "Radiografía de tórax: ¿neumonía?",
+    "胸部X线片显示右下肺叶实变",
+    "chest 🫁🩻 x-ray 👩🏽‍⚕️",
+    "a\0b\0",
+    "\x01\x1b[31m\ufeff\u202e",
+    "",
+    " \n\t ",
+    "lung " * 3000,
+    "x" * 9000,
+]
 TEXTS = ["lung", "normal mri of the brain with lungs , a b c .", "ct"]
 
 
@@ -53,6 +64,14 @@ def randomized(module: torch.nn.Module) -> torch.nn.Module:
             if value.is_floating_point():
                 value.copy_(torch.rand_like(value) + 0.5 if "running_var" in key else torch.randn_like(value) * 0.3)
     return module.eval()
+
+
+def check_odd_texts(encoder) -> None:
+    """Texts of any length and script give a unit vector each, the same one alone and among others."""
+    together = encoder.encode_texts(ODD_TEXTS)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(len(ODD_TEXTS)))
+    alone = torch.cat([encoder.encode_texts([text]) for text in ODD_TEXTS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 def rewrite(path: Path, change) -> None:

@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from mmkd.teachers.zoo import load_encoder
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
-from .conftest import TEXTS, randomized, rewrite, write_bert
+from .conftest import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 
 LETTERS = [chr(code) for code in range(33, 127)]
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
@@ -127,3 +127,7 @@ def test_a_damaged_folder_of_ours(ours):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="truncated"):
         load_encoder(str(ours[0]))
+
+
+def test_texts_of_any_length_and_script(plip):
+    check_odd_texts(load_encoder("PLIP", weights=plip[0]))

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, SwinConfig, SwinM
 
 from mmkd.teachers.zoo import load_encoder
 
-from .conftest import TEXTS, randomized, rewrite, write_bert
+from .conftest import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 
 FILE, SWIN, BERT = "pytorch_model.bin", "swin-tiny-patch4-window7-224", "Bio_ClinicalBERT"
 SIZES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 32, "patch_size": 4, "window_size": 4}
@@ -113,3 +113,7 @@ def test_the_archive_as_it_is_published(medclip, images):
 def test_without_weights_it_says_where_they_are():
     with pytest.raises(FileNotFoundError, match=re.escape("medclip-vit-pretrained.zip")):
         load_encoder("medclip")
+
+
+def test_texts_of_any_length_and_script(medclip):
+    check_odd_texts(load_encoder("MedCLIP", weights=medclip[0]))

@@ -8,7 +8,7 @@ import torch
 from mmkd.teachers import zoo
 from mmkd.teachers.zoo import load_encoder
 
-from .conftest import TEXTS, randomized, rewrite, write_bert
+from .conftest import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 VIT = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
@@ -131,3 +131,8 @@ def test_unknown_architecture_and_tag():
         load_encoder("open_clip:ViT-B32/openai")
     with pytest.raises(ValueError, match="tags: openai"):
         load_encoder("open_clip:ViT-B-32/openay")
+
+
+def test_texts_of_any_length_and_script(quiltnet, biomedclip):
+    check_odd_texts(load_encoder("QuiltNet", weights=quiltnet))
+    check_odd_texts(load_encoder("BiomedCLIP", weights=biomedclip))

@@ -12,7 +12,7 @@ from transformers.models.bert import BertConfig
 from mmkd.teachers.pmcclip import IMAGE_FILE, PROJECTION_FILE, TEXT_FILE
 from mmkd.teachers.zoo import load_encoder
 
-from .conftest import TEXTS, randomized, rewrite, write_bert
+from .conftest import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 
 BERT = "BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -122,3 +122,7 @@ def test_a_missing_file_is_named(pmcclip):
     (pmcclip / PROJECTION_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=PROJECTION_FILE):
         load_encoder("PMCCLIP", weights=pmcclip)
+
+
+def test_texts_of_any_length_and_script(pmcclip):
+    check_odd_texts(load_encoder("PMCCLIP", weights=pmcclip))

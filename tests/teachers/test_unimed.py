@@ -6,7 +6,7 @@ from mmkd.checkpoints import to_authors
 from mmkd.teachers.zoo import load_encoder
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
-from .conftest import randomized, rewrite, write_bert
+from .conftest import check_odd_texts, randomized, rewrite, write_bert
 
 FILE, BERT = "unimed-clip-vit-b16.pt", "BiomedNLP-BiomedBERT-base-uncased-abstract"
 
@@ -48,3 +48,7 @@ def test_keys_that_do_not_fit_are_listed(unimed, change, said):
     rewrite(unimed[0] / FILE, change)
     with pytest.raises(ValueError, match=said):
         load_encoder("UniMedCLIP", weights=unimed[0])
+
+
+def test_texts_of_any_length_and_script(unimed):
+    check_odd_texts(load_encoder("UniMedCLIP", weights=unimed[0]))

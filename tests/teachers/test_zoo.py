@@ -135,6 +135,14 @@ def test_the_hub_cache_is_enough_offline(cache):
         fetch("owner/model", ["config.json"], ["other.bin"])
 
 
+def test_the_commit_that_was_read_is_recorded(cache, mine):
+    snapshot = cache("owner/model", ["weights.bin"])
+    row = rows.TeacherRow("x", "ours", "owner/model", revision="main")
+    assert rows.describe(row, [snapshot / "weights.bin"], [])["revision"] == "0" * 40
+    (mine / "weights.bin").write_bytes(b"")
+    assert rows.describe(row, [mine / "weights.bin"], [])["revision"] == "main"
+
+
 def test_licenses_are_said_once_and_loudly(mine, caplog, monkeypatch):
     monkeypatch.setattr(rows, "_announced", set())
     (mine / "row.yaml").write_text("name: mine\nform: python\nweights: own_teacher.build\nlicense: CC BY-NC 4.0\n")

@@ -221,6 +221,38 @@ def test_a_store_of_other_weights_or_type_is_refused(work):
     assert contents("features") == before
 
 
+def test_precision_is_a_setting_and_part_of_what_a_store_is(work):
+    run("exact", teacher="first.yaml")
+    run("fast", "--precision", "bfloat16", teacher="first.yaml")
+    exact, fast = FeatureStore(Path("exact/first")), FeatureStore(Path("fast/first"))
+    assert fast.provenance["precision"] == "bfloat16"
+    for one, other in zip(exact.lookup(exact.ids)[:1], fast.lookup(exact.ids)[:1], strict=True):
+        cosine = torch.nn.functional.cosine_similarity(one, other, dim=1)
+        assert cosine.min() > 0.999 and not torch.equal(one, other)
+    with pytest.raises(ValueError, match="another precision"):
+        run("exact", "--precision", "bfloat16", teacher="first.yaml")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_every_type_of_storage(work, dtype):
+    run("half", teacher="first.yaml")
+    run(dtype, "--dtype", dtype, teacher="first.yaml")
+    expected, store = FeatureStore(Path("half/first")), FeatureStore(Path(dtype) / "first")
+    assert store.dtype == dtype and list(store.ids) == list(expected.ids)
+    for one, other in zip(store.lookup(store.ids)[:2], expected.lookup(store.ids)[:2], strict=True):
+        assert torch.nn.functional.cosine_similarity(one, other, dim=1).min() > 0.9999
+
+
+def test_images_are_prepared_once_where_teachers_prepare_alike(work, monkeypatch):
+    prepared = []
+    real = extract.DualEncoder.prepare
+    monkeypatch.setattr(
+        extract.DualEncoder, "prepare", lambda self, image: prepared.append(self.name) or real(self, image)
+    )
+    run("features")
+    assert len(prepared) == 23
+
+
 def test_settings_that_cannot_work(work):
     for arguments, said in (
         (["--shard_size", "-1"], "at least 0"),
