@@ -32,6 +32,9 @@ class DualEncoder(ABC):
         provenance: JSON values that say what it is: weights and their fingerprint, preprocessing, tokenizer, context,
             pooling, license, versions.
         batch_size: most images or texts that go through the model together.
+        fast_prepare: what may stand for `prepare`, from (3, height, width) uint8 and within one grey level; None where
+            there is nothing faster.
+        fast: whether it shall.
         autocast: kind of device and type in which the model computes where it safely can; None for its weights' type.
     """
 
@@ -41,6 +44,8 @@ class DualEncoder(ABC):
         self.dim = dim
         self.provenance = provenance
         self.batch_size = batch_size
+        self.fast_prepare: Callable[[Tensor], Any] | None = None
+        self.fast = False
         self.autocast: tuple[str, torch.dtype] | None = None
 
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -79,6 +84,12 @@ class DualEncoder(ABC):
     def prepare(self, image: Image.Image) -> Any:
         """One RGB image as `image_features` takes it, by default as it is; several threads may prepare at once."""
         return image
+
+    def prepare_pixels(self, pixels: Tensor) -> Any:
+        """The same of an image as (3, height, width) uint8."""
+        if self.fast and self.fast_prepare is not None:
+            return self.fast_prepare(pixels)
+        return self.prepare(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
 
     @abstractmethod
     def image_features(self, prepared: list[Any]) -> Tensor:

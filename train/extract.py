@@ -27,7 +27,8 @@ from mmkd.data.choice import ids_of, pairs_at
 from mmkd.data.feature_ids import refuse_twice
 from mmkd.data.feature_parts import SKIPPED_FILE, FeatureParts
 from mmkd.data.feature_shards import FeatureType
-from mmkd.data.images import UnreadableImage, open_image
+from mmkd.data.images import UnreadableImage
+from mmkd.data.pixels import read_pixels
 from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.device import chosen_device
 from mmkd.distributed import rank, world_size
@@ -50,6 +51,9 @@ class ExtractSettings:
     weights: dict[str, str] = setting(factory=dict, help="teacher -> local folder of its weights")
     dtype: FeatureType = setting("float16", "how numbers are stored; int8 takes half the space, cosine above 0.9999")
     precision: Precision = setting("float32", "in which teachers compute; tf32 and bfloat16 are faster on GPUs")
+    resize: Literal["exact", "fast"] = setting(
+        "exact", "as the teacher's own code, or (usual preprocessing only) within one grey level in a fifth of the time"
+    )
     batch_size: int = setting(32, "images that go through a model together")
     shard_size: int = setting(0, "pairs written together: what a kill loses at most; 0 = 256 to 16384 by their number")
     workers: int = setting(0, "threads that read and prepare images; 0 = this process' share of the cores")
@@ -126,6 +130,9 @@ def load_teacher(name: str, source: str, settings: ExtractSettings) -> DualEncod
     encoder.batch_size = settings.batch_size
     encoder.autocast = (device.partition(":")[0], torch.bfloat16) if settings.precision == "bfloat16" else None
     encoder.provenance["precision"] = settings.precision
+    if settings.resize == "fast" and encoder.fast_prepare is not None:
+        encoder.fast = True
+        encoder.provenance["preprocessing"] += ", resized as uint8 by torch"
     if rank() == 0 and not settings.quiet:
         shown = ("preprocessing", "tokenizer", "context", "pooling", "license")
         facts = "; ".join(f"{key} {encoder.provenance[key]}" for key in shown)
@@ -225,12 +232,12 @@ def prepare(folder: PairFolder, pair: Pair, encoders: dict[str, DualEncoder]) ->
     if not is_text(pair.caption):
         return "caption"
     try:
-        image = open_image(folder.image_path(pair))
+        pixels = read_pixels(folder.image_path(pair))
     except UnreadableImage as error:
         return error.reason
     except ValueError:
         return "outside"
-    return {key: encoder.prepare(image) for key, encoder in encoders.items()}
+    return {key: encoder.prepare_pixels(pixels) for key, encoder in encoders.items()}
 
 
 def preparation(encoder: DualEncoder) -> str:

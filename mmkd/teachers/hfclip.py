@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmkd.encoder import DualEncoder
 from mmkd.teachers.rows import TeacherRow, describe
+from mmkd.teachers.square import FastSquare
 from mmkd.teachers.weights import TOKENIZER_FILES, fetch, load_transformers
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
@@ -91,9 +92,21 @@ def build(row: TeacherRow, model: Any, device: str, processor: Any, weight_files
         pooling=f"{type(model).__name__}.get_text_features",
     )
     encoder = HFClipEncoder(row.name, row.dim, provenance, model, processor, context)
+    encoder.fast_prepare = _fast_square(processor.image_processor)
     with torch.inference_mode():
         encoder.dim = encoder.text_features(["a"]).shape[-1]
     return encoder
+
+
+def _fast_square(image_processor: Any) -> FastSquare | None:
+    """The fast form of an image processor, if it is of the usual kind."""
+    side = dict(image_processor.size).get("shortest_edge")
+    usual = (
+        getattr(image_processor, "do_center_crop", False)
+        and dict(image_processor.crop_size) == {"height": side, "width": side}
+        and int(image_processor.resample) == Image.Resampling.BICUBIC
+    )
+    return FastSquare(side, image_processor.image_mean, image_processor.image_std, "floor") if side and usual else None
 
 
 def _preprocessing(image_processor: Any) -> str:

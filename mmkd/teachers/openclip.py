@@ -20,6 +20,7 @@ from mmkd.encoder import DualEncoder
 from mmkd.files import read_json
 from mmkd.settings import nearest
 from mmkd.teachers.rows import TeacherRow, describe
+from mmkd.teachers.square import FastSquare
 from mmkd.teachers.weights import (
     TOKENIZER_FILES,
     companion,
@@ -107,8 +108,17 @@ def load(row: TeacherRow, device: str) -> OpenClipEncoder:
     transform = image_transform_v2(preprocess, is_train=False)
     trims = "hf_model_name" in text_config and not text_config.get("tokenizer_mode")
     padding = model.text.config.pad_token_id if trims else None
-    encoder = model.eval().to(device)
-    return OpenClipEncoder(row.name, config["embed_dim"], provenance, encoder, transform, tokenizer, padding)
+    model = model.eval().to(device)
+    encoder = OpenClipEncoder(row.name, config["embed_dim"], provenance, model, transform, tokenizer, padding)
+    encoder.fast_prepare = fast_square(preprocess)
+    return encoder
+
+
+def fast_square(preprocess: Any) -> FastSquare | None:
+    """The fast form of a ``PreprocessCfg``, if it is of the usual kind."""
+    height, width = preprocess.size if isinstance(preprocess.size, (tuple, list)) else (preprocess.size,) * 2
+    usual = height == width and preprocess.interpolation == "bicubic" and preprocess.resize_mode == "shortest"
+    return FastSquare(height, preprocess.mean, preprocess.std, "round") if usual else None
 
 
 def _find(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:

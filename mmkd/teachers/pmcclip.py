@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmkd.encoder import DualEncoder
 from mmkd.teachers.rows import TeacherRow, describe
+from mmkd.teachers.square import FastSquare
 from mmkd.teachers.weights import (
     TOKENIZER_FILES,
     companion,
@@ -101,7 +102,9 @@ def load(row: TeacherRow, device: str) -> PmcClipEncoder:
     )
     transform, tokenizer = image_transform_v2(preprocess, is_train=False), AutoTokenizer.from_pretrained(bert)
     weight = projection.detach().float().to(device)
-    return PmcClipEncoder(row, provenance, vision.to(device), text.to(device), weight, transform, tokenizer)
+    encoder = PmcClipEncoder(row, provenance, vision.to(device), text.to(device), weight, transform, tokenizer)
+    encoder.fast_prepare = FastSquare(vision.image_size, row.mean, row.std, "round")
+    return encoder
 
 
 def _vision_tower(state: Mapping[str, Tensor], heads: int, source: str) -> Any:

@@ -3,14 +3,15 @@
     python tests/benchmarks/extraction.py
     python tests/benchmarks/extraction.py --tflops 15 --cores_per_gpu 16 --pairs_total 2900000
 
-Three parts. (1) `mmkd extract` runs over JPEG files with a tiny teacher in memory, one reading thread; CPU seconds of
-each part are measured by thread. (2) Operations of each of the nine teachers for one pair, counted by torch on their
-architectures (no weights, no memory). (3) The cost model: on each GPU the slower of computing (operations / effective
-TFLOP/s) and of reading (measured CPU seconds a pair / cores of that GPU), all teachers in one pass over the images.
-Not in the model: storage that cannot deliver (2.9 million images of 100 KB are 290 GB), and loading weights once.
+Three parts. (1) `mmkd extract` runs over JPEG files with a tiny teacher in memory, one reading thread, with
+``--resize exact`` and ``fast``; CPU seconds of each part are measured by thread. (2) Operations of each of the nine
+teachers for one pair, counted by torch on their architectures (no weights, no memory). (3) The cost model: on each GPU
+the slower of computing (operations / effective TFLOP/s) and of reading (measured CPU seconds a pair / cores of that
+GPU), all teachers in one pass over the images. Not in the model: storage that cannot deliver (2.9 million images of
+100 KB are 290 GB), and loading weights once.
 
-The last line is JSON: pairs a second and core of the whole pass against JPEG decoding alone, the bound; ``ratio`` is
-the share of the bound that is reached.
+The last line is JSON: pairs a second and core of the whole pass (fast) against reading and decoding JPEG alone, its
+bound; ``ratio`` is the share of the bound that is reached.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkd.data.feature_parts import FeatureParts
-from mmkd.data.images import open_image
+from mmkd.data.pixels import read_pixels
 from mmkd.data.records import Pair, open_pairs, write_manifest
 from mmkd.encoder import DualEncoder
 from mmkd.settings import parse
+from mmkd.teachers.openclip import fast_square
 from mmkd.train import extract
 from mmkd.train.extract import ExtractSettings, Job
 
@@ -55,7 +57,9 @@ class TinyTeacher(DualEncoder):
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         super().__init__("tiny", 64, {"preprocessing": "open_clip"}, 64)
-        self.transform = image_transform_v2(PreprocessCfg(size=IMAGE_SIZE), is_train=False)
+        preprocess = PreprocessCfg(size=IMAGE_SIZE)
+        self.transform = image_transform_v2(preprocess, is_train=False)
+        self.fast_prepare = fast_square(preprocess)
         self.weight = torch.randn(3 * 49, 64, generator=torch.Generator().manual_seed(0))
 
     def prepare(self, image: Image.Image) -> Tensor:
@@ -84,21 +88,22 @@ def main() -> None:
     parser.add_argument("--cores_per_gpu", type=float, default=8.0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    seconds, pairs = profile(options.images, options.width, options.height)
-    reading = sum(seconds[part] for part in ("read and decode", "prepare"))
-    print(f"\n{options.images} JPEG files of {options.width} x {options.height}, CPU milliseconds a pair:")
-    for part, spent in sorted(seconds.items(), key=lambda item: -item[1]):
-        print(f"  {part:<24}{1e3 * spent / pairs:8.3f}  {100 * spent / sum(seconds.values()):5.1f} %")
-    per_core = pairs / sum(seconds.values())
-    print(f"  {per_core:.0f} pairs/s on one core; reading and preparing alone {pairs / reading:.0f}")
-    costs(reading / pairs, options)
-    bound = pairs / seconds["read and decode"]
+    for resize in ("exact", "fast"):
+        seconds = profile(options.images, options.width, options.height, resize)
+        reading = seconds["read and decode"] + seconds["prepare"]
+        size = f"{options.width} x {options.height}"
+        print(f"\n{options.images} JPEG files of {size}, --resize {resize}, CPU milliseconds a pair:")
+        for part, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+            print(f"  {part:<26}{1e3 * spent:8.3f}  {100 * spent / sum(seconds.values()):5.1f} %")
+        per_core, bound = 1 / sum(seconds.values()), 1 / seconds["read and decode"]
+        print(f"  {per_core:.0f} pairs/s on one core; reading and preparing alone {1 / reading:.0f}")
+    costs(reading, options)
     result = {"name": "extraction", "ours": round(per_core), "baseline": round(bound), "unit": "pairs/s and core"}
     print(json.dumps({**result, "ratio": round(per_core / bound, 2)}))
 
 
-def profile(images: int, width: int, height: int) -> tuple[dict[str, float], int]:
-    """CPU seconds of each part of an extraction, by thread clocks, and the pairs extracted."""
+def profile(images: int, width: int, height: int, resize: str) -> dict[str, float]:
+    """CPU seconds a pair of each part of an extraction, by thread clocks."""
     seconds: dict[str, float] = defaultdict(float)
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,10 +121,11 @@ def profile(images: int, width: int, height: int) -> tuple[dict[str, float], int
         write_pairs(folder / "pairs", images, width, height)
         pairs = open_pairs(folder / "pairs")
         teacher = TinyTeacher()
-        teacher.prepare = timed("prepare", teacher.prepare)  # type: ignore[method-assign]
+        teacher.fast = resize == "fast"
+        teacher.prepare_pixels = timed("prepare", teacher.prepare_pixels)  # type: ignore[method-assign]
         teacher.encode_prepared = timed("encode images", teacher.encode_prepared)  # type: ignore[method-assign]
         teacher.encode_texts = timed("encode texts", teacher.encode_texts)  # type: ignore[method-assign]
-        extract.open_image = timed("read and decode", open_image)
+        extract.read_pixels = timed("read and decode", read_pixels)
         parts = FeatureParts(
             folder / "out", "tiny", [pair.id for pair in pairs.pairs], teacher.provenance, "float16", 0
         )
@@ -130,9 +136,9 @@ def profile(images: int, width: int, height: int) -> tuple[dict[str, float], int
         extract.extract([Job(teacher, parts)], pairs, settings)
         parts.close()
         whole = time.process_time() - whole
-        extract.open_image = open_image
+        extract.read_pixels = read_pixels
     seconds["queues and everything else"] = max(0.0, whole - sum(seconds.values()))
-    return dict(seconds), images
+    return {part: spent / images for part, spent in seconds.items()}
 
 
 def write_pairs(folder: Path, count: int, width: int, height: int) -> None:

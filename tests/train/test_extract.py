@@ -76,8 +76,8 @@ def contents(folder):
 
 def test_features_are_the_teachers_and_several_share_one_decoding(work, monkeypatch):
     opened = []
-    real = extract.open_image
-    monkeypatch.setattr(extract, "open_image", lambda path: opened.append(path) or real(path))
+    real = extract.read_pixels
+    monkeypatch.setattr(extract, "read_pixels", lambda path: opened.append(path) or real(path))
     run("features")
     assert len(opened) == 23
     features = TeacherFeatures.open(Path("features"))
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(work, monkeypatch, survived):
         run("resumed")
     assert not Path("resumed/first/meta.json").exists()
     monkeypatch.setattr(extract.FeatureParts, "write", real)
-    monkeypatch.setattr(extract, "open_image", counted := Counted(extract.open_image))
+    monkeypatch.setattr(extract, "read_pixels", counted := Counted(extract.read_pixels))
     run("resumed")
     assert counted.calls <= 23 - 5 * (survived // 2)
     assert contents("resumed") == contents("whole")
@@ -168,7 +168,7 @@ def test_pairs_added_later_are_the_only_ones_extracted(work, monkeypatch):
     run("features")
     write_pairs(23)
     run("fresh")
-    monkeypatch.setattr(extract, "open_image", counted := Counted(extract.open_image))
+    monkeypatch.setattr(extract, "read_pixels", counted := Counted(extract.read_pixels))
     run("features")
     assert counted.calls == 11
     for name in ("first", "second"):
