@@ -40,11 +40,16 @@ def embed(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
             and ``text_embeds``.
         batch: ``pixel_values`` (rows, 3, size, size), normalized, or uint8 beside ``pixel_statistics``; ``input_ids``
             and ``attention_mask`` (rows, tokens); ``text_lengths``, a list with the tokens of each row, without which
-            the captions are taken in one run.
+            the captions are taken in one run. Or ``pooled_images`` and ``pooled_texts`` (rows, width), what frozen
+            towers gave before: then only the projections are run.
 
     Returns:
         Unit-norm ``image`` and ``text`` features (rows, dim), in fp32.
     """
+    if "pooled_images" in batch:
+        images = model.get_submodule("visual_projection")(batch["pooled_images"])
+        texts = model.get_submodule("text_projection")(batch["pooled_texts"])
+        return {"image": F.normalize(images.float(), dim=1), "text": F.normalize(texts.float(), dim=1)}
     pixels, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
     if "pixel_statistics" in batch:
         pixels = normalized_pixels(pixels, batch["pixel_statistics"])

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from mmkd.objectives import Objective
 
-INPUTS = ("pixel_values", "input_ids", "attention_mask")  # what the model reads, and no loss does
+INPUTS = (
+    "pixel_values",
+    "input_ids",
+    "attention_mask",
+    "pooled_images",
+    "pooled_texts",
+)  # what the model reads, and no loss does
 
 
 class OneForward(nn.Module):

@@ -36,6 +36,7 @@ class CurateSettings:
         help="folder or file of tars, Parquet, JSON lines, images or labels.csv, hf://..., or packaged"
     )
     output: Path = setting(help="folder to write")
+    table: Path | None = setting(None, "the list, where it does not lie in SOURCE as labels.csv")
     form: Literal["auto", "folder", "shards"] = setting("auto", "folder of image files (lists), or tars (all else)")
     preset: str = setting("auto", "rules: paper (auto: for tars), any (auto: for all else), or a YAML file")
     max_pairs: int = setting(0, "most pairs to keep; of a list in proportion to split, modality and label; 0 for all")
@@ -65,14 +66,14 @@ class CurateSettings:
 
 
 LIST_SETTINGS = (
-    "source", "output", "form", "preset", "max_pairs", "short_side", "minimum_side", "maximum_words", "seed", "workers",
-    "quiet", "overwrite",
+    "source", "output", "table", "form", "preset", "max_pairs", "short_side", "minimum_side", "maximum_words", "seed",
+    "workers", "quiet", "overwrite",
 )  # fmt: skip
 
 
 def main(settings: CurateSettings) -> None:
     """Curate and print one line of counts."""
-    kind = "list" if settings.source == "packaged" else kind_of_source(settings.source)
+    kind = "list" if settings.source == "packaged" or settings.table else kind_of_source(settings.source)
     is_list = settings.form == "folder" or (settings.form == "auto" and kind == "list")
     line = curate_list(settings) if is_list else curate_shards(settings, kind)
     if not settings.quiet:
@@ -104,7 +105,9 @@ def curate_list(settings: CurateSettings) -> str:
         if settings.source == "packaged":
             source = Path(temporary) / "packaged"
             write_packaged(source)
-        report = curate(source, settings.output, rules, settings.workers, settings.quiet, settings.overwrite)
+        report = curate(
+            source, settings.output, rules, settings.workers, settings.quiet, settings.overwrite, settings.table
+        )
     counts = report.summary()
     return _line(settings.output, len(report.pairs), counts["splits"], report.reasons)
 

@@ -17,8 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmkd.aligner import load_aligner
 from mmkd.alignment import MODALITIES
-from mmkd.data.batches import pair_batches
 from mmkd.data.features import TeacherFeatures
+from mmkd.data.frozen_batches import training_batches
 from mmkd.data.pairs import available_features
 from mmkd.data.published_features import FeatureKind
 from mmkd.data.records import Pair, PairFolder, open_pairs
@@ -47,6 +47,9 @@ class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSet
     teachers: list[str] = setting(factory=list, help="teachers to learn from, by default all")
     standardizer: Path | None = setting(None, "folder of `mmkd align --aligner phi-s`, for standardized heads")
     crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
+    cache_frozen_towers: Path | None = setting(
+        None, "folder for the outputs of frozen towers, encoded once for all runs that name it; needs --crop center"
+    )
 
     def __post_init__(self) -> None:
         """Check both groups of settings, and let the recipe give what was not given."""
@@ -65,8 +68,10 @@ def main(settings: DistillSettings) -> None:
     if aligned is not None:
         require_width(aligned.dims, model.config.projection_dim)
     make_trainable(model, settings)
-    batches = pair_batches(
+    batches = training_batches(
+        settings.cache_frozen_towers,
         folder,
+        model,
         processor,
         batch_size=settings.batch_size,
         crop=settings.crop,
@@ -74,6 +79,7 @@ def main(settings: DistillSettings) -> None:
         seed=settings.seed,
         features=features,
         aligned=aligned,
+        quiet=settings.quiet,
     )
     validation = validation_of(
         settings,

@@ -33,6 +33,7 @@ from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.device import chosen_device
 from mmkd.distributed import rank, world_size
 from mmkd.encoder import DualEncoder
+from mmkd.frozen_towers import FrozenEncoder, with_frozen_towers
 from mmkd.settings import nearest, run, setting
 from mmkd.teachers.zoo import load_encoder, named_sources
 
@@ -58,6 +59,9 @@ class ExtractSettings:
     shard_size: int = setting(0, "pairs written together: what a kill loses at most; 0 = 256 to 16384 by their number")
     workers: int = setting(0, "threads that read and prepare images; 0 = this process' share of the cores")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one, another for each process")
+    cache_frozen_towers: Path | None = setting(
+        None, "folder for tower outputs of models of ours; those that share towers encode with them once"
+    )
     quiet: bool = setting(False, "no progress bar")
 
 
@@ -99,7 +103,10 @@ def main(settings: ExtractSettings) -> None:
         path = settings.output / name
         parts = FeatureParts(path, name, ids, encoder.provenance, settings.dtype, settings.shard_size)
         jobs.append(Job(encoder, parts))
-    for group in same_work(jobs):
+    for job in jobs:
+        if isinstance(job.encoder, FrozenEncoder):
+            project(job, folder)
+    for group in same_work([job for job in jobs if not isinstance(job.encoder, FrozenEncoder)]):
         extract(group, folder, settings)
     for job in jobs:
         skipped = job.parts.close()
@@ -119,6 +126,10 @@ def check(settings: ExtractSettings) -> dict[str, str]:
             f"--batch_size {settings.batch_size} must be at least 1, --shard_size {settings.shard_size} and --workers "
             f"{settings.workers} at least 0"
         )
+    if settings.cache_frozen_towers and (settings.precision != "float32" or settings.resize == "fast"):
+        raise ValueError(
+            "--cache_frozen_towers keeps exact outputs: leave out --precision and --resize fast, or the cache"
+        )
     return sources
 
 
@@ -133,6 +144,7 @@ def load_teacher(name: str, source: str, settings: ExtractSettings) -> DualEncod
     if settings.resize == "fast" and encoder.fast_prepare is not None:
         encoder.fast = True
         encoder.provenance["preprocessing"] += ", resized as uint8 by torch"
+    encoder = with_frozen_towers(encoder, settings.cache_frozen_towers, settings.quiet)
     if rank() == 0 and not settings.quiet:
         shown = ("preprocessing", "tokenizer", "context", "pooling", "license")
         facts = "; ".join(f"{key} {encoder.provenance[key]}" for key in shown)
@@ -168,6 +180,20 @@ def extract(jobs: Sequence[Job], folder: PairFolder, settings: ExtractSettings) 
             if batch.last:
                 shard.write(batch)
                 shard = Shard()
+
+
+def project(job: Job, folder: PairFolder) -> None:
+    """Do this process' share of the shards of a teacher whose towers' outputs are kept."""
+    assert isinstance(job.encoder, FrozenEncoder)
+    for part in range(rank(), len(job.parts), world_size()):
+        if job.parts.has(part):
+            continue
+        pairs = [folder.pairs[position] for position in job.parts.positions(part).tolist()]
+        skipped = {pair.id: "caption" for pair in pairs if not is_text(pair.caption)}
+        images, unreadable = job.encoder.encode_pairs(folder, [pair for pair in pairs if pair.id not in skipped])
+        skipped |= unreadable
+        captions = [pair.caption for pair in pairs if pair.id not in skipped]
+        job.parts.write(part, images, job.encoder.encode_texts(captions), skipped)
 
 
 class Shard:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from transformers.utils.logging import disable_progress_bar
 
-from mmkd.data.batches import pair_batches
+from mmkd.data.frozen_batches import training_batches
 from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.loop import LoopSettings, fit, start
 from mmkd.objectives import ContrastiveObjective
@@ -46,8 +46,12 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
     text_projection_hidden: int | None = setting(None, "hidden width of the text projection; none = mean of its ends")
     modalities: list[str] = setting(factory=list, help="keep only pairs of these modalities")
     labels: list[str] = setting(factory=list, help="keep only pairs of these labels")
+    sources: list[str] = setting(factory=list, help="keep only pairs of these collections")
     part: str | None = setting(None, "keep one share of the groups, such as 1/3")
     crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
+    cache_frozen_towers: Path | None = setting(
+        None, "folder for the outputs of frozen towers, encoded once for all runs that name it; needs --crop center"
+    )
 
 
 def main(settings: PretrainSettings) -> None:
@@ -56,7 +60,7 @@ def main(settings: PretrainSettings) -> None:
     if settings.quiet:
         disable_progress_bar()
     folder = open_pairs(settings.pairs, "train")
-    pairs = select(folder.pairs, settings.modalities, settings.labels, settings.part)
+    pairs = select(folder.pairs, settings.modalities, settings.labels, settings.part, settings.sources)
     if settings.model is not None:
         model, processor = load_student(settings.model)
     elif settings.preset is not None:
@@ -74,13 +78,16 @@ def main(settings: PretrainSettings) -> None:
         )
     make_trainable(model, settings)
     chosen = PairFolder(folder.path, folder.image_root, pairs)
-    batches = pair_batches(
+    batches = training_batches(
+        settings.cache_frozen_towers,
         chosen,
+        model,
         processor,
         batch_size=settings.batch_size,
         crop=settings.crop,
         workers=settings.workers,
         seed=settings.seed,
+        quiet=settings.quiet,
     )
     validation = validation_of(
         settings,
@@ -118,15 +125,19 @@ def refuse_other_sizes(settings: PretrainSettings) -> None:
             raise ValueError(f"--preset {settings.preset} states every size; leave --{name} out, or --preset")
 
 
-def select(pairs: Sequence[Pair], modalities: list[str], labels: list[str], part: str | None) -> Sequence[Pair]:
-    """Pairs of some modalities and labels, and of one share of the groups.
+def select(
+    pairs: Sequence[Pair], modalities: list[str], labels: list[str], part: str | None, sources: Sequence[str] = ()
+) -> Sequence[Pair]:
+    """Pairs of some modalities, labels and collections, and of one share of the groups.
 
     Raises:
-        ValueError: a modality or label that no pair has, a part that is not like 1/3, or fewer than two pairs left.
+        ValueError: a modality, label or collection that no pair has, a part that is not like 1/3, or fewer than two
+            pairs left.
     """
     for name, wanted, known in (
         ("modalities", modalities, {pair.modality for pair in pairs}),
         ("labels", labels, {pair.label for pair in pairs}),
+        ("sources", sources, {pair.source for pair in pairs}),
     ):
         for value in wanted:
             if value not in known:
@@ -136,16 +147,18 @@ def select(pairs: Sequence[Pair], modalities: list[str], labels: list[str], part
                 )
     share, count = _share(part)
     kept = pairs
-    if modalities or labels or count > 1:
-        kept = [pair for pair in pairs if _selected(pair, modalities, labels, share, count)]
+    if modalities or labels or sources or count > 1:
+        kept = [pair for pair in pairs if _selected(pair, modalities, labels, sources, share, count)]
     if len(kept) < 2:
         raise ValueError(f"the selection leaves {len(kept)} of {len(pairs)} training pairs; at least 2 are needed")
     return kept
 
 
-def _selected(pair: Pair, modalities: list[str], labels: list[str], share: int, count: int) -> bool:
-    known = (not modalities or pair.modality in modalities) and (not labels or pair.label in labels)
-    return known and _number(pair) % count == share - 1
+def _selected(
+    pair: Pair, modalities: list[str], labels: list[str], sources: Sequence[str], share: int, count: int
+) -> bool:
+    wanted = ((pair.modality, modalities), (pair.label, labels), (pair.source, sources))
+    return all(not values or own in values for own, values in wanted) and _number(pair) % count == share - 1
 
 
 def _share(part: str | None) -> tuple[int, int]:

@@ -74,7 +74,13 @@ class StoredImage:
 
 
 def curate(
-    source: Path, output: Path, rules: CurationRules, workers: int = 1, quiet: bool = False, overwrite: bool = False
+    source: Path,
+    output: Path,
+    rules: CurationRules,
+    workers: int = 1,
+    quiet: bool = False,
+    overwrite: bool = False,
+    table: Path | None = None,
 ) -> CurationReport:
     """Turn a collection into a folder of pairs.
 
@@ -86,13 +92,14 @@ def curate(
         workers: processes that read images.
         quiet: no progress bar.
         overwrite: replace ``output``.
+        table: the list of images, by default ``source/labels.csv``.
 
     Raises:
         FileNotFoundError: the source is no collection.
         ValueError: its list is broken, or nothing is left of it.
         OSError: the disk is full or the output cannot be written; nothing is left behind.
     """
-    listed = read_rows(source)
+    listed = read_rows(source, table)
     dropped: dict[str, tuple[str, str]] = {}
     rows = [row for row in (_with_text(row, rules, dropped) for row in listed) if row]
     rows = _chosen(rows, rules, dropped)

@@ -53,16 +53,25 @@ class Row:
     teachers: tuple[str, ...] | None = None
 
 
-def read_rows(source: Path) -> list[Row]:
+def read_rows(source: Path, table: Path | None = None) -> list[Row]:
     """All rows of a collection, in its order.
 
+    Args:
+        source: the folder.
+        table: a list of its images in the form of ``labels.csv`` that lies elsewhere.
+
     Raises:
-        FileNotFoundError: the folder does not exist, or holds neither ``labels.csv`` nor ``meta.jsonl``.
+        FileNotFoundError: the folder or table does not exist, or the folder holds neither ``labels.csv`` nor
+            ``meta.jsonl``.
         ValueError: the list lacks a needed column, is broken or empty.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"--source {source}: no such folder")
-    if (source / LABELS_FILE).is_file():
+    if table is not None:
+        if not table.is_file():
+            raise FileNotFoundError(f"--table {table}: no such file")
+        rows = _read_labels(table)
+    elif (source / LABELS_FILE).is_file():
         rows = _read_labels(source / LABELS_FILE)
     elif (source / META_FILE).is_file():
         rows = [_published_row(source, number, sample) for number, sample in enumerate(read_published(source), start=1)]

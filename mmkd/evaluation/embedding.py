@@ -26,6 +26,7 @@ from mmkd.data.images import UnreadableImage, open_image, read_image_bytes
 from mmkd.data.records import Pair, PairFolder
 from mmkd.encoder import DualEncoder
 from mmkd.files import atomic_write_bytes, fingerprint
+from mmkd.frozen_towers import FrozenEncoder
 
 SHARD_SIZE = 4096
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.txt", "*.yaml")
@@ -149,6 +150,10 @@ def _add_texts(embedded: Embedded, texts: Sequence[str], shard: _Shard) -> None:
 def _embed_images(
     encoder: DualEncoder, folder: PairFolder, pairs: Sequence[Pair], batch_size: int, bar: tqdm
 ) -> _Shard:
+    if isinstance(encoder, FrozenEncoder):
+        vectors, unreadable = encoder.encode_pairs(folder, pairs)
+        bar.update(len(pairs))
+        return _Shard(vectors.numpy(), unreadable, [])
     shard = _Shard(np.zeros((0, encoder.dim), dtype=np.float32), {}, [])
     parts = [shard.vectors]
     for start in range(0, len(pairs), batch_size):
