@@ -7,7 +7,7 @@ written whole, so that the same command after a kill, or with one more encoder, 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,12 @@ from mmkd.device import chosen_device
 from mmkd.evaluation.bootstrap import REPLICATES, SEED
 from mmkd.evaluation.cells import CellFolder
 from mmkd.evaluation.embedding import Embedded, embed, image_digests
+from mmkd.evaluation.questions import question_texts, read_questions
 from mmkd.evaluation.suite import ENSEMBLE, ORACLE, SUITE, collect_samples, run_task, tasks_for, texts_for
 from mmkd.evaluation.summary import Table, overall, split_summary, task_summary, versions
 from mmkd.evaluation.task import Samples, Task
 from mmkd.files import write_json
+from mmkd.frozen_towers import with_frozen_towers
 from mmkd.settings import nearest, resolved, run, save_settings, setting
 from mmkd.teachers.zoo import load_encoder
 
@@ -39,11 +41,19 @@ class EvalSettings:
     pairs: Path = setting(help="folder of pairs")
     output: Path = setting(Path("results"), "folder of cells and summary.json; what is there already is kept")
     split: Literal["train", "validation", "test"] = setting("test", "which pairs are evaluated on")
-    tasks: list[str] = setting(factory=lambda: list(SUITE), help="kinds of task: zeroshot, retrieval, probe")
+    tasks: list[str] = setting(factory=lambda: list(SUITE), help="kinds of task: zeroshot, retrieval, probe, vqa")
+    questions: Path | None = setting(None, "JSON in the form of VQA-RAD, its images in images/ beside it")
+    within: Literal["modality", "source"] = setting(
+        "modality", "labels are told apart within modalities and over all, or within each collection"
+    )
+    captioned: list[str] = setting(factory=list, help="collections whose captions are retrieved, by default all")
     baselines: list[str] = setting(factory=lambda: [STAGE1], help="encoders shown beside, but no teachers")
     replicates: int = setting(REPLICATES, "bootstrap replicates")
     batch_size: int = setting(32, "images or texts embedded at a time")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
+    cache_frozen_towers: Path | None = setting(
+        None, "folder for tower outputs of models of ours; those that share towers encode with them once"
+    )
     seed: int = setting(SEED, "seed of the bootstrap")
     quiet: bool = setting(False, "no progress bars")
 
@@ -59,8 +69,10 @@ def main(settings: EvalSettings) -> None:
     check(settings, sources)
     folder = evaluated_pairs(settings)
     digests = image_digests(folder, settings.quiet)
-    encoders = embed_all(settings, sources, folder, digests)
+    questions = read_questions(settings.questions) if settings.questions else []
+    encoders = embed_all(settings, sources, folder, digests, question_texts(questions))
     samples = collect_samples(folder, settings.split, digests, encoders[0].unreadable)
+    samples = replace(samples, questions=questions, within=settings.within, captioned=settings.captioned)
     tasks, skipped = tasks_for(samples, settings.tasks) if samples.held_out else ([], {})
     if not tasks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
@@ -141,20 +153,24 @@ def evaluated_pairs(settings: EvalSettings) -> PairFolder:
     folder = open_pairs(settings.pairs)
     if not any(pair.split == settings.split for pair in folder.pairs):
         raise ValueError(f"{settings.pairs} holds {len(folder.pairs)} pairs, none of them in split {settings.split!r}")
-    if "probe" not in settings.tasks:
+    if "probe" not in settings.tasks and "vqa" not in settings.tasks:
         folder.pairs = [pair for pair in folder.pairs if pair.split == settings.split]
     return folder
 
 
 def embed_all(
-    settings: EvalSettings, sources: dict[str, str], folder: PairFolder, digests: dict[str, str]
+    settings: EvalSettings,
+    sources: dict[str, str],
+    folder: PairFolder,
+    digests: dict[str, str],
+    questions: list[str],
 ) -> list[Embedded]:
     """Embed with one encoder after another; only one is in memory at a time."""
     device = chosen_device(settings.device)
-    texts = texts_for([pair for pair in folder.pairs if pair.split == settings.split])
+    texts = sorted({*texts_for([pair for pair in folder.pairs if pair.split == settings.split]), *questions})
     embedded = []
     for name, source in sources.items():
-        encoder = load_encoder(source, device=device)
+        encoder = with_frozen_towers(load_encoder(source, device=device), settings.cache_frozen_towers, settings.quiet)
         cache = settings.output / "embeddings" / name
         embedded.append(
             embed(encoder, source, name, folder, digests, texts, cache, settings.batch_size, settings.quiet)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from mmkd.data.records import Pair
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.metrics import Floats, Integers
 from mmkd.evaluation.task import Classification, Outputs, Samples
-from mmkd.evaluation.zeroshot import known_modality
+from mmkd.evaluation.zeroshot import known_modality, slug
 
 FEWEST = 5
 COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
@@ -86,13 +87,15 @@ class LinearProbe(Classification):
 
 
 def tasks(samples: Samples) -> tuple[list[LinearProbe], dict[str, str]]:
-    """Probes for the modality and for the label, where training and held-out images allow.
+    """Probes for the modality and for the label, or for the label in each collection, where images allow.
 
     Returns:
         The tasks, and why the others are not there.
     """
     found: list[LinearProbe] = []
     skipped: dict[str, str] = {}
+    if samples.within == "source":
+        return _by_source(samples), skipped
     fields: tuple[tuple[str, Callable[[Pair], str]], ...] = (
         ("modality", known_modality),
         ("label", lambda pair: pair.label),
@@ -112,6 +115,21 @@ def tasks(samples: Samples) -> tuple[list[LinearProbe], dict[str, str]]:
             found.append(LinearProbe(f"probe-{field}", title, samples, class_of, classes))
             found[-1].asks_modality = field == "modality"
     return found, skipped
+
+
+def _by_source(samples: Samples) -> list[LinearProbe]:
+    """A probe for the labels of each collection that has several with enough training images."""
+    found = []
+    for source in sorted({pair.source for pair in samples.held_out}):
+        splits = (samples.held_out, samples.train, samples.validation)
+        held_out, train, validation = ([pair for pair in own if pair.source == source] for own in splits)
+        own = replace(samples, held_out=held_out, train=train, validation=validation)
+        counts = Counter(pair.label for pair in train)
+        classes = sorted(label for label, count in counts.items() if label and count >= FEWEST)
+        if len({pair.label for pair in held_out} & set(classes)) >= 2:
+            title = f"Can a linear probe tell the label, within {source}?"
+            found.append(LinearProbe(f"probe-{slug(source)}", title, own, lambda pair: pair.label, classes))
+    return found
 
 
 def fit(features: Any, targets: Integers, c: float) -> Callable[[Any], Floats]:

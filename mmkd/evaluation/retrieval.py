@@ -105,6 +105,9 @@ class Retrieval(Task):
 
 def tasks(samples: Samples) -> tuple[list[Retrieval], dict[str, str]]:
     """Retrieval if there are at least two distinct captions, else the reason why not."""
+    if samples.captioned:
+        held_out = [pair for pair in samples.held_out if pair.source in samples.captioned]
+        samples = replace(samples, held_out=held_out)
     captions = {pair.caption for pair in samples.held_out if pair.caption.strip()}
     if len(captions) < 2:
         return [], {"retrieval": f"{len(captions)} distinct caption among the held-out pairs; 2 are needed"}

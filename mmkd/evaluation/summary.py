@@ -68,9 +68,9 @@ def overall(
     replicates: dict[str, Floats] = {}
     for row in rows:
         points = {t: np.array(_headline(tasks[t], table[t][row])) for t in common}
-        scores[row] = float(_mean_of_kinds(tasks, points))
+        scores[row] = float(mean_of_kinds(tasks, points))
         drawn = {t: folder.together(row, t)[tasks[t]["headline"]] for t in common}
-        replicates[row] = _mean_of_kinds(tasks, drawn)
+        replicates[row] = mean_of_kinds(tasks, drawn)
     rivals, known = [row for row in rows if row != student], [row for row in rows if row in teachers]
     return {
         "tasks": common,
@@ -116,7 +116,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _mean_of_kinds(tasks: dict[str, dict[str, Any]], values: Metrics) -> Floats:
+def mean_of_kinds(tasks: dict[str, dict[str, Any]], values: Metrics) -> Floats:
     """Mean over kinds of means over tasks; a task that a replicate leaves undefined is left out of that replicate."""
     kinds = sorted({tasks[task]["kind"] for task in values})
     return _nan_mean(

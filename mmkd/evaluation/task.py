@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from mmkd.evaluation import metrics
 from mmkd.evaluation.bootstrap import Frame, Metrics, frame
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.metrics import Floats, Integers
+from mmkd.evaluation.questions import Question
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -33,12 +34,18 @@ class Samples:
         train: for probing.
         validation: for the choice of the probe's regularisation.
         digests: pair id -> hash of the image file; equal images are positives of each other's captions.
+        questions: about any of the images, for visual question answering.
+        within: whether labels are told apart within a modality (and over all) or within a collection.
+        captioned: collections whose captions are retrieved, all together if none is named.
     """
 
     held_out: list[Pair]
     train: list[Pair]
     validation: list[Pair]
     digests: dict[str, str]
+    questions: list[Question] = field(default_factory=list)
+    within: Literal["modality", "source"] = "modality"
+    captioned: list[str] = field(default_factory=list)
 
 
 class Task(ABC):

@@ -51,7 +51,7 @@ class ZeroShot(Classification):
 
 
 def tasks(samples: Samples) -> tuple[list[ZeroShot], dict[str, str]]:
-    """Modality recognition, label classification, and label classification within each modality that is known.
+    """Modality recognition, label classification, and that within each known modality; or within each collection.
 
     Returns:
         The tasks the held-out pairs allow, and why the others are not there.
@@ -68,6 +68,8 @@ def tasks(samples: Samples) -> tuple[list[ZeroShot], dict[str, str]]:
     else:
         skipped["zeroshot-modality"] = f"{len(modalities)} modality among the held-out images; 2 are needed"
     labelled = [pair for pair in samples.held_out if pair.label]
+    if samples.within == "source":
+        return found + _by_source(labelled), skipped
     overall = _label_task("zeroshot-label", "Which label is it?", labelled)
     if overall is None:
         skipped["zeroshot-label"] = f"{len({p.label for p in labelled})} label among the held-out images; 2 are needed"
@@ -83,6 +85,16 @@ def tasks(samples: Samples) -> tuple[list[ZeroShot], dict[str, str]]:
             task = _label_task(name, f"Which label, within {modality}?", inside)
             found += [task] if task else []
     return found, skipped
+
+
+def _by_source(labelled: list[Pair]) -> list[ZeroShot]:
+    """Label classification within each collection that has several labels."""
+    found = []
+    for source in sorted({pair.source for pair in labelled}):
+        inside = [pair for pair in labelled if pair.source == source]
+        task = _label_task(f"zeroshot-{slug(source)}", f"Which label, within {source}?", inside)
+        found += [task] if task else []
+    return found
 
 
 def known_modality(pair: Pair) -> str:

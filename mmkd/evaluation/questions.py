@@ -1,0 +1,75 @@
+"""Questions about images, and where they are read from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmkd.data.images import read_image_bytes
+from mmkd.data.records import is_inside
+from mmkd.files import read_json
+
+CLOSED = "CLOSED"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about an image.
+
+    Attributes:
+        sha256: of the image file.
+        closed: to be answered by yes or no, or by one of the things it names.
+    """
+
+    sha256: str
+    text: str
+    answer: str
+    closed: bool
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions in the form of VQA-RAD: a JSON list with ``image_name``, ``question``, ``answer``, ``answer_type``.
+
+    Args:
+        path: of the JSON; images lie beside it, in ``images/``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not of this form, or a name leaves the folder.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--questions {path}: no such file")
+    rows = read_json(path)
+    keys = ("image_name", "question", "answer", "answer_type")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(keys) <= row.keys() for row in rows):
+        raise ValueError(f"{path} must be a list of objects with {', '.join(keys)}")
+    names = {str(row["image_name"]) for row in rows}
+    outside = next((name for name in names if not is_inside(name)), None)
+    if outside is not None:
+        raise ValueError(f"{path}: image {outside!r} leaves the folder; refused")
+    images = path.parent / "images"
+    digests = {
+        name: hashlib.sha256(read_image_bytes(images / name)).hexdigest() for name in names if (images / name).is_file()
+    }
+    return [
+        Question(
+            digests[str(row["image_name"])],
+            " ".join(str(row["question"]).split()),
+            normalise(str(row["answer"])),
+            str(row["answer_type"]).strip().upper() == CLOSED,
+        )
+        for row in rows
+        if str(row["image_name"]) in digests
+    ]
+
+
+def normalise(answer: str) -> str:
+    """An answer without capitals, outer punctuation and superfluous white space, so that "Yes." is "yes"."""
+    return " ".join(answer.lower().split()).strip(" .,;")
+
+
+def question_texts(questions: Sequence[Question]) -> list[str]:
+    """Every question once."""
+    return sorted({question.text for question in questions})
