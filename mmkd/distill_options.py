@@ -19,7 +19,7 @@ ALIGNED_LOSSES = ("feature", "interactive")
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
-        "losses": {"task": 1.0, "feature": 1.0, "relational": 1.0},
+        "losses": {"task": 0.5, "affinity": 0.5, "relational": 3.0},  # chosen on validation groups, docs/log.md
         "target": "mean",
         "target_norm": "unit",
         "feature_form": "cosine",
@@ -63,9 +63,13 @@ class DistillOptions:
     affinity_scale: Literal["shared", "own"] = setting(
         "shared", "the student's scale in the affinity loss: the task's logit_scale, or one learned for it"
     )
-    teacher_scale: float = setting(70.0, "inverse temperature of the teachers' image-text softmax")
+    teacher_scale: float = setting(50.0, "inverse temperature of the teachers' image-text softmax")
     teacher_scales: dict[str, float] = setting(factory=dict, help="the same of single teachers, by name")
     relational_scale: float = setting(20.0, "inverse temperature of the relational loss")
+    relational_teachers: Literal["all", "available"] = setting(
+        "all",
+        "whose relations count: all with features, for a wrong caption spoils none of an image, or those screened",
+    )
     teacher_weights: dict[str, float] = setting(
         factory=dict, help="how much TEACHER counts, or MODALITY/TEACHER for pairs of that modality; 1 where not given"
     )

@@ -138,7 +138,7 @@ class DistillObjective(Objective):
         if any(self.weights[name] for name in ALIGNED_LOSSES):
             parts |= self._aligned_losses(student, batch["aligned"], counted, batch)
         if raw is not None:
-            parts |= self._raw_losses(student, raw, counted)
+            parts |= self._raw_losses(student, raw, counted, batch)
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return {"loss": total, **parts}
 
@@ -170,7 +170,9 @@ class DistillObjective(Objective):
             parts["interactive"] = losses.interactive(student.image, student.text, *columns, scale, student.row_offset)
         return parts
 
-    def _raw_losses(self, student: Embeddings, raw: TeacherViews, counted: Weights) -> dict[str, Tensor]:
+    def _raw_losses(
+        self, student: Embeddings, raw: TeacherViews, counted: Weights, batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
         parts = {}
         image, text, all_images, all_texts, row_offset = student
         if self.weights["affinity"]:
@@ -179,9 +181,13 @@ class DistillObjective(Objective):
             views = raw.across("image", counted), raw.across("text", counted)
             parts["affinity"] = affinity(image, text, all_images, all_texts, *views, scale)
         if self.weights["relational"]:
-            fixed = self.options.relational_scale
-            of_images = relational(image, all_images, raw.within("image", counted), fixed, row_offset)
-            of_texts = relational(text, all_texts, raw.within("text", counted), fixed, row_offset)
+            fixed, every_seen = self.options.relational_scale, self.options.relational_teachers == "all"
+            if every_seen:
+                counted_here = teacher_weights(batch, self.options, self.seed, raw, self.training, every_seen)
+            else:
+                counted_here = counted
+            of_images = relational(image, all_images, raw.within("image", counted_here, every_seen), fixed, row_offset)
+            of_texts = relational(text, all_texts, raw.within("text", counted_here, every_seen), fixed, row_offset)
             parts["relational"] = (of_images + of_texts) / 2
         if self.weights["heads"]:
             parts["heads"] = self._heads_loss({"image": image, "text": text}, raw.teachers, counted)

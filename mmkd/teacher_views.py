@@ -35,6 +35,7 @@ class TeacherViews:
         }
         self.columns = {key: gather(rows) for key, rows in self.rows.items()}
         self.known = {name: gather(teacher["mask"]) for name, teacher in self.teachers.items()}
+        self.seen = {name: gather(teacher.get("seen", teacher["mask"])) for name, teacher in self.teachers.items()}
 
     def across(self, modality: Modality, counted: Weights) -> list[View]:
         """Per teacher its view from one modality to the other, at its own temperature."""
@@ -49,11 +50,11 @@ class TeacherViews:
             for name in self.teachers
         ]
 
-    def within(self, modality: Modality, counted: Weights) -> list[View]:
-        """Per teacher its view within a modality."""
-        scale = self.options.relational_scale
+    def within(self, modality: Modality, counted: Weights, every_seen: bool = False) -> list[View]:
+        """Per teacher its view within a modality, among the pairs it is available for or among all it has seen."""
+        scale, known = self.options.relational_scale, self.seen if every_seen else self.known
         return [
-            View(self.rows[modality, name], self.columns[modality, name], counted[name], self.known[name], scale)
+            View(self.rows[modality, name], self.columns[modality, name], counted[name], known[name], scale)
             for name in self.teachers
         ]
 
@@ -76,7 +77,12 @@ class TeacherViews:
 
 
 def teacher_weights(
-    batch: Mapping[str, Any], options: DistillOptions, seed: int, raw: TeacherViews | None, training: bool
+    batch: Mapping[str, Any],
+    options: DistillOptions,
+    seed: int,
+    raw: TeacherViews | None,
+    training: bool,
+    every_seen: bool = False,
 ) -> Weights:
     """How much each teacher counts for each row: availability, times settled weight, dropout and confidence.
 
@@ -86,12 +92,17 @@ def teacher_weights(
         seed: of the dropout.
         raw: views of raw features, for confidence.
         training: whether teachers drop out.
+        every_seen: start from the pairs a teacher has features of, available or not.
 
     Returns:
         teacher -> `(rows,)` float32, of every teacher with raw or aligned features in the batch.
     """
     stores = [batch[key] for key in ("teachers", "aligned") if key in batch]
-    masks = {name: teacher["mask"] for store in reversed(stores) for name, teacher in store.items()}
+    masks = {
+        name: teacher.get("seen", teacher["mask"]) if every_seen else teacher["mask"]
+        for store in reversed(stores)
+        for name, teacher in store.items()
+    }
     if not masks:
         return {}
     names = sorted(masks)

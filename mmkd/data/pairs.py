@@ -199,11 +199,12 @@ def available_features(
         teachers: for each pair the teachers that screening left it, None for all.
 
     Returns:
-        name -> ``image`` (B, dim), ``text`` (B, dim), ``mask`` (B,), true where the teacher has seen the pair and
-        screening left it available.
+        name -> ``image`` (B, dim), ``text`` (B, dim), ``seen`` (B,), true where the teacher has features of the pair,
+        and ``mask`` (B,), true where screening also left it available.
     """
     found = features.lookup(ids)
     for name, teacher in found.items():
+        teacher["seen"] = teacher["mask"].clone()
         teacher["mask"] &= torch.tensor([allowed is None or name in allowed for allowed in teachers])
     return found
 

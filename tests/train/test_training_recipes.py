@@ -216,10 +216,10 @@ def test_autoencoder_aligns_through_the_loop(tmp_path, world):
 
 def test_distilling_twice_gives_the_same_bytes(tmp_path, world):
     for name in ("one", "two"):
-        distill(tmp_path / name, world, "--losses.interactive", "1")
+        distill(tmp_path / name, world, "--losses.feature", "1", "--losses.interactive", "1")
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
-    assert {"task", "feature", "interactive", "relational"} <= set(log(tmp_path / "one")[0])
+    assert {"task", "affinity", "feature", "interactive", "relational"} <= set(log(tmp_path / "one")[0])
     told = json.loads((tmp_path / "one" / "provenance.json").read_text())
     assert {row["teacher"]: row["license"] for row in told["teachers"]} == {
         name: f"licence of {name}" for name in ("one", "two", "three")
@@ -252,17 +252,17 @@ def test_distilling_from_the_authors_folder_as_it_is(tmp_path, shared_data, reci
     output = tmp_path / "out"
     call("distill", *inputs, "--model", student, "--output", output, *TINY, "--recipe", recipe)
     assert len(log(output)) == 2
-    assert {"task", "feature"} < set(log(output)[0])
+    assert {"task", {"default": "affinity", "paper": "feature"}[recipe]} < set(log(output)[0])
 
 
 def test_mixed_widths_are_refused_before_training(tmp_path, world):
     with pytest.raises(ValueError, match=r"student's features \(16\).*three 24.*mmkd align --dim 16"):
-        distill(tmp_path / "out", world, "--aligned", world / "features")
+        distill(tmp_path / "out", world, "--losses.feature", "1", "--aligned", world / "features")
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_inputs_are_said_before_training(tmp_path, world):
-    with pytest.raises(ValueError, match=r"--losses\.relational needs --features FOLDER"):
+    with pytest.raises(ValueError, match=r"--losses\.affinity needs --features FOLDER"):
         distill(tmp_path / "out", world, "--features", "none")
     with pytest.raises(FileNotFoundError, match=r"--model \./nowhere"):
         distill(tmp_path / "out", world, "--model", "./nowhere")
@@ -275,7 +275,7 @@ def test_two_processes_give_the_model_of_one(tmp_path, world):
     common = [
         "--pairs", world / "pairs", "--features", world / "features", "--aligned", world / "aligned",
         "--model", world / "student", "--epochs", 7, "--batch_size", 4, "--workers", 0, "--quiet",
-        "--learning_rate", 1e-3, "--losses.interactive", 1,
+        "--learning_rate", 1e-3, "--losses.interactive", 1, "--losses.feature", 1,
         "--target", "random",
     ]  # fmt: skip
     call("distill", *common, "--output", tmp_path / "one")
