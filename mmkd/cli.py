@@ -34,9 +34,10 @@ RECIPES = {
     "quickstart": ("mmkd.train.pipeline", "the whole way on real images in five minutes"),
     "push": ("mmkd.hub.push", "a model, features or pairs to the Hub, with a card made from what is known"),
     "export": ("mmkd.hub.export", "both towers for deployment: ONNX, torch.export or int8"),
+    "miniature": ("mmkd.train.miniature", "the paper's experiment on small collections of real images"),
     "convert": ("mmkd.hub.convert", "the authors' checkpoint to a from_pretrained folder, and back"),
 }
-PIPELINES = {"quickstart": "quickstart.yaml"}
+PIPELINES = {"quickstart": "quickstart.yaml", "miniature": "miniature.yaml"}
 DISTRIBUTED = ("pretrain", "extract", "align", "distill", "finetune")
 EXTRAS = {
     "accelerate": "train",

@@ -8,25 +8,19 @@ fine-tuned on the spot. Started again, it skips what has finished and goes on wh
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mmkd import cli
 from mmkd.data.partition import partition
 from mmkd.data.records import open_pairs
 from mmkd.evaluation.suite import SUITE, collect_samples, tasks_for
-from mmkd.files import atomic_write_text, read_json, refuse_existing, remove, write_json
+from mmkd.files import refuse_existing
 from mmkd.settings import run, setting
+from mmkd.stages import Stage, StageRunner
 
-PRELOADED = ["modeling_mmkd", "torchvision", "accelerate"]
 SEEDED = ("curate", "pretrain", "align", "distill", "eval")
-FILLED_BIT_BY_BIT = ("extract", "eval")  # the others' output is there whole or not at all
 
 
 @dataclass
@@ -140,20 +134,19 @@ def report_inputs(settings: PipelineSettings, stages: Stages) -> dict[str, Any]:
 
 
 class Stages:
-    """Runs each stage once: what finished stands in WORK/stages.json, under a hash of all settings up to there."""
+    """The stages in their order: each depends on the settings of all before it."""
 
     def __init__(self, settings: PipelineSettings):
         self.settings = settings
-        self.processes = _processes()
-        self.record = settings.work / "stages.json"
-        self.known: dict[str, dict[str, Any]] = read_json(self.record) if self.record.is_file() else {}
+        self.runner = StageRunner(settings.work, settings.quiet)
+        self.record = self.runner.record
         self.total = 8 + (0 if settings.teachers else settings.specialists)
         self.number = 0
-        if not self.known:
+        if not self.runner.known:
             refuse_existing(settings.work, settings.overwrite)
         self.chain = _source_hash(settings.data)
         for name, path in (("distill", settings.output), ("report", settings.report)):
-            if self.known.get(name, {}).get("output") != str(path):
+            if self.runner.known.get(name, {}).get("output") != str(path):
                 refuse_existing(path, settings.overwrite)
 
     def check(self) -> None:
@@ -163,60 +156,16 @@ class Stages:
             ValueError: a stage refused; its own message stands above.
         """
         for name in ("curate", "pretrain", "specialist", "extract", "screen", "align", "distill", "eval"):
-            with tempfile.TemporaryDirectory() as folder:
-                config = Path(folder) / f"{name}.yaml"
-                config.write_text(yaml.safe_dump(vars(self.settings)[name]), encoding="utf-8")
-                code = self._start("pretrain" if name == "specialist" else name, ["--config", str(config), "--check"])
-            if code != 0:
-                raise ValueError(f"the settings of {name} are wrong; nothing was started")
+            self.runner.check("pretrain" if name == "specialist" else name, name, vars(self.settings)[name])
 
     def run(self, recipe: str, name: str, output: Path, values: dict[str, Any]) -> None:
-        """Write the stage's settings as YAML and start ``mmkd RECIPE --config`` on it, unless it finished before."""
+        """Run a stage, unless it finished before with these settings after the same stages."""
         self.number += 1
         if recipe in SEEDED:
             values = {"seed": self.settings.seed, **values}
-        values = {"output": str(output), **values}
-        self.chain = hashlib.sha256((self.chain + yaml.safe_dump(values)).encode()).hexdigest()
-        heading = f"[{self.number}/{self.total}] {name}"
-        before = self.known.get(name, {})
-        finished = before.get("seconds") is not None or recipe not in FILLED_BIT_BY_BIT
-        if before.get("hash") == self.chain and finished and output.exists():
-            print(f"{heading}: done before", flush=True)
-            return
-        if before.get("hash") != self.chain:
-            for path in (output, output.with_name(output.name + ".partial")):  # of an earlier run, other settings
-                remove(path)
-        self._remember(name, {"hash": self.chain, "output": str(output), "seconds": None})
-        config = self.settings.work / "configs" / f"{name.replace(' ', '-')}.yaml"
-        atomic_write_text(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-        print(f"\n{heading}: mmkd {recipe} --config {config}", flush=True)
-        started = time.monotonic()
-        switches = ["--quiet"] if self.settings.quiet else []
-        code = self._start(recipe, ["--config", str(config), *switches])
-        if code != 0:
-            raise ValueError(f"stage {name} failed (exit code {code}); mend it and start the same command again")
-        seconds = round(time.monotonic() - started, 1)
-        self._remember(name, {"hash": self.chain, "output": str(output), "seconds": seconds})
-
-    def _start(self, recipe: str, arguments: list[str]) -> int | None:
-        """Run ``mmkd RECIPE`` in a process of its own; returns its exit code."""
-        process = self.processes.Process(target=cli.main, args=([recipe, *arguments],))
-        process.start()
-        process.join()
-        return process.exitcode
-
-    def _remember(self, name: str, entry: dict[str, Any]) -> None:
-        self.known[name] = entry
-        write_json(self.record, self.known)
-
-
-def _processes() -> Any:
-    """Starts a process for each stage; where the system can fork, torch and transformers are imported once for all."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
+        stage = Stage(recipe, name, output, values, [self.chain])
+        self.chain = stage.key
+        self.runner.run(stage, f"[{self.number}/{self.total}] {name}")
 
 
 def _source_hash(data: Path | None) -> str:
