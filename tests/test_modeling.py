@@ -532,3 +532,15 @@ def test_an_old_transformers_is_refused_at_import(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.0.1")
     with pytest.raises(ImportError, match=r"needs transformers 5\.8 or newer, this is 5\.0\.1"):
         exec(guard, {"transformers": transformers})
+
+
+@torch.no_grad()
+def test_the_class_token_alone_is_the_pooled_output(batch):
+    for vision in (VISION, {**VISION, "num_hidden_layers": 1}, ViTConfig(**VISION)):
+        model = small(vision)
+        for pixels in (batch["pixel_values"], torch.nn.functional.interpolate(batch["pixel_values"], (48, 64))):
+            options = {"interpolate_pos_encoding": pixels.shape[-1] == 64}
+            expected = model.get_image_features(pixels, **options)
+            found = model.get_image_features(pixels, pooled_only=True, **options)
+            torch.testing.assert_close(found.pooler_output, expected.pooler_output)
+            assert (found.last_hidden_state is None) == (model.config.vision_config.model_type == "clip_vision_model")

@@ -17,6 +17,7 @@ from mmkd.encoder import DualEncoder
 from mmkd.teachers.rows import TeacherRow, describe
 from mmkd.teachers.square import FastSquare
 from mmkd.teachers.weights import TOKENIZER_FILES, fetch, load_transformers
+from modeling_mmkd import MMKDClipModel  # importing it also registers our models with the Auto classes
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -41,7 +42,9 @@ class HFClipEncoder(DualEncoder):
 
     def image_features(self, prepared: list[Tensor]) -> Tensor:
         """See `DualEncoder`."""
-        return _pooled(self.model.get_image_features(pixel_values=torch.stack(prepared).to(self.model.device)))
+        own = {"pooled_only": True} if isinstance(self.model, MMKDClipModel) else {}
+        pixels = torch.stack(prepared).to(self.model.device)
+        return _pooled(self.model.get_image_features(pixel_values=pixels, **own))
 
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`; texts are padded to the longest of the batch."""
@@ -57,8 +60,6 @@ def load(row: TeacherRow, device: str) -> HFClipEncoder:
         ValueError: keys that do not fit, or a model without the two feature methods.
     """
     from transformers import AutoModel, AutoProcessor
-
-    import modeling_mmkd  # noqa: F401  # registers our own models with the Auto classes
 
     names = row.files or WEIGHT_FILES
     local = Path(row.weights)

@@ -3,13 +3,13 @@
 ``python tests/benchmarks/encode.py [--images 4] [--texts 32] [--rounds 5] [--layers 12]``
 
 All three have the same sizes and random weights: ViT-B/16 at 224 pixels; text towers of 12 layers, 768 wide. Ours is
-`MMKDClipModel` (BERT-base), open_clip's its ``VisionTransformer`` and ``HFTextEncoder`` around the same BERT-base, as
-the authors built theirs, and transformers' its ``CLIPModel``. Texts are as many captions of real lengths for all, in
-one batch: ours and transformers' are padded to the longest, open_clip's to the context of 256 tokens, as its tokenizer
-does; the line in brackets gives open_clip the same padded tokens as ours. One thread, inference mode, sides alternate
-within a round; figures are medians of CPU time. A cell's ratio is the faster of the two others over ours, and the last
-line has the smallest of the four. The roofline sets the model's FLOP/s against those of bare matrix products of the
-same shapes.
+`MMKDClipModel` with BERT-base, asked for the pooled output alone as `HFClipEncoder` does; open_clip's its
+``VisionTransformer`` and ``HFTextEncoder`` around the same BERT-base, as the authors built theirs; transformers' its
+``CLIPModel``. Texts are as many captions of real lengths for all, in one batch: ours and transformers' are padded to
+the longest, open_clip's to the context of 256 tokens, as its tokenizer does; the line in brackets gives open_clip the
+same padded tokens as ours. One thread, inference mode, sides alternate within a round; figures are medians of CPU time.
+A cell's ratio is the faster of the two others over ours, and the last line has the smallest of the four. The roofline
+sets the model's FLOP/s against those of bare matrix products of the same shapes.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def main():
         pixels = torch.randn(settings.images, 3, 224, 224).to(dtype)
         cells = {
             "image": {
-                "ours": lambda p=pixels: model.get_image_features(p),
+                "ours": lambda p=pixels: model.get_image_features(p, pooled_only=True),
                 "open_clip": lambda p=pixels: visual(p),
                 "transformers": lambda p=pixels: clip.get_image_features(p),
             },

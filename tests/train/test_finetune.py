@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -137,6 +138,15 @@ def test_contradictions_are_refused_before_training(world, tmp_path, wrong, mess
     with pytest.raises(ValueError, match=message):
         finetune(world, tmp_path / "out", *wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_config_opens_with_its_commands_and_runs(world, tmp_path):
+    path = ROOT / "train" / "configs" / "finetune.yaml"
+    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(line.startswith("# Before: mmkd curate") for line in comment)
+    assert "# Run:    accelerate launch train/finetune.py --config train/configs/finetune.yaml" in comment
+    losses = finetune(world, tmp_path / "out", "--config", path, "--max_steps", 2)
+    assert len(losses) == 2 and (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
 
 
 def test_pairs_without_labels_cannot_be_classified(world):
