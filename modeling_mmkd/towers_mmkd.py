@@ -221,7 +221,7 @@ def tag_projection(projection: nn.Module) -> None:
 
 
 def class_token_states(tower: Any, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
-    """Pooled output `(images, width)` of a `CLIPVisionModel`, whose last layer is computed for the class token alone."""
+    """Pooled output `(images, width)` of a CLIP ViT, with the last layer computed for the class token alone."""
     states = tower.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
     states = tower.pre_layrnorm(states)
     *layers, last = tower.encoder.layers
