@@ -27,6 +27,26 @@ def world_size() -> int:
     return dist.get_world_size() if _initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def require_asked_for(parallelism: str) -> None:
+    """Refuse a kind of parallelism other than the configuration asked for, and let models be built whole.
+
+    Args:
+        parallelism: what accelerate has chosen, such as ``DistributedType.FSDP``.
+
+    Raises:
+        ValueError: FSDP was asked for, but accelerate shards on accelerators alone and would take DDP without a word.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not parallelism.endswith("FSDP"):
+        raise ValueError(
+            f"the accelerate configuration asks for FSDP, which needs several GPUs; here it is {parallelism}"
+        )
+    if parallelism.endswith("DEEPSPEED"):
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        # ZeRO-3 spreads the weights when training is prepared; until then starting weights are put in whole.
+        unset_hf_deepspeed_config()
+
+
 def wait_for_everyone() -> None:
     """Return when every process has come here."""
     if _initialized():
@@ -105,7 +125,14 @@ def assign(tensor: Tensor, value: Tensor) -> None:
             tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
         elif not hasattr(tensor, "ds_id"):
             tensor.copy_(value)
-    if _of_deepspeed(tensor):
+    if hasattr(tensor, "ds_id"):
+        from deepspeed.utils import safe_set_local_fp32_param
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([tensor], modifier_rank=0):
+            tensor.data.copy_(value)
+        safe_set_local_fp32_param(tensor, _own_part(value))
+    elif _of_deepspeed(tensor):
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(tensor, value)
@@ -137,18 +164,29 @@ def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
 def set_moments(optimizer: Any, parameter: Tensor, values: dict[str, Tensor]) -> None:
     """Give Adam what `moments` returned."""
     if _of_deepspeed(parameter):
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         for step in _deepspeed_steps(optimizer):
             step.fill_(values["step"].item())
         for name in ("exp_avg", "exp_avg_sq"):
-            safe_set_full_optimizer_state(parameter, values[name].to(parameter.device), name)
+            value = values[name].to(parameter.device)
+            if hasattr(parameter, "ds_id"):
+                safe_set_local_optimizer_state(parameter, _own_part(value), name)
+            else:
+                safe_set_full_optimizer_state(parameter, value, name)
         return
     state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     for name, tensor in state.items():
         assign(tensor, values[name])
     optimizer.state[parameter] = state
+
+
+def _own_part(value: Tensor) -> Tensor:
+    """This process' part of a tensor as ZeRO-3 spreads it: equal parts of the flat values, zeros behind the last."""
+    part = -(-value.numel() // world_size())
+    padded = nn.functional.pad(value.flatten(), (0, part * world_size() - value.numel()))
+    return padded.narrow(0, part * rank(), part)
 
 
 def _of_deepspeed(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmkd.data.batches import Batches
-from mmkd.distributed import gather_lists, make_plain, mean_over_processes, rank, wait_for_everyone, whole, world_size
+from mmkd.distributed import make_plain, mean_over_processes, rank, require_asked_for, wait_for_everyone, whole
 from mmkd.files import refuse_existing
 from mmkd.gradient_cache import OneForward, cached_backward, set_seed
 from mmkd.interruption import StopRequest
@@ -41,7 +41,7 @@ from mmkd.optimization import (
 from mmkd.profiling import profiled_steps
 from mmkd.resume import Progress, checkpoint_bytes, load_checkpoint, newest_checkpoint, save_checkpoint, snapshot
 from mmkd.run_folder import RunFolder
-from mmkd.step_log import StepLog, timed
+from mmkd.step_log import StepLog, not_finite, timed
 from mmkd.tracking import TENSORBOARD_FOLDER, chosen_trackers
 from mmkd.trainable import set_training_mode
 from mmkd.validation import Validation
@@ -68,6 +68,7 @@ def start(settings: LoopSettings) -> Accelerator:
         log_with=chosen_trackers(settings.trackers) or None,
         project_config=trackers,
     )
+    require_asked_for(str(accelerator.distributed_type))
     torch.manual_seed(settings.seed)
     return accelerator
 
@@ -236,8 +237,7 @@ class _Run:
     def _skipped(self, line: dict[str, Any], ids: list[str]) -> None:
         """Tell of a step whose loss or gradient was not finite; after several in a row, stop."""
         line["skipped"] = self.progress.skipped
-        shown = ", ".join(f"{name} {value:g}" for name, value in line.items())
-        told = f"not finite: {shown}; the pairs of this step: {', '.join(gather_lists(ids))}"
+        told = not_finite(line, ids)
         if self.progress.skipped_in_a_row >= self.settings.skipped_in_a_row:
             raise ValueError(f"{told}. Lower --learning_rate, or look at these pairs; the last checkpoint stays")
         if rank() == 0:
@@ -275,9 +275,6 @@ class _Run:
         if newest is not None:
             self.folder.refuse_changes(self.settings, data)
             progress = load_checkpoint(newest, self.objective, self.optimizer, self.average)
-            logger.info("resuming %s at step %d", self.settings.output, progress.step)
-            if progress.processes != world_size():
-                logger.warning("%s was written by %d processes, now %d", newest, progress.processes, world_size())
         wait_for_everyone()
         if rank() == 0:
             self.folder.begin(self.settings, data, progress.step)
@@ -293,6 +290,6 @@ def _tell_deepspeed(accelerator: Accelerator, settings: LoopSettings) -> None:
     """Give DeepSpeed, where it is used, what it does itself: the batch's size and clipping."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = max(1, settings.batch_size // world_size())
+        config["train_micro_batch_size_per_gpu"] = max(1, settings.batch_size // accelerator.num_processes)
         config["gradient_clipping"] = settings.clip_norm or 0.0
         config["zero_allow_untested_optimizer"] = True

@@ -111,7 +111,11 @@ def load_checkpoint(path: Path, objective: nn.Module, optimizer: Any, average: W
         for name, tensor in load_file(path / AVERAGE).items():
             assign(average.weights[name], tensor)
     facts = read_json(path / FACTS)
-    return Progress(**{field.name: int(facts[field.name]) for field in fields(Progress)})
+    progress = Progress(**{field.name: int(facts[field.name]) for field in fields(Progress)})
+    logger.info("resuming from %s", path)
+    if progress.processes != world_size():
+        logger.warning("%s was written by %d processes, now %d go on", path, progress.processes, world_size())
+    return progress
 
 
 def snapshot(objective: nn.Module) -> dict[str, Tensor]:

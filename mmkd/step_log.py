@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkd.distributed import rank, world_size
+from mmkd.distributed import gather_lists, rank, world_size
 from mmkd.embed import padding_free_share
 from mmkd.flops import StepCost, peak_flops, step_cost
 from mmkd.loop_settings import LoopSettings
@@ -116,6 +116,12 @@ def timed(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], f
         if batch is None:
             return
         yield batch, time.perf_counter() - began, began
+
+
+def not_finite(line: Mapping[str, Any], ids: list[str]) -> str:
+    """What is known of a step that cannot be taken; every process must ask."""
+    shown = ", ".join(f"{name} {value:g}" for name, value in line.items())
+    return f"not finite: {shown}; the pairs of this step: {', '.join(gather_lists(ids))}"
 
 
 def teacher_use(batch: Mapping[str, Any]) -> dict[str, float]:

@@ -137,7 +137,10 @@ def validation_of(
     """
     if settings.validate_every is None:
         return None
-    folder = open_pairs(pairs, "validation")
+    try:
+        folder = open_pairs(pairs, "validation")
+    except ValueError as error:
+        raise ValueError(f"{error}; --validate_every none --best_metric none trains without evaluation") from None
     folder.pairs = sorted(folder.pairs, key=_draw)[: settings.validation_pairs]
     batches = pair_batches(
         folder,

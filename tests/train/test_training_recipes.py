@@ -60,7 +60,7 @@ def world(tmp_path_factory):
     for k in range(PAIRS + 2):
         pixels = rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "pairs" / "images" / f"{k}.png")
-        split = "train" if k < PAIRS else "test"
+        split = "train" if k < PAIRS else "validation"
         modality = ("ct", "mri")[k % 2]
         pairs.append(
             Pair(f"p{k}", f"{k}.png", f"{modality} of case {chr(97 + k)}", modality, group=f"g{k // 2}", split=split)
@@ -145,6 +145,26 @@ def test_pretrained_folder_loads_and_has_learned(tmp_path, world):
     assert len(changed) > len(before) / 2
     assert [line["step"] for line in log(tmp_path / "out")] == [1, 2, 3]
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_evaluation_chooses_the_weights_and_needs_a_split(tmp_path, world):
+    common = ["--pairs", world / "pairs", "--model", world / "student", *TINY, "--validate_every", 1]
+    call("pretrain", *common, "--best_metric", "loss", "--ema_decay", 0.5, "--output", tmp_path / "out")
+    assert all(0 <= line["validation_mean_recall"] <= 1 for line in log(tmp_path / "out"))
+    write_manifest(tmp_path / "pairs", [Pair(f"p{k}", f"{k}.png", "x") for k in range(4)], world / "pairs" / "images")
+    with pytest.raises(ValueError, match=r"no pairs in split 'validation'.*--validate_every none"):
+        call("pretrain", *common, "--pairs", tmp_path / "pairs", "--output", tmp_path / "none")
+
+
+def test_attention_is_chosen_or_refused(tmp_path, world):
+    common = ["--pairs", world / "pairs", "--model", world / "student", *TINY]
+    for name in ("eager", "sdpa"):
+        call("pretrain", *common, "--attention", name, "--output", tmp_path / name)
+    eager, sdpa = tensors(tmp_path / "eager"), tensors(tmp_path / "sdpa")
+    for name, tensor in eager.items():
+        torch.testing.assert_close(tensor, sdpa[name], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="flash_attention_2 needs a GPU"):
+        call("pretrain", *common, "--attention", "flash_attention_2", "--output", tmp_path / "flash")
 
 
 def test_frozen_parts_stay(tmp_path, world):
