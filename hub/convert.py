@@ -8,13 +8,10 @@ of them. The authors' form does not state the number of heads: 64-wide ones are 
 from __future__ import annotations
 
 import functools
-import http.client
 import inspect
 import io
 import shutil
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +26,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
 
 from mmkd.checkpoints import from_authors, infer_config, listed, require_same_keys, to_authors
-from mmkd.files import atomic_folder, atomic_write_bytes, read_json, refuse_existing
+from mmkd.files import atomic_folder, atomic_write_bytes, fingerprint, read_json, refuse_existing
+from mmkd.hub_access import require_hub
+from mmkd.provenance import conversion_provenance, write_provenance
 from mmkd.settings import nearest, run, setting
 from mmkd.teachers.weights import quiet_transformers, read_state_dict
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 CONTEXT = 256  # tokens, as published
-HUB_TIMEOUT_SECONDS = 5
 ROUNDING = 64  # rows that a word embedding may have more than its tokenizer has words
 JOINT = ("projection_dim", "text_projection_hidden", "text_pooling", "logit_scale_init_value")
 FORMER = ("_name_or_path", "gradient_checkpointing", "position_embedding_type", "torch_dtype")
@@ -100,6 +98,7 @@ def write_folder(settings: ConvertSettings) -> None:
             pixels.save_pretrained(folder)
             shutil.copy(inspect.getfile(MMKDClipProcessor), folder)
         require_same_bits(read_folder(folder), state)
+        write_provenance(folder, conversion_provenance(settings.checkpoint.name, fingerprint([settings.checkpoint])))
     if problem:
         _tell_missing_tokenizer(settings, problem, config)
 
@@ -253,20 +252,8 @@ def _load_tokenizer(name: str) -> Any:
     except OSError:
         if Path(name).is_dir() or constants.HF_HUB_OFFLINE:
             raise
-        _require_hub()
+        require_hub()
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-
-
-def _require_hub() -> None:
-    """Look once and briefly, because the Hub's client retries for most of a minute where there is no network."""
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        if error.code >= 500:
-            raise
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"not in the Hub's cache, and {constants.ENDPOINT} does not answer: {error}") from error
 
 
 def _tell_missing_tokenizer(settings: ConvertSettings, problem: str, config: MMKDClipConfig) -> None:

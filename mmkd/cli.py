@@ -35,6 +35,7 @@ RECIPES = {
     "push": ("mmkd.hub.push", "a model, features or pairs to the Hub, with a card made from what is known"),
     "export": ("mmkd.hub.export", "both towers for deployment: ONNX, torch.export or int8"),
     "miniature": ("mmkd.train.miniature", "the paper's experiment on small collections of real images"),
+    "doctor": ("mmkd.hub.doctor", "what of this installation will not work, and why"),
     "convert": ("mmkd.hub.convert", "the authors' checkpoint to a from_pretrained folder, and back"),
 }
 PIPELINES = {"quickstart": "quickstart.yaml", "miniature": "miniature.yaml"}

@@ -55,6 +55,12 @@ def training_provenance(
     }
 
 
+def conversion_provenance(checkpoint: str, fingerprint: str) -> dict[str, Any]:
+    """What is known of a converted model: the file it was, whose licence and training the file does not state."""
+    weights = {"weights": checkpoint, "fingerprint": fingerprint, "license": UNSTATED}
+    return {"stage": "convert", "teachers": [], "started_from": [weights], "versions": _versions()}
+
+
 def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
     """Write ``provenance.json``."""
     write_json(folder / PROVENANCE_FILE, provenance)

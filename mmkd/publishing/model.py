@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mmkd.publishing.scores import Scores, read_scores
 from mmkd.publishing.weights import count_parameters, read_headers, weight_files, weight_items
 
 CODE = ("configuration_mmkd.py", "modeling_mmkd.py", "processing_mmkd.py")
+SIBLING = re.compile(r"^\s*from \.(\w+_mmkd) import", re.MULTILINE)
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model")
 OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json")
@@ -78,9 +80,10 @@ def _config(folder: Path) -> Item:
 
 
 def _code(folder: Path) -> dict[str, Item]:
-    """The model's code as it lies in the folder, else that of the installed package."""
+    """The model's code as it lies in the folder if no file of it is missing, else that of the installed package."""
     found = sorted(path.name for path in folder.glob("*_mmkd.py"))
-    if set(CODE) <= set(found):
+    needed = set(CODE).union(*(SIBLING.findall((folder / name).read_text(encoding="utf-8")) for name in found))
+    if {name if name.endswith(".py") else f"{name}.py" for name in needed} <= set(found):
         return {name: existing(folder / name) for name in found}
     spec = importlib.util.find_spec("modeling_mmkd")
     assert spec is not None and spec.submodule_search_locations, "modeling_mmkd is installed with this package"

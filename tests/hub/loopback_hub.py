@@ -29,6 +29,7 @@ class Fault:
 @dataclass
 class Repository:
     private: bool
+    gated: bool = False
     files: dict = field(default_factory=dict)  # path -> (bytes, whether by LFS)
     commits: list = field(default_factory=lambda: ["0" * 40])
 
@@ -270,6 +271,12 @@ class _Handler(BaseHTTPRequestHandler):
         facts = {"id": repo, "sha": found.commits[-1], "private": found.private, "siblings": siblings, "tags": []}
         return self._json(200, facts | {"downloads": 0, "likes": 0, "gated": False, "disabled": False})
 
+    def auth_check(self, body, kind, repo):
+        found = self._repository(kind, repo)
+        if found is not None:
+            gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {repo} is restricted"}
+            self._json(403 if found.gated else 200, {}, gated if found.gated else None)
+
     def tree(self, body, kind, repo, revision):
         found = self._repository(kind, repo)
         return None if found is None else self._json(200, [_entry(path, *f) for path, f in sorted(found.files.items())])
@@ -325,6 +332,7 @@ ROUTES = [
     (rf"{_API}/tree/(?P<revision>[^/]+)(?:/.*)?", "tree"),
     (rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
     (rf"{_API}/revision/(?P<revision>[^/]+)", "info"),
+    (rf"{_API}/auth-check", "auth_check"),
     (_API, "info"),
     (rf"/(?P<prefix>datasets/)?{_REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"/lfs/put/(?P<name>\w+)", "lfs_put"),
@@ -335,7 +343,7 @@ ROUTES = [
     (rf"/(?P<prefix>datasets/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 ]
 ACTIONS = {
-    "GET": {"whoami", "tree", "info", "cdn", "resolve"},
+    "GET": {"whoami", "auth_check", "tree", "info", "cdn", "resolve"},
     "HEAD": {"cdn", "resolve"},
     "POST": {"create", "validate", "preupload", "commit", "paths_info", "lfs_batch", "lfs_complete", "lfs_verify"},
     "PUT": {"lfs_put", "lfs_part"},

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, BertConfig, CLIPImageProcessorPil
 
 import mmkd.hub.convert as convert
+from mmkd import hub_access
 from mmkd.settings import parse
 from mmkd.settings import run as run_recipe
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
@@ -201,11 +202,11 @@ def test_a_dead_network_is_asked_once_and_briefly(monkeypatch, tmp_path):
         raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
 
     monkeypatch.setattr(convert.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(convert.urllib.request, "urlopen", dead)
+    monkeypatch.setattr(hub_access.urllib.request, "urlopen", dead)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     found, problem = convert.find_tokenizer(convert.TOKENIZER, MMKDClipConfig().text_config)
     assert found is None and "does not answer" in problem
-    assert calls == [convert.HUB_TIMEOUT_SECONDS]
+    assert calls == [hub_access.HUB_TIMEOUT_SECONDS]
 
 
 class Code:

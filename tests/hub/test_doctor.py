@@ -1,0 +1,114 @@
+import json
+import socket
+import urllib.error
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from conftest import TOKEN
+from huggingface_hub import constants
+from loopback_hub import Repository
+
+from mmkd import hub_access, installation
+from mmkd.hub import doctor
+from mmkd.settings import parse
+
+
+def run_doctor(capsys, *arguments):
+    """What it prints, and its exit code."""
+    try:
+        doctor.main(parse(doctor.DoctorSettings, list(arguments)))
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    return capsys.readouterr().out, code
+
+
+def finding(findings, part):
+    return next(found for found in findings if found.part == part)
+
+
+@pytest.fixture
+def online(hub, monkeypatch, tmp_path):
+    """This process' client at the stand-in, with one teacher open, one gated and the others missing."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repositories["model", "vinid/plip"] = Repository(private=False)
+    hub.repositories["model", "BIOMEDICA/BMC_CLIP_CF"] = Repository(private=False, gated=True)
+    return hub
+
+
+def test_it_says_what_the_hub_lets_this_token_have(online):
+    found = installation.hub()
+    assert finding(found, "hub").status == "ok"
+    assert finding(found, "hub token").seen == "of user"
+    assert finding(found, "teacher PLIP").status == "ok"
+    gated = finding(found, "teacher BMCA")
+    assert gated.status == "warning" and "https://huggingface.co/BIOMEDICA/BMC_CLIP_CF" in gated.breaks
+    assert "cannot be had (HTTP 404)" in finding(found, "teacher QuiltNet").seen
+    assert not any(TOKEN in part.seen + part.breaks for part in found)
+
+
+def test_a_token_that_is_refused_is_told(online, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_forgotten")
+    refused = finding(installation.hub(), "hub token")
+    assert refused.status == "warning" and refused.seen == "refused (HTTP 401)"
+
+
+def test_without_a_network_it_asks_once_and_briefly(capsys, monkeypatch, tmp_path):
+    asked = []
+
+    def dead(request, timeout):
+        asked.append(timeout)
+        raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub_access.urllib.request, "urlopen", dead)
+    (tmp_path / "hub" / "models--vinid--plip").mkdir(parents=True)
+    printed, code = run_doctor(capsys)
+    assert asked == [hub_access.HUB_TIMEOUT_SECONDS] and code == 0
+    assert "WARNING hub: " in printed and "does not answer" in printed
+    assert "teachers in the cache: PLIP\n" in printed and "extracting with BMCA, BiomedCLIP" in printed
+
+
+def test_a_device_that_is_not_there_is_a_problem(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    printed, code = run_doctor(capsys, "--device", "cuda", "--hub", "false", "--json")
+    told = json.loads(printed)
+    assert code == 1 and told["problem"] == 1
+    assert {"part": "gpu", "status": "problem", "seen": "none", "breaks": "--device cuda will not work"} in told[
+        "findings"
+    ]
+    assert not any(found["part"].startswith("hub") for found in told["findings"])
+
+
+def test_a_package_that_is_missing_or_old_names_what_breaks(monkeypatch):
+    real = installation.importlib.metadata.version
+
+    def version(name):
+        if name == "open_clip_torch":
+            raise installation.importlib.metadata.PackageNotFoundError(name)
+        return "4.57.1" if name == "transformers" else real(name)
+
+    monkeypatch.setattr(installation.importlib.metadata, "version", version)
+    found = installation.versions()
+    assert finding(found, "packages").status == "problem"
+    assert "transformers 4.57.1 is older than 5" in finding(found, "packages").breaks
+    teachers = finding(found, "extra [teachers]")
+    assert teachers.status == "warning" and teachers.breaks.startswith("open_clip_torch is missing: teachers in")
+    assert 'pip install --upgrade "mmkd-clip[teachers]"' in teachers.breaks
+
+
+def test_a_full_or_closed_disk_and_a_driver_without_torch_are_told(monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(installation.shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**9, 10**9))
+    assert installation._place("here", tmp_path / "not" / "there").status == "warning"
+    monkeypatch.setattr(installation.os, "access", lambda path, mode: False)
+    closed = installation._place("here", tmp_path)
+    assert closed.status == "problem" and f"{tmp_path} cannot be written" in closed.breaks
+    driver = installation._without_gpu("auto", True, None)
+    assert "torch, built without CUDA, sees no device" in driver.seen
+    assert Path(tmp_path).exists()
