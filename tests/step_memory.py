@@ -1,7 +1,7 @@
 """Peak memory of one training step by batch and piece: `python step_memory.py 4096:32 32:32 ...`, a line of JSON each.
 
 Each case runs in a process of its own. `growth_mb` is what the step took beyond the model, its gradients, the batch
-(which stays in main memory) and everything imported: activations and embeddings. Towers of 4 layers, 256 wide, images
+(which stays in main memory) and everything imported: activations and embeddings. Towers of 2 layers, 128 wide, images
 of 64 pixels, so that a case takes a minute at most.
 """
 
@@ -17,7 +17,7 @@ from mmkd.gradient_cache import OneForward, cached_backward
 from mmkd.objectives import ContrastiveObjective
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
-SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 
 
 class Nothing:
