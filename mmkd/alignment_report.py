@@ -1,6 +1,7 @@
-"""Did alignment bring the teachers together? Three cosines, before and after, on a sample of pairs.
+"""Did alignment bring the teachers together, and what did it cost? Before and after, on a sample of pairs.
 
 Teachers agree when the same sample has similar features across teachers while different samples of one teacher do not.
+What each teacher knew must survive: its retrieval of its own captions is measured in both spaces.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from mmkd.alignment import MODALITIES, Aligner, Features
 
+ROWS_AT_ONCE = 1024
+
 
 def alignment_report(features: Features, aligner: Aligner) -> dict[str, Any]:
     """Compare raw and aligned features of the same samples.
@@ -24,8 +27,9 @@ def alignment_report(features: Features, aligner: Aligner) -> dict[str, Any]:
 
     Returns:
         ``before`` and ``after``, each with ``same_sample_cross_teacher`` and ``different_sample_same_teacher`` (per
-        modality) and ``image_text`` (per teacher and ``mean``), cosines or None where nothing can be compared; across
-        teachers of different widths that is always so before alignment.
+        modality), ``image_text`` (per teacher and ``mean``), cosines or None where nothing can be compared (across
+        teachers of different widths that is always so before alignment), and ``retrieval`` (per teacher and ``mean``),
+        the share of samples whose own caption, or image, comes first among its n.
     """
     after: Features = {
         name: {modality: aligner.transform(name, teacher[modality], modality).float() for modality in MODALITIES}
@@ -36,21 +40,42 @@ def alignment_report(features: Features, aligner: Aligner) -> dict[str, Any]:
         "aligner": aligner.kind,
         "dim": aligner.dim,
         "teachers": {name: int(teacher["mask"].sum()) for name, teacher in features.items()},
-        "before": _cosines(features),
-        "after": _cosines(after),
+        "before": _measures(features),
+        "after": _measures(after),
     }
 
 
-def _cosines(features: Features) -> dict[str, Any]:
-    image_text = {
-        name: _mean(F.cosine_similarity(teacher["image"], teacher["text"])[teacher["mask"]])
-        for name, teacher in features.items()
-    }
-    values = [value for value in image_text.values() if value is not None]
+def recall_at_one(image: Tensor, text: Tensor) -> float | None:
+    """Share of images whose own text is most similar and of texts whose own image is, the mean of both.
+
+    Of several that tie for the first place one would be drawn: each counts for its part.
+
+    Args:
+        image: `(n, dim)` of any norm.
+        text: `(n, dim)` of the same samples.
+    """
+    if not len(image):
+        return None
+    image, text = F.normalize(image.double(), dim=1), F.normalize(text.double(), dim=1)
+    hits = torch.zeros((), dtype=torch.float64)
+    for queries, answers in ((image, text), (text, image)):
+        for begin in range(0, len(queries), ROWS_AT_ONCE):
+            scores = queries[begin : begin + ROWS_AT_ONCE] @ answers.T
+            own = scores.diagonal(begin)[:, None]
+            first = (scores <= own + 1e-12).all(dim=1)
+            hits += (first / ((scores - own).abs() <= 1e-12).sum(dim=1)).sum()
+    return round(hits.item() / (2 * len(image)), 4)
+
+
+def _measures(features: Features) -> dict[str, Any]:
+    known = {name: {m: teacher[m][teacher["mask"]] for m in MODALITIES} for name, teacher in features.items()}
+    image_text = {name: _mean(F.cosine_similarity(of["image"], of["text"])) for name, of in known.items()}
+    retrieval = {name: recall_at_one(of["image"], of["text"]) for name, of in known.items()}
     return {
         "same_sample_cross_teacher": {modality: _cross_teacher(features, modality) for modality in MODALITIES},
         "different_sample_same_teacher": {modality: _within_teacher(features, modality) for modality in MODALITIES},
-        "image_text": image_text | {"mean": _mean(torch.tensor(values))},
+        "image_text": image_text | {"mean": _mean_of(image_text)},
+        "retrieval": retrieval | {"mean": _mean_of(retrieval)},
     }
 
 
@@ -71,6 +96,10 @@ def _within_teacher(features: Features, modality: str) -> float | None:
         if len(unit) > 1:
             means.append((unit.sum(dim=0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1)))
     return _mean(torch.stack(means)) if means else None
+
+
+def _mean_of(values: dict[str, float | None]) -> float | None:
+    return _mean(torch.tensor([value for value in values.values() if value is not None]))
 
 
 def _mean(values: Tensor) -> float | None:

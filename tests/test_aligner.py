@@ -1,9 +1,15 @@
+from xml.etree import ElementTree
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from test_distributed import torchrun
 
 from mmkd.aligner import AutoencoderAligner, ProcrustesAligner, load_aligner
-from mmkd.alignment_report import alignment_report
+from mmkd.alignment_chart import alignment_chart
+from mmkd.alignment_report import alignment_report, recall_at_one
+from mmkd.covariances import Covariances
 
 
 def rotation(width, seed):
@@ -130,3 +136,72 @@ def test_report_by_hand():
     assert report["before"]["same_sample_cross_teacher"]["image"] == pytest.approx(0.7071, abs=1e-4)
     assert report["before"]["different_sample_same_teacher"]["image"] == pytest.approx(0)
     assert report["before"]["image_text"] == pytest.approx({"a": 0.0, "b": 0.7071, "mean": 0.3536}, abs=2e-4)
+
+
+SUM_PROGRAM = """
+import sys
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from mmkd.aligner import ProcrustesAligner
+from mmkd.distributed import rank, world_size
+
+Accelerator()
+assert world_size() == 2
+flat = load_file(sys.argv[1])
+names = ("even", "narrow", "wide")
+features = {name: {key: flat[f"{name}.{key}"] for key in ("image", "text", "mask")} for name in names}
+pieces = lambda: ({n: {k: v[b : b + 31] for k, v in t.items()} for n, t in features.items()} for b in range(0, 400, 31))
+aligner = ProcrustesAligner.fit(pieces, {"wide": 24, "narrow": 6, "even": 12}, dim=12)
+aligner.save(__import__("pathlib").Path(sys.argv[2]) / str(rank()))
+"""
+
+
+def test_fits_are_the_same_bits_in_any_order_in_any_chunks_on_any_number_of_processes(tmp_path):
+    features = world(WIDTHS)
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    shuffled = {name: {key: value[order] for key, value in t.items()} for name, t in reversed(features.items())}
+    flat = {f"{name}.{key}": value.contiguous() for name, t in shuffled.items() for key, value in t.items()}
+    save_file(flat, tmp_path / "features.safetensors")
+    (tmp_path / "program.py").write_text(SUM_PROGRAM)
+    torchrun(tmp_path / "program.py", tmp_path / "features.safetensors", tmp_path)
+    expected = ProcrustesAligner.fit(pieces(features, 400), WIDTHS, dim=12).tensors()
+    others = [ProcrustesAligner.fit(pieces(shuffled, 7), dict(reversed(WIDTHS.items())), dim=12).tensors()]
+    others += [load_aligner(tmp_path / str(rank)).tensors() for rank in range(2)]
+    for other in others:
+        assert all(torch.equal(other[name], tensor) for name, tensor in expected.items())
+
+
+def test_streamed_covariances_by_hand():
+    features = world(WIDTHS)
+    found = Covariances.stream(pieces(features, 90), WIDTHS, cross=True)
+    known = torch.stack([features[name]["mask"] for name in WIDTHS])
+    centered = {}
+    for name, teacher in features.items():
+        mask = teacher["mask"]
+        sides = [teacher[side].double() - teacher[side][mask].double().mean(dim=0) for side in ("image", "text")]
+        centered[name] = torch.stack(sides) * mask[:, None]
+        spread = sum(side.T @ side for side in centered[name])
+        torch.testing.assert_close(found.of(name).spread, spread, rtol=1e-4, atol=2e-2)
+    weight = 1 / (known.sum(dim=0) - 1).clamp(min=1)
+    expected = sum((a * weight[:, None]).T @ b for a, b in zip(centered["wide"], centered["even"], strict=True))
+    torch.testing.assert_close(found.across("wide", "even"), expected, rtol=1e-3, atol=2e-2)
+    torch.testing.assert_close(found.across("even", "wide"), expected.T, rtol=1e-3, atol=2e-2)
+
+
+def test_recall_at_one_by_hand():
+    image, text = torch.eye(3), torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 0, 1.0]])
+    # image 0 finds two equal texts (1/2), image 1 finds neither, image 2 its own; texts 0 and 2 theirs, text 1 not
+    assert recall_at_one(image, text) == pytest.approx((0.5 + 0 + 1 + 1 + 0 + 1) / 6, abs=1e-4)
+    assert recall_at_one(image[:0], text[:0]) is None
+
+
+def test_chart_shows_every_measure_and_escapes_names():
+    features = world({"a<b": 6, "other": 6}, rank=6)
+    aligner = ProcrustesAligner.fit(pieces(features, 400), {"a<b": 6, "other": 6}, dim=6)
+    report = alignment_report(features, aligner)
+    root = ElementTree.fromstring(alignment_chart(report))
+    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert words.count("a<b") == 2
+    before, after = (report[when]["retrieval"]["other"] for when in ("before", "after"))
+    assert f"{before:.2f} → {after:.2f}" in words

@@ -3,7 +3,7 @@
 Fitted on the training pairs alone, then applied to every pair that has features. The default rotates each teacher so
 that teachers agree on the same sample; ``--aligner autoencoder`` is the paper's way; ``--aligner phi-s`` leaves each
 teacher its own space and equalizes variances, for the heads loss. Reads ``features/``, writes one feature store for
-each teacher, the aligner itself and ``report.json``: how far teachers agree before and after.
+each teacher, the aligner itself and ``report.json`` with ``report.svg``: how far teachers agree before and after.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from typing import Any, Literal
 
 import torch
 
-from mmkd.aligner import Aligner, AutoencoderAligner, Features, PhiSAligner, ProcrustesAligner
+from mmkd.aligner import MODALITIES, Aligner, AutoencoderAligner, Features, PhiSAligner, ProcrustesAligner
+from mmkd.alignment_chart import alignment_chart
 from mmkd.alignment_report import alignment_report
 from mmkd.data.batches import FeatureBatches
 from mmkd.data.features import SHARD_SIZE, FeatureWriter, TeacherFeatures
 from mmkd.data.pairs import GlobalBatchSampler, available_features
+from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read_published
+from mmkd.data.published_features import write_published
 from mmkd.data.records import Pair, open_pairs
 from mmkd.distributed import rank, wait_for_everyone, world_size
-from mmkd.files import atomic_folder, write_json
+from mmkd.files import atomic_folder, atomic_write_text, write_json
 from mmkd.loop import LoopSettings, fit, start
 from mmkd.objectives import AlignObjective
 from mmkd.provenance import teachers_of
 from mmkd.settings import run, save_settings, setting
 
 REPORTED_PAIRS = 5000
+PUBLISHED_FOLDER = "pairs"
 
 
 @dataclass(kw_only=True)
@@ -40,6 +44,9 @@ class AlignSettings(LoopSettings):
     teachers: list[str] = setting(factory=list, help="teachers to align, by default all")
     aligner: Literal["procrustes", "autoencoder", "phi-s"] = setting(
         "procrustes", "rotation to agreement, the paper's autoencoder, or equal variances in each teacher's own space"
+    )
+    form: Literal["store", "published"] = setting(
+        "store", "one store for each teacher, or the authors' layout with a small file beside each sample"
     )
     dim: int = setting(512, "width of the common space: the student's projection_dim (phi-s keeps each teacher's)")
     epochs: int = setting(20, "passes over the pairs (autoencoder)")
@@ -68,13 +75,13 @@ def main(settings: AlignSettings) -> None:
             objective,
             batches,
             settings,
-            lambda folder: write(folder, autoencoder, features, pairs, teachers_of([settings.features])),
+            lambda folder: write(folder, autoencoder, features, pairs, settings),
         )
         return
     aligner = closed_form(settings, features, pairs)
     if rank() == 0:
         with atomic_folder(settings.output, settings.overwrite) as folder:
-            write(folder, aligner, features, pairs, teachers_of([settings.features]))
+            write(folder, aligner, features, pairs, settings)
             save_settings(settings, folder / "settings.yaml")
     wait_for_everyone()
 
@@ -98,23 +105,25 @@ def chunks(features: TeacherFeatures, pairs: Sequence[Pair]) -> Iterator[Feature
 
 
 def write(
-    folder: Path,
-    aligner: Aligner,
-    features: TeacherFeatures,
-    pairs: Sequence[Pair],
-    origins: Sequence[dict[str, Any]],
+    folder: Path, aligner: Aligner, features: TeacherFeatures, pairs: Sequence[Pair], settings: AlignSettings
 ) -> None:
-    """Write aligner, one store for each teacher with every pair it has seen, and the report on training pairs.
-
-    Args:
-        folder: where.
-        aligner: fitted.
-        features: raw ones of all teachers.
-        pairs: what it was fitted on.
-        origins: the teachers' weights and licences, which every store carries on.
-    """
+    """Write aligner, aligned features of every pair that has been seen, and the report on training pairs."""
     aligner.save(folder)
-    raw = {origin["teacher"]: origin for origin in origins}
+    if settings.form == "published":
+        write_published(
+            folder, published_samples(features, settings), "aligned", lambda ids: aligned(features, ids, aligner)
+        )
+    else:
+        write_stores(folder, aligner, features, settings)
+    sample = pairs[:: -(-len(pairs) // REPORTED_PAIRS)]
+    report = alignment_report(next(chunks(features, sample)), aligner)
+    write_json(folder / "report.json", report)
+    atomic_write_text(folder / "report.svg", alignment_chart(report))
+
+
+def write_stores(folder: Path, aligner: Aligner, features: TeacherFeatures, settings: AlignSettings) -> None:
+    """One store for each teacher, with the weights and licences of the raw features carried on."""
+    raw = {origin["teacher"]: origin for origin in teachers_of([settings.features])}
     stores = {name: AlignedStore(folder / name, name, aligner, raw.get(name, {})) for name in features.names}
     for begin in range(0, len(features.ids), SHARD_SIZE):
         ids = features.ids[begin : begin + SHARD_SIZE]
@@ -122,8 +131,31 @@ def write(
             stores[name].add(ids, found)
     for store in stores.values():
         store.finish()
-    report = alignment_report(next(chunks(features, pairs[:REPORTED_PAIRS])), aligner)
-    write_json(folder / "report.json", report)
+
+
+def published_samples(features: TeacherFeatures, settings: AlignSettings) -> list[PublishedSample]:
+    """What the authors' layout lists: their own samples, or those pairs of ours that have features.
+
+    Raises:
+        ValueError: a pair's id cannot be the name of a folder.
+    """
+    if (settings.pairs / META_FILE).is_file():
+        return read_published(settings.pairs)
+    known = set(features.ids)
+    pairs = [pair for pair in open_pairs(settings.pairs).pairs if pair.id in known]
+    for pair in pairs:
+        if not is_folder_name(pair.id):
+            raise ValueError(f"pair {pair.id!r} cannot name a folder, as --form published needs; use --form store")
+    return [PublishedSample(pair.id, PUBLISHED_FOLDER, pair.image, pair.caption, ()) for pair in pairs]
+
+
+def aligned(features: TeacherFeatures, ids: Sequence[str], aligner: Aligner) -> Features:
+    """Features of some pairs in the target space."""
+    return {
+        name: {modality: aligner.transform(name, found[modality], modality) for modality in MODALITIES}
+        | {"mask": found["mask"]}
+        for name, found in features.lookup(ids).items()
+    }
 
 
 class AlignedStore:

@@ -7,16 +7,19 @@ published set needs no conversion. `mmkd.data.features.FeatureStore` holds the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from mmkd.data.published import META_FILE, read_published
+from mmkd.data.published import META_FILE, PublishedSample, read_published
+from mmkd.files import atomic_write_text
 
 FeatureKind = Literal["raw", "aligned"]
 FEATURE_FILES: dict[FeatureKind, str] = {"raw": "clips_output.pt", "aligned": "clips_project_output.pt"}
+SAMPLES_AT_ONCE = 1024
 
 
 class PublishedFeatures:
@@ -101,3 +104,36 @@ class PublishedFeatures:
         if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
             raise ValueError(f"{path} must hold tensors by name")
         return loaded
+
+
+def write_published(
+    folder: Path,
+    samples: Sequence[PublishedSample],
+    kind: FeatureKind,
+    features: Callable[[Sequence[str]], dict[str, dict[str, torch.Tensor]]],
+) -> None:
+    """Write features in the authors' layout: one file of tensors beside each sample, ``meta.jsonl`` last.
+
+    Args:
+        folder: where; nothing of it is read.
+        samples: what to write; ids and folders must be names of folders.
+        kind: which file of the layout.
+        features: from ids to what `PublishedFeatures.lookup` returns.
+    """
+    lines = []
+    for begin in range(0, len(samples), SAMPLES_AT_ONCE):
+        part = samples[begin : begin + SAMPLES_AT_ONCE]
+        found = features([sample.id for sample in part])
+        for row, sample in enumerate(part):
+            known = [name for name, teacher in found.items() if teacher["mask"][row]]
+            tensors = {
+                f"{name}_{ending}": found[name][modality][row].float().cpu().clone()
+                for name in known
+                for modality, ending in (("image", "img"), ("text", "txt"))
+            }
+            path = folder / "features" / sample.folder / sample.id / FEATURE_FILES[kind]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(tensors, path)
+            record = {"folderid": sample.folder, "id": sample.id, "imgpath": sample.image, "txt": sample.caption}
+            lines.append(json.dumps(record | {"available_clips": known}, ensure_ascii=False) + "\n")
+    atomic_write_text(folder / META_FILE, "".join(lines))
