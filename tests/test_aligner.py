@@ -191,8 +191,8 @@ def test_streamed_covariances_by_hand():
 
 def test_recall_at_one_by_hand():
     image, text = torch.eye(3), torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 0, 1.0]])
-    # image 0 finds two equal texts (1/2), image 1 finds neither, image 2 its own; texts 0 and 2 theirs, text 1 not
-    assert recall_at_one(image, text) == pytest.approx((0.5 + 0 + 1 + 1 + 0 + 1) / 6, abs=1e-4)
+    # image 0 finds two equal texts (1/2), image 1 three at zero (1/3), image 2 its own; texts 0 and 2 theirs
+    assert recall_at_one(image, text) == pytest.approx((1 / 2 + 1 / 3 + 1 + 1 + 0 + 1) / 6, abs=1e-4)
     assert recall_at_one(image[:0], text[:0]) is None
 
 
