@@ -173,6 +173,7 @@ def test_fits_are_the_same_bits_in_any_order_in_any_chunks_on_any_number_of_proc
 
 
 def test_streamed_covariances_by_hand():
+    """Up to the grid: 2^-10 here, where numbers reach 32, adds some hundredths to sums of hundreds of products."""
     features = world(WIDTHS)
     found = Covariances.stream(pieces(features, 90), WIDTHS, cross=True)
     known = torch.stack([features[name]["mask"] for name in WIDTHS])
@@ -182,11 +183,11 @@ def test_streamed_covariances_by_hand():
         sides = [teacher[side].double() - teacher[side][mask].double().mean(dim=0) for side in ("image", "text")]
         centered[name] = torch.stack(sides) * mask[:, None]
         spread = sum(side.T @ side for side in centered[name])
-        torch.testing.assert_close(found.of(name).spread, spread, rtol=1e-4, atol=2e-2)
+        torch.testing.assert_close(found.of(name).spread, spread, rtol=1e-3, atol=0.1)
     weight = 1 / (known.sum(dim=0) - 1).clamp(min=1)
     expected = sum((a * weight[:, None]).T @ b for a, b in zip(centered["wide"], centered["even"], strict=True))
-    torch.testing.assert_close(found.across("wide", "even"), expected, rtol=1e-3, atol=2e-2)
-    torch.testing.assert_close(found.across("even", "wide"), expected.T, rtol=1e-3, atol=2e-2)
+    torch.testing.assert_close(found.across("wide", "even"), expected, rtol=1e-3, atol=0.1)
+    torch.testing.assert_close(found.across("even", "wide"), expected.T, rtol=1e-3, atol=0.1)
 
 
 def test_recall_at_one_by_hand():
