@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mmkd.data.feature_ids import JoinedIds, digests
-from mmkd.data.feature_shards import STORED_AS, FeatureType, header_sha256, write_shard
+from mmkd.data.feature_shards import STORED_AS, FeatureType, write_shard
 from mmkd.data.feature_store import FeatureStore, close_store
 from mmkd.data.published import META_FILE
 from mmkd.data.published_features import FeatureKind, PublishedFeatures
@@ -22,9 +22,7 @@ SHARD_SIZE = 16384
 class FeatureWriter:
     """Writes a store shard by shard; several processes may write different shards of one store."""
 
-    def __init__(
-        self, path: Path, name: str, dtype: FeatureType = "float16", shard_size: int = SHARD_SIZE, fingerprint: str = ""
-    ) -> None:
+    def __init__(self, path: Path, name: str, dtype: FeatureType = "float16", shard_size: int = SHARD_SIZE) -> None:
         """Name the store; nothing is written yet.
 
         Args:
@@ -32,7 +30,6 @@ class FeatureWriter:
             name: the teacher.
             dtype: how numbers are stored.
             shard_size: pairs a shard.
-            fingerprint: identifies pairs and weights; shards found with another one are refused.
 
         Raises:
             ValueError: an unknown dtype, or a shard size below 1.
@@ -45,20 +42,6 @@ class FeatureWriter:
         self.name = name
         self.dtype = dtype
         self.shard_size = shard_size
-        self.fingerprint = fingerprint
-
-    def has(self, shard: int) -> bool:
-        """Whether shard number ``shard`` is already there.
-
-        Raises:
-            ValueError: it is there, but of another extraction.
-        """
-        path = shard_path(self.path, shard)
-        if not path.is_file():
-            return False
-        if header_sha256(path)[1].get("fingerprint", "") != self.fingerprint:
-            raise ValueError(f"{path} was extracted from other pairs or weights; remove {self.path} or choose another")
-        return True
 
     def write_shard(self, shard: int, image: torch.Tensor, text: torch.Tensor) -> None:
         """Write shard number ``shard`` whole.
@@ -73,7 +56,7 @@ class FeatureWriter:
         """
         if not 0 < len(image) <= self.shard_size:
             raise ValueError(f"{self.name}: {len(image)} features must be 1 to {self.shard_size}, the size of a shard")
-        write_shard(shard_path(self.path, shard), image, text, self.dtype, {"fingerprint": self.fingerprint})
+        write_shard(shard_path(self.path, shard), image, text, self.dtype)
 
     def finish(self, ids: Sequence[str], provenance: dict[str, Any]) -> None:
         """Write the ids and then ``meta.json``, which makes the store readable.

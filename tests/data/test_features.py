@@ -1,6 +1,7 @@
 """Feature stores: exact look-up, resumable and byte-identical writing, and the authors' folder as it is."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -14,12 +15,11 @@ IMAGE, TEXT = torch.randn(10, 6, generator=GENERATOR), torch.randn(10, 6, genera
 IDS = [f"pair-{number}" for number in range(10)]
 
 
-def write(path, shards=(0, 1, 2), name="plip", ids=IDS, dtype="float16", fingerprint="weights-1"):
-    writer = FeatureWriter(path, name, dtype, shard_size=4, fingerprint=fingerprint)
+def write(path, shards=(0, 1, 2), name="plip", ids=IDS, dtype="float16"):
+    writer = FeatureWriter(path, name, dtype, shard_size=4)
     for k in shards:
-        if not writer.has(k):
-            writer.write_shard(k, IMAGE[4 * k : 4 * k + 4], TEXT[4 * k : 4 * k + 4])
-    writer.finish(ids, {"weights": fingerprint})
+        writer.write_shard(k, IMAGE[4 * k : 4 * k + 4], TEXT[4 * k : 4 * k + 4])
+    writer.finish(ids, {"weights": "weights-1"})
     return path
 
 
@@ -42,23 +42,41 @@ def test_lookup(tmp_path, dtype, tolerance):
     assert image.dtype == text.dtype == torch.float32
 
 
-def test_resumed_store_is_byte_identical(tmp_path):
-    whole = contents(write(tmp_path / "whole"))
-    killed = FeatureWriter(tmp_path / "killed", "plip", shard_size=4, fingerprint="weights-1")
-    killed.write_shard(1, IMAGE[4:8], TEXT[4:8])  # another process was first, then the run was killed
-    (tmp_path / "killed" / ".shard-00000.safetensors.0.tmp").write_bytes(b"half")
+def test_an_unfinished_store_is_none_and_the_same_features_are_the_same_bytes(tmp_path):
+    FeatureWriter(tmp_path / "unfinished", "plip", shard_size=4).write_shard(1, IMAGE[4:8], TEXT[4:8])
     with pytest.raises(FileNotFoundError, match="no finished"):
-        FeatureStore(tmp_path / "killed")
-    stamp = shard_path(tmp_path / "killed", 1).stat().st_mtime_ns
-    resumed = contents(write(tmp_path / "killed"))
-    assert shard_path(tmp_path / "killed", 1).stat().st_mtime_ns == stamp
-    assert {name: data for name, data in resumed.items() if not name.startswith(".")} == whole
+        FeatureStore(tmp_path / "unfinished")
+    write(tmp_path / "unfinished", shards=(2, 0, 1))
+    assert contents(tmp_path / "unfinished") == contents(write(tmp_path / "whole"))
 
 
-def test_shards_of_other_weights_are_refused(tmp_path):
+def test_a_meta_file_that_was_changed_or_is_of_another_version_is_refused(tmp_path):
+    path = write(tmp_path / "plip") / "meta.json"
+    text = path.read_text()
+    path.write_text(text.replace('"weights-1"', '"weights-2"'))
+    with pytest.raises(ValueError, match="was changed"):
+        FeatureStore(path.parent)
+    path.write_text(text.replace('"version": 2', '"version": 1'))
+    with pytest.raises(ValueError, match="not of version 2"):
+        FeatureStore(path.parent)
+
+
+def test_a_store_goes_to_another_process_by_its_name(tmp_path):
+    features = TeacherFeatures.open(write(tmp_path / "plip"))
+    data = pickle.dumps(features)
+    assert len(data) < 2000
+    found = pickle.loads(data).lookup(["pair-3"])["plip"]["image"]
+    assert torch.equal(found, features.lookup(["pair-3"])["plip"]["image"])
+
+
+def test_who_has_been_seen(tmp_path):
     write(tmp_path / "plip")
-    with pytest.raises(ValueError, match="other pairs or weights"):
-        FeatureWriter(tmp_path / "plip", "plip", shard_size=4, fingerprint="weights-2").has(0)
+    writer = FeatureWriter(tmp_path / "bmca", "BMCA")
+    writer.write_shard(0, IMAGE[:2], TEXT[:2])
+    writer.finish(["extra", "pair-1"], {})
+    features = TeacherFeatures.open(tmp_path)
+    assert features.seen(["pair-1", "nobody", "extra", "pair-9"]).tolist() == [True, False, True, True]
+    assert list(features.ids) == ["extra", "pair-1", "pair-0", *IDS[2:]]
 
 
 def test_writer_refuses_what_it_cannot_store(tmp_path):
