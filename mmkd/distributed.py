@@ -126,8 +126,8 @@ def assign(tensor: Tensor, value: Tensor) -> None:
         elif not hasattr(tensor, "ds_id"):
             tensor.copy_(value)
     if hasattr(tensor, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_local_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         with GatheredParameters([tensor], modifier_rank=0):
             tensor.data.copy_(value)
