@@ -18,7 +18,8 @@ from pathlib import Path
 from mmkd.settings import nearest
 
 RECIPES = {
-    "curate": ("mmkd.train.curate", "image-text pairs from a folder or the packaged images"),
+    "curate": ("mmkd.train.curate", "image-text pairs from tars, Parquet, lists, folders, the Hub or packaged images"),
+    "pairs": ("mmkd.train.pairs", "folders of pairs: ls, show, stats, verify, export"),
     "pretrain": ("mmkd.train.pretrain", "stage 1: contrastive pretraining of a student, or of a teacher of your own"),
     "extract": ("mmkd.train.extract", "features of any teacher for every pair"),
     "verify-teacher": ("mmkd.train.verify_teacher", "a teacher's features against those the authors published"),

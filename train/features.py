@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mmkd.actions import run_action
 from mmkd.data.feature_folders import describe_store, faults, merge, unfinished
 from mmkd.data.feature_shards import FeatureType
 from mmkd.data.feature_store import FeatureStore
@@ -28,7 +29,7 @@ from mmkd.data.published_features import FeatureKind
 from mmkd.data.published_folder import export_published, import_published
 from mmkd.data.records import open_pairs
 from mmkd.files import atomic_folder, refuse_existing
-from mmkd.settings import help_text, nearest, run, setting
+from mmkd.settings import setting
 
 
 @dataclass
@@ -176,22 +177,8 @@ ACTIONS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def main(argv: list[str]) -> None:
-    """Run what the first argument names, with the others as its settings.
-
-    Raises:
-        SystemExit: 0 after the help, 2 when it names nothing.
-    """
-    name = argv[1] if len(argv) > 1 else ""
-    if name in ACTIONS:
-        sys.argv = [f"{argv[0]} {name}", *argv[2:]]
-        run(*ACTIONS[name])
-        return
-    if name in ("", "-h", "--help"):
-        for action, (settings, _) in ACTIONS.items():
-            print(f"mmkd features {action}: {help_text(settings)}\n")
-        raise SystemExit(0)
-    print(f"error: features has no {name!r}{nearest(name, ACTIONS)}; it has: {', '.join(ACTIONS)}", file=sys.stderr)
-    raise SystemExit(2)
+    """Run the action that the first argument names."""
+    run_action("features", ACTIONS, argv)
 
 
 if __name__ == "__main__":

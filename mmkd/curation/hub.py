@@ -95,9 +95,9 @@ def _listed(repository: str, revision: str | None) -> list[tuple[str, int]]:
 @contextlib.contextmanager
 def _explained(repository: str) -> Iterator[None]:
     """Errors of the Hub as one line that says what to do."""
-    import httpx
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+    transport_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the Hub's client uses
     page = f"https://huggingface.co/datasets/{repository}"
     try:
         yield
@@ -110,7 +110,7 @@ def _explained(repository: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{repository} is not on the Hub, or is private and `hf auth login` has not been run ({page})"
         ) from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, ConnectionError) as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled, transport_error, ConnectionError) as error:
         raise FileNotFoundError(
             f"the Hub could not be reached for {repository} ({type(error).__name__}); check the network and "
             "HF_HUB_OFFLINE, or download the files and give their folder as --source"

@@ -1,0 +1,152 @@
+"""Reading what curation writes: columns instead of objects, every image by offset, epochs that resume in the middle."""
+
+import copy
+import json
+import multiprocessing
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mmkd.curation.engine import curate_stream
+from mmkd.curation.rules import read_rules
+from mmkd.curation.settings import StreamRules
+from mmkd.data.batches import PairBatches
+from mmkd.data.pair_table import PairTable
+from mmkd.data.pairs import GlobalBatchSampler, PairDataset
+from mmkd.data.records import open_pairs, write_manifest
+from tests.biomedica_form import write_source
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("reading")
+    rules = StreamRules(read_rules("paper", {}), validation_share=0.3)
+    curate_stream(str(write_source(root / "s", shards=4)), root / "pairs", rules, quiet=True)
+    return root / "pairs"
+
+
+def test_a_table_is_a_sequence_of_pairs(pairs):
+    table = open_pairs(pairs).pairs
+    listed = list(table)
+    assert len(table) == len(listed) == 24
+    assert [table[row] for row in range(24)] == listed
+    assert (table[-1], table[np.int64(3)]) == (listed[-1], listed[3])
+    assert list(table[5:9]) == listed[5:9]
+    assert list(copy.deepcopy(table)) == listed
+    assert listed[7] in table
+    with pytest.raises(IndexError):
+        table[24]
+    train = open_pairs(pairs, "train").pairs
+    assert list(train) == [pair for pair in listed if pair.split == "train"]
+    assert 0 < len(train) < 24
+    assert list(train.take(np.array([3, 1]))) == [train[3], train[1]]
+
+
+def test_a_choice_of_pairs_goes_on_as_json_lines(pairs, tmp_path):
+    folder = open_pairs(pairs)
+    write_manifest(tmp_path / "screened", folder.pairs[2:5], images=folder.image_root)
+    chosen = open_pairs(tmp_path / "screened")
+    assert chosen.pairs == list(folder.pairs[2:5])
+    assert chosen.image_path(chosen.pairs[0]).read_bytes() == folder.image_path(folder.pairs[2]).read_bytes()
+
+
+class Stacked:
+    """A batch of what a model would see of images, and their captions."""
+
+    def __call__(self, items):
+        return {
+            "pixels": torch.stack([item["pixel_values"] for item in items]),
+            "captions": [item["caption"] for item in items],
+            "index": [item["index"] for item in items],
+        }
+
+
+def batches(pairs, rank=0, world=1, workers=0, epoch=1, skip=0):
+    folder = open_pairs(pairs)
+    dataset = PairDataset(folder, 32, "random", seed=3)
+    loader = PairBatches(dataset, GlobalBatchSampler(len(dataset), 8, rank, world, seed=3), Stacked(), workers)
+    return list(loader.epoch(epoch, skip))
+
+
+def test_epochs_are_shuffled_shared_out_and_resumed_exactly(pairs):
+    whole = batches(pairs)
+    assert [len(batch["index"]) for batch in whole] == [8, 8, 8]
+    order = [index for batch in whole for index in batch["index"]]
+    assert sorted(order) == list(range(24)) != order
+    assert order != [index for batch in batches(pairs, epoch=2) for index in batch["index"]]
+    for skip in (1, 2):
+        for resumed, expected in zip(batches(pairs, skip=skip), whole[skip:], strict=True):
+            assert resumed["index"] == expected["index"]
+            assert torch.equal(resumed["pixels"], expected["pixels"])
+            assert resumed["captions"] == expected["captions"]
+    halves = [batches(pairs, rank, 2, skip=1) for rank in range(2)]
+    for first, second, both in zip(*halves, whole[1:], strict=True):
+        assert not set(first["index"]) & set(second["index"])
+        assert torch.equal(torch.cat([first["pixels"], second["pixels"]]), both["pixels"])
+    if "fork" in multiprocessing.get_all_start_methods():
+        for worked, expected in zip(batches(pairs, workers=2), whole, strict=True):
+            assert torch.equal(worked["pixels"], expected["pixels"])
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "mmkd.train.pairs", *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_pairs_command(pairs, tmp_path, capsys, monkeypatch):
+    from mmkd.train import pairs as command
+
+    def told(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mmkd pairs"])
+        command.main(["mmkd pairs", *map(str, arguments)])
+        return capsys.readouterr().out
+
+    first = open_pairs(pairs).pairs[0]
+    assert len(told("ls", pairs, "--number", 5).splitlines()) == 5
+    assert told("ls", pairs, "--search", first.caption[:40]).startswith(first.id)
+    assert json.loads(told("show", pairs, "--id", first.id, "--image", tmp_path / "a.jpg"))["caption"] == first.caption
+    assert (tmp_path / "a.jpg").read_bytes() == open_pairs(pairs).image_path(first).read_bytes()
+    counts = json.loads(told("stats", pairs, "--json"))
+    assert (counts["pairs"], counts["license"]) == (24, {"CC BY": 24})
+    assert "24 images open and have their size, 24 are the original files" in told("verify", pairs, "--quiet", "false")
+    told("export", "webdataset", "--pairs", pairs, "--output", tmp_path / "tars", "--shard_pairs", 10, "--quiet")
+    assert sorted(path.name for path in (tmp_path / "tars").iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
+    again = curate_stream(str(tmp_path / "tars"), tmp_path / "again", StreamRules(read_rules("any", {})), quiet=True)
+    assert again["kept"] == 24
+    assert [p.sha256 for p in open_pairs(tmp_path / "again").pairs] == [p.sha256 for p in open_pairs(pairs).pairs]
+    told("export", "manifest", "--pairs", pairs, "--output", tmp_path / "rows.parquet", "--quiet")
+    rows = pq.read_table(tmp_path / "rows.parquet")
+    assert rows.num_rows == 24
+    assert "image" not in rows.column_names
+    assert rows["sha256"].to_pylist() == [pair.sha256 for pair in open_pairs(pairs).pairs]
+
+
+def test_verify_finds_damage(pairs, tmp_path):
+    import shutil
+
+    shutil.copytree(pairs, tmp_path / "pairs")
+    tar = tmp_path / "pairs" / "shards" / "000001.tar"
+    first = next(pair for pair in open_pairs(pairs).pairs if pair.image.startswith("shards/000001"))
+    place = open_pairs(pairs).image_path(first)
+    data = bytearray(tar.read_bytes())
+    data[place.offset : place.offset + 100] = bytes(100)
+    tar.write_bytes(data)
+    done = run("verify", tmp_path / "pairs", "--quiet")
+    assert done.returncode == 1
+    assert f"1 faults:\n       {first.id}: its image is unsupported" in done.stderr
+
+
+def test_a_table_of_another_version(pairs, tmp_path):
+    import pyarrow as pa
+
+    with pa.OSFile(str(tmp_path / "manifest.arrow"), "wb") as file:
+        table = pa.table({"id": ["a"]})
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(ValueError, match="lacks the columns"):
+        PairTable(tmp_path / "manifest.arrow")

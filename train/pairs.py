@@ -1,0 +1,175 @@
+"""Pairs: look at a folder of pairs in any form, count it, check every image, and write it in the forms others read.
+
+mmkd pairs ls pairs --modality endoscopy --number 20
+mmkd pairs show pairs --id 0d2177e46e9b4d8cb1283ff7 --image figure.jpg
+mmkd pairs stats pairs
+mmkd pairs verify pairs --workers 8
+mmkd pairs export webdataset --pairs pairs --output tars
+mmkd pairs export manifest --pairs pairs --output manifest.parquet       # rows without images
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from mmkd.actions import run_action
+from mmkd.curation.folders import count_pairs, faults, write_parquet, write_webdataset
+from mmkd.data.images import read_image_bytes
+from mmkd.data.records import open_pairs
+from mmkd.files import atomic_folder, atomic_write_bytes, refuse_existing
+from mmkd.settings import setting
+
+SHOWN_FAULTS = 20
+SHOWN_CAPTION = 80
+
+
+@dataclass
+class ListSettings:
+    """List pairs, a line each."""
+
+    folder: Path = setting(help="a folder of pairs", positional=True)
+    split: str | None = setting(None, "train, validation or test")
+    modality: str | None = setting(None, "only pairs of this modality")
+    search: str | None = setting(None, "only pairs with this text in the caption")
+    number: int = setting(20, "most lines")
+
+
+@dataclass
+class ShowSettings:
+    """Show everything known of one pair, and write its image."""
+
+    folder: Path = setting(help="a folder of pairs", positional=True)
+    id: str = setting(help="of the pair")
+    image: Path | None = setting(None, "file to write the image to")
+
+
+@dataclass
+class StatsSettings:
+    """Count pairs by split, modality, licence, source and label."""
+
+    folder: Path = setting(help="a folder of pairs", positional=True)
+    split: str | None = setting(None, "train, validation or test")
+    json: bool = setting(False, "print JSON")
+
+
+@dataclass
+class VerifySettings:
+    """Decode every image and compare it with the manifest."""
+
+    folder: Path = setting(help="a folder of pairs", positional=True)
+    workers: int = setting(4, "threads that decode")
+    quiet: bool = setting(False, "no progress bar")
+
+
+@dataclass
+class ExportSettings:
+    """Write pairs as WebDataset tars, or their rows without images as Parquet."""
+
+    form: Literal["webdataset", "manifest"] = setting(help="webdataset or manifest", positional=True)
+    pairs: Path = setting(help="a folder of pairs")
+    output: Path = setting(help="folder, or for a manifest the .parquet file, to write")
+    split: str | None = setting(None, "train, validation or test")
+    shard_pairs: int = setting(10_000, "pairs in a tar")
+    overwrite: bool = setting(False, "replace OUTPUT")
+    quiet: bool = setting(False, "no progress bar")
+
+
+def list_pairs(settings: ListSettings) -> None:
+    """Print pairs."""
+    wanted, text = settings.modality, (settings.search or "").casefold()
+    found = (
+        pair
+        for pair in open_pairs(settings.folder, settings.split).pairs
+        if (wanted is None or pair.modality == wanted) and text in pair.caption.casefold()
+    )
+    for pair in islice(found, settings.number):
+        caption = pair.caption if len(pair.caption) <= SHOWN_CAPTION else pair.caption[: SHOWN_CAPTION - 1] + "…"
+        print(f"{pair.id}  {pair.split:<10} {pair.modality:<26} {pair.width}x{pair.height}  {caption}")
+
+
+def show(settings: ShowSettings) -> None:
+    """Print one pair.
+
+    Raises:
+        ValueError: no pair has this id.
+    """
+    folder = open_pairs(settings.folder)
+    pair = next((pair for pair in folder.pairs if pair.id == settings.id), None)
+    if pair is None:
+        raise ValueError(f"{settings.folder} has no pair {settings.id!r}; `mmkd pairs ls` lists them")
+    print(json.dumps(asdict(pair), indent=2, ensure_ascii=False))
+    if settings.image:
+        atomic_write_bytes(settings.image, read_image_bytes(folder.image_path(pair)))
+
+
+def stats(settings: StatsSettings) -> None:
+    """Print counts."""
+    counts = count_pairs(open_pairs(settings.folder, settings.split).pairs)
+    if settings.json:
+        print(json.dumps(counts, indent=2, ensure_ascii=False))
+        return
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            print(f"\n{name}")
+            print("\n".join(f"  {count:>10,}  {entry}" for entry, count in value.items()))
+        else:
+            print(f"{name.replace('_', ' '):<16}{value:>10,}")
+
+
+def verify(settings: VerifySettings) -> None:
+    """Print what is wrong.
+
+    Raises:
+        ValueError: anything is.
+    """
+    folder = open_pairs(settings.folder)
+    with tqdm(total=len(folder.pairs), desc="verify", unit="pair", disable=settings.quiet) as bar:
+        found, originals = faults(folder, settings.workers, bar.update)
+    if found:
+        more = [f"and {len(found) - SHOWN_FAULTS} more"] if len(found) > SHOWN_FAULTS else []
+        raise ValueError("\n       ".join([f"{len(found)} faults:", *found[:SHOWN_FAULTS], *more]))
+    if not settings.quiet:
+        total = len(folder.pairs)
+        print(f"{settings.folder}: {total:,} images open and have their size, {originals:,} are the original files")
+
+
+def export(settings: ExportSettings) -> None:
+    """Export."""
+    refuse_existing(settings.output, settings.overwrite)
+    folder = open_pairs(settings.pairs, settings.split)
+    with tqdm(total=len(folder.pairs), desc="export", unit="pair", disable=settings.quiet) as bar:
+        if settings.form == "manifest":
+            partial = settings.output.with_name(f"{settings.output.name}.partial")
+            write_parquet(folder, partial, bar.update)
+            partial.replace(settings.output)
+        else:
+            with atomic_folder(settings.output, settings.overwrite) as output:
+                write_webdataset(folder, output, settings.shard_pairs, bar.update)
+    if not settings.quiet:
+        print(f"{settings.output}: {len(folder.pairs):,} pairs")
+
+
+ACTIONS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "ls": (ListSettings, list_pairs),
+    "show": (ShowSettings, show),
+    "stats": (StatsSettings, stats),
+    "verify": (VerifySettings, verify),
+    "export": (ExportSettings, export),
+}
+
+
+def main(argv: list[str]) -> None:
+    """Run the action that the first argument names."""
+    run_action("pairs", ACTIONS, argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
