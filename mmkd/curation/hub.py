@@ -9,7 +9,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmkd.curation.parquet import sample_of_row
 from mmkd.curation.samples import Item
@@ -97,7 +97,7 @@ def _explained(repository: str) -> Iterator[None]:
     """Errors of the Hub as one line that says what to do."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    transport_error = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of the Hub's client uses
+    transport_error = cast(type[Exception], HfHubHTTPError.__bases__[0])  # whichever HTTP library the client uses
     page = f"https://huggingface.co/datasets/{repository}"
     try:
         yield
