@@ -1,13 +1,13 @@
 """Every Python snippet of the model's page, in order, on a tiny folder."""
 
 import re
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 from tiny_model import save_tiny
 
-PAGE = ROOT / "docs" / "model.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "model.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 

@@ -1,8 +1,5 @@
 """Folders to publish, and the commands that do it in a process of their own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ from mmkd.student import save_student
 from mmkd.towers import build_model
 from mmkd.train.distill import DistillSettings
 
-TOKEN = "hf_writer_token"
 TEACHERS = [
     {"teacher": "PLIP", "weights": "vinid/plip", "license": "not declared", "note": "which commit is unknown"},
     {"teacher": "BiomedCLIP", "weights": "microsoft/BiomedCLIP", "license": "MIT"},
@@ -77,16 +73,3 @@ def published_features(tmp_path_factory) -> Path:
             writer.write_shard(shard, torch.ones(2, 4), torch.ones(2, 4))
         writer.finish([f"p{k}" for k in range(4)], {"license": license, "weights": f"owner/{name}", "pooling": "cls"})
     return folder
-
-
-def hub_environment(hub, home, token=TOKEN):
-    """What leads the Hub's client to the stand-in, and away from this machine's token and cache."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return kept | own | ({"HF_TOKEN": token} if token else {})
-
-
-def mmkd(hub, home, *arguments, token=TOKEN):
-    """The command as a user types it."""
-    command = [sys.executable, "-m", "mmkd.cli", *map(str, arguments)]
-    return subprocess.run(command, env=hub_environment(hub, home, token), capture_output=True, text=True, timeout=120)

@@ -5,7 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from conftest import TOKEN
+from hub_commands import TOKEN
 from huggingface_hub import constants
 from loopback_hub import Repository
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TOKEN, hub_environment, mmkd
+from hub_commands import TOKEN, hub_environment, mmkd
 from huggingface_hub import DatasetCard, ModelCard
 from safetensors import safe_open
 

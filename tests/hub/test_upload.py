@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from conftest import TOKEN
+from hub_commands import TOKEN
 from huggingface_hub import constants
 
 from mmkd.publishing.publication import Publication, existing, made

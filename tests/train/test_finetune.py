@@ -1,11 +1,11 @@
 """Fine-tuning through the function that the command calls: adapters, full weights, captions and labels."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -141,7 +141,7 @@ def test_contradictions_are_refused_before_training(world, tmp_path, wrong, mess
 
 
 def test_the_config_opens_with_its_commands_and_runs(world, tmp_path):
-    path = ROOT / "train" / "configs" / "finetune.yaml"
+    path = Path(__file__).resolve().parents[2] / "train" / "configs" / "finetune.yaml"
     comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(line.startswith("# Before: mmkd curate") for line in comment)
     assert "# Run:    accelerate launch train/finetune.py --config train/configs/finetune.yaml" in comment
