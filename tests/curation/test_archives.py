@@ -4,9 +4,9 @@ import os
 import tarfile
 
 import pytest
+from biomedica_form import write_tar
 
 from mmkd.data.archives import ArchivedFile, ArchiveWriter, DamagedArchive, archived_file, members, reference
-from tests.biomedica_form import write_tar
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

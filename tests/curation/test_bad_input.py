@@ -8,6 +8,7 @@ import zipfile
 import zlib
 
 import pytest
+from biomedica_form import caption, facts, key, picture, sample, write_tar
 from PIL import Image
 
 from mmkd.curation.engine import curate_stream
@@ -16,7 +17,6 @@ from mmkd.curation.settings import StreamRules
 from mmkd.data.archives import members
 from mmkd.data.images import read_image_bytes
 from mmkd.data.records import open_pairs
-from tests.biomedica_form import caption, facts, key, picture, sample, write_tar
 
 
 def png_bomb():

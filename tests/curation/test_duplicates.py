@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from biomedica_form import caption, facts, key, picture, sample, write_source, write_tar
 from PIL import Image
 
 from mmkd.curation.contamination import near_test_image
@@ -18,7 +19,6 @@ from mmkd.curation.rules import read_rules
 from mmkd.curation.settings import StreamRules
 from mmkd.data.curation import CurationRules, curate
 from mmkd.data.records import open_pairs
-from tests.biomedica_form import caption, facts, key, picture, sample, write_source, write_tar
 
 RNG = np.random.default_rng(0)
 

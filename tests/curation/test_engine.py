@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from biomedica_form import caption, key, picture, sample, write_source, write_tar
 
 from mmkd.curation import engine
 from mmkd.curation.engine import curate_stream
@@ -16,7 +17,6 @@ from mmkd.curation.rules import read_rules
 from mmkd.curation.settings import StreamRules
 from mmkd.data.images import open_image, read_image_bytes
 from mmkd.data.records import open_pairs
-from tests.biomedica_form import caption, key, picture, sample, write_source, write_tar
 
 PAPER = read_rules("paper", {})
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from biomedica_form import write_source
 
 from mmkd.curation.engine import curate_stream
 from mmkd.curation.rules import read_rules
@@ -18,7 +19,6 @@ from mmkd.data.batches import PairBatches
 from mmkd.data.pair_table import PairTable
 from mmkd.data.pairs import GlobalBatchSampler, PairDataset
 from mmkd.data.records import open_pairs, write_manifest
-from tests.biomedica_form import write_source
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from biomedica_form import picture, sample, write_tar
 
 from mmkd.curation import hub, units
 from mmkd.curation.engine import curate_stream
@@ -13,7 +14,6 @@ from mmkd.curation.settings import StreamRules
 from mmkd.curation.units import kind_of_source, plan_units
 from mmkd.data.images import read_image_bytes
 from mmkd.data.records import open_pairs
-from tests.biomedica_form import picture, sample, write_tar
 
 ANY = StreamRules(read_rules("any", {}), list_dropped=True)
 

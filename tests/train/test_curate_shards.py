@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from biomedica_form import picture, write_source
 
 from mmkd.data.records import open_pairs
-from tests.biomedica_form import picture, write_source
 
 
 def curate(*arguments, cwd):
