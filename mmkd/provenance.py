@@ -7,7 +7,6 @@ machine are left out; settings stand in ``settings.yaml`` beside.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from mmkd.data.published import META_FILE, read_published
 from mmkd.data.records import PairFolder
 from mmkd.files import read_json, write_json
+from mmkd.versions import installed_versions
 
 PROVENANCE_FILE = "provenance.json"
 TEACHER_FACTS = ("teacher", "form", "weights", "revision", "fingerprint", "license", "note")
@@ -51,14 +51,14 @@ def training_provenance(
         "data": describe_pairs(pairs),
         "teachers": list(teachers),
         "started_from": [starting_weights(name) for name in started_from],
-        "versions": _versions(),
+        "versions": installed_versions(PACKAGES),
     }
 
 
 def conversion_provenance(checkpoint: str, fingerprint: str) -> dict[str, Any]:
     """What is known of a converted model: the file it was, whose licence and training the file does not state."""
     weights = {"weights": checkpoint, "fingerprint": fingerprint, "license": UNSTATED}
-    return {"stage": "convert", "teachers": [], "started_from": [weights], "versions": _versions()}
+    return {"stage": "convert", "teachers": [], "started_from": [weights], "versions": installed_versions(PACKAGES)}
 
 
 def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
@@ -156,13 +156,3 @@ def _most(counts: Counter[str]) -> dict[str, int]:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rest = sum(count for _, count in ordered[MOST_VALUES:])
     return dict(ordered[:MOST_VALUES]) | ({OTHERS: rest} if rest else {})
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

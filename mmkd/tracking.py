@@ -20,6 +20,7 @@ import torch
 from mmkd.distributed import world_size
 from mmkd.files import write_json
 from mmkd.settings import nearest
+from mmkd.versions import installed_versions
 
 AUTO, NONE = "auto", "none"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
@@ -75,7 +76,7 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": installed_versions(PACKAGES),
         "devices": devices or [platform.processor() or platform.machine()],
         "cuda": torch.version.cuda if cuda else None,
         "processes": world_size(),
@@ -145,10 +146,3 @@ def _curves(log: Path) -> dict[str, list[tuple[int, float]]]:
     kept = [line for number, line in enumerate(lines) if number % thin == 0 or any(n not in first for n in line)]
     points = {name: [(line["step"], line[name]) for line in kept if line.get(name) is not None] for name in names}
     return {name: found for name, found in points.items() if found}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

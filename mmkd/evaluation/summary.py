@@ -7,7 +7,6 @@ from draws of held-out groups that all tasks share.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from mmkd.evaluation.bootstrap import Metrics, difference, interval
 from mmkd.evaluation.cells import Cell, CellFolder, plain
 from mmkd.evaluation.metrics import Floats
 from mmkd.evaluation.suite import ENSEMBLE, ORACLE
+from mmkd.versions import installed_versions
 
 PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")
 BRIEF = ("title", "kind", "headline", "frames", "chance", "classes", "class_counts", "pool", "train", "left_out")
@@ -107,13 +107,7 @@ def split_summary(folder: PairFolder, digests: dict[str, str], split: str) -> di
 
 def versions() -> dict[str, str]:
     """Python and the packages a result may depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version()} | installed_versions(PACKAGES)
 
 
 def mean_of_kinds(tasks: dict[str, dict[str, Any]], values: Metrics) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from mmkd.exporting.int8 import quantize
 from mmkd.exporting.towers import OUTPUTS, examples, quiet_tracing, save_onnx, towers, trace
 from mmkd.exporting.usage import load_tower
 from mmkd.files import atomic_write_text, read_json, write_json
+from mmkd.versions import installed_versions
 from modeling_mmkd import MMKDClipModel
 
 Form = Literal["onnx", "exported-program"]
@@ -115,7 +116,7 @@ def describe(model: MMKDClipModel, processor: Any, form: Form, files: dict[str, 
             "pad_id": tokenizer.pad_token_id,
             "pad_token": tokenizer.pad_token,
         },
-        "versions": _versions(),
+        "versions": installed_versions(PACKAGES),
     }
 
 
@@ -148,13 +149,3 @@ def _save(program: ExportedProgram, name: str, path: Path, form: Form) -> None:
 
 def _side(processor: Any) -> int:
     return int(processor.image_processor.crop_size["height"])
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
