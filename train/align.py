@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from mmkd.aligner import MODALITIES, Aligner, AutoencoderAligner, Features, PhiSAligner, ProcrustesAligner
 from mmkd.alignment_chart import alignment_chart
 from mmkd.alignment_report import alignment_report
 from mmkd.data.batches import FeatureBatches
-from mmkd.data.features import SHARD_SIZE, FeatureWriter, TeacherFeatures
+from mmkd.data.chunked_store import ChunkedStore
+from mmkd.data.features import SHARD_SIZE, TeacherFeatures
 from mmkd.data.pairs import GlobalBatchSampler, available_features
 from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read_published
 from mmkd.data.published_features import write_published
@@ -124,13 +123,15 @@ def write(
 def write_stores(folder: Path, aligner: Aligner, features: TeacherFeatures, settings: AlignSettings) -> None:
     """One store for each teacher, with the weights and licences of the raw features carried on."""
     raw = {origin["teacher"]: origin for origin in teachers_of([settings.features])}
-    stores = {name: AlignedStore(folder / name, name, aligner, raw.get(name, {})) for name in features.names}
+    stores = {name: ChunkedStore(folder / name, name, aligner.width_of(name), "float16") for name in features.names}
     for begin in range(0, len(features.ids), SHARD_SIZE):
         ids = features.ids[begin : begin + SHARD_SIZE]
-        for name, found in features.lookup(ids).items():
-            stores[name].add(ids, found)
-    for store in stores.values():
-        store.finish()
+        for name, found in aligned(features, ids, aligner).items():
+            mask = found["mask"]
+            known = [id for id, is_known in zip(ids, mask.tolist(), strict=True) if is_known]
+            stores[name].add(known, found["image"][mask].cpu(), found["text"][mask].cpu())
+    for name, store in stores.items():
+        store.finish({"aligner": aligner.kind, "width_before": aligner.widths[name], "raw": raw.get(name, {})})
 
 
 def published_samples(features: TeacherFeatures, settings: AlignSettings) -> list[PublishedSample]:
@@ -156,38 +157,6 @@ def aligned(features: TeacherFeatures, ids: Sequence[str], aligner: Aligner) -> 
         | {"mask": found["mask"]}
         for name, found in features.lookup(ids).items()
     }
-
-
-class AlignedStore:
-    """Writes one teacher's aligned features in whole shards, of pairs that come in chunks with gaps."""
-
-    def __init__(self, path: Path, name: str, aligner: Aligner, raw: dict[str, Any]) -> None:
-        """Name the store and say what ``raw`` features it is made from; nothing is written before a full shard."""
-        self.writer, self.aligner, self.raw = FeatureWriter(path, name), aligner, raw
-        self.ids: list[str] = []
-        self.shards = 0
-        self.image, self.text = torch.empty(0, aligner.width_of(name)), torch.empty(0, aligner.width_of(name))
-
-    def add(self, ids: Sequence[str], found: dict[str, torch.Tensor]) -> None:
-        """Align the rows whose ``mask`` is set, and write what fills a shard."""
-        mask, name = found["mask"], self.writer.name
-        self.ids += [id for id, known in zip(ids, mask.tolist(), strict=True) if known]
-        self.image = torch.cat([self.image, self.aligner.transform(name, found["image"][mask], "image").cpu()])
-        self.text = torch.cat([self.text, self.aligner.transform(name, found["text"][mask], "text").cpu()])
-        if len(self.image) >= SHARD_SIZE:
-            self._write(SHARD_SIZE)
-
-    def finish(self) -> None:
-        """Write the rest and close the store."""
-        if len(self.image):
-            self._write(len(self.image))
-        width = self.aligner.widths[self.writer.name]
-        provenance = {"aligner": self.aligner.kind, "width_before": width, "raw": self.raw}
-        self.writer.finish(self.ids, provenance)
-
-    def _write(self, rows: int) -> None:
-        self.writer.write_shard(self.shards, self.image[:rows], self.text[:rows])
-        self.image, self.text, self.shards = self.image[rows:], self.text[rows:], self.shards + 1
 
 
 if __name__ == "__main__":
