@@ -27,17 +27,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file is then untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    _write_chunks(path, [data])
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -47,17 +37,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 def atomic_write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines as UTF-8 while they come, without holding them all; see `atomic_write_bytes`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(path)
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    _write_chunks(path, (line.encode("utf-8") for line in lines))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -160,3 +140,17 @@ def extract_zip(archive: Path, destination: Path) -> None:
 
 def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path)
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

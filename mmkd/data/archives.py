@@ -65,11 +65,6 @@ class ArchivedFile:
         return data
 
 
-def reference(archive: str, member: Member) -> str:
-    """How a manifest names an archived image: ``shards/000012.tar@OFFSET+SIZE``."""
-    return f"{archive}@{member.offset}+{member.size}"
-
-
 def archived_file(root: Path, image: str) -> ArchivedFile | None:
     """The file a manifest's image names inside an archive, None where the image is a file of its own."""
     match = REFERENCE.fullmatch(image)
