@@ -8,6 +8,7 @@ ranks want of its rows. Each rank computes 1/W of the logits and none twice.
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -27,8 +28,10 @@ def world_size() -> int:
     return dist.get_world_size() if _initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def require_asked_for(parallelism: str) -> None:
-    """Refuse a kind of parallelism other than the configuration asked for, and let models be built whole.
+def settle_group(parallelism: str) -> None:
+    """Once joined: refuse parallelism that was not asked for, let models be built whole, and leave at the end.
+
+    Without leaving, gloo's threads may outlive the interpreter and abort it.
 
     Args:
         parallelism: what accelerate has chosen, such as ``DistributedType.FSDP``.
@@ -45,6 +48,7 @@ def require_asked_for(parallelism: str) -> None:
 
         # ZeRO-3 spreads the weights when training is prepared; until then starting weights are put in whole.
         unset_hf_deepspeed_config()
+    atexit.register(_leave_group)
 
 
 def wait_for_everyone() -> None:
@@ -225,3 +229,8 @@ def _reduced(values: Tensor, operation: Any) -> Tensor:
 
 def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _leave_group() -> None:
+    if _initialized():
+        dist.destroy_process_group()

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmkd.data.batches import Batches
-from mmkd.distributed import make_plain, mean_over_processes, rank, require_asked_for, wait_for_everyone, whole
+from mmkd.distributed import make_plain, mean_over_processes, rank, settle_group, wait_for_everyone, whole
 from mmkd.files import refuse_existing
 from mmkd.gradient_cache import OneForward, cached_backward, set_seed
 from mmkd.interruption import StopRequest
@@ -68,7 +68,7 @@ def start(settings: LoopSettings) -> Accelerator:
         log_with=chosen_trackers(settings.trackers) or None,
         project_config=trackers,
     )
-    require_asked_for(str(accelerator.distributed_type))
+    settle_group(str(accelerator.distributed_type))
     torch.manual_seed(settings.seed)
     return accelerator
 
