@@ -22,7 +22,7 @@ from mmkd.curation.duplicates import Marks, near_repeats, repeats
 from mmkd.curation.exclusions import Exclusions
 from mmkd.curation.fingerprints import PERMUTATIONS
 from mmkd.curation.settings import StreamRules
-from mmkd.data.archives import BLOCK, END_BYTES
+from mmkd.data.archives import BLOCK, END_BYTES, ArchivedFile
 from mmkd.data.pair_table import FIELDS, TABLE_FILE, map_table
 
 COPY_BYTES = 1 << 24
@@ -143,7 +143,8 @@ def write_table(
         for number, part in enumerate(parts):
             kept = map_table(part).filter(pa.array(verdicts.kept(number)))
             sizes = kept["size"].to_pylist()
-            images = [f"shards/{number:06d}.tar@{o}+{s}" for o, s in zip(offsets[number], sizes, strict=True)]
+            archive = Path(f"shards/{number:06d}.tar")
+            images = [str(ArchivedFile(archive, o, s)) for o, s in zip(offsets[number].tolist(), sizes, strict=True)]
             columns = {name: kept[name] for name in schema.names if name in kept.column_names}
             columns["image"] = pa.array(images, pa.string())
             columns["source"] = pa.array([value or source for value in kept["source"].to_pylist()], pa.string())
