@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmkd.data.batches import Batches, pair_batches
 from mmkd.data.features import TeacherFeatures
+from mmkd.data.matching import seen_pairs
 from mmkd.data.records import Pair, open_pairs
 from mmkd.distributed import gather, mean_over_processes, rank, wait_for_everyone
 from mmkd.resume import snapshot
@@ -142,6 +143,9 @@ def validation_of(
     except ValueError as error:
         raise ValueError(f"{error}; --validate_every none --best_metric none trains without evaluation") from None
     folder.pairs = sorted(folder.pairs, key=_draw)[: settings.validation_pairs]
+    for found in (features, aligned):
+        if found is not None:
+            seen_pairs(found, folder.pairs, f"--validate_every {settings.validate_every}: the folder of features")
     batches = pair_batches(
         folder,
         processor,

@@ -19,6 +19,7 @@ from mmkd.alignment_report import alignment_report
 from mmkd.data.batches import FeatureBatches
 from mmkd.data.chunked_store import ChunkedStore
 from mmkd.data.features import SHARD_SIZE, TeacherFeatures
+from mmkd.data.matching import seen_pairs
 from mmkd.data.pairs import GlobalBatchSampler, available_features
 from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read_published
 from mmkd.data.published_features import write_published
@@ -60,7 +61,7 @@ def main(settings: AlignSettings) -> None:
     accelerator = start(settings)
     features = TeacherFeatures.open(settings.features, settings.teachers or None)
     training = open_pairs(settings.pairs, "train").pairs
-    seen = features.seen([pair.id for pair in training])
+    seen = seen_pairs(features, training, settings.features)
     pairs = [pair for pair, known in zip(training, seen.tolist(), strict=True) if known]
     if not pairs:
         raise ValueError(f"{settings.features} has features for no training pair of {settings.pairs}; extract them")
@@ -126,10 +127,13 @@ def write_stores(folder: Path, aligner: Aligner, features: TeacherFeatures, sett
     stores = {name: ChunkedStore(folder / name, name, aligner.width_of(name), "float16") for name in features.names}
     for begin in range(0, len(features.ids), SHARD_SIZE):
         ids = features.ids[begin : begin + SHARD_SIZE]
+        fingerprints = {name: known for names, _, known in features.seen_as(ids) for name in names}
         for name, found in aligned(features, ids, aligner).items():
             mask = found["mask"]
             known = [id for id, is_known in zip(ids, mask.tolist(), strict=True) if is_known]
-            stores[name].add(known, found["image"][mask].cpu(), found["text"][mask].cpu())
+            stores[name].add(
+                known, fingerprints[name][mask.numpy()], found["image"][mask].cpu(), found["text"][mask].cpu()
+            )
     for name, store in stores.items():
         store.finish({"aligner": aligner.kind, "width_before": aligner.widths[name], "raw": raw.get(name, {})})
 

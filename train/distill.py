@@ -19,6 +19,7 @@ from mmkd.aligner import load_aligner
 from mmkd.alignment import MODALITIES
 from mmkd.data.features import TeacherFeatures
 from mmkd.data.frozen_batches import training_batches
+from mmkd.data.matching import seen_pairs
 from mmkd.data.pairs import available_features
 from mmkd.data.published_features import FeatureKind
 from mmkd.data.records import Pair, PairFolder, open_pairs
@@ -187,7 +188,7 @@ def _open(
         off = "none" if reasons[0] == "false_negatives" else "0"
         raise ValueError(f"--{reasons[0]} needs --{name} FOLDER; give it, or set --{reasons[0]} {off}")
     opened = TeacherFeatures.open(path, settings.teachers or None, kind)
-    if not opened.seen([pair.id for pair in folder.pairs]).any():
+    if not seen_pairs(opened, folder.pairs, f"--{name} {path}").any():
         raise ValueError(f"--{name} {path} has features for none of the training pairs of {settings.pairs}")
     return opened
 

@@ -28,6 +28,7 @@ from mmkd.data.feature_ids import refuse_twice
 from mmkd.data.feature_parts import SKIPPED_FILE, FeatureParts
 from mmkd.data.feature_shards import FeatureType
 from mmkd.data.images import UnreadableImage
+from mmkd.data.pair_fingerprints import fingerprints_of
 from mmkd.data.pixels import read_pixels
 from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.device import chosen_device
@@ -95,13 +96,13 @@ def main(settings: ExtractSettings) -> None:
     folder = open_pairs(settings.pairs)
     torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
-    ids = ids_of(folder.pairs)
+    ids, fingerprints = ids_of(folder.pairs), fingerprints_of(folder.pairs)
     refuse_twice(ids)
     jobs = []
     for name, source in sources.items():
         encoder = load_teacher(name, source, settings)
         path = settings.output / name
-        parts = FeatureParts(path, name, ids, encoder.provenance, settings.dtype, settings.shard_size)
+        parts = FeatureParts(path, name, ids, fingerprints, encoder.provenance, settings.dtype, settings.shard_size)
         jobs.append(Job(encoder, parts))
     for job in jobs:
         if isinstance(job.encoder, FrozenEncoder):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from mmkd.data.choice import Choice, in_chunks, write_choice
 from mmkd.data.features import TeacherFeatures
+from mmkd.data.matching import seen_pairs
 from mmkd.data.pair import SPLITS, Pair
 from mmkd.data.records import PairFolder, open_pairs
 from mmkd.files import atomic_folder, atomic_write_text, refuse_existing, write_json
@@ -67,6 +68,7 @@ def main(settings: ScreenSettings) -> None:
     folder = open_pairs(settings.pairs)
     features = TeacherFeatures.open(settings.features, settings.teachers or None)
     minimum = check(settings, features)
+    seen_pairs(features, folder.pairs, settings.features)
     pools = draw_pools(folder, features, settings)
     thresholds = {
         split: {name: pool.threshold(settings.percentile) for name, pool in members.items()}

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmkd.data.features import TeacherFeatures
+from mmkd.data.pair_table import in_columns
 from mmkd.data.pairs import Collate, GlobalBatchSampler, PairDataset, available_features
 from mmkd.data.records import Pair, PairFolder
 from mmkd.distributed import rank, world_size
@@ -142,8 +143,8 @@ class FeatureBatches:
 def identity_of(pairs: Sequence[Pair], sampler: GlobalBatchSampler) -> dict[str, Any]:
     """Number and SHA-256 of the pairs in their order (id, image, caption, teachers), and size of a global batch."""
     digest = hashlib.sha256()
-    for pair in pairs:
-        digest.update(repr((pair.id, pair.image, pair.sha256, pair.caption, pair.teachers)).encode())
+    for columns in in_columns(pairs, ("id", "image", "sha256", "caption", "teachers")):
+        digest.update("".join(map(repr, zip(*columns, strict=True))).encode())
     return {"pairs": len(pairs), "pairs_sha256": digest.hexdigest(), "batch_size": sampler.batch_size}
 
 

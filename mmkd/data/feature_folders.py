@@ -113,9 +113,9 @@ def _merge_teacher(stores: Sequence[FeatureStore], output: Path) -> int:
         scales = [scale for _, scale in parts if scale is not None]
         write_encoded(file, encoded(stored, np.concatenate(scales) if scales else None, stores[0].dtype))
     ids = (
-        store.ids.take(chosen[start : start + COPIED_TOGETHER])
+        (store.ids.take(part), store.ids.fingerprints(part))
         for store, chosen in zip(stores, rows, strict=True)
-        for start in range(0, len(chosen), COPIED_TOGETHER)
+        for part in np.split(chosen, range(COPIED_TOGETHER, len(chosen), COPIED_TOGETHER))
     )
     close_store(output, stores[0].name, stores[0].dtype, files, ids, stores[0].provenance)
     return total

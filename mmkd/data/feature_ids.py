@@ -2,8 +2,9 @@
 
 ``ids-*.safetensors`` holds for every row the 96-bit BLAKE2 digest of its id, sorted (``key`` 64 bits, ``check`` 32,
 ``row``), and the ids themselves as UTF-8 in row order (``text``, and ``end`` within each block of rows that ``start``
-begins). Looking up n ids is one binary search in a memory map; two ids are taken for one only if all 96 bits agree,
-which among 20 million happens with a probability of 1e-14. Opening reads the header alone.
+begins); where they are known also the fingerprints of the pairs in row order (``caption`` and ``image``, 32 bits each,
+see `mmkd.data.pair_fingerprints`). Looking up n ids is one binary search in a memory map; two ids are taken for one
+only if all 96 bits agree, which among 20 million happens with a probability of 1e-14. Opening reads the header alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mmkd.files import atomic_write_bytes
 
 BLOCK = 4096
 DIGEST = np.dtype([("key", "<u8"), ("check", "<u4")])
+FINGERPRINT = np.dtype([("caption", "<u4"), ("image", "<u4")])
 MAX_ROWS = 2**32 - 1
 
 
@@ -36,10 +38,12 @@ class IdIndex(Sequence[str]):
         """
         self._path = path
         arrays = TensorMap(path).arrays
-        if set(arrays) != {"key", "check", "row", "text", "end", "start"}:
+        if set(arrays) - {"caption", "image"} != {"key", "check", "row", "text", "end", "start"}:
             raise ValueError(f"{path} is no index of ids; extract again")
         self.key, self._check, self._row = arrays["key"], arrays["check"], arrays["row"]
         self._text, self._end, self._start = arrays["text"], arrays["end"], arrays["start"]
+        self._fingerprints = {name: arrays[name] for name in FINGERPRINT.names or () if name in arrays}
+        self.has_fingerprints = bool(self._fingerprints)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process maps the file anew."""
@@ -72,6 +76,14 @@ class IdIndex(Sequence[str]):
         begin = block + np.where(rows % BLOCK == 0, 0, self._end[np.maximum(rows - 1, 0)].astype(np.int64))
         end = block + self._end[rows]
         return [bytes(self._text[a:b]).decode() for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
+
+    def fingerprints(self, rows: np.ndarray) -> np.ndarray:
+        """Fingerprints of rows (n,), zeros where they are unknown or the row is -1; (n,) of `FINGERPRINT`."""
+        found = np.zeros(len(rows), dtype=FINGERPRINT)
+        there = rows >= 0
+        for name, stored in self._fingerprints.items():
+            found[name][there] = stored[rows[there]]
+        return found
 
     def rows(self, wanted: np.ndarray) -> np.ndarray:
         """The row of each digest (n,), -1 where there is none; (n,) int64."""
@@ -156,8 +168,13 @@ def refuse_twice(ids: Sequence[str]) -> None:
         raise ValueError(f"id {ids[int(order[twice[0]])]!r} occurs twice; ids must be unique")
 
 
-def write_index(folder: Path, chunks: Iterable[Sequence[str]], count: int) -> tuple[str, str]:
+def write_index(folder: Path, chunks: Iterable[tuple[Sequence[str], np.ndarray]], count: int) -> tuple[str, str]:
     """Write the index of ids that come in row order, some at a time, under a name that tells its content.
+
+    Args:
+        folder: where.
+        chunks: ids and fingerprints of pairs, which may all be unknown (zeros).
+        count: rows of the store.
 
     Returns:
         The file's name and its SHA-256.
@@ -166,7 +183,9 @@ def write_index(folder: Path, chunks: Iterable[Sequence[str]], count: int) -> tu
         ValueError: there are not ``count`` ids, one occurs twice, or one is not text that UTF-8 can hold.
     """
     hashes, texts, lengths = [digests([])], [], [np.zeros(0, dtype=np.int64)]
-    for ids in chunks:
+    prints = [np.zeros(0, dtype=FINGERPRINT)]
+    for ids, known in chunks:
+        prints.append(known)
         encoded = [_encoded(id) for id in ids]
         hashes.append(digests(ids))
         texts.append(b"".join(encoded))
@@ -189,6 +208,8 @@ def write_index(folder: Path, chunks: Iterable[Sequence[str]], count: int) -> tu
         raise ValueError(f"{folder}: ids of {end.max() // BLOCK} bytes; they must be shorter")
     arrays = {"key": table["key"], "check": table["check"], "row": order.astype("<u4"), "text": text}
     arrays |= {"end": end.astype("<u4"), "start": start.astype("<u8")}
+    fingerprints = np.concatenate(prints)
+    arrays |= {name: fingerprints[name] for name in FINGERPRINT.names or () if fingerprints[name].any()}
     data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     digest = hashlib.sha256(data).hexdigest()
     name = f"ids-{digest[:12]}.safetensors"

@@ -1,10 +1,10 @@
 """An extraction under way: shards of fixed pairs, written whole by any process, that become one feature store.
 
-A shard is named by what it holds (the teacher's identity and the ids of its pairs): a shard that is there is done,
-whoever made it and whenever, and one of other weights is never taken for it. Whichever process finds all shards closes
-the store by writing its index and ``meta.json``; no process waits for another. The bytes of the store depend on the
-pairs and the teacher alone, not on how many processes there were or how often they were killed. Pairs that come later
-become further shards; those that are there stay as they are.
+A shard is named by what it holds (the teacher's identity, the ids of its pairs and their fingerprints): a shard that is
+there is done, whoever made it and whenever, and one of other weights is never taken for it. Whichever process finds all
+shards closes the store by writing its index and ``meta.json``; no process waits for another. The bytes of the store
+depend on the pairs and the teacher alone, not on how many processes there were or how often they were killed. Pairs
+that come later become further shards; those that are there stay as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mmkd.data.feature_ids import digests
 from mmkd.data.feature_shards import FeatureType, header_sha256, write_shard
 from mmkd.data.feature_store import FeatureStore, close_store
 from mmkd.data.features import SHARD_SIZE
+from mmkd.data.pair_fingerprints import changes, told
 from mmkd.files import atomic_write_text
 
 IDENTITY = ("fingerprint", "preprocessing", "tokenizer", "context", "pooling", "precision")
@@ -40,7 +41,14 @@ class FeatureParts:
     """
 
     def __init__(
-        self, path: Path, name: str, ids: Sequence[str], provenance: dict[str, Any], dtype: FeatureType, part_size: int
+        self,
+        path: Path,
+        name: str,
+        ids: Sequence[str],
+        fingerprints: np.ndarray,
+        provenance: dict[str, Any],
+        dtype: FeatureType,
+        part_size: int,
     ) -> None:
         """Compare what is there with what is wanted; nothing is written yet.
 
@@ -48,22 +56,26 @@ class FeatureParts:
             path: the store.
             name: the teacher.
             ids: the pairs that the store shall hold.
+            fingerprints: of these pairs, (n,).
             provenance: of the teacher.
             dtype: how numbers are stored.
             part_size: pairs a shard; 0 to choose by their number.
 
         Raises:
-            ValueError: the store is there, but from other weights or preprocessing, or in another dtype.
+            ValueError: the store is there, but from other weights or preprocessing, in another dtype, or of other
+                captions or images under the same ids.
         """
         self.path, self.name, self.provenance, self.dtype = path, name, provenance, dtype
         self._meta_before = self._meta()
         self._store = FeatureStore(path) if self._meta_before else None
-        self._ids = ids
+        self._ids, self._fingerprints = ids, fingerprints
         self._names: dict[int, str] = {}
         self.missing = np.arange(len(ids))
         if self._store is not None:
             self._refuse_other(self._store)
-            self.missing = np.flatnonzero(self._store.ids.rows(digests(ids)) < 0)
+            rows = self._store.ids.rows(digests(ids))
+            self.missing = np.flatnonzero(rows < 0)
+            self._refuse_changed(self._store.ids.fingerprints(rows))
         self.size = part_size or shard_size(len(self.missing))
         self._identity = json.dumps([dtype, *(provenance.get(key) for key in IDENTITY)])
 
@@ -140,13 +152,17 @@ class FeatureParts:
         self._tidy()
         return skipped if files else None
 
-    def _all_ids(self, skipped: dict[str, str]) -> Iterator[list[str]]:
-        """The ids of the store as it is, then of every shard."""
+    def _all_ids(self, skipped: dict[str, str]) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Ids and fingerprints of the store as it is, then of every shard."""
         if self._store is not None:
-            for start in range(0, len(self._store.ids), SHARD_SIZE):
-                yield self._store.ids[start : start + SHARD_SIZE]
+            index = self._store.ids
+            for start in range(0, len(index), SHARD_SIZE):
+                rows = np.arange(start, min(start + SHARD_SIZE, len(index)))
+                yield index.take(rows), index.fingerprints(rows)
         for part in range(len(self)):
-            yield [id for id in self.ids(part) if id not in skipped]
+            ids = self.ids(part)
+            kept = np.array([id not in skipped for id in ids], dtype=bool)
+            yield [id for id in ids if id not in skipped], self._fingerprints[self.positions(part)][kept]
 
     def _tidy(self) -> None:
         """Take away what a killed run, an earlier index or a shard without a readable image left in the folder."""
@@ -159,7 +175,7 @@ class FeatureParts:
 
     def _file(self, part: int) -> Path:
         if part not in self._names:
-            content = json.dumps([self._identity, self.ids(part)])
+            content = json.dumps([self._identity, self.ids(part), self._fingerprints[self.positions(part)].tolist()])
             self._names[part] = f"shard-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
         return self.path / self._names[part]
 
@@ -169,6 +185,15 @@ class FeatureParts:
             return (self.path / "meta.json").read_bytes()
         except FileNotFoundError:
             return b""
+
+    def _refuse_changed(self, before: np.ndarray) -> None:
+        found = changes(before, self._fingerprints)
+        rows = np.flatnonzero(np.any(list(found.values()), axis=0))
+        if len(rows):
+            raise ValueError(
+                f"{self.path} holds features of other captions or images: {told(found, self._ids, rows)}. Give pairs "
+                f"that changed new ids, or remove {self.path} and extract again"
+            )
 
     def _refuse_other(self, store: FeatureStore) -> None:
         differing = [key for key in IDENTITY if store.provenance.get(key) != self.provenance.get(key)]

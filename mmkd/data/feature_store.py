@@ -131,7 +131,7 @@ def close_store(
     name: str,
     dtype: FeatureType,
     files: Sequence[Path],
-    id_chunks: Iterable[Sequence[str]],
+    id_chunks: Iterable[tuple[Sequence[str], np.ndarray]],
     provenance: dict[str, Any],
 ) -> None:
     """Write the index of ids and ``meta.json`` over shards that are there; see `FeatureWriter.finish`."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmkd.data.feature_ids import JoinedIds, digests
+from mmkd.data.feature_ids import FINGERPRINT, JoinedIds, digests
 from mmkd.data.feature_shards import STORED_AS, FeatureType, write_shard
 from mmkd.data.feature_store import FeatureStore, close_store
 from mmkd.data.published import META_FILE
@@ -58,19 +58,22 @@ class FeatureWriter:
             raise ValueError(f"{self.name}: {len(image)} features must be 1 to {self.shard_size}, the size of a shard")
         write_shard(shard_path(self.path, shard), image, text, self.dtype)
 
-    def finish(self, ids: Sequence[str], provenance: dict[str, Any]) -> None:
+    def finish(self, ids: Sequence[str], provenance: dict[str, Any], fingerprints: np.ndarray | None = None) -> None:
         """Write the ids and then ``meta.json``, which makes the store readable.
 
         Args:
             ids: pair ids in row order over all shards; may be a sequence on disk.
             provenance: JSON values: weights, preprocessing, tokenizer, licence, versions.
+            fingerprints: of the pairs, see `mmkd.data.pair_fingerprints`; None where they are unknown.
 
         Raises:
             ValueError: an id occurs twice, or the shards do not hold ``len(ids)`` rows of one width.
             FileNotFoundError: a shard is missing.
         """
         files = [shard_path(self.path, k) for k in range(-(-len(ids) // self.shard_size))]
-        chunks = (ids[start : start + self.shard_size] for start in range(0, len(ids), self.shard_size))
+        known = np.zeros(len(ids), dtype=FINGERPRINT) if fingerprints is None else fingerprints
+        parts = (slice(start, start + self.shard_size) for start in range(0, len(ids), self.shard_size))
+        chunks = ((ids[part], known[part]) for part in parts)
         close_store(self.path, self.name, self.dtype, files, chunks, provenance)
 
 
@@ -154,6 +157,20 @@ class TeacherFeatures:
             known = set(self._published.ids)
             return np.fromiter((id in known for id in ids), dtype=bool, count=len(ids))
         return np.any([rows >= 0 for rows in self._rows(ids).values()], axis=0)
+
+    def seen_as(self, ids: Sequence[str]) -> list[tuple[list[str], np.ndarray, np.ndarray]]:
+        """Which of n pairs teachers have seen, and what these pairs were then.
+
+        Returns:
+            For teachers that saw the same pairs: their names, (n,) bool, and (n,) of `FINGERPRINT`, zeros if unknown.
+        """
+        if self._published is not None:
+            return [(self.names, self.seen(ids), self._published.fingerprints(ids))]
+        found = []
+        for key, rows in self._rows(ids).items():
+            names = [name for name, store in self.stores.items() if store.meta["ids"]["sha256"] == key]
+            found.append((names, rows >= 0, self._indexes[key].fingerprints(rows)))
+        return found
 
     def _rows(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Rows of the ids in each distinct index; teachers that saw the same pairs share one."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TABLE_FILE = "manifest.arrow"
 IMAGE_PATTERN = r"^shards/[0-9]+\.tar@[0-9]+\+[0-9]+$"
+ROWS_TOGETHER = 65536
 FIELDS = tuple(field.name for field in dataclasses.fields(Pair))
 
 
@@ -93,6 +94,20 @@ class PairTable(Sequence[Pair]):
         else:
             for start in range(0, len(self._rows), rows):
                 yield shown.take(self._rows[start : start + rows])
+
+
+def in_columns(pairs: Sequence[Pair], names: Sequence[str]) -> Iterator[list[list[Any]]]:
+    """Some attributes of all pairs, a list each, some thousands of pairs at a time; of a table only these are read."""
+    for start in range(0, len(pairs), ROWS_TOGETHER):
+        some = pairs[start : start + ROWS_TOGETHER]
+        if isinstance(some, PairTable):
+            columns = [some.column(name).to_pylist() for name in names]
+            if "teachers" in names:
+                at = list(names).index("teachers")
+                columns[at] = [None if value is None else tuple(value) for value in columns[at]]
+            yield columns
+        else:
+            yield [[getattr(pair, name) for pair in some] for name in names]
 
 
 def map_table(path: Path) -> pa.Table:

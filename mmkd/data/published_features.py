@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
+from mmkd.data.feature_ids import FINGERPRINT
+from mmkd.data.pair_fingerprints import fingerprints
 from mmkd.data.published import META_FILE, PublishedSample, read_published
 from mmkd.files import atomic_write_text
 
@@ -44,6 +47,8 @@ class PublishedFeatures:
         samples = read_published(folder)
         self._paths = {s.id: folder / "features" / s.folder / s.id / FEATURE_FILES[kind] for s in samples}
         self.ids = list(self._paths)
+        known = fingerprints((s.caption for s in samples), ("" for _ in samples), (s.image for s in samples))
+        self._fingerprints = dict(zip(self.ids, known, strict=True))
         first_with: dict[str, str] = {}
         for sample in samples:
             for name in sample.teachers:
@@ -84,6 +89,11 @@ class PublishedFeatures:
                         parts[modality][row] = stored
                     parts["mask"][row] = True
         return found
+
+    def fingerprints(self, ids: Sequence[str]) -> np.ndarray:
+        """Of n samples as ``meta.jsonl`` lists them, zeros for those it does not; (n,) of `FINGERPRINT`."""
+        unknown = np.zeros((), dtype=FINGERPRINT)[()]
+        return np.array([self._fingerprints.get(id, unknown) for id in ids], dtype=FINGERPRINT)
 
     def _width(self, name: str, id: str) -> int:
         features = self._load(id)

@@ -50,7 +50,7 @@ def import_published(
         for name, found in published.lookup(ids).items():
             mask = found["mask"]
             seen = [id for id, known in zip(ids, mask.tolist(), strict=True) if known]
-            stores[name].add(seen, found["image"][mask], found["text"][mask])
+            stores[name].add(seen, published.fingerprints(seen), found["image"][mask], found["text"][mask])
         progress(len(ids))
     for name, store in stores.items():
         about = {"teacher": name, "weights": f"the authors' published features ({FEATURE_FILES[kind]})"}

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from mmkd.data import feature_ids
-from mmkd.data.feature_ids import BLOCK, DIGEST, IdIndex, JoinedIds, digests, write_index
+from mmkd.data.feature_ids import BLOCK, DIGEST, FINGERPRINT, IdIndex, JoinedIds, digests, write_index
 
 ODD = ["", "a\0b", "a\n", "肺-7", "🫁", "é", "x" * 70_000, " a", "a", "A"]
 
 
 def index(folder, ids, chunk=1000):
     folder.mkdir(exist_ok=True)
-    name, _ = write_index(folder, (ids[start : start + chunk] for start in range(0, len(ids), chunk)), len(ids))
+    parts = (ids[start : start + chunk] for start in range(0, len(ids), chunk))
+    name, _ = write_index(folder, ((part, np.zeros(len(part), FINGERPRINT)) for part in parts), len(ids))
     return IdIndex(folder / name)
 
 

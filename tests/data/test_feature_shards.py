@@ -1,10 +1,11 @@
 """How numbers are stored: no more bytes than promised, no farther from the truth than promised."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from mmkd.data.feature_ids import write_index
+from mmkd.data.feature_ids import FINGERPRINT, write_index
 from mmkd.data.feature_shards import decode, encode, header_sha256, shard_fault, write_shard
 from mmkd.data.safetensors_map import TensorMap
 
@@ -51,7 +52,7 @@ def test_bytes_a_number(tmp_path, dtype, most):
     count, dim = 4096, 512
     features = torch.nn.functional.normalize(torch.randn(count, dim), dim=-1)
     write_shard(tmp_path / "shard.safetensors", features, features, dtype)
-    write_index(tmp_path, [[f"{k:032x}" for k in range(count)]], count)
+    write_index(tmp_path, [([f"{k:032x}" for k in range(count)], np.ones(count, FINGERPRINT))], count)
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert size / (2 * count * dim) <= most
 

@@ -179,6 +179,33 @@ def test_pairs_added_later_are_the_only_ones_extracted(work, monkeypatch):
     assert counted.calls == 11
 
 
+def test_a_caption_that_changed_is_refused_finished_and_extracted_anew_unfinished(work, monkeypatch):
+    run("features")
+    manifest = Path("pairs/manifest.jsonl")
+    before = manifest.read_text()
+    changed = before.replace(json.loads(before.splitlines()[3])["caption"], "rewritten since", 1)
+    manifest.write_text(changed)
+    with pytest.raises(ValueError, match=r"features/first holds features of other captions.*1 captions of 23.*p3"):
+        run("features")
+    run("fresh")
+    manifest.write_text(before)
+    real, written = extract.FeatureParts.write, []
+
+    def killed(self, *values):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(values[0])
+        real(self, *values)
+
+    monkeypatch.setattr(extract.FeatureParts, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("resumed")
+    monkeypatch.setattr(extract.FeatureParts, "write", real)
+    manifest.write_text(changed)
+    run("resumed")
+    assert contents("resumed") == contents("fresh") != contents("features")
+
+
 def test_images_that_cannot_be_read_are_left_out_and_listed(work, capsys):
     Path("pairs/images/3.png").write_bytes(b"no image")
     Path("pairs/images/22.png").write_bytes(Path("pairs/images/22.png").read_bytes()[:900])

@@ -1,5 +1,6 @@
 """Every training config and recipe on a few pictures, through the functions that the commands call."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,8 @@ import mmkd.train.distill
 import mmkd.train.pretrain
 from mmkd.aligner import load_aligner
 from mmkd.data.features import FeatureWriter, TeacherFeatures
-from mmkd.data.records import Pair, write_manifest
+from mmkd.data.pair_fingerprints import fingerprints_of
+from mmkd.data.records import Pair, open_pairs, write_manifest
 from mmkd.provenance import teachers_of
 from mmkd.settings import parse
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
@@ -284,6 +286,26 @@ def test_distilling_from_the_authors_folder_as_it_is(tmp_path, shared_data, reci
     call("distill", *inputs, "--model", student, "--output", output, *TINY, "--recipe", recipe)
     assert len(log(output)) == 2
     assert {"task", {"default": "affinity", "paper": "feature"}[recipe]} < set(log(output)[0])
+
+
+def test_a_caption_changed_since_extraction_is_refused_before_training(tmp_path, world):
+    """Aligned features, too, know the captions of the raw ones."""
+    pairs = list(open_pairs(world / "pairs").pairs)
+    for name in ("one", "two"):
+        features = torch.nn.functional.normalize(torch.randn(2, len(pairs), DIM), dim=-1)
+        writer = FeatureWriter(tmp_path / "features" / name, name)
+        writer.write_shard(0, features[0], features[1])
+        writer.finish([pair.id for pair in pairs], {}, fingerprints_of(pairs))
+    pair_folder = ["--pairs", world / "pairs", "--features", tmp_path / "features"]
+    call("align", *pair_folder, "--output", tmp_path / "aligned", "--dim", DIM, "--quiet")
+    for number, place in ((2, "train"), (PAIRS + 1, "validation")):
+        now = [dataclasses.replace(p, caption="rewritten") if k == number else p for k, p in enumerate(pairs)]
+        write_manifest(tmp_path / place, now, world / "pairs" / "images")
+        common = ["--pairs", tmp_path / place, "--model", world / "student", "--output", tmp_path / "out", *TINY]
+        for more in (["--features", tmp_path / "features"], ["--aligned", tmp_path / "aligned", "--recipe", "paper"]):
+            with pytest.raises(ValueError, match=rf"one, two: 1 captions; first p{number}\)"):
+                call("distill", *common, *more, "--validate_every", 5)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_mixed_widths_are_refused_before_training(tmp_path, world):
