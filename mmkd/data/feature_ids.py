@@ -2,7 +2,7 @@
 
 ``ids-*.safetensors`` holds for every row the 96-bit BLAKE2 digest of its id, sorted (``key`` 64 bits, ``check`` 32,
 ``row``), and the ids themselves as UTF-8 in row order (``text``, and ``end`` within each block of rows that ``start``
-begins); where they are known also the fingerprints of the pairs in row order (``caption`` and ``image``, 32 bits each,
+begins); where they are known also the fingerprints of the pairs in row order (``caption`` and ``image``, 16 bits each,
 see `mmkd.data.pair_fingerprints`). Looking up n ids is one binary search in a memory map; two ids are taken for one
 only if all 96 bits agree, which among 20 million happens with a probability of 1e-14. Opening reads the header alone.
 """
@@ -22,7 +22,7 @@ from mmkd.files import atomic_write_bytes
 
 BLOCK = 4096
 DIGEST = np.dtype([("key", "<u8"), ("check", "<u4")])
-FINGERPRINT = np.dtype([("caption", "<u4"), ("image", "<u4")])
+FINGERPRINT = np.dtype([("caption", "<u2"), ("image", "<u2")])
 MAX_ROWS = 2**32 - 1
 
 
