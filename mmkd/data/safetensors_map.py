@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own
-NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1", "U32": "<u4", "U64": "<u8"}
+NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
+NUMPY_TYPES |= {"U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 
 def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
