@@ -243,10 +243,18 @@ def test_zero_shot_pipeline(folder, model):
         assert row["score"] == pytest.approx(expected[labels.index(row["label"])].item(), abs=1e-4)
 
 
-def test_layers_not_to_split_are_there(model):
-    names = {type(module).__name__ for module in model.modules()}
-    assert model._no_split_modules and set(model._no_split_modules) <= names
-    assert {"CLIPEncoderLayer", "BertLayer"} <= set(model._no_split_modules)
+@pytest.mark.parametrize(
+    ("text", "layer"),
+    [
+        (TEXT, "BertLayer"),
+        (ElectraConfig(**TEXT, embedding_size=24), "ElectraLayer"),
+        (DistilBertConfig(vocab_size=70, dim=32, n_layers=1, n_heads=2, hidden_dim=48), "TransformerBlock"),
+    ],
+)
+def test_layers_not_to_split_are_there(text, layer):
+    model = small(text=text)
+    assert set(model._no_split_modules) == {"CLIPEncoderLayer", "CLIPVisionEmbeddings", layer}
+    assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
 
 
 def test_word_embeddings_are_the_text_towers(model):

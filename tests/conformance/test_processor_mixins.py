@@ -60,6 +60,9 @@ class SmallImages:
             torchify=torchify,
         )
 
+    def prepare_processor_inputs(self, **options):
+        return {"images": self.prepare_image_inputs(**options)}
+
 
 class ImageProcessorTest(images.ImageProcessingTestMixin, unittest.TestCase):
     def setUp(self):
