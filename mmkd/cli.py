@@ -11,10 +11,10 @@ import importlib.resources
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from mmkd.launching import launch
 from mmkd.settings import nearest
 
 RECIPES = {
@@ -42,7 +42,7 @@ RECIPES = {
 PIPELINES = {"quickstart": "quickstart.yaml", "miniature": "miniature.yaml"}
 DISTRIBUTED = ("pretrain", "extract", "align", "distill", "finetune")
 EXTRAS = {
-    "accelerate": "train",
+    **dict.fromkeys(("accelerate", "psutil"), "train"),
     "peft": "train",
     "torchvision": "train",
     "open_clip": "teachers",
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     module = RECIPES[name][0]
     if name in DISTRIBUTED and not _is_launched() and (launcher or _accelerate_is_configured()):
         command, environment = launch_command(module, launcher, arguments)
-        raise SystemExit(subprocess.call(command, env=os.environ | environment))
+        raise SystemExit(launch(command, environment, module))
     sys.argv = [f"mmkd {name}", *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

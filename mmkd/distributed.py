@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+DEEPSPEED_PARTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")  # of ZeRO-1 and 2, and of ZeRO-3
+
 
 def rank() -> int:
     """This process' number: in its group, without one as the launcher said (``RANK``), else 0."""
@@ -161,8 +163,9 @@ def moments(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
         return {name: whole(value) for name, value in optimizer.state.get(parameter, {}).items()}
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    states = _deepspeed_states(optimizer)
     found = {name: safe_get_full_optimizer_state(parameter, name) for name in ("exp_avg", "exp_avg_sq")}
-    return found | {"step": _deepspeed_steps(optimizer)[0].reshape(())}
+    return found | {"step": states[0]["step"].detach().clone().reshape(())}
 
 
 def set_moments(optimizer: Any, parameter: Tensor, values: dict[str, Tensor]) -> None:
@@ -170,8 +173,8 @@ def set_moments(optimizer: Any, parameter: Tensor, values: dict[str, Tensor]) ->
     if _of_deepspeed(parameter):
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        for step in _deepspeed_steps(optimizer):
-            step.fill_(values["step"].item())
+        for state in _deepspeed_states(optimizer):
+            state["step"].fill_(values["step"].item())
         for name in ("exp_avg", "exp_avg_sq"):
             value = values[name].to(parameter.device)
             if hasattr(parameter, "ds_id"):
@@ -197,11 +200,25 @@ def _of_deepspeed(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
 
 
-def _deepspeed_steps(optimizer: Any) -> list[Tensor]:
-    """The step counters of the Adam that ZeRO wraps, one for each flat part."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return [state["step"] for state in optimizer.state.values() if "step" in state]
+def _deepspeed_states(optimizer: Any) -> list[dict[str, Tensor]]:
+    """What the Adam that ZeRO wraps keeps for each flat part of the weights; begun where there was no step yet.
+
+    ZeRO-1 and 2 find a parameter's share of it by links that they make when the first of several groups has stepped and
+    the others have nothing to link to; here they are made anew.
+    """
+    zero = optimizer
+    while not any(hasattr(zero, name) for name in DEEPSPEED_PARTS):
+        zero = zero.optimizer
+    parts = next(getattr(zero, name) for name in DEEPSPEED_PARTS if hasattr(zero, name))
+    states = zero.optimizer.state
+    for part in parts:
+        if not states[part]:
+            states[part] = {"exp_avg": torch.zeros_like(part), "exp_avg_sq": torch.zeros_like(part)}
+            states[part]["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+    return [states[part] for part in parts]
 
 
 class _Gather(torch.autograd.Function):

@@ -23,6 +23,7 @@ from accelerate.utils import ProjectConfiguration, send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
+from mmkd import zero
 from mmkd.data.batches import Batches
 from mmkd.distributed import make_plain, mean_over_processes, rank, settle_group, wait_for_everyone, whole
 from mmkd.files import refuse_existing
@@ -69,6 +70,7 @@ def start(settings: LoopSettings) -> Accelerator:
         project_config=trackers,
     )
     settle_group(str(accelerator.distributed_type))
+    zero.refuse(accelerator, settings)
     torch.manual_seed(settings.seed)
     return accelerator
 
@@ -137,7 +139,7 @@ class _Run:
             objective.to(memory_format=torch.channels_last)
         self.step_log = StepLog(self.folder, settings, getattr(objective, "model", None), accelerator)
         wrapped = OneForward(objective, accelerator.device.type, settings.precision)
-        _tell_deepspeed(accelerator, settings)
+        zero.configure(accelerator, settings)
         self.trained, self.optimizer = accelerator.prepare(wrapped, build_optimizer(objective, settings))
         self.scales = {n: p for n, p in objective.named_parameters() if n.endswith("logit_scale")}
         self.average = WeightAverage(objective, settings.ema_decay) if settings.ema_decay is not None else None
@@ -284,12 +286,3 @@ class _Run:
 
     def _to_device(self, batch: Any) -> Any:
         return send_to_device(batch, self.accelerator.device, non_blocking=True)
-
-
-def _tell_deepspeed(accelerator: Accelerator, settings: LoopSettings) -> None:
-    """Give DeepSpeed, where it is used, what it does itself: the batch's size and clipping."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = max(1, settings.batch_size // accelerator.num_processes)
-        config["gradient_clipping"] = settings.clip_norm or 0.0
-        config["zero_allow_untested_optimizer"] = True

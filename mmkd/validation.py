@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmkd.data.batches import Batches, pair_batches
 from mmkd.data.features import TeacherFeatures
 from mmkd.data.matching import seen_pairs
-from mmkd.data.records import Pair, open_pairs
+from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.distributed import gather, mean_over_processes, rank, wait_for_everyone
 from mmkd.resume import snapshot
 from mmkd.run_folder import RunFolder
@@ -39,6 +39,9 @@ class ValidationSettings:
         None, f"the output is the weights that were best by it, none = the last; one of {', '.join(METRICS)}"
     )
     validation_pairs: int = setting(5000, "at most so many pairs of the validation split are used")
+    hold_out: float = setting(
+        0.0, "share of the training groups that is held out for evaluation, where a folder has no validation split"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is read.
@@ -49,6 +52,12 @@ class ValidationSettings:
         check(self.validate_every, self.best_metric)
         if self.validation_pairs < 2:
             raise ValueError(f"--validation_pairs is {self.validation_pairs}; it must be at least 2")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"--hold_out is {self.hold_out}; it must be at least 0 (nothing) and below 1")
+        if self.hold_out and self.validate_every is None:
+            raise ValueError(
+                f"--hold_out {self.hold_out} needs --validate_every STEPS, or nothing looks at those pairs"
+            )
 
 
 class Validation:
@@ -115,6 +124,7 @@ def validation_of(
     pairs: Path,
     processor: Any,
     *,
+    held_out: PairFolder | None = None,
     batch_size: int,
     workers: int,
     seed: int,
@@ -127,6 +137,7 @@ def validation_of(
         settings: how often, how many and what for.
         pairs: the folder.
         processor: the model's.
+        held_out: from `mmkd.data.held_out.split_off`; None for the folder's own validation split.
         batch_size: pairs in a global batch, as in training, so that losses can be compared.
         workers: processes that read images.
         seed: of the order.
@@ -138,10 +149,7 @@ def validation_of(
     """
     if settings.validate_every is None:
         return None
-    try:
-        folder = open_pairs(pairs, "validation")
-    except ValueError as error:
-        raise ValueError(f"{error}; --validate_every none --best_metric none trains without evaluation") from None
+    folder = held_out or _validation_split(pairs)
     folder.pairs = sorted(folder.pairs, key=_draw)[: settings.validation_pairs]
     for found in (features, aligned):
         if found is not None:
@@ -189,6 +197,16 @@ def retrieval(images: Tensor, texts: Tensor, captions: Tensor) -> dict[str, floa
         ranks = torch.cat([_ranks(queries[rows], answers, captions[rows], captions) for rows in _chunks(len(queries))])
         found |= {f"{way}_recall@{k}": (ranks <= k).double().mean().item() for k in RECALLS}
     return found | {"mean_recall": sum(found.values()) / len(found)}
+
+
+def _validation_split(pairs: Path) -> PairFolder:
+    try:
+        return open_pairs(pairs, "validation")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; --hold_out 0.01 holds out a hundredth of the training pairs, --validate_every none "
+            "--best_metric none trains without evaluation"
+        ) from None
 
 
 def _draw(pair: Pair) -> bytes:

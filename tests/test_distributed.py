@@ -28,6 +28,7 @@ def torchrun(*arguments, processes=2):
         os.killpg(process.pid, signal.SIGKILL)  # the processes that torchrun started, too
         raise
     assert process.returncode == 0, errors[-3000:]
+    return errors
 
 
 def test_one_process_needs_no_group():

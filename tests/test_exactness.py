@@ -48,19 +48,49 @@ def test_pieces_of_a_batch_on_one_process(tmp_path, reference):
         assert_same_run(tmp_path / name, reference)
 
 
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """One process and batches of 48, whose captions are padded to the longest."""
+    folder = tmp_path_factory.mktemp("padded") / "one"
+    tiny_run.run(folder, batch_size=48)
+    return folder
+
+
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes(tmp_path, reference, processes):
-    """Without and with pieces, in one process group; on two also with weights spread by FSDP2."""
+def test_several_processes(tmp_path, reference, padded, processes):
+    """Without and with pieces, in one process group; on two also with weights spread by FSDP2, and captions in runs."""
     runs = {"whole": {}, "pieces": {"micro_batch_size": 4}}
     if processes == 2:
         runs["spread"] = {"fsdp": True, "micro_batch_size": 5, "checkpoint_every": 8}
+        in_runs = {"batch_size": 48, "batches": {"caption_runs": True}}
+        runs |= {"captions": in_runs, "captions in pieces": {**in_runs, "micro_batch_size": 16}}
+        runs["spread captions"] = {**in_runs, "fsdp": True, "micro_batch_size": 16}
     arguments = [text for name, more in runs.items() for text in (tmp_path / name, json.dumps(more))]
     torchrun(tiny_run.__file__, tmp_path / "gradients.json", "differences", *arguments, processes=processes)
-    for name in runs:
-        assert_same_run(tmp_path / name, reference)
+    for name, more in runs.items():
+        assert_same_run(tmp_path / name, padded if "batches" in more else reference)
+        assert all("useful_tokens" in line for line in log(tmp_path / name)) == ("batches" in more)
     through, around = json.loads((tmp_path / "gradients.json").read_text())
     assert through == 0.0
     assert around > 1e-4, "without the wrapper each process would have had its own gradient"
+
+
+def test_resumed_at_another_number_of_processes(tmp_path, reference):
+    """The rest of the run reads the same pairs in the same order, and comes to the same weights."""
+    tiny_run.run(tmp_path / "whole", max_steps=11, batches={"order": str(tmp_path / "whole.order")})
+    with pytest.raises(tiny_run.Killed):
+        tiny_run.run(tmp_path / "cut", checkpoint_every=4, batches={"killed_at": 10})
+    order = {"checkpoint_every": 4, "batches": {"order": str(tmp_path / "cut.order")}}
+    said = torchrun(tiny_run.__file__, tmp_path / "cut", json.dumps(order))
+    assert "step-00000008 was written by 1 processes, now 2 go on" in said
+    assert_same_run(tmp_path / "cut", reference)
+    alone, first, second = (order_of(tmp_path / name) for name in ("whole.order.0", "cut.order.0", "cut.order.1"))
+    assert [step for step, _ in first] == list(range(8, STEPS))
+    assert [(step, a + b) for (step, a), (_, b) in zip(first, second, strict=True)][:3] == alone[8:]
+
+
+def order_of(path):
+    return [(step, rows) for step, rows in map(json.loads, path.read_text().splitlines())]
 
 
 def gradients(objective, batch, **caching):

@@ -32,6 +32,10 @@ def test_settings_are_checked_before_anything_is_read():
         ValidationSettings(best_metric="loss")
     with pytest.raises(ValueError, match="--validate_every is 0"):
         ValidationSettings(validate_every=0)
+    with pytest.raises(ValueError, match=r"--hold_out is 1\.5"):
+        ValidationSettings(validate_every=1, hold_out=1.5)
+    with pytest.raises(ValueError, match=r"--hold_out 0\.1 needs --validate_every"):
+        ValidationSettings(hold_out=0.1)
 
 
 class Runaway(DistillObjective):

@@ -4,16 +4,19 @@ Captions differ in length and teachers lack some pairs, as in life. Every run of
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from safetensors.torch import save_file
 from transformers import BertConfig, CLIPVisionConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import mmkd.train.configs
+from mmkd import zero as zero_module
 from mmkd.data.batches import identity_of
 from mmkd.data.pairs import GlobalBatchSampler
 from mmkd.data.records import Pair
@@ -37,12 +40,16 @@ def tiny_student():
     return MMKDClipModel(MMKDClipConfig(vision, text, projection_dim=DIM))
 
 
+class Killed(Exception):
+    pass
+
+
 class Generated:
     """Batches in the order of the real ones, of pairs made from their number."""
 
-    def __init__(self, batch_size, wrong_step=None):
+    def __init__(self, batch_size, wrong_step=None, caption_runs=False, killed_at=None, order=None):
         self.sampler = GlobalBatchSampler(PAIRS, batch_size, rank(), world_size(), seed=1)
-        self.wrong_step = wrong_step
+        self.wrong_step, self.caption_runs, self.killed_at, self.order = wrong_step, caption_runs, killed_at, order
         generator = torch.Generator().manual_seed(5)
         self.pixels = torch.randn(PAIRS, 3, 16, 16, generator=generator)
         self.ids = torch.randint(5, WORDS, (PAIRS, 12), generator=generator)
@@ -67,19 +74,28 @@ class Generated:
         for number, indices in enumerate(self.sampler):
             if number < skip:
                 continue
+            step = epoch * len(self) + number
+            if step == self.killed_at:
+                raise Killed
+            if self.order is not None:
+                with Path(f"{self.order}.{rank()}").open("a") as file:
+                    file.write(json.dumps([step, indices]) + "\n")
             rows = torch.tensor(indices)
+            if self.caption_runs:  # as Collate hands them over
+                rows = rows[self.lengths[rows].argsort(descending=True, stable=True)]
             mask = (torch.arange(12) < self.lengths[rows][:, None]).long()
             longest = int(mask.sum(dim=1).max())
             pixels = self.pixels[rows].clone()
-            if epoch * len(self) + number == self.wrong_step and rank() == world_size() - 1:
+            if step == self.wrong_step and rank() == world_size() - 1:
                 pixels[0] = torch.nan  # on one process alone
             teachers = {n: {k: v[rows] for k, v in teacher.items()} for n, teacher in self.teachers.items()}
-            yield {
+            more = {"text_lengths": self.lengths[rows].tolist()} if self.caption_runs else {}
+            yield more | {
                 "pixel_values": pixels,
                 "input_ids": (self.ids[rows] * mask)[:, :longest],
                 "attention_mask": mask[:, :longest],
                 "index": rows,
-                "ids": [f"p{row}" for row in indices],
+                "ids": [f"p{row}" for row in rows.tolist()],
                 "teachers": teachers,
                 "aligned": teachers,
             }
@@ -93,7 +109,23 @@ def fsdp_options():
     return {names.get(name, name.removeprefix("fsdp_")): value for name, value in given.items()}
 
 
-def run(output, *, checkpointing=False, fsdp=False, wrong_step=None, **more):
+def use_deepspeed(accelerator, settings, stage):
+    """Likewise ZeRO, on CPU."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=1, zero3_init_flag=False)
+    deepspeed.init_distributed(dist_backend="gloo")
+    for state in (accelerator.state, PartialState()):
+        state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    accelerator.state.deepspeed_plugins = {"default": plugin}
+    accelerator.deepspeed_engine_wrapped = None
+    plugin.select(_from_accelerator_state=True)
+    unset_hf_deepspeed_config()  # as `start` does
+    zero_module.refuse(accelerator, settings)
+
+
+def run(output, *, checkpointing=False, fsdp=False, zero=None, batches=None, **more):
     """Train and write ``model.safetensors``; returns the objective."""
     values = {"batch_size": 24, "epochs": 4, "learning_rate": 1e-3, "quiet": True, **more}
     settings = LoopSettings(output=Path(output), **values)
@@ -101,11 +133,13 @@ def run(output, *, checkpointing=False, fsdp=False, wrong_step=None, **more):
     if fsdp:  # accelerate itself chooses it on GPUs alone; from here on all is its code
         accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**fsdp_options())
+    if zero is not None:
+        use_deepspeed(accelerator, settings, zero)
     student = tiny_student()
     if checkpointing:
         enable_gradient_checkpointing(student)
     objective = DistillObjective(student, DistillOptions(losses=LOSSES), seed=3)
-    batches = Generated(settings.batch_size, wrong_step)
+    batches = Generated(settings.batch_size, **(batches or {}))
     fit(
         accelerator,
         objective,

@@ -19,6 +19,7 @@ from mmkd.aligner import load_aligner
 from mmkd.alignment import MODALITIES
 from mmkd.data.features import TeacherFeatures
 from mmkd.data.frozen_batches import training_batches
+from mmkd.data.held_out import split_off
 from mmkd.data.matching import seen_pairs
 from mmkd.data.pairs import available_features
 from mmkd.data.published_features import FeatureKind
@@ -63,7 +64,7 @@ def main(settings: DistillSettings) -> None:
     accelerator = start(settings)
     if settings.quiet:
         disable_progress_bar()
-    folder = open_pairs(settings.pairs, "train")
+    folder, held_out = split_off(open_pairs(settings.pairs, "train"), settings.hold_out)
     features, aligned = open_features(settings, folder)
     model, processor = load_student(settings.model)
     if aligned is not None:
@@ -86,6 +87,7 @@ def main(settings: DistillSettings) -> None:
         settings,
         settings.pairs,
         processor,
+        held_out=held_out,
         batch_size=settings.batch_size,
         workers=settings.workers,
         seed=settings.seed,

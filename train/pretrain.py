@@ -16,6 +16,7 @@ from typing import Literal
 from transformers.utils.logging import disable_progress_bar
 
 from mmkd.data.frozen_batches import training_batches
+from mmkd.data.held_out import split_off
 from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.loop import LoopSettings, fit, start
 from mmkd.objectives import ContrastiveObjective
@@ -59,7 +60,7 @@ def main(settings: PretrainSettings) -> None:
     accelerator = start(settings)
     if settings.quiet:
         disable_progress_bar()
-    folder = open_pairs(settings.pairs, "train")
+    folder, held_out = split_off(open_pairs(settings.pairs, "train"), settings.hold_out)
     pairs = select(folder.pairs, settings.modalities, settings.labels, settings.part, settings.sources)
     if settings.model is not None:
         model, processor = load_student(settings.model)
@@ -93,6 +94,7 @@ def main(settings: PretrainSettings) -> None:
         settings,
         settings.pairs,
         processor,
+        held_out=held_out,
         batch_size=settings.batch_size,
         workers=settings.workers,
         seed=settings.seed,

@@ -106,7 +106,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
         if n < world_size:
             raise ValueError(f"{n} pairs cannot be shared out among {world_size} processes")
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch size {batch_size} must be a positive multiple of the {world_size} processes")
+            raise ValueError(
+                f"--batch_size {batch_size} cannot be shared out among {world_size} processes: take a multiple of "
+                f"{world_size}, or another number of processes"
+            )
         self.n = n
         self.batch_size = batch_size if n >= batch_size else n - n % world_size
         self.rank = rank

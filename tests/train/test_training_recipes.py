@@ -21,6 +21,7 @@ import mmkd.train.distill
 import mmkd.train.pretrain
 from mmkd.aligner import load_aligner
 from mmkd.data.features import FeatureWriter, TeacherFeatures
+from mmkd.data.held_out import split_off
 from mmkd.data.pair_fingerprints import fingerprints_of
 from mmkd.data.records import Pair, open_pairs, write_manifest
 from mmkd.provenance import teachers_of
@@ -154,8 +155,37 @@ def test_evaluation_chooses_the_weights_and_needs_a_split(tmp_path, world):
     call("pretrain", *common, "--best_metric", "loss", "--ema_decay", 0.5, "--output", tmp_path / "out")
     assert all(0 <= line["validation_mean_recall"] <= 1 for line in log(tmp_path / "out"))
     write_manifest(tmp_path / "pairs", [Pair(f"p{k}", f"{k}.png", "x") for k in range(4)], world / "pairs" / "images")
-    with pytest.raises(ValueError, match=r"no pairs in split 'validation'.*--validate_every none"):
+    with pytest.raises(ValueError, match=r"no pairs in split 'validation'.*--hold_out 0.01.*--validate_every none"):
         call("pretrain", *common, "--pairs", tmp_path / "pairs", "--output", tmp_path / "none")
+    with pytest.raises(ValueError, match=r"has a validation split.*leave --hold_out 0.5 out"):
+        call("pretrain", *common, "--hold_out", 0.5, "--output", tmp_path / "none")
+
+
+def test_the_best_of_the_authors_folder_by_a_share_that_is_held_out(tmp_path, shared_data):
+    folder = shared_data / "mmkd_clip_official" / "MMKDCLIP_DATA"
+    make_student(tmp_path / "student", dim=512)
+    inputs = [text for name in ("pairs", "features", "aligned") for text in (f"--{name}", folder)]
+    settings = ["--recipe", "paper", "--hold_out", 0.4, "--validate_every", 1, "--best_metric", "mean_recall"]
+    call("distill", *inputs, "--model", tmp_path / "student", "--output", tmp_path / "out", *TINY, *settings)
+    assert all(0 <= line["validation_mean_recall"] <= 1 for line in log(tmp_path / "out"))
+    whole = open_pairs(folder, "train")
+    train, held_out = split_off(whole, 0.4)
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["data"]["pairs"] == len(train.pairs)
+    assert sorted(pair.id for pair in [*train.pairs, *held_out.pairs]) == sorted(pair.id for pair in whole.pairs)
+
+
+def test_what_is_held_out_are_whole_groups_whatever_else_there_is(tmp_path):
+    pairs = [Pair(f"p{k}", f"{k}.png", "x", group=f"g{k // 3}") for k in range(900)]
+    sides = []
+    for some in (pairs, pairs[::2]):
+        write_manifest(tmp_path / str(len(some)), some)
+        train, held_out = split_off(open_pairs(tmp_path / str(len(some)), "train"), 0.2)
+        sides.append(({pair.id for pair in train.pairs}, {pair.id for pair in held_out.pairs}))
+        assert not {pair.group for pair in train.pairs} & {pair.group for pair in held_out.pairs}
+        assert 0.14 < len(held_out.pairs) / len(some) < 0.26
+    assert sides[1][1] < sides[0][1] and sides[1][0] < sides[0][0]
+    with pytest.raises(ValueError, match=r"--hold_out 1e-05 takes 0 of the 900 training pairs"):
+        split_off(open_pairs(tmp_path / "900", "train"), 0.00001)
 
 
 def test_attention_is_chosen_or_refused(tmp_path, world):

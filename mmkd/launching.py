@@ -1,0 +1,65 @@
+"""A launcher of several processes, watched: a signal to `mmkd` reaches those whom it concerns.
+
+Schedulers, containers and users stop the process they know, which is `mmkd`. torchrun would answer SIGTERM by ending
+its processes after half a minute and report a failure; the training processes themselves save after the step at hand
+and exit with 0, whereupon the launcher does too. So requests to stop go to them, and all else to the launcher. It runs
+in a session of its own, since a scheduler that signals the whole group would reach the launcher as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from mmkd.interruption import SIGNALS
+
+TO_THE_LAUNCHER = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
+
+
+def launch(command: Sequence[str], environment: Mapping[str, str], module: str) -> int:
+    """Run a launcher to its end.
+
+    Args:
+        command: of torchrun or ``accelerate launch``.
+        environment: what is set for it beside this process' own.
+        module: what its processes run, by which they are known.
+
+    Returns:
+        Its exit code.
+    """
+    launcher = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        asked = training_processes(launcher.pid, module) if number in SIGNALS else []
+        for process in asked or [launcher.pid]:
+            _send(process, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (*SIGNALS, *TO_THE_LAUNCHER)}
+    try:
+        return launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def training_processes(launcher: int, module: str) -> list[int]:
+    """Numbers of the processes that a launcher has started to run a module, without those that these started."""
+    import psutil
+
+    found = []
+    for child in psutil.Process(launcher).children():
+        try:
+            if module in child.cmdline():
+                found.append(child.pid)
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
+def _send(process: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
