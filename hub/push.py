@@ -1,6 +1,7 @@
-"""Push a model, features or pairs to the Hub, with a card made from what is known.
+"""Push a model, an adapter, features or pairs to the Hub, with a card made from what is known.
 
     mmkd push mmkd-clip --repo user/mmkd-clip --results results --dry-run
+    mmkd push finetuned/adapter --repo user/mmkd-clip-lung --base_model user/mmkd-clip
     mmkd push features/PLIP --repo user/plip-features
     mmkd push pairs --repo user/pairs
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
+from mmkd.publishing.adapter import adapter_publication
 from mmkd.publishing.datasets import features_publication, pairs_publication
 from mmkd.publishing.model import model_publication
 from mmkd.publishing.publication import Publication, kind_of
@@ -29,11 +31,12 @@ SHOWN_FILES = 40
 
 @dataclass
 class PushSettings:
-    """Push a model, features or pairs to the Hub."""
+    """Push a model, an adapter, features or pairs to the Hub."""
 
-    folder: Path = setting(help="what to push: a model, a feature store or a folder of them, or pairs", positional=True)
+    folder: Path = setting(help="a model, an adapter, a feature store or a folder of them, or pairs", positional=True)
     repo: str = setting(help="where to: user/name or organization/name")
     results: Path | None = setting(None, "folder of `mmkd eval` on this model, for the card")
+    base_model: str | None = setting(None, "adapter: Hub id of its model, where the folder does not say it")
     license: str | None = setting(None, "under which you offer it, such as apache-2.0 or cc-by-nc-4.0")
     private: bool = setting(False, "a new repository is private; an existing public one is refused")
     images: bool | None = setting(None, "pairs: with their images; none = if all their licences are open")
@@ -82,17 +85,23 @@ def make_publication(settings: PushSettings) -> Publication:
         raise ValueError(f"--results belongs to a model; {settings.folder} holds {kind}")
     if settings.images is not None and kind != "pairs":
         raise ValueError(f"--images belongs to pairs; {settings.folder} holds {kind}")
-    name = "model_card.md" if kind == "model" else "dataset_card.md"
+    if settings.base_model is not None:
+        if kind != "adapter":
+            raise ValueError(f"--base_model belongs to an adapter; {settings.folder} holds {kind}")
+        check_repo(settings.base_model, "--base_model")
+    name = "model_card.md" if kind in ("model", "adapter") else "dataset_card.md"
     template = (importlib.resources.files("mmkd.hub") / name).read_text(encoding="utf-8")
     if kind == "model":
         return model_publication(settings.folder, settings.repo, template, settings.results, settings.license, limit)
+    if kind == "adapter":
+        return adapter_publication(settings.folder, settings.repo, template, settings.license, settings.base_model)
     if kind == "features":
         return features_publication(settings.folder, settings.repo, template, settings.license)
     return pairs_publication(settings.folder, settings.repo, template, settings.license, settings.images)
 
 
-def check_repo(repo: str) -> None:
-    """Refuse a name that the Hub would refuse, and one without an owner.
+def check_repo(repo: str, option: str = "--repo") -> None:
+    """Refuse a name that the Hub would refuse, and one without an owner; ``option`` is where it was given.
 
     Raises:
         ValueError: it is not ``user/name``.
@@ -100,9 +109,9 @@ def check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"--repo {repo!r}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{option} {repo!r}: {' '.join(str(error).split())}") from None
     if repo.count("/") != 1:
-        raise ValueError(f"--repo {repo!r} has no owner; give user/{repo} or organization/{repo}")
+        raise ValueError(f"{option} {repo!r} has no owner; give user/{repo} or organization/{repo}")
 
 
 def show(settings: PushSettings, publication: Publication) -> None:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_modeling import in_another_process
 from tiny_model import save_tiny
 from transformers import AutoModel, AutoModelForZeroShotImageClassification
 
@@ -79,3 +80,33 @@ def test_a_missing_part_never_starts_at_random(folder, tmp_path, part):
         AutoModel.from_pretrained(tmp_path)
     _, info = MMKDClipModel.from_pretrained(tmp_path, output_loading_info=True)  # who asks is told, and may go on
     assert {key.split(".")[0] for key in info["missing_keys"]} == {part}
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_a_half_saved_alone_works_where_this_package_is_not(folder, batch, tmp_path, half):
+    model = HALVES[half].from_pretrained(folder)
+    model.save_pretrained(tmp_path / "half")
+    MMKDClipProcessor.from_pretrained(folder).save_pretrained(tmp_path / "half")
+    inputs = {name: value for name, value in batch.items() if (name == "pixel_values") == (half == "vision")}
+    with torch.no_grad():
+        embeddings = model(**inputs)[0]
+    torch.save((inputs, embeddings), tmp_path / "expected")
+    code = """
+import torch
+from transformers import AutoModel, AutoProcessor, pipeline
+folder, expected = sys.argv[2:]
+model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+inputs, embeddings = torch.load(expected, weights_only=True)
+with torch.no_grad():
+    found = model(**inputs)[0]
+torch.testing.assert_close(found, embeddings, atol=1e-5, rtol=0)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+texts = processor(text=["ct of the lung", "mri"], return_tensors="pt")
+assert "input_ids" not in inputs or torch.equal(texts["input_ids"], inputs["input_ids"])
+print(type(model).__name__, type(model).__module__.startswith("transformers_modules"))
+"""
+    hidden = "modeling_mmkd,mmkd,torchvision,timm,accelerate,peft,open_clip,sklearn"
+    cache = str(tmp_path / "modules")
+    printed = in_another_process(hidden, code, tmp_path / "half", tmp_path / "expected", HF_MODULES_CACHE=cache)
+    assert f"{HALVES[half].__name__} True" in printed

@@ -58,7 +58,10 @@ def model_publication(
     if provenance:
         items[PROVENANCE_FILE] = existing(folder / PROVENANCE_FILE)
     scores = read_scores(results, files) if results is not None else None
-    card = _card(folder, repo, template, provenance, scores, license)
+    tensors = read_headers(files)
+    facts = card_facts.model_facts(folder, count_parameters(tensors), [dtype for _, dtype, _ in tensors.values()])
+    recipe = card_facts.recipe_yaml(folder)
+    card = model_card(folder, repo, template, provenance, license, facts, recipe, scores)
     conflict = card_facts.license_conflict(card_facts.components(provenance), license)
     notes = [conflict] if conflict else []
     if not provenance:
@@ -107,22 +110,42 @@ def _processor(folder: Path) -> dict[str, Item]:
     return {name: existing(folder / name) for name in found}
 
 
-def _card(
-    folder: Path, repo: str, template: str, provenance: dict[str, Any], scores: Scores | None, license: str | None
+def model_card(
+    folder: Path,
+    repo: str,
+    template: str,
+    provenance: dict[str, Any],
+    license: str | None,
+    facts: dict[str, str],
+    recipe: str,
+    scores: Scores | None = None,
+    base: str | None = None,
 ) -> str:
+    """The card of a model, or of an adapter where ``base`` is the Hub id of its model.
+
+    Args:
+        folder: has the processor.
+        repo: ``user/name``.
+        template: of the card.
+        provenance: of the folder; nothing is known where it is empty.
+        license: under which the publisher offers it, or None.
+        facts: rows of the table of sizes.
+        recipe: YAML.
+        scores: of the evaluation, or None.
+        base: of an adapter.
+    """
     name = repo.split("/")[1]
-    tensors = read_headers(weight_files(folder))
     teachers, starts = card_facts.teacher_rows(provenance), card_facts.start_rows(provenance)
     stage = provenance.get("stage", "")
-    distilled = [] if not teachers else ["knowledge-distillation"]
+    tags = [*TAGS, *(["knowledge-distillation"] if teachers else []), *([f"base_model:adapter:{base}"] if base else [])]
     data = ModelCardData(
         language="en",
         license=card_facts.card_license(license),
-        library_name="transformers",
+        library_name="peft" if base else "transformers",
         pipeline_tag="zero-shot-image-classification",
-        tags=TAGS + distilled,
+        tags=tags,
         model_name=name,
-        base_model=_base_models(provenance) or None,
+        base_model=base or _base_models(provenance) or None,
         eval_results=scores.index if scores is not None and scores.index else None,
     )
     card = ModelCard.from_template(
@@ -130,15 +153,16 @@ def _card(
         template_str=template,
         name=name,
         repo=repo,
-        summary=_summary(teachers, stage),
-        facts=card_facts.model_facts(folder, count_parameters(tensors), [dtype for _, dtype, _ in tensors.values()]),
+        base=base,
+        summary=f"A low-rank adapter for `{base}`." if base else _summary(teachers, stage),
+        facts=facts,
         teachers=teachers,
         teacher_notes=card_facts.teacher_notes(provenance),
         no_teachers=_no_teachers(stage),
         starts=starts,
         data=card_facts.data_rows(provenance),
         license_statement=card_facts.license_statement(card_facts.components(provenance), license),
-        recipe=card_facts.recipe_yaml(folder),
+        recipe=recipe,
         recipe_title=card_facts.STAGES.get(stage, "Made"),
         versions=", ".join(f"{package} {version}" for package, version in (provenance.get("versions") or {}).items()),
         scores=scores,

@@ -17,11 +17,12 @@ from mmkd.data.published import META_FILE
 from mmkd.data.records import FOLDER_FILE, MANIFEST_FILE
 from mmkd.files import read_json
 
-Kind = Literal["model", "features", "pairs"]
+Kind = Literal["model", "adapter", "features", "pairs"]
 CARD_FILE = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
 KINDS = (
-    "a model (config.json and safetensors, from pretrain, distill or convert), features (meta.json, from extract or "
-    "align) or pairs (manifest.jsonl, from curate or screen)"
+    "a model (config.json and safetensors, from pretrain, distill or convert), an adapter (adapter_config.json, from "
+    "finetune), features (meta.json, from extract or align) or pairs (manifest.jsonl, from curate or screen)"
 )
 
 
@@ -76,12 +77,12 @@ def kind_of(folder: Path) -> Kind:
         return "features"
     if (folder / "config.json").is_file():
         return _require_model(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return "adapter"
     if (folder / META_FILE).is_file():
         raise ValueError(f"{folder} holds the authors' published data, which is theirs to publish")
     if (folder / "summary.json").is_file():
         raise ValueError(f"{folder} holds results; push the model they are of, with --results {folder}")
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds an adapter; merge it into its model, or push it with peft's push_to_hub")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise ValueError(f"{folder} holds {found}; it should hold {KINDS}")
 

@@ -1,19 +1,26 @@
 """Folders to publish, and the commands that do it in a process of their own."""
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from fake_encoder import make_pairs, write_pairs
+from hub_commands import TOKEN
+from huggingface_hub import constants
 from loopback_hub import LoopbackHub
 from PIL import Image
 
+from mmkd.adapters import add_adapter
 from mmkd.data.features import FeatureWriter
 from mmkd.data.records import Pair, PairFolder, write_manifest
 from mmkd.provenance import training_provenance
-from mmkd.settings import save_settings
-from mmkd.student import save_student
+from mmkd.settings import parse, save_settings
+from mmkd.student import load_student, save_student
 from mmkd.towers import build_model
+from mmkd.train import eval as evaluation
 from mmkd.train.distill import DistillSettings
+from mmkd.train.finetune import save_adapter
 
 TEACHERS = [
     {"teacher": "PLIP", "weights": "vinid/plip", "license": "not declared", "note": "which commit is unknown"},
@@ -25,6 +32,20 @@ TEACHERS = [
 def hub():
     with LoopbackHub() as running:
         yield running
+
+
+@pytest.fixture
+def at_hub(hub, monkeypatch, tmp_path):
+    """Leads this process' client to the stand-in; what it would have waited is noted."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.waits = []
+    monkeypatch.setattr(time, "sleep", hub.waits.append)
+    return hub
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +66,17 @@ def published_student(tmp_path_factory) -> Path:
     (folder / "log.jsonl").write_text('{"loss": 1.0}\n')
     (folder / "patients.txt").write_text("not for the public")
     return folder
+
+
+@pytest.fixture(scope="session")
+def results(published_student, tmp_path_factory) -> Path:
+    """A real evaluation of the tiny student, which knows nothing."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_pairs(folder / "held-out", make_pairs(48))
+    arguments = ["--encoders", f"ours={published_student}", "--pairs", str(folder / "held-out"), "--quiet"]
+    arguments += ["--output", str(folder / "results"), "--tasks", "zeroshot,retrieval", "--replicates", "100"]
+    evaluation.main(parse(evaluation.EvalSettings, arguments))
+    return folder / "results"
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +105,22 @@ def published_features(tmp_path_factory) -> Path:
             writer.write_shard(shard, torch.ones(2, 4), torch.ones(2, 4))
         writer.finish([f"p{k}" for k in range(4)], {"license": license, "weights": f"owner/{name}", "pooling": "cls"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def published_adapter(published_student, tmp_path_factory) -> Path:
+    """The adapter that fine-tuning leaves beside the merged model."""
+    pytest.importorskip("peft", reason="adapters need peft, of the extra train")
+    run = tmp_path_factory.mktemp("finetuned")
+    model, processor = load_student(str(published_student))
+    torch.manual_seed(3)
+    adapted = add_adapter(model, "lora", 4, "attention")
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    pairs = [Pair(f"q{k}", f"{k}.png", "c", "CT", group="g", license="CC BY-NC 4.0") for k in range(3)]
+    provenance = training_provenance("finetune", PairFolder(run, run, pairs), [str(published_student)])
+    save_adapter(run / "adapter", adapted, processor, provenance)
+    (run / "settings.yaml").write_text("pairs: /secret/hospital/lungs\nrank: 4\n")
+    (run / "adapter" / "patients.txt").write_text("not for the public")
+    return run / "adapter"

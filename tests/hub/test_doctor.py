@@ -73,6 +73,21 @@ def test_without_a_network_it_asks_once_and_briefly(capsys, monkeypatch, tmp_pat
     assert "teachers in the cache: PLIP\n" in printed and "extracting with BMCA, BiomedCLIP" in printed
 
 
+def test_offline_by_choice_it_asks_nobody_and_says_what_is_in_the_cache(capsys, monkeypatch, tmp_path):
+    def asked(*_, **__):
+        raise AssertionError("the network was asked although HF_HUB_OFFLINE is set")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub_access.urllib.request, "urlopen", asked)
+    monkeypatch.setattr(socket.socket, "connect", asked)
+    (tmp_path / "hub" / "models--vinid--plip").mkdir(parents=True)
+    printed, code = run_doctor(capsys)
+    assert code == 0 and "WARNING hub: HF_HUB_OFFLINE is set\n" in printed
+    assert "downloads of teachers and `mmkd push` will not work; unset it" in printed
+    assert "teachers in the cache: PLIP\n" in printed
+
+
 def test_a_device_that_is_not_there_is_a_problem(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fake_encoder import make_pairs, write_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # commands run in this process
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
 TEXTS = ["an MRI of the brain", "ct", "a &amp;amp; b  with\n white space", "word " * 400]
 
 
@@ -122,6 +125,29 @@ def test_the_folder_works_alone_without_torch_and_without_this_package(exported,
         done = subprocess.run(command, cwd=exported["vit", form], capture_output=True, text=True, timeout=60)
         shares = [float(line.split()[0]) for line in done.stdout.splitlines()]
         assert len(shares) == 2 and sum(shares) == pytest.approx(1, abs=2e-3), done.stderr
+
+
+def test_the_page_on_deployment_runs_as_it_is_written(exported, tmp_path, monkeypatch):
+    exports, usage = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for line in exports.splitlines():
+        words = shlex.split(line)
+        assert words[:2] == ["mmkd", "export"]
+        settings = parse(export.ExportSettings, words[2:])
+        (tmp_path / settings.output).symlink_to(exported["vit", settings.format])  # made with these options above
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 40), (9, 99, 199)).save("picture.png")
+    install, command = usage.splitlines()
+    assert install.startswith("pip install numpy pillow tokenizers onnxruntime")
+    python, *words = shlex.split(command)
+    assert python == "python"
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names = {}
+    exec(compile(snippet, PAGE.name, "exec"), names)
+    monkeypatch.delitem(sys.modules, "usage")
+    assert names["similarity"].shape == (1, 1) and abs(names["similarity"]).max() <= 1 + 1e-5
 
 
 def test_int8_says_what_it_costs_and_gains(exported, vit):

@@ -1,7 +1,5 @@
 """The Hub's refusals and bad moments, met by the code that uploads, in this process and without real waits."""
 
-import time
-
 import pytest
 from hub_commands import TOKEN
 from huggingface_hub import constants
@@ -11,20 +9,6 @@ from mmkd.publishing.upload import is_edited, upload, with_mark
 
 # The Hub's client hands parts of files to its HTTP library in a way that the library wants another word for.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture
-def at_hub(hub, monkeypatch, tmp_path):
-    """Leads this process' client to the stand-in; what it would have waited is noted."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.waits = []
-    monkeypatch.setattr(time, "sleep", hub.waits.append)
-    return hub
 
 
 @pytest.fixture
