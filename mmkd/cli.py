@@ -33,7 +33,7 @@ RECIPES = {
     "plan": ("mmkd.train.plan", "memory, time and cost of each stage on GPUs of your choice"),
     "pipeline": ("mmkd.train.pipeline", "the whole way from one YAML"),
     "quickstart": ("mmkd.train.pipeline", "the whole way on real images in five minutes"),
-    "push": ("mmkd.hub.push", "a model, features or pairs to the Hub, with a card made from what is known"),
+    "push": ("mmkd.hub.push", "a model, an adapter, features or pairs to the Hub, with a card of what is known"),
     "export": ("mmkd.hub.export", "both towers for deployment: ONNX, torch.export or int8"),
     "miniature": ("mmkd.train.miniature", "the paper's experiment on small collections of real images"),
     "doctor": ("mmkd.hub.doctor", "what of this installation will not work, and why"),

@@ -17,9 +17,13 @@ from modeling_mmkd import MMKDClipModel
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["mmkd"] = sys.modules["modeling_mmkd"] = None  # as if not installed
-from transformers import AutoModel, AutoProcessor
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, pipeline
 model = AutoModel.from_pretrained("user/student", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("user/student", trust_remote_code=True)
+classify = pipeline("zero-shot-image-classification", "user/student", trust_remote_code=True)
+scores = classify(Image.new("RGB", (50, 40)), candidate_labels=["ct", "mri"])
+assert {row["label"] for row in scores} == {"ct", "mri"} and abs(sum(row["score"] for row in scores) - 1) < 1e-5
 """
 WITH_PACKAGE = """
 import modeling_mmkd

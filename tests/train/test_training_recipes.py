@@ -138,6 +138,30 @@ def test_every_config_opens_with_its_commands_and_runs(tmp_path, world, name):
         assert len(log(tmp_path / "out")) == 2
 
 
+@pytest.mark.parametrize("name", ["mmkd-clip-tiny", "mmkd-clip-mobile"])
+def test_a_named_size_is_trained_from_random_weights(world, tmp_path, name):
+    if name == "mmkd-clip-mobile":
+        pytest.importorskip("timm")
+    arguments = ["--pairs", world / "pairs", "--preset", name, "--text", "random:tiny", "--output", tmp_path / "out"]
+    call("pretrain", *arguments, *TINY, "--max_steps", 2, "--learning_rate", 1e-3)
+    assert all(np.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in log(tmp_path / "out"))
+    model, processor = (
+        MMKDClipModel.from_pretrained(tmp_path / "out"),
+        MMKDClipProcessor.from_pretrained(tmp_path / "out"),
+    )
+    expected = MMKDClipConfig.from_preset(name)
+    assert model.config.projection_dim == expected.projection_dim
+    for own, given in (
+        (model.config.vision_config, expected.vision_config),
+        (model.config.text_config, expected.text_config),
+    ):
+        for key in ("hidden_size", "num_hidden_layers", "architecture"):
+            assert getattr(own, key, None) == getattr(given, key, None), key
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    told = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert told["stage"] == "pretrain" and told["started_from"] == [], "nothing is started from but chance"
+
+
 def test_pretrained_folder_loads_and_has_learned(tmp_path, world):
     call("pretrain", "--pairs", world / "pairs", "--model", world / "student", "--output", tmp_path / "out", *TINY)
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"config.json", "settings.yaml", "log.jsonl"}
