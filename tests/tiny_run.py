@@ -3,6 +3,7 @@
 Captions differ in length and teachers lack some pairs, as in life. Every run of one call is in the same process group.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -171,4 +172,5 @@ if __name__ == "__main__":
         if chosen == "differences":
             differences(path)
         else:
-            run(path, **json.loads(chosen))
+            with contextlib.suppress(Killed):
+                run(path, **json.loads(chosen))

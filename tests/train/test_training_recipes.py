@@ -223,6 +223,27 @@ def test_attention_is_chosen_or_refused(tmp_path, world):
         call("pretrain", *common, "--attention", "flash_attention_2", "--output", tmp_path / "flash")
 
 
+def test_compiled_towers_train_as_they_do_uncompiled(tmp_path, world, monkeypatch):
+    """Traced and differentiated as for inductor, whose kernels alone are left out: they take minutes."""
+    real, compiled = torch.nn.Module.compile, []
+
+    def without_kernels(module, **options):
+        compiled.append(type(module).__name__)
+        real(module, backend="aot_eager", **options)
+
+    common = ["--pairs", world / "pairs", "--model", world / "student", *TINY, "--learning_rate", 1e-3]
+    call("pretrain", *common, "--output", tmp_path / "plain")
+    monkeypatch.setattr(torch.nn.Module, "compile", without_kernels)
+    call("pretrain", *common, "--output", tmp_path / "compiled", "--compile")
+    assert compiled == ["CLIPVisionModel", "BertModel"]
+    for ours, theirs in zip(log(tmp_path / "compiled"), log(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    plain, found = tensors(tmp_path / "plain"), tensors(tmp_path / "compiled")
+    assert found.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+
+
 def test_frozen_parts_stay(tmp_path, world):
     call(
         "pretrain", "--pairs", world / "pairs", "--model", world / "student", "--output", tmp_path / "out",
