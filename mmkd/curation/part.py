@@ -108,7 +108,8 @@ class PartWriter:
         data = sample.read_image()
         if not data:
             raise Dropped("empty_image")
-        picture = prepare_picture(data, self.rules.sample.minimum_side, self.rules.short_side)
+        rules = self.rules
+        picture = prepare_picture(data, rules.sample.minimum_side, rules.short_side, rules.jpeg_quality)
         if sample.image_suffix and sample.image_suffix not in ACCEPTED_AS.get(_suffix_of(data), (sample.image_suffix,)):
             notes["wrong_extension"] += 1
         self.mended.update(notes)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mmkd.data.curation import encode, shrink
+from mmkd.data.curation import JPEG_QUALITY, encode, shrink
 from mmkd.data.images import MINIMUM_SIDE, UnreadableImage, finish_image, is_plain, open_header
 
 HASH_SIDE = 64
@@ -29,13 +29,16 @@ class Picture:
     perceptual_hash: int
 
 
-def prepare_picture(data: bytes, minimum_side: int = MINIMUM_SIDE, short_side: int = 0) -> Picture:
+def prepare_picture(
+    data: bytes, minimum_side: int = MINIMUM_SIDE, short_side: int = 0, jpeg_quality: int = JPEG_QUALITY
+) -> Picture:
     """Check an image and choose the bytes to store.
 
     Args:
         data: the file.
         minimum_side: images with a shorter side in pixels are refused.
-        short_side: larger images are stored with this shorter side, JPEG at quality 95; 0 keeps sizes.
+        short_side: larger images are stored with this shorter side; 0 keeps sizes.
+        jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.curation.encode`.
 
     Raises:
         UnreadableImage: see `mmkd.data.images.REASONS`.
@@ -46,9 +49,9 @@ def prepare_picture(data: bytes, minimum_side: int = MINIMUM_SIDE, short_side: i
     if keeps_bytes and image.format == "JPEG":
         width, height = image.size
         return Picture("jpg", data, width, height, perceptual_hash(_grey(image)))
-    as_jpeg = shrinks and image.format == "JPEG"
+    quality = jpeg_quality if shrinks and image.format == "JPEG" else None
     decoded = shrink(finish_image(image, "image", draft_side=short_side or None), short_side)
-    suffix, content = (".png", data) if keeps_bytes else encode(decoded, as_jpeg)
+    suffix, content = (".png", data) if keeps_bytes else encode(decoded, quality)
     return Picture(suffix[1:], content, decoded.width, decoded.height, perceptual_hash(decoded))
 
 

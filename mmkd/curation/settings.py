@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmkd.curation.rules import SampleRules
+from mmkd.data.curation import JPEG_QUALITY, check_quality
 
 NearMode = Literal["off", "both", "image", "caption"]
 
@@ -18,6 +19,7 @@ class StreamRules:
     Attributes:
         sample: which samples stay.
         short_side: larger images are stored with this shorter side in pixels; 0 keeps their bytes.
+        jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.curation.encode`.
         split_panels: one pair for each panel that a compound caption names.
         mentions: sentences of the article that mention the figure, added to the caption; 0 for none.
         scrub: replace obvious identifiers of people in captions.
@@ -33,6 +35,7 @@ class StreamRules:
 
     sample: SampleRules = field(default_factory=SampleRules)
     short_side: int = 0
+    jpeg_quality: int = JPEG_QUALITY
     split_panels: bool = False
     mentions: int = 0
     scrub: bool = False
@@ -49,6 +52,7 @@ class StreamRules:
         """Refuse values out of range, before anything is read."""
         if min(self.short_side, self.mentions, self.max_pairs) < 0:
             raise ValueError("short_side, mentions and max_pairs must be 0 or more")
+        check_quality(self.jpeg_quality)
         if not 0 <= self.image_distance <= 7:
             raise ValueError(f"image_distance is {self.image_distance}; allowed: 0 to 7 of 64 bits")
         if not 0.5 <= self.caption_similarity <= 1:

@@ -46,6 +46,7 @@ class CurationRules:
         minimum_side: images with a shorter side are dropped.
         maximum_words: longer captions are dropped.
         seed: of splits and of the choice of ``max_pairs``.
+        jpeg_quality: of JPEG files that are stored smaller, see `encode`.
     """
 
     max_pairs: int = 0
@@ -53,6 +54,7 @@ class CurationRules:
     minimum_side: int = 16
     maximum_words: int = 1000
     seed: int = 42
+    jpeg_quality: int = JPEG_QUALITY
 
     def __post_init__(self) -> None:
         """Refuse values that would drop everything."""
@@ -61,6 +63,17 @@ class CurationRules:
                 "max_pairs and short_side must be 0 or more, minimum_side and maximum_words 1 or more; got "
                 f"{self.max_pairs}, {self.short_side}, {self.minimum_side}, {self.maximum_words}"
             )
+        check_quality(self.jpeg_quality)
+
+
+def check_quality(quality: int) -> None:
+    """Refuse a JPEG quality that no encoder has or no training should see.
+
+    Raises:
+        ValueError: it is not 50 to 100.
+    """
+    if not 50 <= quality <= 100:
+        raise ValueError(f"jpeg_quality is {quality}; allowed: 50 to 100")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +169,7 @@ def _store_images(
     rows: Sequence[Row], source: Path, images: Path, rules: CurationRules, workers: int, quiet: bool
 ) -> list[StoredImage | str]:
     """For each row the stored image, or the reason why there is none."""
-    store = partial(_store_image, source.resolve(), images, rules.short_side, rules.minimum_side)
+    store = partial(_store_image, source.resolve(), images, rules)
     files = [row.file for row in rows]
     progress = partial(tqdm, total=len(files), desc="curate", unit="image", disable=quiet)
     if workers <= 1:
@@ -166,22 +179,23 @@ def _store_images(
         return list(progress(pool.map(store, files, chunksize=16)))
 
 
-def _store_image(root: Path, images: Path, short_side: int, minimum_side: int, file: str) -> StoredImage | str:
+def _store_image(root: Path, images: Path, rules: CurationRules, file: str) -> StoredImage | str:
     """Check one image and write it; runs in worker processes."""
     path = root / file
     try:
         if not path.resolve().is_relative_to(root):
             return "path_outside"
         data = read_image_bytes(path)
-        image = open_image(data, minimum_side)
+        image = open_image(data, rules.minimum_side)
     except UnreadableImage as error:
         return error.reason
     sha256 = hashlib.sha256(data).hexdigest()
-    shrunk = shrink(image, short_side)
+    shrunk = shrink(image, rules.short_side)
     if shrunk is image and is_plain(data):
         suffix, content = (".png" if data.startswith(b"\x89PNG") else ".jpg"), data
     else:
-        suffix, content = encode(shrunk, as_jpeg=shrunk is not image and data.startswith(b"\xff\xd8"))
+        quality = rules.jpeg_quality if shrunk is not image and data.startswith(b"\xff\xd8") else None
+        suffix, content = encode(shrunk, quality)
     name = sha256[:ID_LENGTH] + suffix
     (images / name).write_bytes(content)
     return StoredImage(name, shrunk.width, shrunk.height, sha256)
@@ -196,11 +210,17 @@ def shrink(image: Image.Image, short_side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def encode(image: Image.Image, as_jpeg: bool) -> tuple[str, bytes]:
-    """Suffix and bytes: JPEG of quality 95 without chroma subsampling for what was JPEG and is resized, else PNG."""
+def encode(image: Image.Image, quality: int | None) -> tuple[str, bytes]:
+    """Suffix and bytes, for an image that was JPEG and is resized as JPEG, else as PNG.
+
+    Args:
+        image: 8-bit RGB.
+        quality: of JPEG, from 95 without chroma subsampling and below with half the colour both ways (4:2:0), which
+            is read faster; None for PNG.
+    """
     buffer = io.BytesIO()
-    if as_jpeg:
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    if quality is not None:
+        image.save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= JPEG_QUALITY else 2)
         return ".jpg", buffer.getvalue()
     image.save(buffer, "PNG")
     return ".png", buffer.getvalue()

@@ -1,5 +1,6 @@
 """From a collection to pairs: what is dropped is counted, what is kept is whole, and nothing else is left on disk."""
 
+import io
 import json
 import shutil
 from collections import Counter
@@ -114,6 +115,24 @@ def test_short_side(source):
     assert [(pair.width, pair.height) for pair in folder.pairs] == [(64, 32), (32, 64), (30, 40)]
     assert [open_image(folder.image_path(pair)).size for pair in folder.pairs] == [(64, 32), (32, 64), (30, 40)]
     assert [folder.image_path(pair).suffix for pair in folder.pairs] == [".jpg", ".png", ".png"]
+
+
+@pytest.mark.parametrize(("quality", "halved"), [(95, False), (90, True)])
+def test_quality_of_images_that_are_stored_smaller(source, quality, halved):
+    noise(200, 100).save(source / "a.jpg")
+    noise(30, 40).save(source / "b.jpg")
+    listed(source, ["a.jpg,CT,,,,", "b.jpg,CT,,,,"])
+    _, folder = curated(source, short_side=32, jpeg_quality=quality)
+    a, b = (folder.image_path(pair) for pair in folder.pairs)
+    with Image.open(a) as stored:
+        assert (stored.layer[0][1:3] == (2, 2)) == halved  # samples of brightness for each of colour
+    expected = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(expected, "JPEG", quality=quality)
+    with Image.open(a) as stored, Image.open(expected) as other:
+        assert stored.quantization == other.quantization
+    assert b.read_bytes() == (source / "b.jpg").read_bytes()
+    with pytest.raises(ValueError, match="jpeg_quality is 20; allowed: 50 to 100"):
+        CurationRules(jpeg_quality=20)
 
 
 def test_duplicates_across_splits_keep_the_held_out_copy(source):
