@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmkd.curation.rules import SampleRules
-from mmkd.data.curation import JPEG_QUALITY, check_quality
+from mmkd.data.stored_images import JPEG_QUALITY, check_quality
 
 NearMode = Literal["off", "both", "image", "caption"]
 
@@ -19,7 +19,7 @@ class StreamRules:
     Attributes:
         sample: which samples stay.
         short_side: larger images are stored with this shorter side in pixels; 0 keeps their bytes.
-        jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.curation.encode`.
+        jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.stored_images.encode`.
         split_panels: one pair for each panel that a compound caption names.
         mentions: sentences of the article that mention the figure, added to the caption; 0 for none.
         scrub: replace obvious identifiers of people in captions.

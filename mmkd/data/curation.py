@@ -9,7 +9,6 @@ output is the same on any number of worker processes. All is written beside the 
 from __future__ import annotations
 
 import hashlib
-import io
 import multiprocessing
 import shutil
 from collections import Counter
@@ -19,7 +18,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from mmkd.data.captions import UNKNOWN, caption_from_facts, clean_text
@@ -28,10 +26,10 @@ from mmkd.data.images import UnreadableImage, is_plain, open_image, read_image_b
 from mmkd.data.records import Pair, is_inside, write_manifest
 from mmkd.data.sources import Row, read_rows
 from mmkd.data.splits import assign_splits, meaning_of, subsample
+from mmkd.data.stored_images import JPEG_QUALITY, check_quality, encode, shrink
 from mmkd.files import atomic_folder
 
 ID_LENGTH = 24
-JPEG_QUALITY = 95
 ATTRIBUTION_FILE = "ATTRIBUTION.md"
 HELD_OUT_FIRST = ("test", "validation", "train", "")
 
@@ -64,16 +62,6 @@ class CurationRules:
                 f"{self.max_pairs}, {self.short_side}, {self.minimum_side}, {self.maximum_words}"
             )
         check_quality(self.jpeg_quality)
-
-
-def check_quality(quality: int) -> None:
-    """Refuse a JPEG quality that no encoder has or no training should see.
-
-    Raises:
-        ValueError: it is not 50 to 100.
-    """
-    if not 50 <= quality <= 100:
-        raise ValueError(f"jpeg_quality is {quality}; allowed: 50 to 100")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,31 +187,6 @@ def _store_image(root: Path, images: Path, rules: CurationRules, file: str) -> S
     name = sha256[:ID_LENGTH] + suffix
     (images / name).write_bytes(content)
     return StoredImage(name, shrunk.width, shrunk.height, sha256)
-
-
-def shrink(image: Image.Image, short_side: int) -> Image.Image:
-    """The image with its shorter side reduced to ``short_side``, or itself when it is not larger."""
-    if not short_side or min(image.size) <= short_side:
-        return image
-    scale = short_side / min(image.size)
-    size = (max(short_side, round(image.width * scale)), max(short_side, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.BICUBIC)
-
-
-def encode(image: Image.Image, quality: int | None) -> tuple[str, bytes]:
-    """Suffix and bytes, for an image that was JPEG and is resized as JPEG, else as PNG.
-
-    Args:
-        image: 8-bit RGB.
-        quality: of JPEG, from 95 without chroma subsampling and below with half the colour both ways (4:2:0), which
-            is read faster; None for PNG.
-    """
-    buffer = io.BytesIO()
-    if quality is not None:
-        image.save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= JPEG_QUALITY else 2)
-        return ".jpg", buffer.getvalue()
-    image.save(buffer, "PNG")
-    return ".png", buffer.getvalue()
 
 
 def _readable(

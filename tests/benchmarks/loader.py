@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from mmkd.data.curation import encode, shrink
 from mmkd.data.images import open_image
 from mmkd.data.pixels import DRAFT_FACTOR, crop_box, random_crop, read_pixels
+from mmkd.data.stored_images import encode, shrink
 from mmkd.embed import PixelStatistics, normalized_pixels
 
 SIZE, PREPARED_SIDE, QUALITIES = 224, 256, (95, 90, 85)
