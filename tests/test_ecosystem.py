@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from test_distributed import torchrun
+from test_modeling import in_another_process
 from tiny_model import CONTEXT, save_tiny
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
@@ -265,3 +266,17 @@ def test_sentence_transformers_reads_the_folder(folder, processor):
     assert model.max_seq_length == CONTEXT
     hits = library.util.semantic_search(found, model.encode(texts, convert_to_tensor=True), top_k=2)
     assert [len(row) for row in hits] == [2, 2] and hits[0][0]["score"] >= hits[0][1]["score"]
+
+
+def test_sentence_transformers_reads_the_folder_without_this_package(folder, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    code = """
+from PIL import Image
+from sentence_transformers import SentenceTransformer, util
+encoder = SentenceTransformer(sys.argv[2], trust_remote_code=True, device="cpu")
+texts = encoder.encode(["ct of the lung", "mri"], convert_to_tensor=True)
+images = encoder.encode([Image.new("RGB", (40, 50))], convert_to_tensor=True)
+print(len(util.semantic_search(images, texts)[0]), type(encoder[0].auto_model).__module__)
+"""
+    printed = in_another_process("modeling_mmkd,mmkd", code, folder, HF_MODULES_CACHE=str(tmp_path))
+    assert printed.split()[0] == "2" and printed.split()[1].startswith("transformers_modules")
