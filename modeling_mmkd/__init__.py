@@ -7,6 +7,8 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained("mmkd-clip")
 """
 
+import contextlib
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -34,9 +36,10 @@ AutoConfig.register(MMKDClipConfig.model_type, MMKDClipConfig)
 AutoModel.register(MMKDClipConfig, MMKDClipModel)
 AutoModelForZeroShotImageClassification.register(MMKDClipConfig, MMKDClipModel)
 AutoProcessor.register(MMKDClipConfig, MMKDClipProcessor)
-AutoImageProcessor.register(
-    MMKDClipConfig, image_processor_classes={"torchvision": CLIPImageProcessor, "pil": CLIPImageProcessorPil}
-)
+with contextlib.suppress(ImportError):  # transformers 5.8 has no AutoImageProcessor without torchvision
+    AutoImageProcessor.register(
+        MMKDClipConfig, image_processor_classes={"torchvision": CLIPImageProcessor, "pil": CLIPImageProcessorPil}
+    )
 AutoTokenizer.register(MMKDClipConfig, tokenizer_class=BertTokenizer)
 
 # What is saved carries its code, so that the folder also works where this package is not installed.

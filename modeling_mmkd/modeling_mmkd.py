@@ -8,7 +8,7 @@ element rather than none, because sharded data parallelism does not take scalars
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_mmkd import MMKDClipConfig
 from .towers_mmkd import TextHalf, VisionHalf
+
+if TYPE_CHECKING:  # from a folder, transformers 5.8 brings along only the files that this one names itself
+    from .inputs_mmkd import refuse_bad_pixels  # noqa: F401
+    from .presets_mmkd import PRESETS  # noqa: F401
 
 
 @dataclass
