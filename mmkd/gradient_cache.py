@@ -127,13 +127,13 @@ def cached_backward(
         The loss and its parts, without gradient.
     """
     pieces = micro_batches(batch, micro_batch_size)
-    encoded = []
+    embeddings: dict[str, Tensor] = {}  # one copy of each, filled piece by piece
     with torch.no_grad():
         for number, rows in enumerate(pieces):
             set_seed(*seed, number)
-            encoded.append(trained("encode", to_device(piece_of(batch, rows))))
-        back = torch.cat(pieces).argsort()
-        embeddings = {name: torch.cat([part[name] for part in encoded])[back] for name in encoded[0]}
+            for name, part in trained("encode", to_device(piece_of(batch, rows))).items():
+                whole = embeddings.setdefault(name, part.new_empty(len(batch["ids"]), *part.shape[1:]))
+                whole[rows.to(part.device)] = part
         rest = {name: value for name, value in batch.items() if name not in INPUTS}
         parts, gradients, own = trained("compare", embeddings, to_device(rest))
     for number, rows in enumerate(pieces):

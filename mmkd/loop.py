@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mmkd import zero
 from mmkd.data.batches import Batches
-from mmkd.distributed import make_plain, mean_over_processes, rank, settle_group, wait_for_everyone, whole
+from mmkd.distributed import make_plain, mean_over_processes, rank, settle_group, wait_for_everyone, whole, world_size
 from mmkd.files import refuse_existing
 from mmkd.gradient_cache import OneForward, cached_backward, set_seed
 from mmkd.interruption import StopRequest
@@ -143,13 +143,14 @@ class _Run:
         self.trained, self.optimizer = accelerator.prepare(wrapped, build_optimizer(objective, settings))
         self.scales = {n: p for n, p in objective.named_parameters() if n.endswith("logit_scale")}
         self.average = WeightAverage(objective, settings.ema_decay) if settings.ema_decay is not None else None
-        self.progress = self._resume()
+        self.progress, self._is_settled = self._resume(), False
         self.step_log.begin(self.progress.step)
 
     def epoch(self) -> Iterator[None]:
         """Train to the end of the current epoch or of the run, a step at a time."""
         epoch, skip = divmod(self.progress.step, len(self.batches))
         for batch, waited, began in timed(self.batches.epoch(epoch, skip)):
+            self._settle_buckets(batch)
             rate = learning_rate(self.progress.step, self.total, self.settings)
             values, stop = self._update({**batch, "epoch": epoch}, rate)
             line = {"step": self.progress.step, "epoch": epoch, **values, "learning_rate": rate}
@@ -225,6 +226,16 @@ class _Run:
         parts = self.trained("whole", self._to_device(batch))
         self.accelerator.backward(parts["loss"])
         return parts
+
+    def _settle_buckets(self, batch: dict[str, Any]) -> None:
+        """Before the first step, a backward pass for nothing: after it DDP sorts its buckets of gradients anew.
+
+        More than two processes then add up in another order, and a resumed run would differ in the last bit.
+        """
+        is_first, self._is_settled = not self._is_settled, True
+        if is_first and self.accelerator.distributed_type == DistributedType.MULTI_CPU and world_size() > 2:
+            self._backward(batch)
+            self.optimizer.zero_grad()
 
     @contextlib.contextmanager
     def _without_sync(self) -> Iterator[None]:

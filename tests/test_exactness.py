@@ -26,8 +26,12 @@ def reference(tmp_path_factory):
     return folder
 
 
+def weights_file(folder):
+    return folder / "model.safetensors"
+
+
 def weights(folder):
-    return load_file(folder / "model.safetensors")
+    return load_file(weights_file(folder))
 
 
 def log(folder):
@@ -65,8 +69,12 @@ def test_several_processes(tmp_path, reference, padded, processes):
         in_runs = {"batch_size": 48, "batches": {"caption_runs": True}}
         runs |= {"captions": in_runs, "captions in pieces": {**in_runs, "micro_batch_size": 16}}
         runs["spread captions"] = {**in_runs, "fsdp": True, "micro_batch_size": 16}
-    arguments = [text for name, more in runs.items() for text in (tmp_path / name, json.dumps(more))]
+    wanted = list(runs.items())
+    stopped = {"checkpoint_every": 8}
+    wanted += [("stopped", {**stopped, "batches": {"killed_at": 13}}), ("stopped", stopped)]
+    arguments = [text for name, more in wanted for text in (tmp_path / name, json.dumps(more))]
     torchrun(tiny_run.__file__, tmp_path / "gradients.json", "differences", *arguments, processes=processes)
+    assert weights_file(tmp_path / "stopped").read_bytes() == weights_file(tmp_path / "whole").read_bytes()
     for name, more in runs.items():
         assert_same_run(tmp_path / name, padded if "batches" in more else reference)
         assert all("useful_tokens" in line for line in log(tmp_path / name)) == ("batches" in more)
@@ -81,12 +89,26 @@ def test_resumed_at_another_number_of_processes(tmp_path, reference):
     with pytest.raises(tiny_run.Killed):
         tiny_run.run(tmp_path / "cut", checkpoint_every=4, batches={"killed_at": 10})
     order = {"checkpoint_every": 4, "batches": {"order": str(tmp_path / "cut.order")}}
-    said = torchrun(tiny_run.__file__, tmp_path / "cut", json.dumps(order))
+    wrong = {"max_steps": 5, "batches": {"wrong_step": 2}}
+    runs = [(tmp_path / "cut", order), (tmp_path / "wrong", wrong)]
+    said = torchrun(tiny_run.__file__, *(text for path, more in runs for text in (path, json.dumps(more))))
     assert "step-00000008 was written by 1 processes, now 2 go on" in said
     assert_same_run(tmp_path / "cut", reference)
     alone, first, second = (order_of(tmp_path / name) for name in ("whole.order.0", "cut.order.0", "cut.order.1"))
     assert [step for step, _ in first] == list(range(8, STEPS))
     assert [(step, a + b) for (step, a), (_, b) in zip(first, second, strict=True)][:3] == alone[8:]
+
+    # A pair of the second process alone is not finite: both skip the step, and the first tells of all its pairs.
+    tiny_run.run(tmp_path / "alone", **wrong)
+    skipped = [
+        {line["step"]: (line["loss"], line["skipped"]) for line in log(tmp_path / name) if "skipped" in line}
+        for name in ("wrong", "alone")
+    ]
+    assert skipped == [{3: (None, 1)}] * 2
+    for name, tensor in weights(tmp_path / "wrong").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "alone")[name], atol=1e-5, rtol=0)
+    told = next(line for line in said.splitlines() if "step skipped, not finite: step 3" in line)
+    assert all(f"p{row}" in told for row in alone[2][1])
 
 
 def order_of(path):

@@ -86,13 +86,12 @@ class Generated:
                 rows = rows[self.lengths[rows].argsort(descending=True, stable=True)]
             mask = (torch.arange(12) < self.lengths[rows][:, None]).long()
             longest = int(mask.sum(dim=1).max())
-            pixels = self.pixels[rows].clone()
-            if step == self.wrong_step and rank() == world_size() - 1:
-                pixels[0] = torch.nan  # on one process alone
             teachers = {n: {k: v[rows] for k, v in teacher.items()} for n, teacher in self.teachers.items()}
+            if step == self.wrong_step and rank() == world_size() - 1:
+                teachers["one"]["image"][:] = torch.nan  # on one process alone
             more = {"text_lengths": self.lengths[rows].tolist()} if self.caption_runs else {}
             yield more | {
-                "pixel_values": pixels,
+                "pixel_values": self.pixels[rows],
                 "input_ids": (self.ids[rows] * mask)[:, :longest],
                 "attention_mask": mask[:, :longest],
                 "index": rows,

@@ -76,7 +76,7 @@ class PairBatches:
 
     def identity(self) -> dict[str, Any]:
         """Pairs, teachers and share of the batch, see `identity_of`."""
-        features = {key: found.dims for key, found in self.collate.features.items() if found is not None}
+        features = {key: found.identity for key, found in self.collate.features.items() if found is not None}
         return identity_of(self.dataset.folder.pairs, self.sampler) | features
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
@@ -128,7 +128,7 @@ class FeatureBatches:
 
     def identity(self) -> dict[str, Any]:
         """Pairs, teachers and share of the batch, see `identity_of`."""
-        return identity_of(self.pairs, self.sampler) | {"teachers": self.features.dims}
+        return identity_of(self.pairs, self.sampler) | {"teachers": self.features.identity}
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterable[dict[str, Any]]:
         """The batches of an epoch from number `skip` on."""

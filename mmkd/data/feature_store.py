@@ -39,6 +39,7 @@ class FeatureStore:
         dtype: how numbers are stored.
         ids: pair ids in row order, a sequence on disk.
         provenance: what the writer recorded about weights and preprocessing.
+        checksum: SHA-256 of ``meta.json``, which holds those of all else.
         shards: ``file``, ``rows``, ``bytes`` and ``header_sha256`` of each, in row order.
     """
 
@@ -52,6 +53,7 @@ class FeatureStore:
         """
         self.path = path
         self.meta = read_meta(path)
+        self.checksum = _meta_sha256(self.meta)
         self.name: str = self.meta["teacher"]
         if not is_folder_name(self.name):
             raise ValueError(f"{path}: the teacher is called {self.name!r}, which is not the name of a folder; refused")

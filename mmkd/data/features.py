@@ -100,6 +100,12 @@ class TeacherFeatures:
         self.dims = {name: widths[name] for name in names}
         self._indexes = {store.meta["ids"]["sha256"]: store.ids for store in self.stores.values()}
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a run that is resumed must find again: of each teacher the width and the checksum of its store."""
+        known = {name: f", store {store.checksum[:16]}" for name, store in self.stores.items()}
+        return {name: f"{dim} wide{known.get(name, '')}" for name, dim in self.dims.items()}
+
     @cached_property
     def ids(self) -> Sequence[str]:
         """Every pair that at least one of them has seen; for stores a sequence on disk, to be read in slices."""

@@ -52,7 +52,7 @@ class FrozenBatches:
 
     def identity(self) -> dict[str, Any]:
         """Pairs, teachers and share of the batch, see `identity_of`."""
-        features = {key: found.dims for key, found in self.features.items() if found is not None}
+        features = {key: found.identity for key, found in self.features.items() if found is not None}
         return identity_of(self.pairs, self.sampler) | features
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +382,41 @@ def test_a_caption_changed_since_extraction_is_refused_before_training(tmp_path,
             with pytest.raises(ValueError, match=rf"one, two: 1 captions; first p{number}\)"):
                 call("distill", *common, *more, "--validate_every", 5)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_changed_under_an_unfinished_run_is_refused_and_nothing_is_lost(tmp_path, world, monkeypatch):
+    for folder in ("pairs", "features"):
+        shutil.copytree(world / folder, tmp_path / folder)
+    inputs = ["--pairs", tmp_path / "pairs", "--features", tmp_path / "features", "--model", world / "student"]
+    common = [*inputs, "--output", tmp_path / "out", *TINY, "--checkpoint_every", 1]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mmkd.train.distill, "save_student", killed)
+        call("distill", *common)
+    manifest, shard = tmp_path / "pairs" / "manifest.jsonl", tmp_path / "features" / "one" / "shard-00000.safetensors"
+    before = manifest.read_text()
+    manifest.write_text(before.replace("ct of case a", "ct of case z"))
+    with pytest.raises(ValueError, match=r"unfinished run on other data: pairs_sha256 was \w+, is now"):
+        call("distill", *common)
+    manifest.write_text(before)
+    shard.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"one/shard-00000\.safetensors is missing; run `mmkd extract`"):
+        call("distill", *common)
+    (tmp_path / "moved").rename(shard)
+    store = tmp_path / "features" / "one"
+    shutil.move(store, tmp_path / "moved")
+    again = FeatureWriter(store, "one")
+    again.write_shard(0, torch.ones(PAIRS + 2, DIM), torch.ones(PAIRS + 2, DIM))
+    again.finish([f"p{k}" for k in range(PAIRS + 2)], {})
+    with pytest.raises(ValueError, match=r"unfinished run on other data: teachers was .*'one': '16 wide, store"):
+        call("distill", *common)
+    shutil.rmtree(store)
+    shutil.move(tmp_path / "moved", store)
+    call("distill", *common)
+    assert [line["step"] for line in log(tmp_path / "out")] == [1, 2, 3]
 
 
 def test_mixed_widths_are_refused_before_training(tmp_path, world):
