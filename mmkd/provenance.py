@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmkd.data.pair_table import in_columns
 from mmkd.data.published import META_FILE, read_published
 from mmkd.data.records import PairFolder
 from mmkd.files import read_json, write_json
@@ -86,10 +87,13 @@ def describe_pairs(folder: PairFolder) -> dict[str, Any]:
     columns = ("license", "source", "modality", "split")
     counts: dict[str, Counter[str]] = {name: Counter() for name in columns}
     groups = set()
-    for pair in folder.pairs:  # one pass: the pairs may be millions of rows on disk
-        groups.add(pair.group or pair.id)
-        for name in columns:
-            counts[name][getattr(pair, name) or UNSTATED] += 1
+    for ids, own_groups, *values in in_columns(folder.pairs, ("id", "group", *columns)):  # may be millions, on disk
+        groups |= {group or id for id, group in zip(ids, own_groups, strict=True)}
+        for name, column in zip(columns, values, strict=True):
+            counts[name].update(column)
+    for own in counts.values():
+        if "" in own:
+            own[UNSTATED] += own.pop("")
     return {
         "pairs": len(folder.pairs),
         "groups": len(groups),

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
 from mmkd.data.frozen_batches import training_batches
 from mmkd.data.held_out import split_off
+from mmkd.data.pair_table import in_columns, take_rows
 from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.loop import LoopSettings, fit, start
 from mmkd.objectives import ContrastiveObjective
@@ -136,31 +138,32 @@ def select(
         ValueError: a modality, label or collection that no pair has, a part that is not like 1/3, or fewer than two
             pairs left.
     """
-    for name, wanted, known in (
-        ("modalities", modalities, {pair.modality for pair in pairs}),
-        ("labels", labels, {pair.label for pair in pairs}),
-        ("sources", sources, {pair.source for pair in pairs}),
-    ):
-        for value in wanted:
-            if value not in known:
-                raise ValueError(
-                    f"--{name} {value}: no training pair has it{nearest(value, known)}; "
-                    f"known: {', '.join(sorted(known - {''}))}"
-                )
     share, count = _share(part)
-    kept = pairs
-    if modalities or labels or sources or count > 1:
-        kept = [pair for pair in pairs if _selected(pair, modalities, labels, sources, share, count)]
+    wanted = {"modalities": modalities, "labels": labels, "sources": list(sources)}
+    if not any(wanted.values()) and count == 1:
+        return _at_least_two(pairs, pairs)
+    known: dict[str, set[str]] = {name: set() for name in wanted}
+    fits: list[bool] = []
+    for ids, groups, *columns in in_columns(pairs, ("id", "group", "modality", "label", "source")):
+        for name, column in zip(wanted, columns, strict=True):
+            known[name].update(column)
+        for id, group, *own in zip(ids, groups, *columns, strict=True):
+            chosen = all(not v or value in v for value, v in zip(own, wanted.values(), strict=True))
+            fits.append(chosen and _number(group or id) % count == share - 1)
+    for name, values in wanted.items():
+        for value in values:
+            if value not in known[name]:
+                raise ValueError(
+                    f"--{name} {value}: no training pair has it{nearest(value, known[name])}; "
+                    f"known: {', '.join(sorted(known[name] - {''}))}"
+                )
+    return _at_least_two(take_rows(pairs, np.flatnonzero(fits)), pairs)
+
+
+def _at_least_two(kept: Sequence[Pair], pairs: Sequence[Pair]) -> Sequence[Pair]:
     if len(kept) < 2:
         raise ValueError(f"the selection leaves {len(kept)} of {len(pairs)} training pairs; at least 2 are needed")
     return kept
-
-
-def _selected(
-    pair: Pair, modalities: list[str], labels: list[str], sources: Sequence[str], share: int, count: int
-) -> bool:
-    wanted = ((pair.modality, modalities), (pair.label, labels), (pair.source, sources))
-    return all(not values or own in values for own, values in wanted) and _number(pair) % count == share - 1
 
 
 def _share(part: str | None) -> tuple[int, int]:
@@ -170,9 +173,9 @@ def _share(part: str | None) -> tuple[int, int]:
     return int(share), int(count)
 
 
-def _number(pair: Pair) -> int:
+def _number(key: str) -> int:
     """The same for all pairs of a group, whatever else the folder holds."""
-    return int.from_bytes(hashlib.sha256((pair.group or pair.id).encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 
-from mmkd.data.pair import Pair
-from mmkd.data.pair_table import PairTable, in_columns
+from mmkd.data.pair_table import in_columns, take_rows
 from mmkd.data.records import PairFolder, open_pairs
 
 
@@ -39,7 +37,9 @@ def split_off(folder: PairFolder, share: float) -> tuple[PairFolder, PairFolder 
             f"--hold_out {share} takes {len(out)} of the {len(held)} training pairs of {folder.path} and leaves "
             f"{len(rest)}; either side needs two"
         )
-    train, evaluation = (PairFolder(folder.path, folder.image_root, _rows(folder.pairs, rows)) for rows in (rest, out))
+    train, evaluation = (
+        PairFolder(folder.path, folder.image_root, take_rows(folder.pairs, rows)) for rows in (rest, out)
+    )
     return train, evaluation
 
 
@@ -49,10 +49,6 @@ def _has_validation_split(folder: PairFolder) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _rows(pairs: Sequence[Pair], rows: np.ndarray) -> Sequence[Pair]:
-    return pairs.take(rows) if isinstance(pairs, PairTable) else [pairs[row] for row in rows.tolist()]
 
 
 def _number(key: str) -> int:

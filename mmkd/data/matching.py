@@ -11,6 +11,7 @@ import numpy as np
 from mmkd.data.features import TeacherFeatures
 from mmkd.data.pair import Pair
 from mmkd.data.pair_fingerprints import SHOWN, changes, fingerprinted
+from mmkd.distributed import rank
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def seen_pairs(features: TeacherFeatures, pairs: Sequence[Pair], place: object) 
             "that were extracted, or give pairs that changed new ids"
         )
     without = [name for name, store in features.stores.items() if not store.ids.has_fingerprints]
-    if without:
+    if without and rank() == 0:
         logger.warning(
             "%s: the features of %s do not say which captions and images they are of; a change would go unnoticed",
             place,

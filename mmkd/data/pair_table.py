@@ -110,6 +110,11 @@ def in_columns(pairs: Sequence[Pair], names: Sequence[str]) -> Iterator[list[lis
             yield [[getattr(pair, name) for pair in some] for name in names]
 
 
+def take_rows(pairs: Sequence[Pair], rows: np.ndarray) -> Sequence[Pair]:
+    """The pairs at these positions, (n,) integers; of a table still a table."""
+    return pairs.take(rows) if isinstance(pairs, PairTable) else [pairs[row] for row in rows.tolist()]
+
+
 def map_table(path: Path) -> pa.Table:
     """An Arrow file as a table whose columns stay in the file.
 
