@@ -1,9 +1,13 @@
 """The same global batch gives the same model: in one piece, in several, on several processes, with spread weights."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
+import step_memory
 import tiny_run
 import torch
 from safetensors.torch import load_file
@@ -152,6 +156,16 @@ def test_pieces_summed_without_the_cache_would_be_another_gradient(batch):
     plain = objective.model.visual_projection.weight.grad
     difference = (plain - exact["model.visual_projection.weight"]).norm() / plain.norm()
     assert difference > 0.05
+
+
+def test_memory_of_a_large_batch_is_that_of_a_piece_and_the_embeddings():
+    """In one piece the batch of 256 would take some 350 MB more than the piece of 16."""
+    command = [sys.executable, step_memory.__file__, "16:16", "256:16"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    piece, batch = (json.loads(line)["growth_mb"] for line in done.stdout.splitlines())
+    assert batch < piece + 40
 
 
 def test_dropout_draws_the_same_in_both_passes(batch):
