@@ -503,6 +503,10 @@ def test_tensors_that_are_no_input_are_refused(model, wrong, message):
         model(**wrong)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 16),
+    reason="before 5.16 transformers leaves containers of code that is not its own as they are",
+)
 def test_a_checkpoint_without_weights_starts_as_the_model_does():
     config = MMKDClipConfig({**VISION, "hidden_size": 64}, TEXT, 16)
     empty, fresh = MMKDClipModel.from_pretrained(None, config=config, state_dict={}), MMKDClipModel(config)
