@@ -48,20 +48,42 @@ def refuse_bad_pixels(pixels: torch.Tensor, channels: int) -> None:
         raise ValueError(f"pixel_values has the shape {tuple(pixels.shape)}; {allowed}")
     if not pixels.is_floating_point():
         raise ValueError(f"pixel_values is {pixels.dtype}; {allowed}")
-    if pixels.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    if not _is_eager():
+        return
+    if not len(pixels):
+        raise ValueError(f"pixel_values has the shape {tuple(pixels.shape)}, no image; {allowed}")
+    if pixels.device.type == "cpu":
         finite = pixels.sum(dim=(1, 2, 3), dtype=torch.float32).isfinite()
         if not finite.all():
             bad = [number for number, good in enumerate(finite.tolist()) if not good]
             raise ValueError(f"pixel_values has NaN or infinity in images {bad}; {allowed}, every one a finite number")
 
 
-def refuse_bad_tokens(input_ids: torch.Tensor) -> None:
-    """Raise on what are no token numbers."""
+def refuse_bad_tokens(input_ids: torch.Tensor, attention_mask: Any, vocabulary: int | None) -> None:
+    """Raise on what are no token numbers, or a mask of other texts; numbers only where that waits for no device."""
     allowed = "allowed: (texts, tokens), int64 or int32, as the tokenizer gives them"
     if not isinstance(input_ids, torch.Tensor):
         raise ValueError(f"input_ids is a {type(input_ids).__name__}; {allowed}")
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids is {input_ids.dtype} of the shape {tuple(input_ids.shape)}; {allowed}")
+    if not _is_eager():
+        return
+    if not input_ids.numel():
+        raise ValueError(f"input_ids has the shape {tuple(input_ids.shape)}, no token; {allowed}")
+    if getattr(attention_mask, "ndim", 0) == 2 and attention_mask.shape != input_ids.shape:
+        came = f"{tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}"
+        raise ValueError(f"attention_mask has the shape {came}; both must be of the same texts")
+    if vocabulary and input_ids.device.type == "cpu":
+        least, most = (int(bound) for bound in input_ids.aminmax())
+        if least < 0 or most >= vocabulary:
+            raise ValueError(
+                f"input_ids has {least if least < 0 else most}, but the text tower knows 0 to {vocabulary - 1}; "
+                "take the tokenizer that was saved with the model"
+            )
+
+
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def refuse_bad_images(images: Any) -> None:

@@ -183,11 +183,11 @@ class TextHalf(MMKDClipPreTrainedModel):
             The text tower's output with ``pooler_output`` `(texts, projection_dim)`, projected, not normalized.
 
         Raises:
-            ValueError: ``input_ids`` that are no whole numbers, or more ``inputs_embeds`` than the context.
+            ValueError: ``input_ids`` not of the vocabulary, a mask of another shape, too many ``inputs_embeds``.
         """
         padding = getattr(self.config.text_config, "pad_token_id", None)
         if input_ids is not None:
-            refuse_bad_tokens(input_ids)
+            refuse_bad_tokens(input_ids, attention_mask, getattr(self.config.text_config, "vocab_size", None))
             if attention_mask is None and padding is not None:
                 attention_mask = input_ids.ne(padding).long()
         given = {"position_ids": position_ids, "token_type_ids": token_type_ids, "inputs_embeds": inputs_embeds}

@@ -495,6 +495,14 @@ def test_sizes_that_no_tower_can_have_are_refused(wrong, message):
         ({"input_ids": torch.zeros(1, 4)}, r"input_ids is torch.float32 of the shape \(1, 4\); allowed: .*int64"),
         ({"input_ids": torch.zeros(4, dtype=torch.long)}, r"of the shape \(4,\)"),
         ({"input_ids": [[1, 2]]}, "input_ids is a list"),
+        ({"pixel_values": torch.zeros(0, 3, 32, 32)}, r"shape \(0, 3, 32, 32\), no image; allowed"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"shape \(2, 0\), no token; allowed"),
+        ({"input_ids": torch.tensor([[2, 70]])}, "input_ids has 70, but the text tower knows 0 to 69; take the token"),
+        ({"input_ids": torch.tensor([[2, -1]])}, "input_ids has -1, but the text tower knows 0 to 69"),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 4)},
+            r"attention_mask has the shape \(1, 4\), but input_ids \(1, 3\)",
+        ),
         ({}, "give pixel_values, input_ids or both: neither came"),
     ],
 )
