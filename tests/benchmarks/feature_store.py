@@ -30,6 +30,7 @@ import torch
 from mmkd.data.feature_shards import write_shard
 from mmkd.data.feature_store import FeatureStore, close_store
 from mmkd.data.features import SHARD_SIZE, FeatureWriter, TeacherFeatures
+from mmkd.data.pair_fingerprints import fingerprints
 
 WIDTHS = {"BMCA": 768, "PMCCLIP": 768} | dict.fromkeys(
     ("BiomedCLIP", "UniMedCLIP", "QuiltNet", "GenMedClip", "PLIP", "PUBMEDCLIP"), 512
@@ -139,7 +140,9 @@ def write_both(folder: Path, ids: list[str], available: list[list[int]], dtype: 
         for shard, start in enumerate(range(0, len(rows), SHARD_SIZE)):
             chosen = vectors[name][rows[start : start + SHARD_SIZE]]
             writer.write_shard(shard, chosen[:, 0], chosen[:, 1])
-        writer.finish([ids[row] for row in rows], {})
+        names = [ids[row] for row in rows]
+        known = fingerprints((f"caption of {name}" for name in names), ("" for _ in names), names)
+        writer.finish(names, {}, known)
 
 
 def report(folder: Path, times: dict[str, list[tuple[float, float]]], dtype: str) -> None:
