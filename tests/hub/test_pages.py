@@ -44,6 +44,9 @@ def test_every_command_of_the_page_on_publishing_runs(
         ("dataset", "user/plip-features"), ("dataset", "user/pairs"),
     }  # fmt: skip
     assert at_hub.repository("user/pairs", "dataset").private
+    for words in lines[1:]:
+        push.main(parse(push.PushSettings, words[2:]))
+        assert ": 0 files changed, " in capsys.readouterr().out, "nothing goes up twice"
     card = at_hub.repository("user/mmkd-clip").files["README.md"][0].decode()
     assert "model-index" in card and "cc-by-nc-4.0" in card
 
