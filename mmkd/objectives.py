@@ -26,7 +26,7 @@ from mmkd.alignment import MODALITIES
 from mmkd.autoencoder import AutoencoderAligner
 from mmkd.chunked import Block
 from mmkd.distill_options import ALIGNED_LOSSES, DistillOptions
-from mmkd.distributed import gather, rank
+from mmkd.distributed import gather, rank, world_size
 from mmkd.embed import embed
 from mmkd.heads import TeacherHeads, angular_error, mean_over_teachers, standardized_error
 from mmkd.targets import Weights, combined_target, drawn_teacher
@@ -62,10 +62,16 @@ class Objective(nn.Module, ABC):
 class ContrastiveObjective(Objective):
     """Stage 1: symmetric InfoNCE over the global batch."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Train `model`, whose output has ``image_embeds`` and ``text_embeds`` and which has a ``logit_scale``."""
+    def __init__(self, model: nn.Module, gather_gradient: bool = True) -> None:
+        """Train a model.
+
+        Args:
+            model: its output has ``image_embeds`` and ``text_embeds``, and it has a ``logit_scale``.
+            gather_gradient: False to take what other processes compare with for constants, as the authors' stage 1 does
+                (open_clip's ``local_loss`` without ``gather_with_grad``): on several processes about half the gradient.
+        """
         super().__init__()
-        self.model = model
+        self.model, self.gather_gradient = model, gather_gradient
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Unit-norm ``image`` and ``text`` features, `(rows, dim)`."""
@@ -73,7 +79,10 @@ class ContrastiveObjective(Objective):
 
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` and ``task``, which are the same."""
-        task = _task_loss(gathered(embeddings), self.model)
+        student = gathered(embeddings)
+        if not self.gather_gradient and world_size() > 1:
+            student = student._replace(all_images=student.all_images.detach(), all_texts=student.all_texts.detach())
+        task = _task_loss(student, self.model)
         return {"loss": task, "task": task}
 
 

@@ -90,6 +90,22 @@ for target in ("mean", "random", "leave_one_out"):
             assert relative(parameter.grad / 2, full[half]) < 1e-6, (target, name)
         else:  # scales and heads, whose gradients DDP averages
             assert relative(mean_over_processes(parameter.grad), full) < 2e-6, (target, name)
+
+# Stage 1 as released: what other processes compare with is constant.
+normalize = torch.nn.functional.normalize
+half, everyone = slice(8 * rank(), 8 * rank() + 8), Student(slice(None))
+student = Student(half)
+objective = mmkd.objectives.ContrastiveObjective(student, gather_gradient=False)
+sides = {side: normalize(getattr(student, side), dim=1) for side in ("image", "text")}
+loss = objective.loss(sides, {})["loss"]
+loss.backward()
+image, text = (normalize(getattr(everyone, side), dim=1) for side in ("image", "text"))
+classes, scale = torch.arange(ROWS)[half], everyone.logit_scale.exp()
+to_texts = torch.nn.functional.cross_entropy(scale * image[half] @ text.detach().T, classes)
+to_images = torch.nn.functional.cross_entropy(scale * text[half] @ image.detach().T, classes)
+((to_texts + to_images) / 2).backward()
+for side in ("image", "text"):
+    assert relative(getattr(student, side).grad, getattr(everyone, side).grad[half]) < 1e-5, side
 wait_for_everyone()
 """
 

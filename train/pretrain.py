@@ -51,6 +51,10 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
     labels: list[str] = setting(factory=list, help="keep only pairs of these labels")
     sources: list[str] = setting(factory=list, help="keep only pairs of these collections")
     part: str | None = setting(None, "keep one share of the groups, such as 1/3")
+    gather_gradient: bool = setting(
+        True,
+        "gradient through what other processes compare with; false as released: another model on several processes",
+    )
     crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
     cache_frozen_towers: Path | None = setting(
         None, "folder for the outputs of frozen towers, encoded once for all runs that name it; needs --crop center"
@@ -101,7 +105,7 @@ def main(settings: PretrainSettings) -> None:
         workers=settings.workers,
         seed=settings.seed,
     )
-    objective = ContrastiveObjective(model)
+    objective = ContrastiveObjective(model, settings.gather_gradient)
     started_from = [settings.vision, settings.text]
     if settings.model is not None or settings.preset is not None:
         started_from = [settings.model] if settings.model is not None else []
