@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
@@ -21,7 +22,7 @@ TO_THE_LAUNCHER = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "
 
 
 def launch(command: Sequence[str], environment: Mapping[str, str], module: str) -> int:
-    """Run a launcher to its end.
+    """Run a launcher to its end. Outside the main thread Python can set no handlers: signals then act as they always do.
 
     Args:
         command: of torchrun or ``accelerate launch``.
@@ -38,7 +39,8 @@ def launch(command: Sequence[str], environment: Mapping[str, str], module: str) 
         for process in asked or [launcher.pid]:
             _send(process, number)
 
-    before = {number: signal.signal(number, pass_on) for number in (*SIGNALS, *TO_THE_LAUNCHER)}
+    handled = (*SIGNALS, *TO_THE_LAUNCHER) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, pass_on) for number in handled}
     try:
         return launcher.wait()
     finally:
