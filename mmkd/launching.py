@@ -22,7 +22,7 @@ TO_THE_LAUNCHER = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "
 
 
 def launch(command: Sequence[str], environment: Mapping[str, str], module: str) -> int:
-    """Run a launcher to its end. Outside the main thread Python can set no handlers: signals then act as they always do.
+    """Run a launcher to its end; outside the main thread, where Python sets no handlers, signals act as they always do.
 
     Args:
         command: of torchrun or ``accelerate launch``.
