@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: offline by default, and the optional folders of real data and reference outputs."""
 
+import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the marks of transformers' own tests, where `tests/conformance/fetch.py` has fetched them."""
+    files = list((ROOT / ".transformers-tests").glob("*/test_*.py"))
+    spec = importlib.util.find_spec("transformers") if files else None
+    if spec is not None and spec.origin is not None:
+        files.append(Path(spec.origin).with_name("testing_utils.py"))
+    marks = {mark for file in files for mark in re.findall(r"\bmark\.(\w+)", file.read_text(encoding="utf-8"))}
+    for mark in sorted(marks - {"parametrize", "skip", "skipif", "xfail", "usefixtures", "filterwarnings"}):
+        config.addinivalue_line("markers", f"{mark}: of transformers' own tests")
 
 
 def _shared(name: str) -> Path:
