@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from mmkd.data.records import Pair
 from mmkd.evaluation.bootstrap import Metrics, frame, interval, replicate, subframe
-from mmkd.evaluation.task import Outputs, Task
+from mmkd.evaluation.task import Outputs, Task, Undefined
 from mmkd.files import atomic_write_bytes, read_json, write_json
 
 FORMAT = 1
@@ -76,8 +76,12 @@ class CellFolder:
         file = self._file(encoder, task.name, "json")
         if file.is_file() and (cell := read_json(file)).get("key") == key:
             return cell, self.outputs(encoder, task.name)
-        outputs, extra = compute()
-        cell, replicates, together = self._evaluate(task, outputs)
+        try:
+            outputs, extra = compute()
+            cell, replicates, together = self._evaluate(task, outputs)
+        except Undefined as reason:
+            outputs, extra, replicates, together = {}, {}, {}, {}
+            cell = {"undefined": str(reason), "metrics": {}, "by_modality": {}}
         cell |= {"encoder": encoder, "task": task.name, "key": key, **extra}
         tensors = {f"outputs.{name}": np.ascontiguousarray(array) for name, array in outputs.items()}
         tensors |= {f"replicates.{name}": np.ascontiguousarray(values) for name, values in replicates.items()}
@@ -117,6 +121,8 @@ class CellFolder:
             low, high = interval(replicates[name])
             metrics[name] = {"value": plain(value), "low": plain(low), "high": plain(high)}
         cell = {"undefined": None, "metrics": metrics, "by_modality": _by_modality(task, outputs)}
+        if extras := task.extras(outputs):
+            cell["extras"] = extras
         return cell, replicates, together
 
     def _file(self, encoder: str, task: str, ending: str) -> Path:

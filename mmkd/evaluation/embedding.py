@@ -44,6 +44,7 @@ class Embedded:
         fingerprint: of its weights and preprocessing.
         provenance: what the encoder says of itself.
         images: pair id -> image vector ``(dim,)``, unit length; unreadable images are absent.
+        pooled: pair id -> image vector before the projection ``(width,)``; empty where the encoder has none.
         texts: text -> text vector ``(dim,)``, unit length.
         unreadable: pair id -> reason.
         failures: what the encoder said where it gave no sound vectors; those are NaN.
@@ -53,6 +54,7 @@ class Embedded:
     fingerprint: str
     provenance: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Vectors] = field(default_factory=dict)
+    pooled: dict[str, Vectors] = field(default_factory=dict)
     texts: dict[str, Vectors] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -60,6 +62,15 @@ class Embedded:
     def image_matrix(self, pairs: Sequence[Pair]) -> Vectors:
         """Image vectors of pairs, ``(n, dim)``."""
         return np.stack([self.images[pair.id] for pair in pairs])
+
+    @property
+    def pooled_is_joint(self) -> bool:
+        """Whether `pooled_matrix` gives joint vectors for want of others."""
+        return not self.pooled
+
+    def pooled_matrix(self, pairs: Sequence[Pair]) -> Vectors:
+        """Image vectors before the projection, ``(n, width)``; the joint ones where the encoder has no others."""
+        return np.stack([(self.pooled or self.images)[pair.id] for pair in pairs])
 
     def text_matrix(self, texts: Sequence[str]) -> Vectors:
         """Text vectors, ``(n, dim)``."""

@@ -18,11 +18,17 @@ from numpy.typing import NDArray
 from mmkd.data.records import Pair
 from mmkd.evaluation import metrics
 from mmkd.evaluation.bootstrap import Frame, Metrics, frame
+from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.embedding import Embedded
+from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.metrics import Floats, Integers
 from mmkd.evaluation.questions import Question
 
 Outputs = dict[str, NDArray[Any]]
+
+
+class Undefined(Exception):
+    """An encoder cannot answer a task; the message says why and stands in its cell in place of numbers."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Samples:
         questions: about any of the images, for visual question answering.
         within: whether labels are told apart within a modality (and over all) or within a collection.
         captioned: collections whose captions are retrieved, all together if none is named.
+        manifest: of the one dataset these are, where tasks follow a manifest.
+        collection: that dataset, opened.
     """
 
     held_out: list[Pair]
@@ -46,6 +54,8 @@ class Samples:
     questions: list[Question] = field(default_factory=list)
     within: Literal["modality", "source"] = "modality"
     captioned: list[str] = field(default_factory=list)
+    manifest: Manifest | None = None
+    collection: Collection | None = None
 
 
 class Task(ABC):
@@ -54,12 +64,15 @@ class Task(ABC):
     Attributes:
         name: file name of its cells.
         title: for people.
-        kind: zeroshot, retrieval or probe.
+        kind: a row of `suite.SUITE`.
         headline: the metric that stands for the task.
         frames: what is resampled, by name; ``image`` is always there.
         holders: the pair behind each sample of each frame.
         description: everything a reader needs to redo or judge it; plain JSON values.
         asks_modality: the answer is the modality, so that choosing an encoder by modality would give it away.
+        dataset: id of the manifest it follows; empty where it follows the pairs.
+        modality: of that dataset.
+        variant: which of several tasks of one kind on that dataset; empty for the main one.
     """
 
     name: str
@@ -70,6 +83,9 @@ class Task(ABC):
     holders: dict[str, list[Pair]]
     description: dict[str, Any]
     asks_modality: bool = False
+    dataset: str = ""
+    modality: str = ""
+    variant: str = ""
 
     @property
     def modalities(self) -> dict[str, list[str]]:
@@ -78,7 +94,15 @@ class Task(ABC):
 
     @abstractmethod
     def outputs(self, embedded: Embedded) -> Outputs:
-        """Per-sample outputs of one encoder."""
+        """Per-sample outputs of one encoder.
+
+        Raises:
+            Undefined: it cannot answer.
+        """
+
+    def extras(self, outputs: Outputs) -> dict[str, Any]:
+        """What else a cell shall keep: curves and tables that are not of single samples; plain JSON values."""
+        return {}
 
     @abstractmethod
     def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
