@@ -6,12 +6,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmkd.data.images import read_image_bytes
 from mmkd.data.records import is_inside
 from mmkd.files import read_json
 
 CLOSED = "CLOSED"
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}
+SPLIT_NAMES |= {"validate": "validation", "validation": "validation", "dev": "validation", "test": "test"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,23 +24,27 @@ class Question:
     Attributes:
         sha256: of the image file.
         closed: to be answered by yes or no, or by one of the things it names.
+        split: train, validation or test as its publisher deals it out; empty where that is not stated.
     """
 
     sha256: str
     text: str
     answer: str
     closed: bool
+    split: str = ""
 
 
 def read_questions(path: Path) -> list[Question]:
     """Questions in the form of VQA-RAD: a JSON list with ``image_name``, ``question``, ``answer``, ``answer_type``.
+
+    A ``split`` is kept; VQA-RAD itself states it in ``phrase_type``, where it begins with ``test``.
 
     Args:
         path: of the JSON; images lie beside it, in ``images/``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not of this form, or a name leaves the folder.
+        ValueError: it is not of this form, a split is unknown, or a name leaves the folder.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--questions {path}: no such file")
@@ -59,10 +66,27 @@ def read_questions(path: Path) -> list[Question]:
             " ".join(str(row["question"]).split()),
             normalise(str(row["answer"])),
             str(row["answer_type"]).strip().upper() == CLOSED,
+            stated_split(row),
         )
         for row in rows
         if str(row["image_name"]) in digests
     ]
+
+
+def stated_split(row: dict[str, Any]) -> str:
+    """The split that a question states: ``split``, or VQA-RAD's ``phrase_type``; empty where it states none.
+
+    Raises:
+        ValueError: ``split`` is no name of a split.
+    """
+    if row.get("split"):
+        name = str(row["split"]).strip().lower()
+        if name not in SPLIT_NAMES:
+            raise ValueError(f"question {row.get('question')!r}: split {name!r}; allowed: {', '.join(SPLIT_NAMES)}")
+        return SPLIT_NAMES[name]
+    if row.get("phrase_type"):
+        return "test" if str(row["phrase_type"]).startswith("test") else "train"
+    return ""
 
 
 def normalise(answer: str) -> str:

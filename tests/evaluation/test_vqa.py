@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmkd.data.records import Pair
 from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.questions import Question, normalise, question_texts, read_questions
+from mmkd.evaluation.questions import Question, normalise, question_texts, read_questions, stated_split
 from mmkd.evaluation.task import Samples
 from mmkd.evaluation.vqa import fused, tasks
 
@@ -78,6 +78,19 @@ def test_no_questions_no_task():
 def test_fusion_by_hand():
     v, q = torch.randn(3, 4), torch.randn(3, 4)
     torch.testing.assert_close(fused(v, q), torch.cat([2 * v, 2 * q, 4 * v * q, 2 * (v - q).abs()], dim=1))
+
+
+def test_the_split_that_a_question_states():
+    assert [
+        stated_split(row) for row in ({"split": "Val"}, {"phrase_type": "test_para"}, {"phrase_type": "para"}, {})
+    ] == [
+        "validation",
+        "test",
+        "train",
+        "",
+    ]
+    with pytest.raises(ValueError, match="split 'foo'; allowed: train"):
+        stated_split({"split": "foo", "question": "why?"})
 
 
 def test_reading_questions(tmp_path):
