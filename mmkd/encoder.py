@@ -23,6 +23,10 @@ BATCH_SIZE = 64
 Item = TypeVar("Item")
 
 
+class NoTokens(Exception):
+    """An encoder gives one vector for each image and text, but no sequences of tokens; the message says which."""
+
+
 class DualEncoder(ABC):
     """Encodes images and texts into one space.
 
@@ -98,6 +102,25 @@ class DualEncoder(ABC):
     @abstractmethod
     def text_features(self, texts: list[str]) -> Tensor:
         """Features of one batch of texts, (n, dim), of any length, on any device."""
+
+    def image_token_features(self, prepared: list[Any]) -> Tensor:
+        """What the image tower makes of every patch of a batch of prepared images, (n, tokens, width).
+
+        Raises:
+            NoTokens: the encoder has no such thing to give.
+        """
+        raise NoTokens(f"{self.name} ({type(self).__name__}) gives no sequences of image and text tokens")
+
+    def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """What the text tower makes of every token of a batch of texts.
+
+        Returns:
+            (n, tokens, width), and which of them are no padding, (n, tokens).
+
+        Raises:
+            NoTokens: the encoder has no such thing to give.
+        """
+        raise NoTokens(f"{self.name} ({type(self).__name__}) gives no sequences of image and text tokens")
 
     @torch.inference_mode()
     def _encode(self, items: Sequence[Item], features: Callable[[Sequence[Item]], Tensor], kind: str) -> Tensor:

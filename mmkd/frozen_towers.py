@@ -173,6 +173,14 @@ class FrozenEncoder(DualEncoder):
         """See `DualEncoder`."""
         return self.encode_texts(texts)
 
+    def image_token_features(self, prepared: list[Any]) -> Tensor:
+        """See `DualEncoder`; tokens are not kept."""
+        return self.encoder.image_token_features(prepared)
+
+    def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """See `DualEncoder`; tokens are not kept."""
+        return self.encoder.text_token_features(texts)
+
     @torch.inference_mode()
     def _projected(self, projection: nn.Module, outputs: Tensor) -> Tensor:
         weights = next(projection.parameters())

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mmkd.data.images import UnreadableImage, open_image, read_image_bytes
 from mmkd.data.records import Pair, PairFolder
 from mmkd.encoder import DualEncoder
+from mmkd.evaluation.tokens import TokenSource
 from mmkd.files import atomic_write_bytes, fingerprint
 from mmkd.frozen_towers import FrozenEncoder
 
@@ -48,6 +49,7 @@ class Embedded:
         texts: text -> text vector ``(dim,)``, unit length.
         unreadable: pair id -> reason.
         failures: what the encoder said where it gave no sound vectors; those are NaN.
+        tokens: where sequences of tokens come from, for tasks that look at more than vectors; None where from nowhere.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Embedded:
     texts: dict[str, Vectors] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    tokens: TokenSource | None = None
 
     def image_matrix(self, pairs: Sequence[Pair]) -> Vectors:
         """Image vectors of pairs, ``(n, dim)``."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmkd.data.records import Pair, PairFolder
-from mmkd.evaluation import linear_probe, retrieval, vqa, zeroshot
+from mmkd.evaluation import linear_probe, retrieval, vqa_tasks, zeroshot
 from mmkd.evaluation.cells import Cell, CellFolder
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.task import Outputs, Samples, Task, best_by_modality
@@ -20,7 +20,7 @@ SUITE: dict[str, Callable[[Samples], tuple[list[Any], dict[str, str]]]] = {
     "zeroshot": zeroshot.tasks,
     "retrieval": retrieval.tasks,
     "probe": linear_probe.tasks,
-    "vqa": vqa.tasks,
+    "vqa": vqa_tasks.tasks,
 }
 ENSEMBLE, ORACLE = "ensemble", "oracle"
 

@@ -23,7 +23,7 @@ from mmkd.evaluation.bootstrap import Metrics, frame
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.metrics import Floats
 from mmkd.evaluation.questions import Question
-from mmkd.evaluation.task import Outputs, Samples, Task
+from mmkd.evaluation.task import Outputs, Samples, Task, Undefined
 
 HIDDEN, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 256, 30, 64, 1e-3, 1e-2, 0
 
@@ -31,16 +31,20 @@ HIDDEN, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 256, 30, 64, 1e-
 class VisualQuestions(Task):
     """Answer questions about held-out images."""
 
-    name, kind, headline = "vqa", "vqa", "accuracy"
+    kind, headline = "vqa", "accuracy"
     title = "Which answer, of those seen in training?"
 
-    def __init__(self, samples: Samples, questions: dict[str, list[tuple[Pair, Question]]]) -> None:
+    def __init__(
+        self, questions: dict[str, list[tuple[Pair, Question]]], name: str = "vqa", facts: dict[str, Any] | None = None
+    ) -> None:
         """Fix the questions of each split and the answers there are.
 
         Args:
-            samples: the pairs.
             questions: ``train``, ``validation`` and ``test`` questions with the pair that holds their image.
+            name: of the task.
+            facts: what else its description shall say.
         """
+        self.name = name
         self.questions = questions
         known = sorted({question.answer for split in ("train", "validation") for _, question in questions[split]})
         self.answers = {answer: number for number, answer in enumerate(known)}
@@ -60,10 +64,17 @@ class VisualQuestions(Task):
             "unanswerable": float(np.mean(self.targets < 0)),
             "closed": int(self.closed.sum()),
             "chance": {"accuracy": guess},
+            **(facts or {}),
         }
 
     def outputs(self, embedded: Embedded) -> Outputs:
-        """``image.answers`` probabilities `(n, answers)`, and those of both controls."""
+        """``image.answers`` probabilities `(n, answers)`, and those of both controls.
+
+        Raises:
+            Undefined: the encoder has no vectors of texts.
+        """
+        if not embedded.texts:
+            raise Undefined("the encoder has no vectors of texts")
         found = {split: self._inputs(embedded, split) for split in self.questions}
         if not all(torch.isfinite(part).all() for image, text in found.values() for part in (image, text)):
             unsound = np.full((len(self.pairs), len(self.answers)), np.nan, dtype=np.float32)
@@ -123,7 +134,7 @@ def tasks(samples: Samples) -> tuple[list[VisualQuestions], dict[str, str]]:
         asked[split] = [(holders[q.sha256], q) for q in samples.questions if q.sha256 in holders]
     if len(asked["train"]) < 2 or not asked["test"]:
         return [], {"vqa": f"{len(asked['train'])} training and {len(asked['test'])} held-out questions have an image"}
-    return [VisualQuestions(samples, asked)], {}
+    return [VisualQuestions(asked)], {}
 
 
 def fused(image: Tensor, text: Tensor) -> Tensor:

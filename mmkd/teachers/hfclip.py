@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkd.encoder import DualEncoder
+from mmkd.encoder import DualEncoder, NoTokens
 from mmkd.teachers.rows import TeacherRow, describe
 from mmkd.teachers.square import FastSquare
 from mmkd.teachers.weights import TOKENIZER_FILES, fetch, load_transformers
@@ -50,6 +50,23 @@ class HFClipEncoder(DualEncoder):
         """See `DualEncoder`; texts are padded to the longest of the batch."""
         inputs = self.processor(text=texts, padding=True, truncation=True, max_length=self.context, return_tensors="pt")
         return _pooled(self.model.get_text_features(**inputs.to(self.model.device)))
+
+    def image_token_features(self, prepared: list[Tensor]) -> Tensor:
+        """See `DualEncoder`; a convolutional tower's map is read row by row."""
+        states = self._tower("vision_model")(pixel_values=torch.stack(prepared).to(self.model.device)).last_hidden_state
+        return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+
+    def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """See `DualEncoder`."""
+        inputs = self.processor(text=texts, padding=True, truncation=True, max_length=self.context, return_tensors="pt")
+        ids, mask = inputs["input_ids"].to(self.model.device), inputs["attention_mask"].to(self.model.device)
+        return self._tower("text_model")(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool()
+
+    def _tower(self, name: str) -> Any:
+        tower = getattr(self.model, name, None)
+        if tower is None:
+            raise NoTokens(f"{self.name}: {type(self.model).__name__} has no {name} that would give token by token")
+        return tower
 
 
 def load(row: TeacherRow, device: str) -> HFClipEncoder:

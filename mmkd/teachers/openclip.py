@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkd.encoder import DualEncoder
+from mmkd.encoder import DualEncoder, NoTokens
 from mmkd.files import read_json
 from mmkd.settings import nearest
 from mmkd.teachers.rows import TeacherRow, describe
@@ -38,6 +38,7 @@ WEIGHT_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
 )
+LAST_LAYER = {"normalize_intermediates": True, "output_fmt": "NLC"}
 
 
 class OpenClipEncoder(DualEncoder):
@@ -75,6 +76,27 @@ class OpenClipEncoder(DualEncoder):
         if self.padding is not None:
             tokens = tokens[:, : int((tokens != self.padding).sum(dim=1).max())]
         return self.model.encode_text(tokens.to(self.device))
+
+    def image_token_features(self, prepared: list[Tensor]) -> Tensor:
+        """See `DualEncoder`."""
+        pixels = torch.stack(prepared).to(self.device)
+        found = self.model.visual.forward_intermediates(pixels, indices=1, intermediates_only=True, **LAST_LAYER)
+        states = found["image_intermediates"][-1]
+        return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+
+    def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """See `DualEncoder`."""
+        tokens = self.tokenizer(texts).to(self.device)
+        if self.padding is not None:
+            tokens = tokens[:, : int((tokens != self.padding).sum(dim=1).max())]
+            mask = tokens != self.padding
+            return self.model.text.transformer(input_ids=tokens, attention_mask=mask).last_hidden_state, mask
+        if not hasattr(self.model, "transformer"):
+            raise NoTokens(f"{self.name}: the text tower of {type(self.model).__name__} does not give token by token")
+        found = self.model.forward_intermediates(
+            text=tokens, text_indices=1, intermediates_only=True, normalize_intermediates=True
+        )
+        return found["text_intermediates"][-1], tokens != 0
 
 
 def load(row: TeacherRow, device: str) -> OpenClipEncoder:

@@ -136,3 +136,18 @@ def test_unknown_architecture_and_tag():
 def test_texts_of_any_length_and_script(quiltnet, biomedclip):
     check_odd_texts(load_encoder("QuiltNet", weights=quiltnet))
     check_odd_texts(load_encoder("BiomedCLIP", weights=biomedclip))
+
+
+def test_tokens_end_in_the_features(quiltnet, biomedclip, images):
+    for folder, form in ((quiltnet, "last"), (biomedclip, "first")):
+        encoder = load_encoder(str(folder), device="cpu")
+        with torch.inference_mode():
+            patches = encoder.image_token_features([encoder.prepare(image) for image in images])
+            words, mask = encoder.text_token_features(TEXTS)
+        assert patches.ndim == words.ndim == 3 and len(patches) == len(words) == 3 and patches.shape[1] > 3
+        assert mask.shape == words.shape[:2] and mask.any(dim=1).all() and not mask.all()
+        pooled = words[torch.arange(3), mask.sum(dim=1) - 1] if form == "last" else words[:, 0]
+        model = encoder.model
+        with torch.inference_mode():
+            features = pooled @ model.text_projection if form == "last" else model.text.proj(pooled)
+        torch.testing.assert_close(features, encoder.text_features(TEXTS), atol=1e-5, rtol=1e-4)
