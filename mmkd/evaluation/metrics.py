@@ -7,11 +7,15 @@ all replicates. Undefined values are NaN, never a guess.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Columns = NDArray[Any]
+EXACT = 1 << 24  # whole numbers below it are exact in single precision
 
 
 def accuracy(targets: Integers, predictions: Integers, weights: Floats) -> Floats:
@@ -40,6 +44,19 @@ def macro_f1(targets: Integers, predictions: Integers, weights: Floats) -> Float
     return _mean_where(_divide(2 * true_positive, support + answered), support + answered > 0)
 
 
+def quadratic_kappa(targets: Integers, predictions: Integers, weights: Floats) -> Floats:
+    """Cohen's kappa of grades with quadratic weights, over all grades, also those that a replicate lacks.
+
+    ``1 - sum_ij (i-j)^2 O_ij / sum_ij (i-j)^2 E_ij``; both sums need the first and second moments of the grades alone.
+    Arguments and result as in `accuracy`; NaN where all targets and answers are one grade.
+    """
+    t, p = targets.astype(np.float64), predictions.astype(np.float64)
+    total = weights.sum(axis=1)
+    observed = weights @ (t - p) ** 2
+    expected = weights @ (t**2 + p**2) - 2 * _divide((weights @ t) * (weights @ p), total)
+    return 1 - _divide(observed, expected)
+
+
 def auroc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
     """Area under the ROC curve by ranks: P(score of a positive > score of a negative), a tie counting one half.
 
@@ -53,14 +70,7 @@ def auroc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Float
     Returns:
         ``(replicates,)``; NaN where a replicate has no positive or no negative.
     """
-    order = np.argsort(scores, kind="stable")
-    ordered = scores[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    sorted_weights = weights[:, order]
-    positives = np.add.reduceat(sorted_weights * positive[order], starts, axis=1)
-    negatives = np.add.reduceat(sorted_weights * ~positive[order], starts, axis=1)
-    below = np.cumsum(negatives, axis=1) - negatives / 2
-    return _divide((positives * below).sum(axis=1), positives.sum(axis=1) * negatives.sum(axis=1))
+    return _auroc(positive, scores, _columns(weights))
 
 
 def macro_auroc(targets: Integers, scores: Floats, weights: Floats) -> Floats:
@@ -71,9 +81,25 @@ def macro_auroc(targets: Integers, scores: Floats, weights: Floats) -> Floats:
         scores: ``(n, classes)``.
         weights: ``(replicates, n)``.
     """
-    areas = [auroc(targets == k, scores[:, k], weights) for k in range(scores.shape[1])]
-    stacked = np.stack(areas, axis=1)
-    return _mean_where(stacked, ~np.isnan(stacked))
+    return label_mean(label_aurocs(targets[:, None] == np.arange(scores.shape[1]), scores, weights))
+
+
+def label_aurocs(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
+    """`auroc` of each label, ``(replicates, labels)``, from ``positive`` and ``scores`` ``(n, labels)``."""
+    columns = _columns(weights)
+    return np.stack([_auroc(own, label, columns) for own, label in zip(positive.T, scores.T, strict=True)], axis=1)
+
+
+def label_precisions(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
+    """Average precision of each label, ``sum_t (R_t - R_before) P_t`` over distinct scores; see `label_aurocs`."""
+    columns = _columns(weights)
+    found = [_average_precision(own, label, columns) for own, label in zip(positive.T, scores.T, strict=True)]
+    return np.stack(found, axis=1)
+
+
+def label_mean(values: Floats) -> Floats:
+    """Mean ``(replicates,)`` over the labels that are defined, of ``(replicates, labels)``."""
+    return _mean_where(values, ~np.isnan(values))
 
 
 def recall_at(k: int, ranks: Floats, weights: Floats) -> Floats:
@@ -119,12 +145,85 @@ def margins(scores: Floats) -> Floats:
     return scores - (np.stack(others, axis=1) - np.log(scores.shape[1] - 1))
 
 
+def softmax(scores: Floats) -> Floats:
+    """Probabilities ``(n, classes)`` of scores ``(n, classes)``."""
+    return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+
+
+def _auroc(positive: NDArray[np.bool_], scores: Floats, columns: Columns) -> Floats:
+    """`auroc` from weights ``(n, replicates)``.
+
+    Over all samples instead of the negatives, the sum is larger by half the squared weight of the positives; hence
+    cumulative weights are needed at the scores of positives alone.
+    """
+    order, starts, ends = _tied(positive, scores)
+    bounds = np.unique(np.concatenate([[0], starts, ends]))
+    cumulative = np.cumsum(_sums(order, bounds, columns)[:-1], axis=0, dtype=columns.dtype)
+    cumulative = np.concatenate([np.zeros_like(cumulative[:1]), cumulative])
+    below, through = (cumulative[np.searchsorted(bounds, place)] for place in (starts, ends))
+    own = _positive_sums(order, positive, starts, ends, columns)
+    positives = own.sum(axis=0)
+    negatives = columns.sum(axis=0, dtype=np.float64) - positives
+    area = (own * (below.astype(np.float64) + through)).sum(axis=0) / 2 - positives**2 / 2
+    return _divide(area, positives * negatives)
+
+
+def _average_precision(positive: NDArray[np.bool_], scores: Floats, columns: Columns) -> Floats:
+    """Average precision from weights ``(n, replicates)``; NaN where a replicate has no positive."""
+    order, starts, ends = _tied(positive, -scores)
+    bounds = np.unique(np.concatenate([[0], ends]))
+    through = np.cumsum(_sums(order, bounds, columns)[:-1], axis=0, dtype=np.float64)
+    own = _positive_sums(order, positive, starts, ends, columns)
+    precision = np.divide(np.cumsum(own, axis=0), through, out=np.zeros_like(through), where=through > 0)
+    return _divide((own * precision).sum(axis=0), own.sum(axis=0))
+
+
+def _tied(positive: NDArray[np.bool_], scores: Floats) -> tuple[Integers, Integers, Integers]:
+    """Order of rising scores, and where in it each run of equal scores that holds a positive starts and ends."""
+    order = np.argsort(scores, kind="stable")
+    ordered = scores[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    ends = np.append(starts[1:], len(order))
+    holds = np.add.reduceat(positive[order].astype(np.int64), starts) > 0
+    return order, starts[holds], ends[holds]
+
+
+def _positive_sums(
+    order: Integers, positive: NDArray[np.bool_], starts: Integers, ends: Integers, columns: Columns
+) -> Floats:
+    """Weight of the positives in each run, ``(runs, replicates)``."""
+    places = np.flatnonzero(positive[order])
+    run = np.searchsorted(ends, places, side="right")
+    return _sums(order[places], np.searchsorted(run, np.arange(len(starts))), columns).astype(np.float64)
+
+
+def _sums(order: Integers, bounds: Integers, columns: Columns) -> Columns:
+    """Sums of weights ``(n, replicates)`` in ``order`` from each bound to the next, the last to the end."""
+    from scipy.sparse import csr_array
+
+    pointers = np.append(bounds, len(order))
+    chooser = csr_array((np.ones(len(order), columns.dtype), order, pointers), shape=(len(bounds), len(columns)))
+    return chooser @ columns
+
+
+def _columns(weights: Floats) -> Columns:
+    """Weights as ``(n, replicates)``; in single precision where they are whole numbers whose sums it holds exactly."""
+    columns = np.ascontiguousarray(weights.T, dtype=np.float32)
+    exact = weights.sum(axis=1).max(initial=0.0) < EXACT and bool((np.rint(columns) == weights.T).all())
+    return columns if exact else np.ascontiguousarray(weights.T)
+
+
 def _counts(targets: Integers, predictions: Integers, weights: Floats) -> tuple[Floats, Floats, Floats]:
     """Weighted true positives, targets and answers of each class, each ``(replicates, classes)``."""
-    classes = np.arange(max(targets.max(), predictions.max()) + 1)
-    target_is = (targets[:, None] == classes).astype(np.float64)
-    answer_is = (predictions[:, None] == classes).astype(np.float64)
-    return weights @ (target_is * answer_is), weights @ target_is, weights @ answer_is
+    from scipy.sparse import csr_array
+
+    classes, n = int(max(targets.max(), predictions.max())) + 1, len(targets)
+    right = np.flatnonzero(targets == predictions)
+    rows = np.concatenate([targets[right], targets + classes, predictions + 2 * classes])
+    samples = np.concatenate([right, np.arange(n), np.arange(n)])
+    chooser = csr_array((np.ones(len(rows)), (rows, samples)), shape=(3 * classes, n))
+    counted = (chooser @ np.ascontiguousarray(weights.T)).T
+    return counted[:, :classes], counted[:, classes : 2 * classes], counted[:, 2 * classes :]
 
 
 def _divide(numerator: Floats, denominator: Floats) -> Floats:

@@ -1,3 +1,6 @@
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -108,3 +111,13 @@ def test_difference_with_oneself_is_nothing():
 def test_undefined_replicates_have_no_interval():
     assert np.isnan(interval(np.full(100, np.nan))).all()
     assert np.isnan(difference(1.0, 0.5, np.full(9, np.nan), np.ones(9))["p"])
+
+
+def test_five_metrics_are_those_of_scikit_learn_on_the_same_draws():
+    path = Path(__file__).parents[1] / "benchmarks" / "bootstrap.py"
+    specification = importlib.util.spec_from_file_location("bootstrap_benchmark", path)
+    benchmark = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(benchmark)
+    targets, scores = benchmark.made_up(600, 9)
+    sampling = frame(list(map(str, targets)), [f"patient {k // 2}" for k in range(600)])
+    assert benchmark.disagreement(targets, scores, sampling, 25) < 1e-9

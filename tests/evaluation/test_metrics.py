@@ -1,6 +1,13 @@
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    f1_score,
+    roc_auc_score,
+)
 
 from mmkd.evaluation import metrics
 
@@ -70,3 +77,53 @@ def test_margins_of_two_classes_are_the_difference():
     assert metrics.margins(scores) == pytest.approx(np.array([[0.2, -0.2], [-0.7, 0.7]]))
     three = np.array([[0.5, 0.1, -0.2]])
     assert metrics.margins(three)[0, 0] == pytest.approx(0.5 - np.log(np.mean(np.exp([0.1, -0.2]))))
+
+
+def resampled(n, replicates, seed=3):
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates)
+    return counts.astype(float), [np.repeat(np.arange(n), row) for row in counts]
+
+
+def test_kappa_of_resamples_is_that_of_scikit_learn(answers):
+    targets, scores = answers
+    answered = scores.argmax(1)
+    weights, copies = resampled(300, 8)
+    found = metrics.quadratic_kappa(targets, answered, weights)
+    for row, rows in enumerate(copies):
+        expected = cohen_kappa_score(targets[rows], answered[rows], weights="quadratic", labels=range(5))
+        assert found[row] == pytest.approx(expected, abs=1e-9)
+    assert np.isnan(metrics.quadratic_kappa(np.ones(4, int), np.ones(4, int), ones(4))[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_label_metrics_of_resamples_are_those_of_scikit_learn(scale):
+    generator = np.random.default_rng(5)
+    positive = generator.random((200, 4)) < [0.5, 0.1, 0.9, 0.3]
+    scores = np.round(generator.normal(size=(200, 4)) + positive, 1)
+    weights, copies = resampled(200, 8)
+    # Whole weights go through single precision, a quarter of them through double: both are exact.
+    areas = metrics.label_aurocs(positive, scores, weights * scale)
+    precisions = metrics.label_precisions(positive, scores, weights * scale)
+    for row, rows in enumerate(copies):
+        for label in range(4):
+            true, drawn = positive[rows, label], scores[rows, label]
+            assert areas[row, label] == pytest.approx(roc_auc_score(true, drawn), abs=1e-9)
+            assert precisions[row, label] == pytest.approx(average_precision_score(true, drawn), abs=1e-9)
+    assert metrics.label_mean(areas) == pytest.approx(areas.mean(axis=1), abs=1e-12)
+
+
+def test_a_label_without_positives_is_undefined_and_left_out_of_the_mean():
+    positive = np.array([[True, False], [False, False], [True, False]])
+    scores = np.array([[0.9, 0.2], [0.1, 0.3], [0.8, 0.1]])
+    for measure in (metrics.label_aurocs, metrics.label_precisions):
+        found = measure(positive, scores, ones(3))
+        assert found[0, 0] == 1.0 and np.isnan(found[0, 1]) and metrics.label_mean(found)[0] == 1.0
+
+
+def test_fractional_weights_are_weighted_samples():
+    generator = np.random.default_rng(6)
+    positive, scores = generator.random(100) < 0.4, np.round(generator.normal(size=100), 1)
+    weights = generator.random((3, 100))
+    found = metrics.auroc(positive, scores, weights)
+    expected = [roc_auc_score(positive, scores, sample_weight=own) for own in weights]
+    assert found == pytest.approx(np.array(expected), abs=1e-9)
