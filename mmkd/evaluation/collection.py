@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
@@ -19,6 +20,9 @@ class Collection(ABC):
         manifest: its description.
         pairs: one for each image (or slide); the label is a class of the manifest, several are joined by ``|``.
         questions: about the images, for visual question answering.
+        root: the folder that holds bags of features of slides; None where there are none.
+        facts: pair id -> further columns of its row, for slides: ``time``, ``event`` and what else the table has.
+        notes: what limits an evaluation without forbidding it, such as a class without test images.
     """
 
     def __init__(self, manifest: Manifest, pairs: Sequence[Pair], questions: Sequence[Question] = ()) -> None:
@@ -26,6 +30,9 @@ class Collection(ABC):
         self.manifest = manifest
         self.pairs = pairs
         self.questions = list(questions)
+        self.root: Path | None = None
+        self.facts: dict[str, dict[str, str]] = {}
+        self.notes: list[str] = []
 
     @abstractmethod
     def image(self, pair: Pair) -> Image.Image:

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mmkd.evaluation.prompts import label_prompts
+import yaml
+
+from mmkd.evaluation.prompts import FAMILIES, family, label_prompts
+from mmkd.setting_values import convert
+from mmkd.settings import nearest
 
 Asked = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]
 ASKED: tuple[str, ...] = get_args(Asked)
+HELD_OUT, DEALT = "held-out", "dealt"  # in place of the column of the split
+COUNTS = ("n", "n_train", "n_validation", "n_test", "n_questions", "n_cases")
+# What each kind of source may be told beside where it lies; ROW_KEYS go with every kind.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "imagefolder": ("skip",),
+    "csv": ("file", "label", "caption", "images", "where"),
+    "parquet": ("image", "label", "caption", "images", "where", "question", "answer"),
+    "hf": ("config", "image", "label", "caption"),
+    "wds": (),
+    "medmnist": ("size",),
+    "bags": ("table", "slide", "case", "label", "time", "event", "censored"),
+    "questions": ("images",),
+}
+ROW_KEYS = ("rename", "splits", "group_pattern", "separator")
 
 
 @dataclass(frozen=True)
@@ -27,7 +48,8 @@ class Manifest:
         headline: metric that stands for the dataset; empty = the task's own.
         expects: counts that are publicly stated, such as ``n_test``; another count is an error.
         group: column of patient, case or slide.
-        split: column of the split.
+        split: column of the split; ``held-out`` where all of it is for testing, ``dealt`` where a column
+            that would be taken is not.
         derived_from: data it was made from, for the marks of contamination.
         citation: where it was published.
         sha256: of the file it is read from.
@@ -55,8 +77,89 @@ class Manifest:
 
     def prompts(self) -> dict[str, list[str]]:
         """Sentences of every class, in the order of ``classes``: each phrase in each template."""
-        family = self.templates or self.modality
+        templates = self.templates or self.modality
         return {
-            name: [text for phrase in phrases or [name] for text in label_prompts(phrase, family)]
+            name: [text for phrase in phrases or [name] for text in label_prompts(phrase, templates)]
             for name, phrases in self.classes.items()
         }
+
+
+def read_manifest(path: Path) -> Manifest:
+    """A manifest from its YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, a key is unknown (the nearest known one is named) or a value is not allowed.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return make_manifest(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def make_manifest(values: Any) -> Manifest:
+    """A manifest from the mapping that a YAML file holds; see `read_manifest` for errors."""
+    if not isinstance(values, dict):
+        raise ValueError(f"a manifest holds `key: value` lines, not a {type(values).__name__}")
+    hints = typing.get_type_hints(Manifest)
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"unknown key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}")
+        given[key] = _classes(value) if key == "classes" else convert(key, value, hints[key])
+    required = [
+        field.name for field in fields(Manifest) if field.default is MISSING and field.default_factory is MISSING
+    ]
+    missing = [key for key in required if key not in given]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}; a manifest needs {', '.join(required)}")
+    manifest = Manifest(**given)
+    _check(manifest)
+    return manifest
+
+
+def _classes(value: Any) -> dict[str, list[str]]:
+    """Classes as a list of names, or as name -> phrase, phrases or nothing."""
+    entries = dict.fromkeys(value) if isinstance(value, list) else value
+    if not isinstance(entries, dict):
+        raise ValueError(f"classes must be a list or a mapping such as {{benign: [benign lesion]}}, not {value!r}")
+    classes: dict[str, list[str]] = {}
+    for name, phrases in entries.items():
+        if isinstance(name, bool) or name is None:
+            raise ValueError(f"class {name!r}: YAML reads yes, no, on, off and null as values; put the name in quotes")
+        listed = [phrases] if isinstance(phrases, str) else phrases or []
+        if not isinstance(listed, list) or not all(isinstance(phrase, str) and phrase.strip() for phrase in listed):
+            raise ValueError(f"class {name}: phrases must be texts, not {phrases!r}")
+        if "|" in str(name):
+            raise ValueError(f"class {name!r}: | joins the findings of an image and cannot be part of a name")
+        classes[str(name)] = listed
+    return classes
+
+
+def _check(manifest: Manifest) -> None:
+    """What no type says."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", manifest.id):
+        raise ValueError(f"id {manifest.id!r} must be lower-case letters, digits and hyphens")
+    kinds = [key for key in manifest.source if key in SOURCES]
+    if len(kinds) != 1:
+        tried = next(iter(manifest.source), "")
+        raise ValueError(
+            f"source must name one of {', '.join(SOURCES)}{nearest(tried, SOURCES)}, not {manifest.source}"
+        )
+    allowed = (*SOURCES[kinds[0]], *ROW_KEYS)
+    for key in manifest.source:
+        if key != kinds[0] and key not in allowed:
+            raise ValueError(
+                f"source: {kinds[0]} knows no {key!r}{nearest(key, allowed)}; it knows {', '.join(allowed)}"
+            )
+    if manifest.task in ("classification", "multilabel", "ordinal") and len(manifest.classes) < 2:
+        raise ValueError(f"a {manifest.task} needs at least two classes, not {list(manifest.classes)}")
+    wrong = next((key for key in manifest.expects if key not in COUNTS), None)
+    if wrong is not None:
+        raise ValueError(f"expects knows no {wrong!r}{nearest(wrong, COUNTS)}; it knows {', '.join(COUNTS)}")
+    if manifest.templates and not family(manifest.templates):
+        raise ValueError(f"templates {manifest.templates!r} are none of {', '.join(FAMILIES)}")

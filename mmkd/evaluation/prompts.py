@@ -77,18 +77,19 @@ ANY_MODALITY = ("a biomedical image of {}", "an image showing {}", "medical imag
 def modality_prompts(modality: str) -> list[str]:
     """Sentences that name a modality: in the collection's own words, and in those of its family if it is known."""
     name = _plain(modality)
-    family = _family(modality)
-    known = list(FAMILIES[family][1]) if family else []
+    kin = family(modality)
+    known = list(FAMILIES[kin][1]) if kin else []
     return [f"a {name} image", f"biomedical image, {name}", *known]
 
 
 def label_prompts(label: str, modality: str) -> list[str]:
     """Sentences that name a finding as images of this modality show it; any modality where it is empty or unknown."""
-    family = _family(modality)
-    return [template.format(_plain(label)) for template in (FAMILIES[family][2] if family else ANY_MODALITY)]
+    kin = family(modality)
+    return [template.format(_plain(label)) for template in (FAMILIES[kin][2] if kin else ANY_MODALITY)]
 
 
-def _family(modality: str) -> str | None:
+def family(modality: str) -> str | None:
+    """The family whose words occur in the name of a modality, the first of several; None where none does."""
     lowered = modality.lower()
     return next((name for name, (words, _, _) in FAMILIES.items() if re.search(words, lowered)), None)
 

@@ -1,0 +1,164 @@
+"""Sources that are plain files: folders of classes, CSV tables beside images, tables of slides, lists of questions."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmkd.data.splits import meaning_of
+from mmkd.evaluation.manifest import DEALT, HELD_OUT, Manifest
+from mmkd.evaluation.source import Files, Reading, Sample, Store, check_where, chosen, cut, is_skipped, passes
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".jp2")
+TRUE = ("1", "1.0", "true", "yes")
+
+
+def read_imagefolder(manifest: Manifest, paths: Sequence[Path]) -> Reading:
+    """Images under folders that bear the names of classes, these perhaps under folders that bear those of splits.
+
+    Raises:
+        ValueError: there are no images, or some lie outside any folder of a class.
+    """
+    root = paths[0]
+    known = set(manifest.classes) | set(manifest.source.get("rename") or {})
+    called = manifest.source.get("splits") or {}
+    samples = []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.suffix.lower() not in ENDINGS or is_skipped(manifest, name) or path.name.startswith("."):
+            continue
+        folders = path.relative_to(root).parts[:-1]
+        split = next((part for part in folders if part in called or (part not in known and meaning_of(part))), "")
+        rest = [part for part in folders if part != split]
+        label = next((part for part in rest if part in known), rest[0] if rest else "")
+        samples.append(Sample(name, [label] if label else [], split=split))
+    if not samples:
+        raise ValueError(f"{root} holds no images ({', '.join(ENDINGS)}) in folders of classes")
+    return Reading(samples, Files(root))
+
+
+def read_csv(manifest: Manifest, paths: Sequence[Path]) -> Reading:
+    """Rows of one or several CSV or TSV files; images lie beside them, or under the folder ``images`` names.
+
+    Raises:
+        ValueError: a column that is needed is not there.
+    """
+    root = Path(os.path.commonpath([path.parent.resolve() for path in paths]))
+    samples = []
+    for path in paths:
+        columns, rows = read_table(path)
+        fields = table_fields(manifest, columns, "file")
+        where = check_where(manifest, columns)
+        beside = (path.parent / str(manifest.source.get("images", ""))).resolve()
+        if not beside.is_relative_to(root):
+            raise ValueError(f"source: images {manifest.source['images']!r} leaves {root}; refused")
+        prefix = beside.relative_to(root).as_posix()
+        start = "" if prefix == "." else f"{prefix}/"
+        tag = f"{path.parent.name}/" if len(paths) > 1 else ""
+        for row in rows:
+            if passes(row, where):
+                sample = row_sample(manifest, row, fields, f"{start}{row[fields['file']]}")
+                sample.group = sample.group and f"{tag}{sample.group}"
+                samples.append(sample)
+    return Reading(samples, Files(root))
+
+
+def read_bags(manifest: Manifest, paths: Sequence[Path]) -> Reading:
+    """Slides of a table, by default ``labels.csv`` in the folder that holds the bags of features.
+
+    Raises:
+        ValueError: a column that is needed is not there.
+    """
+    folder = paths[0]
+    table = folder / str(manifest.source.get("table", "labels.csv"))
+    columns, rows = read_table(table)
+    slide = chosen(manifest, "slide", columns, True)
+    case = chosen(manifest, "case", columns, manifest.task == "survival")
+    label = chosen(manifest, "label", columns, manifest.task == "diagnosis")
+    split = split_column(manifest, columns)
+    renamed = {} if manifest.task != "survival" else _survival_columns(manifest, columns)
+    samples = []
+    for row in rows:
+        facts = row | {name: row[column] for name, column in renamed.items()}
+        censored = facts.pop("censored", None)
+        if censored is not None:
+            facts["event"] = "0" if censored.strip().lower() in TRUE else "1"
+        labels = cut(manifest, row[label]) if label else []
+        given = row[split] if split else ""
+        samples.append(Sample(row[slide], labels, group=row[case] if case else row[slide], split=given, facts=facts))
+    return Reading(samples, Store(), root=folder)
+
+
+def _survival_columns(manifest: Manifest, columns: Sequence[str]) -> dict[str, str]:
+    """Where time and event, or censoring, stand."""
+    ending = "censored" if "censored" in manifest.source else "event"
+    return {name: chosen(manifest, name, columns, True) for name in ("time", ending)}
+
+
+def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a CSV file, or of a TSV file by its ending.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, not UTF-8, or a row is longer or shorter than the header.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        try:
+            rows = list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is no table in UTF-8: {error}") from error
+    columns = list(reader.fieldnames or [])
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    uneven = next((number for number, row in enumerate(rows, 2) if None in row or None in row.values()), None)
+    if uneven is not None:
+        raise ValueError(f"{path}, line {uneven}: not as many values as the header has columns ({len(columns)})")
+    return columns, rows
+
+
+def table_fields(manifest: Manifest, columns: Sequence[str], image: str) -> dict[str, Any]:
+    """The column of each field of a table with images; ``label`` may be several, one for each class.
+
+    Raises:
+        ValueError: one that is named or needed is not there.
+    """
+    label = manifest.source.get("label")
+    if isinstance(label, list):
+        absent = next((name for name in label if name not in columns), None)
+        if absent is not None:
+            raise ValueError(f"source: no column {absent!r} for label; the table has {', '.join(columns)}")
+    else:
+        label = chosen(manifest, "label", columns, manifest.task in ("classification", "multilabel", "ordinal"))
+    return {
+        image: chosen(manifest, image, columns, True),
+        "label": label,
+        "caption": chosen(manifest, "caption", columns, manifest.task == "retrieval"),
+        "group": chosen(manifest, "group", columns, False),
+        "split": split_column(manifest, columns),
+    }
+
+
+def split_column(manifest: Manifest, columns: Sequence[str]) -> str:
+    """The column of the split; empty where none is to be read."""
+    return "" if manifest.split in (HELD_OUT, DEALT) else chosen(manifest, "split", columns, False)
+
+
+def row_sample(manifest: Manifest, row: dict[str, Any], fields: dict[str, Any], name: str) -> Sample:
+    """A row as a sample; empty cells are empty texts."""
+    label = fields["label"]
+    if isinstance(label, list):
+        labels = [column for column in label if str(row[column]).strip().lower() in TRUE]
+    elif label and isinstance(row[label], (list, tuple)):
+        labels = [str(value) for value in row[label]]
+    else:
+        labels = cut(manifest, _text(row[label])) if label else []
+    texts = {key: _text(row[fields[key]]) if fields[key] else "" for key in ("caption", "group", "split")}
+    return Sample(name, labels, " ".join(texts["caption"].split()), texts["group"], texts["split"])
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
