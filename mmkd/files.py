@@ -81,7 +81,15 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def rename_folder(source: Path, destination: Path) -> None:
-    """Move a finished folder to its final name, replacing what is there."""
+    """Move a finished folder to its final name, replacing what is there.
+
+    Its files become as readable as the folder is: safetensors writes weights for their owner alone, whatever the umask,
+    and a colleague could not load what lies in a shared folder.
+    """
+    readable = source.stat().st_mode & 0o666
+    for file in source.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode & 0o777 | readable)
     if destination.exists():
         old = _sibling(destination)
         destination.rename(old)

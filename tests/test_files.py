@@ -1,3 +1,4 @@
+import os
 import zipfile
 
 import pytest
@@ -81,3 +82,15 @@ def test_a_file_or_link_is_replaced_and_what_the_link_names_stays(tmp_path):
         assert (tmp_path / name / "new.txt").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "file", "link"]
     assert (tmp_path / "disk" / "mine.txt").read_text() == "keep"
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with files.atomic_folder(tmp_path / "out") as folder:
+            (folder / "inside").mkdir()
+            (folder / "inside" / "weights").write_bytes(b"w")
+            (folder / "inside" / "weights").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "inside" / "weights").stat().st_mode & 0o777 == 0o640
