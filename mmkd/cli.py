@@ -54,6 +54,7 @@ EXTRAS = {
     "onnxruntime": "export",
     **dict.fromkeys(("pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"), "curate"),
     "datasets": "curate",
+    **dict.fromkeys(("h5py", "tifffile", "openslide"), "slides"),
 }
 LAUNCHER_OPTIONS = (
     "num_processes",

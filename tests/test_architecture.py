@@ -19,6 +19,7 @@ ROOMS = ("modeling_mmkd", "mmkd", "train", "hub")
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 LAZY = {"open_clip", "timm", "sklearn", "h5py", "matplotlib", "skimage", "nilearn", "nibabel", "pydicom", "torchvision"}
 LAZY |= {"pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc", "datasets"}
+LAZY |= {"tifffile", "openslide", "torchsurv", "sksurv"}
 
 
 def name_of(path: Path) -> str:
@@ -150,6 +151,6 @@ def test_declared_packages_are_used(wheel):
     declared = {re.split(r"[<>=\[; ]", line)[0].replace("-", "_").lower() for line in required}
     imported = {n.split(".")[0] for path in SOURCES for n in imports(path) if not n.startswith(".")}
     aliases = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch", "sklearn": "scikit_learn"}
-    aliases |= {"skimage": "scikit_image", "nibabel": "nilearn"}
+    aliases |= {"skimage": "scikit_image", "nibabel": "nilearn", "openslide": "openslide_python"}
     third_party = {aliases.get(n, n) for n in imported - sys.stdlib_module_names - {"mmkd", "modeling_mmkd"}}
     assert third_party <= declared, third_party - declared

@@ -11,16 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 from mmkd.data.records import Pair, PairFolder
-from mmkd.evaluation import linear_probe, retrieval, vqa_tasks, zeroshot
+from mmkd.evaluation import diagnosis, linear_probe, retrieval, vqa_tasks, zeroshot
 from mmkd.evaluation.cells import Cell, CellFolder
 from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.task import Outputs, Samples, Task, best_by_modality
+from mmkd.evaluation.task import Outputs, Samples, Task, Undefined, best_by_modality
 
 SUITE: dict[str, Callable[[Samples], tuple[list[Any], dict[str, str]]]] = {
     "zeroshot": zeroshot.tasks,
     "retrieval": retrieval.tasks,
     "probe": linear_probe.tasks,
     "vqa": vqa_tasks.tasks,
+    "diagnosis": diagnosis.tasks,
 }
 ENSEMBLE, ORACLE = "ensemble", "oracle"
 
@@ -73,11 +74,12 @@ def run_task(
     outputs: dict[str, Outputs] = {}
     for embedded in encoders:
         name = embedded.name
-        cells[name], outputs[name] = folder.cell(task, name, [question, embedded.fingerprint], _single(task, embedded))
+        made_of = [question, embedded.fingerprint, *_evidence(task, embedded)]
+        cells[name], outputs[name] = folder.cell(task, name, made_of, _single(task, embedded))
     members = [e for e in encoders if e.name in teachers and cells[e.name]["undefined"] is None]
     if len(members) < 2:
         return cells
-    made_from = [question, [[member.name, member.fingerprint] for member in members]]
+    made_from = [question, [[member.name, member.fingerprint, *_evidence(task, member)] for member in members]]
     theirs = {member.name: outputs[member.name] for member in members}
 
     def ensemble() -> tuple[Outputs, Cell]:
@@ -91,6 +93,13 @@ def run_task(
     if not task.asks_modality:
         cells[ORACLE], _ = folder.cell(task, ORACLE, made_from, oracle)
     return cells
+
+
+def _evidence(task: Task, embedded: Embedded) -> list[Any]:
+    try:
+        return task.evidence(embedded)
+    except Undefined as reason:
+        return [str(reason)]
 
 
 def _single(task: Task, embedded: Embedded) -> Callable[[], tuple[Outputs, Cell]]:

@@ -100,6 +100,10 @@ class Task(ABC):
             Undefined: it cannot answer.
         """
 
+    def evidence(self, embedded: Embedded) -> list[Any]:
+        """What else an encoder's answers rest on, beside its weights and the pairs; plain JSON values."""
+        return []
+
     def extras(self, outputs: Outputs) -> dict[str, Any]:
         """What else a cell shall keep: curves and tables that are not of single samples; plain JSON values."""
         return {}

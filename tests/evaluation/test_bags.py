@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+h5py = pytest.importorskip("h5py", reason="bags are HDF5 files")
+
+from simulated_slides import write_bag  # noqa: E402
+
+from mmkd.evaluation.bags import BagFolder, slide_name  # noqa: E402
+from mmkd.evaluation.task import Undefined  # noqa: E402
+
+
+def store(path, **arrays):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+
+
+def test_the_forms_of_other_programs_are_read(tmp_path):
+    tiles = np.arange(12, dtype=np.float32).reshape(4, 3)
+    store(tmp_path / "features_trident" / "s.h5", features=tiles, coords=np.zeros((4, 2)))
+    store(tmp_path / "clam" / "h5_files" / "s.h5", features=tiles[None], coords=np.zeros((4, 2)))
+    store(tmp_path / "stamp" / "s.h5", feats=tiles.astype(np.float16), coords=np.zeros((4, 2)))
+    store(tmp_path / "newer" / "s.h5", patch_embeddings=tiles)
+    folder = BagFolder(tmp_path)
+    for encoder in ("trident", "clam", "stamp", "newer"):
+        assert folder.open(encoder).features("s.svs").tolist() == tiles.tolist()
+    assert folder.slides() == {"s"}
+
+
+def test_bags_right_in_the_folder_belong_to_one_encoder(tmp_path):
+    write_bag(tmp_path / "uni" / "s.h5", np.ones((2, 3)))
+    assert BagFolder(tmp_path / "uni").open("uni").features("s").shape == (2, 3)
+    with pytest.raises(Undefined, match=r"no bags of plip in .* those of uni"):
+        BagFolder(tmp_path / "uni").open("plip")
+    with pytest.raises(FileNotFoundError, match="mmkd tile"):
+        BagFolder(tmp_path / "nowhere")
+
+
+def test_unsound_bags_name_their_slides(tmp_path):
+    write_bag(tmp_path / "e" / "good.h5", np.ones((2, 3)))
+    write_bag(tmp_path / "e" / "empty.h5", np.ones((0, 3)))
+    write_bag(tmp_path / "e" / "wide.h5", np.ones((2, 4)))
+    write_bag(tmp_path / "e" / "nan.h5", np.array([[1.0, np.nan], [1.0, 1.0]]))
+    (tmp_path / "e" / "broken.h5").write_bytes(b"not HDF5")
+    store(tmp_path / "e" / "other.h5", something=np.ones((2, 2)))
+    bags = BagFolder(tmp_path).open("e")
+    with pytest.raises(Undefined, match="2 bags of e hold no tile: empty"):
+        bags.width(["good", "empty"])
+    with pytest.raises(Undefined, match="differ in width: 3 in good, 4 in wide"):
+        bags.width(["good", "wide"])
+    with pytest.raises(Undefined, match="1 of 2 slides have no bag of e: gone"):
+        bags.width(["good", "gone"])
+    for slide, message in {
+        "empty": "slide empty is empty",
+        "nan": "1 of 2 tiles of slide nan",
+        "broken": "slide broken cannot be read",
+        "other": "holds .'something'., none of",
+    }.items():
+        with pytest.raises(Undefined, match=message):
+            bags.features(slide)
+
+
+def test_joint_vectors_are_unit_or_refused(tmp_path):
+    write_bag(tmp_path / "e" / "a.h5", np.ones((2, 5)), proj=np.full((2, 3), 2.0))
+    write_bag(tmp_path / "e" / "b.h5", np.full((2, 3), 4.0))
+    bags = BagFolder(tmp_path).open("e")
+    for slide in "ab":
+        assert np.linalg.norm(bags.joint(slide, 3), axis=1) == pytest.approx([1, 1])
+    with pytest.raises(Undefined, match=r"no joint vectors of width 7 for slide a .found 3."):
+        bags.joint("a", 7)
+
+
+def test_fingerprints_follow_the_files_and_memory_is_bounded(tmp_path):
+    write_bag(tmp_path / "e" / "a.h5", np.ones((2, 5)))
+    write_bag(tmp_path / "e" / "b.h5", np.ones((3, 5)))
+    bags = BagFolder(tmp_path).open("e")
+    before = bags.fingerprint(["a", "b"])
+    assert bags.fingerprint(["b", "a"]) == before != bags.fingerprint(["a"])
+    bags._memory = 2 * 5 * 4
+    assert bags.features("a") is bags.features("a")
+    bags.features("b")
+    assert bags._held == 40
+    write_bag(tmp_path / "e" / "a.h5", np.zeros((4, 5)))
+    assert bags.fingerprint(["a", "b"]) != before
+
+
+def test_names_of_slides_lose_known_endings_only():
+    assert slide_name("x/TCGA-2F.195576CF.svs") == slide_name("TCGA-2F.195576CF.h5") == "TCGA-2F.195576CF"
+    assert slide_name("TCGA-2F.195576CF") == "TCGA-2F.195576CF"

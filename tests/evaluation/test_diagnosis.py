@@ -1,0 +1,103 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("h5py", reason="bags are HDF5 files")
+pytest.importorskip("sklearn", reason="logistic regression")
+
+from simulated_slides import SlideCollection, slide_manifest, slide_pairs, write_bag
+from sklearn.metrics import cohen_kappa_score
+
+from mmkd.evaluation import diagnosis
+from mmkd.evaluation.bootstrap import interval, replicate
+from mmkd.evaluation.embedding import Embedded
+from mmkd.evaluation.task import Samples, Undefined
+
+CLASSES = {"luad": ["lung adenocarcinoma"], "lusc": ["squamous cell carcinoma of the lung"]}
+WIDTH = 12
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """40 slides, 2 a case: a third of an oracle's tiles show the tumour, others stroma; random bags show nothing."""
+    root, generator = tmp_path_factory.mktemp("bags"), np.random.default_rng(0)
+    manifest = slide_manifest("diagnosis", CLASSES)
+    labels = [("luad", "lusc")[k // 2 % 2] for k in range(40)]
+    names = [f"s{k}" for k in range(40)]
+    splits = ["train" if k < 24 else "test" for k in range(40)]
+    pairs = slide_pairs(names, [f"case{k // 2}" for k in range(40)], labels, splits)
+    axes = np.eye(WIDTH)
+    for name, label in zip(names, labels, strict=True):
+        tiles = 0.15 * generator.normal(size=(200, WIDTH)) + axes[2]
+        tiles[:60] += axes[list(CLASSES).index(label)] - axes[2]
+        write_bag(root / "oracle" / f"{name}.h5", tiles @ generator_mix(), proj=tiles)
+        write_bag(root / "random" / f"{name}.h5", generator.normal(size=(20, WIDTH)))
+    collection = SlideCollection(manifest, pairs, root)
+    held_out, train = pairs[24:], pairs[:24]
+    return Samples(held_out, train, [], {p.id: p.id for p in pairs}, manifest=manifest, collection=collection)
+
+
+def generator_mix():
+    return np.random.default_rng(5).normal(size=(WIDTH, 8))
+
+
+def encoder(name, slides):
+    texts = {}
+    for axis, sentences in enumerate(slides.manifest.prompts().values()):
+        texts |= dict.fromkeys(sentences, np.eye(WIDTH, dtype=np.float32)[axis])
+    return Embedded(name, "f", texts=texts)
+
+
+def test_oracles_stand_near_one_and_random_bags_near_chance(slides, monkeypatch):
+    monkeypatch.setattr(diagnosis, "SEEDS", 2)
+    found, skipped = diagnosis.tasks(slides)
+    names = ["diagnosis-slides", "diagnosis-slides-ratio", "diagnosis-slides-mil", "diagnosis-slides-mean"]
+    assert [task.name for task in found] == names and not skipped
+    assert [task.variant for task in found] == ["", "ratio", "mil", "mean"]
+    for task in found:
+        outputs = task.outputs(encoder("oracle", slides))
+        points, _ = replicate(lambda w, t=task, o=outputs: t.metrics(o, w), task.frames, 100, 0)
+        assert points["macro_auroc"] > 0.95, task.name
+        assert points["balanced_accuracy"] > 0.9, task.name
+        outputs = task.outputs(encoder("random", slides))
+        _, values = replicate(lambda w, t=task, o=outputs: t.metrics(o, w), task.frames, 300, 0)
+        low, high = interval(values["macro_auroc"])
+        assert low <= 0.5 <= high, task.name
+        assert task.headline_metric(outputs, {"image": np.ones((1, 16))}).keys() == {"balanced_accuracy"}
+
+
+def test_top_tiles_are_means_of_the_highest():
+    scores = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    pooled = diagnosis.top_means(scores, (1, 5, 100))
+    assert pooled[0] == pytest.approx(scores.max(axis=0))
+    assert pooled[1] == pytest.approx(np.sort(scores, axis=0)[-5:].mean(axis=0))
+    assert pooled[2] == pytest.approx(scores.mean(axis=0), abs=1e-6)
+    assert diagnosis.shares(scores).sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("quadratic", [False, True])
+def test_kappa_is_that_of_scikit_learn(quadratic):
+    generator = np.random.default_rng(0)
+    targets, answers = generator.integers(0, 4, 60), generator.integers(0, 4, 60)
+    weights = np.stack([np.ones(60), generator.multinomial(60, [1 / 60] * 60).astype(float)])
+    ours = diagnosis.kappa(targets, answers, 4, weights, quadratic)
+    for value, weight in zip(ours, weights, strict=True):
+        kind = "quadratic" if quadratic else None
+        theirs = cohen_kappa_score(targets, answers, weights=kind, sample_weight=weight, labels=range(4))
+        assert value == pytest.approx(theirs, abs=1e-12)
+    assert np.isnan(diagnosis.kappa(np.zeros(3, int), np.zeros(3, int), 4, np.ones((1, 3)))[0])
+
+
+def test_what_cannot_be_asked_says_why(slides):
+    assert diagnosis.tasks(replace(slides, manifest=None)) == ([], {})
+    one_class = replace(slides, held_out=[p for p in slides.held_out if p.label == "luad"])
+    assert "1 class (luad)" in diagnosis.tasks(one_class)[1]["diagnosis-slides"]
+    found, skipped = diagnosis.tasks(replace(slides, train=[p for p in slides.train if p.label == "luad"]))
+    assert len(found) == 2 and skipped["diagnosis-slides-mil"] == "no training slide of lusc"
+    with pytest.raises(ValueError, match="1 cases lie in training and held-out slides: case12"):
+        diagnosis.tasks(replace(slides, train=[*slides.train, slides.held_out[0]]))
+    with pytest.raises(ValueError, match=r"labels benign are not among its classes .luad, lusc."):
+        diagnosis.tasks(replace(slides, train=[replace(slides.train[0], label="benign")]))
+    with pytest.raises(Undefined, match="no bags of clip in"):
+        diagnosis.tasks(slides)[0][2].outputs(encoder("clip", slides))
