@@ -226,8 +226,7 @@ def slide_of(pair: Pair) -> str:
 
 def bags_of(collection: Collection | None) -> BagFolder | None:
     """The bags that a dataset brings, if it is one of slides."""
-    root = getattr(collection, "root", None)
-    return BagFolder(Path(root)) if root is not None else None
+    return BagFolder(collection.root) if collection is not None and collection.root is not None else None
 
 
 def listed(names: Sequence[str]) -> str:

@@ -81,7 +81,7 @@ class SlideTask(Classification):
         return {
             **super().metrics(outputs, weights),
             "kappa": kappa(self.targets, answers, len(self.classes), weights["image"]),
-            "quadratic_kappa": kappa(self.targets, answers, len(self.classes), weights["image"], quadratic=True),
+            "quadratic_kappa": metrics.quadratic_kappa(self.targets, answers, weights["image"]),
         }
 
     def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
@@ -262,24 +262,21 @@ def log_mean(scores: Sequence[Floats]) -> Floats:
     return np.logaddexp.reduce(np.stack(scores), axis=0) - np.log(len(scores))
 
 
-def kappa(targets: Integers, answers: Integers, classes: int, weights: Floats, quadratic: bool = False) -> Floats:
-    """Cohen's kappa, ``1 - sum(d o) / sum(d e)``, with disagreement ``d`` = [k != l] or ``(k - l)^2``.
+def kappa(targets: Integers, answers: Integers, classes: int, weights: Floats) -> Floats:
+    """Cohen's kappa, ``(agreement - chance) / (1 - chance)``, without regard to how far an answer is off.
 
     Args:
         targets: true class, ``(n,)``.
         answers: answered class, ``(n,)``.
         classes: how many.
         weights: ``(replicates, n)``.
-        quadratic: classes are grades, and a near miss counts less.
 
     Returns:
         ``(replicates,)``; NaN where chance alone would agree fully.
     """
-    grade = np.arange(classes)
-    distance = np.square(grade[:, None] - grade).astype(np.float64) if quadratic else 1.0 - np.eye(classes)
     total = weights.sum(axis=1)
-    true = weights @ (targets[:, None] == grade).astype(np.float64)
-    said = weights @ (answers[:, None] == grade).astype(np.float64)
-    observed = weights @ distance[targets, answers] * total
-    expected = np.einsum("rk,kl,rl->r", true, distance, said)
-    return 1 - np.divide(observed, expected, out=np.full(len(total), np.nan), where=expected > 0)
+    true = weights @ np.eye(classes)[targets]
+    said = weights @ np.eye(classes)[answers]
+    differing = weights @ (targets != answers) * total
+    by_chance = np.square(total) - (true * said).sum(axis=1)
+    return 1 - np.divide(differing, by_chance, out=np.full(len(total), np.nan), where=by_chance > 0)
