@@ -1,11 +1,15 @@
-"""One self-contained HTML page from an evaluation and what the stages before it left."""
+"""One self-contained HTML page from an evaluation and what the stages before it left.
+
+Of an evaluation on datasets it is a leaderboard, which `mmkd eval` writes by itself, too, and comes with Markdown.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmkd.evaluation.report import ReportInputs, build_report
+from mmkd.evaluation.leaderboard import is_suite, write_leaderboard
+from mmkd.evaluation.report import ReportInputs, build_report, read_summary
 from mmkd.files import atomic_write_text, refuse_existing
 from mmkd.settings import run, setting
 
@@ -15,8 +19,8 @@ class ReportSettings:
     """Write the report; logs and reports of stages that are not given or not there are left out of it."""
 
     results: Path = setting(help="folder that `mmkd eval` wrote")
-    pairs: Path = setting(help="folder of the pairs evaluated on, for the example images")
-    output: Path = setting(Path("report.html"), "the page")
+    pairs: Path | None = setting(None, "folder of the pairs evaluated on, for the example images; not of datasets")
+    output: Path = setting(Path("report.html"), "the page; of datasets, Markdown is written beside it")
     stage1_log: Path | None = setting(None, "log.jsonl of the pretraining; settings are read beside it")
     distill_log: Path | None = setting(None, "log.jsonl of the distillation; settings are read beside it")
     screen_report: Path | None = setting(None, "report.json of the screening")
@@ -31,6 +35,7 @@ def main(settings: ReportSettings) -> None:
 
     Raises:
         FileNotFoundError: results or pairs are not there.
+        ValueError: a file is broken, or pairs are missing or too many.
         FileExistsError: OUTPUT exists.
     """
     refuse_existing(settings.output, settings.overwrite)
@@ -43,7 +48,11 @@ def main(settings: ReportSettings) -> None:
         settings.align_report,
         settings.stages,
     )
-    atomic_write_text(settings.output, build_report(inputs))
+    if is_suite(read_summary(settings.results)):
+        refuse_existing(settings.output.with_suffix(".md"), settings.overwrite)
+        write_leaderboard(inputs, settings.output)
+    else:
+        atomic_write_text(settings.output, build_report(inputs))
     if not settings.quiet:
         print(f"{settings.output}: {settings.output.stat().st_size / 1024:.0f} KiB, opens in any browser")
 

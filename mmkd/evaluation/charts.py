@@ -40,13 +40,13 @@ def forest(caption: str, rows: Sequence[Row], chance: float | None = None) -> st
     return _forest(caption, "Score with 95 % interval", body, [(f"{tick:g}", tick) for tick in TICKS])
 
 
-def differences(caption: str, rows: Sequence[Row], p_values: Sequence[str]) -> str:
-    """Differences with their intervals around a line at zero; ``p_values`` stand beside the numbers."""
+def differences(caption: str, rows: Sequence[Row], p_values: Sequence[str], what: str = "Encoder") -> str:
+    """Differences with their intervals around a line at zero; ``p_values`` stand beside, ``what`` heads the rows."""
     bounds = [abs(bound) for row in rows for bound in (row.value, row.low, row.high) if bound is not None]
     reach = max(0.1, math.ceil(max(bounds, default=0.1) * 10) / 10)
     body = "\n".join(_line(row, -reach, reach, 0.0, _difference(row, p)) for row, p in zip(rows, p_values, strict=True))
     ticks = [(signed(at, 1) if at else "0", (at + reach) / (2 * reach)) for at in (-reach, 0.0, reach)]
-    return _forest(caption, "Difference with 95 % interval", body, ticks)
+    return _forest(caption, "Difference with 95 % interval", body, ticks, what)
 
 
 def curve(title: str, points: Sequence[tuple[float, float]], small: bool = False) -> str:
@@ -101,12 +101,12 @@ def moving_mean(values: Sequence[float]) -> list[float]:
     return means
 
 
-def _forest(caption: str, measure: str, body: str, ticks: Sequence[tuple[str, float]]) -> str:
+def _forest(caption: str, measure: str, body: str, ticks: Sequence[tuple[str, float]], what: str = "Encoder") -> str:
     axis = "".join(f'<span style="left:{100 * at:.1f}%">{text(label)}</span>' for label, at in ticks)
     return (
         f'<table class="forest"><caption>{text(caption)}</caption>'
         '<colgroup><col class="who"><col><col class="how"></colgroup>'
-        f'<thead><tr><th scope="col">Encoder</th><th scope="col">{text(measure)}</th>'
+        f'<thead><tr><th scope="col">{text(what)}</th><th scope="col">{text(measure)}</th>'
         '<th scope="col">Value</th></tr></thead>'
         f'\n<tbody>\n{body}\n</tbody><tfoot aria-hidden="true"><tr><td></td><td><div class="axis">{axis}</div></td>'
         "<td></td></tr></tfoot></table>"

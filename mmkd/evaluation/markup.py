@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
-# Nothing is loaded and nothing is run: a caption that gets past the escaping still cannot do anything.
+# Nothing is loaded, and nothing runs but the script that `page` is given: a caption that gets past the escaping still
+# cannot do anything.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -15,15 +18,26 @@ def text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def page(title: str, body: str) -> str:
-    """A whole document with its style inside."""
-    style = resources.files("mmkd.evaluation").joinpath("page.css").read_text(encoding="utf-8")
+def page(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A whole document with its style inside.
+
+    Args:
+        title: of the document, text.
+        body: HTML.
+        style: CSS after that of every page.
+        script: JavaScript of ours at the end; its hash is the only one that may run.
+    """
+    style = resources.files("mmkd.evaluation").joinpath("page.css").read_text(encoding="utf-8") + style
+    allowed, ending = POLICY, ""
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        allowed, ending = f"{POLICY}; script-src 'sha256-{digest}'", f"\n<script>{script}</script>"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{text(POLICY)}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{text(allowed)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}{ending}\n</body>\n</html>\n"
     )
 
 

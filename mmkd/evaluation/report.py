@@ -42,10 +42,10 @@ EXAMPLE_TASKS = ("retrieval", "zeroshot-label", "zeroshot-modality")
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """Where the report finds what the stages left; only results and pairs are needed."""
+    """Where the report finds what the stages left; only results are needed, and the pairs if these were evaluated."""
 
     results: Path
-    pairs: Path
+    pairs: Path | None = None
     stage1_log: Path | None = None
     distill_log: Path | None = None
     screen_report: Path | None = None
@@ -53,17 +53,31 @@ class ReportInputs:
     stages: Path | None = None
 
 
+def read_summary(results: Path) -> dict[str, Any]:
+    """``summary.json`` of an evaluation.
+
+    Raises:
+        FileNotFoundError: there is none among the results.
+        ValueError: it is broken.
+    """
+    summary_file = results / "summary.json"
+    if not summary_file.is_file():
+        raise FileNotFoundError(f"{summary_file} is not there; run `mmkd eval --output {results}` first")
+    summary: dict[str, Any] = read_json(summary_file)
+    return summary
+
+
 def build_report(inputs: ReportInputs) -> str:
-    """The whole page.
+    """The whole page of an evaluation on pairs.
 
     Raises:
         FileNotFoundError: there is no ``summary.json`` among the results, or there are no pairs.
-        ValueError: a JSON file is broken.
+        ValueError: a JSON file is broken, or the pairs are not named.
     """
-    summary_file = inputs.results / "summary.json"
-    if not summary_file.is_file():
-        raise FileNotFoundError(f"{summary_file} is not there; run `mmkd eval --output {inputs.results}` first")
-    summary, folder = read_json(summary_file), open_pairs(inputs.pairs)
+    summary = read_summary(inputs.results)
+    if inputs.pairs is None:
+        raise ValueError("these results are of a folder of pairs; name it with --pairs, for the example images")
+    folder = open_pairs(inputs.pairs)
     sheets = [inputs.pairs / name for name in ("README.md", "ATTRIBUTION.md")]
     datasheet = "\n".join(sheet.read_text(encoding="utf-8") for sheet in sheets if sheet.is_file())
     sections = [
@@ -73,13 +87,20 @@ def build_report(inputs: ReportInputs) -> str:
         tasks_section(summary),
         modalities_section(summary),
         differences_section(summary),
-        training_section({"Stage 1, captions": inputs.stage1_log, "Stage 2, distillation": inputs.distill_log}),
-        teachers_section(_optional(inputs.align_report), _optional(inputs.screen_report)),
+        *pipeline_sections(inputs),
         data_section(summary, datasheet),
-        provenance_section(summary, _settings(inputs), _optional(inputs.stages)),
+        provenance_section(summary, settings_of(inputs), _optional(inputs.stages)),
     ]
     body = "\n".join([header(summary), "<main>", *(part for part in sections if part), "</main>", footer(summary)])
     return page(f"MMKD-CLIP: {verdict(summary)}", body)
+
+
+def pipeline_sections(inputs: ReportInputs) -> list[str]:
+    """How the student came about, as far as logs and reports are given."""
+    return [
+        training_section({"Stage 1, captions": inputs.stage1_log, "Stage 2, distillation": inputs.distill_log}),
+        teachers_section(_optional(inputs.align_report), _optional(inputs.screen_report)),
+    ]
 
 
 def header(summary: dict[str, Any]) -> str:
@@ -153,10 +174,10 @@ def _optional(path: Path | None) -> Any:
     return read_json(path) if path is not None and path.is_file() else None
 
 
-def _settings(inputs: ReportInputs) -> dict[str, str]:
+def settings_of(inputs: ReportInputs) -> dict[str, str]:
     """The resolved settings that stages left beside what they wrote, by command."""
     outputs = {
-        "curate": inputs.pairs / "manifest.jsonl",
+        "curate": inputs.pairs / "manifest.jsonl" if inputs.pairs else None,
         "pretrain": inputs.stage1_log,
         "screen": inputs.screen_report,
         "align": inputs.align_report,

@@ -12,8 +12,20 @@ from mmkd.evaluation.suite import ENSEMBLE, ORACLE
 METRICS = {
     "balanced_accuracy": "balanced accuracy",
     "mean_recall": "mean of recall at 1, 5 and 10, both ways",
+    "accuracy": "accuracy",
+    "macro_auroc": "macro AUROC",
+    "macro_f1": "macro F1",
+    "quadratic_kappa": "quadratic kappa",
+    "c_index": "concordance index",
 }
-KINDS = {"zeroshot": "zero-shot", "retrieval": "retrieval", "probe": "linear probe"}
+KINDS = {
+    "zeroshot": "zero-shot",
+    "retrieval": "retrieval",
+    "probe": "linear probe",
+    "vqa": "visual question answering",
+    "survival": "survival",
+    "diagnosis": "diagnosis",
+}
 MADE_HERE = {ENSEMBLE: "all teachers together", ORACLE: "best teacher of each modality"}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 FEW_GROUPS, TOO_FEW_GROUPS = 200, 5

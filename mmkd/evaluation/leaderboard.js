@@ -1,0 +1,59 @@
+// Sorting and filtering. The page is complete without it; state is kept in the address, so that a view can be shared.
+(() => {
+  const value = (row, column) => {
+    const cell = row.cells[column];
+    const own = cell.dataset.value ?? cell.textContent.trim();
+    return own === "" ? null : isNaN(own) ? own.toLowerCase() : Number(own);
+  };
+  const sort = (table, head, column) => {
+    const numeric = [...table.tBodies].some((body) => [...body.rows].some((row) => typeof value(row, column) === "number"));
+    const before = head.getAttribute("aria-sort");
+    const down = before ? before === "ascending" : numeric;
+    for (const other of table.querySelectorAll("th[aria-sort]")) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    for (const body of table.tBodies) {
+      const rows = [...body.rows].filter((row) => !row.classList.contains("counts"));
+      rows.sort((one, other) => {
+        const a = value(one, column), b = value(other, column);
+        if (a === null || b === null) return (a === null) - (b === null);
+        return (a < b ? -1 : a > b ? 1 : 0) * (down ? -1 : 1);
+      });
+      body.append(...rows);
+    }
+  };
+  for (const table of document.querySelectorAll("table.sortable")) {
+    table.querySelectorAll("thead th").forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => sort(table, head, column));
+    });
+  }
+  const filters = document.getElementById("filters");
+  if (!filters) return;
+  const selects = [...filters.querySelectorAll("select")];
+  const apply = () => {
+    const { modality, kind } = Object.fromEntries(selects.map((select) => [select.name, select.value]));
+    for (const body of document.querySelectorAll("#board tbody")) body.hidden = body.dataset.scope !== modality;
+    for (const cell of document.querySelectorAll("#board [data-kind]")) cell.hidden = kind !== "" && cell.dataset.kind !== kind;
+    let shown = 0;
+    for (const row of document.querySelectorAll("#results tbody tr")) {
+      row.hidden = (modality !== "" && row.dataset.modality !== modality) || (kind !== "" && row.dataset.kind !== kind);
+      shown += !row.hidden;
+    }
+    document.getElementById("shown").textContent = `${shown} tasks shown`;
+  };
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  for (const select of selects) {
+    const own = wanted.get(select.name);
+    if ([...select.options].some((option) => option.value === own)) select.value = own;
+    select.addEventListener("change", () => {
+      const chosen = new URLSearchParams(selects.filter((s) => s.value).map((s) => [s.name, s.value]));
+      history.replaceState(null, "", `#${chosen}`);
+      apply();
+    });
+  }
+  filters.hidden = false;
+  apply();
+})();

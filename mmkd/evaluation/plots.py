@@ -1,0 +1,165 @@
+"""Drawings of a suite's report as inline SVG: a radar, learning curves with bands, survival curves.
+
+Labels are HTML beside the drawing where they can be, and every drawing says in words what it shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mmkd.evaluation.markup import number, text
+
+RADIUS, CENTER, WIDE = 130.0, 170.0, 560.0
+RINGS = (0.25, 0.5, 0.75, 1.0)
+WIDTH, HEIGHT = 420.0, 240.0
+LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 10.0, 34.0
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a drawing.
+
+    Attributes:
+        label: who.
+        style: class of its color: student, ensemble, oracle or one of c0 to c8.
+        points: ``(x, y)`` in order; in a radar x counts the axes.
+        band: ``(x, low, high)`` in order.
+    """
+
+    label: str
+    style: str
+    points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float, float]] = ()
+
+
+def radar(caption: str, axes: Sequence[str], series: Sequence[Series]) -> str:
+    """Scores from 0 to 1 on at least three axes; a series that lacks an axis has a gap there."""
+    middle = WIDE / 2
+
+    def place(axis: float, value: float) -> tuple[float, float]:
+        angle = 2 * math.pi * axis / len(axes) - math.pi / 2
+        reach = RADIUS * min(1.0, max(0.0, value))
+        return middle + reach * math.cos(angle), CENTER + reach * math.sin(angle)
+
+    grid = "".join(
+        f'<polygon class="ring" points="{_points(place(k, ring) for k in range(len(axes)))}"/>' for ring in RINGS
+    )
+    for k, axis in enumerate(axes):
+        x, y = place(k, 1.0)
+        angle = 2 * math.pi * k / len(axes) - math.pi / 2
+        anchor = "middle" if abs(math.cos(angle)) < 0.2 else "start" if math.cos(angle) > 0 else "end"
+        x2, y2 = middle + (RADIUS + 12) * math.cos(angle), CENTER + (RADIUS + 14) * math.sin(angle)
+        grid += (
+            f'<line class="ring" x1="{middle:.1f}" y1="{CENTER:.1f}" x2="{x:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{x2:.1f}" y="{y2:.1f}" '
+            f'text-anchor="{anchor}" dominant-baseline="middle">{text(axis)}</text>'
+        )
+    drawn = ""
+    for own in series:
+        corners = [_points([place(x, y)]) for x, y in own.points]
+        shape = "polygon" if len(corners) == len(axes) else "polyline"
+        dots = "".join(f'<circle cx="{c.split(",")[0]}" cy="{c.split(",")[1]}" r="3"/>' for c in corners)
+        drawn += f'<g class="{own.style}"><{shape} class="line" points="{" ".join(corners)}"/>{dots}</g>'
+    words = "; ".join(
+        f"{own.label}: {', '.join(f'{axes[int(x)]} {number(y)}' for x, y in own.points)}" for own in series
+    )
+    ticks = "".join(
+        f'<text class="tick" x="{middle + 4:.1f}" y="{CENTER - RADIUS * ring:.1f}">{ring:g}</text>'
+        for ring in RINGS[1:3]
+    )
+    return _figure(caption, words, f"0 0 {WIDE:g} {2 * CENTER:g}", grid + ticks + drawn, series, "radar")
+
+
+def lines(caption: str, measure: str, series: Sequence[Series], ticks: Sequence[tuple[float, str]]) -> str:
+    """Curves over a logarithmic axis with their bands.
+
+    Args:
+        caption: what is drawn.
+        measure: name of the horizontal axis.
+        series: x above 0.
+        ticks: places on the horizontal axis and what they are called.
+    """
+    heights = [y for own in series for _, y in own.points]
+    heights += [bound for own in series for _, low, high in own.band for bound in (low, high)]
+    floor, ceiling = _round_range(heights)
+    frame = _Frame(math.log(ticks[0][0]), math.log(ticks[-1][0]), floor, ceiling)
+    drawn = frame.axes(measure, [(math.log(x), name) for x, name in ticks])
+    for own in series:
+        area = [(math.log(x), low) for x, low, _ in own.band] + [(math.log(x), high) for x, _, high in own.band[::-1]]
+        band = f'<polygon class="band" points="{frame.points(area)}"/>' if area else ""
+        points = [(math.log(x), y) for x, y in own.points]
+        dots = "".join('<circle cx="{}" cy="{}" r="3"/>'.format(*frame.points([p]).split(",")) for p in points)
+        drawn += f'<g class="{own.style}">{band}<polyline class="line" points="{frame.points(points)}"/>{dots}</g>'
+    names = dict(ticks)
+    words = "; ".join(
+        f"{own.label}: {', '.join(f'{number(y)} at {names.get(x, x)}' for x, y in own.points)}" for own in series
+    )
+    return _figure(caption, words, f"0 0 {WIDTH:g} {HEIGHT:g}", drawn, series, "lines")
+
+
+def steps(caption: str, measure: str, series: Sequence[Series]) -> str:
+    """Step functions from 1 downward over time, as survival is drawn."""
+    last = max((x for own in series for x, _ in own.points), default=1.0) or 1.0
+    frame = _Frame(0.0, last, 0.0, 1.0)
+    drawn = frame.axes(measure, [(last * part, f"{last * part:.3g}") for part in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    words = []
+    for own in series:
+        corners, height = [(0.0, 1.0)], 1.0
+        for x, y in own.points:
+            corners += [(x, height), (x, y)]
+            height = y
+        drawn += f'<g class="{own.style}"><polyline class="line" points="{frame.points(corners)}"/></g>'
+        words.append(f"{own.label}: {number(height)} at the end")
+    return _figure(caption, "; ".join(words), f"0 0 {WIDTH:g} {HEIGHT:g}", drawn, series, "lines")
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where values lie in a drawing of 420 x 240."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+
+    def points(self, values: Sequence[tuple[float, float]]) -> str:
+        return _points((self._x(x), self._y(y)) for x, y in values)
+
+    def axes(self, measure: str, ticks: Sequence[tuple[float, str]]) -> str:
+        drawn = ""
+        for part in (0.0, 0.5, 1.0):
+            value = self.low + part * (self.high - self.low)
+            y = self._y(value)
+            drawn += f'<line class="ring" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            drawn += f'<text x="{LEFT - 6}" y="{y:.1f}" text-anchor="end" dominant-baseline="middle">{value:.2f}</text>'
+        for x, name in ticks:
+            drawn += f'<text x="{self._x(x):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{text(name)}</text>'
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        return drawn + f'<text x="{middle:.1f}" y="{HEIGHT - 4}" text-anchor="middle">{text(measure)}</text>'
+
+    def _x(self, value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.left) / ((self.right - self.left) or 1.0)
+
+    def _y(self, value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - value) / ((self.high - self.low) or 1.0)
+
+
+def _figure(caption: str, words: str, box: str, drawn: str, series: Sequence[Series], kind: str) -> str:
+    keys = "".join(f'<li class="{own.style}"><i></i>{text(own.label)}</li>' for own in series)
+    return (
+        f'<figure class="{kind}"><figcaption>{text(caption)}</figcaption>'
+        f'<svg viewBox="{box}" role="img" aria-label="{text(f"{caption}. {words}")}">{drawn}</svg>'
+        f'<ul class="keys">{keys}</ul></figure>'
+    )
+
+
+def _points(places: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def _round_range(values: Sequence[float]) -> tuple[float, float]:
+    """Tenths that hold all values."""
+    low, high = math.floor(min(values) * 10) / 10, math.ceil(max(values) * 10) / 10
+    return (low, high) if high > low else (low - 0.1, high + 0.1)

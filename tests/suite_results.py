@@ -1,0 +1,109 @@
+"""A results folder of a suite, simulated: encoders of known skill on datasets of several kinds and modalities."""
+
+import numpy as np
+import safetensors.numpy
+
+from mmkd.files import write_json
+
+HEADLINES = {
+    "zeroshot": "balanced_accuracy",
+    "probe": "balanced_accuracy",
+    "retrieval": "mean_recall",
+    "vqa": "accuracy",
+    "survival": "c_index",
+    "diagnosis": "macro_auroc",
+}
+SKILLS = {"student": 0.72, "biomedclip": 0.66, "plip": 0.6, "stage1": 0.45, "ensemble": 0.7, "oracle": 0.71}
+SAMPLES, REPLICATES, CLASSES = 200, 100, ["benign", "malignant", "normal"]
+
+
+def write_suite(folder, datasets, undefined=(), marked=None, rows=tuple(SKILLS), skills=None, **more):
+    """Write ``summary.json``, cells and tasks.
+
+    Args:
+        folder: of the results.
+        datasets: ``(dataset, kind, modality)`` or, with a variant, four.
+        undefined: ``(encoder, task)`` without numbers.
+        marked: dataset -> encoder -> reason.
+        rows: encoders.
+        skills: probability of a right answer by encoder, where it is not the usual one.
+        more: other entries of the summary.
+    """
+    generator, skills = np.random.default_rng(0), SKILLS | (skills or {})
+    tasks = {}
+    for dataset, kind, modality, *variant in datasets:
+        name = "-".join([kind, dataset, *variant])
+        targets, ease = generator.integers(0, 3, SAMPLES), generator.normal(0, 0.08)
+        draws = generator.multinomial(SAMPLES, np.ones(SAMPLES) / SAMPLES, REPLICATES)
+        cells, drawn = {}, {}
+        for row in rows:
+            if (row, name) in undefined:
+                cells[row] = {"undefined": "it has no text tower", "metrics": {}, "by_modality": {}}
+                continue
+            right = generator.random(SAMPLES) < np.clip(skills[row] + ease, 0.05, 0.97)
+            drawn[row] = draws @ right / SAMPLES
+            low, high = np.percentile(drawn[row], [2.5, 97.5])
+            metric = {"value": float(right.mean()), "low": float(low), "high": float(high)}
+            cells[row] = {"undefined": None, "metrics": {HEADLINES[kind]: metric}, "by_modality": {}}
+            cells[row] |= {"extras": extras} if (extras := extras_of(kind, skills[row])) else {}
+            answers = np.where(right, targets, (targets + 1) % 3)
+            tensors = {f"together.{HEADLINES[kind]}": drawn[row]}
+            if kind in ("zeroshot", "probe"):
+                tensors["outputs.image.scores"] = np.eye(3)[answers]
+            (folder / "cells" / row).mkdir(parents=True, exist_ok=True)
+            safetensors.numpy.save_file(tensors, folder / "cells" / row / f"{name}.safetensors")
+        tasks[name] = {
+            "title": f"Which class of {dataset}?",
+            "kind": kind,
+            "headline": HEADLINES[kind],
+            "frames": {"image": {"n": SAMPLES, "groups": SAMPLES, "resampling": "groups"}},
+            "chance": {HEADLINES[kind]: 1 / 3},
+            "dataset": dataset,
+            "modality": modality,
+            "variant": variant[0] if variant else "",
+            "rows": cells,
+            "differences": {rival: differences(cells, drawn, rival, HEADLINES[kind]) for rival in drawn
+                            if rival != "student" and "student" in drawn},
+            "contaminated": (marked or {}).get(dataset, {}),
+        }  # fmt: skip
+        write_json(folder / "tasks" / f"{name}.json", {"targets": targets.tolist(), "classes": CLASSES})
+    summary = {
+        "student": "student",
+        "teachers": [row for row in ("biomedclip", "plip") if row in rows],
+        "baselines": ["stage1"] if "stage1" in rows else [],
+        "tasks": tasks,
+        "encoders": {row: {"source": f"runs/{row}", "fingerprint": "0a1b2c3d4e5f6789", "failures": []}
+                     for row in rows if row not in ("ensemble", "oracle")},
+        "skipped": {},
+        "skipped_datasets": {},
+        "unreadable": {},
+        "versions": {"mmkd-clip": "0.1.0", "numpy": "2.0"},
+        "settings": {},
+    }  # fmt: skip
+    write_json(folder / "summary.json", summary | more)
+    return folder
+
+
+def differences(cells, drawn, rival, metric):
+    """Student minus rival."""
+    own = drawn["student"] - drawn[rival]
+    low, high = np.percentile(own, [2.5, 97.5])
+    value = cells["student"]["metrics"][metric]["value"] - cells[rival]["metrics"][metric]["value"]
+    return {metric: {"difference": value, "low": float(low), "high": float(high), "p": 0.04}}
+
+
+def extras_of(kind, skill):
+    """Curves as cells keep them."""
+    if kind == "probe":
+        shots = (1, 2, 4, 8, 16, 32)
+        means = [skill - 0.3 / (k + 1) for k in range(len(shots))]
+        return {
+            "curve": [
+                {"shots": s, "mean": m, "low": m - 0.05, "high": m + 0.05} for s, m in zip(shots, means, strict=True)
+            ]
+        }
+    if kind == "survival":
+        times = [100.0 * k for k in range(1, 21)]
+        high, low = [[t, 0.995 ** (t / 8)] for t in times], [[t, 0.998 ** (t / 8)] for t in times]
+        return {"kaplan_meier": {"high": high, "low": low, "logrank_p": 0.003}}
+    return {}
