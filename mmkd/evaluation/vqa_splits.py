@@ -34,7 +34,7 @@ class QuestionSplit:
 
 
 def question_splits(samples: Samples) -> tuple[list[QuestionSplit], str]:
-    """The official split, where questions or images state one, and the one by image; else the reason why not.
+    """The official split, where questions state one, and the one by image; else the reason why not.
 
     Args:
         samples: of a dataset whose images can be read; its questions are those of the collection.
@@ -46,16 +46,18 @@ def question_splits(samples: Samples) -> tuple[list[QuestionSplit], str]:
     asked = [(holders[question.sha256], question) for question in questions if question.sha256 in holders]
     if len(asked) < 3:
         return [], f"{len(asked)} of its {len(questions)} questions are about an image that can be read"
-    found = [_official(asked), _disjoint(asked)]
+    found = [_disjoint(asked)]
+    if any(question.split for _, question in asked):
+        found.insert(0, _official(asked))
     usable = [split for split in found if len(split.questions["train"]) > 1 and split.questions["test"]]
     return usable, "" if usable else f"no split of its {len(asked)} questions has both training and test questions"
 
 
 def _official(asked: list[tuple[Pair, Question]]) -> QuestionSplit:
-    """What questions state, or else their image; a tenth of the training images validates where nothing does."""
+    """What questions state; a tenth of the training images validates where nothing does."""
     parts: Asked = {split: [] for split in SPLITS}
     for pair, question in asked:
-        parts[question.split or pair.split].append((pair, question))
+        parts[question.split or "train"].append((pair, question))
     stated = bool(parts["validation"])
     if not stated:
         training = parts["train"]
