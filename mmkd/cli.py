@@ -40,7 +40,7 @@ RECIPES = {
     "convert": ("mmkd.hub.convert", "the authors' checkpoint to a from_pretrained folder, and back"),
 }
 PIPELINES = {"quickstart": "quickstart.yaml", "miniature": "miniature.yaml"}
-DISTRIBUTED = ("pretrain", "extract", "align", "distill", "finetune")
+DISTRIBUTED = ("pretrain", "extract", "align", "distill", "finetune", "eval")
 EXTRAS = {
     **dict.fromkeys(("accelerate", "psutil"), "train"),
     "peft": "train",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes: of the group, without one as the launcher said (``WORLD_SIZE``), else 1."""
     return dist.get_world_size() if _initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_group() -> None:
+    """Join the processes that a launcher has started, for work that is dealt out and waited for, not for training.
+
+    They talk over gloo, which needs no GPU, and wait for each other for days: a process that computes a long cell, or
+    one that embeds the last shard, is no failure.
+    """
+    if world_size() > 1 and not _initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        atexit.register(_leave_group)
 
 
 def settle_group(parallelism: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mmkd.data.images import to_rgb
@@ -65,6 +65,27 @@ class DualEncoder(ABC):
             images, lambda batch: self.image_features([self.prepare(to_rgb(i)) for i in batch]), "image"
         )
 
+    def encode_images_and_pooled(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor | None]:
+        """Encode n images in one pass, into the common space and as they are before the projection into it.
+
+        Returns:
+            (n, dim) as `encode_images`; and (n, width) float32 on the CPU, of any length, None where there is no
+            projection to stand before.
+
+        Raises:
+            ValueError: see `encode_images`.
+        """
+        before: list[Tensor] = []
+
+        def features(batch: Sequence[Image.Image]) -> Tensor:
+            joint, pooled = self.image_and_pooled([self.prepare(to_rgb(image)) for image in batch])
+            if pooled is not None:
+                before.append(pooled.float().cpu())
+            return joint
+
+        joint = self._encode(images, features, "image")
+        return joint, torch.cat(before) if before else None
+
     def encode_prepared(self, prepared: Sequence[Any]) -> Tensor:
         """Encode n images that `prepare` has prepared; returns and raises as `encode_images`."""
         return self._encode(prepared, lambda batch: self.image_features(list(batch)), "image")
@@ -98,6 +119,10 @@ class DualEncoder(ABC):
     @abstractmethod
     def image_features(self, prepared: list[Any]) -> Tensor:
         """Features of one batch of prepared images, (n, dim), of any length, on any device."""
+
+    def image_and_pooled(self, prepared: list[Any]) -> tuple[Tensor, Tensor | None]:
+        """`image_features` and, where the model projects them, what it projects: (n, width)."""
+        return self.image_features(prepared), None
 
     @abstractmethod
     def text_features(self, texts: list[str]) -> Tensor:
@@ -137,3 +162,14 @@ class DualEncoder(ABC):
                 raise ValueError(f"{self.name} gave {kind} features that are not finite; its weights may be broken")
             encoded.append(functional.normalize(found, dim=-1))
         return torch.cat(encoded)
+
+
+def with_input_of(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """What `run` gives, and what `module` was given meanwhile."""
+    given: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    try:
+        found = run()
+    finally:
+        handle.remove()
+    return found, given[-1]

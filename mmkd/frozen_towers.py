@@ -151,8 +151,15 @@ class FrozenEncoder(DualEncoder):
         Returns:
             (readable pairs, dim) float32 on the CPU, unit length; and id -> reason of those that cannot be read.
         """
+        joint, _, unreadable = self.encode_pairs_and_pooled(folder, pairs)
+        return joint, unreadable
+
+    def encode_pairs_and_pooled(
+        self, folder: PairFolder, pairs: Sequence[Pair]
+    ) -> tuple[Tensor, Tensor, dict[str, str]]:
+        """As `encode_pairs`, with the towers' outputs (readable pairs, width) float32 as second."""
         outputs, unreadable = self.towers.image_outputs(folder, pairs)
-        return self._projected(self.encoder.model.visual_projection, outputs), unreadable
+        return self._projected(self.encoder.model.visual_projection, outputs), outputs, unreadable
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """See `DualEncoder`; equal texts are encoded once."""

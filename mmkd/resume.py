@@ -88,7 +88,7 @@ def save_checkpoint(
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in a folder, or None; damaged ones are passed over with a warning."""
     for path in sorted(folder.glob("step-*"), reverse=True):
-        problem = _damage(path)
+        problem = damage(path)
         if problem is None:
             return path
         logger.warning("%s is passed over: %s", path, problem)
@@ -193,7 +193,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _damage(path: Path) -> str | None:
+def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None when it is whole."""
     try:
         sizes = read_json(path / FACTS)["sizes"]

@@ -11,7 +11,10 @@ A tower is named by where its weights come from:
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from transformers import CLIPImageProcessorPil
 
 from mmkd.checkpoints import require_same_keys
 from mmkd.starting_weights import TextStart, VisionStart, resize_timm, start_text, start_vision
+from mmkd.student import load_student
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 
@@ -71,6 +75,26 @@ def build_model(
         size={"shortest_edge": eyes.image_size}, crop_size=side, image_mean=eyes.mean, image_std=eyes.std
     )
     return model, MMKDClipProcessor(pixels, words.tokenizer)
+
+
+def starting_student(settings: Mapping[str, Any]) -> tuple[MMKDClipModel, Any]:
+    """The student that settings of stage 1 or 2 start from.
+
+    Args:
+        settings: ``model``, a folder or Hub id; or ``preset`` and ``text``; or all that `build_model` takes.
+
+    Raises:
+        ValueError: they say none of these, or what they name does not fit.
+        FileNotFoundError: what they name is not there.
+    """
+    if settings.get("model") is not None:
+        return load_student(settings["model"])
+    if settings.get("preset") is not None:
+        return build_preset(settings["preset"], settings["text"])
+    names = inspect.signature(build_model).parameters
+    if not {"vision", "text"} <= settings.keys():
+        raise ValueError("these settings name no model, preset or towers that a student could start from")
+    return build_model(**{name: settings[name] for name in names if name in settings})
 
 
 def build_preset(name: str, text: str) -> tuple[MMKDClipModel, MMKDClipProcessor]:

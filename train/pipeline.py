@@ -87,7 +87,7 @@ def require_questions(pairs: Path, split: str) -> None:
         ValueError: fewer than two training pairs, or held-out ones that allow no task.
     """
     folder = open_pairs(pairs)
-    samples = collect_samples(folder, split, {pair.id: pair.sha256 for pair in folder.pairs}, {})
+    samples = collect_samples(folder.pairs, split, {pair.id: pair.sha256 for pair in folder.pairs}, {})
     if not samples.held_out:
         groups = len({pair.group or pair.id for pair in folder.pairs})
         raise ValueError(

@@ -23,9 +23,9 @@ from mmkd.data.records import Pair, PairFolder, open_pairs
 from mmkd.loop import LoopSettings, fit, start
 from mmkd.objectives import ContrastiveObjective
 from mmkd.provenance import training_provenance
-from mmkd.settings import nearest, run, setting
-from mmkd.student import load_student, save_student
-from mmkd.towers import build_model, build_preset
+from mmkd.settings import nearest, resolved, run, setting
+from mmkd.student import save_student
+from mmkd.towers import starting_student
 from mmkd.trainable import ModelSettings, make_trainable
 from mmkd.validation import ValidationSettings, validation_of
 from modeling_mmkd import PRESETS
@@ -68,21 +68,9 @@ def main(settings: PretrainSettings) -> None:
         disable_progress_bar()
     folder, held_out = split_off(open_pairs(settings.pairs, "train"), settings.hold_out)
     pairs = select(folder.pairs, settings.modalities, settings.labels, settings.part, settings.sources)
-    if settings.model is not None:
-        model, processor = load_student(settings.model)
-    elif settings.preset is not None:
+    if settings.model is None and settings.preset is not None:
         refuse_other_sizes(settings)
-        model, processor = build_preset(settings.preset, settings.text)
-    else:
-        model, processor = build_model(
-            settings.vision,
-            settings.text,
-            settings.projection_dim,
-            settings.image_size,
-            settings.text_layers,
-            settings.vision_projection_hidden,
-            settings.text_projection_hidden,
-        )
+    model, processor = starting_student(resolved(settings))
     make_trainable(model, settings)
     chosen = PairFolder(folder.path, folder.image_root, pairs)
     batches = training_batches(

@@ -1,8 +1,8 @@
 """The cells of a table of results: one encoder on one task, kept so that a second run makes only what is missing.
 
 A cell is two files under ``cells/ENCODER/``: ``TASK.safetensors`` with per-sample outputs and bootstrap replicates,
-and, written last, ``TASK.json`` with point values and intervals. Its key is the hash of all it was made from; a cell
-with another key is made again.
+and, written last, ``TASK.json`` with point values and intervals; ``scores/ENCODER/TASK.parquet`` says how each sample
+was answered. A cell's key is the hash of all it was made from; one with another key is made again.
 
 Replicates are drawn twice: stratified by the task's own classes for the task's intervals, and from one draw of all
 held-out groups, stratified by modality, for means over tasks, whose errors go together because their images do.
@@ -13,19 +13,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from mmkd.data.records import Pair
-from mmkd.evaluation.bootstrap import Metrics, frame, interval, replicate, subframe
+from mmkd.evaluation.bootstrap import Frame, Metrics, frame, interval, replicate, subframe
+from mmkd.evaluation.scores import write_scores
 from mmkd.evaluation.task import Outputs, Task, Undefined
 from mmkd.files import atomic_write_bytes, read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 Cell = dict[str, Any]
 
 
@@ -37,8 +39,13 @@ class CellFolder:
         self.path = path
         self.replicates = replicates
         self.seed = seed
-        self._whole = frame([pair.modality for pair in held_out], [pair.group for pair in held_out])
+        self._held_out = held_out
         self._position = {pair.id: position for position, pair in enumerate(held_out)}
+
+    @cached_property
+    def _whole(self) -> Frame:
+        """Of all held-out pairs."""
+        return frame([pair.modality for pair in self._held_out], [pair.group for pair in self._held_out])
 
     def describe(self, task: Task) -> dict[str, Any]:
         """Write what the task asks to ``tasks/TASK.json`` and return it."""
@@ -54,6 +61,8 @@ class CellFolder:
             "modalities": task.modalities,
             **task.description,
         }
+        if task.dataset:
+            description |= {"dataset": task.dataset, "modality": task.modality, "variant": task.variant}
         write_json(self.path / "tasks" / f"{task.name}.json", description)
         return description
 
@@ -71,8 +80,7 @@ class CellFolder:
         Returns:
             The cell as in its JSON file, and the per-sample outputs.
         """
-        recipe = [FORMAT, self.replicates, self.seed, encoder, made_from]
-        key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        key = fingerprint_of([FORMAT, self.replicates, self.seed, encoder, made_from])
         file = self._file(encoder, task.name, "json")
         if file.is_file() and (cell := read_json(file)).get("key") == key:
             return cell, self.outputs(encoder, task.name)
@@ -87,6 +95,7 @@ class CellFolder:
         tensors |= {f"replicates.{name}": np.ascontiguousarray(values) for name, values in replicates.items()}
         tensors |= {f"together.{name}": np.ascontiguousarray(values) for name, values in together.items()}
         atomic_write_bytes(self._file(encoder, task.name, "safetensors"), safetensors.numpy.save(tensors))
+        write_scores(self.path / "scores" / encoder / f"{task.name}.parquet", task, outputs)
         write_json(file, cell)
         return cell, outputs
 
@@ -111,10 +120,7 @@ class CellFolder:
             )
             return {"undefined": reason, "metrics": {}, "by_modality": {}}, {}, {}
         points, replicates = replicate(partial(task.metrics, outputs), task.frames, self.replicates, self.seed)
-        shared = {
-            name: subframe(self._whole, [self._position[pair.id] for pair in pairs])
-            for name, pairs in task.holders.items()
-        }
+        shared = self._shared(task)
         _, together = replicate(partial(task.headline_metric, outputs), shared, self.replicates, self.seed)
         metrics = {}
         for name, value in points.items():
@@ -125,12 +131,27 @@ class CellFolder:
             cell["extras"] = extras
         return cell, replicates, together
 
+    def _shared(self, task: Task) -> dict[str, Frame]:
+        """Frames on the draws of all held-out groups; the task's own where it asks of other samples than these."""
+        if any(pair.id not in self._position for pairs in task.holders.values() for pair in pairs):
+            return task.frames
+        return {
+            name: subframe(self._whole, [self._position[pair.id] for pair in pairs])
+            for name, pairs in task.holders.items()
+        }
+
     def _file(self, encoder: str, task: str, ending: str) -> Path:
         return self.path / "cells" / encoder / f"{task}.{ending}"
 
     def _tensors(self, encoder: str, task: str, prefix: str) -> dict[str, Any]:
-        stored = safetensors.numpy.load_file(self._file(encoder, task, "safetensors"))
-        return {name[len(prefix) :]: array for name, array in stored.items() if name.startswith(prefix)}
+        with safetensors.safe_open(self._file(encoder, task, "safetensors"), framework="np") as stored:
+            names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name[len(prefix) :]: stored.get_tensor(name) for name in names}
+
+
+def fingerprint_of(values: Any) -> str:
+    """SHA-256 of plain JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: float) -> float | None:

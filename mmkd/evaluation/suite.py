@@ -7,13 +7,15 @@ student is measured against when nobody tells it which specialist to ask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmkd.data.records import Pair, PairFolder
+from mmkd.data.records import Pair
 from mmkd.evaluation import diagnosis, linear_probe, retrieval, vqa_tasks, zeroshot
-from mmkd.evaluation.cells import Cell, CellFolder
+from mmkd.evaluation.cells import Cell, CellFolder, fingerprint_of
+from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.embedding import Embedded
+from mmkd.evaluation.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.task import Outputs, Samples, Task, Undefined, best_by_modality
 
 SUITE: dict[str, Callable[[Samples], tuple[list[Any], dict[str, str]]]] = {
@@ -23,7 +25,6 @@ SUITE: dict[str, Callable[[Samples], tuple[list[Any], dict[str, str]]]] = {
     "vqa": vqa_tasks.tasks,
     "diagnosis": diagnosis.tasks,
 }
-ENSEMBLE, ORACLE = "ensemble", "oracle"
 
 
 def tasks_for(samples: Samples, kinds: list[str]) -> tuple[list[Task], dict[str, str]]:
@@ -43,10 +44,17 @@ def texts_for(pairs: list[Pair]) -> list[str]:
     return sorted(captions | set(zeroshot.prompt_texts(pairs)))
 
 
-def collect_samples(folder: PairFolder, split: str, digests: dict[str, str], unreadable: dict[str, str]) -> Samples:
+def dataset_texts(collection: Collection, split: str) -> list[str]:
+    """All sentences that a task may ask of a dataset: held-out captions, questions, and those about its classes."""
+    captions = {pair.caption for pair in collection.pairs if pair.split == split and pair.caption.strip()}
+    prompts = {text for own in collection.manifest.prompts().values() for text in own}
+    return sorted(captions | prompts | set(vqa_tasks.texts(collection.questions)))
+
+
+def collect_samples(pairs: Sequence[Pair], split: str, digests: dict[str, str], unreadable: dict[str, str]) -> Samples:
     """The readable pairs by use; the held-out split is never trained on, whichever it is."""
     by_split: dict[str, list[Pair]] = {"train": [], "validation": [], "test": []}
-    for pair in folder.pairs:
+    for pair in pairs:
         if pair.id not in unreadable:
             by_split[pair.split].append(pair)
     held_out, by_split[split] = by_split[split], []
@@ -69,7 +77,7 @@ def run_task(
         Cells by row.
     """
     pairs = [*samples.train, *samples.validation, *samples.held_out]
-    question = [folder.describe(task), [[pair.id, samples.digests[pair.id]] for pair in pairs]]
+    question = fingerprint_of([folder.describe(task), [[pair.id, samples.digests[pair.id]] for pair in pairs]])
     cells: dict[str, Cell] = {}
     outputs: dict[str, Outputs] = {}
     for embedded in encoders:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.data.records import SPLITS, PairFolder
+from mmkd.data.records import SPLITS, Pair
 from mmkd.evaluation.bootstrap import Metrics, difference, interval
 from mmkd.evaluation.cells import Cell, CellFolder, plain
 from mmkd.evaluation.metrics import Floats
@@ -22,7 +22,11 @@ from mmkd.evaluation.suite import ENSEMBLE, ORACLE
 from mmkd.versions import installed_versions
 
 PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")
-BRIEF = ("title", "kind", "headline", "frames", "chance", "classes", "class_counts", "pool", "train", "left_out")
+BRIEF = (
+    *("title", "kind", "headline", "frames"),
+    *("chance", "classes", "class_counts", "pool", "train", "left_out"),
+    *("dataset", "modality", "variant"),
+)
 Table = dict[str, dict[str, Cell]]
 
 
@@ -61,7 +65,8 @@ def overall(
         folder: where the replicates are.
     """
     rows = [row for row in _ordered(table) if row != ORACLE and any(_sound(cells, row) for cells in table.values())]
-    common = [task for task, cells in table.items() if all(_sound(cells, row) for row in rows)]
+    main = [task for task in table if not tasks[task].get("variant")]
+    common = [task for task in main if all(_sound(table[task], row) for row in rows)]
     if not common or student not in rows:
         return {"tasks": [], "rows": {}, "differences": {}, "best_teacher": None}
     scores: dict[str, float] = {}
@@ -83,7 +88,7 @@ def overall(
     }
 
 
-def split_summary(folder: PairFolder, digests: dict[str, str], split: str) -> dict[str, Any]:
+def split_summary(pairs: Sequence[Pair], digests: dict[str, str], split: str) -> dict[str, Any]:
     """How many pairs and groups each split has, and how many groups and images the held-out one shares.
 
     A pair without a group is a group of its own. Identical images are looked for only where ``digests`` covers the
@@ -91,14 +96,14 @@ def split_summary(folder: PairFolder, digests: dict[str, str], split: str) -> di
     """
     counts = {
         name: {
-            "pairs": sum(pair.split == name for pair in folder.pairs),
-            "groups": len({pair.group or pair.id for pair in folder.pairs if pair.split == name}),
-            "modalities": dict(sorted(Counter(p.modality for p in folder.pairs if p.split == name).items())),
+            "pairs": sum(pair.split == name for pair in pairs),
+            "groups": len({pair.group or pair.id for pair in pairs if pair.split == name}),
+            "modalities": dict(sorted(Counter(p.modality for p in pairs if p.split == name).items())),
         }
         for name in SPLITS
     }
-    inside = [pair for pair in folder.pairs if pair.split == split]
-    outside = [pair for pair in folder.pairs if pair.split != split]
+    inside = [pair for pair in pairs if pair.split == split]
+    outside = [pair for pair in pairs if pair.split != split]
     groups = {pair.group for pair in inside if pair.group} & {pair.group for pair in outside if pair.group}
     checked = all(pair.id in digests for pair in outside)
     images = {digests[pair.id] for pair in inside} & {digests.get(pair.id) for pair in outside} - {"missing"}

@@ -23,12 +23,9 @@ from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.metrics import Floats, Integers
 from mmkd.evaluation.questions import Question
+from mmkd.evaluation.vectors import Undefined as Undefined
 
 Outputs = dict[str, NDArray[Any]]
-
-
-class Undefined(Exception):
-    """An encoder cannot answer a task; the message says why and stands in its cell in place of numbers."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,7 @@ class Samples:
         captioned: collections whose captions are retrieved, all together if none is named.
         manifest: of the one dataset these are, where tasks follow a manifest.
         collection: that dataset, opened.
+        probe_on: which image vectors are learnt from, where tasks follow a manifest.
     """
 
     held_out: list[Pair]
@@ -56,6 +54,7 @@ class Samples:
     captioned: list[str] = field(default_factory=list)
     manifest: Manifest | None = None
     collection: Collection | None = None
+    probe_on: Literal["pooled", "joint"] = "pooled"
 
 
 class Task(ABC):
@@ -124,6 +123,10 @@ class Task(ABC):
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """How well each sample of each frame was answered, 0 to 1, ``(n,)``."""
 
+    def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
+        """What was right and what was answered for each sample, by frame, where answers have names."""
+        return {}
+
 
 class Classification(Task):
     """Assign one of several classes to each image; ``image.scores`` is ``(n, classes)``."""
@@ -173,6 +176,11 @@ class Classification(Task):
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """1 where the answer is right."""
         return {"image": (outputs["image.scores"].argmax(axis=1) == self.targets).astype(np.float64)}
+
+    def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
+        """The true class and the one with the highest score."""
+        answers = outputs["image.scores"].argmax(axis=1)
+        return {"image": tuple([self.classes[k] for k in own.tolist()] for own in (self.targets, answers))}  # type: ignore[dict-item]
 
 
 def best_by_modality(task: Task, outputs: dict[str, Outputs]) -> tuple[Outputs, dict[str, str]]:

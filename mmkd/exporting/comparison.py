@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from mmkd.data.records import open_pairs
-from mmkd.encoder import DualEncoder
+from mmkd.encoder import BATCH_SIZE, DualEncoder
 from mmkd.evaluation.cells import CellFolder
-from mmkd.evaluation.embedding import Embedded, embed, image_digests
+from mmkd.evaluation.encoders import Inputs, embed_everything
+from mmkd.evaluation.image_sources import FolderImages
 from mmkd.evaluation.suite import collect_samples, run_task, tasks_for
 from mmkd.evaluation.summary import task_summary
 from mmkd.evaluation.zeroshot import prompt_texts
@@ -117,15 +118,17 @@ def zero_shot(
         ValueError: the pairs allow no zero-shot task; the message says why.
     """
     folder = open_pairs(pairs, split)
-    digests, texts = image_digests(folder, quiet), prompt_texts(folder.pairs)
+    images, names = FolderImages(folder), {str(path): name for name, path in exports.items()}
+    inputs = Inputs.of("", images, lambda: images, prompt_texts(folder.pairs), quiet)
+
+    def load(place: str) -> DualEncoder:
+        return ExportedEncoder(Path(place), names[place]) if place in names else load_encoder(place)
+
     with tempfile.TemporaryDirectory(prefix="mmkd-compare-") as temporary:
-        embedded: list[Embedded] = []
-        for name in [MODEL, *exports]:
-            encoder = ExportedEncoder(exports[name], name) if name in exports else load_encoder(str(source))
-            place = str(exports.get(name, source))
-            cache = Path(temporary) / "embeddings" / name
-            embedded.append(embed(encoder, place, name, folder, digests, texts, cache, quiet=quiet))
-        samples = collect_samples(folder, split, digests, embedded[0].unreadable)
+        sources = {MODEL: str(source), **{name: str(path) for name, path in exports.items()}}
+        known = embed_everything(sources, [inputs], load, Path(temporary) / "embeddings", BATCH_SIZE, quiet)
+        embedded = [each.embedded(inputs, folder.pairs, images) for each in known]
+        samples = collect_samples(folder.pairs, split, inputs.digests, embedded[0].unreadable)
         tasks, skipped = tasks_for(samples, ["zeroshot"])
         if not tasks:
             raise ValueError(f"--pairs {pairs} allow no zero-shot task: {'; '.join(skipped.values())}")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkd.encoder import DualEncoder, NoTokens
+from mmkd.encoder import DualEncoder, NoTokens, with_input_of
 from mmkd.teachers.rows import TeacherRow, describe
 from mmkd.teachers.square import FastSquare
 from mmkd.teachers.weights import TOKENIZER_FILES, fetch, load_transformers
@@ -45,6 +45,13 @@ class HFClipEncoder(DualEncoder):
         own = {"pooled_only": True} if isinstance(self.model, MMKDClipModel) else {}
         pixels = torch.stack(prepared).to(self.model.device)
         return _pooled(self.model.get_image_features(pixel_values=pixels, **own))
+
+    def image_and_pooled(self, prepared: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """See `DualEncoder`; SigLIP and its like have no projection."""
+        projection = getattr(self.model, "visual_projection", None)
+        if projection is None:
+            return self.image_features(prepared), None
+        return with_input_of(projection, lambda: self.image_features(prepared))
 
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`; texts are padded to the longest of the batch."""

@@ -56,8 +56,13 @@ class MedClipEncoder(DualEncoder):
 
     def image_features(self, prepared: list[Tensor]) -> Tensor:
         """See `DualEncoder`."""
+        return self.image_and_pooled(prepared)[0]
+
+    def image_and_pooled(self, prepared: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """See `DualEncoder`."""
         pixels = torch.stack(prepared).to(self.image_head.device).unsqueeze(1).expand(-1, 3, -1, -1)
-        return self.vision(pixels).pooler_output @ self.image_head.T
+        pooled = self.vision(pixels).pooler_output
+        return pooled @ self.image_head.T, pooled
 
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmkd.encoder import DualEncoder, NoTokens
+from mmkd.encoder import DualEncoder, NoTokens, with_input_of
 from mmkd.files import read_json
 from mmkd.settings import nearest
 from mmkd.teachers.rows import TeacherRow, describe
@@ -69,6 +69,22 @@ class OpenClipEncoder(DualEncoder):
     def image_features(self, prepared: list[Tensor]) -> Tensor:
         """See `DualEncoder`."""
         return self.model.encode_image(torch.stack(prepared).to(self.device))
+
+    def image_and_pooled(self, prepared: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """See `DualEncoder`; a ResNet's attention pool ends in the common space, nothing stands before it."""
+        visual = self.model.visual
+        projection = getattr(visual, "proj", None)
+        if isinstance(projection, nn.Parameter):
+            visual.proj = None  # a ViT that projects by a matrix gives what it would have projected
+            try:
+                pooled = self.image_features(prepared)
+            finally:
+                visual.proj = projection
+            return pooled @ projection, pooled
+        head = getattr(visual, "head", None)
+        if isinstance(head, nn.Sequential) and any(name in ("proj", "mlp") for name, _ in head.named_children()):
+            return with_input_of(head, lambda: self.image_features(prepared))
+        return self.image_features(prepared), None
 
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`; a BERT tower reads no column that is padding in every text of the batch."""

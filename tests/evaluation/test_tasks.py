@@ -1,10 +1,8 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs
 
-from mmkd.data.records import Pair, PairFolder
+from mmkd.data.records import Pair
 from mmkd.evaluation import linear_probe, retrieval, zeroshot
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.prompts import label_prompts, modality_prompts
@@ -52,7 +50,7 @@ def test_zeroshot_tasks_follow_what_the_pairs_hold():
 
 def test_pairs_without_a_group_are_counted_as_groups_of_their_own():
     pairs = [Pair(str(k), f"{k}.png", "c", "CT", group="" if k < 3 else "patient") for k in range(5)]
-    summary = split_summary(PairFolder(Path("pairs"), Path("pairs"), pairs), {}, "test")
+    summary = split_summary(pairs, {}, "test")
     assert summary["counts"]["train"] == {"pairs": 5, "groups": 4, "modalities": {"CT": 5}}
 
 

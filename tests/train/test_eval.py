@@ -6,6 +6,7 @@ from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs, write_pair
 
 import mmkd.train.eval as recipe
 from mmkd.data.records import Pair
+from mmkd.evaluation.encoders import named_sources
 from mmkd.files import read_json
 
 ENCODERS = {
@@ -212,5 +213,5 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(folder, tmp_path, 
 
 
 def test_names_come_from_sources():
-    named = recipe.named_sources(["student=out/mmkd-clip", "work/teachers/ct/", "open_clip:ViT-B-32/laion2b"])
+    named = named_sources(["student=out/mmkd-clip", "work/teachers/ct/", "open_clip:ViT-B-32/laion2b"])
     assert named == {"student": "out/mmkd-clip", "ct": "work/teachers/ct/", "laion2b": "open_clip:ViT-B-32/laion2b"}

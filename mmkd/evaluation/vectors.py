@@ -1,0 +1,77 @@
+"""Vectors by key: half-precision shards on disk, memory-mapped, read as the rows a task asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vectors = NDArray[np.float32]
+
+
+class Undefined(Exception):
+    """An encoder cannot answer a task; the message says why and stands in its cell in place of numbers."""
+
+
+class Table(Mapping[str, Vectors]):
+    """Vectors ``(dim,)`` by key, kept as parts ``(rows, dim)`` of any floating type that are read when asked for."""
+
+    def __init__(self, keys: Sequence[str], parts: Sequence[NDArray[Any]]) -> None:
+        """Number the keys: in the order of the rows of all parts, one after another.
+
+        Raises:
+            ValueError: there are not as many keys as rows.
+        """
+        self._parts = [part for part in parts if len(part)]
+        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        self._rows = {key: row for row, key in enumerate(keys)}
+        if len(keys) != self._starts[-1]:
+            raise ValueError(f"{len(keys)} keys for {self._starts[-1]} vectors")
+
+    def matrix(self, keys: Sequence[str]) -> Vectors:
+        """Vectors of n keys, ``(n, dim)`` float32.
+
+        Raises:
+            KeyError: of one of them there is none.
+        """
+        rows = np.fromiter((self._rows[key] for key in keys), np.int64, len(keys))
+        found = np.empty((len(rows), self._parts[0].shape[1] if self._parts else 0), dtype=np.float32)
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(owner):
+            places = np.flatnonzero(owner == number)
+            local = rows[places] - self._starts[number]
+            found[_slice(places)] = self._parts[number][_slice(local)]
+        return found
+
+    def __getitem__(self, key: str) -> Vectors:
+        return self.matrix([key])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def stacked(vectors: Mapping[str, Vectors], keys: Sequence[str], what: str) -> Vectors:
+    """Vectors of n keys, ``(n, dim)``.
+
+    Raises:
+        Undefined: some are not there; the message says how many of how many, and of what.
+    """
+    missing = sum(key not in vectors for key in keys)
+    if missing:
+        raise Undefined(f"it has no vectors of {missing} of {len(keys)} {what}")
+    if isinstance(vectors, Table):
+        return vectors.matrix(keys)
+    return np.stack([vectors[key] for key in keys])
+
+
+def _slice(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Neighbouring rows in order as a slice, which is copied in one go; any others as they are."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first == len(rows) - 1 and (len(rows) < 2 or bool((np.diff(rows) == 1).all())):
+        return slice(first, last + 1)
+    return rows

@@ -1,0 +1,279 @@
+"""Datasets from manifests, judged one after another: means, marks, per-sample scores, resume, several processes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from fake_encoder import FakeEncoder, make_pairs, write_pairs
+
+import mmkd.train.eval as recipe
+from mmkd.data.features import FeatureWriter
+from mmkd.evaluation import suite, suite_run
+from mmkd.evaluation.linear_probe import LinearProbe
+from mmkd.evaluation.retrieval import Retrieval
+from mmkd.evaluation.zeroshot import ZeroShot
+from mmkd.files import read_json
+
+ENCODERS = {
+    "student": FakeEncoder("student", 0.3),
+    "good": FakeEncoder("good", 0.4),
+    "weak": FakeEncoder("weak", 2.0),
+}
+LUNGS = """id: lungs
+task: classification
+modality: CT
+source: {csv: "${DATA}/lungs/labels.csv"}
+classes: {nodule: [nodule], cyst: [cyst], effusion: [effusion], healthy: [healthy]}
+license: CC0-1.0
+group: group
+derived_from: [Origin]
+"""
+NOTES = """id: notes
+task: retrieval
+modality: MRI
+source: {csv: "${DATA}/notes/labels.csv", caption: caption}
+license: CC0-1.0
+group: group
+"""
+GONE = """id: gone
+task: classification
+modality: CT
+source: {csv: "${DATA}/gone/labels.csv"}
+classes: [a, b]
+license: CC0-1.0
+register: https://example.org/gone
+"""
+
+
+def of_dataset(task, samples, kind):
+    task.name, task.dataset = f"{kind}-{samples.manifest.id}", samples.manifest.id
+    task.modality = samples.manifest.modality
+    return [task], {}
+
+
+def zeroshot_tasks(samples):
+    if samples.manifest.task != "classification":
+        return [], {}
+    labels = [pair.label for pair in samples.held_out]
+    return of_dataset(ZeroShot("", "", samples.held_out, labels, samples.manifest.prompts()), samples, "zeroshot")
+
+
+def probe_tasks(samples):
+    if samples.manifest.task != "classification":
+        return [], {}
+    task = LinearProbe("", "", samples, lambda pair: pair.label, list(samples.manifest.classes))
+    return of_dataset(task, samples, "probe")
+
+
+def retrieval_tasks(samples):
+    return of_dataset(Retrieval(samples), samples, "retrieval") if samples.manifest.task == "retrieval" else ([], {})
+
+
+TASKS = {"zeroshot": zeroshot_tasks, "probe": probe_tasks, "retrieval": retrieval_tasks}
+
+
+def write_dataset(folder: Path, pairs, unreadable=()):
+    write_pairs(folder, pairs, unreadable)
+    with (folder / "labels.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "label", "caption", "group", "split"])
+        rows.writerows([f"images/{p.image}", p.label, p.caption, p.group, p.split] for p in pairs)
+
+
+def write_datasets(root: Path) -> Path:
+    splits = [*make_pairs(48), *make_pairs(48, "train", 48), *make_pairs(24, "validation", 96)]
+    write_dataset(root / "lungs", splits, unreadable=("p3",))
+    write_dataset(root / "notes", make_pairs(24))
+    for name, text in (("lungs", LUNGS), ("notes", NOTES), ("gone", GONE)):
+        (root / f"{name}.yaml").write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_datasets(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def loads_fakes(monkeypatch):
+    for encoder in ENCODERS.values():
+        encoder.calls = 0
+    monkeypatch.setattr(recipe, "load_encoder", lambda source, device: ENCODERS[source])
+    monkeypatch.setattr(suite, "SUITE", TASKS)
+
+
+def evaluate(data, output, encoders=("student", "good", "weak"), names=("lungs", "notes", "gone"), **settings):
+    settings = {"replicates": 100, "quiet": True, "tasks": ["zeroshot", "probe", "retrieval"], **settings}
+    listed = [str(data / f"{name}.yaml") for name in names]
+    recipe.main(recipe.EvalSettings(encoders=list(encoders), datasets=listed, data=data, output=output, **settings))
+    return read_json(output / "summary.json")
+
+
+@pytest.fixture(scope="module")
+def first(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("first") / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "load_encoder", lambda source, device: ENCODERS[source])
+        patch.setattr(suite, "SUITE", TASKS)
+        return output, evaluate(data, output)
+
+
+def headline(summary, task, row):
+    return summary["tasks"][task]["rows"][row]["metrics"][summary["tasks"][task]["headline"]]["value"]
+
+
+def test_tasks_rows_and_reasons(first):
+    _, summary = first
+    kinds = {task["kind"] for task in summary["tasks"].values()}
+    assert {"zeroshot-lungs", "probe-lungs", "retrieval-notes"} <= set(summary["tasks"])
+    assert kinds == {"zeroshot", "probe", "retrieval"}
+    task = summary["tasks"]["zeroshot-lungs"]
+    assert (task["dataset"], task["modality"], task["frames"]["image"]["n"]) == ("lungs", "CT", 47)
+    assert "example.org/gone" in summary["skipped_datasets"]["gone"]
+    assert list(summary["unreadable"]) == ["lungs/lungs:images/3.png"]
+    assert headline(summary, "zeroshot-lungs", "student") > headline(summary, "zeroshot-lungs", "weak")
+    assert summary["datasets"]["lungs"]["splits"]["counts"]["train"]["pairs"] == 48
+
+
+def test_means_are_over_what_every_encoder_has(first):
+    _, summary = first
+    main = {name: task for name, task in summary["tasks"].items() if not task["variant"]}
+    overall = summary["means"]["all"]["overall"]
+    assert set(overall["tasks"]) == set(main) and overall["n"] == len(main)
+    kinds = [
+        np.mean([headline(summary, n, "student") for n, t in main.items() if t["kind"] == kind])
+        for kind in ("zeroshot", "probe", "retrieval")
+    ]
+    assert overall["rows"]["student"]["value"] == pytest.approx(np.mean(kinds))
+    found = overall["differences"]["weak"]
+    expected = overall["rows"]["student"]["value"] - overall["rows"]["weak"]["value"]
+    assert found["difference"] == pytest.approx(expected) and found["low"] > 0
+    by_modality = summary["means"]["all"]["by_modality"]
+    assert set(by_modality) == {"CT", "MRI"} and by_modality["MRI"]["tasks"] == ["retrieval-notes"]
+    assert summary["best_teachers"]["CT"]["row"] == "good"
+    counts = summary["win_tie_loss"]["weak"]
+    assert counts["win"] >= 1 and counts["win"] + counts["tie"] + counts["loss"] == counts["tasks"] == len(main)
+
+
+def test_scores_of_samples(first):
+    output, summary = first
+    table = pyarrow.parquet.read_table(output / "scores/student/zeroshot-lungs.parquet").to_pydict()
+    assert len(table["id"]) == 47 and set(table["frame"]) == {"image"}
+    right = [target == prediction for target, prediction in zip(table["target"], table["prediction"], strict=True)]
+    assert table["score"] == [float(own) for own in right]
+    accuracy = summary["tasks"]["zeroshot-lungs"]["rows"]["student"]["metrics"]["accuracy"]["value"]
+    assert np.mean(right) == pytest.approx(accuracy)
+    ranks = pyarrow.parquet.read_table(output / "scores/student/retrieval-notes.parquet").to_pydict()
+    assert set(ranks["frame"]) == {"image", "caption"} and set(ranks["target"]) == {None}
+
+
+def test_the_lock_names_all_a_result_depends_on(first):
+    output, summary = first
+    lock = read_json(output / "repro.lock")
+    assert set(lock["datasets"]) == {"lungs", "notes"} and set(lock["encoders"]) == set(ENCODERS)
+    assert lock["encoders"]["good"]["fingerprint"] == summary["encoders"]["good"]["fingerprint"]
+    assert all(len(own["manifest_sha256"]) == len(own["content_sha256"]) == 64 for own in lock["datasets"].values())
+
+
+def test_a_second_run_embeds_nothing_and_gives_the_same_bytes(data, first, tmp_path):
+    output, _ = first
+    files = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in output.rglob("cells/**/*.*")}
+    summary = (output / "summary.json").read_bytes()
+    evaluate(data, output)
+    assert all(encoder.calls == 0 for encoder in ENCODERS.values())
+    assert files == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in output.rglob("cells/**/*.*")}
+    assert summary == (output / "summary.json").read_bytes()
+    broken = next((output / "embeddings/student/notes").glob("images-*"))
+    broken.write_bytes(broken.read_bytes()[:100])
+    evaluate(data, output)
+    assert ENCODERS["student"].calls == 24 and ENCODERS["good"].calls == 0
+    assert summary == (output / "summary.json").read_bytes()
+
+
+def test_marks_of_contamination_and_means_without(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite_run, "contaminated", lambda name, manifest: (name, manifest.id) == ("weak", "lungs"))
+    summary = evaluate(data, tmp_path / "results", tasks=["zeroshot", "retrieval"])
+    marks = {name: task["contaminated"] for name, task in summary["tasks"].items()}
+    assert set(marks["zeroshot-lungs"]) == {"weak"} and marks["retrieval-notes"] == {}
+    assert summary["means"]["clean"]["overall"]["tasks"] == ["retrieval-notes"]
+    assert summary["means"]["all"]["overall"]["n"] == 2
+
+
+def test_a_store_of_features_answers_what_it_can(data, tmp_path):
+    from mmkd.evaluation.collections import open_collection
+    from mmkd.evaluation.manifest import read_manifest
+
+    pairs = [
+        pair
+        for name in ("lungs", "notes")
+        for pair in open_collection(read_manifest(data / f"{name}.yaml"), data).pairs
+        if pair.id != "lungs:images/3.png"
+    ]
+    writer = FeatureWriter(tmp_path / "store", "good", "float32")
+    vectors = torch.randn(len(pairs), 8, generator=torch.Generator().manual_seed(0))
+    writer.write_shard(0, vectors, vectors + 0.01)
+    writer.finish([pair.id for pair in pairs], {"teacher": "good"})
+    sources = ("student", f"kept=features:{tmp_path / 'store'}")
+    summary = evaluate(data, tmp_path / "results", sources, tasks=["zeroshot", "probe", "retrieval"])
+    rows = {name: task["rows"]["kept"] for name, task in summary["tasks"].items()}
+    assert "no vectors of" in rows["zeroshot-lungs"]["undefined"] and "sentences" in rows["zeroshot-lungs"]["undefined"]
+    assert rows["probe-lungs"]["undefined"] is None
+    assert rows["retrieval-notes"]["metrics"]["mean_recall"]["value"] == 1.0
+    assert "zeroshot-lungs" not in summary["means"]["all"]["overall"]["tasks"]
+    assert not (tmp_path / "results/scores/kept/zeroshot-lungs.parquet").exists()
+    with pytest.raises(FileNotFoundError, match=r"features:.*store"):
+        evaluate(data, tmp_path / "other", (f"kept=features:{tmp_path}",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pairs": Path("pairs")}, "pairs and datasets came"),
+        ({"questions": Path("q.json")}, "--questions belongs to --pairs"),
+        ({"cache_frozen_towers": Path("towers")}, "--cache_frozen_towers belongs to --pairs"),
+        ({"names": ("gone",)}, "none of the 1 datasets is there"),
+    ],
+)
+def test_wrong_settings(data, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(data, tmp_path / "results", **settings)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import test_eval_datasets as tests
+import mmkd.train.eval as recipe
+recipe.load_encoder = lambda source, device: tests.ENCODERS[source]
+tests.suite.SUITE = tests.TASKS
+tests.evaluate(Path({data!r}), Path({output!r}))
+"""
+
+
+def test_two_processes_give_the_bytes_of_one(data, first, tmp_path):
+    whole, _ = first
+    here = Path(__file__).resolve().parent
+    paths = [str(here), str(here.parent)]
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS.format(paths=paths, data=str(data), output=str(tmp_path / "results")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind in ("cells", "scores", "embeddings", "tasks"):
+        ours = {p.relative_to(whole): p.read_bytes() for p in (whole / kind).rglob("*.*")}
+        theirs = {
+            p.relative_to(tmp_path / "results"): p.read_bytes() for p in (tmp_path / "results" / kind).rglob("*.*")
+        }
+        assert ours == theirs and ours, kind
+    summaries = [read_json(folder / "summary.json") for folder in (whole, tmp_path / "results")]
+    for summary in summaries:
+        summary.pop("settings")
+    assert json.dumps(summaries[0]) == json.dumps(summaries[1])
