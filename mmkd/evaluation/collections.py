@@ -18,7 +18,7 @@ from mmkd.data.pair import SPLITS, Pair
 from mmkd.data.splits import assign_splits, meaning_of
 from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.locations import Absent, locate, source_kind, where_to_get
-from mmkd.evaluation.manifest import HELD_OUT, Manifest
+from mmkd.evaluation.manifest import DEALT, HELD_OUT, Manifest
 from mmkd.evaluation.source import Reading, Sample, group_of
 from mmkd.evaluation.source_columns import read_hf, read_parquet
 from mmkd.evaluation.source_packed import read_medmnist, read_wds
@@ -89,7 +89,7 @@ def open_collection(manifest: Manifest, data: Path | None = None) -> Collection:
     if kind == "bags":
         samples = zip(collection.pairs, reading.samples, strict=True)
         collection.facts = {pair.id: sample.facts for pair, sample in samples}
-    collection.notes = _notes(manifest, collection.pairs)
+    collection.notes = [*reading.notes, *_notes(manifest, collection.pairs)]
     _check_counts(manifest, collection)
     return collection
 
@@ -112,8 +112,10 @@ def _settle_labels(manifest: Manifest, samples: Sequence[Sample]) -> None:
         ValueError: a label is no class, a class occurs nowhere, or an image of a single label has none or several.
     """
     renamed = {str(old): "" if new is None else str(new) for old, new in (manifest.source.get("rename") or {}).items()}
+    cased = {name.casefold(): name for name in manifest.classes}
     for sample in samples:
         names = [renamed.get(label, label) for label in sample.labels]
+        names = [name if name in manifest.classes else cased.get(name.casefold(), name) for name in names]
         sample.labels = list(dict.fromkeys(name for name in names if name))
     if not manifest.classes:
         return
@@ -147,7 +149,7 @@ def _splits(manifest: Manifest, samples: Sequence[Sample]) -> list[str]:
         return ["test"] * len(samples)
     groups = [f"group {sample.group}" if sample.group else f"image {sample.name}" for sample in samples]
     strata = ["|".join(sample.labels) for sample in samples]
-    given = _named_splits(manifest, samples)
+    given = [""] * len(samples) if manifest.split == DEALT else _named_splits(manifest, samples)
     if not any(given):
         return assign_splits(groups, given, strata, SEED)[0]
     if not all(given):
@@ -238,6 +240,7 @@ def _check_counts(manifest: Manifest, collection: Collection) -> None:
     """
     splits = Counter(pair.split for pair in collection.pairs)
     counts = {"n": len(collection.pairs), "n_questions": len(collection.questions)}
+    counts["n_test_questions"] = sum(question.split == "test" for question in collection.questions)
     counts |= {f"n_{split}": splits[split] for split in SPLITS}
     counts["n_cases"] = len({pair.group or pair.id for pair in collection.pairs})
     for key, expected in manifest.expects.items():

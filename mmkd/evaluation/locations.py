@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from mmkd.evaluation.manifest import SOURCES, Manifest
 
@@ -35,8 +36,7 @@ def locate(manifest: Manifest, data: Path | None = None) -> list[Path]:
         raise Absent(f"no folder of data is given: --data DIR or {VARIABLE}; {where_to_get(manifest)}")
     paths = [Path(text.replace(PLACE, folder)).expanduser() for text in texts]
     if kind == "medmnist":
-        size = int(manifest.source.get("size", 28))
-        paths = [path.with_name(path.name + (".npz" if size == 28 else f"_{size}.npz")) for path in paths]
+        paths = [_sized(paths[0], manifest.source.get("size"))]
     lacking = [path for path in paths if not path.exists()]
     if kind == "bags" and not lacking:
         table = paths[0] / str(manifest.source.get("table", "labels.csv"))
@@ -45,6 +45,15 @@ def locate(manifest: Manifest, data: Path | None = None) -> list[Path]:
     if lacking and not is_hub_name:
         raise Absent(f"not at {', '.join(map(str, lacking[:SHOWN]))}; {where_to_get(manifest)}")
     return paths
+
+
+def _sized(stem: Path, size: Any) -> Path:
+    """MedMNIST's file of a size, by default the largest that is there."""
+    ending = {224: "_224.npz", 128: "_128.npz", 64: "_64.npz", 28: ".npz"}
+    if size is not None and size not in ending:
+        raise ValueError(f"source: size is {size!r}; MedMNIST has {', '.join(map(str, ending))}")
+    found = [stem.with_name(stem.name + ending[own]) for own in ([size] if size else ending)]
+    return next((path for path in found if path.is_file()), found[0])
 
 
 def where_to_get(manifest: Manifest) -> str:

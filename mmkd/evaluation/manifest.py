@@ -17,7 +17,7 @@ from mmkd.settings import nearest
 Asked = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]
 ASKED: tuple[str, ...] = get_args(Asked)
 HELD_OUT, DEALT = "held-out", "dealt"  # in place of the column of the split
-COUNTS = ("n", "n_train", "n_validation", "n_test", "n_questions", "n_cases")
+COUNTS = ("n", "n_train", "n_validation", "n_test", "n_questions", "n_test_questions", "n_cases")
 # What each kind of source may be told beside where it lies; ROW_KEYS go with every kind.
 SOURCES: dict[str, tuple[str, ...]] = {
     "imagefolder": ("skip",),
@@ -29,7 +29,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "bags": ("table", "slide", "case", "label", "time", "event", "censored"),
     "questions": ("images",),
 }
-ROW_KEYS = ("rename", "splits", "group_pattern", "separator")
+ROW_KEYS = ("group", "split", "rename", "splits", "group_pattern", "separator")
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ def make_manifest(values: Any) -> Manifest:
     missing = [key for key in required if key not in given]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}; a manifest needs {', '.join(required)}")
+    source = given["source"]
+    for key in ("group", "split"):  # columns like those beside them
+        if key in source and key not in given:
+            given[key] = str(source[key])
     manifest = Manifest(**given)
     _check(manifest)
     return manifest

@@ -106,12 +106,14 @@ class Reading:
         store: of the images.
         questions: about the images.
         root: the folder of a bag's features.
+        notes: what a reader of the results should know of it.
     """
 
     samples: list[Sample]
     store: Store
     questions: list[Question] = field(default_factory=list)
     root: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def chosen(manifest: Manifest, key: str, columns: Iterable[str], needed: bool, default: str | None = None) -> str:
@@ -121,7 +123,7 @@ def chosen(manifest: Manifest, key: str, columns: Iterable[str], needed: bool, d
         ValueError: it is named or needed and the table lacks it.
     """
     columns = list(columns)
-    named = manifest.source.get(key) or (getattr(manifest, key) if key in ("group", "split") else "")
+    named = getattr(manifest, key) if key in ("group", "split") else manifest.source.get(key)
     name = str(named or default or key)
     if name in columns:
         return name

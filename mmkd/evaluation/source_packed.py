@@ -70,7 +70,8 @@ def read_medmnist(manifest: Manifest, paths: Sequence[Path]) -> Reading:
                 ]
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is no .npz file: {error}") from error
-    return Reading(samples, Arrays(arrays))
+    side = arrays["test"].shape[1]
+    return Reading(samples, Arrays(arrays), notes=[f"images of {side} x {side} pixels"])
 
 
 def _array(zipped: zipfile.ZipFile, name: str, path: Path) -> NDArray[Any]:

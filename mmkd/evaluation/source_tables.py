@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.manifest import DEALT, HELD_OUT, Manifest
 from mmkd.evaluation.source import Files, Reading, Sample, Store, check_where, chosen, cut, is_skipped, passes
+from mmkd.settings import nearest
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".jp2")
+IN_BRACES = re.compile(r"\{([^{}]+)\}")
 TRUE = ("1", "1.0", "true", "yes")
 
 
@@ -23,7 +26,7 @@ def read_imagefolder(manifest: Manifest, paths: Sequence[Path]) -> Reading:
         ValueError: there are no images, or some lie outside any folder of a class.
     """
     root = paths[0]
-    known = set(manifest.classes) | set(manifest.source.get("rename") or {})
+    known = {str(name).casefold() for name in (*manifest.classes, *(manifest.source.get("rename") or {}))}
     called = manifest.source.get("splits") or {}
     samples = []
     for path in sorted(root.rglob("*")):
@@ -31,9 +34,11 @@ def read_imagefolder(manifest: Manifest, paths: Sequence[Path]) -> Reading:
         if path.suffix.lower() not in ENDINGS or is_skipped(manifest, name) or path.name.startswith("."):
             continue
         folders = path.relative_to(root).parts[:-1]
-        split = next((part for part in folders if part in called or (part not in known and meaning_of(part))), "")
+        split = next(
+            (part for part in folders if part in called or (part.casefold() not in known and meaning_of(part))), ""
+        )
         rest = [part for part in folders if part != split]
-        label = next((part for part in rest if part in known), rest[0] if rest else "")
+        label = next((part for part in rest if part.casefold() in known), rest[0] if rest else "")
         samples.append(Sample(name, [label] if label else [], split=split))
     if not samples:
         raise ValueError(f"{root} holds no images ({', '.join(ENDINGS)}) in folders of classes")
@@ -60,7 +65,7 @@ def read_csv(manifest: Manifest, paths: Sequence[Path]) -> Reading:
         tag = f"{path.parent.name}/" if len(paths) > 1 else ""
         for row in rows:
             if passes(row, where):
-                sample = row_sample(manifest, row, fields, f"{start}{row[fields['file']]}")
+                sample = row_sample(manifest, row, fields, start + _file_name(row, fields["file"]))
                 sample.group = sample.group and f"{tag}{sample.group}"
                 samples.append(sample)
     return Reading(samples, Files(root))
@@ -99,25 +104,27 @@ def _survival_columns(manifest: Manifest, columns: Sequence[str]) -> dict[str, s
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a CSV file, or of a TSV file by its ending.
+    """Columns and rows of a table whose columns are separated by commas, semicolons or tabs, as its header shows.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is empty, not UTF-8, or a row is longer or shorter than the header.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        header = file.readline()
+        delimiter = max((",", ";", "\t"), key=header.count)
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        reader = csv.DictReader(file, names, delimiter=delimiter)
         try:
             rows = list(reader)
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is no table in UTF-8: {error}") from error
-    columns = list(reader.fieldnames or [])
     if not rows:
         raise ValueError(f"{path} holds no rows")
     uneven = next((number for number, row in enumerate(rows, 2) if None in row or None in row.values()), None)
     if uneven is not None:
-        raise ValueError(f"{path}, line {uneven}: not as many values as the header has columns ({len(columns)})")
-    return columns, rows
+        raise ValueError(f"{path}, line {uneven}: not as many values as the header has columns ({len(names)})")
+    return names, rows
 
 
 def table_fields(manifest: Manifest, columns: Sequence[str], image: str) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def table_fields(manifest: Manifest, columns: Sequence[str], image: str) -> dict
     else:
         label = chosen(manifest, "label", columns, manifest.task in ("classification", "multilabel", "ordinal"))
     return {
-        image: chosen(manifest, image, columns, True),
+        image: _file_field(manifest, image, columns),
         "label": label,
         "caption": chosen(manifest, "caption", columns, manifest.task == "retrieval"),
         "group": chosen(manifest, "group", columns, False),
@@ -158,6 +165,21 @@ def row_sample(manifest: Manifest, row: dict[str, Any], fields: dict[str, Any], 
         labels = cut(manifest, _text(row[label])) if label else []
     texts = {key: _text(row[fields[key]]) if fields[key] else "" for key in ("caption", "group", "split")}
     return Sample(name, labels, " ".join(texts["caption"].split()), texts["group"], texts["split"])
+
+
+def _file_field(manifest: Manifest, image: str, columns: Sequence[str]) -> str:
+    """The column of the image, or a pattern of columns in braces such as ``{class}/{name}.jpg``."""
+    pattern = str(manifest.source.get(image) or "")
+    used = IN_BRACES.findall(pattern)
+    absent = next((name for name in used if name not in columns), None)
+    if absent is not None:
+        near = nearest(absent, columns)
+        raise ValueError(f"source: {image} names a column {absent!r}{near}; the table has {', '.join(columns)}")
+    return pattern if used else chosen(manifest, image, columns, True)
+
+
+def _file_name(row: dict[str, str], field: str) -> str:
+    return IN_BRACES.sub(lambda found: row[found[1]], field) if "{" in field else row[field]
 
 
 def _text(value: Any) -> str:

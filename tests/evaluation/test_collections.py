@@ -80,6 +80,17 @@ def test_tables(tmp_path):
     assert len({pair.split for pair in dealt.pairs if pair.group == "1"}) == 1
 
 
+def test_tables_as_their_publishers_write_them(tmp_path):
+    rows = ["a1;CAT;1;p1", "a2;DOG;1;p2", "a1;DOG;0;p3", "a2;CAT;0;p4"]
+    source = table(tmp_path / "t", rows, "stem;kind;Train ;patient")
+    source |= {"file": "{kind}/{stem}.jpg", "label": "kind", "splits": {"1": "train", "0": "test"}, "split": "Train"}
+    pairs = open_collection(manifest(source, group="patient"), tmp_path).pairs
+    assert [pair.image for pair in pairs] == ["CAT/a1.jpg", "DOG/a2.jpg", "DOG/a1.jpg", "CAT/a2.jpg"]
+    assert [pair.label for pair in pairs] == ["cat", "dog", "dog", "cat"] and pairs[2].split == pairs[3].split == "test"
+    with pytest.raises(ValueError, match=r"file names a column 'knd' \(did you mean 'kind'\?\)"):
+        open_collection(manifest(source | {"file": "{knd}/{stem}.jpg"}), tmp_path)
+
+
 def test_findings_in_columns_and_in_one_text(tmp_path):
     rows = ["a.png,1,0,train", "b.png,1,1,train", "c.png,0,1,test", "d.png,0,0,test"]
     source = table(tmp_path / "m", rows, "file,cat,dog,split") | {"label": ["cat", "dog"]}
@@ -164,6 +175,7 @@ def test_medmnist_arrays(tmp_path):
     assert [pair.label for pair in several.pairs[:3]] == ["dog", "cat|dog", ""]
     with pytest.raises(ValueError, match="is not the number of one of the manifest's 2 classes"):
         open_collection(manifest(source | {"size": 64}), tmp_path)
+    (tmp_path / "pets_64.npz").unlink()
     medmnist(tmp_path / "pets.npz", [[0]] * 6, test_images=np.array([{}] * 6))
     with pytest.raises(ValueError, match="test_images is no array of numbers: it holds Python objects"):
         open_collection(manifest(source), tmp_path)

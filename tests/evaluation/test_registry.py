@@ -1,0 +1,120 @@
+"""The catalog: what every manifest states, how a manifest may go wrong, suites, contamination, and `mmkd datasets`."""
+
+import re
+from collections import Counter
+
+import pytest
+
+from mmkd.evaluation.manifest import make_manifest, read_manifest
+from mmkd.evaluation.prompts import family
+from mmkd.evaluation.registry import (
+    CATALOG,
+    SUITES,
+    TRAINING,
+    catalog,
+    contaminated,
+    find_manifests,
+    load_suite,
+    suite_names,
+)
+from mmkd.teachers.zoo import TEACHERS
+
+GOOD = {"id": "a", "task": "classification", "modality": "OCT", "license": "MIT", "source": {"csv": "a.csv"}}
+GOOD["classes"] = {"x": ["an x"], "y": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"clases": {}}, r"unknown key 'clases' \(did you mean 'classes'\?\)"),
+        ({"task": "clasification"}, r"task is 'clasification' \(did you mean 'classification'\?\)"),
+        ({"id": "A b"}, "lower-case letters, digits and hyphens"),
+        ({"source": {"cvs": "a"}}, r"source must name one of .* \(did you mean 'csv'\?\)"),
+        ({"source": {"csv": "a", "wds": "b"}}, "source must name one of"),
+        ({"source": {"csv": "a", "lable": "b"}}, r"csv knows no 'lable' \(did you mean 'label'\?\)"),
+        ({"source": {"wds": "a", "where": {}}}, "wds knows no 'where'"),
+        ({"expects": {"n_tests": 3}}, r"expects knows no 'n_tests' \(did you mean 'n_test'\?\)"),
+        ({"expects": {"n_test": "many"}}, "expects.n_test must be int"),
+        ({"classes": ["x"]}, "needs at least two classes"),
+        ({"classes": {"x|y": [], "z": []}}, "joins the findings"),
+        ({"classes": {False: [], "z": []}}, "put the name in quotes"),
+        ({"classes": {"x": [3], "z": []}}, "phrases must be texts"),
+        ({"templates": "gibberish"}, "templates 'gibberish' are none of x-ray"),
+        ({"tier": "D"}, "tier is 'D'; allowed: A, B, C"),
+    ],
+)
+def test_manifests_that_are_wrong(changes, match):
+    with pytest.raises(ValueError, match=match):
+        make_manifest(GOOD | changes)
+
+
+def test_files_that_are_no_manifests(tmp_path):
+    path = tmp_path / "a.yaml"
+    for text, match in (("a: [", "not valid YAML"), ("- a\n", "not a list"), ("id: a\n", "lacks task, modality")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            read_manifest(path)
+    with pytest.raises(FileNotFoundError, match=r"b\.yaml: no such file"):
+        find_manifests(str(tmp_path / "b.yaml"))
+
+
+def test_a_class_is_told_in_all_its_phrases():
+    prompts = make_manifest(GOOD).prompts()
+    assert list(prompts) == ["x", "y"] and any("an x" in text for text in prompts["x"])
+    assert all("y" in text for text in prompts["y"])
+
+
+def test_the_catalog_states_what_it_must():
+    files = [path for path in CATALOG.glob("*.yaml") if path.name not in (SUITES, TRAINING)]
+    assert len(files) > 70
+    for path in files:
+        manifest = read_manifest(path)
+        assert manifest.id == path.stem
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 10, path
+        assert manifest.license and (manifest.register.startswith("https://") or manifest.id == "modality"), path
+        for name, phrases in manifest.classes.items():
+            assert phrases, f"{path}: {name} has no phrase"
+        for phrases in manifest.prompts().values():
+            assert len(phrases) >= 3 and len(set(phrases)) == len(phrases), path
+        if manifest.classes and manifest.id != "modality":
+            assert family(manifest.modality), path
+        assert not (manifest.tier == "C" and not manifest.register)
+
+
+def test_suites():
+    assert set(suite_names()) == {"offline", "medmnist", "paper58"}
+    medmnist = load_suite("medmnist")
+    assert len(medmnist) == 12 and all("medmnist" in manifest.source for manifest in medmnist)
+    paper = load_suite("paper58")
+    assert len(paper) == len({manifest.id for manifest in paper}) == 58
+    kinds = Counter(manifest.task for manifest in paper)
+    kinds["classification"] += kinds.pop("multilabel") + kinds.pop("ordinal")
+    assert kinds == {"classification": 36, "retrieval": 5, "vqa": 3, "survival": 6, "diagnosis": 8}
+    classified = Counter(m.modality for m in paper if m.task in ("classification", "multilabel", "ordinal"))
+    assert set(classified.values()) == {4} and len(classified) == 9
+    with pytest.raises(ValueError, match=r"no suite 'papre58' \(did you mean 'paper58'\?\)"):
+        load_suite("papre58")
+
+
+def test_finding_manifests(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMKD_CATALOG", str(tmp_path))
+    own = tmp_path / "own.yaml"
+    own.write_text("id: own\ntask: retrieval\nmodality: CT\nsource: {csv: a.csv}\nlicense: mine\n")
+    assert [manifest.id for manifest in find_manifests("busi, own")] == ["busi", "own"]
+    assert len(find_manifests(["medmnist", "breastmnist"])) == 12
+    with pytest.raises(ValueError, match=r"no dataset or suite 'bussi' \(did you mean 'busi'\?\)"):
+        find_manifests("bussi")
+    own.write_text(own.read_text().replace("id: own", "id: busi"))
+    with pytest.raises(ValueError, match="id 'busi' is taken"):
+        catalog()
+    monkeypatch.setenv("MMKD_CATALOG", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="another manifest with the id 'busi'"):
+        find_manifests(["busi", str(own)])
+
+
+def test_contamination_as_publications_state_it():
+    manifests = catalog()
+    assert contaminated("MedCLIP", manifests["chexpert-5x200"]) and contaminated("pmcclip", manifests["rocov2"])
+    assert contaminated("QuiltNet", manifests["quilt-1m"]) and not contaminated("PLIP", manifests["busi"])
+    names = set(re.findall(r"^(\w+):", (CATALOG / TRAINING).read_text(encoding="utf-8"), re.MULTILINE))
+    assert names <= set(TEACHERS)
