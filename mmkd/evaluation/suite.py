@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmkd.data.records import Pair
-from mmkd.evaluation import diagnosis, linear_probe, retrieval, vqa_tasks, zeroshot
+from mmkd.evaluation import diagnosis, linear_probe, retrieval, survival, vqa_tasks, zeroshot
 from mmkd.evaluation.cells import Cell, CellFolder, fingerprint_of
 from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.embedding import Embedded
@@ -24,6 +24,7 @@ SUITE: dict[str, Callable[[Samples], tuple[list[Any], dict[str, str]]]] = {
     "probe": linear_probe.tasks,
     "vqa": vqa_tasks.tasks,
     "diagnosis": diagnosis.tasks,
+    "survival": survival.tasks,
 }
 
 

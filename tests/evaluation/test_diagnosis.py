@@ -20,13 +20,13 @@ WIDTH = 12
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory):
-    """40 slides, 2 a case: a third of an oracle's tiles show the tumour, others stroma; random bags show nothing."""
+    """64 slides, 2 a case: a third of an oracle's tiles show the tumour, others stroma; random bags show nothing."""
     root, generator = tmp_path_factory.mktemp("bags"), np.random.default_rng(0)
     manifest = slide_manifest("diagnosis", CLASSES)
-    labels = [("luad", "lusc")[k // 2 % 2] for k in range(40)]
-    names = [f"s{k}" for k in range(40)]
-    splits = ["train" if k < 24 else "test" for k in range(40)]
-    pairs = slide_pairs(names, [f"case{k // 2}" for k in range(40)], labels, splits)
+    labels = [("luad", "lusc")[k // 2 % 2] for k in range(64)]
+    names = [f"s{k}" for k in range(64)]
+    splits = ["train" if k < 24 else "test" for k in range(64)]
+    pairs = slide_pairs(names, [f"case{k // 2}" for k in range(64)], labels, splits)
     axes = np.eye(WIDTH)
     for name, label in zip(names, labels, strict=True):
         tiles = 0.15 * generator.normal(size=(100, WIDTH)) + axes[2]
@@ -64,7 +64,7 @@ def test_oracles_stand_near_one_and_random_bags_near_chance(slides, monkeypatch)
         _, values = replicate(lambda w, t=task, o=outputs: t.metrics(o, w), task.frames, 300, 0)
         low, high = interval(values["macro_auroc"])
         assert low <= 0.5 <= high, task.name
-        assert task.headline_metric(outputs, {"image": np.ones((1, 16))}).keys() == {"balanced_accuracy"}
+        assert task.headline_metric(outputs, {"image": np.ones((1, 40))}).keys() == {"balanced_accuracy"}
 
 
 def test_top_tiles_are_means_of_the_highest():
