@@ -31,7 +31,7 @@ from mmkd.evaluation.task import Outputs, Samples, Task, Undefined
 
 FOLDS, INNER, FEWEST_DEATHS = 5, 5, 10
 SEED, SEEDS = 0, 3
-BINS, COX_TOGETHER, NLL_TOGETHER = 4, 16, 4
+BINS, COX_TOGETHER, NLL_TOGETHER = 4, 16, 1
 HORIZON = 90  # percentile of the training cases' times up to which Uno's concordance counts: G is sound until there
 RIDGE = 1e-3
 
