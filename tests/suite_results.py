@@ -14,6 +14,11 @@ HEADLINES = {
     "diagnosis": "macro_auroc",
 }
 SKILLS = {"student": 0.72, "biomedclip": 0.66, "plip": 0.6, "stage1": 0.45, "ensemble": 0.7, "oracle": 0.71}
+TIMES = [100.0 * k for k in range(21)]
+KAPLAN_MEIER = {
+    **{half: [[t, base ** (t / 8)] for t in TIMES] for half, base in (("high", 0.995), ("low", 0.998))},
+    **{"logrank_p": 0.003, "n_high": 40, "n_low": 41},
+}
 SAMPLES, REPLICATES, CLASSES = 200, 100, ["benign", "malignant", "normal"]
 
 
@@ -45,7 +50,10 @@ def write_suite(folder, datasets, undefined=(), marked=None, rows=tuple(SKILLS),
             low, high = np.percentile(drawn[row], [2.5, 97.5])
             metric = {"value": float(right.mean()), "low": float(low), "high": float(high)}
             cells[row] = {"undefined": None, "metrics": {HEADLINES[kind]: metric}, "by_modality": {}}
-            cells[row] |= {"extras": extras} if (extras := extras_of(kind, skills[row])) else {}
+            if variant == ["shots"]:
+                cells[row]["metrics"] |= curve_of(skills[row])
+            if kind == "survival":
+                cells[row]["extras"] = {"kaplan_meier": KAPLAN_MEIER}
             answers = np.where(right, targets, (targets + 1) % 3)
             tensors = {f"together.{HEADLINES[kind]}": drawn[row]}
             if kind in ("zeroshot", "probe"):
@@ -92,18 +100,8 @@ def differences(cells, drawn, rival, metric):
     return {metric: {"difference": value, "low": float(low), "high": float(high), "p": 0.04}}
 
 
-def extras_of(kind, skill):
-    """Curves as cells keep them."""
-    if kind == "probe":
-        shots = (1, 2, 4, 8, 16, 32)
-        means = [skill - 0.3 / (k + 1) for k in range(len(shots))]
-        return {
-            "curve": [
-                {"shots": s, "mean": m, "low": m - 0.05, "high": m + 0.05} for s, m in zip(shots, means, strict=True)
-            ]
-        }
-    if kind == "survival":
-        times = [100.0 * k for k in range(1, 21)]
-        high, low = [[t, 0.995 ** (t / 8)] for t in times], [[t, 0.998 ** (t / 8)] for t in times]
-        return {"kaplan_meier": {"high": high, "low": low, "logrank_p": 0.003}}
-    return {}
+def curve_of(skill):
+    """Metrics of a probe that learns from little."""
+    amounts = ("1-shot", "2-shot", "8-shot", "32-shot", "1%", "10%", "100%")
+    means = {f"balanced_accuracy@{amount}": skill - 0.3 / (k + 1) for k, amount in enumerate(amounts)}
+    return {name: {"value": mean, "low": mean - 0.05, "high": mean + 0.05} for name, mean in means.items()}

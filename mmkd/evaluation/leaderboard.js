@@ -5,10 +5,12 @@
     const own = cell.dataset.value ?? cell.textContent.trim();
     return own === "" ? null : isNaN(own) ? own.toLowerCase() : Number(own);
   };
-  const sort = (table, head, column) => {
+  const toggled = (table, head, column) => {
     const numeric = [...table.tBodies].some((body) => [...body.rows].some((row) => typeof value(row, column) === "number"));
     const before = head.getAttribute("aria-sort");
-    const down = before ? before === "ascending" : numeric;
+    return before ? before === "ascending" : numeric;
+  };
+  const sort = (table, head, column, down) => {
     for (const other of table.querySelectorAll("th[aria-sort]")) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     for (const body of table.tBodies) {
@@ -27,7 +29,7 @@
       button.type = "button";
       button.append(...head.childNodes);
       head.append(button);
-      button.addEventListener("click", () => sort(table, head, column));
+      button.addEventListener("click", () => sort(table, head, column, toggled(table, head, column)));
     });
   }
   const filters = document.getElementById("filters");
@@ -36,7 +38,10 @@
   const apply = () => {
     const { modality, kind } = Object.fromEntries(selects.map((select) => [select.name, select.value]));
     for (const body of document.querySelectorAll("#board tbody")) body.hidden = body.dataset.scope !== modality;
-    for (const cell of document.querySelectorAll("#board [data-kind]")) cell.hidden = kind !== "" && cell.dataset.kind !== kind;
+    for (const cell of document.querySelectorAll("#board [data-kind]")) cell.hidden = kind === "" ? "alone" in cell.dataset : cell.dataset.kind !== kind;
+    const heads = [...document.querySelectorAll("#board thead th")];
+    const first = heads.findIndex((head, column) => column > 0 && !head.hidden);
+    sort(document.getElementById("board"), heads[first], first, true);
     let shown = 0;
     for (const row of document.querySelectorAll("#results tbody tr")) {
       row.hidden = (modality !== "" && row.dataset.modality !== modality) || (kind !== "" && row.dataset.kind !== kind);

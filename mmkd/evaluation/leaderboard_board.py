@@ -99,7 +99,7 @@ def kind_name(kind: str) -> str:
 
 def metric_name(metric: str) -> str:
     """A metric for people."""
-    return METRICS.get(metric, metric.replace("_", " "))
+    return METRICS.get(metric, metric.replace("_", " ").replace("@", " at "))
 
 
 def task_name(task: Task, name: str) -> str:

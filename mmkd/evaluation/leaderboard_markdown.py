@@ -91,7 +91,7 @@ def _datasets(board: Board) -> str:
         for row in board.rows:
             cell = task["rows"].get(row)
             metric = cell["metrics"].get(task["headline"]) if cell and not cell["undefined"] else None
-            undefined = plain(undefined_reason(cell)) if cell else "–"
+            undefined = plain(undefined_reason(cell, task["headline"])) if cell else "–"
             shown = _scored(metric) if metric and metric["value"] is not None else undefined
             cells.append(f"†{shown}" if row in marks else shown)
         facts = [

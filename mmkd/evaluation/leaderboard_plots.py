@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,16 +63,15 @@ def differences_section(board: Board) -> str:
 
 
 def learning_section(board: Board) -> str:
-    """Learning curves of the probes: shots or share of the training data against the score."""
+    """Learning curves of the probes: images of each class or share of the training data against the score."""
     figures = []
     for name, task in board.all_tasks.items():
-        for measure in ("shots", "fraction"):
-            series, places = _curves(board, task, measure)
+        for ending, axis in (("-shot", "training images of each class"), ("%", "per cent of the training images")):
+            series, places = _curves(board, task, ending) if task["kind"] == "probe" else ([], set())
             if len(places) > 1:
-                ticks = [(x, f"{100 * x:g} %" if measure == "fraction" else f"{x:g}") for x in sorted(places)]
-                axis = "share of the training data" if measure == "fraction" else "training samples of each class"
-                figures.append(lines(f"{task_name(task, name)}: probe by {measure}", axis, series, ticks))
-    lead = "Linear probes with little data: mean over seeds, the shade spans the interval."
+                caption = f"{task.get('dataset') or name}: probe by {axis}"
+                figures.append(lines(caption, axis, series, [(x, f"{x:g}") for x in sorted(places)]))
+    lead = "Balanced accuracy of linear probes with little data, mean over seeds; the shade is the student's interval."
     return section("learning", "Few shots", lead, *_gallery(figures, "More learning curves"))
 
 
@@ -87,16 +85,18 @@ def survival_section(board: Board) -> str:
             if not found or not found.get("high") or not found.get("low"):
                 continue
             series = [
-                Series(f"{half} risk", style, [(float(t), float(s)) for t, s in found[half]])
+                Series(
+                    f"{half} risk{f', n = {n}' if (n := found.get(f'n_{half}')) else ''}",
+                    style,
+                    [(float(t), float(s)) for t, s in found[half]],
+                )
                 for half, style in (("low", "student"), ("high", "c1"))
             ]
             p = found.get("logrank_p")
             shown = "log-rank p unknown" if p is None else f"log-rank {p_value(p)}"
             caption = f"{task_name(task, name)}, {label(row, board.student)}: {shown}"
             (own if row == board.student else others).append(steps(caption, "time", series))
-    lead = (
-        "Held-out cases split at the median of the predicted risk. The log-rank p is that of the split, not of a rank."
-    )
+    lead = "Held-out cases split at the median of the predicted risk, and the log-rank p of that split."
     opened = [f'<div class="figures">{"".join(own)}</div>' if own else "", *_folded(others, "Other encoders")]
     return section("survival", "Survival by predicted risk", lead, *opened)
 
@@ -117,8 +117,8 @@ def confusions_section(board: Board) -> str:
             f"{task_name(task, name)}, {kind_name(task['kind'])}: share of each true class (row) by answer (column)"
         )
         figures.append(table(caption, ["True class", *classes], rows, "heat"))
-    lead = f"What {text(board.student)} answers, on all held-out images of each classification dataset."
-    body = details(f"All {len(figures)} matrices", "".join(figures[1:])) if len(figures) > 1 else ""
+    lead = f"What {text(label(board.student, board.student))} answers, on all held-out samples of each classification."
+    body = details(f"More matrices ({len(figures) - 1})", "".join(figures[1:])) if len(figures) > 1 else ""
     return section("confusions", "Confusions", lead, *figures[:1], body)
 
 
@@ -139,23 +139,29 @@ def _row(name: str, found: Metric) -> Row:
     return Row(name, tone(found), found["difference"], found["low"], found["high"])
 
 
-def _curves(board: Board, task: Task, measure: str) -> tuple[list[Series], set[float]]:
-    """One line for each encoder that has a curve over shots or fractions, and the places on its axis."""
+def _curves(board: Board, task: Task, ending: str) -> tuple[list[Series], set[float]]:
+    """One line for each encoder that has metrics ``NAME@AMOUNT`` of this ending, and the amounts there are."""
     series, places = [], set()
-    for number_of, row in enumerate(board.rows):
-        found = (task["rows"].get(row) or {}).get("extras", {}).get("curve", [])
-        own = sorted(
-            (e for e in found if _positive(e.get(measure)) and _finite(e.get("mean"))), key=lambda e: e[measure]
-        )
+    for position, row in enumerate(board.rows):
+        found = (task["rows"].get(row) or {}).get("metrics", {})
+        amounts = {_amount(name, ending): metric for name, metric in found.items() if metric["value"] is not None}
+        own = sorted((amount, metric) for amount, metric in amounts.items() if amount is not None)
         if not own:
             continue
-        band = [(e[measure], e["low"], e["high"]) for e in own if _finite(e.get("low")) and _finite(e.get("high"))]
         kind = role(board.summary, row)
-        style = kind if kind in ("student", ENSEMBLE, ORACLE) else f"c{(number_of - 1) % COLORS}"
-        points = [(e[measure], e["mean"]) for e in own]
-        series.append(Series(label(row, board.student), style, points, band if row == board.student else ()))
-        places |= {x for x, _ in points}
+        style = kind if kind in ("student", ENSEMBLE, ORACLE) else f"c{(position - 1) % COLORS}"
+        band = [(x, metric["low"], metric["high"]) for x, metric in own if metric["low"] is not None]
+        shaded = band if row == board.student else ()
+        series.append(Series(label(row, board.student), style, [(x, m["value"]) for x, m in own], shaded))
+        places |= {x for x, _ in own}
     return series, places
+
+
+def _amount(metric: str, ending: str) -> float | None:
+    """4 of ``balanced_accuracy@4-shot``."""
+    _, _, setting = metric.partition("@")
+    number_part = setting.removesuffix(ending)
+    return float(number_part) if number_part != setting and number_part.replace(".", "", 1).isdigit() else None
 
 
 def _confusion(board: Board, name: str, task: Task) -> tuple[Integers | None, list[str]]:
@@ -197,11 +203,3 @@ def _gallery(figures: list[str], rest: str) -> Iterator[str]:
 def _folded(figures: list[str], title: str) -> Iterator[str]:
     if figures:
         yield details(f"{title} ({len(figures)})", f'<div class="figures">{"".join(figures)}</div>')
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _positive(value: Any) -> bool:
-    return _finite(value) and value > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mmkd.evaluation.charts import shade
@@ -22,22 +23,32 @@ from mmkd.evaluation.suite import ENSEMBLE, ORACLE
 MARK = '<abbr class="mark" title="{reason}" aria-label="trained on this data: {reason}">†</abbr>'
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of the leaderboard: a mean over one kind of task, or over all kinds, or over clean tasks of these."""
+
+    kind: str
+    clean: bool
+    name: str
+
+    def attributes(self) -> str:
+        """For the script: which choice of kind shows it; a clean column of one kind waits for that choice."""
+        return f' data-kind="{text(self.kind)}"' + (" data-alone hidden" if self.kind and self.clean else "")
+
+
 def leaderboard_section(board: Board) -> str:
     """Mean of every encoder over all datasets, clean ones and each kind; one body for each modality."""
-    kinds = board.kinds if len(board.kinds) > 1 else []
-    heads = [
-        ("", "Encoder"),
-        ("", "All kinds" if kinds else kind_name(board.kinds[0]).capitalize()),
-        *([("", "Clean †")] if any(map(board.marks, board.tasks)) else []),
-        *((kind, kind_name(kind).capitalize()) for kind in kinds),
-    ]
-    clean = len(heads) - len(kinds) == 3
-    head = "".join(f'<th scope="col"{_data(kind=kind)}>{text(name)}</th>' for kind, name in heads)
-    bodies = []
-    for modality in ("", *board.modalities):
-        means = [("", board.mean(modality)), *([("", board.mean(modality, clean=True))] if clean else [])]
-        means += [(kind, board.mean(modality, kind)) for kind in kinds]
-        bodies.append(_body(board, modality, means))
+    several, marked = len(board.kinds) > 1, any(map(board.marks, board.tasks))
+    columns = [Column("", False, "All kinds" if several else kind_name(board.kinds[0]).capitalize())]
+    columns += [Column("", True, "Clean †")] if marked else []
+    for clean in (False, True) if marked else (False,):
+        columns += [
+            Column(kind, clean, f"{kind_name(kind).capitalize()}{', clean †' if clean else ''}")
+            for kind in (board.kinds if several else [])
+        ]
+    head = "".join(f'<th scope="col"{own.attributes()}>{text(own.name)}</th>' for own in columns)
+    head = f'<th scope="col">Encoder</th>{head}'
+    bodies = [_body(board, modality, columns) for modality in ("", *board.modalities)]
     caption = "Leaderboard: mean of the headline metrics"
     content = (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table class="sortable board" '
@@ -54,7 +65,7 @@ def leaderboard_section(board: Board) -> str:
 
 def results_section(board: Board) -> str:
     """Every dataset: the headline metric of every encoder with its interval."""
-    columns = ["Dataset", "Task", "Modality", "n", *(label(row, board.student) for row in board.rows)]
+    columns = ["Dataset", "Task", "Modality", "n", *board.rows]
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
     rows = []
     for name, task in board.all_tasks.items():
@@ -65,7 +76,8 @@ def results_section(board: Board) -> str:
         best = max((value for value in values if value is not None), default=None)
         cells = "".join(_result(board, name, row, best) for row in board.rows)
         rows.append(
-            f'<tr{_data(modality=modality_of(task), kind=task["kind"])}><th scope="row">{text(task_name(task, name))}'
+            f'<tr data-modality="{text(modality_of(task))}" data-kind="{text(task["kind"])}">'
+            f'<th scope="row">{text(task_name(task, name))}'
             f"<small>{text(task['title'])}</small></th><td>{shown}</td><td>{text(modality_of(task))}</td>"
             f'<td data-value="{sample_count(task)}">{sample_count(task)}</td>{cells}</tr>'
         )
@@ -196,20 +208,22 @@ def compared(found: Metric | None) -> str:
     return f"{own}<small>{inside}, {text(p_value(found['p']))}</small>"
 
 
-def _body(board: Board, modality: str, means: Sequence[tuple[str, Mean]]) -> str:
+def _body(board: Board, modality: str, columns: Sequence[Column]) -> str:
+    means = [board.mean(modality, own.kind, own.clean) for own in columns]
     order = sorted(
-        (row for row in board.rows if any(row in mean.rows for _, mean in means)),
-        key=lambda row: -(means[0][1].rows.get(row, {}).get("value") or 0),
+        (row for row in board.rows if any(row in mean.rows for mean in means)),
+        key=lambda row: -(means[0].rows.get(row, {}).get("value") or 0),
     )
-    counts = "".join(f"<td{_data(kind=kind)}>{len(mean.tasks)}</td>" for kind, mean in means)
+    several = list(zip(columns, means, strict=True))
+    counts = "".join(f"<td{own.attributes()}>{len(mean.tasks)}</td>" for own, mean in several)
     lines = [f'<tr class="counts"><th scope="row">{text(modality or "Datasets")}, number of tasks</th>{counts}</tr>']
     for row in order:
         cells = ""
-        for kind, mean in means:
+        for own, mean in several:
             best = mean.best(other for other in board.rows if other not in MADE_HERE)
-            own = mean.rows.get(row)
-            shown = scored(own, row == best) if own else '<span class="none">–</span>'
-            cells += f"<td{_data(kind=kind, value=own['value'] if own else '')}>{shown}</td>"
+            metric = mean.rows.get(row)
+            shown = scored(metric, row == best) if metric else '<span class="none">–</span>'
+            cells += f'<td{own.attributes()} data-value="{metric["value"] if metric else ""}">{shown}</td>'
         name = text(label(row, board.student))
         lines.append(f'<tr class="{role(board.summary, row)}"><th scope="row">{name}</th>{cells}</tr>')
     hidden = " hidden" if modality else ""
@@ -224,14 +238,16 @@ def _result(board: Board, name: str, row: str, best: float | None) -> str:
         return '<td data-value=""><span class="none">–</span></td>'
     metric = cell["metrics"].get(board.summary["tasks"][name]["headline"])
     if cell["undefined"] or metric is None or metric["value"] is None:
-        return f'<td data-value=""><small>{text(undefined_reason(cell))}</small>{mark}</td>'
+        reason = undefined_reason(cell, board.summary["tasks"][name]["headline"])
+        return f'<td data-value=""><small>{text(reason)}</small>{mark}</td>'
     shown = scored(metric, row not in (ENSEMBLE, ORACLE) and metric["value"] == best)
     return f'<td class="{role(board.summary, row)}" data-value="{metric["value"]}">{mark}{shown}</td>'
 
 
-def undefined_reason(cell: dict[str, Any]) -> str:
-    """Why a cell has no number."""
-    return f"undefined: {cell['undefined']}" if cell["undefined"] else "undefined on these samples"
+def undefined_reason(cell: dict[str, Any], metric: str) -> str:
+    """Why a cell has no number for a metric."""
+    reason = cell["undefined"] or cell.get("extras", {}).get("undefined_metrics", {}).get(metric)
+    return f"undefined: {reason}" if reason else "undefined on these samples"
 
 
 def _filters(board: Board) -> str:
@@ -255,8 +271,3 @@ def _missing(board: Board) -> str:
     ]
     left = '<p class="quiet">Left out of the means over all kinds, since not every encoder answered:</p>'
     return f'{left}<ul class="quiet">{"".join(lines)}</ul>' if lines else ""
-
-
-def _data(**values: object) -> str:
-    """``data-`` attributes; those whose value is an empty kind are left away."""
-    return "".join(f' data-{name}="{text(value)}"' for name, value in values.items() if name != "kind" or value)

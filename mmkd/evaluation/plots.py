@@ -103,7 +103,7 @@ def steps(caption: str, measure: str, series: Sequence[Series]) -> str:
     """Step functions from 1 downward over time, as survival is drawn."""
     last = max((x for own in series for x, _ in own.points), default=1.0) or 1.0
     frame = _Frame(0.0, last, 0.0, 1.0)
-    drawn = frame.axes(measure, [(last * part, f"{last * part:.3g}") for part in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    drawn = frame.axes(measure, [(last * part, _tick(last * part)) for part in (0.0, 0.25, 0.5, 0.75, 1.0)])
     words = []
     for own in series:
         corners, height = [(0.0, 1.0)], 1.0
@@ -157,6 +157,10 @@ def _figure(caption: str, words: str, box: str, drawn: str, series: Sequence[Ser
 
 def _points(places: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _round_range(values: Sequence[float]) -> tuple[float, float]:
