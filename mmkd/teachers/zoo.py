@@ -21,6 +21,7 @@ from mmkd.teachers.rows import UNDECLARED, TeacherRow, announce, read_row
 from mmkd.teachers.weights import fetch
 
 BIOMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+OPENAI = "openai"  # tag of open_clip's where none is given
 PUBMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
 
 TEACHERS = {
@@ -120,7 +121,8 @@ def load_encoder(name_or_path: str, device: str = "cpu", weights: Path | None = 
 
     Args:
         name_or_path: a teacher's name in any case; a folder of ours or of transformers or open_clip; a Hub id
-            (``owner/name``); ``open_clip:ARCHITECTURE/PRETRAINED``; ``python:module.function``; or a YAML row.
+            (``owner/name``); ``open_clip:ARCHITECTURE[:PRETRAINED]``, a tag or a file, by default OpenAI's weights (a
+            slash does for the second colon); ``python:module.function``; or a YAML row.
         device: where it shall run.
         weights: a local folder or file instead of the row's weights.
 
@@ -151,7 +153,8 @@ def find_row(name_or_path: str) -> TeacherRow:
     path = Path(name_or_path)
     prefix, colon, rest = name_or_path.partition(":")
     if colon and prefix == "open_clip":
-        architecture, _, pretrained = rest.partition("/")
+        architecture, _, pretrained = re.sub("[:/]", "\0", rest, count=1).partition("\0")
+        pretrained = pretrained or OPENAI
         return TeacherRow(
             _fit(f"{architecture}-{Path(pretrained).stem}"), "openclip", pretrained, architecture=architecture
         )
@@ -167,7 +170,7 @@ def find_row(name_or_path: str) -> TeacherRow:
         return _row_of_folder(path.name, name_or_path, fetch(name_or_path, ["config.json", openclip.CONFIG_FILE]))
     raise ValueError(
         f"unknown encoder {name_or_path!r}{nearest(name_or_path.lower(), by_name)}; known: {', '.join(TEACHERS)}; or "
-        f"give a folder, a Hub id (owner/name), open_clip:ARCHITECTURE/PRETRAINED, or a YAML row"
+        f"give a folder, a Hub id (owner/name), open_clip:ARCHITECTURE[:PRETRAINED], or a YAML row"
     )
 
 

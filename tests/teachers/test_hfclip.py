@@ -56,6 +56,11 @@ def test_equals_transformers(plip, images):
         text = functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
     torch.testing.assert_close(encoder.encode_images(images), image, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_texts(TEXTS), text, atol=1e-5, rtol=0)
+    joint, pooled = encoder.encode_images_and_pooled(images)
+    with torch.no_grad():
+        expected = model.vision_model(**pixels).pooler_output
+    torch.testing.assert_close(joint, image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
     assert encoder.provenance["files"] == ["pytorch_model.bin"]
     assert encoder.provenance["license"] == "not declared"
     assert "mean (0.5, 0.4, 0.3)" in encoder.provenance["preprocessing"]
@@ -112,7 +117,11 @@ def test_a_folder_of_ours_by_path(ours, images):
     inputs = processor(images=images, text=TEXTS, return_tensors="pt")
     with torch.no_grad():
         output = model(**inputs)
-    torch.testing.assert_close(encoder.encode_images(images), output.image_embeds, atol=1e-5, rtol=0)
+    joint, pooled = encoder.encode_images_and_pooled(images)
+    torch.testing.assert_close(joint, output.image_embeds, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        projected = functional.normalize(model.visual_projection(pooled), dim=-1)
+    torch.testing.assert_close(projected, joint, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_texts(TEXTS), output.text_embeds, atol=1e-5, rtol=0)
     assert (encoder.name, encoder.dim) == ("student", 24)
 

@@ -69,6 +69,7 @@ def test_images_equal_the_formula(medclip, images):
     expected = functional.normalize(pooled @ state["vision_model.projection_head.weight"].T, dim=-1)
     encoder = load_encoder("MedCLIP", weights=folder)
     torch.testing.assert_close(encoder.encode_images(images), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode_images_and_pooled(images)[1], pooled, atol=1e-5, rtol=1e-5)
 
 
 def test_texts_average_layers_and_their_own_tokens(medclip):

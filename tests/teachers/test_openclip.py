@@ -103,6 +103,21 @@ def test_bmca_is_an_architecture_and_a_wrapped_checkpoint(tmp_path, images, monk
     named = load_encoder(f"open_clip:tiny-bmca/{tmp_path / 'BMC_CLIP_CF.pt'}")
     assert named.name == "tiny-bmca-BMC_CLIP_CF"
     torch.testing.assert_close(named.encode_images(images), encoder.encode_images(images))
+    colon = zoo.find_row(f"open_clip:tiny-bmca:{tmp_path / 'BMC_CLIP_CF.pt'}")
+    assert colon == zoo.find_row(f"open_clip:tiny-bmca/{tmp_path / 'BMC_CLIP_CF.pt'}")
+    assert zoo.find_row("open_clip:ViT-B-32").weights == "openai"
+
+
+def test_what_is_projected_comes_along(quiltnet, biomedclip, images):
+    for folder in (quiltnet, biomedclip):
+        encoder = load_encoder(str(folder))
+        joint, pooled = encoder.encode_images_and_pooled(images)
+        torch.testing.assert_close(joint, encoder.encode_images(images), atol=1e-6, rtol=0)
+        visual = encoder.model.visual
+        with torch.inference_mode():
+            projected = visual.head(pooled) if hasattr(visual, "head") else pooled @ visual.proj
+        torch.testing.assert_close(torch.nn.functional.normalize(projected, dim=1), joint, atol=1e-5, rtol=0)
+        assert pooled.shape[0] == len(images) and not torch.allclose(pooled.norm(dim=1), torch.ones(len(images)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Cached vectors: what is written is what is read, row by row, before and behind the projection."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmkd.data.images import UnreadableImage
+from mmkd.data.records import Pair
+from mmkd.encoder import DualEncoder
+from mmkd.evaluation.embedding import embed, read_embedded
+from mmkd.evaluation.shards import Content, Shard
+from mmkd.evaluation.vectors import Table, Undefined, stacked
+
+KEYS = [f"k{number}" for number in range(10)]
+
+
+def test_rows_in_any_order_over_several_parts():
+    generator = np.random.default_rng(0)
+    parts = [generator.normal(size=(rows, 3)).astype(np.float16) for rows in (4, 0, 5, 1)]
+    table, whole = Table(KEYS, parts), np.concatenate(parts).astype(np.float32)
+    np.testing.assert_array_equal(table.matrix(KEYS), whole)
+    for rows in ([9, 0, 5, 5, 3], [2, 3, 4, 5], [7], []):
+        np.testing.assert_array_equal(table.matrix([KEYS[row] for row in rows]), whole[rows])
+    np.testing.assert_array_equal(table["k4"], whole[4])
+    assert list(table) == KEYS and len(table) == 10 and "k10" not in table
+    with pytest.raises(Undefined, match="no vectors of 2 of 3 images"):
+        stacked(table, ["k1", "x", "y"], "images")
+    with pytest.raises(ValueError, match="9 keys for 10 vectors"):
+        Table(KEYS[:9], parts)
+
+
+def test_numbers_beyond_half_precision_are_kept(tmp_path):
+    vectors = np.ones((2, 3), dtype=np.float32)
+    Shard(vectors, vectors * 1e6, {"a": "corrupt"}, ["said"]).write(tmp_path / "shard")
+    found = Shard.read(tmp_path / "shard")
+    assert found.vectors.dtype == np.float16 and found.pooled is not None and found.pooled.dtype == np.float32
+    np.testing.assert_array_equal(found.pooled, vectors * 1e6)
+    assert found.unreadable == {"a": "corrupt"} and found.failures == ["said"]
+
+
+class Wide(DualEncoder):
+    """Its joint vector is the first half of the pooled one; some images it refuses."""
+
+    def image_and_pooled(self, prepared):
+        import torch
+
+        pooled = torch.tensor([[float(image.getpixel((0, 0))[0]), 2.0, 3.0, 4.0] for image in prepared])
+        return (pooled * float("nan") if any(image.getpixel((0, 0))[0] == 99 for image in prepared) else pooled)[
+            :, :2
+        ], pooled
+
+    def image_features(self, prepared):
+        return self.image_and_pooled(prepared)[0]
+
+    def text_features(self, texts):
+        raise NotImplementedError
+
+
+class Source:
+    def __init__(self, numbers):
+        self.pairs = [Pair(f"p{number}", "", "") for number in numbers]
+
+    def image(self, pair):
+        if pair.id == "p5":
+            raise UnreadableImage("corrupt", "broken")
+        return Image.new("RGB", (8, 8), (int(pair.id[1:]), 0, 0))
+
+    def digest(self, pair):
+        return pair.id
+
+
+def test_pooled_vectors_stand_beside_joint_ones(tmp_path):
+    source = Source([1, 2, 5, 7, 99, 3])
+    content = Content.of(source.pairs, {pair.id: pair.id for pair in source.pairs}, [])
+    embed(Wide("wide", 2, {}), "f", content, source, [], tmp_path, batch_size=2, quiet=True)
+    found = read_embedded("wide", "f", {}, content, source.pairs, [], tmp_path)
+    assert found.unreadable == {"p5": "corrupt"} and not found.pooled_is_joint
+    kept = [pair for pair in source.pairs if pair.id in ("p1", "p2", "p7")]
+    np.testing.assert_array_equal(found.pooled_matrix(kept)[:, 0], [1, 2, 7])
+    np.testing.assert_allclose(np.linalg.norm(found.image_matrix(kept), axis=1), 1, atol=1e-3)
+    refused = [source.pairs[4], source.pairs[5]]
+    assert np.isnan(found.image_matrix(refused)).all() and np.isnan(found.pooled_matrix(refused)).all()
+    assert "not finite" in found.failures[0]
+    with pytest.raises(Undefined, match="1 of 1 images"):
+        found.image_matrix([source.pairs[2]])
