@@ -22,12 +22,12 @@ KAPLAN_MEIER = {
 SAMPLES, REPLICATES, CLASSES = 200, 100, ["benign", "malignant", "normal"]
 
 
-def write_suite(folder, datasets, undefined=(), marked=None, rows=tuple(SKILLS), skills=None, **more):
+def write_suite(folder, asked, undefined=(), marked=None, rows=tuple(SKILLS), skills=None, **more):
     """Write ``summary.json``, cells and tasks.
 
     Args:
         folder: of the results.
-        datasets: ``(dataset, kind, modality)`` or, with a variant, four.
+        asked: ``(dataset, kind, modality)`` or, with a variant, four.
         undefined: ``(encoder, task)`` without numbers.
         marked: dataset -> encoder -> reason.
         rows: encoders.
@@ -36,7 +36,7 @@ def write_suite(folder, datasets, undefined=(), marked=None, rows=tuple(SKILLS),
     """
     generator, skills = np.random.default_rng(0), SKILLS | (skills or {})
     tasks = {}
-    for dataset, kind, modality, *variant in datasets:
+    for dataset, kind, modality, *variant in asked:
         name = "-".join([kind, dataset, *variant])
         targets, ease = generator.integers(0, 3, SAMPLES), generator.normal(0, 0.08)
         draws = generator.multinomial(SAMPLES, np.ones(SAMPLES) / SAMPLES, REPLICATES)

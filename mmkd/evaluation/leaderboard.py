@@ -13,6 +13,7 @@ from typing import Any
 
 from mmkd.evaluation.leaderboard_board import Board, skipped_sets
 from mmkd.evaluation.leaderboard_markdown import markdown
+from mmkd.evaluation.leaderboard_metrics import metrics_section
 from mmkd.evaluation.leaderboard_plots import (
     confusions_section,
     differences_section,
@@ -79,12 +80,14 @@ def build_page(board: Board, pipeline: Sequence[str] = (), settings: dict[str, s
         results_section,
         learning_section,
         survival_section,
+        metrics_section,
         confusions_section,
         contamination_section,
     )
     sections = [
         *([make(board) for make in every] if board.tasks else []),
         skipped_section(board),
+        datasets_section(board),
         *pipeline,
         provenance_section(board, settings or {}),
     ]
@@ -122,6 +125,28 @@ def skipped_section(board: Board) -> str:
     rows = [[text(name), text(reason)] for name, reason in skipped_sets(board.summary).items()]
     return section("skipped", "Not evaluated", "What is not among the numbers above, and why.",
                    table("Skipped datasets and tasks", ["Left out", "Reason"], rows) if rows else "")  # fmt: skip
+
+
+def datasets_section(board: Board) -> str:
+    """What each dataset is, who may use it and what its splits share."""
+    rows = []
+    for name, own in board.summary.get("datasets", {}).items():
+        splits = own["splits"]
+        held_out = splits["counts"][board.summary["settings"].get("split", "test")]
+        shared = [f"{splits['shared_groups']} groups"] if splits["shared_groups"] else []
+        shared += [f"{splits['shared_images']} identical images"] if splits["shared_images"] else []
+        rows.append([
+            f"{text(name)} <small>{text(own['title'])}</small>",
+            *(text(own[key]) for key in ("modality", "task", "license", "tier")),
+            f"{held_out['pairs']} <small>from {held_out['groups']} sources</small>",
+            text(", ".join(shared) or "nothing"),
+        ])  # fmt: skip
+    lead = (
+        "Tier A is open, B needs a registration, C credentials and an agreement. Sources are patients, slides or what "
+        "else the dataset names as group; images without one count for themselves."
+    )
+    columns = ["Dataset", "modality", "asked as", "licence", "tier", "held out", "shared with training"]
+    return section("data", "Datasets", lead, table("Datasets evaluated on", columns, rows) if rows else "")
 
 
 def provenance_section(board: Board, settings: dict[str, str]) -> str:

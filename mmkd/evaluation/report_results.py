@@ -234,9 +234,9 @@ def _facts(task: dict[str, Any]) -> str:
     size = f"{_counted(frame['n'], 'image')} from {_counted(frame['groups'], 'source')}"
     if task["kind"] == "retrieval":
         size += f", {task['pool']['captions']} distinct captions"
-    else:
+    elif "classes" in task:
         size += f", {len(task['classes'])} classes"
-    measure = METRICS[task["headline"]]
+    measure = METRICS.get(task["headline"], task["headline"])
     return f"{KINDS[task['kind']].capitalize()}; {measure}; {size}; chance {number(task['chance'][task['headline']])}."
 
 

@@ -26,6 +26,15 @@ DATASETS = [
     ("camelyon16", "diagnosis", "pathology"),
 ]  # fmt: skip
 
+DATASET = {
+    "title": "CT of one kind",
+    "task": "classification",
+    "modality": "CT",
+    "license": "CC-BY-4.0",
+    "tier": "B",
+    "splits": {"counts": {"test": {"pairs": 200, "groups": 90}}, "shared_groups": 0, "shared_images": 3},
+}
+
 
 class Page(HTMLParser):
     """Checks that tags are closed; notes what a browser would load, words, and rows of tables by id."""
@@ -67,6 +76,7 @@ def board(tmp_path_factory):
         undefined=[("stage1", "retrieval-roco")],
         marked={"CT-1": {"biomedclip": "PMC-15M holds its source"}},
         skipped_datasets={"ddi": "not there; register at its site"},
+        datasets={"CT-1": DATASET},
     )
     (folder / "repro.lock").write_text('{"version": 1, "commit": "<abc>"}\n')
     return Board(read_json(folder / "summary.json"), folder)
@@ -94,6 +104,9 @@ def test_the_page_holds_everything_and_loads_nothing(board):
         "PMC-15M holds its source",
         "through biomedclip",
         "not there; register at its site",
+        "CT-1, shots · linear probe",
+        "balanced accuracy at 32-shot",
+        "CT of one kind CT classification CC-BY-4.0 B 200 from 90 sources 3 identical images",
         '"commit": "<abc>"',
     ):
         assert expected in shown or expected in html, expected

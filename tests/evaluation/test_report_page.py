@@ -6,7 +6,7 @@ from mmkd.evaluation.charts import Row, curve, differences, forest, moving_mean,
 from mmkd.evaluation.examples import Answer, caption_card, image_card, shorten, spread
 from mmkd.evaluation.markup import p_value, page, signed, table, text
 from mmkd.evaluation.report_pipeline import read_log, training_section
-from mmkd.evaluation.report_results import claim, task_order, verdict
+from mmkd.evaluation.report_results import claim, task_order, tasks_section, verdict
 
 EVIL = "<script>alert('x')</script> \"onload=\" & https://evil.example"
 
@@ -67,6 +67,21 @@ def test_chart_of_edge_values():
     assert "−0.3" in differences("d", [Row("a", "teacher", -0.21, -0.28, -0.1)], ["p = 0.1"])
     assert "NaN" not in curve("flat", [(5, 2.0)], small=True) and "NaN" not in curve("flat", [(1, 2.0), (2, 2.0)])
     assert "–" in shade(None, False) and "best" in shade(0.5, True)
+
+
+def test_tasks_without_classes_have_a_card():
+    metric = {"accuracy": {"value": 0.4, "low": 0.3, "high": 0.5}}
+    task = {
+        "title": "Which answer?",
+        "kind": "vqa",
+        "headline": "accuracy",
+        "frames": {"image": {"n": 40, "groups": 30, "resampling": "groups"}},
+        "chance": {"accuracy": 0.2},
+        "rows": {"student": {"undefined": None, "metrics": metric, "by_modality": {}}},
+        "differences": {},
+    }
+    html = tasks_section({"tasks": {"vqa": task}, "student": "student", "teachers": [], "baselines": [], "skipped": {}})
+    assert "Visual question answering; accuracy; 40 images from 30 sources; chance 0.20." in html
 
 
 def test_numbers_as_text():
