@@ -29,6 +29,7 @@ RECIPES = {
     "distill": ("mmkd.train.distill", "stage 2: the student learns from all teachers' features"),
     "finetune": ("mmkd.train.finetune", "a trained model on pairs of your own: by captions or labels, LoRA or in full"),
     "eval": ("mmkd.train.eval", "student, teachers and their ensemble side by side, with intervals"),
+    "datasets": ("mmkd.train.registry", "datasets to evaluate on: ls, show, check, add"),
     "report": ("mmkd.train.report", "one self-contained HTML page from an evaluation"),
     "plan": ("mmkd.train.plan", "memory, time and cost of each stage on GPUs of your choice"),
     "pipeline": ("mmkd.train.pipeline", "the whole way from one YAML"),

@@ -2,8 +2,10 @@
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mmkd.evaluation.manifest import make_manifest, read_manifest
 from mmkd.evaluation.prompts import family
@@ -18,6 +20,7 @@ from mmkd.evaluation.registry import (
     suite_names,
 )
 from mmkd.teachers.zoo import TEACHERS
+from mmkd.train import registry
 
 GOOD = {"id": "a", "task": "classification", "modality": "OCT", "license": "MIT", "source": {"csv": "a.csv"}}
 GOOD["classes"] = {"x": ["an x"], "y": []}
@@ -118,3 +121,55 @@ def test_contamination_as_publications_state_it():
     assert contaminated("QuiltNet", manifests["quilt-1m"]) and not contaminated("PLIP", manifests["busi"])
     names = set(re.findall(r"^(\w+):", (CATALOG / TRAINING).read_text(encoding="utf-8"), re.MULTILINE))
     assert names <= set(TEACHERS)
+
+
+def run(capsys, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mmkd datasets"])
+        registry.main(["mmkd datasets", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_datasets_are_listed_and_shown(capsys, tmp_path):
+    shown = run(capsys, "ls", "--suite", "paper58", "--modality", "oct", "--data", tmp_path)
+    assert "4 datasets, 0 on this machine" in shown and "octdl" in shown
+    shown = run(capsys, "show", "busi", "--data", tmp_path)
+    assert "an ultrasound image showing normal breast tissue" in shown and "absent: download it from https" in shown
+    with pytest.raises(SystemExit):
+        run(capsys, "ls", "--modality", "OCTT")
+    assert "did you mean 'OCT'" in capsys.readouterr().err
+
+
+def test_the_pages_table_is_the_catalogs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MMKD_CATALOG", str(tmp_path))
+    table = run(capsys, "ls", "--suite", "paper58", "--markdown", "true").strip()
+    page = Path(__file__).resolve().parents[2] / "docs" / "datasets.md"
+    assert table in page.read_text(encoding="utf-8") and len(table.splitlines()) == 60
+    assert f"{len(catalog())} datasets" in (page.parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_dataset_is_checked_and_added(capsys, tmp_path):
+    folder = tmp_path / "data" / "ours"
+    for number in range(12):
+        path = folder / ("x", "y")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (0, 0, 7)).save(path)
+    (folder / "x" / "broken.png").write_bytes(b"no image")
+    own = tmp_path / "ours.yaml"
+    own.write_text(
+        'id: ours\ntask: classification\nmodality: CT\nsource: {imagefolder: "${DATA}/ours"}\n'
+        "license: mine\nclasses: [x, y]\n"
+    )
+    places = ("--data", tmp_path / "data", "--catalog", tmp_path / "catalog")
+    assert "finds it now" in run(capsys, "add", own, *places[2:])
+    for again in (own, CATALOG / "busi.yaml"):
+        with pytest.raises(SystemExit):
+            run(capsys, "add", again, *places[2:])
+        assert "is taken" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(capsys, "check", "ours,busi", *places, "--all", "true", "--quiet", "true")
+    out, err = capsys.readouterr()
+    assert "x: " in out and "busi: SKIPPED, not at" in out and "images are in several splits" in out
+    assert "1 faults:" in err and "broken.png" in err
+    (folder / "x" / "broken.png").unlink()
+    assert "ours: " in run(capsys, "check", "ours", *places, "--quiet", "true")

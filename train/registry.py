@@ -1,0 +1,253 @@
+"""Datasets of an evaluation: what is known, what is on this machine, whether it is what its manifest says.
+
+mmkd datasets ls --suite paper58 --modality OCT
+mmkd datasets show busi
+mmkd datasets check busi --data /data
+mmkd datasets check offline --data /data --all true
+mmkd datasets add ours.yaml                      # then `mmkd eval --datasets ours`
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from mmkd.actions import run_action
+from mmkd.data.images import UnreadableImage
+from mmkd.data.pair import SPLITS, Pair
+from mmkd.data.splits import hashed
+from mmkd.evaluation.collection import Collection
+from mmkd.evaluation.collections import open_collection
+from mmkd.evaluation.locations import Absent, locate, where_to_get
+from mmkd.evaluation.manifest import ASKED, Manifest, read_manifest
+from mmkd.evaluation.registry import CATALOG, catalog, find_manifests, load_suite, own_catalog
+from mmkd.files import atomic_write_text
+from mmkd.settings import nearest, setting
+
+COLUMNS = ("id", "task", "modality", "tier", "license", "data")
+SHOWN = 10
+SEED = 42
+
+
+@dataclass
+class ListSettings:
+    """List datasets, a line each: tier A is open, B asks for registration, C for credentials and an agreement."""
+
+    suite: str | None = setting(None, "only those of a suite: offline, medmnist or paper58")
+    task: Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"] | None = (
+        setting(None, "only those of a task")
+    )
+    modality: str | None = setting(None, "only those of a modality")
+    data: Path | None = setting(None, "folder of data, ${DATA} of manifests; by default the variable MMKD_DATA")
+    catalog: Path | None = setting(None, "folder of your own manifests, by default ~/.config/mmkd/datasets")
+    markdown: bool = setting(False, "a table for a page")
+
+
+@dataclass
+class ShowSettings:
+    """Show a manifest, where its data are to be had, and the sentences that stand for its classes."""
+
+    dataset: str = setting(help="id of a dataset, or a YAML file", positional=True)
+    data: Path | None = setting(None, "folder of data, ${DATA} of manifests; by default the variable MMKD_DATA")
+    catalog: Path | None = setting(None, "folder of your own manifests, by default ~/.config/mmkd/datasets")
+
+
+@dataclass
+class CheckSettings:
+    """Open datasets, count them, and look for images that cannot be read or stand on both sides of a split."""
+
+    datasets: list[str] = setting(help="ids, suites or YAML files, joined by commas", positional=True)
+    data: Path | None = setting(None, "folder of data, ${DATA} of manifests; by default the variable MMKD_DATA")
+    catalog: Path | None = setting(None, "folder of your own manifests, by default ~/.config/mmkd/datasets")
+    images: int = setting(200, "images to read of each, chosen by hash")
+    all: bool = setting(False, "read every image, and compare those of different splits")
+    quiet: bool = setting(False, "no progress bar")
+
+
+@dataclass
+class AddSettings:
+    """Check a manifest and keep it among your own, so that its id is enough from then on."""
+
+    manifest: Path = setting(help="a YAML file", positional=True)
+    catalog: Path | None = setting(None, "folder of your own manifests, by default ~/.config/mmkd/datasets")
+
+
+def list_datasets(settings: ListSettings) -> None:
+    """Print a table of datasets.
+
+    Raises:
+        ValueError: no dataset is left, or there is no such suite.
+    """
+    known = load_suite(settings.suite) if settings.suite else list(catalog(settings.catalog).values())
+    modalities = sorted({manifest.modality for manifest in known})
+    chosen = [
+        manifest
+        for manifest in known
+        if settings.task in (None, manifest.task)
+        and (settings.modality is None or settings.modality.casefold() == manifest.modality.casefold())
+    ]
+    if not chosen:
+        near = nearest(settings.modality or "", modalities)
+        raise ValueError(f"no dataset of {len(known)} fits{near}; modalities: {', '.join(modalities)}")
+    if settings.markdown:
+        print("\n".join(_markdown(chosen)))
+        return
+    rows = [COLUMNS, *(_row(manifest, settings.data) for manifest in chosen)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    present = sum(row[-1] == "present" for row in rows)
+    print(f"\n{len(chosen)} datasets, {present} on this machine; `mmkd datasets show ID` tells where the others are")
+
+
+def show(settings: ShowSettings) -> None:
+    """Print everything known of a dataset."""
+    for manifest in find_manifests(settings.dataset, settings.catalog):
+        path = Path(settings.dataset) if settings.dataset.endswith((".yaml", ".yml")) else None
+        path = path or next((p for p in _files(settings.catalog) if p.stem == manifest.id), None)
+        print(path.read_text(encoding="utf-8").rstrip() if path else f"id: {manifest.id}")
+        for name, sentences in manifest.prompts().items():
+            print(f"\n{name}")
+            print("\n".join(f"  {sentence}" for sentence in sentences))
+        print(f"\n{_presence(manifest, settings.data)}: {where_to_get(manifest)}\n")
+
+
+def check(settings: CheckSettings) -> None:
+    """Print what is found of each dataset.
+
+    Raises:
+        ValueError: one disagrees with its manifest, or an image cannot be read.
+    """
+    faults: list[str] = []
+    for manifest in find_manifests(settings.datasets, settings.catalog):
+        try:
+            collection = open_collection(manifest, settings.data)
+        except Absent as error:
+            print(f"{manifest.id}: SKIPPED, {error}")
+            continue
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        print("\n  ".join([f"{manifest.id}: {_counts(collection)}", *_classes(collection), *collection.notes]))
+        if collection.root is None:
+            faults += [f"{manifest.id}: {fault}" for fault in _image_faults(collection, settings)]
+    if faults:
+        raise ValueError("\n       ".join([f"{len(faults)} faults:", *faults]))
+
+
+def add(settings: AddSettings) -> None:
+    """Keep a manifest.
+
+    Raises:
+        ValueError: it is broken, or its id is taken.
+    """
+    manifest = read_manifest(settings.manifest)
+    folder = settings.catalog or own_catalog()
+    if manifest.id in catalog(folder):
+        raise ValueError(
+            f"{settings.manifest}: id {manifest.id!r} is taken; choose another, or remove the old manifest"
+        )
+    path = folder / f"{manifest.id}.yaml"
+    atomic_write_text(path, settings.manifest.read_text(encoding="utf-8"))
+    print(f"{path}: `mmkd eval --datasets {manifest.id}` finds it now")
+
+
+def _files(own: Path | None) -> list[Path]:
+    return [*CATALOG.glob("*.yaml"), *(own or own_catalog()).glob("*.yaml")]
+
+
+def _row(manifest: Manifest, data: Path | None) -> tuple[str, ...]:
+    return (
+        manifest.id,
+        manifest.task,
+        manifest.modality,
+        manifest.tier,
+        manifest.license,
+        _presence(manifest, data),
+    )
+
+
+def _presence(manifest: Manifest, data: Path | None) -> str:
+    try:
+        locate(manifest, data)
+    except Absent:
+        return "absent"
+    return "present"
+
+
+def _markdown(manifests: list[Manifest]) -> list[str]:
+    """A table in which the name of a dataset leads to where it is to be had."""
+    lines = ["| dataset | task | modality | classes | test | tier | license |", "|---|---|---|---:|---:|---|---|"]
+    for manifest in sorted(manifests, key=lambda own: ASKED.index(own.task) if own.task in ASKED[3:] else 0):
+        name = f"[{manifest.id}]({manifest.register})" if manifest.register else manifest.id
+        classes = len(manifest.classes) or ""
+        tests = manifest.expects.get("n_test", manifest.expects.get("n_test_questions", ""))
+        count = f"{tests:,}" if tests else ""
+        cells = (name, manifest.task, manifest.modality, classes, count, manifest.tier, manifest.license)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def _counts(collection: Collection) -> str:
+    splits = Counter(pair.split for pair in collection.pairs)
+    parts = [f"{splits[split]:,} {split}" for split in SPLITS if splits[split]]
+    groups = len({pair.group for pair in collection.pairs if pair.group})
+    parts += [f"{groups:,} groups"] if groups else []
+    parts += [f"{len(collection.questions):,} questions"] if collection.questions else []
+    return ", ".join(parts)
+
+
+def _classes(collection: Collection) -> list[str]:
+    """Images of each class in each split."""
+    found = {split: Counter[str]() for split in SPLITS}
+    for pair in collection.pairs:
+        found[pair.split].update(label for label in pair.label.split("|") if label)
+    return [
+        f"{name}: {' / '.join(str(found[split][name]) for split in SPLITS)} ({', '.join(SPLITS)})"
+        for name in collection.manifest.classes
+    ]
+
+
+def _image_faults(collection: Collection, settings: CheckSettings) -> list[str]:
+    """Images that cannot be read; where all are read, also equal images in different splits."""
+    pairs = list({pair.image: pair for pair in collection.pairs}.values())
+    if not settings.all:
+        pairs = sorted(pairs, key=lambda pair: hashed(SEED, pair.id))[: settings.images]
+    faults: list[str] = []
+    homes: dict[str, Pair] = {}
+    shared: list[str] = []
+    for pair in tqdm(pairs, desc=collection.manifest.id, unit="image", disable=settings.quiet):
+        try:
+            collection.image(pair)
+        except UnreadableImage as error:
+            faults.append(str(error))
+            continue
+        first = homes.setdefault(collection.digest(pair), pair)
+        if first.split != pair.split:
+            shared.append(f"{first.image} ({first.split}) = {pair.image} ({pair.split})")
+    if shared:
+        print("\n  ".join([f"  {len(shared)} images are in several splits:", *shared[:SHOWN]]))
+    return faults[:SHOWN] + ([f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else [])
+
+
+ACTIONS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "ls": (ListSettings, list_datasets),
+    "show": (ShowSettings, show),
+    "check": (CheckSettings, check),
+    "add": (AddSettings, add),
+}
+
+
+def main(argv: list[str]) -> None:
+    """Run the action that the first argument names."""
+    run_action("datasets", ACTIONS, argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
