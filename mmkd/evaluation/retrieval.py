@@ -9,21 +9,26 @@ everything gains nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import comb
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmkd.evaluation import metrics
 from mmkd.evaluation.bootstrap import Metrics, frame
 from mmkd.evaluation.embedding import Embedded, Vectors
+from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.metrics import Floats, Integers
+from mmkd.evaluation.ranks import search
 from mmkd.evaluation.task import Outputs, Samples, Task
 
 RECALLS = (1, 5, 10)
-SHOWN = 5
-CHUNK_ELEMENTS = 1 << 25
+DATASET_RECALLS = (1, 5, 10, 50, 200)
+DIRECTIONS = (("image_to_text", "image"), ("text_to_image", "caption"))
+COMPACT = 1 << 16  # rows from which on vectors are kept in half precision
 
 
 class Retrieval(Task):
@@ -32,8 +37,14 @@ class Retrieval(Task):
     name, kind, headline = "retrieval", "retrieval", "mean_recall"
     title = "Which caption, which image?"
 
-    def __init__(self, samples: Samples):
-        """Fix pool and right answers from the held-out pairs that have a caption."""
+    def __init__(self, samples: Samples, recalls: Sequence[int] = RECALLS):
+        """Fix pool and right answers from the held-out pairs that have a caption.
+
+        Args:
+            samples: the pairs.
+            recalls: ranks that recall is taken at, beside the 1, 5 and 10 whose mean is the headline.
+        """
+        self.recalls = sorted({*RECALLS, *recalls})
         self.pairs = [pair for pair in samples.held_out if pair.caption.strip()]
         first = {pair.caption: pair for pair in reversed(self.pairs)}
         self.captions = sorted(first)
@@ -43,10 +54,10 @@ class Retrieval(Task):
         self.frames = {
             name: frame([p.modality for p in own], [p.group for p in own]) for name, own in self.holders.items()
         }
-        to_text = random_recalls(self.right_captions, len(self.captions))
-        to_image = random_recalls(self.right_images, len(self.pairs))
-        chance = {f"image_to_text_recall@{k}": to_text[k] for k in RECALLS}
-        chance |= {f"text_to_image_recall@{k}": to_image[k] for k in RECALLS}
+        to_text = random_recalls(self.right_captions, len(self.captions), self.recalls)
+        to_image = random_recalls(self.right_images, len(self.pairs), self.recalls)
+        chance = {f"image_to_text_recall@{k}": to_text[k] for k in self.recalls}
+        chance |= {f"text_to_image_recall@{k}": to_image[k] for k in self.recalls}
         self.description = {
             "ids": [pair.id for pair in self.pairs],
             "captions": self.captions,
@@ -54,12 +65,14 @@ class Retrieval(Task):
             "right_captions": [own.tolist() for own in self.right_captions],
             "right_images": [own.tolist() for own in self.right_images],
             "pool": {"images": len(self.pairs), "captions": len(self.captions)},
-            "chance": chance | {"mean_recall": float(np.mean(list(chance.values())))},
+            "chance": chance
+            | {"mean_recall": float(np.mean([*map(to_text.get, RECALLS), *map(to_image.get, RECALLS)]))},
         }
 
     def outputs(self, embedded: Embedded) -> Outputs:
         """``image.rank``, ``caption.rank`` and the first answers with their similarities, both ways."""
-        images, captions = embedded.image_matrix(self.pairs), embedded.text_matrix(self.captions)
+        images = compact(embedded.image_matrix, self.pairs)
+        captions = compact(embedded.text_matrix, self.captions)
         found: Outputs = {}
         for key, queries, pool, right in (
             ("image", images, captions, self.right_captions),
@@ -85,15 +98,15 @@ class Retrieval(Task):
         return self.outputs(replace(together, texts=dict(zip(self.captions, joined_captions, strict=True))))
 
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
-        """Recall at 1, 5 and 10 both ways, their mean, and both median ranks."""
+        """Recalls both ways, the mean of those at 1, 5 and 10, and both median ranks."""
         found: Metrics = {}
-        for direction, key in (("image_to_text", "image"), ("text_to_image", "caption")):
-            for k in RECALLS:
+        for direction, key in DIRECTIONS:
+            for k in self.recalls:
                 found[f"{direction}_recall@{k}"] = metrics.recall_at(k, outputs[f"{key}.rank"], weights[key])
-        mean = np.mean(list(found.values()), axis=0)
+        mean = np.mean([found[f"{direction}_recall@{k}"] for direction, _ in DIRECTIONS for k in RECALLS], axis=0)
         ranks = {
             f"{direction}_median_rank": metrics.median_rank(outputs[f"{key}.rank"], weights[key])
-            for direction, key in (("image_to_text", "image"), ("text_to_image", "caption"))
+            for direction, key in DIRECTIONS
         }
         return {"mean_recall": mean, **found, **ranks}
 
@@ -104,7 +117,12 @@ class Retrieval(Task):
 
 
 def tasks(samples: Samples) -> tuple[list[Retrieval], dict[str, str]]:
-    """Retrieval if there are at least two distinct captions, else the reason why not."""
+    """Retrieval if there are at least two distinct captions, else the reason why not.
+
+    Where tasks follow a manifest there is one if that asks for retrieval, ``retrieval-ID``.
+    """
+    if samples.manifest is not None:
+        return _dataset_tasks(samples, samples.manifest)
     if samples.captioned:
         held_out = [pair for pair in samples.held_out if pair.source in samples.captioned]
         samples = replace(samples, held_out=held_out)
@@ -112,6 +130,37 @@ def tasks(samples: Samples) -> tuple[list[Retrieval], dict[str, str]]:
     if len(captions) < 2:
         return [], {"retrieval": f"{len(captions)} distinct caption among the held-out pairs; 2 are needed"}
     return [Retrieval(samples)], {}
+
+
+def _dataset_tasks(samples: Samples, manifest: Manifest) -> tuple[list[Retrieval], dict[str, str]]:
+    if manifest.task != "retrieval":
+        return [], {}
+    name = f"retrieval-{manifest.id}"
+    captions = {pair.caption for pair in samples.held_out if pair.caption.strip()}
+    if len(captions) < 2:
+        return [], {name: f"{len(captions)} distinct caption among the held-out pairs; 2 are needed"}
+    task = Retrieval(samples, DATASET_RECALLS)
+    task.name, task.dataset, task.modality = name, manifest.id, manifest.modality
+    task.title = f"Which caption, which image, in {manifest.title or manifest.id}?"
+    return [task], {}
+
+
+def compact(read: Callable[[Any], NDArray[Any]], keys: Sequence[Any]) -> NDArray[Any]:
+    """Vectors ``(n, dim)`` of many keys in half precision, read in parts, if that changes none of them.
+
+    Args:
+        read: vectors ``(part, dim)`` of some keys.
+        keys: of which vectors are wanted.
+    """
+    if len(keys) <= COMPACT:
+        return read(keys)
+    parts = []
+    for start in range(0, len(keys), COMPACT):
+        part = read(keys[start : start + COMPACT])
+        with np.errstate(over="ignore"):
+            half = part.astype(np.float16)
+        parts.append(half if np.array_equal(half.astype(part.dtype), part, equal_nan=True) else part)
+    return np.concatenate(parts)
 
 
 def positives(
@@ -141,32 +190,6 @@ def positives(
     return to_captions, [np.array(sorted(images_of[k]), dtype=np.int64) for k in range(len(pool))]
 
 
-def search(queries: Vectors, pool: Vectors, right: Sequence[Integers]) -> tuple[Floats, Integers, Vectors]:
-    """Exact search in chunks: memory grows with the pool, not with its square.
-
-    Args:
-        queries: ``(n, dim)``.
-        pool: ``(m, dim)``.
-        right: indices into the pool of each query's right answers, at least one each.
-
-    Returns:
-        Rank of the best right answer ``(n,)`` from 1; indices and similarities of the first answers ``(n, <=5)``.
-    """
-    shown, chunk = min(SHOWN, len(pool)), max(1, CHUNK_ELEMENTS // len(pool))
-    ranks, top = np.empty(len(queries)), np.empty((len(queries), shown), dtype=np.int64)
-    top_scores = np.empty((len(queries), shown), dtype=np.float32)
-    for start in range(0, len(queries), chunk):
-        similarities = queries[start : start + chunk] @ pool.T
-        for row, own in enumerate(similarities, start=start):
-            best = own[right[row]].max()
-            above, ties = (own > best).sum(), (own == best).sum() - (own[right[row]] == best).sum()
-            ranks[row] = 1 + above + ties / 2 if not np.isnan(best) else np.nan
-            first = np.argpartition(-own, shown - 1)[:shown]
-            top[row] = first[np.lexsort((first, -own[first]))]
-            top_scores[row] = own[top[row]]
-    return ranks, top, top_scores
-
-
 def similarity_spread(images: Vectors, captions: Vectors) -> float:
     """Standard deviation of all inner products of ``(n, dim)`` with ``(m, dim)``, without forming them; 1 if zero.
 
@@ -178,7 +201,7 @@ def similarity_spread(images: Vectors, captions: Vectors) -> float:
     return float(np.sqrt(variance)) if variance > 0 else 1.0
 
 
-def random_recalls(right: Sequence[Integers], pool: int) -> dict[int, float]:
+def random_recalls(right: Sequence[Integers], pool: int, recalls: Sequence[int] = RECALLS) -> dict[int, float]:
     """Expected recall of a random order, ``1 - C(pool - positives, k) / C(pool, k)`` averaged over the queries."""
     counts, times = np.unique([len(own) for own in right], return_counts=True)
     return {
@@ -187,5 +210,5 @@ def random_recalls(right: Sequence[Integers], pool: int) -> dict[int, float]:
                 [1 - comb(pool - int(c), min(k, pool)) / comb(pool, min(k, pool)) for c in counts], weights=times
             )
         )
-        for k in RECALLS
+        for k in recalls
     }

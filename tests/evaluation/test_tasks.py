@@ -4,6 +4,7 @@ from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs
 
 from mmkd.data.records import Pair
 from mmkd.evaluation import linear_probe, retrieval, zeroshot
+from mmkd.evaluation import ranks as ranks_module
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.prompts import label_prompts, modality_prompts
 from mmkd.evaluation.suite import texts_for
@@ -132,7 +133,8 @@ def test_ranks_equal_a_plain_sort(monkeypatch):
     queries, pool = generator.normal(size=(50, 8)).astype(np.float32), generator.normal(size=(30, 8)).astype(np.float32)
     right = [np.sort(generator.choice(30, size=generator.integers(1, 4), replace=False)) for _ in range(50)]
     whole = retrieval.search(queries, pool, right)
-    monkeypatch.setattr(retrieval, "CHUNK_ELEMENTS", 31)
+    monkeypatch.setattr(ranks_module, "BLOCK_ELEMENTS", 31)
+    monkeypatch.setattr(ranks_module, "TILE_ROWS", 7)
     ranks, top, scores = retrieval.search(queries, pool, right)
     assert (ranks == whole[0]).all() and (top == whole[1]).all()
     for row in range(50):
