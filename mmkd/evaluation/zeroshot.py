@@ -8,12 +8,15 @@ encoders with different scales be averaged.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from mmkd.data.captions import UNKNOWN
 from mmkd.data.records import Pair
+from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.embedding import Embedded, Vectors
+from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.metrics import Floats
 from mmkd.evaluation.prompts import label_prompts, modality_prompts
 from mmkd.evaluation.task import Classification, Outputs, Samples
@@ -50,12 +53,18 @@ class ZeroShot(Classification):
         return {"image.scores": np.mean([own["image.scores"] for own in outputs], axis=0)}
 
 
-def tasks(samples: Samples) -> tuple[list[ZeroShot], dict[str, str]]:
+def tasks(samples: Samples) -> tuple[list[Any], dict[str, str]]:
     """Modality recognition, label classification, and that within each known modality; or within each collection.
+
+    Where tasks follow a manifest there is one for its dataset.
 
     Returns:
         The tasks the held-out pairs allow, and why the others are not there.
     """
+    if samples.manifest is not None:
+        from mmkd.evaluation import zeroshot_dataset  # it builds on this module
+
+        return zeroshot_dataset.tasks(samples, samples.manifest)
     found: list[ZeroShot] = []
     skipped: dict[str, str] = {}
     pairs = [pair for pair in samples.held_out if known_modality(pair)]
@@ -109,6 +118,15 @@ def prompt_texts(pairs: Sequence[Pair]) -> list[str]:
     sentences = [text for modality in modalities for text in modality_prompts(modality)]
     sentences += [text for label, modality in kinds if label for text in label_prompts(label, modality)]
     return sorted(set(sentences))
+
+
+def manifest_texts(manifest: Manifest, collection: Collection) -> list[str]:
+    """Sentences that `tasks` asks of a dataset beyond the manifest's own prompts: those that say what is not there."""
+    from mmkd.evaluation.multilabel import negative_prompts  # it builds on this module
+
+    if manifest.task != "multilabel":
+        return []
+    return sorted({text for own in negative_prompts(manifest).values() for text in own})
 
 
 def class_vector(vectors: Vectors) -> Vectors:

@@ -4,7 +4,7 @@
 
 Images and captions are random unit vectors in half precision, written to FOLDER and memory-mapped, as a cache of
 embeddings is; image i and caption i belong together (the caption is the image plus noise). The queries are searched in
-the whole pool in blocks; the first of them are checked against a plain product in double precision. The peak of resident
+the whole pool in blocks; the first are checked against a plain product in double precision. The peak of resident
 memory counts the mapped pages, too. A figure for all queries is seconds a query times their number: extrapolated. The
 baseline keeps the similarities of all pairs in single precision, as a plain product would: its memory is computed, not
 run.
