@@ -86,12 +86,18 @@ class LinearProbe(Classification):
         return search_exponent(loss)
 
 
-def tasks(samples: Samples) -> tuple[list[LinearProbe], dict[str, str]]:
+def tasks(samples: Samples) -> tuple[list[Any], dict[str, str]]:
     """Probes for the modality and for the label, or for the label in each collection, where images allow.
+
+    Where tasks follow a manifest they are those of its dataset.
 
     Returns:
         The tasks, and why the others are not there.
     """
+    if samples.manifest is not None:
+        from mmkd.evaluation import probe_dataset  # it builds on this module
+
+        return probe_dataset.tasks(samples, samples.manifest)
     found: list[LinearProbe] = []
     skipped: dict[str, str] = {}
     if samples.within == "source":

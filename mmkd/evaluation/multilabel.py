@@ -37,11 +37,16 @@ class MultiLabel(Task):
         self.title, self.pairs, self.labels = title, list(pairs), list(labels)
         columns = [list(manifest.classes).index(label) for label in labels]
         self.positive: NDArray[np.bool_] = label_sets(manifest, pairs)[:, columns]
-        finding = ["finding" if row else "none" for row in self.positive.any(axis=1)]
-        self.frames = {"image": frame(finding, [pair.group for pair in pairs])}
+        any_finding = np.any(self.positive, axis=1).tolist()
+        self.frames = {
+            "image": frame(["finding" if own else "none" for own in any_finding], [pair.group for pair in pairs])
+        }
         self.holders = {"image": self.pairs}
         counts = self.positive.sum(axis=0)
-        prevalence = {f"average_precision: {label}": float(share) for label, share in zip(labels, counts / len(pairs), strict=True)}
+        prevalence = {
+            f"average_precision: {label}": float(share)
+            for label, share in zip(labels, counts / len(pairs), strict=True)
+        }
         present = [share for share in prevalence.values() if share > 0]
         self.description = {
             "ids": [pair.id for pair in pairs],

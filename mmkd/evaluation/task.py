@@ -43,6 +43,9 @@ class Samples:
         manifest: of the one dataset these are, where tasks follow a manifest.
         collection: that dataset, opened.
         probe_on: which image vectors are learnt from, where tasks follow a manifest.
+        probe_search: whether a probe's C is chosen by the validation images or set by the number of dimensions.
+        probe_curve: whether probes are also fitted to few images and to parts of the training set.
+        auroc_on: whether AUROC ranks by margins over the other classes or by softmax probabilities.
     """
 
     held_out: list[Pair]
@@ -55,6 +58,9 @@ class Samples:
     manifest: Manifest | None = None
     collection: Collection | None = None
     probe_on: Literal["pooled", "joint"] = "pooled"
+    probe_search: Literal["sweep", "fast"] = "sweep"
+    probe_curve: bool = True
+    auroc_on: Literal["margin", "softmax"] = "margin"
 
 
 class Task(ABC):
