@@ -38,6 +38,13 @@ class EvalSettings:
     probe_on: Literal["pooled", "joint"] = setting(
         "pooled", "(suite, datasets) image vectors that are learnt from: before the projection, or in the common space"
     )
+    probe_search: Literal["sweep", "fast"] = setting(
+        "sweep", "(suite, datasets) a probe's C by 13 fits on the validation images, or dim * classes / 100"
+    )
+    probe_curve: bool = setting(True, "(suite, datasets) probe few images and parts of the training set, too")
+    auroc_on: Literal["margin", "softmax"] = setting(
+        "margin", "(suite, datasets) AUROC ranks by the margin over the other classes, or by softmax of the scores"
+    )
     questions: Path | None = setting(None, "(pairs) JSON in the form of VQA-RAD, its images in images/ beside it")
     within: Literal["modality", "source"] = setting(
         "modality", "(pairs) labels are told apart within modalities and over all, or within each collection"

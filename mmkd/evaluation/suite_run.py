@@ -58,6 +58,9 @@ class SuiteRun:
             manifest=manifest,
             collection=collection,
             probe_on=self.settings.probe_on,
+            probe_search=self.settings.probe_search,
+            probe_curve=self.settings.probe_curve,
+            auroc_on=self.settings.auroc_on,
         )
         tasks, skipped = tasks_for(samples, self.settings.kinds) if samples.held_out else ([], {})
         if not tasks:
