@@ -6,7 +6,7 @@ import csv
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmkd.data.splits import meaning_of
@@ -180,7 +180,12 @@ def _file_field(manifest: Manifest, image: str, columns: Sequence[str]) -> str:
 
 
 def _file_name(row: dict[str, str], field: str) -> str:
-    return IN_BRACES.sub(lambda found: row[found[1]], field) if "{" in field else row[field]
+    """The file of a row; an ending that a pattern adds is not doubled where the column has it."""
+    if "{" not in field:
+        return row[field]
+    name = IN_BRACES.sub(lambda found: row[found[1]], field)
+    ending = PurePosixPath(field).suffix
+    return name.removesuffix(ending) if ending and name.lower().endswith(2 * ending.lower()) else name
 
 
 def _text(value: Any) -> str:

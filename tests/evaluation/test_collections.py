@@ -81,7 +81,7 @@ def test_tables(tmp_path):
 
 
 def test_tables_as_their_publishers_write_them(tmp_path):
-    rows = ["a1;CAT;1;p1", "a2;DOG;1;p2", "a1;DOG;0;p3", "a2;CAT;0;p4"]
+    rows = ["a1;CAT;1;p1", "a2;DOG;1;p2", "a1.jpg;DOG;0;p3", "a2;CAT;0;p4"]
     source = table(tmp_path / "t", rows, "stem;kind;Train ;patient")
     source |= {"file": "{kind}/{stem}.jpg", "label": "kind", "splits": {"1": "train", "0": "test"}, "split": "Train"}
     pairs = open_collection(manifest(source, group="patient"), tmp_path).pairs
