@@ -30,13 +30,17 @@ class Table(Mapping[str, Vectors]):
         if len(keys) != self._starts[-1]:
             raise ValueError(f"{len(keys)} keys for {self._starts[-1]} vectors")
 
+    def missing(self, keys: Sequence[str]) -> int:
+        """How many of some keys have no vector."""
+        return sum(key not in self._rows for key in keys)
+
     def matrix(self, keys: Sequence[str]) -> Vectors:
         """Vectors of n keys, ``(n, dim)`` float32.
 
         Raises:
             KeyError: of one of them there is none.
         """
-        rows = np.fromiter((self._rows[key] for key in keys), np.int64, len(keys))
+        rows = np.fromiter(map(self._rows.__getitem__, keys), np.int64, len(keys))
         found = np.empty((len(rows), self._parts[0].shape[1] if self._parts else 0), dtype=np.float32)
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(owner):
@@ -47,6 +51,9 @@ class Table(Mapping[str, Vectors]):
 
     def __getitem__(self, key: str) -> Vectors:
         return self.matrix([key])[0]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -61,7 +68,7 @@ def stacked(vectors: Mapping[str, Vectors], keys: Sequence[str], what: str) -> V
     Raises:
         Undefined: some are not there; the message says how many of how many, and of what.
     """
-    missing = sum(key not in vectors for key in keys)
+    missing = vectors.missing(keys) if isinstance(vectors, Table) else sum(key not in vectors for key in keys)
     if missing:
         raise Undefined(f"it has no vectors of {missing} of {len(keys)} {what}")
     if isinstance(vectors, Table):
