@@ -28,6 +28,7 @@ RECIPES = {
     "align": ("mmkd.train.align", "the teachers' feature spaces brought into one"),
     "distill": ("mmkd.train.distill", "stage 2: the student learns from all teachers' features"),
     "finetune": ("mmkd.train.finetune", "a trained model on pairs of your own: by captions or labels, LoRA or in full"),
+    "tile": ("mmkd.train.tile", "whole slides to bags of a teacher's or student's features"),
     "eval": ("mmkd.train.eval", "student, teachers and their ensemble side by side, with intervals"),
     "datasets": ("mmkd.train.registry", "datasets to evaluate on: ls, show, check, add"),
     "report": ("mmkd.train.report", "one self-contained HTML page from an evaluation"),

@@ -23,8 +23,10 @@ from mmkd.distributed import join_group, rank, wait_for_everyone
 from mmkd.encoder import DualEncoder
 from mmkd.evaluation.encoders import named_sources
 from mmkd.evaluation.eval_settings import EvalSettings, check
+from mmkd.evaluation.leaderboard import write_leaderboard
 from mmkd.evaluation.lock import lock_of
 from mmkd.evaluation.pairs_run import evaluate_pairs
+from mmkd.evaluation.report import ReportInputs
 from mmkd.evaluation.suite_run import evaluate_datasets
 from mmkd.evaluation.summary import versions
 from mmkd.evaluation.watching import STUDENT, watch
@@ -35,7 +37,7 @@ from mmkd.teachers.zoo import load_encoder
 
 
 def main(settings: EvalSettings) -> None:
-    """Embed, evaluate, compare, and write ``summary.json`` and ``repro.lock``.
+    """Embed, evaluate, compare, and write ``summary.json``, ``repro.lock`` and, of datasets, the report.
 
     Raises:
         FileNotFoundError: the pairs, a manifest or an encoder's folder do not exist.
@@ -78,6 +80,8 @@ def evaluate(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
         write_json(settings.output / "repro.lock", lock_of(summary))
         write_json(settings.output / "summary.json", summary)
         print_summary(summary)
+        if settings.pairs is None:
+            write_leaderboard(ReportInputs(settings.output), settings.output / "report.html")
     wait_for_everyone()
     return summary
 

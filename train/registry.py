@@ -175,10 +175,10 @@ def _row(manifest: Manifest, data: Path | None) -> tuple[str, ...]:
 
 def _presence(manifest: Manifest, data: Path | None) -> str:
     try:
-        locate(manifest, data)
+        paths = locate(manifest, data)
     except Absent:
         return "absent"
-    return "present"
+    return "present" if paths[0].exists() else "Hub"
 
 
 def _markdown(manifests: list[Manifest]) -> list[str]:

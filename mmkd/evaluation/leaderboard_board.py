@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmkd.evaluation.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.leaderboard_means import Mean, mean_over, stored_replicates, summary_rows
 from mmkd.evaluation.report_results import KINDS, METRICS
-from mmkd.evaluation.suite import ENSEMBLE, ORACLE
 
 Task = dict[str, Any]
 

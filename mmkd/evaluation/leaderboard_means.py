@@ -1,13 +1,8 @@
-"""Means over datasets with their intervals, for any choice of datasets: all, of one modality, of one kind, clean ones.
-
-A mean is taken over the common subset, the tasks that every compared encoder answered; what is missing stays missing.
-Its interval comes from the replicates of the cells, so that differences stay paired within each dataset. Datasets are
-drawn independently of each other.
-"""
+"""Means over any choice of tasks, for the report: of one modality or kind, or of what two encoders have not seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +10,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mmkd.evaluation.bootstrap import difference, interval
-from mmkd.evaluation.cells import plain
+from mmkd.evaluation.encoders import ENSEMBLE, ORACLE
+from mmkd.evaluation.means import Replicates, mean_block
 from mmkd.evaluation.metrics import Floats
-from mmkd.evaluation.suite import ENSEMBLE, ORACLE
-from mmkd.evaluation.summary import mean_of_kinds
 
 Metric = dict[str, float | None]
 Summary = dict[str, Any]
-Replicates = Callable[[str, str], "Floats | None"]
+NOT_STORED = np.full(1, np.nan)
 
 
 @dataclass(frozen=True)
@@ -44,38 +37,20 @@ class Mean:
 
     def best(self, among: Iterable[str]) -> str | None:
         """The best of some encoders, the first of equals."""
-        return max(
-            (row for row in among if row in self.rows), key=lambda row: self.rows[row]["value"] or 0, default=None
-        )
+        known = [row for row in among if row in self.rows]
+        return max(known, key=lambda row: self.rows[row]["value"] or 0, default=None)
 
 
-def mean_over(summary: Summary, tasks: Iterable[str], replicates: Replicates) -> Mean:
-    """The mean over kinds of the mean over tasks of the headline metric.
-
-    Encoders that answered none of the tasks are left out, as are ensemble and oracle where they do not cover the
-    tasks that all encoders have.
-    """
-    chosen = list(tasks)
-    answered = {row: [t for t in chosen if value_of(summary, t, row) is not None] for row in summary_rows(summary)}
-    encoders = [row for row, own in answered.items() if own and row not in (ENSEMBLE, ORACLE)]
-    common = [task for task in chosen if all(task in answered[row] for row in encoders)]
-    if not common:
-        return Mean(missing={row: [t for t in chosen if t not in answered[row]] for row in encoders})
-    rows = [row for row, own in answered.items() if set(common) <= set(own)]
-    points = {row: {t: np.array(value_of(summary, t, row), dtype=np.float64) for t in common} for row in rows}
-    values = {row: float(mean_of_kinds(summary["tasks"], points[row])) for row in rows}
-    drawn = {row: _drawn(summary, row, common, replicates) for row in rows}
-    student = summary["student"]
-    return Mean(
-        common,
-        {row: [t for t in chosen if t not in answered[row]] for row in encoders},
-        {row: _metric(values[row], drawn[row]) for row in rows},
-        {
-            rival: _difference(values[student] - values[rival], drawn[student], drawn[rival])
-            for rival in rows
-            if student in rows and rival != student
-        },
-    )
+def mean_over(summary: Summary, tasks: Sequence[str], replicates: Replicates) -> Mean:
+    """`mean_block` of these tasks, and who is missing from which."""
+    block = mean_block({task: summary["tasks"][task] for task in tasks}, summary["student"], replicates)
+    answered = {row: [t for t in tasks if value_of(summary, t, row) is not None] for row in summary_rows(summary)}
+    missing = {
+        row: [task for task in tasks if task not in own]
+        for row, own in answered.items()
+        if own and row not in (ENSEMBLE, ORACLE)
+    }
+    return Mean(block["tasks"], missing, block["rows"], block["differences"])
 
 
 def value_of(summary: Summary, task: str, row: str) -> float | None:
@@ -93,47 +68,27 @@ def summary_rows(summary: Summary) -> list[str]:
 
 
 def stored_replicates(results: Path, summary: Summary) -> Replicates:
-    """A reader of the headline replicates ``(replicates,)`` of a row on a task, each file read once.
+    """The headline replicates ``(replicates,)`` of each row on each task, read once.
 
-    Draws of tasks of one dataset are the same for all encoders; those of different datasets are independent.
+    Where any that a value has is not there, as when someone copies the summary without its cells, all are NaN: no
+    interval is better than one of some tasks.
     """
-    known: dict[tuple[str, str], Floats | None] = {}
-
-    def read(row: str, task: str) -> Floats | None:
-        if (row, task) not in known:
-            file = results / "cells" / row / f"{task}.safetensors"
-            known[row, task] = _stored(file, summary["tasks"][task]["headline"])
-        return known[row, task]
-
-    return read
+    found: dict[tuple[str, str], Floats] = {}
+    for task, own in summary["tasks"].items():
+        for row in own["rows"]:
+            if value_of(summary, task, row) is None:
+                continue
+            values = _stored(results / "cells" / row / f"{task}.safetensors", own["headline"])
+            if values is None:
+                return lambda row, task: NOT_STORED
+            found[row, task] = values
+    return lambda row, task: found[row, task]
 
 
 def _stored(file: Path, headline: str) -> Floats | None:
-    if not file.is_file():
-        return None
     try:
         with safe_open(file, "np") as tensors:
             name = f"together.{headline}"
             return tensors.get_tensor(name).astype(np.float64) if name in tensors.keys() else None  # noqa: SIM118
-    except SafetensorError:
+    except (OSError, SafetensorError):
         return None
-
-
-def _drawn(summary: Summary, row: str, tasks: list[str], replicates: Replicates) -> Floats | None:
-    drawn = {task: replicates(row, task) for task in tasks}
-    sound = {task: values for task, values in drawn.items() if values is not None}
-    if len(sound) < len(tasks) or len({len(values) for values in sound.values()}) != 1:
-        return None
-    return mean_of_kinds(summary["tasks"], sound)
-
-
-def _metric(value: float, drawn: Floats | None) -> Metric:
-    low, high = (np.nan, np.nan) if drawn is None else interval(drawn)
-    return {"value": value, "low": plain(low), "high": plain(high)}
-
-
-def _difference(value: float, ours: Floats | None, theirs: Floats | None) -> Metric:
-    if ours is None or theirs is None or len(ours) != len(theirs):
-        return {"difference": value, "low": None, "high": None, "p": None}
-    found = difference(value, 0.0, ours, theirs)
-    return {name: plain(number) for name, number in found.items()}

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mmkd.evaluation.charts import Row, differences, shade
+from mmkd.evaluation.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.leaderboard_board import Board, Task, kind_name, task_name
 from mmkd.evaluation.leaderboard_means import Metric
 from mmkd.evaluation.leaderboard_tables import difference_of, modalities_table, tone
@@ -16,7 +17,6 @@ from mmkd.evaluation.markup import details, p_value, section, table, text
 from mmkd.evaluation.metrics import Integers
 from mmkd.evaluation.plots import Series, lines, radar, steps
 from mmkd.evaluation.report_results import label, role
-from mmkd.evaluation.suite import ENSEMBLE, ORACLE
 from mmkd.files import read_json
 
 FEWEST_AXES, MOST_CLASSES, OPEN_PLOTS, COLORS = 3, 40, 4, 9

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmkd.evaluation.charts import shade
+from mmkd.evaluation.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.leaderboard_board import (
     Board,
     kind_name,
@@ -18,7 +19,6 @@ from mmkd.evaluation.leaderboard_board import (
 from mmkd.evaluation.leaderboard_means import Mean, Metric, value_of
 from mmkd.evaluation.markup import number, p_value, section, signed, table, text
 from mmkd.evaluation.report_results import MADE_HERE, label, role
-from mmkd.evaluation.suite import ENSEMBLE, ORACLE
 
 MARK = '<abbr class="mark" title="{reason}" aria-label="trained on this data: {reason}">†</abbr>'
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mmkd.evaluation.encoders import ENSEMBLE
 from mmkd.evaluation.leaderboard_board import Board
 from mmkd.evaluation.markup import number, signed, text
-from mmkd.evaluation.suite import ENSEMBLE
 
 
 def verdict(board: Board) -> str:

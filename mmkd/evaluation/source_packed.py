@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mmkd.data.archives import ArchivedFile, members
-from mmkd.data.images import check_size
+from mmkd.data.images import UnreadableImage, check_size
 from mmkd.data.records import is_inside
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.manifest import Manifest
@@ -23,14 +25,20 @@ PARTS = {"train": "train", "val": "validation", "test": "test"}
 MOST_BYTES = 64 * 1024**3
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 LARGEST_TEXT = 1 << 20
+COPIED_BYTES = 1 << 22
 
 
 class Arrays(Store):
-    """Pictures in arrays ``(n, height, width)`` or ``(n, height, width, 3)`` of one byte each."""
+    """Pictures of an ``.npz``: arrays ``(n, height, width)`` or ``(n, height, width, 3)`` of one byte each.
 
-    def __init__(self, arrays: dict[str, NDArray[np.uint8]]) -> None:
-        """Keep arrays by split."""
-        self.arrays = arrays
+    The array of a split is unpacked when its first picture is asked for, into a temporary file that is mapped: several
+    gigabytes need no memory, and who asks for none waits for none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Keep the path; nothing is unpacked yet."""
+        self.path = path
+        self._arrays: dict[str, NDArray[np.uint8]] = {}
 
     def data(self, name: str) -> bytes:
         """The bytes of a picture."""
@@ -42,13 +50,17 @@ class Arrays(Store):
 
     def _picture(self, name: str) -> NDArray[np.uint8]:
         part, _, row = name.partition("/")
-        return np.asarray(self.arrays[part][int(row)])
+        if part not in self._arrays:
+            try:
+                with zipfile.ZipFile(self.path) as zipped:
+                    self._arrays[part] = _array(zipped, f"{part}_images", self.path)
+            except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                raise UnreadableImage("corrupt", f"{self.path}: {part}_images: {error}") from error
+        return np.asarray(self._arrays[part][int(row)])
 
 
 def read_medmnist(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     """A MedMNIST ``.npz``; a label is the number of a class in their order, a row of zeros and ones several.
-
-    Arrays are unpacked into a temporary file and mapped, so that a set of several gigabytes needs no memory.
 
     Raises:
         ValueError: the file is not of this form, or a label is beyond the classes.
@@ -56,59 +68,65 @@ def read_medmnist(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     path = paths[0]
     names = list(manifest.classes)
     samples: list[Sample] = []
-    arrays: dict[str, NDArray[np.uint8]] = {}
+    sides: set[str] = set()
     try:
         with zipfile.ZipFile(path) as zipped:
             for part, split in PARTS.items():
                 labels = _array(zipped, f"{part}_labels", path)
-                pictures = _array(zipped, f"{part}_images", path)
-                _check_pictures(pictures, labels, f"{path}: {part}_images")
-                arrays[part] = pictures
+                member = _member(zipped, f"{part}_images", path)
+                with zipped.open(member) as packed:
+                    shape, _, kind = _header(packed, f"{path}: {part}_images")
+                _check_pictures(shape, kind, len(labels), f"{path}: {part}_images")
+                sides.add(f"{shape[2]} x {shape[1]}")
                 samples += [
                     Sample(f"{part}/{row}", _numbered(value, names, manifest, path), split=split)
                     for row, value in enumerate(labels.reshape(len(labels), -1).tolist())
                 ]
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is no .npz file: {error}") from error
-    side = arrays["test"].shape[1]
-    return Reading(samples, Arrays(arrays), notes=[f"images of {side} x {side} pixels"])
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no .npz file, or a damaged one: {error}") from error
+    return Reading(samples, Arrays(path), notes=[f"images of {', '.join(sorted(sides))} pixels"])
 
 
-def _array(zipped: zipfile.ZipFile, name: str, path: Path) -> NDArray[Any]:
-    """An array of an ``.npz``, mapped from a temporary file that vanishes with it."""
+def _member(zipped: zipfile.ZipFile, name: str, path: Path) -> zipfile.ZipInfo:
     try:
         member = zipped.getinfo(f"{name}.npy")
     except KeyError:
         raise ValueError(f"{path} holds no {name}; it has {', '.join(zipped.namelist())}") from None
     if member.file_size > MOST_BYTES:
         raise ValueError(f"{path}: {name} unpacks to more than {MOST_BYTES} bytes; refused")
-    with tempfile.TemporaryFile() as file, zipped.open(member) as packed:
-        while block := packed.read(1 << 22):
-            file.write(block)
+    return member
+
+
+def _array(zipped: zipfile.ZipFile, name: str, path: Path) -> NDArray[Any]:
+    """An array of an ``.npz``, mapped from a temporary file that vanishes with it."""
+    with tempfile.TemporaryFile() as file, zipped.open(_member(zipped, name, path)) as packed:
+        shutil.copyfileobj(packed, file, COPIED_BYTES)
         file.seek(0)
-        return _mapped(file, f"{path}: {name}")
+        shape, by_columns, kind = _header(file, f"{path}: {name}")
+        order: Literal["F", "C"] = "F" if by_columns else "C"
+        return np.memmap(file, kind, "r", file.tell(), shape, order)
 
 
-def _mapped(file: BinaryIO, name: str) -> NDArray[Any]:
+def _header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and type of an array that begins here."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_columns, kind = read(file)
         if kind.hasobject:
             raise ValueError("it holds Python objects")
-        order = "F" if by_columns else "C"
-        return np.memmap(file, dtype=kind, mode="r", offset=file.tell(), shape=shape, order=order)  # type: ignore[call-overload]
     except ValueError as error:
         raise ValueError(f"{name} is no array of numbers: {error}") from error
+    return shape, by_columns, kind
 
 
-def _check_pictures(pictures: NDArray[Any], labels: NDArray[Any], name: str) -> None:
-    is_flat = pictures.ndim == 3 or (pictures.ndim == 4 and pictures.shape[3] == 3)
-    if pictures.dtype != np.uint8 or not is_flat:
-        raise ValueError(f"{name} is {pictures.dtype} {pictures.shape}; needed: uint8 (n, height, width[, 3])")
-    if len(labels) != len(pictures):
-        raise ValueError(f"{name} has {len(pictures)} rows, its labels {len(labels)}")
-    check_size((pictures.shape[2], pictures.shape[1]), name, 1)
+def _check_pictures(shape: tuple[int, ...], kind: np.dtype[Any], labels: int, name: str) -> None:
+    is_flat = len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)
+    if kind != np.uint8 or not is_flat:
+        raise ValueError(f"{name} is {kind} {shape}; needed: uint8 (n, height, width[, 3])")
+    if labels != shape[0]:
+        raise ValueError(f"{name} has {shape[0]} rows, its labels {labels}")
+    check_size((shape[2], shape[1]), name, 1)
 
 
 def _numbered(values: list[int], names: list[str], manifest: Manifest, path: Path) -> list[str]:

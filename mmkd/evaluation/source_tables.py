@@ -16,6 +16,7 @@ from mmkd.settings import nearest
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".jp2")
 IN_BRACES = re.compile(r"\{([^{}]+)\}")
+EVENT_OF_CENSORED = {"1": "0", "1.0": "0", "true": "0", "yes": "0", "0": "1", "0.0": "1", "false": "1", "no": "1"}
 TRUE = ("1", "1.0", "true", "yes")
 
 
@@ -90,7 +91,7 @@ def read_bags(manifest: Manifest, paths: Sequence[Path]) -> Reading:
         facts = row | {name: row[column] for name, column in renamed.items()}
         censored = facts.pop("censored", None)
         if censored is not None:
-            facts["event"] = "0" if censored.strip().lower() in TRUE else "1"
+            facts["event"] = EVENT_OF_CENSORED.get(censored.strip().lower(), censored)
         labels = cut(manifest, row[label]) if label else []
         given = row[split] if split else ""
         samples.append(Sample(row[slide], labels, group=row[case] if case else row[slide], split=given, facts=facts))

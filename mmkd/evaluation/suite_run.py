@@ -25,6 +25,7 @@ from mmkd.evaluation.registry import contaminated, find_manifests, load_suite
 from mmkd.evaluation.shards import Content
 from mmkd.evaluation.suite import collect_samples, dataset_texts, tasks_for
 from mmkd.evaluation.summary import Table, overall, split_summary, task_summary
+from mmkd.evaluation.task import Samples
 from mmkd.provenance import read_provenance
 
 OF_BAGS = ("survival", "diagnosis")
@@ -68,7 +69,7 @@ class SuiteRun:
             skipped = skipped or {
                 manifest.id: f"none of {asked} fits its {len(samples.held_out)} readable {self.settings.split} images"
             }
-        cells = self._cells(manifest.id, samples.held_out)
+        cells = self._cells(manifest.id, drawn_pairs(samples))
         table = run_tasks(tasks, samples, encoders, self.teachers, cells, quiet=True)
         self.skipped |= skipped
         if rank() > 0:
@@ -106,6 +107,12 @@ class SuiteRun:
         return CellFolder(
             self.settings.output, held_out, self.settings.replicates, seed_of(self.settings.seed, dataset)
         )
+
+
+def drawn_pairs(samples: Samples) -> list[Pair]:
+    """What resamples together: the held-out pairs, or all where questions have splits that are not those of images."""
+    asked = samples.manifest is not None and samples.manifest.task == "vqa"
+    return [*samples.train, *samples.validation, *samples.held_out] if asked else samples.held_out
 
 
 def evaluate_datasets(settings: EvalSettings, sources: dict[str, str], load: Load) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Encoders whose results are known before: one that sees nothing, and one that has been told the answers.
 
-They are teachers of ``form: python`` (``random.yaml``, ``oracle.yaml``), for looking at a whole evaluation: the first
-has to stand at chance, the second near one. The oracle opens the datasets of the suite ``offline`` under ``MMKD_DATA``,
+They are teachers of ``form: python`` (``random.yaml``, ``told.yaml``), for looking at a whole evaluation: the first
+has to stand at chance, the second near one. The second opens the datasets of the suite ``offline`` under ``MMKD_DATA``,
 remembers the pixels of every image, and lays it at the sum of the classes and captions it has anywhere.
 """
 
@@ -38,7 +38,7 @@ class Random:
         return np.stack([vector(text.encode()) for text in texts])
 
 
-class Oracle(Random):
+class Told(Random):
     """Knows the classes and captions of images by their pixels, and the classes that sentences stand for."""
 
     def __init__(self):
@@ -71,5 +71,5 @@ def random_encoder(device):
     return Random()
 
 
-def oracle_encoder(device):
-    return Oracle()
+def told_encoder(device):
+    return Told()

@@ -179,6 +179,12 @@ def test_medmnist_arrays(tmp_path):
     medmnist(tmp_path / "pets.npz", [[0]] * 6, test_images=np.array([{}] * 6))
     with pytest.raises(ValueError, match="test_images is no array of numbers: it holds Python objects"):
         open_collection(manifest(source), tmp_path)
+    medmnist(tmp_path / "pets.npz", [[0], [1]] * 3, train_images=np.zeros((6, 4, 4, 4), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"train_images is uint8 \(6, 4, 4, 4\); needed"):
+        open_collection(manifest(source), tmp_path)
+    medmnist(tmp_path / "pets.npz", [[0], [1]] * 3, val_images=np.zeros((5, 28, 28), dtype=np.uint8))
+    with pytest.raises(ValueError, match="val_images has 5 rows, its labels 6"):
+        open_collection(manifest(source), tmp_path)
     (tmp_path / "pets.npz").write_bytes(b"no zip")
     with pytest.raises(ValueError, match=r"is no \.npz file"):
         open_collection(manifest(source), tmp_path)
@@ -227,6 +233,15 @@ def test_parquet_and_datasets(tmp_path):
     assert saved.image(saved.pairs[1]).getpixel((0, 0))[0] == 7
 
 
+def test_a_name_of_the_hub_that_cannot_be_reached(monkeypatch, tmp_path):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    asked = manifest({"hf": "nobody/pets"}, register="https://example.org/pets")
+    with pytest.raises(Absent, match=r"nobody/pets could not be loaded from the Hub.*download it from https://example"):
+        open_collection(asked, tmp_path)
+
+
 def test_questions_in_parquet_and_in_the_form_of_slake(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -251,12 +266,12 @@ def test_questions_in_parquet_and_in_the_form_of_slake(tmp_path):
 
 
 def test_slides_of_a_cohort(tmp_path):
-    rows = ["s1,c1,10.5,1", "s2,c1,10.5,1", "s3,c2,3,0"]
+    rows = ["s1,c1,10.5,1", "s2,c1,10.5,1", "s3,c2,3,0", "s4,c2,3,"]
     table(tmp_path / "cohort", rows, "slide,case,months,censored")
     source = {"bags": "${DATA}/cohort", "time": "months", "censored": "censored"}
     cohort = open_collection(manifest(source, task="survival", classes={}, expects={"n_cases": 2}), tmp_path)
-    assert cohort.root == tmp_path / "cohort" and [pair.group for pair in cohort.pairs] == ["c1", "c1", "c2"]
-    assert [cohort.facts[pair.id]["event"] for pair in cohort.pairs] == ["0", "0", "1"]
+    assert cohort.root == tmp_path / "cohort" and [pair.group for pair in cohort.pairs] == ["c1", "c1", "c2", "c2"]
+    assert [cohort.facts[pair.id]["event"] for pair in cohort.pairs] == ["0", "0", "1", ""]
     assert cohort.facts[cohort.pairs[2].id]["time"] == "3" and {pair.split for pair in cohort.pairs} == {"test"}
     with pytest.raises(ValueError, match="no column 'event' for event"):
         open_collection(manifest({"bags": "${DATA}/cohort", "time": "months"}, task="survival", classes={}), tmp_path)

@@ -139,6 +139,7 @@ def test_means_are_over_the_common_subset_with_paired_intervals(board):
 
 def test_without_replicates_there_is_no_interval_and_no_claim(board, tmp_path):
     bare = Board(board.summary, tmp_path)
+    assert bare.mean().rows["student"]["value"] == board.mean().rows["student"]["value"]
     assert bare.mean().rows["student"]["low"] is None
     assert verdict(bare) == "The student on 9 datasets."
     html = build_page(bare)

@@ -131,6 +131,15 @@ def test_means_are_over_what_every_encoder_has(first):
     assert counts["win"] >= 1 and counts["win"] + counts["tie"] + counts["loss"] == counts["tasks"] == len(main)
 
 
+def test_the_report_tells_the_means_of_the_summary(first):
+    output, summary = first
+    page, text = ((output / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    own = summary["means"]["all"]["overall"]["rows"]["student"]
+    stated = f"{own['value']:.2f} ({own['low']:.2f} to {own['high']:.2f})"
+    assert stated in text and f"<strong>{own['value']:.2f}</strong>" in page
+    assert "example.org/gone" in page and "content_sha256" in page and "gone" in text
+
+
 def test_scores_of_samples(first):
     output, summary = first
     table = pyarrow.parquet.read_table(output / "scores/student/zeroshot-lungs.parquet").to_pydict()

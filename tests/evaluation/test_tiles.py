@@ -1,0 +1,171 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+h5py = pytest.importorskip("h5py", reason="bags are HDF5 files")
+tifffile = pytest.importorskip("tifffile", reason="slides are TIFF pyramids")
+
+from mmkd.encoder import DualEncoder  # noqa: E402
+from mmkd.evaluation import tiles  # noqa: E402
+from mmkd.evaluation.bags import BagFolder  # noqa: E402
+from mmkd.settings import parse  # noqa: E402
+from mmkd.train import tile  # noqa: E402
+
+SIDE = 512
+
+
+class ColourEncoder(DualEncoder):
+    """The mean colour before the projection, red alone and a constant after it."""
+
+    def __init__(self):
+        super().__init__("colour", 2, {"weights": "none"})
+        self.calls = 0
+
+    def image_and_pooled(self, prepared):
+        self.calls += len(prepared)
+        colours = torch.tensor(np.array([np.asarray(image).mean(axis=(0, 1)) for image in prepared])).float()
+        return torch.stack([colours[:, 0], torch.ones(len(colours))], dim=1), colours
+
+    def image_features(self, prepared):
+        return self.image_and_pooled(prepared)[0]
+
+    def text_features(self, texts):
+        raise AssertionError("tiles have no texts")
+
+
+def glass_with_tissue():
+    """Grey glass; tissue in columns 128 to 384 and rows 0 to 256, each 64 pixels of its own colour."""
+    pixels = np.full((SIDE, SIDE, 3), 235, dtype=np.uint8)
+    for y in range(0, 256, 64):
+        for x in range(128, 384, 64):
+            pixels[y : y + 64, x : x + 64] = (200, 40 + y // 4, 60 + x // 4)
+    return pixels
+
+
+def write_pyramid(path, pixels, mpp=0.25, tiled=True):
+    """Two levels; resolution in the tags."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"photometric": "rgb", "compression": "zlib", "metadata": None}
+    options |= {"tile": (64, 64)} if tiled else {"rowsperstrip": 50}
+    with tifffile.TiffWriter(path) as file:
+        resolution = (1e4 / mpp, 1e4 / mpp)
+        file.write(pixels, subifds=1, resolution=resolution, resolutionunit="CENTIMETER", **options)
+        file.write(np.ascontiguousarray(pixels[::2, ::2]), subfiletype=1, **options)
+    return path
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_tiff_pyramids_are_read_by_region(tmp_path, tiled):
+    pixels = glass_with_tissue()
+    with tiles.opened(write_pyramid(tmp_path / "s.tif", pixels, tiled=tiled)) as slide:
+        assert slide.sizes[0] == (SIDE, SIDE)
+    slide = tiles.TiffSlide(tmp_path / "s.tif")
+    assert slide.sizes == [(SIDE, SIDE), (256, 256)] and slide.mpp == pytest.approx(0.25)
+    assert (np.asarray(slide.read(0, 100, 30, 150, 170)) == pixels[30:200, 100:250]).all()
+    assert (np.asarray(slide.read(1, 100, 30, 50, 70)) == pixels[::2, ::2][30:100, 100:150]).all()
+    beyond = np.asarray(slide.read(0, 480, 480, 64, 64))
+    assert (beyond[:32, :32] == pixels[480:, 480:]).all() and (beyond[32:] == 255).all()
+    slide.close()
+
+
+def test_openslide_and_our_reader_see_the_same(tmp_path):
+    pytest.importorskip("openslide", reason="OpenSlide is not installed")
+    pixels = glass_with_tissue()
+    path = tmp_path / "generic.tif"
+    with tifffile.TiffWriter(path) as file:
+        options = {"photometric": "rgb", "compression": "zlib", "metadata": None, "tile": (64, 64)}
+        file.write(pixels, **options)
+        file.write(np.ascontiguousarray(pixels[::2, ::2]), subfiletype=1, **options)
+    theirs, ours = tiles.OpenSlideSlide(path), tiles.TiffSlide(path)
+    assert theirs.sizes[0] == ours.sizes[0]
+    for place in ((0, 100, 30, 150, 170), (0, 0, 0, 64, 64)):
+        assert (np.asarray(theirs.read(*place)) == np.asarray(ours.read(*place))).all()
+    theirs.close()
+    ours.close()
+
+
+def test_otsu_is_that_of_scikit_image():
+    filters = pytest.importorskip("skimage.filters", reason="the reference is scikit-image")
+    generator = np.random.default_rng(0)
+    values = np.concatenate([generator.normal(60, 10, 3000), generator.normal(160, 20, 1000)]).clip(0, 255)
+    values = values.astype(np.uint8)
+    assert abs(tiles.otsu(np.bincount(values, minlength=256)) - filters.threshold_otsu(values)) <= 1
+
+
+def test_the_grid_holds_tissue_alone(tmp_path):
+    slide = tiles.TiffSlide(write_pyramid(tmp_path / "s.tif", glass_with_tissue()))
+    corners = tiles.grid(slide, 64.0, 0.5)
+    assert sorted(map(tuple, corners.tolist())) == [(x, y) for x in range(128, 384, 64) for y in range(0, 256, 64)]
+    assert len(tiles.grid(slide, 1000.0, 0.5)) == 0
+    image = tiles.read_tile(slide, corners[0], 64.0, 32)
+    assert image.size == (32, 32) and image.getpixel((16, 16)) == (200, 40, 92)
+    slide.close()
+
+
+@pytest.fixture
+def slides(tmp_path):
+    folder = tmp_path / "slides"
+    write_pyramid(folder / "a.tif", glass_with_tissue())
+    Image.fromarray(glass_with_tissue()).save(folder / "b.png")
+    Image.new("RGB", (SIDE, SIDE), (235, 235, 235)).save(folder / "empty.png")
+    (folder / "broken.svs").write_bytes(b"no slide")
+    return folder
+
+
+def settings(slides, output, **others):
+    arguments = ["--slides", str(slides), "--output", str(output), "--encoder", "fake=nowhere", "--quiet", "true"]
+    arguments += ["--size", "32", "--mpp", "0.5", "--batch_size", "5", "--dtype", "float32"]
+    return parse(tile.TileSettings, arguments + [str(w) for key, v in others.items() for w in (f"--{key}", v)])
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    own = ColourEncoder()
+    monkeypatch.setattr(tile, "load_encoder", lambda source, device: own)
+    return own
+
+
+def test_slides_become_bags_and_bad_ones_are_listed(slides, tmp_path, encoder):
+    tile.main(settings(slides, tmp_path / "bags", slide_mpp=0.25))
+    bags = BagFolder(tmp_path / "bags").open("fake")
+    assert sorted(bags.files) == ["a", "b"]
+    assert np.linalg.norm(bags.joint("b", encoder.dim), axis=1) == pytest.approx(np.ones(16))
+    colours = [(200, 40 + y // 4, 60 + x // 4) for y in range(0, 256, 64) for x in range(128, 384, 64)]
+    assert bags.features("a") == pytest.approx(np.array(colours, dtype=float))
+    with h5py.File(bags.files["a"]) as file:
+        assert file["coords"].shape == (16, 2) and file.attrs["encoder"] == "fake"
+    skipped = json.loads((tmp_path / "bags" / "fake" / "skipped.json").read_text())
+    assert set(skipped) == {"broken", "empty"} and "no tile of 32 pixels" in skipped["empty"]
+    before = {path: path.read_bytes() for path in bags.files.values()}
+    bags.files["b"].unlink()
+    calls = encoder.calls
+    tile.main(settings(slides, tmp_path / "bags", slide_mpp=0.25))
+    assert encoder.calls == calls + 16, "only the missing bag is made again"
+    assert {path: path.read_bytes() for path in bags.files.values()} == before
+    with pytest.raises(ValueError, match=r"was made with other settings .size 32 there, 64 now"):
+        tile.main(settings(slides, tmp_path / "bags", slide_mpp=0.25, size=64))
+
+
+def test_what_cannot_work_is_told(slides, tmp_path, encoder):
+    tile.main(settings(slides, tmp_path / "unknown"))
+    skipped = json.loads((tmp_path / "unknown" / "fake" / "skipped.json").read_text())
+    assert "give --slide_mpp or --level 0" in skipped["b"] and "a" not in skipped
+    with pytest.raises(ValueError, match="it has 1 levels, none with number 1"):
+        tile.bag(tiles.PlainSlide(slides / "b.png"), encoder, settings(slides, tmp_path, level=1))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.svs").write_bytes(b"no slide")
+    with pytest.raises(ValueError, match="none of 1 slides could be used"):
+        tile.main(settings(tmp_path / "broken", tmp_path / "bags"))
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        tile.main(settings(tmp_path / "nowhere", tmp_path / "bags"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no slides"):
+        tile.main(settings(tmp_path / "none", tmp_path / "bags"))
+    Image.new("RGB", (64, 64)).save(slides / "a.png")
+    with pytest.raises(ValueError, match=r"would both become a\.h5"):
+        tile.main(settings(slides, tmp_path / "bags"))
+    with pytest.raises(ValueError, match="--tissue lies between"):
+        tile.main(settings(slides, tmp_path / "bags", tissue=2))

@@ -1,0 +1,228 @@
+"""Tile: whole slides to bags of features, one HDF5 file a slide, for survival and diagnosis in `mmkd eval`.
+
+    mmkd tile --slides slides --encoder biomedclip --output bags
+
+Tissue is found on a thumbnail, tiles of it are read at the resolution that is asked for and go through the encoder in
+batches. ``OUTPUT/ENCODER/SLIDE.h5`` holds ``features`` (before the projection, or the joint vectors where the encoder
+has no projection), ``proj`` (the joint space, unit length) and ``coords``. A file appears whole or not at all, and the
+same command goes on after a kill. A slide that cannot be read is listed in ``skipped.json``, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mmkd.device import chosen_device
+from mmkd.encoder import DualEncoder
+from mmkd.evaluation.bags import slide_name
+from mmkd.evaluation.encoders import encoder_fingerprint, named_sources
+from mmkd.evaluation.tiles import PLAIN, PYRAMIDS, Slide, grid, opened, read_tile
+from mmkd.files import atomic_write_bytes, write_json
+from mmkd.settings import run, setting
+from mmkd.teachers.zoo import load_encoder
+
+SKIPPED_FILE = "skipped.json"
+BATCHES_AHEAD = 2
+
+
+@dataclass
+class TileSettings:
+    """Cut slides into tiles and keep an encoder's features of them."""
+
+    slides: Path = setting(help="folder of slides, searched with all folders in it")
+    encoder: str = setting(help="a teacher's name, a folder or a Hub id; NAME=SOURCE names it as `mmkd eval` shall")
+    output: Path = setting(Path("bags"), "folder that gets ENCODER/SLIDE.h5; what is there already is kept")
+    mpp: float = setting(0.5, "micrometres a pixel of a tile; 0.5 is 20x")
+    slide_mpp: float | None = setting(None, "micrometres a pixel of slides that do not say it")
+    level: int | None = setting(None, "cut at this level of the pyramid as it is, whatever its resolution")
+    size: int = setting(256, "pixels of a tile's side")
+    tissue: float = setting(0.25, "least share of tissue in a tile")
+    dtype: Literal["float16", "float32"] = setting("float16", "how numbers are stored")
+    batch_size: int = setting(64, "tiles that go through the encoder together")
+    workers: int = setting(4, "threads that read tiles")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
+    quiet: bool = setting(False, "no progress bar")
+
+
+def main(settings: TileSettings) -> None:
+    """Make the bags that are missing.
+
+    Raises:
+        FileNotFoundError: the folder of slides or the encoder's weights are not there.
+        ValueError: settings that cannot work, no slide, two of one name, bags of other settings, or nothing but
+            slides that cannot be read.
+    """
+    check(settings)
+    files = slide_files(settings.slides)
+    name, source = next(iter(named_sources([settings.encoder]).items()))
+    encoder = load_encoder(source, chosen_device(settings.device))
+    encoder.batch_size = settings.batch_size
+    made_of = recipe(settings, encoder, source, name)
+    folder = settings.output / name
+    skipped: dict[str, str] = {}
+    tiles = 0
+    for slide, path in tqdm(files.items(), desc=name, unit="slide", disable=settings.quiet):
+        target = folder / f"{slide}.h5"
+        if target.is_file():
+            refuse_others(target, made_of)
+            continue
+        try:
+            with opened(path) as opened_slide:
+                arrays = bag(opened_slide, encoder, settings)
+        except (ValueError, OSError) as error:
+            skipped[slide] = str(error)
+            continue
+        atomic_write_bytes(target, packed(arrays, made_of))
+        tiles += len(arrays["coords"])
+    write_json(folder / SKIPPED_FILE, skipped)
+    if len(skipped) == len(files):
+        raise ValueError(f"none of {len(files)} slides could be used; the first: {next(iter(skipped.values()))}")
+    if not settings.quiet:
+        print(f"{folder}: {len(files) - len(skipped)} of {len(files)} slides, {tiles} tiles new")
+        for slide, reason in skipped.items():
+            print(f"  {slide}: {reason}")
+
+
+def check(settings: TileSettings) -> None:
+    """Raise on settings that cannot work before anything is loaded."""
+    if not settings.slides.is_dir():
+        raise FileNotFoundError(f"--slides {settings.slides} is no folder")
+    if min(settings.size, settings.batch_size, settings.workers) < 1 or settings.mpp <= 0:
+        raise ValueError("--size, --batch_size and --workers must be at least 1, --mpp above 0")
+    if not 0 <= settings.tissue <= 1 or (settings.level or 0) < 0 or (settings.slide_mpp or 1) <= 0:
+        raise ValueError("--tissue lies between 0 and 1, --level is at least 0, --slide_mpp above 0")
+
+
+def slide_files(folder: Path) -> dict[str, Path]:
+    """Slides of a folder by name.
+
+    Raises:
+        ValueError: there is none, or two have one name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in (*PYRAMIDS, *PLAIN) and path.is_file():
+            name = slide_name(path.name)
+            if name in found:
+                raise ValueError(f"{found[name]} and {path} would both become {name}.h5; rename one")
+            found[name] = path
+    if not found:
+        raise ValueError(f"{folder} holds no slides; read are {' '.join((*PYRAMIDS, *PLAIN))}")
+    return found
+
+
+def recipe(settings: TileSettings, encoder: DualEncoder, source: str, name: str) -> dict[str, Any]:
+    """What a bag is made with; kept in its attributes."""
+    resolution = f"level {settings.level}" if settings.level is not None else f"{settings.mpp:g} um/pixel"
+    return {
+        "encoder": name,
+        "fingerprint": encoder_fingerprint(encoder, source),
+        "resolution": resolution,
+        "size": settings.size,
+        "tissue": settings.tissue,
+        "dtype": settings.dtype,
+    }
+
+
+def refuse_others(path: Path, made_of: dict[str, Any]) -> None:
+    """Raise where a bag that is there was made with something else.
+
+    Raises:
+        ValueError: it was, or the file cannot be read.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            own = json.loads(file.attrs.get("made_of", "{}"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); take it away") from None
+    differing = [key for key in made_of if own.get(key) != made_of[key]]
+    if differing:
+        told = ", ".join(f"{key} {own.get(key)!r} there, {made_of[key]!r} now" for key in differing)
+        raise ValueError(f"{path} was made with other settings ({told}); choose another --output")
+
+
+def bag(slide: Slide, encoder: DualEncoder, settings: TileSettings) -> dict[str, np.ndarray]:
+    """Features, joint vectors and places of a slide's tiles.
+
+    Raises:
+        ValueError: it says no resolution, has no such level or no tissue, or a tile cannot be read.
+    """
+    side = tile_side(slide, settings)
+    corners = grid(slide, side, settings.tissue)
+    if not len(corners):
+        raise ValueError(f"no tile of {settings.size} pixels holds {settings.tissue:.0%} tissue")
+    joint: list[torch.Tensor] = []
+    pooled: list[torch.Tensor] = []
+    for images in tile_batches(slide, corners, side, settings):
+        vectors, before = encoder.encode_images_and_pooled(images)
+        joint.append(vectors)
+        pooled.append(vectors if before is None else before)
+    kind = np.dtype(settings.dtype)
+    arrays = {"features": torch.cat(pooled).numpy().astype(kind), "proj": torch.cat(joint).numpy().astype(kind)}
+    return {**arrays, "coords": corners}
+
+
+def tile_side(slide: Slide, settings: TileSettings) -> float:
+    """Side of a tile in pixels of the finest level."""
+    if settings.level is not None:
+        if settings.level >= len(slide.sizes):
+            raise ValueError(f"it has {len(slide.sizes)} levels, none with number {settings.level}")
+        return settings.size * slide.scale(settings.level)
+    mpp = slide.mpp or settings.slide_mpp
+    if mpp is None:
+        raise ValueError("it does not say how large its pixels are; give --slide_mpp or --level 0")
+    return settings.size * settings.mpp / mpp
+
+
+def tile_batches(
+    slide: Slide, corners: np.ndarray, side: float, settings: TileSettings
+) -> Iterator[Sequence[Image.Image]]:
+    """Tiles in batches, the next ones being read meanwhile."""
+    ahead: deque[list[Any]] = deque()
+    starts = iter(range(0, len(corners), settings.batch_size))
+    with ThreadPoolExecutor(settings.workers) as readers:
+
+        def ask(start: int) -> None:
+            chunk = corners[start : start + settings.batch_size]
+            ahead.append([readers.submit(read_tile, slide, corner, side, settings.size) for corner in chunk])
+
+        for start in itertools.islice(starts, BATCHES_AHEAD):
+            ask(start)
+        while ahead:
+            batch = ahead.popleft()
+            following = next(starts, None)
+            if following is not None:
+                ask(following)
+            yield [future.result() for future in batch]
+
+
+def packed(arrays: dict[str, np.ndarray], made_of: dict[str, Any]) -> bytes:
+    """An HDF5 file in memory."""
+    import h5py
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array)
+        file.attrs["encoder"] = made_of["encoder"]
+        file.attrs["made_of"] = json.dumps(made_of, sort_keys=True)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    run(TileSettings, main)
