@@ -8,7 +8,7 @@ drawn instead and the result says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from mmkd.evaluation.metrics import Floats, Integers
 REPLICATES = 1000
 SEED = 42
 CHUNK = 100
+CHUNK_ELEMENTS = 1 << 24  # weights held at once; fewer replicates a chunk with more than 167,772 units
 LEVELS = (2.5, 97.5)
 BY_GROUP, BY_IMAGE = "groups within class", "images within class: fewer than two groups, so intervals are too narrow"
 
@@ -68,12 +69,21 @@ def subframe(whole: Frame, samples: Sequence[int]) -> Frame:
     return replace(whole, units=whole.units[np.asarray(samples, dtype=np.int64)])
 
 
-def replicate_weights(sampling: Frame, replicates: int = REPLICATES, seed: int = SEED) -> Iterator[Floats]:
+def replicate_weights(
+    sampling: Frame, replicates: int = REPLICATES, seed: int = SEED, chunk: int | None = None
+) -> Iterator[Floats]:
     """Weights of every sample, in chunks of up to 100 replicates ``(chunk, n)``.
 
     In each stratum as many units are drawn as it has; a sample weighs as often as its unit was drawn.
+
+    Args:
+        sampling: what is resampled.
+        replicates: how many.
+        seed: of the draws.
+        chunk: replicates at a time, by default `chunk_size`; draws depend on it.
     """
-    sizes = [min(CHUNK, replicates - start) for start in range(0, replicates, CHUNK)]
+    chunk = chunk or chunk_size([sampling])
+    sizes = [min(chunk, replicates - start) for start in range(0, replicates, chunk)]
     for size, source in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
         generator = np.random.default_rng(source)
         drawn = np.zeros((size, len(sampling.strata)))
@@ -84,6 +94,11 @@ def replicate_weights(sampling: Frame, replicates: int = REPLICATES, seed: int =
             counted = np.bincount((picks + offsets).ravel(), minlength=size * len(members))
             drawn[:, members] = counted.reshape(size, len(members))
         yield drawn[:, sampling.units]
+
+
+def chunk_size(frames: Iterable[Frame]) -> int:
+    """Replicates drawn at a time from frames that go together: 100, fewer where one has very many units."""
+    return max(1, min(CHUNK, CHUNK_ELEMENTS // max(len(sampling.strata) for sampling in frames)))
 
 
 def replicate(
@@ -104,7 +119,8 @@ def replicate(
     points = {name: float(values[0]) for name, values in metrics(ones).items()}
     if min(len(sampling.strata) for sampling in frames.values()) < 2:
         return points, {name: np.full(replicates, np.nan) for name in points}
-    streams = [replicate_weights(sampling, replicates, seed) for sampling in frames.values()]
+    chunk = chunk_size(frames.values())
+    streams = [replicate_weights(sampling, replicates, seed, chunk) for sampling in frames.values()]
     chunks = [metrics(dict(zip(frames, weights, strict=True))) for weights in zip(*streams, strict=True)]
     return points, {name: np.concatenate([chunk[name] for chunk in chunks]) for name in points}
 

@@ -56,11 +56,11 @@ def _ranks(block: torch.Tensor, right: Sequence[Integers]) -> Floats:
     query = torch.from_numpy(np.repeat(np.arange(len(right)), [len(own) for own in right]))
     own = block[query, torch.from_numpy(np.concatenate(right))]
     best = torch.full((len(right),), -torch.inf).scatter_reduce(0, query, own, "amax")
-    above = (block > best[:, None]).sum(dim=1)
-    level = (block == best[:, None]).sum(dim=1)
-    level -= torch.bincount(query[own == best[query]], minlength=len(right))
-    ranks = 1 + above.double() + level.double() / 2
-    return torch.where(best.isnan(), torch.nan, ranks).numpy()
+    level = -torch.bincount(query[own == best[query]], minlength=len(right)).numpy()
+    scores, bar = block.numpy(), best[:, None].numpy()
+    above = np.count_nonzero(scores > bar, axis=1)  # several times as fast as torch's sum of booleans
+    level += np.count_nonzero(scores == bar, axis=1)
+    return np.where(np.isnan(bar[:, 0]), np.nan, 1 + above + level / 2)
 
 
 def _first(block: torch.Tensor, shown: int) -> tuple[Integers, Vectors]:

@@ -20,7 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mmkd.data.records import Pair
+from mmkd.evaluation import retrieval
+from mmkd.evaluation.bootstrap import replicate
+from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.ranks import search
+from mmkd.evaluation.task import Samples
+from mmkd.evaluation.vectors import Table
 
 PART = 1 << 16
 CHECKED = 16
@@ -54,6 +60,29 @@ def check(images: np.ndarray, captions: np.ndarray, ranks: np.ndarray) -> None:
     assert ((ranks[:CHECKED] >= 1 + surely) & (ranks[:CHECKED] <= perhaps)).all(), "a rank is wrong"
 
 
+def whole_task(images: np.ndarray, captions: np.ndarray, queries: int) -> None:
+    """The task as `mmkd eval` runs it, with 100 replicates; only the first queries are searched, the rest copy them."""
+    names = [f"caption {k}" for k in range(len(images))]
+    pairs = [Pair(f"{k}", f"{k}.png", names[k], "CT", split="test") for k in range(len(images))]
+    shards = [slice(start, start + 4096) for start in range(0, len(images), 4096)]
+    vectors = [
+        Table(keys, [whole[part] for part in shards])
+        for keys, whole in (([pair.id for pair in pairs], images), (names, captions))
+    ]
+    embedded = Embedded("e", "f", {}, vectors[0], {}, vectors[1])
+    task = retrieval.Retrieval(Samples(pairs, [], [], {pair.id: pair.image for pair in pairs}), (50, 200))
+
+    def first(asked: np.ndarray, pool: np.ndarray, right: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+        return tuple(
+            np.resize(own, (len(asked), *own.shape[1:])) for own in search(asked[:queries], pool, right[:queries])
+        )
+
+    retrieval.search = first
+    outputs = task.outputs(embedded)
+    points, _ = replicate(lambda weights: task.metrics(outputs, weights), task.frames, 100, 42)
+    print(f"the whole task: mean recall {points['mean_recall']:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", type=int, default=1_000_000)
@@ -62,6 +91,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=None, help="where the vectors are written, by default a new folder"
     )
+    parser.add_argument("--task", action="store_true", help="also make the whole task: pairs, right answers, intervals")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         files = simulate(Path(folder), arguments.pool, arguments.dim)
@@ -73,6 +103,9 @@ def main() -> None:
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         check(images, captions, ranks)
+        if arguments.task:
+            whole_task(images, captions, arguments.queries)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     hours = seconds / arguments.queries * arguments.pool / 3600
     plain = arguments.pool**2 * 4 / 2**30
     print(

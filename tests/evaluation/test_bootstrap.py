@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmkd.evaluation import metrics
+from mmkd.evaluation import bootstrap, metrics
 from mmkd.evaluation.bootstrap import BY_GROUP, BY_IMAGE, difference, frame, interval, replicate, replicate_weights
 
 
@@ -121,3 +121,18 @@ def test_five_metrics_are_those_of_scikit_learn_on_the_same_draws():
     targets, scores = benchmark.made_up(600, 9)
     sampling = frame(list(map(str, targets)), [f"patient {k // 2}" for k in range(600)])
     assert benchmark.disagreement(targets, scores, sampling, 25) < 1e-9
+
+
+def test_very_many_units_are_drawn_a_few_replicates_at_a_time(monkeypatch):
+    large, small = frame(["a"] * 60, [""] * 60), frame(["a"] * 6, [""] * 6)
+    monkeypatch.setattr(bootstrap, "CHUNK_ELEMENTS", 1000)
+    assert [len(part) for part in replicate_weights(large, 40, 42)] == [16, 16, 8]
+    seen = []
+
+    def metric(weights):
+        seen.append({name: own.shape for name, own in weights.items()})
+        return {"mean": metrics.weighted_mean(np.arange(60.0), weights["large"])}
+
+    _, found = replicate(metric, {"large": large, "small": small}, 40, 42)
+    assert seen[1:] == [{"large": (size, 60), "small": (size, 6)} for size in (16, 16, 8)]
+    assert found["mean"].shape == (40,) and found["mean"].std() > 0
