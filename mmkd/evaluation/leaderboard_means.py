@@ -50,7 +50,7 @@ def mean_over(summary: Summary, tasks: Sequence[str], replicates: Replicates) ->
         for row, own in answered.items()
         if own and row not in (ENSEMBLE, ORACLE)
     }
-    return Mean(block["tasks"], missing, block["rows"], block["differences"])
+    return Mean(block["tasks"] if block["rows"] else [], missing, block["rows"], block["differences"])
 
 
 def value_of(summary: Summary, task: str, row: str) -> float | None:
