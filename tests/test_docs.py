@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_every_command_of_the_pages_has_the_settings_that_it_gives(monkeypatch):
             for key, value in vars(module).items()
             if key.endswith("Settings") and dataclasses.is_dataclass(value) and value.__module__ == module.__name__
         ]
+        settings = settings or [typing.get_type_hints(module.main)["settings"]]
         if len(settings) > 1:  # a command of commands
             continue
         try:
