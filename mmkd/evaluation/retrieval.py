@@ -154,13 +154,14 @@ def compact(read: Callable[[Any], NDArray[Any]], keys: Sequence[Any]) -> NDArray
     """
     if len(keys) <= COMPACT:
         return read(keys)
-    parts = []
+    half = np.empty((len(keys), read(keys[:1]).shape[1]), dtype=np.float16)
     for start in range(0, len(keys), COMPACT):
-        part = read(keys[start : start + COMPACT])
+        part, kept = read(keys[start : start + COMPACT]), half[start : start + COMPACT]
         with np.errstate(over="ignore"):
-            half = part.astype(np.float16)
-        parts.append(half if np.array_equal(half.astype(part.dtype), part, equal_nan=True) else part)
-    return np.concatenate(parts)
+            kept[:] = part
+        if not np.array_equal(kept.astype(part.dtype), part, equal_nan=True):
+            return read(keys)
+    return half
 
 
 def positives(

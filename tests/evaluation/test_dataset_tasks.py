@@ -303,3 +303,14 @@ def test_zero_shot_of_a_dataset_is_that_of_clip_benchmark():
     assert points["accuracy"] == np.mean(logits.argmax(axis=1) == task.targets)
     recalls = [np.mean(logits.argmax(axis=1)[task.targets == k] == k) for k in range(3)]
     assert points["balanced_accuracy"] == pytest.approx(np.mean(recalls), abs=1e-12)
+
+
+def test_many_vectors_are_kept_in_half_precision_only_where_that_changes_none(monkeypatch):
+    monkeypatch.setattr(retrieval, "COMPACT", 7)
+    stored = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float16).astype(np.float32)
+    stored[3, 1] = np.nan
+    kept = retrieval.compact(lambda keys: stored[keys], list(range(30)))
+    assert kept.dtype == np.float16 and np.array_equal(kept.astype(np.float32), stored, equal_nan=True)
+    stored[20] *= 1.0001
+    kept = retrieval.compact(lambda keys: stored[keys], list(range(30)))
+    assert kept.dtype == np.float32 and np.array_equal(kept, stored, equal_nan=True)
