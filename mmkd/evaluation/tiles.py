@@ -20,7 +20,8 @@ from PIL import Image
 
 from mmkd.data.images import UnreadableImage, open_image
 
-THUMBNAIL, LEAST_SATURATION = 1024, 15
+THUMBNAIL = 1024
+GLASS, STAIN = 15, 60  # saturation that dirty glass may have, and that only tissue has: all of a slide may be tissue
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 PYRAMIDS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms")
 MICRONS_PER = {"centimeter": 1e4, "millimeter": 1e3, "micrometer": 1.0, "inch": 25400.0}
@@ -208,9 +209,9 @@ def open_slide(path: Path) -> Slide:
 
 
 def saturation_mask(thumbnail: Image.Image) -> NDArray[np.bool_]:
-    """Tissue of a thumbnail ``(height, width)``: saturation above Otsu's threshold, and above that of dirty glass."""
+    """Tissue of a thumbnail ``(height, width)``: saturation above Otsu's threshold, between glass and stain."""
     saturation = np.asarray(thumbnail.convert("HSV"))[..., 1]
-    return saturation > max(otsu(np.bincount(saturation.ravel(), minlength=256)), LEAST_SATURATION)
+    return saturation > np.clip(otsu(np.bincount(saturation.ravel(), minlength=256)), GLASS, STAIN)
 
 
 def otsu(histogram: NDArray[Any]) -> int:

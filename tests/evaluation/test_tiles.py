@@ -105,6 +105,13 @@ def test_the_grid_holds_tissue_alone(tmp_path):
     slide.close()
 
 
+def test_a_slide_may_be_tissue_all_over():
+    y, x = np.mgrid[:SIDE, :SIDE]
+    pixels = np.stack([180 + x // 8, 60 + y // 8, 90 + (x + y) // 16], axis=-1).astype(np.uint8)
+    assert tiles.saturation_mask(Image.fromarray(pixels)).all()
+    assert not tiles.saturation_mask(Image.new("RGB", (64, 64), (235, 232, 228))).any()
+
+
 @pytest.fixture
 def slides(tmp_path):
     folder = tmp_path / "slides"
