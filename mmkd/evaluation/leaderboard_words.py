@@ -13,6 +13,8 @@ def verdict(board: Board) -> str:
     best = mean.best(board.teachers)
     over = counted(len({board.tasks[name].get("dataset") for name in mean.tasks}), "dataset")
     student = "The student" if board.student == "student" else board.student
+    if not board.tasks:
+        return "There is nothing to show: no task could be evaluated."
     if board.student not in mean.rows:
         return f"{student} has no common results with the others."
     if best is None or mean.differences[best]["low"] is None or mean.differences[best]["high"] is None:
@@ -31,6 +33,8 @@ def claim(board: Board) -> str:
     """The numbers behind the headline, as HTML."""
     mean = board.mean()
     own = mean.rows.get(board.student)
+    if not board.tasks:
+        return "The reasons stand below."
     if own is None:
         return "There is no task that every encoder answered, so there is nothing to compare over all of them."
     inside = "" if own["low"] is None else f" (95 % interval {number(own['low'])} to {number(own['high'])})"

@@ -181,6 +181,7 @@ def test_missing_kinds_leave_a_whole_page(datasets, tmp_path):
     html = build_page(Board(read_json(tmp_path / "summary.json"), tmp_path))
     assert Page(html).unlabelled == [] and "busi" in html
     assert ('id="leaderboard"' in html) == bool(datasets)
+    assert ("no task could be evaluated" in html) != bool(datasets)
 
 
 def test_a_student_alone_and_one_without_numbers(tmp_path):
