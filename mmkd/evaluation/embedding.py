@@ -103,7 +103,8 @@ def embed(
         quiet: no progress bar.
     """
     files = content.files(cache, fingerprint)
-    parts = [("image", part) for part in shards_of(source.pairs)] + [("text", part) for part in shards_of(texts)]
+    pairs = source.pairs if content.images else []  # slides have features in bags, and no image to embed
+    parts = [("image", part) for part in shards_of(pairs)] + [("text", part) for part in shards_of(texts)]
     own = content.missing(cache, fingerprint)[rank() :: world_size()]
     total = sum(len(parts[number][1]) for number in own)
     hidden = quiet or rank() > 0 or not own

@@ -6,12 +6,14 @@ import pytest
 pytest.importorskip("h5py", reason="bags are HDF5 files")
 pytest.importorskip("sklearn", reason="logistic regression")
 
+from fake_encoder import FakeEncoder
 from simulated_slides import SlideCollection, slide_manifest, slide_pairs, write_bag
 from sklearn.metrics import cohen_kappa_score
 
 from mmkd.evaluation import diagnosis
 from mmkd.evaluation.bootstrap import interval, replicate
-from mmkd.evaluation.embedding import Embedded
+from mmkd.evaluation.embedding import Embedded, embed, read_embedded
+from mmkd.evaluation.shards import Content
 from mmkd.evaluation.task import Samples, Undefined
 
 CLASSES = {"luad": ["lung adenocarcinoma"], "lusc": ["squamous cell carcinoma of the lung"]}
@@ -99,3 +101,11 @@ def test_what_cannot_be_asked_says_why(slides):
         diagnosis.tasks(replace(slides, train=[replace(slides.train[0], label="benign")]))
     with pytest.raises(Undefined, match="no bags of clip in"):
         diagnosis.tasks(slides)[0][2].outputs(encoder("clip", slides))
+
+
+def test_of_slides_only_sentences_are_embedded(slides, tmp_path):
+    texts = sorted({text for own in slides.manifest.prompts().values() for text in own})
+    content = Content.of([], {}, texts)
+    embed(FakeEncoder("fake"), "f", content, slides.collection, texts, tmp_path, quiet=True)
+    found = read_embedded("fake", "f", {}, content, [], texts, tmp_path)
+    assert found.text_matrix(texts).shape == (len(texts), 41) and not found.unreadable
