@@ -142,31 +142,33 @@ def test_resumed_is_uninterrupted(tmp_path, at):
 
 
 def test_killed_process_resumes_to_the_same_bytes(tmp_path):
-    """A real SIGKILL, wherever it falls."""
+    """A real SIGKILL, wherever it falls; every run in a process of its own, as a command is."""
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent(f"""
         import sys, time
         sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
         from pathlib import Path
+        import torch
         from test_loop import Numbers, settings, train
         class Slow(Numbers):
             def epoch(self, epoch, skip=0):
                 for batch in super().epoch(epoch, skip):
-                    time.sleep(0.05)
+                    time.sleep(float(sys.argv[2]))
                     yield batch
+        torch.set_num_threads(1)
         train(settings(Path(sys.argv[1]), checkpoint_every=1), Slow())
         """)
     )
     folder = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(program), str(folder)])
+    process = subprocess.Popen([sys.executable, str(program), str(folder), "0.05"])
     log = folder / "model.partial" / "log.jsonl"
     while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= 6):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    train(settings(folder, checkpoint_every=1))
-    train(settings(tmp_path / "whole"))
+    runs = [subprocess.Popen([sys.executable, str(program), str(tmp_path / name), "0"]) for name in ("killed", "whole")]
+    assert [run.wait() for run in runs] == [0, 0]
     assert weights(folder) == weights(tmp_path / "whole")
 
 
