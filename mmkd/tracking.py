@@ -81,24 +81,29 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "processes": world_size(),
         "threads": torch.get_num_threads(),
-        "package_git": git_state(Path(__file__).parent),
+        "package_git": git_state(Path(__file__).resolve()),
         "folder_git": git_state(Path.cwd()),
         **extra,
     }
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the repository around a folder and whether files differ from it; None without repository or git."""
-    told = []
-    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+def git_state(path: Path) -> dict[str, Any] | None:
+    """Commit of the repository around a folder or file and whether files differ from it; None without one or git.
+
+    A file has to be in the repository: one installed below some other checkout has no state.
+    """
+    is_file, told = path.is_file(), []
+    own = [["ls-files", "--error-unmatch", path.name]] if is_file else []
+    for command in (*own, ["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        call = ["git", "-C", str(path.parent if is_file else path), *command]
         try:
-            done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=20)
+            done = subprocess.run(call, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return None
         if done.returncode:
             return None
         told.append(done.stdout.strip())
-    return {"commit": told[0], "changed": bool(told[1])}
+    return {"commit": told[-2], "changed": bool(told[-1])}
 
 
 def write_environment(folder: Path, extra: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ class Embedded:
 
     def pooled_matrix(self, pairs: Sequence[Pair]) -> Vectors:
         """Image vectors before the projection, ``(n, width)``; the joint ones where the encoder has no others."""
-        return stacked(self.pooled or self.images, [pair.id for pair in pairs], "images")
+        return stacked(self.images if self.pooled_is_joint else self.pooled, [pair.id for pair in pairs], "images")
 
     def text_matrix(self, texts: Sequence[str]) -> Vectors:
         """Text vectors, ``(n, dim)``.

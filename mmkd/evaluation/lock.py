@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from mmkd.evaluation.summary import versions
+from mmkd.tracking import git_state
 
 VERSION = 1
 
@@ -37,19 +37,5 @@ def lock_of(summary: dict[str, Any]) -> dict[str, Any]:
         "datasets": datasets,
         "settings": summary["settings"],
         "versions": versions(),
-        "code": code_state(Path(__file__).resolve().parent),
+        "code": git_state(Path(__file__).resolve()),
     }
-
-
-def code_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that holds the folder and whether files differ from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed below some other checkout is no checkout
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
