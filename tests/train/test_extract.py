@@ -96,9 +96,8 @@ def test_features_are_the_teachers_and_several_share_one_decoding(work, monkeypa
     assert store.provenance["license"] == "MIT"
 
 
-@pytest.mark.parametrize("survived", [0, 1, 3, 9])
-def test_a_killed_run_goes_on_to_the_same_bytes(work, monkeypatch, survived):
-    run("whole")
+def run_until_killed(monkeypatch, survived):
+    """Begin ``resumed``, killed when so many shards are written."""
     written = []
     real = extract.FeatureParts.write
 
@@ -108,11 +107,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(work, monkeypatch, survived):
         written.append(values[0])
         real(self, *values)
 
-    monkeypatch.setattr(extract.FeatureParts, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run("resumed")
+    with monkeypatch.context() as patched:
+        patched.setattr(extract.FeatureParts, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("resumed")
+
+
+@pytest.mark.parametrize("survived", [0, 1, 3, 9])
+def test_a_killed_run_goes_on_to_the_same_bytes(work, monkeypatch, survived):
+    run("whole")
+    run_until_killed(monkeypatch, survived)
     assert not Path("resumed/first/meta.json").exists()
-    monkeypatch.setattr(extract.FeatureParts, "write", real)
     monkeypatch.setattr(extract, "read_pixels", counted := Counted(extract.read_pixels))
     run("resumed")
     assert counted.calls <= 23 - 5 * (survived // 2)
@@ -189,18 +194,7 @@ def test_a_caption_that_changed_is_refused_finished_and_extracted_anew_unfinishe
         run("features")
     run("fresh")
     manifest.write_text(before)
-    real, written = extract.FeatureParts.write, []
-
-    def killed(self, *values):
-        if len(written) == 6:
-            raise KeyboardInterrupt
-        written.append(values[0])
-        real(self, *values)
-
-    monkeypatch.setattr(extract.FeatureParts, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run("resumed")
-    monkeypatch.setattr(extract.FeatureParts, "write", real)
+    run_until_killed(monkeypatch, 6)
     manifest.write_text(changed)
     run("resumed")
     assert contents("resumed") == contents("fresh") != contents("features")
