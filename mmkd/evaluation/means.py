@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from mmkd.evaluation.bootstrap import difference, interval
-from mmkd.evaluation.cells import plain
 from mmkd.evaluation.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.metrics import Floats
-from mmkd.evaluation.summary import mean_of_kinds
+from mmkd.evaluation.summary import mean_of_kinds, plain_values
 
 Summaries = dict[str, dict[str, Any]]
 Replicates = Callable[[str, str], Floats]
@@ -70,9 +69,9 @@ def mean_block(tasks: Summaries, student: str, replicates: Replicates) -> dict[s
         for row in [*encoders, *extra]
     }
     drawn = {row: mean_of_kinds(kept, {name: replicates(row, name) for name in common}) for row in values}
-    rows = {row: _plain({"value": values[row], **_bounds(drawn[row])}) for row in values}
+    rows = {row: plain_values({"value": values[row], **_bounds(drawn[row])}) for row in values}
     differences = {
-        rival: _plain(difference(values[student], values[rival], drawn[student], drawn[rival]))
+        rival: plain_values(difference(values[student], values[rival], drawn[student], drawn[rival]))
         for rival in values
         if rival != student and student in values
     }
@@ -135,7 +134,3 @@ def _value(task: dict[str, Any], row: str) -> float | None:
 def _bounds(replicates: Floats) -> dict[str, float]:
     low, high = interval(replicates)
     return {"low": low, "high": high}
-
-
-def _plain(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: plain(value) for name, value in values.items()}

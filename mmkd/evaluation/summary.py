@@ -44,7 +44,7 @@ def task_summary(
         if rival == student or not ours or not cell["metrics"]:
             continue
         differences[rival] = {
-            metric: _plain(
+            metric: plain_values(
                 difference(_number(ours[metric]), _number(theirs), values[student][metric], values[rival][metric])
             )
             for metric, theirs in cell["metrics"].items()
@@ -81,7 +81,7 @@ def overall(
         "tasks": common,
         "rows": {row: _with_interval(scores[row], replicates[row]) for row in rows},
         "differences": {
-            rival: _plain(difference(scores[student], scores[rival], replicates[student], replicates[rival]))
+            rival: plain_values(difference(scores[student], scores[rival], replicates[student], replicates[rival]))
             for rival in rivals
         },
         "best_teacher": max(known, key=lambda row: scores[row]) if known else None,
@@ -133,7 +133,7 @@ def _nan_mean(rows: list[Floats]) -> Floats:
 
 def _with_interval(value: float, replicates: Floats) -> dict[str, float | None]:
     low, high = interval(replicates)
-    return _plain({"value": value, "low": low, "high": high})
+    return plain_values({"value": value, "low": low, "high": high})
 
 
 def _ordered(table: Table) -> list[str]:
@@ -154,5 +154,6 @@ def _number(metric: dict[str, float | None]) -> float:
     return float("nan") if metric["value"] is None else float(metric["value"])
 
 
-def _plain(values: dict[str, float]) -> dict[str, float | None]:
+def plain_values(values: dict[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON knows them; see `plain`."""
     return {name: plain(value) for name, value in values.items()}

@@ -22,6 +22,7 @@ import torch
 from mmkd.evaluation.attention_mil import train_attention
 from mmkd.evaluation.bags import BagFolder, EncoderBags, bags_of
 from mmkd.evaluation.bootstrap import Metrics, frame
+from mmkd.evaluation.cells import plain
 from mmkd.evaluation.cohort import Cohort, read_cohort, stratified_folds
 from mmkd.evaluation.cox import cox_loss, discrete_loss, discrete_risk, elastic_net, plain_cox, time_bins
 from mmkd.evaluation.embedding import Embedded, Vectors
@@ -124,7 +125,7 @@ class Survival(Task):
         """Kaplan-Meier curves of the halves of higher and lower risk, and the log-rank test between them."""
         high = outputs["image.risk"] > 0
         chi_square, p = log_rank(self.outcomes, high)
-        curves: dict[str, Any] = {"logrank_chi2": _plain(chi_square), "logrank_p": _plain(p)}
+        curves: dict[str, Any] = {"logrank_chi2": plain(chi_square), "logrank_p": plain(p)}
         for name, rows in (("high", high), ("low", ~high)):
             times, survival = kaplan_meier(self.outcomes[rows])
             curves[name] = [[0.0, 1.0], *([float(t), float(s)] for t, s in zip(times, survival, strict=True))]
@@ -268,7 +269,3 @@ def _mean_defined(values: Floats) -> Floats:
     count = known.sum(axis=0)
     total = np.where(known, values, 0.0).sum(axis=0)
     return np.divide(total, count, out=np.full(values.shape[1], np.nan), where=count > 0)
-
-
-def _plain(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
