@@ -127,6 +127,8 @@ class CellFolder:
             low, high = interval(replicates[name])
             metrics[name] = {"value": plain(value), "low": plain(low), "high": plain(high)}
         cell = {"undefined": None, "metrics": metrics, "by_modality": _by_modality(task, outputs)}
+        if fitted := {name: array.tolist() for name, array in outputs.items() if "." not in name}:
+            cell["fitted"] = fitted
         if extras := task.extras(outputs):
             cell["extras"] = extras
         return cell, replicates, together

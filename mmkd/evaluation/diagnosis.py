@@ -26,8 +26,8 @@ from mmkd.evaluation.attention_mil import train_attention
 from mmkd.evaluation.bags import BagFolder, EncoderBags, bags_of, listed, slide_of
 from mmkd.evaluation.bootstrap import Metrics
 from mmkd.evaluation.embedding import Embedded, Vectors
-from mmkd.evaluation.linear_probe import fit, search_exponent
 from mmkd.evaluation.metrics import Floats, Integers
+from mmkd.evaluation.probe_fits import probe
 from mmkd.evaluation.task import Classification, Outputs, Samples
 from mmkd.evaluation.zeroshot import class_vector, standardise
 
@@ -177,24 +177,16 @@ class MeanTile(TrainedTask):
     def __init__(self, samples: Samples, bags: BagFolder) -> None:
         """Fix the slides."""
         super().__init__(samples, bags, "mean", "Which class, by the mean tile?")
+        complete = {pair.label for pair in self.validation} == set(self.classes)
+        self.search = "sweep" if complete else "fast"
+        self.description["search"] = self.search
 
     def outputs(self, embedded: Embedded) -> Outputs:
-        """``image.scores``: log-probabilities, ``(n, classes)``."""
+        """See `probe`."""
         bags = self.opened(embedded)
-        train, validation, test = (
-            mean_tiles(bags, pairs) for pairs in (self.train, self.validation or self.train[:0], self.pairs)
-        )
-        targets, others = self.targets_of(self.train), self.targets_of(self.validation)
-        exponent = float(np.log10(train.shape[1] * len(self.classes) / 100))
-        if len(set(others.tolist())) == len(self.classes):
-
-            def loss(candidate: float) -> float:
-                predicted = fit(train, targets, 10.0**candidate)(validation)
-                return float(-predicted[np.arange(len(others)), others].mean())
-
-            exponent = search_exponent(loss)
-        every = np.concatenate([train, validation]) if len(others) else train
-        return {"image.scores": fit(every, np.concatenate([targets, others]), 10.0**exponent)(test)}
+        width = bags.width([slide_of(pair) for pair in self.train])
+        parts = [mean_tiles(bags, pairs, width) for pairs in (self.train, self.validation, self.pairs)]
+        return probe(parts, self.targets_of(self.train), self.targets_of(self.validation), self.search)
 
 
 def tasks(samples: Samples) -> tuple[list[SlideTask], dict[str, str]]:
@@ -238,10 +230,10 @@ def check(samples: Samples) -> None:
         )
 
 
-def mean_tiles(bags: EncoderBags, pairs: Sequence[Pair]) -> Vectors:
-    """Mean tile of each slide, ``(n, D)``; ``(0, 0)`` of none."""
+def mean_tiles(bags: EncoderBags, pairs: Sequence[Pair], width: int) -> Vectors:
+    """Mean tile of each slide, ``(n, width)``."""
     means = [bags.features(slide_of(pair)).mean(axis=0) for pair in pairs]
-    return np.stack(means) if means else np.zeros((0, 0), dtype=np.float32)
+    return np.array(means, dtype=np.float32).reshape(len(pairs), width)
 
 
 def top_means(scores: Vectors, counts: Sequence[int]) -> Vectors:

@@ -19,6 +19,7 @@ from mmkd.evaluation.dataset_classes import DatasetClasses
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.metrics import Floats, Integers
+from mmkd.evaluation.probe_fits import Sweep, fast_exponent, probed_features
 from mmkd.evaluation.task import Outputs, Samples
 
 SHOTS = (1, 2, 4, 8, 16, 32)
@@ -65,9 +66,6 @@ class ProbeCurve(DatasetClasses):
 
     def outputs(self, embedded: Embedded) -> Outputs:
         """Answers after learning from every index set."""
-        from mmkd.evaluation.probe_dataset import fast_exponent, probed_features
-        from mmkd.evaluation.probe_fits import Sweep
-
         train, test = probed_features(embedded, self.probe_on, [self.train, self.pairs])
         exponent, answers = fast_exponent(train.shape[1], self.train_targets), []
         for _, _, rows in self.index_sets():

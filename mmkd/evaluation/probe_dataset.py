@@ -1,8 +1,7 @@
 """Linear probing of a dataset that has a manifest: classes, grades or findings, from its own training images.
 
-Features are those before the projection, where an encoder has such. C is chosen by the log-loss on the validation
-images, coarse to fine, and the fit repeated on training and validation images together; without validation images of
-every class, or in the fast mode, ``C = dim * classes / 100``.
+Features are those before the projection, where an encoder has such. C is found as in `linear_probe`, or set to
+``dim * classes / 100`` in the fast mode.
 """
 
 from __future__ import annotations
@@ -11,18 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mmkd.data.records import Pair
 from mmkd.evaluation.dataset_classes import DatasetClasses, class_names, label_sets
 from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.linear_probe import LinearProbe, search_exponent
+from mmkd.evaluation.linear_probe import LinearProbe
 from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.metrics import Floats, Integers
 from mmkd.evaluation.multilabel import MultiLabel
 from mmkd.evaluation.probe_curve import ProbeCurve
-from mmkd.evaluation.probe_fits import Sweep, log_loss
-from mmkd.evaluation.task import Outputs, Samples, Undefined
+from mmkd.evaluation.probe_fits import probe, probed_features
+from mmkd.evaluation.task import Outputs, Samples
 
 
 class DatasetProbe(DatasetClasses, LinearProbe):
@@ -37,17 +33,9 @@ class DatasetProbe(DatasetClasses, LinearProbe):
             classes: those with training images.
         """
         title = f"Can a linear probe tell the class, in {manifest.title or manifest.id}?"
-        LinearProbe.__init__(self, "", title, samples, lambda pair: pair.label, classes)
-        self.probe_on, self.search = samples.probe_on, samples.probe_search
-        if len(set(self.validation_targets.tolist())) < len(classes):
-            self.search = "fast"
-        self.description |= {"probe_on": self.probe_on, "search": self.search}
+        how = (samples.probe_on, samples.probe_search)
+        LinearProbe.__init__(self, "", title, samples, lambda pair: pair.label, classes, *how)
         self.follow(manifest, samples.auroc_on)
-
-    def outputs(self, embedded: Embedded) -> Outputs:
-        """``image.scores``: log-probabilities, ``(n, classes)``."""
-        parts = probed_features(embedded, self.probe_on, [self.train, self.validation, self.pairs])
-        return {"image.scores": probe(parts, self.train_targets, self.validation_targets, self.search)}
 
 
 class MultiLabelProbe(MultiLabel):
@@ -79,9 +67,9 @@ class MultiLabelProbe(MultiLabel):
         }
 
     def outputs(self, embedded: Embedded) -> Outputs:
-        """``image.scores``: logits, ``(n, labels)``."""
+        """See `probe`."""
         parts = probed_features(embedded, self.probe_on, [self.train, self.validation, self.pairs])
-        return {"image.scores": probe(parts, self.train_targets, self.validation_targets, self.search)}
+        return probe(parts, self.train_targets, self.validation_targets, self.search)
 
     def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
         """Mean of the members' logits."""
@@ -126,53 +114,3 @@ def _multilabel(samples: Samples, manifest: Manifest, name: str) -> tuple[list[A
     if not labels:
         return [], {name: "no finding that some training images show and others do not"}
     return [MultiLabelProbe(samples, manifest, labels)], {}
-
-
-def probed_features(embedded: Embedded, probe_on: str, splits: Sequence[Sequence[Pair]]) -> list[NDArray[Any]]:
-    """Vectors ``(n, dim)`` of the pairs of each split; none of an empty one.
-
-    Raises:
-        Undefined: some are not finite.
-    """
-    read = embedded.pooled_matrix if probe_on == "pooled" else embedded.image_matrix
-    found = [read(pairs) if pairs else None for pairs in splits]
-    width = next(part.shape[1] for part in found if part is not None)
-    parts = [np.zeros((0, width), dtype=np.float32) if part is None else part for part in found]
-    unsound = sum(int((~np.isfinite(part)).any(axis=1).sum()) for part in parts)
-    if unsound:
-        raise Undefined(f"the encoder gave vectors that are not finite, of {unsound} of {sum(map(len, parts))} images")
-    return parts
-
-
-def probe(parts: Sequence[NDArray[Any]], train_targets: Integers, validation_targets: Integers, search: str) -> Floats:
-    """Scores of the test images.
-
-    Args:
-        parts: vectors of training, validation and test images, ``(n, dim)`` each.
-        train_targets: classes ``(n,)`` or findings ``(n, labels)``.
-        validation_targets: as those.
-        search: ``sweep`` chooses C by the validation images, ``fast`` sets it.
-
-    Returns:
-        Log-probabilities ``(n, classes)`` or logits ``(n, labels)``.
-    """
-    train, validation, test = parts
-    whole = Sweep(np.concatenate([train, validation]), np.concatenate([train_targets, validation_targets]))
-    exponent, start = fast_exponent(train.shape[1], train_targets), None
-    if search == "sweep":
-        sweep = Sweep(train, train_targets)
-
-        def loss(exponent: float) -> float:
-            sweep.solve(exponent)
-            return log_loss(sweep.scores(validation, exponent), validation_targets)
-
-        exponent = search_exponent(loss)
-        start = sweep.solved[exponent] if sweep.basis is None else None
-    whole.solve(exponent, start)
-    return whole.scores(test, exponent)
-
-
-def fast_exponent(dim: int, targets: Integers) -> float:
-    """``C = dim * classes / 100`` as a power of ten; a finding has two classes."""
-    classes = 2 if targets.ndim == 2 else int(targets.max()) + 1
-    return float(np.log10(dim * classes / 100))

@@ -1,20 +1,27 @@
-"""Logistic regressions of a probe: standardised once, each strength of penalty begun from the nearest one solved.
+"""A probe's logistic regressions: standardised once, C chosen by the log-loss on validation images, then fitted again.
 
-With fewer samples than dimensions the same problem is solved in the space that the samples span: the L2 penalty keeps
-the weights there, so that the answer is the same and the cost is that of the samples.
+C is searched coarse to fine over 1e-6 ... 1e6 in 13 fits, each begun from the nearest one solved. With fewer samples
+than dimensions the same problem is solved in the space that the samples span: the L2 penalty keeps the weights there,
+so that the answer is the same and the cost is that of the samples.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmkd.data.records import Pair
+from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.metrics import Floats, Integers
+from mmkd.evaluation.task import Outputs, Undefined
 
+COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
+FINER = (1.0, 0.5, 0.25)
 ITERATIONS = 300
 SMALL = 4_000_000  # numbers in a matrix
 
@@ -85,6 +92,67 @@ class Sweep:
 
     def _scaled(self, features: NDArray[Any]) -> NDArray[np.float32]:
         return ((features - self.mean) / self.spread).astype(np.float32)
+
+
+def probed_features(embedded: Embedded, probe_on: str, splits: Sequence[Sequence[Pair]]) -> list[NDArray[Any]]:
+    """Vectors ``(n, dim)`` of the pairs of each split; none of an empty one.
+
+    Raises:
+        Undefined: some are not finite.
+    """
+    read = embedded.pooled_matrix if probe_on == "pooled" else embedded.image_matrix
+    found = [read(pairs) if pairs else None for pairs in splits]
+    width = next(part.shape[1] for part in found if part is not None)
+    parts = [np.zeros((0, width), dtype=np.float32) if part is None else part for part in found]
+    unsound = sum(int((~np.isfinite(part)).any(axis=1).sum()) for part in parts)
+    if unsound:
+        raise Undefined(f"the encoder gave vectors that are not finite, of {unsound} of {sum(map(len, parts))} images")
+    return parts
+
+
+def probe(parts: Sequence[NDArray[Any]], train_targets: Integers, validation_targets: Integers, search: str) -> Outputs:
+    """Scores of the test images after learning from all others.
+
+    Args:
+        parts: vectors of training, validation and test images, ``(n, dim)`` each.
+        train_targets: classes ``(n,)`` or findings ``(n, labels)``.
+        validation_targets: as those.
+        search: ``sweep`` chooses C by the validation images, ``fast`` sets it.
+
+    Returns:
+        ``image.scores``, log-probabilities ``(n, classes)`` or logits ``(n, labels)``; ``c``, the C taken, ``(1,)``.
+    """
+    train, validation, test = parts
+    whole = Sweep(np.concatenate([train, validation]), np.concatenate([train_targets, validation_targets]))
+    exponent, start = fast_exponent(train.shape[1], train_targets), None
+    if search == "sweep":
+        sweep = Sweep(train, train_targets)
+
+        def loss(exponent: float) -> float:
+            sweep.solve(exponent)
+            return log_loss(sweep.scores(validation, exponent), validation_targets)
+
+        exponent = search_exponent(loss)
+        start = sweep.solved[exponent] if sweep.basis is None else None
+    whole.solve(exponent, start)
+    return {"image.scores": whole.scores(test, exponent), "c": np.array([10.0**exponent])}
+
+
+def fast_exponent(dim: int, targets: Integers) -> float:
+    """``C = dim * classes / 100`` as a power of ten; a finding has two classes."""
+    classes = 2 if targets.ndim == 2 else int(targets.max()) + 1
+    return float(np.log10(dim * classes / 100))
+
+
+def search_exponent(loss: Callable[[float], float]) -> float:
+    """The exponent of least loss: seven coarse steps, then three times both neighbours at half the distance."""
+    losses = {exponent: loss(exponent) for exponent in COARSE}
+    for distance in FINER:
+        best = min(losses, key=lambda exponent: (losses[exponent], exponent))
+        for neighbour in (best - distance, best + distance):
+            if COARSE[0] <= neighbour <= COARSE[-1]:
+                losses[neighbour] = loss(neighbour)
+    return min(losses, key=lambda exponent: (losses[exponent], exponent))
 
 
 def log_loss(scores: Floats, targets: Integers) -> float:

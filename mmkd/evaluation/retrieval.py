@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmkd.evaluation import metrics
-from mmkd.evaluation.bootstrap import Metrics, frame
+from mmkd.evaluation.bootstrap import Metrics, frame, subframe
 from mmkd.evaluation.embedding import Embedded, Vectors
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.metrics import Floats, Integers
@@ -51,9 +51,11 @@ class Retrieval(Task):
         contents = [samples.digests[pair.id] for pair in self.pairs]
         self.right_captions, self.right_images = positives([p.caption for p in self.pairs], contents, self.captions)
         self.holders = {"image": self.pairs, "caption": [first[caption] for caption in self.captions]}
-        self.frames = {
-            name: frame([p.modality for p in own], [p.group for p in own]) for name, own in self.holders.items()
-        }
+        whole = frame([pair.modality for pair in self.pairs], [pair.group for pair in self.pairs])
+        position = {pair.id: number for number, pair in enumerate(self.pairs)}
+        # A caption is drawn with its image: the two directions err together, and so must their replicates.
+        captioned = subframe(whole, [position[pair.id] for pair in self.holders["caption"]])
+        self.frames = {"image": whole, "caption": captioned}
         to_text = random_recalls(self.right_captions, len(self.captions), self.recalls)
         to_image = random_recalls(self.right_images, len(self.pairs), self.recalls)
         chance = {f"image_to_text_recall@{k}": to_text[k] for k in self.recalls}

@@ -2,7 +2,8 @@
 
 A task turns an encoder's embeddings into per-sample outputs, and outputs plus bootstrap weights into metrics. Outputs
 are arrays named ``FRAME.NAME`` whose first axis is that frame's samples; hence rows of different encoders can be put
-together (the best teacher of each modality) without knowing what the task is.
+together (the best teacher of each modality) without knowing what the task is. An array whose name has no dot is no
+output of samples but what was found in the fit, such as a probe's C.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def best_by_modality(task: Task, outputs: dict[str, Outputs]) -> tuple[Outputs, 
     Returns:
         The composed outputs, and the encoder chosen for each ``FRAME:MODALITY``.
     """
-    composed: Outputs = {key: array.copy() for key, array in next(iter(outputs.values())).items()}
+    composed: Outputs = {key: array.copy() for key, array in next(iter(outputs.values())).items() if "." in key}
     chosen: dict[str, str] = {}
     scores = {name: task.sample_scores(own) for name, own in outputs.items()}
     for frame_name, modalities in task.modalities.items():

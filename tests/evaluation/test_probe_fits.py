@@ -10,8 +10,7 @@ from mmkd.evaluation import linear_probe
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.probe_curve import settings_of
-from mmkd.evaluation.probe_dataset import probe
-from mmkd.evaluation.probe_fits import Sweep, log_loss
+from mmkd.evaluation.probe_fits import Sweep, log_loss, probe, search_exponent
 from mmkd.evaluation.task import Samples
 
 
@@ -25,7 +24,8 @@ def made_up(counts, classes=4, dim=16, seed=0, apart=0.9):
 
 def test_accuracy_is_that_of_a_plain_scikit_learn_sweep():
     parts, (train, validation, test) = made_up((200, 100, 4000))
-    found = probe(parts, train, validation, "sweep").argmax(axis=1)
+    answered = probe(parts, train, validation, "sweep")
+    found = answered["image.scores"].argmax(axis=1)
     scaler = StandardScaler().fit(parts[0])
     losses = {}
     for exponent in range(-6, 7):
@@ -40,6 +40,19 @@ def test_accuracy_is_that_of_a_plain_scikit_learn_sweep():
     accuracy = plain.score(scaler.transform(parts[2]), test)
     assert 0.5 < accuracy < 0.98
     assert abs(np.mean(found == test) - accuracy) <= 0.005
+    assert abs(np.log10(answered["c"].item()) - min(losses, key=losses.get)) <= 0.75
+    assert probe(parts, train, validation, "fast")["c"].item() == pytest.approx(16 * 4 / 100)
+
+
+def test_search_finds_the_least_loss_in_thirteen_fits():
+    asked = []
+
+    def loss(exponent):
+        asked.append(exponent)
+        return (exponent - 1.3) ** 2
+
+    assert search_exponent(loss) == 1.25
+    assert len(asked) == len(set(asked)) == 13
 
 
 @pytest.mark.parametrize("classes", [2, 4])

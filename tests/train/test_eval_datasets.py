@@ -127,6 +127,8 @@ def test_means_are_over_what_every_encoder_has(first):
     by_modality = summary["means"]["all"]["by_modality"]
     assert set(by_modality) == {"CT", "MRI"} and by_modality["MRI"]["tasks"] == ["retrieval-notes"]
     assert summary["best_teachers"]["CT"]["row"] == "good"
+    probe = next(task for name, task in main.items() if task["kind"] == "probe")
+    assert 1e-6 <= probe["rows"]["student"]["fitted"]["c"][0] <= 1e6 and "fitted" not in probe["rows"]["oracle"]
     counts = summary["win_tie_loss"]["weak"]
     assert counts["win"] >= 1 and counts["win"] + counts["tie"] + counts["loss"] == counts["tasks"] == len(main)
 
