@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from mmkd.data.records import Pair
 from mmkd.evaluation.bootstrap import Frame, Metrics, frame, interval, replicate, subframe
+from mmkd.evaluation.metrics import Floats
 from mmkd.evaluation.scores import write_scores
 from mmkd.evaluation.task import Outputs, Task, Undefined
 from mmkd.files import atomic_write_bytes, read_json, write_json
@@ -107,9 +108,10 @@ class CellFolder:
         """Bootstrap replicates of a cell, ``{metric: (replicates,)}``."""
         return self._tensors(encoder, task, "replicates.")
 
-    def together(self, encoder: str, task: str) -> Metrics:
-        """Replicates under the draws that all tasks share, ``{headline metric: (replicates,)}``."""
-        return self._tensors(encoder, task, "together.")
+    def together(self, encoder: str, task: str) -> Floats:
+        """The headline metric's replicates ``(replicates,)`` under the draws that all tasks share."""
+        (values,) = self._tensors(encoder, task, "together.").values()
+        return values
 
     def _evaluate(self, task: Task, outputs: Outputs) -> tuple[Cell, Metrics, Metrics]:
         unsound = [name for name, array in outputs.items() if not np.isfinite(array).all()]
@@ -159,6 +161,11 @@ def fingerprint_of(values: Any) -> str:
 def plain(value: float) -> float | None:
     """A number as JSON knows it: NaN becomes null."""
     return None if np.isnan(value) else float(value)
+
+
+def plain_values(values: dict[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON knows them; see `plain`."""
+    return {name: plain(value) for name, value in values.items()}
 
 
 def _by_modality(task: Task, outputs: Outputs) -> dict[str, dict[str, float]]:

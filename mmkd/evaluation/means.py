@@ -1,8 +1,9 @@
-"""Means over datasets: for each modality, each kind of task and over all, on the tasks that every encoder has.
+"""Means over tasks: for each modality, each kind of task and over all, on the tasks that every encoder has.
 
 Replicates of tasks of one dataset share their draws, those of different datasets are independent; a mean's interval and
-a paired difference follow from the mean of replicates. Each kind of task counts the same within a mean. What an encoder
-was trained on flatters it, so every mean is also given without the tasks that carry such a mark for any encoder.
+a paired difference follow from the mean of replicates. Each kind of task counts the same within a mean, so that many
+small tasks of one kind do not outvote the others. What an encoder was trained on flatters it, so every mean is also
+given without the tasks that carry such a mark for any encoder.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.evaluation.bootstrap import difference, interval
+from mmkd.evaluation.bootstrap import Metrics, difference, interval
+from mmkd.evaluation.cells import plain_values
 from mmkd.evaluation.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.metrics import Floats
-from mmkd.evaluation.summary import mean_of_kinds, plain_values
 
 Summaries = dict[str, dict[str, Any]]
 Replicates = Callable[[str, str], Floats]
@@ -33,16 +34,22 @@ def suite_means(tasks: Summaries, student: str, teachers: Sequence[str], replica
     Returns:
         ``means`` over all and over clean tasks, ``best_teachers`` by modality, ``win_tie_loss`` by rival.
     """
-    main = {name: task for name, task in tasks.items() if not task.get("variant")}
+    main = _main(tasks)
     clean = {name: task for name, task in main.items() if not task.get("contaminated")}
+    means = {"all": _means(main, student, replicates), "clean": _means(clean, student, replicates)}
     return {
-        "means": {
-            "all": _means(main, student, replicates),
-            "clean": _means(clean, student, replicates),
-        },
-        "best_teachers": best_teachers(main, teachers),
+        "means": means,
+        "best_teachers": best_teachers(means["all"]["by_modality"], teachers),
         "win_tie_loss": win_tie_loss(main, student),
     }
+
+
+def overall(tasks: Summaries, student: str, teachers: Sequence[str], replicates: Replicates) -> dict[str, Any]:
+    """The mean over all main tasks of every row but the oracle, which some tasks do not have, and the best teacher."""
+    block = mean_block(_main(tasks), student, replicates)
+    for rows in (block["rows"], block["differences"]):
+        rows.pop(ORACLE, None)
+    return block | {"best_teacher": _best(block, teachers)}
 
 
 def mean_block(tasks: Summaries, student: str, replicates: Replicates) -> dict[str, Any]:
@@ -78,17 +85,14 @@ def mean_block(tasks: Summaries, student: str, replicates: Replicates) -> dict[s
     return {"tasks": common, "n": len(common), "rows": rows, "differences": differences}
 
 
-def best_teachers(tasks: Summaries, teachers: Sequence[str]) -> dict[str, Any]:
+def best_teachers(by_modality: dict[str, dict[str, Any]], teachers: Sequence[str]) -> dict[str, Any]:
     """The teacher with the highest mean in each modality: chosen on the test sets, a mark to be measured against."""
-    found = {}
-    for modality, own in _grouped(tasks, "modality").items():
-        rows = [row for row in teachers if any(_value(task, row) is not None for task in own.values())]
-        common = [task for task in own.values() if all(_value(task, row) is not None for row in rows)]
-        if rows and common:
-            means = {row: float(np.mean([_value(task, row) for task in common])) for row in rows}
-            best = max(means, key=lambda row: means[row])
-            found[modality] = {"row": best, "value": means[best], "n": len(common)}
-    return found
+    chosen = {modality: _best(block, teachers) for modality, block in by_modality.items()}
+    return {
+        modality: {"row": row, "value": by_modality[modality]["rows"][row]["value"], "n": by_modality[modality]["n"]}
+        for modality, row in chosen.items()
+        if row is not None
+    }
 
 
 def win_tie_loss(tasks: Summaries, student: str) -> dict[str, Any]:
@@ -104,6 +108,23 @@ def win_tie_loss(tasks: Summaries, student: str) -> dict[str, Any]:
             counts["win" if low > 0 else "loss" if high < 0 else "tie"] += 1
             counts["tasks"] += 1
     return found
+
+
+def mean_of_kinds(tasks: dict[str, dict[str, Any]], values: Metrics) -> Floats:
+    """Mean over kinds of means over tasks; a task that a replicate leaves undefined is left out of that replicate."""
+    kinds = sorted({tasks[task]["kind"] for task in values})
+    return _nan_mean(
+        [_nan_mean([own for task, own in values.items() if tasks[task]["kind"] == kind]) for kind in kinds]
+    )
+
+
+def _main(tasks: Summaries) -> Summaries:
+    return {name: task for name, task in tasks.items() if not task.get("variant")}
+
+
+def _best(block: dict[str, Any], rows: Sequence[str]) -> str | None:
+    """Of some rows the one with the highest mean, the first of equals."""
+    return max((row for row in rows if row in block["rows"]), key=lambda row: block["rows"][row]["value"], default=None)
 
 
 def _means(tasks: Summaries, student: str, replicates: Replicates) -> dict[str, Any]:
@@ -134,3 +155,11 @@ def _value(task: dict[str, Any], row: str) -> float | None:
 def _bounds(replicates: Floats) -> dict[str, float]:
     low, high = interval(replicates)
     return {"low": low, "high": high}
+
+
+def _nan_mean(rows: list[Floats]) -> Floats:
+    """Mean over the first axis of what is defined; NaN where nothing is."""
+    stacked = np.stack(rows)
+    defined = ~np.isnan(stacked)
+    count, total = defined.sum(axis=0), np.where(defined, stacked, 0.0).sum(axis=0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)

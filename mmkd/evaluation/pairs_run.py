@@ -16,9 +16,10 @@ from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.encoders import Inputs, Known, embed_everything
 from mmkd.evaluation.eval_settings import EvalSettings
 from mmkd.evaluation.image_sources import FolderImages
+from mmkd.evaluation.means import overall
 from mmkd.evaluation.questions import question_texts, read_questions
 from mmkd.evaluation.suite import collect_samples, run_task, tasks_for, texts_for
-from mmkd.evaluation.summary import Table, overall, split_summary, task_summary
+from mmkd.evaluation.summary import Table, split_summary, task_summary
 from mmkd.evaluation.task import Samples, Task
 
 Load = Callable[[str], DualEncoder]
@@ -69,7 +70,7 @@ def evaluate_pairs(settings: EvalSettings, sources: dict[str, str], load: Load) 
         "teachers": teachers,
         "baselines": baselines,
         "tasks": summaries,
-        "overall": overall(summaries, table, student, teachers, cells),
+        "overall": overall(summaries, student, teachers, cells.together),
         "encoders": {each.name: encoder_row(each, own.failures) for each, own in zip(known, encoders, strict=True)},
         "skipped": skipped,
         "unreadable": unreadable,

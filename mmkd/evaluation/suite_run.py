@@ -19,12 +19,12 @@ from mmkd.evaluation.collections import Absent, open_collection
 from mmkd.evaluation.encoders import Inputs, Known, embed_everything
 from mmkd.evaluation.eval_settings import EvalSettings
 from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.means import suite_means
+from mmkd.evaluation.means import overall, suite_means
 from mmkd.evaluation.pairs_run import Load, encoder_row, roles, run_tasks
 from mmkd.evaluation.registry import contaminated, find_manifests, load_suite
 from mmkd.evaluation.shards import Content
 from mmkd.evaluation.suite import collect_samples, dataset_texts, tasks_for
-from mmkd.evaluation.summary import Table, overall, split_summary, task_summary
+from mmkd.evaluation.summary import split_summary, task_summary
 from mmkd.evaluation.task import Samples
 from mmkd.provenance import read_provenance
 
@@ -38,7 +38,6 @@ class SuiteRun:
         """Begin with no dataset."""
         self.settings, self.known = settings, list(known)
         self.student, self.teachers, self.baselines = roles(settings, known)
-        self.table: Table = {}
         self.tasks: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
         self.unreadable: dict[str, str] = {}
@@ -77,7 +76,6 @@ class SuiteRun:
         for task in tasks:
             summary = task_summary(cells.describe(task), table[task.name], self.student, cells)
             self.tasks[task.name] = summary | {"contaminated": marks(self.known, manifest)}
-        self.table |= table
         self.unreadable |= {f"{manifest.id}/{key}": reason for key, reason in unreadable.items()}
         for each in encoders:
             self.encoders[each.name]["failures"] += [f"{manifest.id}: {failure}" for failure in each.failures]
@@ -85,17 +83,13 @@ class SuiteRun:
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says of the datasets judged so far."""
-        cells = self._cells("", [])
-
-        def replicates(row: str, task: str) -> Any:
-            return cells.together(row, task)[self.tasks[task]["headline"]]
-
+        replicates = self._cells("", []).together
         return {
             "student": self.student,
             "teachers": self.teachers,
             "baselines": self.baselines,
             "tasks": self.tasks,
-            "overall": overall(self.tasks, self.table, self.student, self.teachers, cells),
+            "overall": overall(self.tasks, self.student, self.teachers, replicates),
             "encoders": self.encoders,
             "skipped": self.skipped,
             "unreadable": self.unreadable,

@@ -1,9 +1,4 @@
-"""From cells to the table a reader wants: all rows side by side, paired differences, and one number for each row.
-
-The overall score is the mean over kinds of task of the mean over tasks of their headline metric, over the tasks that
-every row has, so that many small tasks of one kind do not outvote the others. Its interval and its differences come
-from draws of held-out groups that all tasks share.
-"""
+"""From cells to the table a reader wants: all rows of a task side by side and their paired differences."""
 
 from __future__ import annotations
 
@@ -12,13 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from mmkd.data.records import SPLITS, Pair
-from mmkd.evaluation.bootstrap import Metrics, difference, interval
-from mmkd.evaluation.cells import Cell, CellFolder, plain
-from mmkd.evaluation.metrics import Floats
-from mmkd.evaluation.suite import ENSEMBLE, ORACLE
+from mmkd.evaluation.bootstrap import difference
+from mmkd.evaluation.cells import Cell, CellFolder, plain_values
 from mmkd.versions import installed_versions
 
 PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")
@@ -52,42 +43,6 @@ def task_summary(
     return brief | {"rows": shown, "differences": differences}
 
 
-def overall(
-    tasks: dict[str, dict[str, Any]], table: Table, student: str, teachers: Sequence[str], folder: CellFolder
-) -> dict[str, Any]:
-    """The overall score of every row but the oracle, which some tasks do not have, and the student's differences.
-
-    Args:
-        tasks: `task_summary` by task.
-        table: cells by task and row.
-        student: its row.
-        teachers: rows among which the best is named.
-        folder: where the replicates are.
-    """
-    rows = [row for row in _ordered(table) if row != ORACLE and any(_sound(cells, row) for cells in table.values())]
-    main = [task for task in table if not tasks[task].get("variant")]
-    common = [task for task in main if all(_sound(table[task], row) for row in rows)]
-    if not common or student not in rows:
-        return {"tasks": [], "rows": {}, "differences": {}, "best_teacher": None}
-    scores: dict[str, float] = {}
-    replicates: dict[str, Floats] = {}
-    for row in rows:
-        points = {t: np.array(_headline(tasks[t], table[t][row])) for t in common}
-        scores[row] = float(mean_of_kinds(tasks, points))
-        drawn = {t: folder.together(row, t)[tasks[t]["headline"]] for t in common}
-        replicates[row] = mean_of_kinds(tasks, drawn)
-    rivals, known = [row for row in rows if row != student], [row for row in rows if row in teachers]
-    return {
-        "tasks": common,
-        "rows": {row: _with_interval(scores[row], replicates[row]) for row in rows},
-        "differences": {
-            rival: plain_values(difference(scores[student], scores[rival], replicates[student], replicates[rival]))
-            for rival in rivals
-        },
-        "best_teacher": max(known, key=lambda row: scores[row]) if known else None,
-    }
-
-
 def split_summary(pairs: Sequence[Pair], digests: dict[str, str], split: str) -> dict[str, Any]:
     """How many pairs and groups each split has, and how many groups and images the held-out one shares.
 
@@ -115,45 +70,5 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | installed_versions(PACKAGES)
 
 
-def mean_of_kinds(tasks: dict[str, dict[str, Any]], values: Metrics) -> Floats:
-    """Mean over kinds of means over tasks; a task that a replicate leaves undefined is left out of that replicate."""
-    kinds = sorted({tasks[task]["kind"] for task in values})
-    return _nan_mean(
-        [_nan_mean([own for task, own in values.items() if tasks[task]["kind"] == kind]) for kind in kinds]
-    )
-
-
-def _nan_mean(rows: list[Floats]) -> Floats:
-    """Mean over the first axis of what is defined; NaN where nothing is."""
-    stacked = np.stack(rows)
-    defined = ~np.isnan(stacked)
-    count, total = defined.sum(axis=0), np.where(defined, stacked, 0.0).sum(axis=0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-
-def _with_interval(value: float, replicates: Floats) -> dict[str, float | None]:
-    low, high = interval(replicates)
-    return plain_values({"value": value, "low": low, "high": high})
-
-
-def _ordered(table: Table) -> list[str]:
-    """Rows in order of appearance, ensemble and oracle last."""
-    rows = dict.fromkeys(row for cells in table.values() for row in cells)
-    return [row for row in rows if row not in (ENSEMBLE, ORACLE)] + [row for row in (ENSEMBLE, ORACLE) if row in rows]
-
-
-def _sound(cells: dict[str, Cell], row: str) -> bool:
-    return row in cells and cells[row]["undefined"] is None
-
-
-def _headline(task: dict[str, Any], cell: Cell) -> float:
-    return _number(cell["metrics"][task["headline"]])
-
-
 def _number(metric: dict[str, float | None]) -> float:
     return float("nan") if metric["value"] is None else float(metric["value"])
-
-
-def plain_values(values: dict[str, float]) -> dict[str, float | None]:
-    """Numbers as JSON knows them; see `plain`."""
-    return {name: plain(value) for name, value in values.items()}

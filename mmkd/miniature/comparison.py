@@ -17,8 +17,8 @@ import safetensors.numpy
 
 from mmkd.evaluation.bootstrap import difference, interval
 from mmkd.evaluation.cells import plain
+from mmkd.evaluation.means import mean_of_kinds
 from mmkd.evaluation.metrics import Floats
-from mmkd.evaluation.summary import mean_of_kinds
 from mmkd.files import read_json
 
 
