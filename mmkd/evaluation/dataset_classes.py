@@ -38,13 +38,11 @@ class DatasetClasses(Classification):
             ValueError: the manifest's headline is no metric of this task.
         """
         self.ordinal, self.medmnist, self.areas = manifest.task == "ordinal", "medmnist" in manifest.source, areas
-        share, guess = np.bincount(self.targets, minlength=len(self.classes)) / len(self.targets), 1 / len(self.classes)
-        self.description["chance"]["macro_f1"] = float((2 * share * guess / (share + guess))[share > 0].mean())
         if self.ordinal:
             self.headline = "quadratic_kappa"
             self.description["chance"]["quadratic_kappa"] = 0.0
         if self.medmnist:
-            self.description["chance"] |= {"medmnist_acc": guess, "medmnist_auc": 0.5}
+            self.description["chance"] |= {"medmnist_acc": 1 / len(self.classes), "medmnist_auc": 0.5}
         name_after(self, manifest, variant)
         present = set(self.targets.tolist())
         self.description |= {
@@ -102,19 +100,21 @@ DEFINED = {"accuracy", "medmnist_acc"}
 def name_after(task: Task, manifest: Manifest, variant: str = "") -> None:
     """Call a task ``KIND-ID`` or ``KIND-ID-VARIANT``, and give it the dataset's id, modality and headline.
 
+    A variant that does not know the headline keeps its own.
+
     Raises:
-        ValueError: the manifest's headline is no metric of the task.
+        ValueError: the manifest's headline is no metric of the main task.
     """
     task.name = "-".join(part for part in (task.kind, manifest.id, variant) if part)
     task.dataset, task.modality, task.variant = manifest.id, manifest.modality, variant
     chances = task.description["chance"]
-    if manifest.headline and not variant:
-        if manifest.headline not in chances:
-            raise ValueError(
-                f"{manifest.id}: headline is {manifest.headline!r}{nearest(manifest.headline, chances)}; "
-                f"allowed: {', '.join(chances)}"
-            )
+    if manifest.headline in chances:
         task.headline = manifest.headline
+    elif manifest.headline and not variant:
+        raise ValueError(
+            f"{manifest.id}: headline is {manifest.headline!r}{nearest(manifest.headline, chances)}; "
+            f"allowed: {', '.join(chances)}"
+        )
 
 
 def class_names(manifest: Manifest, pairs: Sequence[Pair]) -> list[str]:

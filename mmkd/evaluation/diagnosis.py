@@ -25,6 +25,7 @@ from mmkd.evaluation import metrics
 from mmkd.evaluation.attention_mil import train_attention
 from mmkd.evaluation.bags import BagFolder, EncoderBags, bags_of, listed, slide_of
 from mmkd.evaluation.bootstrap import Metrics
+from mmkd.evaluation.dataset_classes import name_after
 from mmkd.evaluation.embedding import Embedded, Vectors
 from mmkd.evaluation.metrics import Floats, Integers
 from mmkd.evaluation.probe_fits import probe
@@ -52,12 +53,10 @@ class SlideTask(Classification):
         manifest = samples.manifest
         assert manifest is not None
         classes = list(manifest.classes)
-        name = f"diagnosis-{manifest.id}" + (f"-{variant}" if variant else "")
-        super().__init__(name, title, samples.held_out, [pair.label for pair in samples.held_out], classes)
+        super().__init__("", title, samples.held_out, [pair.label for pair in samples.held_out], classes)
         self.train, self.validation, self.bags = samples.train, samples.validation, bags
-        self.headline = manifest.headline or "balanced_accuracy"
-        self.dataset, self.modality, self.variant = manifest.id, manifest.modality, variant
         self.description["chance"] |= {"kappa": 0.0, "quadratic_kappa": 0.0}
+        name_after(self, manifest, variant)
         self.description |= {"slides": {"train": len(self.train), "validation": len(self.validation)}}
 
     @property

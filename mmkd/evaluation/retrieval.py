@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mmkd.evaluation import metrics
 from mmkd.evaluation.bootstrap import Metrics, frame, subframe
+from mmkd.evaluation.dataset_classes import name_after
 from mmkd.evaluation.embedding import Embedded, Vectors
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.metrics import Floats, Integers
@@ -142,7 +143,7 @@ def _dataset_tasks(samples: Samples, manifest: Manifest) -> tuple[list[Retrieval
     if len(captions) < 2:
         return [], {name: f"{len(captions)} distinct caption among the held-out pairs; 2 are needed"}
     task = Retrieval(samples, DATASET_RECALLS)
-    task.name, task.dataset, task.modality = name, manifest.id, manifest.modality
+    name_after(task, manifest)
     task.title = f"Which caption, which image, in {manifest.title or manifest.id}?"
     return [task], {}
 

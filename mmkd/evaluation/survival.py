@@ -25,6 +25,7 @@ from mmkd.evaluation.bootstrap import Metrics, frame
 from mmkd.evaluation.cells import plain
 from mmkd.evaluation.cohort import Cohort, read_cohort, stratified_folds
 from mmkd.evaluation.cox import cox_loss, discrete_loss, discrete_risk, elastic_net, plain_cox, time_bins
+from mmkd.evaluation.dataset_classes import name_after
 from mmkd.evaluation.embedding import Embedded, Vectors
 from mmkd.evaluation.metrics import Floats, Integers
 from mmkd.evaluation.survival_metrics import censoring_weights, concordance, kaplan_meier, log_rank, pairs_of
@@ -56,9 +57,7 @@ class Survival(Task):
         """
         manifest = samples.manifest
         assert manifest is not None
-        self.name = f"survival-{manifest.id}" + (f"-{variant}" if variant else "")
-        self.dataset, self.modality, self.variant, self.title = manifest.id, manifest.modality, variant, title
-        self.headline = manifest.headline or "c_index"
+        self.title = title
         self.cohort, self.outcomes = cohort, cohort.outcomes
         self.folds = stratified_folds(self.outcomes.event, FOLDS, SEED)
         self.frames = {"image": frame(["died" if e else "censored" for e in self.outcomes.event], cohort.cases)}
@@ -72,6 +71,7 @@ class Survival(Task):
             "left_out": cohort.left_out,
             "chance": {"c_index": 0.5, "c_index_uno": 0.5},
         }
+        name_after(self, manifest, variant)
 
     def outputs(self, embedded: Embedded) -> Outputs:
         """``image.risk`` ``(n,)``: of each case, by the fold that has not seen it."""

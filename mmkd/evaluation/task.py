@@ -156,12 +156,19 @@ class Classification(Task):
         self.targets: Integers = np.array([self.classes.index(name) for name in names], dtype=np.int64)
         self.frames = {"image": frame(names, [pair.group for pair in pairs])}
         self.holders = {"image": self.pairs}
+        counts, guess = np.bincount(self.targets, minlength=len(self.classes)), 1 / len(classes)
+        share = counts[counts > 0] / len(pairs)
         self.description = {
             "ids": [pair.id for pair in pairs],
             "classes": self.classes,
             "targets": self.targets.tolist(),
-            "class_counts": np.bincount(self.targets, minlength=len(self.classes)).tolist(),
-            "chance": {"accuracy": 1 / len(classes), "balanced_accuracy": 1 / len(classes), "macro_auroc": 0.5},
+            "class_counts": counts.tolist(),
+            "chance": {
+                "accuracy": guess,
+                "balanced_accuracy": guess,
+                "macro_f1": float((2 * share * guess / (share + guess)).mean()),
+                "macro_auroc": 0.5,
+            },
         }
 
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:

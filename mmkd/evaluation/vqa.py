@@ -31,20 +31,16 @@ HIDDEN, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 256, 30, 64, 1e-
 class VisualQuestions(Task):
     """Answer questions about held-out images."""
 
-    kind, headline = "vqa", "accuracy"
+    name, kind, headline = "vqa", "vqa", "accuracy"
     title = "Which answer, of those seen in training?"
 
-    def __init__(
-        self, questions: dict[str, list[tuple[Pair, Question]]], name: str = "vqa", facts: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, questions: dict[str, list[tuple[Pair, Question]]], facts: dict[str, Any] | None = None) -> None:
         """Fix the questions of each split and the answers there are.
 
         Args:
             questions: ``train``, ``validation`` and ``test`` questions with the pair that holds their image.
-            name: of the task.
             facts: what else its description shall say.
         """
-        self.name = name
         self.questions = questions
         known = sorted({question.answer for split in ("train", "validation") for _, question in questions[split]})
         self.answers = {answer: number for number, answer in enumerate(known)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmkd.evaluation import vqa
+from mmkd.evaluation.dataset_classes import name_after
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.questions import Question, question_texts
 from mmkd.evaluation.statements import choices
@@ -45,15 +46,13 @@ def _of_dataset(manifest: Manifest, splits: list[QuestionSplit]) -> tuple[list[T
     for split in splits:
         for head, made in (("", VisualQuestions), ("meter", MeterQuestions)):
             variant = "-".join(part for part in (head, split.variant) if part)
-            task = made(split.questions, "-".join(["vqa", manifest.id, *([variant] if variant else [])]), split.facts)
-            task.variant = variant
+            task = made(split.questions, facts=split.facts)
+            name_after(task, manifest, variant)
             found.append(task)
     turned, left_out = turn(splits[0].questions["test"])
-    name = f"vqa-{manifest.id}-zeroshot"
     if len(turned) > 1:
-        found.append(StatementQuestions(name, turned, left_out, {"split": splits[0].facts["split"]}))
+        found.append(StatementQuestions(turned, left_out, {"split": splits[0].facts["split"]}))
+        name_after(found[-1], manifest, "zeroshot")
     else:
-        skipped[name] = f"{len(turned)} closed test questions can be turned into statements"
-    for own in found:
-        own.dataset, own.modality = manifest.id, manifest.modality
+        skipped[f"vqa-{manifest.id}-zeroshot"] = f"{len(turned)} closed test questions can be turned into statements"
     return found, skipped

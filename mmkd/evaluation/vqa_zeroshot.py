@@ -30,19 +30,17 @@ Turned = list[tuple[Pair, Question, Choices]]
 class StatementQuestions(Task):
     """Answer closed questions by statements."""
 
-    kind, headline, variant = "vqa", "accuracy", "zeroshot"
+    kind, headline = "vqa", "accuracy"
     title = "Which statement answers the closed question, without training?"
 
-    def __init__(self, name: str, turned: Turned, left_out: int, facts: dict[str, Any]) -> None:
+    def __init__(self, turned: Turned, left_out: int, facts: dict[str, Any]) -> None:
         """Fix the questions.
 
         Args:
-            name: of the task.
             turned: test questions that could be turned into statements.
             left_out: closed test questions that could not.
             facts: what else its description shall say.
         """
-        self.name = name
         self.turned = turned
         self.pairs = [pair for pair, _, _ in turned]
         self.targets = np.array([own.index(question.answer) for _, question, own in turned])

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -67,6 +68,27 @@ def test_oracles_stand_near_one_and_random_bags_near_chance(slides, monkeypatch)
         low, high = interval(values["macro_auroc"])
         assert low <= 0.5 <= high, task.name
         assert task.headline_metric(outputs, {"image": np.ones((1, 40))}).keys() == {"balanced_accuracy"}
+
+
+def test_the_manifest_chooses_the_headline_of_all_ways_to_answer(slides):
+    chosen = replace(slides, manifest=replace(slides.manifest, headline="macro_auroc"))
+    assert [task.headline for task in diagnosis.tasks(chosen)[0]] == ["macro_auroc"] * 4
+    wrong = replace(slides, manifest=replace(slides.manifest, headline="auroc"))
+    with pytest.raises(ValueError, match=r"headline is 'auroc'.*allowed: accuracy, balanced_accuracy"):
+        diagnosis.tasks(wrong)
+
+
+def test_a_tumour_of_few_tiles_orders_slides_better_than_it_answers(slides, tmp_path):
+    generator, axes = np.random.default_rng(0), np.eye(WIDTH)
+    for pair in slides.held_out:
+        tiles = 0.1 * generator.normal(size=(100, WIDTH)) + axes[0]
+        if pair.label == "lusc":
+            tiles[:10] += axes[1] - axes[0]
+        write_bag(tmp_path / "few" / f"{pair.id.removeprefix('slides:')}.h5", tiles, proj=tiles)
+    few = replace(slides, collection=SlideCollection(slides.manifest, slides.held_out, tmp_path))
+    for task in diagnosis.tasks(few)[0][:2]:
+        points, _ = replicate(partial(task.metrics, task.outputs(encoder("few", few))), task.frames, 2, 0)
+        assert points["macro_auroc"] > 0.95 and points["balanced_accuracy"] == 0.5
 
 
 def test_top_tiles_are_means_of_the_highest():
