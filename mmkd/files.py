@@ -15,6 +15,7 @@ import stat
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write lines as UTF-8 while they come, without holding them all; see `atomic_write_bytes`."""
+    """Write lines, or pieces of them, as UTF-8 while they come, without holding them all; see `atomic_write_bytes`."""
     _write_chunks(path, (line.encode("utf-8") for line in lines))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON with sorted keys; see `atomic_write_bytes`."""
-    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    encoder = json.JSONEncoder(indent=2, sort_keys=True, ensure_ascii=False)
+    atomic_write_lines(path, chain(encoder.iterencode(value), ["\n"]))
 
 
 def read_json(path: Path) -> Any:

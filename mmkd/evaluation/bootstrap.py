@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmkd.evaluation.metrics import Floats, Integers
 
@@ -20,6 +22,7 @@ REPLICATES = 1000
 SEED = 42
 CHUNK = 100
 CHUNK_ELEMENTS = 1 << 24  # weights held at once; fewer replicates a chunk with more than 167,772 units
+KEPT_ELEMENTS = 1 << 25  # draws of units that stay in memory for the next encoder, 64 MB
 LEVELS = (2.5, 97.5)
 BY_GROUP, BY_IMAGE = "groups within class", "images within class: fewer than two groups, so intervals are too narrow"
 
@@ -70,7 +73,7 @@ def subframe(whole: Frame, samples: Sequence[int]) -> Frame:
 
 
 def replicate_weights(
-    sampling: Frame, replicates: int = REPLICATES, seed: int = SEED, chunk: int | None = None
+    sampling: Frame, replicates: int = REPLICATES, seed: int = SEED, chunk: int | None = None, at_once: int = CHUNK
 ) -> Iterator[Floats]:
     """Weights of every sample, in chunks of up to 100 replicates ``(chunk, n)``.
 
@@ -80,25 +83,46 @@ def replicate_weights(
         sampling: what is resampled.
         replicates: how many.
         seed: of the draws.
-        chunk: replicates at a time, by default `chunk_size`; draws depend on it.
+        chunk: replicates drawn at a time, by default `chunk_size`; draws depend on it.
+        at_once: most replicates that are given at a time; draws do not depend on it.
     """
     chunk = chunk or chunk_size([sampling])
+    strata = np.ascontiguousarray(sampling.strata)
+    kept = len(strata) * replicates <= KEPT_ELEMENTS
+    for drawn in (_kept_draws if kept else draws)(strata.tobytes(), replicates, seed, chunk):
+        for start in range(0, len(drawn), at_once):
+            yield drawn[start : start + at_once].astype(np.float64)[:, sampling.units]
+
+
+def draws(strata: bytes, replicates: int, seed: int, chunk: int) -> Iterator[NDArray[np.uint16]]:
+    """How often each unit is drawn, in chunks of replicates ``(chunk, units)``; strata are 64-bit whole numbers."""
+    strata_of = np.frombuffer(strata, dtype=np.int64)
+    members_of = [np.flatnonzero(strata_of == stratum) for stratum in np.unique(strata_of)]
     sizes = [min(chunk, replicates - start) for start in range(0, replicates, chunk)]
     for size, source in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
         generator = np.random.default_rng(source)
-        drawn = np.zeros((size, len(sampling.strata)))
-        for stratum in np.unique(sampling.strata):
-            members = np.flatnonzero(sampling.strata == stratum)
+        drawn = np.zeros((size, len(strata_of)), dtype=np.uint16)
+        for members in members_of:
             picks = generator.integers(0, len(members), (size, len(members)))
             offsets = np.arange(size)[:, None] * len(members)
             counted = np.bincount((picks + offsets).ravel(), minlength=size * len(members))
             drawn[:, members] = counted.reshape(size, len(members))
-        yield drawn[:, sampling.units]
+        yield drawn
+
+
+@lru_cache(maxsize=4)  # those of a task and those that the tasks of its dataset share, for two frames
+def _kept_draws(strata: bytes, replicates: int, seed: int, chunk: int) -> list[NDArray[np.uint16]]:
+    """`draws` of a dataset, which are the same for every encoder."""
+    return list(draws(strata, replicates, seed, chunk))
 
 
 def chunk_size(frames: Iterable[Frame]) -> int:
     """Replicates drawn at a time from frames that go together: 100, fewer where one has very many units."""
-    return max(1, min(CHUNK, CHUNK_ELEMENTS // max(len(sampling.strata) for sampling in frames)))
+    return _held(len(sampling.strata) for sampling in frames)
+
+
+def _held(counts: Iterable[int]) -> int:
+    return max(1, min(CHUNK, CHUNK_ELEMENTS // max(counts)))
 
 
 def replicate(
@@ -120,7 +144,8 @@ def replicate(
     if min(len(sampling.strata) for sampling in frames.values()) < 2:
         return points, {name: np.full(replicates, np.nan) for name in points}
     chunk = chunk_size(frames.values())
-    streams = [replicate_weights(sampling, replicates, seed, chunk) for sampling in frames.values()]
+    at_once = _held(len(sampling.units) for sampling in frames.values())
+    streams = [replicate_weights(sampling, replicates, seed, chunk, at_once) for sampling in frames.values()]
     chunks = [metrics(dict(zip(frames, weights, strict=True))) for weights in zip(*streams, strict=True)]
     return points, {name: np.concatenate([chunk[name] for chunk in chunks]) for name in points}
 

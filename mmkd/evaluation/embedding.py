@@ -24,7 +24,7 @@ from mmkd.encoder import DualEncoder
 from mmkd.evaluation.image_sources import FolderImages, ImageSource
 from mmkd.evaluation.shards import Content, Shard, completed, shards_of
 from mmkd.evaluation.tokens import TokenSource
-from mmkd.evaluation.vectors import Table, Vectors, stacked
+from mmkd.evaluation.vectors import Rows, Table, Vectors, rows_of, stacked
 from mmkd.frozen_towers import FrozenEncoder
 
 
@@ -62,6 +62,10 @@ class Embedded:
         """
         return stacked(self.images, [pair.id for pair in pairs], "images")
 
+    def image_rows(self, pairs: Sequence[Pair]) -> Rows | Vectors:
+        """What `image_matrix` gives, to be read in stretches."""
+        return rows_of(self.images, [pair.id for pair in pairs], "images")
+
     @property
     def pooled_is_joint(self) -> bool:
         """Whether `pooled_matrix` gives joint vectors for want of others."""
@@ -78,6 +82,10 @@ class Embedded:
             Undefined: the encoder has not read some of them.
         """
         return stacked(self.texts, texts, "sentences")
+
+    def text_rows(self, texts: Sequence[str]) -> Rows | Vectors:
+        """What `text_matrix` gives, to be read in stretches."""
+        return rows_of(self.texts, texts, "sentences")
 
 
 def embed(

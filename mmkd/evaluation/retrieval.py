@@ -8,28 +8,27 @@ everything gains nothing.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import comb
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmkd.evaluation import metrics
 from mmkd.evaluation.bootstrap import Metrics, frame, subframe
 from mmkd.evaluation.dataset_classes import name_after
-from mmkd.evaluation.embedding import Embedded, Vectors
+from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.metrics import Floats, Integers
-from mmkd.evaluation.ranks import search
+from mmkd.evaluation.metrics import Floats
+from mmkd.evaluation.ranks import Answers, search_both
 from mmkd.evaluation.task import Outputs, Samples, Task
+from mmkd.evaluation.vectors import Vectors
 
 RECALLS = (1, 5, 10)
 DATASET_RECALLS = (1, 5, 10, 50, 200)
 DIRECTIONS = (("image_to_text", "image"), ("text_to_image", "caption"))
-COMPACT = 1 << 16  # rows from which on vectors are kept in half precision
+WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them in stretches
 
 
 class Retrieval(Task):
@@ -65,8 +64,8 @@ class Retrieval(Task):
             "ids": [pair.id for pair in self.pairs],
             "captions": self.captions,
             "labels": {name: [pair.label for pair in own] for name, own in self.holders.items()},
-            "right_captions": [own.tolist() for own in self.right_captions],
-            "right_images": [own.tolist() for own in self.right_images],
+            "right_captions": self.right_captions.tolist(),
+            "right_images": self.right_images.tolist(),
             "pool": {"images": len(self.pairs), "captions": len(self.captions)},
             "chance": chance
             | {"mean_recall": float(np.mean([*map(to_text.get, RECALLS), *map(to_image.get, RECALLS)]))},
@@ -74,44 +73,46 @@ class Retrieval(Task):
 
     def outputs(self, embedded: Embedded) -> Outputs:
         """``image.rank``, ``caption.rank`` and the first answers with their similarities, both ways."""
-        images = compact(embedded.image_matrix, self.pairs)
-        captions = compact(embedded.text_matrix, self.captions)
-        found: Outputs = {}
-        for key, queries, pool, right in (
-            ("image", images, captions, self.right_captions),
-            ("caption", captions, images, self.right_images),
-        ):
-            ranks, top, scores = search(queries, pool, right)
-            found |= {f"{key}.rank": ranks, f"{key}.top": top, f"{key}.top_scores": scores}
-        return found
+        return self._found(embedded.image_rows(self.pairs), embedded.text_rows(self.captions))
 
     def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
         """Mean of the members' similarities, each divided by its standard deviation over all image-caption pairs.
 
         That mean is itself an inner product, of the members' vectors laid end to end.
         """
-        together = Embedded("ensemble", "")
-        images = [m.image_matrix(self.pairs) for m in members]
-        captions = [m.text_matrix(self.captions) for m in members]
+        images = [member.image_rows(self.pairs) for member in members]
+        captions = [member.text_rows(self.captions) for member in members]
         weights = [1 / (len(members) * similarity_spread(x, t)) for x, t in zip(images, captions, strict=True)]
-        joined_images = np.concatenate([w * x for w, x in zip(weights, images, strict=True)], axis=1)
-        joined_captions = np.concatenate(captions, axis=1)
-        ids = [pair.id for pair in self.pairs]
-        together = replace(together, images=dict(zip(ids, joined_images, strict=True)))
-        return self.outputs(replace(together, texts=dict(zip(self.captions, joined_captions, strict=True))))
+        return self._found(EndToEnd(images, weights), EndToEnd(captions, [1.0] * len(members)))
+
+    def _found(self, images: Any, captions: Any) -> Outputs:
+        images, captions = (rows[:] if len(rows) <= WHOLE else rows for rows in (images, captions))
+        both = search_both(images, captions, self.right_captions, self.right_images)
+        found: Outputs = {}
+        for key, (ranks, top, scores) in zip(("image", "caption"), both, strict=True):
+            found |= {f"{key}.rank": ranks, f"{key}.top": top, f"{key}.top_scores": scores}
+        return found
 
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """Recalls both ways, the mean of those at 1, 5 and 10, and both median ranks."""
-        found: Metrics = {}
-        for direction, key in DIRECTIONS:
-            for k in self.recalls:
-                found[f"{direction}_recall@{k}"] = metrics.recall_at(k, outputs[f"{key}.rank"], weights[key])
-        mean = np.mean([found[f"{direction}_recall@{k}"] for direction, _ in DIRECTIONS for k in RECALLS], axis=0)
         ranks = {
             f"{direction}_median_rank": metrics.median_rank(outputs[f"{key}.rank"], weights[key])
             for direction, key in DIRECTIONS
         }
-        return {"mean_recall": mean, **found, **ranks}
+        return {**self._recalls(outputs, weights, self.recalls), **ranks}
+
+    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """The mean recall alone, without the sorting that medians need."""
+        return {self.headline: self._recalls(outputs, weights, RECALLS)[self.headline]}
+
+    def _recalls(self, outputs: Outputs, weights: dict[str, Floats], recalls: Sequence[int]) -> Metrics:
+        found = {
+            f"{direction}_recall@{k}": metrics.recall_at(k, outputs[f"{key}.rank"], weights[key])
+            for direction, key in DIRECTIONS
+            for k in recalls
+        }
+        mean = np.mean([found[f"{direction}_recall@{k}"] for direction, _ in DIRECTIONS for k in RECALLS], axis=0)
+        return {"mean_recall": mean, **found}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """Mean over 1, 5 and 10 of whether the answer stands that high."""
@@ -148,28 +149,21 @@ def _dataset_tasks(samples: Samples, manifest: Manifest) -> tuple[list[Retrieval
     return [task], {}
 
 
-def compact(read: Callable[[Any], NDArray[Any]], keys: Sequence[Any]) -> NDArray[Any]:
-    """Vectors ``(n, dim)`` of many keys in half precision, read in parts, if that changes none of them.
+class EndToEnd:
+    """Vectors of several encoders laid end to end, each times its weight, to be read in stretches."""
 
-    Args:
-        read: vectors ``(part, dim)`` of some keys.
-        keys: of which vectors are wanted.
-    """
-    if len(keys) <= COMPACT:
-        return read(keys)
-    half = np.empty((len(keys), read(keys[:1]).shape[1]), dtype=np.float16)
-    for start in range(0, len(keys), COMPACT):
-        part, kept = read(keys[start : start + COMPACT]), half[start : start + COMPACT]
-        with np.errstate(over="ignore"):
-            kept[:] = part
-        if not np.array_equal(kept.astype(part.dtype), part, equal_nan=True):
-            return read(keys)
-    return half
+    def __init__(self, parts: Sequence[Any], weights: Sequence[float]) -> None:
+        """Take rows ``(n, dim)`` of each encoder, and as many weights."""
+        self._parts, self._weights = parts, weights
+
+    def __len__(self) -> int:
+        return len(self._parts[0])
+
+    def __getitem__(self, part: slice) -> Vectors:
+        return np.concatenate([w * rows[part] for w, rows in zip(self._weights, self._parts, strict=True)], axis=1)
 
 
-def positives(
-    captions: Sequence[str], contents: Sequence[str], pool: Sequence[str]
-) -> tuple[list[Integers], list[Integers]]:
+def positives(captions: Sequence[str], contents: Sequence[str], pool: Sequence[str]) -> tuple[Answers, Answers]:
     """Right answers both ways.
 
     Args:
@@ -181,33 +175,40 @@ def positives(
         For each image the indices of right captions, for each caption of the pool the indices of right images.
     """
     index = {caption: position for position, caption in enumerate(pool)}
-    said: dict[str, set[int]] = defaultdict(set)
-    copies: dict[str, list[int]] = defaultdict(list)
-    for position, (caption, content) in enumerate(zip(captions, contents, strict=True)):
-        said[content].add(index[caption])
-        copies[content].append(position)
-    images_of: dict[int, list[int]] = defaultdict(list)
-    for content, right in said.items():
-        for caption_index in right:
-            images_of[caption_index] += copies[content]
-    to_captions = [np.array(sorted(said[content]), dtype=np.int64) for content in contents]
-    return to_captions, [np.array(sorted(images_of[k]), dtype=np.int64) for k in range(len(pool))]
+    caption = np.fromiter(map(index.__getitem__, captions), np.int64, len(captions))
+    known = {content: k for k, content in enumerate(dict.fromkeys(contents))}
+    content = np.fromiter(map(known.__getitem__, contents), np.int64, len(contents))
+    said = np.unique(content * len(pool) + caption)  # what is said of any copy of an image is said of all
+    of_content = Answers(np.bincount(said // len(pool), minlength=len(known)), said % len(pool))
+    counts = of_content.counts[content]
+    image = np.repeat(np.arange(len(content)), counts)
+    within = np.arange(len(image)) - np.repeat(np.cumsum(counts) - counts, counts)
+    answer = of_content.values[of_content.starts[content][image] + within]
+    order = np.lexsort((image, answer))
+    return Answers(counts, answer), Answers(np.bincount(answer, minlength=len(pool)), image[order])
 
 
-def similarity_spread(images: Vectors, captions: Vectors) -> float:
+def similarity_spread(images: Any, captions: Any) -> float:
     """Standard deviation of all inner products of ``(n, dim)`` with ``(m, dim)``, without forming them; 1 if zero.
 
     ``E[(x.t)^2] = <X'X / n, T'T / m>`` and ``E[x.t] = mean(x).mean(t)``.
     """
-    x, t = images.astype(np.float64), captions.astype(np.float64)
-    square = float(((x.T @ x / len(x)) * (t.T @ t / len(t))).sum())
-    variance = square - float(x.mean(axis=0) @ t.mean(axis=0)) ** 2
+    (x_square, x_mean), (t_square, t_mean) = _moments(images), _moments(captions)
+    square = float((x_square * t_square).sum())
+    variance = square - float(x_mean @ t_mean) ** 2
     return float(np.sqrt(variance)) if variance > 0 else 1.0
 
 
-def random_recalls(right: Sequence[Integers], pool: int, recalls: Sequence[int] = RECALLS) -> dict[int, float]:
+def _moments(rows: Any) -> tuple[Floats, Floats]:
+    """Mean outer product ``(dim, dim)`` and mean ``(dim,)`` of ``(n, dim)``, read in stretches."""
+    parts = (rows[start : start + WHOLE].astype(np.float64) for start in range(0, len(rows), WHOLE))
+    sums = [(part.T @ part, part.sum(axis=0)) for part in parts]
+    return sum(square for square, _ in sums) / len(rows), sum(total for _, total in sums) / len(rows)
+
+
+def random_recalls(right: Answers, pool: int, recalls: Sequence[int] = RECALLS) -> dict[int, float]:
     """Expected recall of a random order, ``1 - C(pool - positives, k) / C(pool, k)`` averaged over the queries."""
-    counts, times = np.unique([len(own) for own in right], return_counts=True)
+    counts, times = np.unique(right.counts, return_counts=True)
     return {
         k: float(
             np.average(

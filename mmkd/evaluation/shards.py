@@ -52,19 +52,39 @@ class Content:
         return [number for number, file in enumerate(self.files(cache, fingerprint)) if not _is_whole(file)]
 
 
+@dataclass(frozen=True)
+class StoredRows:
+    """A tensor ``(n, width)`` of a shard that is mapped only while rows of it are read.
+
+    Ten encoders of a million images have thousands of shards: so many files cannot stay open, and pages that were read
+    once shall not stay in memory.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of some rows."""
+        return np.array(TensorMap(self.path).arrays[self.name][rows])
+
+
 @dataclass
 class Shard:
     """Vectors ``(n, dim)`` of what could be read and, of images, those before the projection ``(n, width)``.
 
     Attributes:
-        vectors: in the common space.
+        vectors: in the common space; an array, or `StoredRows` of a shard that was read, as of the others.
         pooled: before the projection; None for texts, or where there are none.
         unreadable: ids with their reasons.
         failures: what the encoder said where it refused.
     """
 
-    vectors: NDArray[Any]
-    pooled: NDArray[Any] | None
+    vectors: Any
+    pooled: Any
     unreadable: dict[str, str]
     failures: list[str]
 
@@ -80,10 +100,10 @@ class Shard:
 
     @classmethod
     def read(cls, path: Path) -> Shard:
-        """Map what `write` wrote."""
+        """What `write` wrote; its vectors are read when asked for."""
         notes = json.loads(read_header(path)[1]["__metadata__"]["notes"])
-        arrays = TensorMap(path).arrays
-        return cls(arrays["vectors"], arrays.get("pooled"), **notes)
+        stored = {name: StoredRows(path, name, array.shape) for name, array in TensorMap(path).arrays.items()}
+        return cls(stored["vectors"], stored.get("pooled"), **notes)
 
 
 def shards_of(items: Sequence[Any]) -> list[Sequence[Any]]:
@@ -91,7 +111,7 @@ def shards_of(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[start : start + SHARD_SIZE] for start in range(0, len(items), SHARD_SIZE)]
 
 
-def completed(parts: Sequence[NDArray[Any] | None], rows: Sequence[int]) -> list[NDArray[Any]]:
+def completed(parts: Sequence[Any], rows: Sequence[int]) -> list[Any]:
     """Pooled vectors of all parts, NaN where a part has none but others do; nothing where no part has any."""
     widths = {part.shape[1] for part in parts if part is not None and len(part)}
     if not widths:

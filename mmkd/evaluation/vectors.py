@@ -18,8 +18,12 @@ class Undefined(Exception):
 class Table(Mapping[str, Vectors]):
     """Vectors ``(dim,)`` by key, kept as parts ``(rows, dim)`` of any floating type that are read when asked for."""
 
-    def __init__(self, keys: Sequence[str], parts: Sequence[NDArray[Any]]) -> None:
+    def __init__(self, keys: Sequence[str], parts: Sequence[Any]) -> None:
         """Number the keys: in the order of the rows of all parts, one after another.
+
+        Args:
+            keys: distinct.
+            parts: arrays, or what gives rows as they do (`StoredRows`).
 
         Raises:
             ValueError: there are not as many keys as rows.
@@ -40,7 +44,18 @@ class Table(Mapping[str, Vectors]):
         Raises:
             KeyError: of one of them there is none.
         """
-        rows = np.fromiter(map(self._rows.__getitem__, keys), np.int64, len(keys))
+        return self.numbered(self.numbers(keys))
+
+    def numbers(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """Row of each key, ``(n,)``.
+
+        Raises:
+            KeyError: one of them has none.
+        """
+        return np.fromiter(map(self._rows.__getitem__, keys), np.int64, len(keys))
+
+    def numbered(self, rows: NDArray[np.int64]) -> Vectors:
+        """Vectors in some rows, ``(n, dim)`` float32."""
         found = np.empty((len(rows), self._parts[0].shape[1] if self._parts else 0), dtype=np.float32)
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(owner):
@@ -62,8 +77,26 @@ class Table(Mapping[str, Vectors]):
         return len(self._rows)
 
 
-def stacked(vectors: Mapping[str, Vectors], keys: Sequence[str], what: str) -> Vectors:
-    """Vectors of n keys, ``(n, dim)``.
+class Rows:
+    """Vectors ``(n, dim)`` of n keys of a table; ``rows[start:stop]`` reads a stretch of them as float32."""
+
+    def __init__(self, table: Table, keys: Sequence[str]) -> None:
+        """Look the keys up; nothing is read yet.
+
+        Raises:
+            KeyError: one of them has no vector.
+        """
+        self._table, self._numbers = table, table.numbers(keys)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, part: slice) -> Vectors:
+        return self._table.numbered(self._numbers[part])
+
+
+def rows_of(vectors: Mapping[str, Vectors], keys: Sequence[str], what: str) -> Rows | Vectors:
+    """Vectors of n keys, ``(n, dim)``, of which stretches can be read.
 
     Raises:
         Undefined: some are not there; the message says how many of how many, and of what.
@@ -72,8 +105,13 @@ def stacked(vectors: Mapping[str, Vectors], keys: Sequence[str], what: str) -> V
     if missing:
         raise Undefined(f"it has no vectors of {missing} of {len(keys)} {what}")
     if isinstance(vectors, Table):
-        return vectors.matrix(keys)
+        return Rows(vectors, keys)
     return np.stack([vectors[key] for key in keys])
+
+
+def stacked(vectors: Mapping[str, Vectors], keys: Sequence[str], what: str) -> Vectors:
+    """All vectors of n keys, ``(n, dim)``; raises as `rows_of` does."""
+    return rows_of(vectors, keys, what)[:]
 
 
 def _slice(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:

@@ -24,113 +24,16 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
+from simulated_suite import SIZES, Simulated, write_cache
 
-from mmkd.data.pair import Pair
-from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.encoders import Known
 from mmkd.evaluation.eval_settings import EvalSettings
-from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.registry import load_suite
-from mmkd.evaluation.shards import Shard, shards_of
+from mmkd.evaluation.shards import Shard
 from mmkd.evaluation.suite_run import SuiteRun, inputs_of
 
-JOINT, POOLED = 512, 768
-# Images for learning and for tests, as published or about so.
-SIZES = {
-    "chexpert-5x200": (0, 1000),
-    "rsna-pneumonia": (21347, 5337),
-    "chestmnist": (89687, 22433),
-    "pneumoniamnist": (5232, 624),
-    "organamnist": (41052, 17778),
-    "organcmnist": (15367, 8216),
-    "organsmnist": (16384, 8827),
-    "sars-cov-2-ct": (1985, 496),
-    "mrnet-acl": (1130, 120),
-    "mrnet-meniscus": (1130, 120),
-    "brain-tumor-classification": (2870, 394),
-    "figshare-brain-tumor": (2451, 613),
-    "breastmnist": (624, 156),
-    "busi": (624, 156),
-    "tn3k": (2879, 614),
-    "fetal-planes": (7129, 5271),
-    "lc25000-lung": (0, 15000),
-    "lc25000-colon": (0, 10000),
-    "pcam": (294912, 32768),
-    "nct-crc-he": (100000, 7180),
-    "dermamnist": (8010, 2005),
-    "pad-ufes-20": (1838, 460),
-    "isic-2019": (20265, 5066),
-    "ddi": (0, 656),
-    "retinamnist": (1200, 400),
-    "refuge": (800, 400),
-    "fives": (600, 200),
-    "odir200x3": (0, 600),
-    "octmnist": (108309, 1000),
-    "octdl": (1651, 413),
-    "octid": (457, 115),
-    "oct2017": (83484, 1000),
-    "hyperkvasir": (8530, 2132),
-    "kvasir-v2": (6400, 1600),
-    "kvasir-capsule": (37790, 9448),
-    "dsad": (11700, 2925),
-    "rocov2": (0, 9927),
-    "roco": (0, 8176),
-    "pmc-oa": (0, 15000),
-    "quilt-1m": (0, 13559),
-    "deepeyenet": (12569, 3140),
-}
 
-
-class Simulated(Collection):
-    """Pairs of a dataset's size; two images to a patient, every class as often as every other."""
-
-    def __init__(self, manifest: Manifest, learnt: int, tested: int) -> None:
-        classes = list(manifest.classes) or [""]
-        splits = ["train"] * (learnt * 9 // 10) + ["validation"] * (learnt - learnt * 9 // 10) + ["test"] * tested
-        caption = "{} number {}" if manifest.task == "retrieval" else ""
-        pairs = [
-            Pair(
-                f"{manifest.id}:{k}",
-                "",
-                caption.format(manifest.title, k),
-                manifest.modality,
-                classes[k % len(classes)],
-                f"{split}-{k // 2}",
-                split,
-                manifest.id,
-            )
-            for k, split in enumerate(splits)
-        ]
-        super().__init__(manifest, pairs)
-
-    def image(self, pair: Pair) -> None:
-        raise AssertionError("nothing is opened when the cache is warm")
-
-    def digest(self, pair: Pair) -> str:
-        return pair.id
-
-
-def write_cache(known: Known, number: int, inputs, collection: Collection) -> int:
-    """Write an encoder's shards: images stand near the mean direction of their class; returns the bytes."""
-    generator = np.random.default_rng(number)
-    classes = list(collection.manifest.classes) or [""]
-    centres = generator.normal(size=(len(classes), JOINT)).astype(np.float32)
-    noise = generator.normal(size=(4096, JOINT + POOLED)).astype(np.float32)
-    files = inputs.content.files(known.cache / inputs.name, known.fingerprint)
-    for turn, (file, part) in enumerate(
-        zip(files, [*shards_of(collection.pairs), *shards_of(inputs.texts)], strict=True)
-    ):
-        rows = np.roll(noise, 97 * turn, axis=0)[: len(part)]
-        is_image = turn < len(inputs.content.images)
-        joint = rows[:, :JOINT].copy()
-        if is_image and classes != [""]:
-            joint += 0.1 * centres[[classes.index(pair.label) for pair in part]]
-        joint /= np.linalg.norm(joint, axis=1, keepdims=True)
-        Shard(joint, rows[:, JOINT:] if is_image else None, {}, []).write(file)
-    return sum(file.stat().st_size for file in files)
-
-
-def reading(known: Known, inputs, collection: Collection) -> tuple[float, float]:
+def reading(known: Known, inputs, collection: Simulated) -> tuple[float, float]:
     """Seconds for the joint matrix of all images: a vector for each key stacked, and ours."""
     times: dict[str, list[float]] = {"each": [], "ours": []}
     for _ in range(5):
@@ -141,7 +44,9 @@ def reading(known: Known, inputs, collection: Collection) -> tuple[float, float]
                 embedded.image_matrix(collection.pairs)
             else:
                 files = inputs.content.files(known.cache / inputs.name, known.fingerprint)
-                shards = [Shard.read(file).vectors.astype(np.float32) for file in files[: len(inputs.content.images)]]
+                shards = [
+                    Shard.read(file).vectors[:].astype(np.float32) for file in files[: len(inputs.content.images)]
+                ]
                 rows = (row for shard in shards for row in shard)
                 vectors = dict(zip((pair.id for pair in collection.pairs), rows, strict=True))
                 np.stack([vectors[pair.id] for pair in collection.pairs])

@@ -1,123 +1,170 @@
-"""Memory and time of exact retrieval from a million vectors, with the time of a million queries extrapolated.
+"""Memory and time of a whole retrieval task on a million images and captions, with the search of most queries copied.
 
-``python tests/benchmarks/retrieval_scale.py [--pool 1000000] [--queries 2048] [--dim 512] [--work FOLDER]``
+``python tests/benchmarks/retrieval_scale.py [--pool 1000000] [--queries 2048] [--replicates 1000] [--work FOLDER]``
 
-Images and captions are random unit vectors in half precision, written to FOLDER and memory-mapped, as a cache of
-embeddings is; image i and caption i belong together (the caption is the image plus noise). The queries are searched in
-the whole pool in blocks; the first are checked against a plain product in double precision. The peak of resident
-memory counts the mapped pages, too. A figure for all queries is seconds a query times their number: extrapolated. The
-baseline keeps the similarities of all pairs in single precision, as a plain product would: its memory is computed, not
-run.
+Images and captions are random unit vectors of 512 numbers in half precision, written by another process as the shards
+of a warm cache (the caption of an image is the image plus noise). Then the dataset is judged as `mmkd eval` does:
+pairs, hashes, right answers, search both ways, metrics with intervals under two sets of replicates, scores as Parquet,
+the cell, the summary. A search of all queries would take hours, so the first ``--queries`` of each direction are
+searched in the whole pool, and the others copy their ranks and answers; all else has its full size. The first ranks are
+checked against a plain product in double precision.
+
+The peak of resident memory counts the mapped pages of the cache, which the system may drop; that of memory that it may
+not drop is sampled every 20 ms and given beside it. A figure for all queries is seconds a query times their number:
+extrapolated. The baseline keeps the similarities of all pairs in single precision, as a plain product would: its memory
+is computed, not run.
 """
 
 import argparse
+import hashlib
 import json
+import multiprocessing
 import resource
 import tempfile
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from simulated_suite import Simulated
 
-from mmkd.data.records import Pair
-from mmkd.evaluation import retrieval
-from mmkd.evaluation.bootstrap import replicate
-from mmkd.evaluation.embedding import Embedded
+from mmkd.data.pair import Pair
+from mmkd.evaluation import ranks
+from mmkd.evaluation.encoders import Inputs, Known
+from mmkd.evaluation.eval_settings import EvalSettings
 from mmkd.evaluation.ranks import search
-from mmkd.evaluation.task import Samples
-from mmkd.evaluation.vectors import Table
+from mmkd.evaluation.registry import find_manifests
+from mmkd.evaluation.shards import SHARD_SIZE, Shard
+from mmkd.evaluation.suite_run import SuiteRun, inputs_of
 
-PART = 1 << 16
-CHECKED = 16
+DIM, CHECKED, PART = 512, 16, 1 << 16
 
 
-def simulate(folder: Path, pool: int, dim: int) -> tuple[Path, Path]:
-    """Write images and captions ``(pool, dim)`` in half precision, seed 42."""
+class Hashed(Simulated):
+    """Pairs whose images have hashes as long as real ones."""
+
+    def digest(self, pair: Pair) -> str:
+        return hashlib.sha256(pair.id.encode()).hexdigest()
+
+
+class Watch(threading.Thread):
+    """The most memory of this process that no file backs, GiB, sampled."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0.0
+
+    def run(self) -> None:
+        while True:
+            status = Path("/proc/self/status").read_text()
+            own = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+            self.peak = max(self.peak, int(own.split()[1]) / 2**20)
+            time.sleep(0.02)
+
+
+def opened(pool: int) -> tuple[Hashed, Inputs]:
+    """The dataset: one caption for each image, all distinct."""
+    collection = Hashed(replace(find_manifests(["rocov2"])[0], id="simulated"), 0, pool)
+    return collection, inputs_of(collection, lambda: collection, "test")
+
+
+def simulate(known: Known, pool: int) -> None:
+    """Write the shards of images and captions ``(pool, 512)``, seed 42."""
+    collection, inputs = opened(pool)
+    place = {pair.caption: k for k, pair in enumerate(collection.pairs)}
+    images, captions = (np.empty((pool, DIM), dtype=np.float16) for _ in range(2))
     generator = np.random.default_rng(42)
-    files = folder / "images.npy", folder / "captions.npy"
-    images, captions = (
-        np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=(pool, dim)) for file in files
-    )
     for start in range(0, pool, PART):
         rows = min(PART, pool - start)
-        image = generator.standard_normal((rows, dim), dtype=np.float32)
-        caption = image + 3.2 * generator.standard_normal((rows, dim), dtype=np.float32)
+        image = generator.standard_normal((rows, DIM), dtype=np.float32)
+        caption = image + 3.2 * generator.standard_normal((rows, DIM), dtype=np.float32)
         for whole, part in ((images, image), (captions, caption)):
             whole[start : start + rows] = part / np.linalg.norm(part, axis=1, keepdims=True)
-    return files
+    files = iter(inputs.content.files(known.cache / inputs.name, known.fingerprint))
+    order = np.array([place[text] for text in inputs.texts])
+    for whole, rows in ((images, np.arange(pool)), (captions, order)):
+        for start in range(0, pool, SHARD_SIZE):
+            Shard(whole[rows[start : start + SHARD_SIZE]], None, {}, []).write(next(files))
 
 
-def check(images: np.ndarray, captions: np.ndarray, ranks: np.ndarray) -> None:
+class Searched:
+    """The search of the first queries, timed and checked; the others copy their answers."""
+
+    def __init__(self, queries: int) -> None:
+        self.queries, self.seconds, self.cpu = queries, 0.0, 0.0
+
+    def __call__(self, asked: Any, pool: Any, right: Any) -> tuple[np.ndarray, ...]:
+        own, first = right[: self.queries], right[:CHECKED].values
+        began, busy = time.perf_counter(), time.process_time()
+        found = search(asked[: self.queries], pool, own)
+        self.seconds, self.cpu = self.seconds + time.perf_counter() - began, self.cpu + time.process_time() - busy
+        check(asked[:CHECKED], pool, first, found[0])
+        return tuple(np.resize(part, (len(asked), *part.shape[1:])) for part in found)
+
+
+def check(asked: np.ndarray, pool: Any, right: np.ndarray, found: np.ndarray) -> None:
     """Compare the first ranks with those of a product in double precision, but for ties of rounding."""
-    queries = images[:CHECKED].astype(np.float64)
-    own = (queries * captions[:CHECKED].astype(np.float64)).sum(axis=1)
-    surely, perhaps = np.zeros(CHECKED), np.zeros(CHECKED)
-    for start in range(0, len(captions), PART):
-        similarities = queries @ captions[start : start + PART].astype(np.float64).T
+    queries = asked.astype(np.float64)
+    own = np.array([query @ pool[k : k + 1][0].astype(np.float64) for query, k in zip(queries, right, strict=True)])
+    surely, perhaps = np.zeros(len(own)), np.zeros(len(own))
+    for start in range(0, len(pool), PART):
+        similarities = queries @ pool[start : start + PART].astype(np.float64).T
         surely += (similarities > own[:, None] + 1e-6).sum(axis=1)
         perhaps += (similarities > own[:, None] - 1e-6).sum(axis=1)
-    assert ((ranks[:CHECKED] >= 1 + surely) & (ranks[:CHECKED] <= perhaps)).all(), "a rank is wrong"
-
-
-def whole_task(images: np.ndarray, captions: np.ndarray, queries: int) -> None:
-    """The task as `mmkd eval` runs it, with 100 replicates; only the first queries are searched, the rest copy them."""
-    names = [f"caption {k}" for k in range(len(images))]
-    pairs = [Pair(f"{k}", f"{k}.png", names[k], "CT", split="test") for k in range(len(images))]
-    shards = [slice(start, start + 4096) for start in range(0, len(images), 4096)]
-    vectors = [
-        Table(keys, [whole[part] for part in shards])
-        for keys, whole in (([pair.id for pair in pairs], images), (names, captions))
-    ]
-    embedded = Embedded("e", "f", {}, vectors[0], {}, vectors[1])
-    task = retrieval.Retrieval(Samples(pairs, [], [], {pair.id: pair.image for pair in pairs}), (50, 200))
-
-    def first(asked: np.ndarray, pool: np.ndarray, right: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-        return tuple(
-            np.resize(own, (len(asked), *own.shape[1:])) for own in search(asked[:queries], pool, right[:queries])
-        )
-
-    retrieval.search = first
-    outputs = task.outputs(embedded)
-    points, _ = replicate(lambda weights: task.metrics(outputs, weights), task.frames, 100, 42)
-    print(f"the whole task: mean recall {points['mean_recall']:.3f}")
+    assert ((found[: len(own)] >= 1 + surely) & (found[: len(own)] <= perhaps)).all(), "a rank is wrong"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", type=int, default=1_000_000)
-    parser.add_argument("--queries", type=int, default=2048)
-    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--queries", type=int, default=2048, help="of each direction, that are searched")
+    parser.add_argument("--replicates", type=int, default=1000)
     parser.add_argument(
         "--work", type=Path, default=None, help="where the vectors are written, by default a new folder"
     )
-    parser.add_argument("--task", action="store_true", help="also make the whole task: pairs, right answers, intervals")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        files = simulate(Path(folder), arguments.pool, arguments.dim)
-        images, captions = (np.load(file, mmap_mode="r") for file in files)
-        right = [np.array([k]) for k in range(arguments.queries)]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        began, cpu = time.perf_counter(), time.process_time()
-        ranks, _, _ = search(images[: arguments.queries], captions, right)
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        check(images, captions, ranks)
-        if arguments.task:
-            whole_task(images, captions, arguments.queries)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    hours = seconds / arguments.queries * arguments.pool / 3600
+        settings = EvalSettings(
+            ["student"],
+            suite="paper58",
+            output=Path(folder),
+            tasks=["retrieval"],
+            replicates=arguments.replicates,
+            quiet=True,
+        )
+        known = Known("student", "student", "simulated", {}, settings.embeddings / "student")
+        writer = multiprocessing.get_context("fork").Process(target=simulate, args=(known, arguments.pool))
+        writer.start()
+        writer.join()
+        assert writer.exitcode == 0, "the vectors could not be written"
+        watch = Watch()
+        watch.start()
+        ranks.search = searched = Searched(arguments.queries)
+        began = time.perf_counter()
+        _, inputs = opened(arguments.pool)
+        run = SuiteRun(settings, [known])
+        run.judge(inputs)
+        found = run.summary()["tasks"]["retrieval-simulated"]["rows"]["student"]["metrics"]["mean_recall"]
+        seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    threads, each = torch.get_num_threads(), searched.seconds / 2 / arguments.queries
+    print(
+        f"{arguments.queries} queries each way in a pool of {arguments.pool} x {DIM}: {searched.seconds:.1f} s, "
+        f"{searched.cpu:.1f} CPU s, {threads} threads; all of them one way, extrapolated: "
+        f"{each * arguments.pool / 3600:.2f} h"
+    )
+    print(
+        f"all else of the task, {arguments.replicates} replicates: {seconds - searched.seconds:.1f} s; mean recall "
+        f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    )
+    print(f"peak resident memory {peak:.2f} GiB, mapped pages counted; {watch.peak:.2f} GiB without them")
     plain = arguments.pool**2 * 4 / 2**30
     print(
-        f"{arguments.queries} queries in a pool of {arguments.pool} x {arguments.dim}: {seconds:.1f} s, {cpu:.1f} CPU s"
+        json.dumps({"name": "retrieval_scale", "ours": peak, "baseline": plain, "unit": "GiB", "ratio": plain / peak})
     )
-    print(f"recall@1 {np.mean(ranks <= 1):.3f}, @200 {np.mean(ranks <= 200):.3f}, median rank {np.median(ranks):.0f}")
-    print(
-        f"peak resident memory {peak:.2f} GiB, of it {before:.2f} before the search; {torch.get_num_threads()} threads"
-    )
-    print(f"all {arguments.pool} queries one way, extrapolated: {hours:.2f} h")
-    result = {"name": "retrieval_scale", "ours": peak, "baseline": plain, "unit": "GiB", "ratio": plain / peak}
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -123,6 +123,16 @@ def test_five_metrics_are_those_of_scikit_learn_on_the_same_draws():
     assert benchmark.disagreement(targets, scores, sampling, 25) < 1e-9
 
 
+def test_draws_are_the_same_whether_kept_or_made_anew_or_given_a_few_at_a_time(monkeypatch):
+    sampling = frame(["a"] * 10 + ["b"] * 30, [str(k // 2) for k in range(40)])
+    kept = list(replicate_weights(sampling, 130, 42))
+    few = list(replicate_weights(sampling, 130, 42, at_once=7))
+    assert [len(part) for part in kept] == [100, 30] and max(map(len, few)) == 7
+    monkeypatch.setattr(bootstrap, "KEPT_ELEMENTS", 0)
+    for others in (few, list(replicate_weights(sampling, 130, 42))):
+        np.testing.assert_array_equal(np.concatenate(others), np.concatenate(kept))
+
+
 def test_very_many_units_are_drawn_a_few_replicates_at_a_time(monkeypatch):
     large, small = frame(["a"] * 60, [""] * 60), frame(["a"] * 6, [""] * 6)
     monkeypatch.setattr(bootstrap, "CHUNK_ELEMENTS", 1000)

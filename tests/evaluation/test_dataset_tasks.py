@@ -10,6 +10,7 @@ from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.multilabel import negative_prompts
 from mmkd.evaluation.task import Samples, Undefined
+from mmkd.evaluation.vectors import Table
 
 CLASSES = {"benign": ["benign lesion"], "malignant": ["malignant tumour", "cancer"], "normal": []}
 
@@ -305,12 +306,23 @@ def test_zero_shot_of_a_dataset_is_that_of_clip_benchmark():
     assert points["balanced_accuracy"] == pytest.approx(np.mean(recalls), abs=1e-12)
 
 
-def test_many_vectors_are_kept_in_half_precision_only_where_that_changes_none(monkeypatch):
-    monkeypatch.setattr(retrieval, "COMPACT", 7)
-    stored = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float16).astype(np.float32)
-    stored[3, 1] = np.nan
-    kept = retrieval.compact(lambda keys: stored[keys], list(range(30)))
-    assert kept.dtype == np.float16 and np.array_equal(kept.astype(np.float32), stored, equal_nan=True)
-    stored[20] *= 1.0001
-    kept = retrieval.compact(lambda keys: stored[keys], list(range(30)))
-    assert kept.dtype == np.float32 and np.array_equal(kept, stored, equal_nan=True)
+def test_retrieval_is_the_same_whether_vectors_are_read_at_once_or_in_stretches(monkeypatch):
+    data, _ = dataset(manifest("retrieval"), counts=(0, 0, 60))
+    (task,), _ = retrieval.tasks(data)
+    members = [tabled(task, seed) for seed in range(2)]
+    whole = [task.outputs(members[0]), task.ensemble(members, [])]
+    monkeypatch.setattr(retrieval, "WHOLE", 7)
+    for expected, found in zip(whole, [task.outputs(members[0]), task.ensemble(members, [])], strict=True):
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-5, err_msg=name)
+
+
+def tabled(task, seed):
+    """An encoder whose vectors lie in several parts, in half precision, and in another order than the task's."""
+    generator = np.random.default_rng(seed)
+    ids, captions = [pair.id for pair in task.pairs], list(task.captions)
+    tables = []
+    for keys in (ids, captions):
+        parts = [generator.normal(size=(n, 24)).astype(np.float16) for n in (13, len(keys) - 13)]
+        tables.append(Table(generator.permutation(keys).tolist(), parts))
+    return Embedded(f"e{seed}", "f", {}, tables[0], {}, tables[1])

@@ -10,6 +10,7 @@ from mmkd.evaluation import ranks as ranks_module
 from mmkd.evaluation.bootstrap import replicate
 from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.prompts import label_prompts, modality_prompts
+from mmkd.evaluation.ranks import Answers, search, search_both
 from mmkd.evaluation.suite import texts_for
 from mmkd.evaluation.summary import split_summary
 from mmkd.evaluation.task import Samples, Undefined, best_by_modality
@@ -127,18 +128,37 @@ def test_retrieval_counts_identical_captions_and_images_as_right():
     to_text, to_image = retrieval.positives(
         [p.caption for p in pairs], [p.image for p in pairs], ["one", "three", "two"]
     )
-    assert [own.tolist() for own in to_text] == [[0, 2], [0, 2], [0], [1]]
-    assert [own.tolist() for own in to_image] == [[0, 1, 2], [3], [0, 1]]
+    assert to_text.tolist() == [[0, 2], [0, 2], [0], [1]]
+    assert to_image.tolist() == [[0, 1, 2], [3], [0, 1]]
+
+
+def answers(right):
+    return Answers(np.array([len(own) for own in right]), np.concatenate(right))
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 26])
+def test_both_ways_at_once_are_each_way_alone(monkeypatch, block):
+    generator = np.random.default_rng(1)
+    images, captions = (generator.normal(size=(n, 200)).astype(np.float32) for n in (61, 47))
+    to_text = answers([generator.choice(47, size=2, replace=False) for _ in range(61)])
+    to_image = answers([generator.choice(61, size=3, replace=False) for _ in range(47)])
+    expected = search(images, captions, to_text), search(captions, images, to_image)
+    for most in (61 * 47, 61 * 47 - 1):
+        monkeypatch.setattr(ranks_module, "BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(ranks_module, "WHOLE_ELEMENTS", most)
+        for found, alone in zip(search_both(images, captions, to_text, to_image), expected, strict=True):
+            assert (found[0] == alone[0]).all() and (found[1] == alone[1]).all()
+            np.testing.assert_allclose(found[2], alone[2], rtol=1e-5)
 
 
 def test_ranks_equal_a_plain_sort(monkeypatch):
     generator = np.random.default_rng(0)
     queries, pool = generator.normal(size=(50, 8)).astype(np.float32), generator.normal(size=(30, 8)).astype(np.float32)
     right = [np.sort(generator.choice(30, size=generator.integers(1, 4), replace=False)) for _ in range(50)]
-    whole = retrieval.search(queries, pool, right)
+    whole = search(queries, pool, answers(right))
     monkeypatch.setattr(ranks_module, "BLOCK_ELEMENTS", 31)
     monkeypatch.setattr(ranks_module, "TILE_ROWS", 7)
-    ranks, top, scores = retrieval.search(queries, pool, right)
+    ranks, top, scores = search(queries, pool, answers(right))
     assert (ranks == whole[0]).all() and (top == whole[1]).all()
     for row in range(50):
         order = np.argsort(-(queries[row] @ pool.T))
@@ -152,7 +172,7 @@ def test_ranks_equal_a_plain_sort(monkeypatch):
 
 def test_an_encoder_that_says_the_same_of_everything_gains_nothing():
     same = np.ones((20, 4), dtype=np.float32)
-    ranks, _, _ = retrieval.search(same, same, [np.array([k]) for k in range(20)])
+    ranks, _, _ = search(same, same, answers([[k] for k in range(20)]))
     assert (ranks == 10.5).all()
 
 
@@ -169,7 +189,7 @@ def test_an_image_and_its_caption_are_drawn_together():
 
 
 def test_chance_of_retrieval_is_exact():
-    right = [np.array([0]), np.array([1, 2])]
+    right = answers([[0], [1, 2]])
     chances = retrieval.random_recalls(right, 4)
     assert chances[1] == pytest.approx((1 / 4 + 2 / 4) / 2)
     assert chances[5] == 1.0
