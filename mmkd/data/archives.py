@@ -21,7 +21,7 @@ END_BYTES = 10_240  # tar pads with zero blocks to a multiple of this
 LARGEST_EXTENDED_HEADER = 1 << 20
 LARGEST_MEMBER = 1 << 30
 MOST_OPEN = 64
-REGULAR, EXTENDED, FOLDER = b"0\0", b"xgLK", b"5"
+EXTENDED, FOLDER, PLAIN = b"xgLK", b"5", (b"0", b"\0", b"7")
 REFERENCE = re.compile(r"(.+\.tar)@(\d+)\+(\d+)")
 
 
@@ -138,7 +138,7 @@ def _plain(block: bytes, offset: int) -> Member:
     if block[257:263] == b"ustar\0":
         prefix = _text(block[345:500])
     full = (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
-    is_plain = block[156:157] in (b"0", b"\0", b"7")
+    is_plain = block[156:157] in PLAIN
     return Member(full, offset + BLOCK, _size(block) if is_plain else 0, is_plain)
 
 

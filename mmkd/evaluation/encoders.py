@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from mmkd.evaluation.shards import Content
 from mmkd.evaluation.stored_features import StoredFeatures
 from mmkd.evaluation.tokens import TokenSource
 from mmkd.files import fingerprint
+from mmkd.named_sources import by_name
 
 ENSEMBLE, ORACLE = "ensemble", "oracle"
 FEATURES = "features:"
@@ -139,20 +139,9 @@ def named_sources(encoders: list[str]) -> dict[str, str]:
     Raises:
         ValueError: none is given, two have one name, or a name is that of a row made here.
     """
-    named: dict[str, str] = {}
-    for entry in encoders:
-        before, equals, after = entry.partition("=")
-        source = after if equals else before
-        path = source.removeprefix(FEATURES)
-        name = re.sub(r"[^\w.+-]+", "-", before if equals else Path(path).name).strip("-.")
-        if not name or not source or name in (ENSEMBLE, ORACLE):
-            raise ValueError(f"encoder {entry!r}: give NAME=SOURCE with a name other than {ENSEMBLE} and {ORACLE}")
-        if name.lower() in map(str.lower, named):
-            raise ValueError(f"two encoders are called {name!r}; tell them apart with NAME=SOURCE")
-        named[name] = source
-    if not named:
+    if not encoders:
         raise ValueError("--encoders is empty; name the student first, then its teachers")
-    return named
+    return by_name(encoders, lambda source: Path(source.removeprefix(FEATURES)).name, "encoder", (ENSEMBLE, ORACLE))
 
 
 def encoder_fingerprint(encoder: DualEncoder, source: str) -> str:

@@ -40,7 +40,7 @@ def suite_means(tasks: Summaries, student: str, teachers: Sequence[str], replica
     return {
         "means": means,
         "best_teachers": best_teachers(means["all"]["by_modality"], teachers),
-        "win_tie_loss": win_tie_loss(main, student),
+        "win_tie_loss": win_tie_loss(main),
     }
 
 
@@ -95,7 +95,7 @@ def best_teachers(by_modality: dict[str, dict[str, Any]], teachers: Sequence[str
     }
 
 
-def win_tie_loss(tasks: Summaries, student: str) -> dict[str, Any]:
+def win_tie_loss(tasks: Summaries) -> dict[str, Any]:
     """On how many tasks the interval of the student's paired difference lies above, around or below zero, by rival."""
     found: dict[str, dict[str, Any]] = {}
     for task in tasks.values():

@@ -49,7 +49,7 @@ def dataset_texts(collection: Collection, split: str) -> list[str]:
     """All sentences that a task may ask of a dataset: held-out captions, questions, and those about its classes."""
     captions = {pair.caption for pair in collection.pairs if pair.split == split and pair.caption.strip()}
     prompts = {text for own in collection.manifest.prompts().values() for text in own}
-    beyond = {*zeroshot.manifest_texts(collection.manifest, collection), *vqa_tasks.texts(collection.questions)}
+    beyond = {*zeroshot.manifest_texts(collection.manifest), *vqa_tasks.texts(collection.questions)}
     return sorted(captions | prompts | beyond)
 
 

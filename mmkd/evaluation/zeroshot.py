@@ -14,7 +14,6 @@ import numpy as np
 
 from mmkd.data.captions import UNKNOWN
 from mmkd.data.records import Pair
-from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.embedding import Embedded, Vectors
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.metrics import Floats
@@ -120,7 +119,7 @@ def prompt_texts(pairs: Sequence[Pair]) -> list[str]:
     return sorted(set(sentences))
 
 
-def manifest_texts(manifest: Manifest, collection: Collection) -> list[str]:
+def manifest_texts(manifest: Manifest) -> list[str]:
     """Sentences that `tasks` asks of a dataset beyond the manifest's own prompts: those that say what is not there."""
     from mmkd.evaluation.multilabel import negative_prompts  # it builds on this module
 

@@ -15,6 +15,7 @@ from typing import Any
 from mmkd.encoder import DualEncoder
 from mmkd.files import read_json
 from mmkd.licenses import OWN_MODEL
+from mmkd.named_sources import by_name, folder_name
 from mmkd.settings import nearest
 from mmkd.teachers import hfclip, medclip, openclip, pmcclip, pythonform, unimed
 from mmkd.teachers.rows import UNDECLARED, TeacherRow, announce, read_row
@@ -156,7 +157,7 @@ def find_row(name_or_path: str) -> TeacherRow:
         architecture, _, pretrained = re.sub("[:/]", "\0", rest, count=1).partition("\0")
         pretrained = pretrained or OPENAI
         return TeacherRow(
-            _fit(f"{architecture}-{Path(pretrained).stem}"), "openclip", pretrained, architecture=architecture
+            folder_name(f"{architecture}-{Path(pretrained).stem}"), "openclip", pretrained, architecture=architecture
         )
     if colon and prefix == "python":
         return TeacherRow(rest, "python", rest)
@@ -180,18 +181,9 @@ def named_sources(sources: list[str]) -> dict[str, str]:
     Raises:
         ValueError: none is given, or two have one name.
     """
-    named: dict[str, str] = {}
-    for entry in sources:
-        before, equals, after = entry.partition("=")
-        name, source = (_fit(before), after) if equals else (_fit(find_row(entry).name), entry)
-        if not name or not source:
-            raise ValueError(f"teacher {entry!r}: give a name or folder, or NAME=SOURCE")
-        if name.lower() in map(str.lower, named):
-            raise ValueError(f"two teachers are called {name!r}; tell them apart with NAME=SOURCE")
-        named[name] = source
-    if not named:
+    if not sources:
         raise ValueError(f"no teacher is named; known: {', '.join(TEACHERS)}")
-    return named
+    return by_name(sources, lambda source: find_row(source).name, "teacher")
 
 
 def _row_of_folder(name: str, weights: str, folder: Path) -> TeacherRow:
@@ -207,8 +199,3 @@ def _row_of_folder(name: str, weights: str, folder: Path) -> TeacherRow:
     if config.get("model_type") == "mmkd_clip":
         return TeacherRow(name, "ours", weights, license=OWN_MODEL if Path(weights).is_dir() else UNDECLARED)
     return TeacherRow(name, "hfclip", weights)
-
-
-def _fit(name: str) -> str:
-    """A name fit for a folder."""
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
