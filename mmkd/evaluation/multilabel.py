@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from mmkd.evaluation.metrics import Floats
 from mmkd.evaluation.prompts import label_prompts
 from mmkd.evaluation.task import Outputs, Task
 from mmkd.evaluation.zeroshot import class_vector
+
+ARTICLE = re.compile(r"^(an?|the) ")
 
 
 class MultiLabel(Task):
@@ -137,10 +140,17 @@ class MultiLabelZeroShot(MultiLabel):
 
 
 def negative_prompts(manifest: Manifest) -> dict[str, list[str]]:
-    """Sentences that say of each class that it is not there, in the templates of `Manifest.prompts`."""
+    """Sentences that say of each class that it is not there, in the templates of `Manifest.prompts`.
+
+    "radiograph of a lung nodule" becomes "radiograph without lung nodule", elsewhere "a lung nodule" "no lung nodule".
+    """
     family = manifest.templates or manifest.modality
     return {
-        name: [text for phrase in phrases or [name] for text in label_prompts(f"no {phrase}", family)]
+        name: [
+            text.replace(" of no ", " without ")
+            for phrase in phrases or [name]
+            for text in label_prompts(f"no {ARTICLE.sub('', phrase)}", family)
+        ]
         for name, phrases in manifest.classes.items()
     }
 

@@ -30,6 +30,11 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("a histopathology image", "a stained tissue section under the microscope"),
         ("a histopathology image of {}", "H&E stained tissue section showing {}", "microscopic section with {}"),
     ),
+    "clinical photography": (
+        r"clinical photo|smartphone",
+        ("a clinical photograph", "a photograph taken by a phone"),
+        ("a clinical photograph of {}", "close photograph of skin with {}", "smartphone photograph showing {}"),
+    ),
     "dermatology": (
         r"dermato|dermo|skin",
         ("a dermatoscopic image of a skin lesion", "a close photograph of skin"),
