@@ -15,7 +15,7 @@ from mmkd.evaluation.questions import CLOSED, Question, normalise, read_question
 from mmkd.evaluation.source import Files, Reading, Sample
 from mmkd.files import read_json
 
-SLAKE_FILES = {"train": "train.json", "validation": "validate.json", "test": "test.json"}
+SLAKE_FILES = {"train": ["train.json"], "validation": ["validate.json", "validation.json"], "test": ["test.json"]}
 ENGLISH = "en"
 
 
@@ -45,7 +45,8 @@ def _read_slake(folder: Path, images: str) -> Reading:
     samples: dict[str, Sample] = {}
     digests: dict[str, str] = {}
     questions: list[Question] = []
-    for split, file in SLAKE_FILES.items():
+    for split, files in SLAKE_FILES.items():
+        file = next((name for name in files if (folder / name).is_file()), files[0])
         rows: Any = read_json(folder / file)
         keys = {"img_name", "question", "answer", "answer_type"}
         if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):

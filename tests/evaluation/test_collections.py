@@ -260,9 +260,11 @@ def test_questions_in_parquet_and_in_the_form_of_slake(tmp_path):
         row = {"img_name": f"{name}/source.jpg", "question": "is it?", "answer": "Yes", "answer_type": "CLOSED"}
         other = row | {"q_lang": "zh"}
         (folder / f"{split}.json").write_text(json.dumps([row | {"q_lang": "en"}, other]))
-    collection = open_collection(manifest({"questions": "${DATA}/slake"}, **changes), tmp_path)
-    assert [question.split for question in collection.questions] == ["train", "validation", "test"]
-    assert [pair.split for pair in collection.pairs] == ["train", "validation", "test"]
+    for name in ("validate.json", "validation.json"):  # as the project's page and as the Hub call it
+        (folder / "validate.json").rename(folder / name)
+        collection = open_collection(manifest({"questions": "${DATA}/slake"}, **changes), tmp_path)
+        assert [question.split for question in collection.questions] == ["train", "validation", "test"]
+        assert [pair.split for pair in collection.pairs] == ["train", "validation", "test"]
 
 
 def test_slides_of_a_cohort(tmp_path):
