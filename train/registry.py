@@ -26,7 +26,7 @@ from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.collections import open_collection
 from mmkd.evaluation.locations import Absent, locate, where_to_get
 from mmkd.evaluation.manifest import ASKED, Manifest, read_manifest
-from mmkd.evaluation.registry import CATALOG, catalog, find_manifests, load_suite, own_catalog
+from mmkd.evaluation.registry import CATALOG, catalog, compared_with, find_manifests, load_suite, own_catalog
 from mmkd.files import atomic_write_text
 from mmkd.settings import nearest, setting
 
@@ -112,6 +112,7 @@ def show(settings: ShowSettings) -> None:
         path = Path(settings.dataset) if settings.dataset.endswith((".yaml", ".yml")) else None
         path = path or next((p for p in _files(settings.catalog) if p.stem == manifest.id), None)
         print(path.read_text(encoding="utf-8").rstrip() if path else f"id: {manifest.id}")
+        print(f"\nheadline metric: {manifest.measure}\npublished in: {manifest.citation or 'not stated'}")
         for name, sentences in manifest.prompts().items():
             print(f"\n{name}")
             print("\n".join(f"  {sentence}" for sentence in sentences))
@@ -183,15 +184,23 @@ def _presence(manifest: Manifest, data: Path | None) -> str:
 
 def _markdown(manifests: list[Manifest]) -> list[str]:
     """A table in which the name of a dataset leads to where it is to be had."""
-    lines = ["| dataset | task | modality | classes | test | tier | license |", "|---|---|---|---:|---:|---|---|"]
+    heads = ("dataset", "task", "modality", "classes", "all", "test", "compared with", "headline", "tier", "license")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---|---:|---:|---:|---|---|---|---|"]
     for manifest in sorted(manifests, key=lambda own: ASKED.index(own.task) if own.task in ASKED[3:] else 0):
         name = f"[{manifest.id}]({manifest.register})" if manifest.register else manifest.id
-        classes = len(manifest.classes) or ""
-        tests = manifest.expects.get("n_test", manifest.expects.get("n_test_questions", ""))
-        count = f"{tests:,}" if tests else ""
-        cells = (name, manifest.task, manifest.modality, classes, count, manifest.tier, manifest.license)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        counts = (_stated(manifest, "n", "n_questions"), _stated(manifest, "n_test", "n_test_questions"))
+        source = compared_with(manifest.id)
+        cells = (name, manifest.task, manifest.modality, len(manifest.classes) or "", *counts, source)
+        lines.append(f"| {' | '.join(map(str, (*cells, manifest.measure, manifest.tier, manifest.license)))} |")
     return lines
+
+
+def _stated(manifest: Manifest, *keys: str) -> str:
+    """The first of these counts that is stated; all of the data are also the sum of the three splits."""
+    counts = manifest.expects
+    if "n_train" in counts and "n" not in counts:
+        counts = counts | {"n": sum(counts.get(f"n_{split}", 0) for split in SPLITS)}
+    return next((f"{counts[key]:,}" for key in keys if key in counts), "")
 
 
 def _counts(collection: Collection) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from mmkd.data.records import Pair
 from mmkd.evaluation import metrics
 from mmkd.evaluation.bootstrap import Metrics
-from mmkd.evaluation.manifest import Manifest
+from mmkd.evaluation.manifest import HEADLINES, Manifest
 from mmkd.evaluation.metrics import Floats
 from mmkd.evaluation.task import Classification, Outputs, Task
 from mmkd.settings import nearest
@@ -39,7 +39,7 @@ class DatasetClasses(Classification):
         """
         self.ordinal, self.medmnist, self.areas = manifest.task == "ordinal", "medmnist" in manifest.source, areas
         if self.ordinal:
-            self.headline = "quadratic_kappa"
+            self.headline = HEADLINES["ordinal"]
             self.description["chance"]["quadratic_kappa"] = 0.0
         if self.medmnist:
             self.description["chance"] |= {"medmnist_acc": 1 / len(self.classes), "medmnist_auc": 0.5}

@@ -16,6 +16,15 @@ from mmkd.settings import nearest
 
 Asked = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]
 ASKED: tuple[str, ...] = get_args(Asked)
+HEADLINES: dict[str, str] = {  # the metric that stands for a dataset whose manifest names none
+    "classification": "balanced_accuracy",
+    "multilabel": "macro_auroc",
+    "ordinal": "quadratic_kappa",
+    "retrieval": "mean_recall",
+    "vqa": "accuracy",
+    "survival": "c_index",
+    "diagnosis": "balanced_accuracy",
+}
 HELD_OUT, DEALT = "held-out", "dealt"  # in place of the column of the split
 COUNTS = ("n", "n_train", "n_validation", "n_test", "n_questions", "n_test_questions", "n_cases")
 # What each kind of source may be told beside where it lies; ROW_KEYS go with every kind.
@@ -45,7 +54,7 @@ class Manifest:
         title: for people.
         classes: class as the data name it -> phrases that stand for it in sentences.
         templates: family of sentences (`prompts.FAMILIES`); empty = that of the modality.
-        headline: metric that stands for the dataset; empty = the task's own.
+        headline: metric that stands for the dataset; empty = that of `HEADLINES`.
         expects: counts that are publicly stated, such as ``n_test``; another count is an error.
         group: column of patient, case or slide.
         split: column of the split; ``held-out`` where all of it is for testing, ``dealt`` where a column
@@ -70,10 +79,15 @@ class Manifest:
     group: str = ""
     split: str = ""
     derived_from: list[str] = field(default_factory=list)
-    citation: str = ""
+    citation: str = field(default="", compare=False)
     sha256: str = ""
     tier: Literal["A", "B", "C"] = "A"
     register: str = ""
+
+    @property
+    def measure(self) -> str:
+        """The headline metric: the manifest's own, else that of its task."""
+        return self.headline or HEADLINES[self.task]
 
     def prompts(self) -> dict[str, list[str]]:
         """Sentences of every class, in the order of ``classes``: each phrase in each template."""

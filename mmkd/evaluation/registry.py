@@ -1,7 +1,9 @@
 """The catalog of datasets that comes with the package, suites of them, and a user's own manifests beside.
 
-``mmkd/evaluation/catalog/`` holds one manifest a file, ``suites.yaml`` and ``training_data.yaml``. Manifests that
-`mmkd datasets add` has checked lie in ``~/.config/mmkd/datasets``, or in the folder ``MMKD_CATALOG`` names.
+``mmkd/evaluation/catalog/`` holds one manifest a file, ``suites.yaml``, ``training_data.yaml``, and in
+``publications.yaml`` where each dataset was published and which public text its counts and classes were compared with.
+Manifests that `mmkd datasets add` has checked lie in ``~/.config/mmkd/datasets``, or in the folder that
+``MMKD_CATALOG`` names.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import importlib.resources
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from mmkd.evaluation.manifest import Manifest, read_manifest
 from mmkd.settings import nearest
 
 CATALOG = Path(str(importlib.resources.files("mmkd.evaluation"))) / "catalog"
-SUITES, TRAINING = "suites.yaml", "training_data.yaml"
+SUITES, TRAINING, PUBLICATIONS = "suites.yaml", "training_data.yaml", "publications.yaml"
 OWN_CATALOG, OWN_VARIABLE = "~/.config/mmkd/datasets", "MMKD_CATALOG"
 
 
@@ -97,6 +100,11 @@ def contaminated(encoder: str, manifest: Manifest) -> bool:
     return bool(seen & {manifest.id.lower(), manifest.title.lower(), *(name.lower() for name in manifest.derived_from)})
 
 
+def compared_with(id: str) -> str:
+    """The public text that counts and classes of a packaged dataset were compared with; empty where none was found."""
+    return str(_read(PUBLICATIONS).get(id, {}).get("compared", ""))
+
+
 def _named(name: str, own: Path | None) -> list[Manifest]:
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
@@ -113,8 +121,12 @@ def _named(name: str, own: Path | None) -> list[Manifest]:
 
 @cache
 def _packaged() -> dict[str, Manifest]:
-    paths = sorted(path for path in CATALOG.glob("*.yaml") if path.name not in (SUITES, TRAINING))
-    return {manifest.id: manifest for manifest in map(read_manifest, paths)}
+    paths = sorted(path for path in CATALOG.glob("*.yaml") if path.name not in (SUITES, TRAINING, PUBLICATIONS))
+    return {manifest.id: _cited(manifest) for manifest in map(read_manifest, paths)}
+
+
+def _cited(manifest: Manifest) -> Manifest:
+    return replace(manifest, citation=manifest.citation or _read(PUBLICATIONS).get(manifest.id, {}).get("citation", ""))
 
 
 @cache

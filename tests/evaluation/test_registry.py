@@ -7,18 +7,26 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmkd.evaluation.manifest import make_manifest, read_manifest
+from mmkd.evaluation.diagnosis import SlideTask
+from mmkd.evaluation.manifest import ASKED, HEADLINES, make_manifest, read_manifest
+from mmkd.evaluation.multilabel import MultiLabel, negative_prompts
 from mmkd.evaluation.prompts import family
 from mmkd.evaluation.registry import (
     CATALOG,
+    PUBLICATIONS,
     SUITES,
     TRAINING,
     catalog,
+    compared_with,
     contaminated,
     find_manifests,
     load_suite,
     suite_names,
 )
+from mmkd.evaluation.retrieval import Retrieval
+from mmkd.evaluation.survival import Survival
+from mmkd.evaluation.task import Classification
+from mmkd.evaluation.vqa import VisualQuestions
 from mmkd.teachers.zoo import TEACHERS
 from mmkd.train import registry
 
@@ -68,7 +76,7 @@ def test_a_class_is_told_in_all_its_phrases():
 
 
 def test_the_catalog_states_what_it_must():
-    files = [path for path in CATALOG.glob("*.yaml") if path.name not in (SUITES, TRAINING)]
+    files = [path for path in CATALOG.glob("*.yaml") if path.name not in (SUITES, TRAINING, PUBLICATIONS)]
     assert len(files) > 70
     for path in files:
         manifest = read_manifest(path)
@@ -115,12 +123,76 @@ def test_finding_manifests(tmp_path, monkeypatch):
         find_manifests(["busi", str(own)])
 
 
+def test_the_58_state_all_that_is_asked_of_them():
+    for manifest in load_suite("paper58"):
+        told = (manifest.source, manifest.license, manifest.register, manifest.citation, manifest.measure)
+        assert all(told) and manifest.tier in "ABC", manifest.id
+        for name, phrases in manifest.classes.items():
+            assert len({phrase.casefold() for phrase in phrases}) >= 2, f"{manifest.id}: {name} has one wording"
+        spoken = [phrase for phrases in manifest.classes.values() for phrase in phrases]
+        assert len(set(spoken)) == len(spoken), f"{manifest.id}: one wording stands for two classes"
+    assert all(manifest.citation for manifest in catalog().values())
+
+
+def test_counts_are_confirmed_and_agree():
+    for manifest in load_suite("paper58"):
+        counts = manifest.expects
+        assert not counts or compared_with(manifest.id), f"{manifest.id} expects counts of no named source"
+        whole = counts.get("n", counts.get("n_questions", 10**9))
+        parts = [counts.get(key, 0) for key in ("n_train", "n_validation", "n_test", "n_test_questions")]
+        assert sum(parts) <= whole and counts.get("n_cases", 0) <= whole, manifest.id
+    expects = {manifest.id: manifest.expects for manifest in catalog().values()}
+    splits = ("n_train", "n_validation", "n_test")
+    for made, source in (("breastmnist", "busi"), ("pathmnist", "nct-crc-he")):
+        assert sum(expects[made][split] for split in splits) == expects[source]["n"]
+    listed = set(re.findall(r"^([\w-]+):", (CATALOG / PUBLICATIONS).read_text(encoding="utf-8"), re.MULTILINE))
+    assert listed <= set(expects)
+
+
+def test_the_headline_is_that_of_the_task_unless_a_manifest_names_another():
+    assert set(HEADLINES) == set(ASKED)
+    assert MultiLabel.headline == HEADLINES["multilabel"] and Retrieval.headline == HEADLINES["retrieval"]
+    assert Classification.headline == HEADLINES["classification"] and VisualQuestions.headline == HEADLINES["vqa"]
+    assert SlideTask.headline == HEADLINES["diagnosis"] and Survival.headline == HEADLINES["survival"]
+    known = catalog()
+    assert known["busi"].measure == "balanced_accuracy" and known["panda"].measure == "quadratic_kappa"
+    assert known["retinamnist"].measure == "quadratic_kappa" and known["tcga-kirc"].measure == "c_index"
+
+
+def test_findings_are_negated_in_plain_words():
+    asked = catalog()["chestmnist"]
+    negatives = negative_prompts(asked)
+    assert "radiograph without lung nodule" in negatives["nodule"]
+    assert "an X-ray image showing no enlarged heart" in negatives["cardiomegaly"]
+    for name, sentences in asked.prompts().items():
+        assert len(negatives[name]) == len(sentences) and not set(negatives[name]) & set(sentences)
+        for sentence in negatives[name]:
+            assert re.search(r"\b(no|without) (?!an? |the )", sentence), sentence
+
+
+def test_skin_without_a_dermatoscope_is_not_called_dermatoscopic():
+    for id in ("pad-ufes-20", "ddi"):
+        assert not any("dermato" in text for texts in catalog()[id].prompts().values() for text in texts)
+    assert any("dermatoscopic" in text for texts in catalog()["isic-2019"].prompts().values() for text in texts)
+
+
 def test_contamination_as_publications_state_it():
-    manifests = catalog()
-    assert contaminated("MedCLIP", manifests["chexpert-5x200"]) and contaminated("pmcclip", manifests["rocov2"])
-    assert contaminated("QuiltNet", manifests["quilt-1m"]) and not contaminated("PLIP", manifests["busi"])
+    articles = {"rocov2", "roco", "pmc-oa", "quilt-1m"}
+    marks = {
+        **dict.fromkeys(("BMCA", "BiomedCLIP", "PMCCLIP", "GenMedClip"), articles),
+        "UniMedCLIP": articles
+        | {"chexpert-5x200", "rsna-pneumonia", "chestmnist", "slake-en", "odir200x3", "deepeyenet"},
+        "QuiltNet": {"quilt-1m"},
+        "PUBMEDCLIP": {"roco", "rocov2"},
+        "MedCLIP": {"chexpert-5x200"},
+        "PLIP": set(),
+    }
+    assert set(marks) == set(TEACHERS)
+    for teacher, expected in marks.items():
+        found = {manifest.id for manifest in load_suite("paper58") if contaminated(teacher.lower(), manifest)}
+        assert found == expected, teacher
     names = set(re.findall(r"^(\w+):", (CATALOG / TRAINING).read_text(encoding="utf-8"), re.MULTILINE))
-    assert names <= set(TEACHERS)
+    assert names == set(TEACHERS)
 
 
 def run(capsys, *arguments):
@@ -134,6 +206,7 @@ def test_datasets_are_listed_and_shown(capsys, tmp_path):
     shown = run(capsys, "ls", "--suite", "paper58", "--modality", "oct", "--data", tmp_path)
     assert "4 datasets, 0 on this machine" in shown and "octdl" in shown
     shown = run(capsys, "show", "busi", "--data", tmp_path)
+    assert "headline metric: balanced_accuracy" in shown and "doi:10.1016/j.dib.2019.104863" in shown
     assert "an ultrasound image showing normal breast tissue" in shown and "absent: download it from https" in shown
     with pytest.raises(SystemExit):
         run(capsys, "ls", "--modality", "OCTT")
