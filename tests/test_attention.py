@@ -12,6 +12,7 @@ from transformers.masking_utils import flash_attention_mask
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 STAND_IN = "unpadded_stand_in"
+of_python_3_13_0 = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,7 @@ def one_layer():
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@of_python_3_13_0
 @torch.no_grad()
 def test_compiled_it_gives_the_same_for_every_batch_and_length(batch):
     model = one_layer().eval()
@@ -121,6 +123,7 @@ def test_compiled_it_gives_the_same_for_every_batch_and_length(batch):
             torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
 
 
+@of_python_3_13_0
 def test_compiled_it_trains_with_the_same_gradients(batch):
     model = one_layer().train()
     gradients = []
