@@ -33,9 +33,9 @@ TEACHERS = {
         files=["BMC_CLIP_CF.pt"],
         architecture="ViT-L-14",
         dim=768,
-        license="not declared",
+        license="MIT",
         gated=True,
-        note="preprocessing inferred: OpenAI's; license and gate unknown",
+        note="preprocessing inferred: OpenAI's; gate unknown",
     ),
     "BiomedCLIP": TeacherRow(
         name="BiomedCLIP",
