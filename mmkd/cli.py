@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.resources
 import os
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -125,23 +124,17 @@ def split_launcher_options(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def launch_command(module: str, launcher: list[str], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command that starts ``module`` on several processes, and the environment it needs.
-
-    Raises:
-        FileNotFoundError: there is no GPU and torchrun is not installed beside this interpreter.
-    """
+    """The command that starts ``module`` on several processes of this interpreter, and the environment it needs."""
     import torch
 
     if torch.cuda.is_available() or "--config_file" in launcher or not launcher:
         return [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", module, *arguments], {}
-    torchrun = shutil.which("torchrun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if torchrun is None:
-        raise FileNotFoundError("torchrun is not on the PATH; it is installed with torch")
     names = {"num_processes": "nproc_per_node", "num_machines": "nnodes", "machine_rank": "node_rank"}
     names |= {"main_process_ip": "master_addr", "main_process_port": "master_port"}
     renamed = [_rename(option, names) for option in launcher]
     alone = [] if any("nnodes" in option for option in renamed) else ["--standalone"]  # a free port of its own
-    return [torchrun, *alone, *renamed, "-m", module, *arguments], {"ACCELERATE_USE_CPU": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]  # one that is on the PATH may be another interpreter's
+    return [*torchrun, *alone, *renamed, "-m", module, *arguments], {"ACCELERATE_USE_CPU": "1"}
 
 
 def _rename(option: str, names: dict[str, str]) -> str:

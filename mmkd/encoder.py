@@ -59,7 +59,7 @@ class DualEncoder(ABC):
             (n, dim) float32 on the CPU, unit length.
 
         Raises:
-            ValueError: the model gives features of another shape, or some that are not finite.
+            ValueError: the model gives features of another shape, of no direction, or some that are not finite.
         """
         return self._encode(
             images, lambda batch: self.image_features([self.prepare(to_rgb(i)) for i in batch]), "image"
@@ -99,7 +99,7 @@ class DualEncoder(ABC):
             (n, dim) float32 on the CPU, unit length.
 
         Raises:
-            ValueError: the model gives features of another shape, or some that are not finite.
+            ValueError: the model gives features of another shape, of no direction, or some that are not finite.
         """
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         rows = {text: row for row, text in enumerate(distinct)}
@@ -160,7 +160,10 @@ class DualEncoder(ABC):
                 raise ValueError(f"{self.name} gave {kind} features {tuple(found.shape)}, expected {expected}")
             if not torch.isfinite(found).all():
                 raise ValueError(f"{self.name} gave {kind} features that are not finite; its weights may be broken")
-            encoded.append(functional.normalize(found, dim=-1))
+            unit = functional.normalize(found, dim=-1)
+            if not (unit.norm(dim=-1) > 0.5).all():  # neither a zero nor what overflows has a direction
+                raise ValueError(f"{self.name} gave {kind} features of length 0, or beyond what float32 can hold")
+            encoded.append(unit)
         return torch.cat(encoded)
 
 

@@ -50,6 +50,10 @@ def test_wrong_shapes_and_broken_numbers_are_refused():
     broken.text_features = lambda texts: torch.full((len(texts), 3), torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         broken.encode_texts(["a"])
+    for number in (0.0, 1e30):  # the norm of the latter is infinite, and what is divided by it zero
+        broken.text_features = lambda texts, number=number: torch.full((len(texts), 3), number)
+        with pytest.raises(ValueError, match="features of length 0, or beyond"):
+            broken.encode_texts(["a"])
 
 
 def test_equal_texts_are_encoded_once_and_order_is_kept():

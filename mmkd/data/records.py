@@ -145,6 +145,8 @@ def _image_root(folder: Path) -> str:
     description = read_json(folder / FOLDER_FILE)
     if not isinstance(description, dict) or description.get("version") != VERSION:
         raise ValueError(f"{folder / FOLDER_FILE} is not of version {VERSION}; curate again or upgrade mmkd-clip")
+    if "images" not in description:
+        raise ValueError(f"{folder / FOLDER_FILE} does not say under `images` where these lie; curate again")
     return str(description["images"])
 
 

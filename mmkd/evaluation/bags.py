@@ -1,9 +1,9 @@
 """Bags: features of all tiles of a slide, one HDF5 file a slide, as TRIDENT, CLAM, STAMP and `mmkd tile` write them.
 
 ``root/ENCODER/SLIDE.h5`` holds ``features`` (N, D), the vectors before the projection; ``coords`` (N, 2), where each
-tile lies, which no task here needs; and, where `mmkd tile` wrote it, ``proj`` (N, P), the tiles in the joint space of
-images and texts. Other names that are read: ``feats`` (STAMP), ``patch_embeddings`` and ``embeddings``; (1, N, D) is
-taken as (N, D).
+tile lies, which no task here needs, but which must be of as many tiles where it is there; and, where `mmkd tile` wrote
+it, ``proj`` (N, P), the tiles in the joint space of images and texts. Other names that are read: ``feats`` (STAMP),
+``patch_embeddings`` and ``embeddings``; (1, N, D) is taken as (N, D).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class EncoderBags:
         """Tiles before the projection, ``(N, D)`` float32.
 
         Raises:
-            Undefined: no file, no tile, values that are not finite, or no features in the file.
+            Undefined: no file, no tile, values that are not finite numbers, no features in the file, or coordinates
+                of other tiles than these.
         """
         return self._read(slide, FEATURE_NAMES)
 
@@ -123,6 +124,9 @@ class EncoderBags:
             if name is None:
                 raise Undefined(f"{self.encoder}: the bag of slide {slide} holds {sorted(file)}, none of {names}")
             stored = file[name]
+            self._check_rows(slide, file)
+            if stored.dtype.kind not in "fiu":
+                raise Undefined(f"{self.encoder}: {name} of slide {slide} are {stored.dtype}, not numbers")
             if len(stored.shape) != 2 and not (len(stored.shape) == 3 and stored.shape[0] == 1):
                 raise Undefined(f"{self.encoder}: slide {slide} has {name} of shape {stored.shape}, expected (N, D)")
             vectors = np.asarray(stored, dtype=np.float32).reshape(-1, stored.shape[-1])
@@ -133,6 +137,14 @@ class EncoderBags:
             raise Undefined(f"{self.encoder}: {count} of {len(vectors)} tiles of slide {slide} are not finite")
         self._keep(key, vectors)
         return vectors
+
+    def _check_rows(self, slide: str, file: Any) -> None:
+        """Raise where what a file holds of each tile is not of as many tiles: it was cut off, or mixed up."""
+        known = (*FEATURE_NAMES, *JOINT_NAMES, "coords")
+        rows = {name: file[name].shape[-2] for name in known if len(getattr(file.get(name), "shape", ())) > 1}
+        if len(set(rows.values())) > 1:
+            told = ", ".join(f"{name} of {count} tiles" for name, count in rows.items())
+            raise Undefined(f"{self.encoder}: the bag of slide {slide} holds {told}; make it again")
 
     def _keep(self, key: tuple[str, str], vectors: Vectors) -> None:
         if vectors.nbytes > self._memory:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from mmkd.data.pair import SPLITS, Pair
 from mmkd.data.splits import assign_splits, meaning_of
+from mmkd.evaluation.cohort import read_cohort
 from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.locations import Absent, locate, source_kind, where_to_get
 from mmkd.evaluation.manifest import DEALT, HELD_OUT, Manifest
@@ -77,9 +78,12 @@ def open_collection(manifest: Manifest, data: Path | None = None) -> Collection:
     try:
         _verify_sum(manifest, paths)
         reading = READERS[kind](manifest, paths)
+        if not reading.samples:
+            raise ValueError("its source holds no samples, or `where` leaves none")
         _settle_labels(manifest, reading.samples)
         for sample in reading.samples:
             sample.group = group_of(manifest, sample.name, sample.group)
+        _refuse_repeats(manifest, reading.samples)
         splits = _splits(manifest, reading.samples)
     except FileNotFoundError as error:
         raise Absent(f"{error}; {where_to_get(manifest)}") from error
@@ -91,6 +95,8 @@ def open_collection(manifest: Manifest, data: Path | None = None) -> Collection:
         collection.facts = {pair.id: sample.facts for pair, sample in samples}
     collection.notes = [*reading.notes, *_notes(manifest, collection.pairs)]
     _check_counts(manifest, collection)
+    if manifest.task == "survival":
+        read_cohort(collection, None)  # for its errors, before anything is embedded
     return collection
 
 
@@ -136,6 +142,25 @@ def _settle_labels(manifest: Manifest, samples: Sequence[Sample]) -> None:
         if odd is not None:
             said = f"{len(odd.labels)} labels ({', '.join(odd.labels)})" if odd.labels else "no label"
             raise ValueError(f"{odd.name} has {said}; a {manifest.task} needs one for each")
+
+
+def _refuse_repeats(manifest: Manifest, samples: Sequence[Sample]) -> None:
+    """Raise where an image or slide has several rows, which would count it as many times, and perhaps in two splits.
+
+    Images to retrieve may have several captions, all in one split.
+    """
+    rows: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        rows[sample.name].append(sample)
+    for name, own in rows.items():
+        labels, splits = {"|".join(sample.labels) for sample in own}, {sample.split for sample in own}
+        if len(own) > 1 and (manifest.task != "retrieval" or len(splits) > 1):
+            told = "".join(
+                f"; its {what} there are {', '.join(map(repr, sorted(found)))}"
+                for what, found in (("labels", labels), ("splits", splits))
+                if len(found) > 1
+            )
+            raise ValueError(f"{name} stands in {len(own)} rows, keep one for each image or slide{told}")
 
 
 def _splits(manifest: Manifest, samples: Sequence[Sample]) -> list[str]:

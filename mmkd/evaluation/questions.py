@@ -44,7 +44,7 @@ def read_questions(path: Path) -> list[Question]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not of this form, a split is unknown, or a name leaves the folder.
+        ValueError: it is not of this form, a split is unknown, a question has no answer, or a name leaves the folder.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--questions {path}: no such file")
@@ -60,17 +60,32 @@ def read_questions(path: Path) -> list[Question]:
     digests = {
         name: hashlib.sha256(read_image_bytes(images / name)).hexdigest() for name in names if (images / name).is_file()
     }
+    found = [(row, *stated(row["question"], row["answer"], str(path))) for row in rows]
     return [
         Question(
             digests[str(row["image_name"])],
-            " ".join(str(row["question"]).split()),
-            normalise(str(row["answer"])),
+            question,
+            answer,
             str(row["answer_type"]).strip().upper() == CLOSED,
             stated_split(row),
         )
-        for row in rows
+        for row, question, answer in found
         if str(row["image_name"]) in digests
     ]
+
+
+def stated(question: Any, answer: Any, place: str) -> tuple[str, str]:
+    """A question and its answer as texts, the answer as `normalise` gives it.
+
+    Raises:
+        ValueError: either is empty or not there; counted as an answer of its own it would be one that is guessed.
+    """
+    said = "" if question is None else " ".join(str(question).split())
+    answered = "" if answer is None or answer != answer else normalise(str(answer))
+    if not said or not answered:
+        lacking = "answer" if said else "text"
+        raise ValueError(f"{place}: question {said!r} has no {lacking}; take it out, or keep it in a file of its own")
+    return said, answered
 
 
 def stated_split(row: dict[str, Any]) -> str:

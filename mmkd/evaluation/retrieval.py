@@ -121,7 +121,7 @@ class Retrieval(Task):
 
 
 def tasks(samples: Samples) -> tuple[list[Retrieval], dict[str, str]]:
-    """Retrieval if there are at least two distinct captions, else the reason why not.
+    """Retrieval if there are at least two distinct captions and images, else the reason why not.
 
     Where tasks follow a manifest there is one if that asks for retrieval, ``retrieval-ID``.
     """
@@ -130,9 +130,8 @@ def tasks(samples: Samples) -> tuple[list[Retrieval], dict[str, str]]:
     if samples.captioned:
         held_out = [pair for pair in samples.held_out if pair.source in samples.captioned]
         samples = replace(samples, held_out=held_out)
-    captions = {pair.caption for pair in samples.held_out if pair.caption.strip()}
-    if len(captions) < 2:
-        return [], {"retrieval": f"{len(captions)} distinct caption among the held-out pairs; 2 are needed"}
+    if reason := _too_few(samples):
+        return [], {"retrieval": reason}
     return [Retrieval(samples)], {}
 
 
@@ -140,13 +139,24 @@ def _dataset_tasks(samples: Samples, manifest: Manifest) -> tuple[list[Retrieval
     if manifest.task != "retrieval":
         return [], {}
     name = f"retrieval-{manifest.id}"
-    captions = {pair.caption for pair in samples.held_out if pair.caption.strip()}
-    if len(captions) < 2:
-        return [], {name: f"{len(captions)} distinct caption among the held-out pairs; 2 are needed"}
+    if reason := _too_few(samples):
+        return [], {name: reason}
     task = Retrieval(samples, DATASET_RECALLS)
     name_after(task, manifest)
     task.title = f"Which caption, which image, in {manifest.title or manifest.id}?"
     return [task], {}
+
+
+def _too_few(samples: Samples) -> str:
+    """Why nothing can be looked for among the held-out pairs; empty where something can."""
+    captioned = [pair for pair in samples.held_out if pair.caption.strip()]
+    for what, count in (
+        ("caption", len({pair.caption for pair in captioned})),
+        ("image with a caption", len({samples.digests[pair.id] for pair in captioned})),
+    ):
+        if count < 2:
+            return f"{count} distinct {what} among the held-out pairs; 2 are needed"
+    return ""
 
 
 class EndToEnd:

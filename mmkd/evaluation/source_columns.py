@@ -10,7 +10,7 @@ from typing import Any
 from mmkd.data.images import UnreadableImage
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.questions import Question, normalise
+from mmkd.evaluation.questions import Question, stated
 from mmkd.evaluation.source import Files, Reading, Sample, Store, check_where, chosen, passes
 from mmkd.evaluation.source_tables import row_sample, table_fields
 
@@ -92,7 +92,7 @@ def read_parquet(manifest: Manifest, paths: Sequence[Path]) -> Reading:
                 sample.split = sample.split or split
                 samples.append(sample)
                 if manifest.task == "vqa":
-                    asked.append((str(values[asking[0]]), str(values[asking[1]])))
+                    asked.append(stated(values[asking[0]], values[asking[1]], name))
     store = Cells(cell, Files(root / str(manifest.source.get("images", ""))))
     return _with_questions(samples, asked, store) if asked else Reading(samples, store)
 
@@ -105,10 +105,7 @@ def _with_questions(samples: list[Sample], asked: list[tuple[str, str]], store: 
         digest = store.digest(sample.name)
         sample.group = sample.group or digest
         first.setdefault(digest, sample)
-        answer = normalise(answer)
-        questions.append(
-            Question(digest, " ".join(text.split()), answer, answer in CLOSED_ANSWERS, meaning_of(sample.split))
-        )
+        questions.append(Question(digest, text, answer, answer in CLOSED_ANSWERS, meaning_of(sample.split)))
     return Reading(list(first.values()), store, questions)
 
 

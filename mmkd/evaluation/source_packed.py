@@ -133,8 +133,10 @@ def _numbered(values: list[int], names: list[str], manifest: Manifest, path: Pat
     if manifest.task == "multilabel":
         if len(values) != len(names):
             raise ValueError(f"{path} has {len(values)} findings, the manifest {len(names)} classes")
+        if not set(values) <= {0, 1}:
+            raise ValueError(f"{path}: findings {values} are not zeros and ones")
         return [name for name, value in zip(names, values, strict=True) if value]
-    if len(values) != 1 or not 0 <= int(values[0]) < len(names):
+    if len(values) != 1 or values[0] not in range(len(names)):
         raise ValueError(f"{path}: label {values} is not the number of one of the manifest's {len(names)} classes")
     return [names[int(values[0])]]
 
@@ -143,7 +145,7 @@ def read_wds(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     """WebDataset tars as clip-benchmark lays them out: picture beside ``.cls`` or ``.txt``, splits as folders.
 
     ``.cls`` is a name, or a number in ``classnames.txt``, else in the order of the manifest's classes. Of a ``.txt``
-    each line is a caption.
+    each line is a caption, where captions are asked for.
 
     Raises:
         ValueError: there is no tar, one is damaged, or a number is beyond the classes.
@@ -164,7 +166,8 @@ def read_wds(manifest: Manifest, paths: Sequence[Path]) -> Reading:
             key = f"{where}/{name}"
             places[key] = picture
             labels = cut(manifest, _class_name(notes[".cls"], names, tar)) if ".cls" in notes else []
-            for caption in notes.get(".txt", "").splitlines() or [""]:
+            captions = notes.get(".txt", "").splitlines() if manifest.task == "retrieval" else []
+            for caption in captions or [""]:
                 samples.append(Sample(key, labels, " ".join(caption.split()), split=split))
     return Reading(samples, Members(places))
 

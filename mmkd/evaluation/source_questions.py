@@ -11,7 +11,7 @@ from mmkd.data.images import UnreadableImage, read_image_bytes
 from mmkd.data.records import is_inside
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.questions import CLOSED, Question, normalise, read_questions
+from mmkd.evaluation.questions import CLOSED, Question, read_questions, stated
 from mmkd.evaluation.source import Files, Reading, Sample
 from mmkd.files import read_json
 
@@ -61,8 +61,8 @@ def _read_slake(folder: Path, images: str) -> Reading:
                 digests[name] = _digest(root / name)
             samples.setdefault(digests[name] or name, Sample(name, group=digests[name], split=split))
             is_closed = str(row["answer_type"]).strip().upper() == CLOSED
-            text = " ".join(str(row["question"]).split())
-            questions.append(Question(digests[name], text, normalise(str(row["answer"])), is_closed, meaning_of(split)))
+            text, answer = stated(row["question"], row["answer"], str(folder / file))
+            questions.append(Question(digests[name], text, answer, is_closed, meaning_of(split)))
     return Reading(list(samples.values()), Files(root), [question for question in questions if question.sha256])
 
 

@@ -17,7 +17,7 @@ from mmkd.settings import nearest
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".jp2")
 IN_BRACES = re.compile(r"\{([^{}]+)\}")
 EVENT_OF_CENSORED = {"1": "0", "1.0": "0", "true": "0", "yes": "0", "0": "1", "0.0": "1", "false": "1", "no": "1"}
-TRUE = ("1", "1.0", "true", "yes")
+TRUE, FALSE = ("1", "1.0", "true", "yes"), ("", "0", "0.0", "false", "no")
 
 
 def read_imagefolder(manifest: Manifest, paths: Sequence[Path]) -> Reading:
@@ -109,19 +109,21 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty, not UTF-8, or a row is longer or shorter than the header.
+        ValueError: it is empty, not UTF-8, two columns have one name, or a row is longer or shorter than the header.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        delimiter = max((",", ";", "\t"), key=header.count)
-        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-        reader = csv.DictReader(file, names, delimiter=delimiter)
         try:
-            rows = list(reader)
+            header = file.readline()
+            delimiter = max((",", ";", "\t"), key=header.count)
+            names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+            rows = list(csv.DictReader(file, names, delimiter=delimiter))
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is no table in UTF-8: {error}") from error
     if not rows:
         raise ValueError(f"{path} holds no rows")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path} has {names.count(twice)} columns {twice!r}; rename all but one")
     uneven = next((number for number, row in enumerate(rows, 2) if None in row or None in row.values()), None)
     if uneven is not None:
         raise ValueError(f"{path}, line {uneven}: not as many values as the header has columns ({len(names)})")
@@ -159,7 +161,7 @@ def row_sample(manifest: Manifest, row: dict[str, Any], fields: dict[str, Any], 
     """A row as a sample; empty cells are empty texts."""
     label = fields["label"]
     if isinstance(label, list):
-        labels = [column for column in label if str(row[column]).strip().lower() in TRUE]
+        labels = [column for column in label if _is_set(row[column], column, name)]
     elif label and isinstance(row[label], (list, tuple)):
         labels = [str(value) for value in row[label]]
     else:
@@ -186,6 +188,18 @@ def _file_name(row: dict[str, str], field: str) -> str:
     name = IN_BRACES.sub(lambda found: row[found[1]], field)
     ending = PurePosixPath(field).suffix
     return name.removesuffix(ending) if ending and name.lower().endswith(2 * ending.lower()) else name
+
+
+def _is_set(value: Any, column: str, name: str) -> bool:
+    """Whether a column of zeros and ones says that an image shows something; an empty cell says that it does not.
+
+    Raises:
+        ValueError: it says something else, such as -1 for what nobody is sure of.
+    """
+    said = _text(value).strip().lower()
+    if said not in (*TRUE, *FALSE):
+        raise ValueError(f"{name}: column {column!r} says {value!r}, neither 0 nor 1; leave out such rows with `where`")
+    return said in TRUE
 
 
 def _text(value: Any) -> str:

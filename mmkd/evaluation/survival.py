@@ -36,6 +36,10 @@ SEED = 0
 BINS, COX_TOGETHER, NLL_TOGETHER = 4, 16, 1
 HORIZON = 90  # percentile of the training cases' times up to which Uno's concordance counts: G is sound until there
 RIDGE = 1e-3
+REASONS = {
+    "c_index": "no fold holds two cases that can be compared: one that died, and one that lived longer",
+    "c_index_uno": f"no fold holds a death before percentile {HORIZON} of the training cases' times",
+}
 
 Answer = Callable[[Sequence[int]], Floats]
 
@@ -122,7 +126,7 @@ class Survival(Task):
         return {"image": scores}
 
     def extras(self, outputs: Outputs) -> dict[str, Any]:
-        """Kaplan-Meier curves of the halves of higher and lower risk, and the log-rank test between them."""
+        """Kaplan-Meier curves of the halves of higher and lower risk, their log-rank test, and what is undefined."""
         high = outputs["image.risk"] > 0
         chi_square, p = log_rank(self.outcomes, high)
         curves: dict[str, Any] = {"logrank_chi2": plain(chi_square), "logrank_p": plain(p)}
@@ -130,7 +134,9 @@ class Survival(Task):
             times, survival = kaplan_meier(self.outcomes[rows])
             curves[name] = [[0.0, 1.0], *([float(t), float(s)] for t, s in zip(times, survival, strict=True))]
             curves[f"n_{name}"] = int(rows.sum())
-        return {"kaplan_meier": curves}
+        points = self.metrics(outputs, {"image": np.ones((1, len(high)))})
+        undefined = {name: REASONS[name] for name, values in points.items() if np.isnan(values[0])}
+        return {"kaplan_meier": curves} | ({"undefined_metrics": undefined} if undefined else {})
 
 
 class BagSurvival(Survival):

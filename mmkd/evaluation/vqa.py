@@ -104,6 +104,12 @@ class VisualQuestions(Task):
             **{f"{name}_accuracy": metrics.weighted_mean(own, image) for name, own in controls.items()},
         }
 
+    def extras(self, outputs: Outputs) -> dict[str, Any]:
+        """Why there is no accuracy over one kind of question, if that is so."""
+        counts = {"closed": int(self.closed.sum()), "open": int((~self.closed).sum())}
+        lacking = {f"{kind}_accuracy": f"no test question is {kind}" for kind, count in counts.items() if not count}
+        return {"undefined_metrics": lacking} if lacking else {}
+
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """1 where the answer is right."""
         return {"image": self._right(outputs["image.answers"])}

@@ -112,6 +112,19 @@ class StatementQuestions(Task):
             "shuffled_image_accuracy": metrics.weighted_mean(self._right(outputs["image.shuffled_image"]), image),
         }
 
+    def extras(self, outputs: Outputs) -> dict[str, Any]:
+        """Why there is no number of one kind of question, if that is so."""
+        kinds = {"yes_no": ("yes or no", self.yes_no), "choice": ("a choice", ~self.yes_no)}
+        lacking = {
+            f"{key}_accuracy": f"no test question asks for {name}"
+            for key, (name, own) in kinds.items()
+            if not own.any()
+        }
+        answers = set(self.targets[self.yes_no & (self.targets >= 0)].tolist())
+        if len(answers) < 2:
+            lacking["yes_no_auroc"] = "no test questions are answered yes, or none no"
+        return {"undefined_metrics": lacking} if lacking else {}
+
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """1 where the answer is right."""
         return {"image": self._right(outputs["image.scores"])}

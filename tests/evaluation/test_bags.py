@@ -44,6 +44,9 @@ def test_unsound_bags_name_their_slides(tmp_path):
     write_bag(tmp_path / "e" / "nan.h5", np.array([[1.0, np.nan], [1.0, 1.0]]))
     (tmp_path / "e" / "broken.h5").write_bytes(b"not HDF5")
     store(tmp_path / "e" / "other.h5", something=np.ones((2, 2)))
+    store(tmp_path / "e" / "cut.h5", features=np.ones((1, 5, 3)), coords=np.zeros((4, 2)))
+    store(tmp_path / "e" / "mixed.h5", features=np.ones((5, 3)), proj=np.ones((4, 2)))
+    store(tmp_path / "e" / "words.h5", features=np.array([[b"a", b"b"]]))
     bags = BagFolder(tmp_path).open("e")
     with pytest.raises(Undefined, match="2 bags of e hold no tile: empty"):
         bags.width(["good", "empty"])
@@ -56,6 +59,9 @@ def test_unsound_bags_name_their_slides(tmp_path):
         "nan": "1 of 2 tiles of slide nan",
         "broken": "slide broken cannot be read",
         "other": "holds .'something'., none of",
+        "cut": "slide cut holds features of 5 tiles, coords of 4 tiles",
+        "mixed": "slide mixed holds features of 5 tiles, proj of 4 tiles",
+        "words": "features of slide words are .S1, not numbers",
     }.items():
         with pytest.raises(Undefined, match=message):
             bags.features(slide)

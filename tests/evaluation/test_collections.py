@@ -118,11 +118,46 @@ def test_findings_in_columns_and_in_one_text(tmp_path):
         (["a.png,cat,,train", "b.png,dog,,test"], {"group": "grup"}, r"no column 'grup' for group \(did you mean"),
         (["a.png,cat,,train", "b.png,dog,test"], {}, "line 3: not as many values"),
         (["a.png,cat,,train", "b.png,dog,,test"], {"sha256": "0" * 64}, "the manifest says 0000"),
+        (["a.png,cat,,train", "b.png,dog,,test", "b.png,cat,,test"], {}, "b.png stands in 2 rows.*labels .* 'cat', 'd"),
+        (
+            ["a.png,cat,,train", "b.png,dog,,test", "a.png,cat,,test"],
+            {},
+            "a.png stands in 2 rows.*splits .* 'test', 't",
+        ),
+        (["a.png,cat,,train", "b.png,dog,,test", "b.png,dog,,test"], {}, "b.png stands in 2 rows, keep one"),
+        (
+            ["a.png,cat,,train"] * 2,
+            {"task": "retrieval", "classes": {}, "source": {"caption": "label"}},
+            "no sample is",
+        ),
+        (
+            ["a.png,cat,,train", "a.png,dog,,test"],
+            {"task": "retrieval", "classes": {}, "source": {"caption": "label"}},
+            "a.png stands in 2 rows",
+        ),
+        (["a.png,cat,,train"], {"source": {"where": {"label": "cow"}}}, "holds no samples, or `where` leaves none"),
+        (["a.png,cat,1,train"], {"source": {"label": ["group"]}}, "class 'group'|label 'group'"),
+        (["a.png,cat,-1,test"], {"source": {"label": ["group"]}}, "column 'group' says '-1', neither 0 nor 1"),
     ],
 )
 def test_what_manifest_and_data_disagree_on(tmp_path, rows, changes, match):
+    source = table(tmp_path / "t", rows) | changes.get("source", {})
     with pytest.raises(ValueError, match=match):
-        open_collection(manifest(table(tmp_path / "t", rows), **changes), tmp_path)
+        open_collection(manifest(source, **{key: changes[key] for key in changes if key != "source"}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"file,lab\xe9l\na.png,cat\n", r"labels\.csv is no table in UTF-8"),
+        (b"file,label,label\na.png,cat,dog\n", r"labels\.csv has 2 columns 'label'"),
+        (b"file,label\n", r"labels\.csv holds no rows"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, content, match):
+    (tmp_path / "labels.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        open_collection(manifest({"csv": "${DATA}/labels.csv"}), tmp_path)
 
 
 def test_what_limits_an_evaluation_is_noted(tmp_path):
@@ -175,7 +210,13 @@ def test_medmnist_arrays(tmp_path):
     assert [pair.label for pair in several.pairs[:3]] == ["dog", "cat|dog", ""]
     with pytest.raises(ValueError, match="is not the number of one of the manifest's 2 classes"):
         open_collection(manifest(source | {"size": 64}), tmp_path)
+    medmnist(tmp_path / "pets_64.npz", [[0, 1], [1, 2], [0, 0]] * 2, 64)
+    with pytest.raises(ValueError, match=r"findings \[1, 2\] are not zeros and ones"):
+        open_collection(manifest(source | {"size": 64}, task="multilabel"), tmp_path)
     (tmp_path / "pets_64.npz").unlink()
+    medmnist(tmp_path / "pets.npz", [[0]] * 6, test_labels=np.full((6, 1), np.nan))
+    with pytest.raises(ValueError, match=r"label \[nan\] is not the number"):
+        open_collection(manifest(source), tmp_path)
     medmnist(tmp_path / "pets.npz", [[0]] * 6, test_images=np.array([{}] * 6))
     with pytest.raises(ValueError, match="test_images is no array of numbers: it holds Python objects"):
         open_collection(manifest(source), tmp_path)
@@ -198,6 +239,7 @@ def test_webdataset_tars(tmp_path):
             for n in range(4):
                 writer.add(f"s{n}.png", png(n))
                 writer.add(f"s{n}.cls", str(n % 2).encode())
+                writer.add(f"s{n}.txt", b"one\ntwo\n")
             writer.add("../out.png", png(9))
             writer.finish()
     collection = open_collection(manifest({"wds": "${DATA}/wds"}), tmp_path)
@@ -265,6 +307,12 @@ def test_questions_in_parquet_and_in_the_form_of_slake(tmp_path):
         collection = open_collection(manifest({"questions": "${DATA}/slake"}, **changes), tmp_path)
         assert [question.split for question in collection.questions] == ["train", "validation", "test"]
         assert [pair.split for pair in collection.pairs] == ["train", "validation", "test"]
+    (folder / "test.json").write_text(json.dumps([row | {"answer": " "}]))
+    with pytest.raises(ValueError, match=r"test\.json: question 'is it\?' has no answer"):
+        open_collection(manifest({"questions": "${DATA}/slake"}, **changes), tmp_path)
+    parquet.write_table(pyarrow.table(columns | {"answer": ["yes", None, "no"]}), tmp_path / "test-0.parquet")
+    with pytest.raises(ValueError, match=r"test-0\.parquet@0\+1: question 'what is it\?' has no answer"):
+        open_collection(manifest({"parquet": "${DATA}/test-0.parquet"}, **changes), tmp_path)
 
 
 def test_slides_of_a_cohort(tmp_path):
@@ -277,6 +325,14 @@ def test_slides_of_a_cohort(tmp_path):
     assert cohort.facts[cohort.pairs[2].id]["time"] == "3" and {pair.split for pair in cohort.pairs} == {"test"}
     with pytest.raises(ValueError, match="no column 'event' for event"):
         open_collection(manifest({"bags": "${DATA}/cohort", "time": "months"}, task="survival", classes={}), tmp_path)
+    for row, match in {
+        "s5,c5,-2,0": "pets:s5: time '-2'",
+        "s5,c1,9,1": "case c1 disagree",
+        "s4,c2,3,": "s4 stands in 2",
+    }.items():
+        table(tmp_path / "cohort", [*rows, row], "slide,case,months,censored")
+        with pytest.raises(ValueError, match=match):
+            open_collection(manifest(source, task="survival", classes={}), tmp_path)
 
 
 def test_the_offline_suite_opens(shared_data):

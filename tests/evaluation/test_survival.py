@@ -125,6 +125,9 @@ def test_cohorts_that_tell_nothing_are_undefined_or_refused(cohort):
         survival.tasks(changed(cohort, event="perhaps"))
     with pytest.raises(ValueError, match="time '-1' is no number from 0 on"):
         survival.tasks(changed(cohort, time="-1"))
+    at_once = survival.tasks(changed(cohort, time="0"))[0][0]
+    extras = at_once.extras(at_once.outputs(Embedded("oracle", "f")))
+    assert list(extras["undefined_metrics"]) == ["c_index_uno"]
     assert survival.tasks(changed(cohort, time=""))[1]["survival-slides"].startswith("no case has both")
     found, skipped = survival.tasks(changed(cohort, age="", sex=""))
     assert len(found) == 3 and "no covariates" in skipped["survival-slides-clinical"]

@@ -273,7 +273,9 @@ def test_probe_leaves_out_small_and_unseen_classes():
 def test_no_captions_or_one_caption_means_no_retrieval():
     for caption in ("", "the same"):
         found, skipped = retrieval.tasks(samples([Pair(str(k), str(k), caption) for k in range(6)]))
-        assert found == [] and "2 are needed" in skipped["retrieval"]
+        assert found == [] and f"{int(bool(caption))} distinct caption" in skipped["retrieval"]
+    alone = Samples([Pair("a", "a", "one"), Pair("b", "a", "two")], [], [], {"a": "same", "b": "same"})
+    assert retrieval.tasks(alone)[1]["retrieval"].startswith("1 distinct image with a caption")
 
 
 def test_fake_encoder_reads_its_pixels():

@@ -67,6 +67,16 @@ def test_vectors_that_are_not_finite_are_told():
     assert all(np.isnan(value).all() for value in task.outputs(embedded).values())
 
 
+def test_accuracy_over_questions_that_nobody_asks_has_its_reason():
+    samples, embedded = world()
+    (task,), _ = tasks(replace(samples, questions=[replace(q, closed=True) for q in samples.questions]))
+    outputs = task.outputs(embedded)
+    ones = {"image": np.ones((1, len(task.pairs)))}
+    undefined = [name for name, values in task.metrics(outputs, ones).items() if np.isnan(values[0])]
+    assert task.extras(outputs) == {"undefined_metrics": dict.fromkeys(undefined, "no test question is open")}
+    assert undefined == ["open_accuracy"]
+
+
 def test_no_questions_no_task():
     samples, _ = world()
     assert tasks(replace(samples, questions=[]))[1] == {
@@ -108,6 +118,10 @@ def test_reading_questions(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps([{**row, "image_name": "../a.png"}]))
     with pytest.raises(ValueError, match="leaves the folder"):
         read_questions(tmp_path / "q.json")
+    for change, lacking in (({"answer": None}, "answer"), ({"answer": " ."}, "answer"), ({"question": ""}, "text")):
+        (tmp_path / "q.json").write_text(json.dumps([row, row | change]))
+        with pytest.raises(ValueError, match=f"q.json: question .* has no {lacking}"):
+            read_questions(tmp_path / "q.json")
     (tmp_path / "q.json").write_text("[{}]")
     with pytest.raises(ValueError, match="list of objects with image_name"):
         read_questions(tmp_path / "q.json")

@@ -164,6 +164,9 @@ def test_answering_without_training(tmp_path):
     task = tasks(samples)[0][-1]
     told = values(task, task.outputs(embedded))
     assert told["yes_no_auroc"] == 1 and told["question_only_accuracy"] < 1
+    assert list(task.extras({})["undefined_metrics"]) == [name for name in told if np.isnan(told[name])]
+    task.targets = np.zeros_like(task.targets)
+    assert "yes_no_auroc" in task.extras({})["undefined_metrics"]
     assert task.description["statements"][0] == ["the image is red", "the image is not red"]
     nothing = Embedded("e", "f", images=embedded.images)
     for own in tasks(samples)[0]:
