@@ -127,14 +127,16 @@ def launch_command(module: str, launcher: list[str], arguments: list[str]) -> tu
     """The command that starts ``module`` on several processes of this interpreter, and the environment it needs."""
     import torch
 
+    from mmkd.distributed import TORCHRUN
+
     if torch.cuda.is_available() or "--config_file" in launcher or not launcher:
         return [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", module, *arguments], {}
     names = {"num_processes": "nproc_per_node", "num_machines": "nnodes", "machine_rank": "node_rank"}
     names |= {"main_process_ip": "master_addr", "main_process_port": "master_port"}
     renamed = [_rename(option, names) for option in launcher]
     alone = [] if any("nnodes" in option for option in renamed) else ["--standalone"]  # a free port of its own
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]  # one that is on the PATH may be another interpreter's
-    return [*torchrun, *alone, *renamed, "-m", module, *arguments], {"ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable, "-m", TORCHRUN, *alone, *renamed, "-m", module, *arguments]
+    return command, {"ACCELERATE_USE_CPU": "1"}
 
 
 def _rename(option: str, names: dict[str, str]) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+TORCHRUN = "torch.distributed.run"  # as a module of this interpreter; a torchrun on the PATH may be another's
 DEEPSPEED_PARTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")  # of ZeRO-1 and 2, and of ZeRO-3
 
 
