@@ -45,6 +45,10 @@ class Frame:
     groups: int
     resampling: str
 
+    def same_draws(self, other: Frame) -> bool:
+        """Whether every replicate weighs samples as it does in another frame."""
+        return np.array_equal(self.units, other.units) and np.array_equal(self.strata, other.strata)
+
 
 def frame(classes: Sequence[str], groups: Sequence[str]) -> Frame:
     """Strata from classes, units from groups.
@@ -90,23 +94,23 @@ def replicate_weights(
     strata = np.ascontiguousarray(sampling.strata)
     kept = len(strata) * replicates <= KEPT_ELEMENTS
     for drawn in (_kept_draws if kept else draws)(strata.tobytes(), replicates, seed, chunk):
-        for start in range(0, len(drawn), at_once):
-            yield drawn[start : start + at_once].astype(np.float64)[:, sampling.units]
+        for start in range(0, drawn.shape[1], at_once):
+            yield drawn[:, start : start + at_once][sampling.units].astype(np.float64).T
 
 
 def draws(strata: bytes, replicates: int, seed: int, chunk: int) -> Iterator[NDArray[np.uint16]]:
-    """How often each unit is drawn, in chunks of replicates ``(chunk, units)``; strata are 64-bit whole numbers."""
+    """How often each unit is drawn, in chunks of replicates ``(units, chunk)``; strata are 64-bit whole numbers."""
     strata_of = np.frombuffer(strata, dtype=np.int64)
     members_of = [np.flatnonzero(strata_of == stratum) for stratum in np.unique(strata_of)]
     sizes = [min(chunk, replicates - start) for start in range(0, replicates, chunk)]
     for size, source in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
         generator = np.random.default_rng(source)
-        drawn = np.zeros((size, len(strata_of)), dtype=np.uint16)
+        drawn = np.zeros((len(strata_of), size), dtype=np.uint16)
         for members in members_of:
             picks = generator.integers(0, len(members), (size, len(members)))
             offsets = np.arange(size)[:, None] * len(members)
             counted = np.bincount((picks + offsets).ravel(), minlength=size * len(members))
-            drawn[:, members] = counted.reshape(size, len(members))
+            drawn[members] = counted.reshape(size, len(members)).T
         yield drawn
 
 

@@ -7,7 +7,11 @@ all replicates. Undefined values are NaN, never a guess.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +19,28 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Columns = NDArray[Any]
+Found = TypeVar("Found")
+KEPT, KEPT_BYTES = 32, 1 << 22  # results of `kept`, and most bytes of the arrays behind one
 EXACT = 1 << 24  # whole numbers below it are exact in single precision
+
+
+def kept(function: Callable[..., Found]) -> Callable[..., Found]:
+    """Keep what a function made of its last arrays, since every chunk of replicates asks the same of one encoder."""
+    found: OrderedDict[tuple[Any, ...], Found] = OrderedDict()
+
+    @wraps(function)
+    def call(*arrays: NDArray[Any]) -> Found:
+        if sum(array.nbytes for array in arrays) > KEPT_BYTES:
+            return function(*arrays)
+        key = tuple((array.shape, array.dtype.str, array.tobytes()) for array in arrays)
+        if key not in found:
+            found[key] = function(*arrays)
+        found.move_to_end(key)
+        if len(found) > KEPT:
+            found.popitem(last=False)
+        return found[key]
+
+    return call
 
 
 def accuracy(targets: Integers, predictions: Integers, weights: Floats) -> Floats:
@@ -70,7 +95,8 @@ def auroc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Float
     Returns:
         ``(replicates,)``; NaN where a replicate has no positive or no negative.
     """
-    return _auroc(positive, scores, _columns(weights))
+    columns = _columns(weights)
+    return _auroc(positive, scores, columns, _totals(columns))
 
 
 def macro_auroc(targets: Integers, scores: Floats, weights: Floats) -> Floats:
@@ -87,7 +113,8 @@ def macro_auroc(targets: Integers, scores: Floats, weights: Floats) -> Floats:
 def label_aurocs(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
     """`auroc` of each label, ``(replicates, labels)``, from ``positive`` and ``scores`` ``(n, labels)``."""
     columns = _columns(weights)
-    return np.stack([_auroc(own, label, columns) for own, label in zip(positive.T, scores.T, strict=True)], axis=1)
+    totals, labels = _totals(columns), zip(positive.T, scores.T, strict=True)
+    return np.stack([_auroc(own, label, columns, totals) for own, label in labels], axis=1)
 
 
 def label_precisions(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
@@ -129,6 +156,7 @@ def weighted_mean(values: Floats, weights: Floats) -> Floats:
     return _divide(weights @ values, weights.sum(axis=1))
 
 
+@kept
 def margins(scores: Floats) -> Floats:
     """Each class' score minus the log-mean-exp of the others: comparable across samples, unlike the raw score.
 
@@ -145,65 +173,94 @@ def margins(scores: Floats) -> Floats:
     return scores - (np.stack(others, axis=1) - np.log(scores.shape[1] - 1))
 
 
+@kept
 def softmax(scores: Floats) -> Floats:
     """Probabilities ``(n, classes)`` of scores ``(n, classes)``."""
     return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
 
 
-def _auroc(positive: NDArray[np.bool_], scores: Floats, columns: Columns) -> Floats:
-    """`auroc` from weights ``(n, replicates)``.
+def _auroc(positive: NDArray[np.bool_], scores: Floats, columns: Columns, totals: Floats) -> Floats:
+    """`auroc` from weights ``(n, replicates)`` and their sums ``(replicates,)``.
 
     Over all samples instead of the negatives, the sum is larger by half the squared weight of the positives; hence
     cumulative weights are needed at the scores of positives alone.
     """
-    order, starts, ends = _tied(positive, scores)
-    bounds = np.unique(np.concatenate([[0], starts, ends]))
-    cumulative = np.cumsum(_sums(order, bounds, columns)[:-1], axis=0, dtype=columns.dtype)
-    cumulative = np.concatenate([np.zeros_like(cumulative[:1]), cumulative])
-    below, through = (cumulative[np.searchsorted(bounds, place)] for place in (starts, ends))
-    own = _positive_sums(order, positive, starts, ends, columns)
+    ranking = _ranking(positive, scores)
+    cumulative = _running(ranking.stretches @ columns)
+    below, through = cumulative[ranking.below], cumulative[ranking.through]
+    own = (ranking.positives @ columns).astype(np.float64)
     positives = own.sum(axis=0)
-    negatives = columns.sum(axis=0, dtype=np.float64) - positives
+    negatives = totals - positives
     area = (own * (below.astype(np.float64) + through)).sum(axis=0) / 2 - positives**2 / 2
     return _divide(area, positives * negatives)
 
 
 def _average_precision(positive: NDArray[np.bool_], scores: Floats, columns: Columns) -> Floats:
     """Average precision from weights ``(n, replicates)``; NaN where a replicate has no positive."""
-    order, starts, ends = _tied(positive, -scores)
-    bounds = np.unique(np.concatenate([[0], ends]))
-    through = np.cumsum(_sums(order, bounds, columns)[:-1], axis=0, dtype=np.float64)
-    own = _positive_sums(order, positive, starts, ends, columns)
-    precision = np.divide(np.cumsum(own, axis=0), through, out=np.zeros_like(through), where=through > 0)
+    ranking = _ranking(positive, -scores)
+    through = _running(ranking.stretches @ columns)[ranking.through].astype(np.float64)
+    own = (ranking.positives @ columns).astype(np.float64)
+    precision = np.divide(_running(own), through, out=np.zeros_like(through), where=through > 0)
     return _divide((own * precision).sum(axis=0), own.sum(axis=0))
 
 
-def _tied(positive: NDArray[np.bool_], scores: Floats) -> tuple[Integers, Integers, Integers]:
-    """Order of rising scores, and where in it each run of equal scores that holds a positive starts and ends."""
+@dataclass(frozen=True)
+class Ranking:
+    """Samples by rising score, and the runs of equal scores that hold a positive.
+
+    Attributes:
+        stretches: sums weights ``(n, ...)`` from each start or end of such a run to the next; the first is of none.
+        below: how many of these sums lie before each run.
+        through: the same with the run itself.
+        positives: sums the weights of the positives of each run.
+    """
+
+    stretches: Any
+    below: Integers
+    through: Integers
+    positives: Any
+
+
+@kept
+def _ranking(positive: NDArray[np.bool_], scores: Floats) -> Ranking:
     order = np.argsort(scores, kind="stable")
-    ordered = scores[order]
+    ordered, there = scores[order], positive[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     ends = np.append(starts[1:], len(order))
-    holds = np.add.reduceat(positive[order].astype(np.int64), starts) > 0
-    return order, starts[holds], ends[holds]
+    holds = np.add.reduceat(there.astype(np.int64), starts) > 0
+    starts, ends = starts[holds], ends[holds]
+    bounds = np.unique(np.concatenate([[0], starts, ends]))
+    run = np.searchsorted(ends, np.flatnonzero(there), side="right")
+    return Ranking(
+        _chooser(order[: bounds[-1]], np.concatenate([[0], bounds]), len(order)),
+        np.searchsorted(bounds, starts),
+        np.searchsorted(bounds, ends),
+        _chooser(order[there], np.searchsorted(run, np.arange(len(starts) + 1)), len(order)),
+    )
 
 
-def _positive_sums(
-    order: Integers, positive: NDArray[np.bool_], starts: Integers, ends: Integers, columns: Columns
-) -> Floats:
-    """Weight of the positives in each run, ``(runs, replicates)``."""
-    places = np.flatnonzero(positive[order])
-    run = np.searchsorted(ends, places, side="right")
-    return _sums(order[places], np.searchsorted(run, np.arange(len(starts))), columns).astype(np.float64)
-
-
-def _sums(order: Integers, bounds: Integers, columns: Columns) -> Columns:
-    """Sums of weights ``(n, replicates)`` in ``order`` from each bound to the next, the last to the end."""
+def _chooser(samples: Integers, bounds: Integers, n: int) -> Any:
+    """A sparse matrix that sums the weights of ``samples`` from each bound to the next."""
     from scipy.sparse import csr_array
 
-    pointers = np.append(bounds, len(order))
-    chooser = csr_array((np.ones(len(order), columns.dtype), order, pointers), shape=(len(bounds), len(columns)))
-    return chooser @ columns
+    return csr_array((np.ones(len(samples), np.float32), samples, bounds), shape=(len(bounds) - 1, n))
+
+
+def _running(values: Columns) -> Columns:
+    """Running sums over the first axis: those inside of blocks and those of blocks, since numpy goes cell by cell."""
+    side = max(1, int(np.sqrt(len(values))))
+    blocks = np.zeros((-(-len(values) // side), side, values.shape[1]), values.dtype)
+    flat = blocks.reshape(-1, values.shape[1])
+    flat[: len(values)] = values
+    for place in range(1, side):
+        blocks[:, place] += blocks[:, place - 1]
+    for number in range(1, len(blocks)):
+        blocks[number] += blocks[number - 1, -1]
+    return flat[: len(values)]
+
+
+def _totals(columns: Columns) -> Floats:
+    return columns.sum(axis=0, dtype=np.float64)
 
 
 def _columns(weights: Floats) -> Columns:

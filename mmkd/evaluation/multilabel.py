@@ -92,6 +92,13 @@ class MultiLabel(Task):
             found[f"average_precision: {label}"] = precisions[:, position]
         return found
 
+    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """The headline alone, without precisions where it is the mean area."""
+        if self.headline != "macro_auroc":
+            return super().headline_metric(outputs, weights)
+        scores = outputs["image.scores"].astype(np.float64)
+        return {self.headline: metrics.label_mean(metrics.label_aurocs(self.positive, scores, weights["image"]))}
+
     def extras(self, outputs: Outputs) -> dict[str, Any]:
         """Why metrics of a label are undefined, if they are."""
         reasons = self.description["undefined_labels"]
