@@ -13,6 +13,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from mmkd.closed_pipe import ends_when_unread
 from mmkd.launching import launch
 from mmkd.settings import nearest
 
@@ -74,7 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: with the recipe's exit code; 2 for an unknown command.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    with ends_when_unread():
+        _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: mmkd COMMAND [--config FILE.yaml] [--key value ...]; `mmkd COMMAND --help` lists the settings\n")
         print("\n".join(f"  {name:<15}{description}" for name, (_, description) in RECIPES.items()))

@@ -78,6 +78,8 @@ def type_name(hint: Any) -> str:
     hint = bare(hint)
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
-    if get_origin(hint):
-        return str(hint)
+    if get_origin(hint) is list:
+        return f"{type_name(get_args(hint)[0])},..."
+    if get_origin(hint) is dict:
+        return f"{{name: {type_name(get_args(hint)[1])}}}"
     return {Path: "path", Any: "value"}.get(hint) or hint.__name__

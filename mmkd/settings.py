@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib.resources
+import inspect
 import sys
-import textwrap
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from safetensors import SafetensorError
 
+from mmkd.closed_pipe import ends_when_unread
 from mmkd.files import atomic_write_text
 from mmkd.setting_values import FALSE, TRUE, bare, convert, nearest, type_name
 
@@ -112,12 +113,14 @@ def run(settings_class: type[T], main: Callable[[T], None]) -> None:
         if "--check" in sys.argv:
             given_values(settings_class, [argument for argument in sys.argv[1:] if argument != "--check"])
             return
-        settings = parse(settings_class)
+        with ends_when_unread():
+            settings = parse(settings_class)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     try:
-        main(settings)
+        with ends_when_unread():
+            main(settings)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {_told(error)}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -148,13 +151,23 @@ def help_text(settings_class: type) -> str:
     """The class' docstring and one line for each setting."""
     hints = typing.get_type_hints(settings_class)
     ways = "--key value" if "config" in hints else "--config FILE.yaml, --key value"
-    lines = [textwrap.dedent(settings_class.__doc__ or "").strip(), "", f"settings ({ways}; --check only checks them):"]
+    lines = [inspect.cleandoc(settings_class.__doc__ or ""), "", f"settings ({ways}; --check only checks them):"]
     for field in dataclasses.fields(settings_class):
         default = field.default_factory() if callable(field.default_factory) else field.default
-        shown = "required" if default is dataclasses.MISSING else f"default {_plain(default)!r}"
+        shown = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
         name = f"[--{field.name}]" if field.metadata.get("positional") else f"--{field.name}"
         lines.append(f"  {name} {type_name(hints[field.name])}  {field.metadata.get('help', '')} [{shown}]")
     return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    """A default as one would type it."""
+    plain = _plain(default)
+    if plain is None or plain in ("", [], {}):
+        return "none" if plain is None else "empty"
+    if isinstance(plain, list):
+        return ",".join(map(str, plain))
+    return str(plain).lower() if isinstance(plain, bool) else str(plain)
 
 
 def _positional(settings_class: type) -> str | None:

@@ -1,9 +1,11 @@
+import os
 import subprocess
 import sys
 
 import pytest
 
 from mmkd import cli
+from mmkd.closed_pipe import CLOSED, ends_when_unread
 
 
 def test_launcher_options_are_told_apart():
@@ -78,3 +80,21 @@ def test_a_missing_library_names_the_extra_that_brings_it(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         cli.main(["curate"])
     assert 'pip install "mmkd-clip[train]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["datasets", "ls", "--help"], ["datasets", "ls"]])
+def test_output_that_nobody_reads_ends_the_command_without_a_word(arguments, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` has left
+    command = [sys.executable, "-m", "mmkd.cli", *arguments]
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (CLOSED, "")
+
+
+def test_another_broken_pipe_stays_an_error():
+    with pytest.raises(BrokenPipeError), ends_when_unread():
+        raise BrokenPipeError("of a process that died")
