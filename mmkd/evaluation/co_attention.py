@@ -60,8 +60,7 @@ class CoAttention(nn.Module):
     def __init__(self, image_width: int, text_width: int, answers: int) -> None:
         """Build the head for tokens of these widths."""
         super().__init__()
-        self.image = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, WIDTH), nn.LayerNorm(WIDTH))
-        self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, WIDTH), nn.LayerNorm(WIDTH))
+        self.image, self.text = _entrance(image_width), _entrance(text_width)
         self.image_layers = nn.ModuleList(_layer() for _ in range(LAYERS))
         self.text_layers = nn.ModuleList(_layer() for _ in range(LAYERS))
         self.answer = nn.Sequential(nn.Linear(2 * WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, answers))
@@ -126,6 +125,12 @@ def answer(head: CoAttention, questions: TokenQuestions) -> NDArray[np.float32]:
     rows = np.arange(len(questions))
     parts = [rows[start : start + 4 * BATCH_SIZE] for start in range(0, len(rows), 4 * BATCH_SIZE)]
     return np.concatenate([head(*questions.batch(part, device)).softmax(dim=1).cpu().numpy() for part in parts])
+
+
+def _entrance(width: int) -> nn.Sequential:
+    """Tokens to the head's width; the first norm has no weights, which the linear map after it would only repeat."""
+    norm = nn.LayerNorm(width, elementwise_affine=False)
+    return nn.Sequential(norm, nn.Linear(width, WIDTH), nn.LayerNorm(WIDTH))
 
 
 def _layer() -> nn.TransformerDecoderLayer:

@@ -1,5 +1,8 @@
 """A teacher of any kind: a Python function that returns an object with ``encode_images`` and ``encode_texts``.
 
+The object may also have ``image_tokens`` and ``text_tokens``, which give sequences to heads that read these: of images
+(n, tokens, width), of texts the same and which tokens are no padding, (n, tokens).
+
 The row names it (``form: python``, ``weights: module.function``); it is called with the device. Naming it is what
 allows its code to run: nothing else that a row says does.
 """
@@ -47,6 +50,19 @@ class PythonEncoder(DualEncoder):
     def text_features(self, texts: list[str]) -> Tensor:
         """See `DualEncoder`."""
         return torch.as_tensor(self.encodes.encode_texts(texts))
+
+    def image_token_features(self, prepared: list[Image.Image]) -> Tensor:
+        """See `DualEncoder`."""
+        if not hasattr(self.encodes, "image_tokens"):
+            return super().image_token_features(prepared)
+        return torch.as_tensor(self.encodes.image_tokens(prepared))
+
+    def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """See `DualEncoder`."""
+        if not hasattr(self.encodes, "text_tokens"):
+            return super().text_token_features(texts)
+        tokens, mask = self.encodes.text_tokens(texts)
+        return torch.as_tensor(tokens), torch.as_tensor(mask)
 
 
 def load(row: TeacherRow, device: str) -> PythonEncoder:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmkd.encoder import NoTokens
 from mmkd.licenses import is_open
 from mmkd.teachers import rows
 from mmkd.teachers.weights import fetch, read_state_dict
@@ -94,6 +95,13 @@ def test_a_teacher_of_ones_own_in_five_lines(mine):
     assert encoder.encode_images([Image.new("RGB", (2, 2))])[0].tolist() == [0, 0, 0, 1]
     assert len(encoder.provenance["fingerprint"]) == 64
     assert load_encoder("python:own_teacher.build").dim == 4
+    with pytest.raises(NoTokens, match=r"mine .* gives no sequences"):
+        encoder.text_token_features(["a"])
+    encoder.encodes.image_tokens = lambda images: [[[1.0, 2.0]]] * len(images)
+    encoder.encodes.text_tokens = lambda texts: ([[[len(text)], [0]] for text in texts], [[True, False]] * len(texts))
+    assert encoder.image_token_features([Image.new("RGB", (2, 2))] * 3).shape == (3, 1, 2)
+    tokens, mask = encoder.text_token_features(["aa", "b"])
+    assert tokens.tolist() == [[[2], [0]], [[1], [0]]] and mask.tolist() == [[True, False]] * 2
 
 
 @pytest.mark.parametrize(
