@@ -1,48 +1,77 @@
-"""Write a cohort whose hazard is known: a table of times and deaths, and bags of features that tell it or do not.
+"""Give the cases of a clinical table deaths of a known hazard, and bags of features that tell it or do not.
 
-    python tests/evaluation/simulate_cohort.py sim
-    mmkd eval --datasets sim/simulated.yaml --tasks survival --encoders hazard=ENCODER,noise=ENCODER
+    python tests/evaluation/simulate_cohort.py shared/data/tcga_survival/tcga_blca_clinical.csv sim/blca
+    mmkd eval --datasets sim/blca/manifest.yaml --tasks survival --encoders hazard=ENCODER,noise=ENCODER,told=ENCODER
 
-Each case has a risk z from N(0, 1), dies at an exponential time of rate exp(1.5 z), and is censored at an independent
-one. A third of its tiles show z along one direction (bags of ``hazard``), or nothing does (``noise``). This tests the
-protocol; a number it gives says nothing about medicine.
+Cases, slides, age and sex are the table's. Each case has a risk z from N(0, 1) and dies at a time of rate
+``c exp(1.5 z)``. It is censored at a time drawn from the table's own censoring (Kaplan-Meier, censored cases taken as
+the events), and ``c`` is such that as many die as in the table. The table's own outcomes are not used: their hazard is
+not known. A third of a slide's tiles show z along one direction (bags of ``hazard``), the time of death itself
+(``told``), or nothing (``noise``). This tests the protocol; a number it gives says nothing about medicine.
 """
 
+import csv
 import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-CASES, TILES, WIDTH, EFFECT = 240, 30, 16, 1.5
-MANIFEST = """id: simulated
+from mmkd.evaluation.survival_metrics import Outcomes, kaplan_meier
+
+TILES, WIDTH, EFFECT, SEED = 30, 16, 1.5, 0
+MANIFEST = """id: simulated-{name}
 task: survival
 modality: pathology
-title: Simulated cohort of known hazard
+title: {name}, simulated deaths of known hazard
 source: {{bags: "{folder}", slide: slide_id, case: case_id, time: time, censored: censored}}
 license: Apache-2.0
 """
 
 
-def main(folder: Path) -> None:
-    generator = np.random.default_rng(0)
-    risks = generator.normal(size=CASES)
-    death = generator.exponential(np.exp(-EFFECT * risks))
-    end = generator.exponential(2.0, size=CASES)
-    rows = ["slide_id,case_id,time,censored"]
-    for k in range(CASES):
-        rows.append(f"s{k},c{k},{min(death[k], end[k]) * 12:.6f},{int(end[k] < death[k])}")
-        for name, shown in (("hazard", risks[k]), ("noise", 0.0)):
-            tiles = generator.normal(size=(TILES, WIDTH)).astype(np.float32)
-            tiles[: TILES // 3, 0] += 2 * shown
-            path = folder / name / f"s{k}.h5"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with h5py.File(path, "w") as file:
-                file["features"] = tiles
-                file["coords"] = np.zeros((TILES, 2), dtype=np.int64)
-    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
-    (folder / "simulated.yaml").write_text(MANIFEST.format(folder=folder.resolve()))
+def simulated(outcomes: Outcomes, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Risks, times of death and times of censoring, ``(n,)`` each, in the table's unit of time."""
+    risks = generator.normal(size=len(outcomes))
+    times, followed = kaplan_meier(Outcomes(outcomes.time, ~outcomes.event))
+    steps = np.searchsorted(-followed, -generator.uniform(size=len(outcomes)))
+    censored = np.append(times, outcomes.time.max())[steps].clip(min=outcomes.time[outcomes.time > 0].min())
+    waits = generator.exponential(np.exp(-EFFECT * risks))
+    return risks, waits / np.quantile(waits / censored, outcomes.event.mean()), censored
+
+
+def main(table: Path, folder: Path) -> None:
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["survival_months"] and row["censorship"]]
+    cases = {row["case_id"]: row for row in rows}
+    time = np.array([float(row["survival_months"]) for row in cases.values()])
+    event = np.array([float(row["censorship"]) == 0 for row in cases.values()])
+    generator = np.random.default_rng(SEED)
+    risks, death, end = simulated(Outcomes(time, event), generator)
+    early = -np.argsort(np.argsort(death)) / len(death)
+    shown = {"hazard": risks, "told": (early - early.mean()) / early.std(), "noise": np.zeros(len(cases))}
+    number = {case: k for k, case in enumerate(cases)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["slide_id", "case_id", "time", "censored", "age", "is_female", "risk"])
+        for row in rows:
+            k = number[row["case_id"]]
+            slide = row["slide_id"].removesuffix(".svs")
+            facts = [f"{min(death[k], end[k]):.6f}", int(end[k] < death[k]), row["age"], row["is_female"], risks[k]]
+            writer.writerow([slide, row["case_id"], *facts])
+            for name, values in shown.items():
+                tiles = generator.normal(size=(TILES, WIDTH)).astype(np.float32)
+                tiles[: TILES // 3, 0] += 2 * values[k]
+                write(folder / name / f"{slide}.h5", tiles)
+    (folder / "manifest.yaml").write_text(MANIFEST.format(folder=folder.resolve(), name=folder.name))
+
+
+def write(path: Path, tiles: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file["features"] = tiles
+        file["coords"] = np.zeros((len(tiles), 2), dtype=np.int64)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,195 @@
+"""Run the whole evaluation on the small real data, and write ``docs/results/offline.md`` and ``offline.json``.
+
+    python tests/evaluation/offline_results.py WORK
+
+runs the commands below in the folder WORK, as a user would type them, and writes both documents from what they left.
+Everything takes up what is there already: a killed run goes on where it was. ``shared/data`` lies beside the checkout,
+or where the variable DATA says.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from offline_page import page
+
+from mmkd.evaluation.bootstrap import difference
+from mmkd.evaluation.collections import open_collection
+from mmkd.evaluation.registry import find_manifests
+from mmkd.evaluation.survival_metrics import Outcomes, concordance
+from mmkd.files import atomic_write_text, read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDENT, CONTROLS = "mmkd-clip", ("random", "told")
+TEACHERS = ("mri", "immunohistochemistry-ultrasound", "fundus-photography-ct")
+COHORTS = ("blca", "brca")
+NEAR_ONE, CLOSED_NEAR_ONE = 0.95, 0.9
+COMMANDS = [
+    "mmkd quickstart --output mmkd-clip",
+    f"mmkd eval --suite offline --data $DATA --output results --baselines {','.join(CONTROLS)} --encoders \\\n  "
+    + ",".join([STUDENT, *(f"mmkd-clip-work/teachers/{name}" for name in TEACHERS)])
+    + ",\\\n"
+    + ",".join(f"{name}=$TESTS/{name}.yaml" for name in CONTROLS),
+    f"for cohort in {' '.join(COHORTS)}; do [ -d simulated/$cohort ] || python $TESTS/simulate_cohort.py \\\n"
+    "  $DATA/tcga_survival/tcga_${cohort}_clinical.csv simulated/$cohort; done",
+    "mmkd eval --tasks survival --output results-simulated --baselines noise,told \\\n  --datasets "
+    + ",".join(f"simulated/{cohort}/manifest.yaml" for cohort in COHORTS)
+    + " --encoders "
+    + ",".join(f"{name}=$TESTS/random.yaml" for name in ("hazard", "noise", "told")),
+]
+
+
+def main(work: Path) -> None:
+    data = os.environ.get("DATA", str(ROOT.parent / "shared" / "data"))
+    tests = str(ROOT / "tests" / "evaluation")
+    environment = os.environ | {"DATA": data, "TESTS": tests, "MMKD_DATA": data, "PYTHONPATH": tests}
+    work.mkdir(parents=True, exist_ok=True)
+    for command in COMMANDS:
+        print(command, flush=True)
+        subprocess.run(
+            ["bash", "-ec", command.replace("\\\n  ", "").replace("\\\n", "")], cwd=work, env=environment, check=True
+        )
+    os.environ["MMKD_DATA"] = data
+    found = gather(work)
+    write_json(ROOT / "docs" / "results" / "offline.json", found)
+    atomic_write_text(ROOT / "docs" / "results" / "offline.md", page(found, COMMANDS))
+    failed = [name for name, own in found["verdicts"].items() if not own["passed"]]
+    print(f"{len(found['verdicts'])} verdicts, failed: {', '.join(failed) or 'none'}")
+
+
+def gather(work: Path) -> dict[str, Any]:
+    """All figures of both documents: tasks of both results, what scikit-survival gives, and verdicts."""
+    suite, simulated = (read_json(work / name / "summary.json") for name in ("results", "results-simulated"))
+    tasks = {}
+    for folder, summary in (("results", suite), ("results-simulated", simulated)):
+        for name, task in summary["tasks"].items():
+            tasks[name] = brief(task, read_json(work / folder / "tasks" / f"{name}.json"))
+            if task["kind"] == "vqa":
+                for row in task["rows"]:
+                    tasks[name]["rows"][row] |= looked(work / folder / "cells" / row / f"{name}.safetensors", task, row)
+    for name, task in tasks.items():
+        if name.endswith("clinical-clinical"):
+            task["scikit-survival"] = reference(work / "results" / "tasks" / f"{name}.json", task["dataset"])
+        elif name.startswith("survival-simulated"):
+            manifest = work / "simulated" / task["dataset"].removeprefix("simulated-") / "manifest.yaml"
+            task["true_hazard"] = ceiling(work / "results-simulated" / "tasks" / f"{name}.json", str(manifest))
+    found = {
+        "student": STUDENT,
+        "teachers": list(TEACHERS),
+        "replicates": 1000,
+        "seed": 42,
+        "tasks": rounded(tasks),
+        "means": rounded(suite["means"]["all"]["overall"]),
+        "skipped": suite["skipped"] | simulated["skipped"],
+        "versions": read_json(work / "results" / "repro.lock")["versions"],
+    }
+    return found | {"verdicts": {name: verdict(name, task) for name, task in found["tasks"].items()}}
+
+
+def brief(task: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+    """What the documents say of a task."""
+    known = ("kind", "headline", "dataset", "variant", "chance", "pool", "train")
+    stated = ("unanswerable", "shared_images", "questions", "closed", "covariates", "search", "takes", "event")
+    found = {key: task[key] for key in known if key in task} | {k: description[k] for k in stated if k in description}
+    found["n"] = next(iter(task["frames"].values()))["n"]
+    if "event" in found:
+        found["event"] = sum(found["event"])
+    found["rows"] = {
+        row: cell["metrics"] or {"undefined": cell["undefined"]}
+        for row, cell in task["rows"].items()
+        if row != "oracle"
+    }
+    found["differences"] = {row: own[task["headline"]] for row, own in task["differences"].items() if row != "oracle"}
+    return found
+
+
+def looked(cell: Path, task: dict[str, Any], row: str) -> dict[str, Any]:
+    """How much better questions are answered with the image than without it, draw by draw."""
+    metrics = task["rows"][row]["metrics"]
+    if not metrics:
+        return {}
+    draws = safetensors.numpy.load_file(cell)
+    seen, blind = "accuracy", "question_only_accuracy"
+    points = (metrics[name]["value"] for name in (seen, blind))
+    own = difference(*points, *(draws[f"replicates.{name}"] for name in (seen, blind)))
+    return {"gain": {"value": own["difference"], "low": own["low"], "high": own["high"]}}
+
+
+def over_folds(description: dict[str, Any], risks: Any) -> float:
+    """Harrell's concordance, the mean over the folds; ``risks(train, test)`` gives those of ``test``."""
+    outcomes = Outcomes(np.array(description["time"]), np.array(description["event"], dtype=bool))
+    folds, values = np.array(description["folds"]), []
+    for fold in np.unique(folds):
+        train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        values.append(concordance(outcomes[test], risks(train, test), np.ones((1, len(test))))[0])
+    return float(np.mean(values))
+
+
+def ceiling(path: Path, manifest: str) -> float:
+    """Concordance of the simulated hazard itself: no model can be expected to do better."""
+    description = read_json(path)
+    collection = open_collection(find_manifests([manifest])[0])
+    known = {pair.group: float(collection.facts[pair.id]["risk"]) for pair in collection.pairs}
+    risks = np.array([known[case] for case in description["ids"]])
+    return over_folds(description, lambda train, test: risks[test])
+
+
+def reference(path: Path, dataset: str) -> float:
+    """What scikit-survival's Cox model gives of the same covariates on the same folds."""
+    from sksurv.linear_model import CoxPHSurvivalAnalysis
+
+    from mmkd.evaluation.cohort import read_cohort
+    from mmkd.evaluation.survival import standardised
+
+    description = read_json(path)
+    cohort = read_cohort(open_collection(find_manifests([dataset])[0]), None)
+    outcomes = list(zip(cohort.outcomes.event, cohort.outcomes.time, strict=True))
+    answers = np.array(outcomes, dtype=[("event", bool), ("time", float)])
+
+    def risks(train: Any, test: Any) -> Any:
+        features = np.nan_to_num(standardised(cohort.covariates, train))
+        model = CoxPHSurvivalAnalysis(alpha=0.0, ties="breslow").fit(features[train], answers[train])
+        return model.predict(features[test])
+
+    return over_folds(description, risks)
+
+
+def verdict(name: str, task: dict[str, Any]) -> dict[str, Any]:
+    """Whether the encoder that knows nothing stands at chance, and the one that was told stands near one."""
+    rows, metric = task["rows"], task["headline"]
+    blind, told = rows.get("random", rows.get("noise")), rows["told"]
+    clinical = task["variant"] == "clinical"
+    trained = task["kind"] == "vqa" and task["variant"] != "zeroshot"
+    value, chance = (blind["gain"], 0.0) if trained else (blind[metric], task["chance"][metric])
+    best, least = (told["closed_accuracy"], CLOSED_NEAR_ONE) if trained else (told[metric], NEAR_ONE)
+    checks = {"random_at_chance": value["low"] <= chance <= value["high"], "told_near_one": best["value"] >= least}
+    if clinical:  # no encoder enters: covariates alone
+        simulated = name.startswith("survival-simulated")
+        checks = {"random_at_chance": checks["random_at_chance"]} if simulated else {}
+        best = None
+    measured = "accuracy less that of the question alone" if trained else metric
+    return {
+        "metric": measured,
+        "chance": chance,
+        "random": value,
+        "told": best,
+        **checks,
+        "passed": all(checks.values()),
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits."""
+    if isinstance(value, dict):
+        return {key: rounded(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [rounded(own) for own in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())
