@@ -163,7 +163,7 @@ def questions(found: dict[str, Any]) -> str:
     for task in _tasks(found, "vqa"):
         head = HEADS[task["variant"].removesuffix("disjoint").strip("-")]
         split = "by image" if "disjoint" in task["variant"] else "official"
-        for place, row in enumerate((found["student"], "ensemble", *("random", "told"))):
+        for place, row in enumerate((found["student"], "random", "told")):
             cells = task["rows"][row]
             about = [f"{head}, {split}, {task['n']}"] if place == 0 else [""]
             lines.append([*about, row, *(_optional(cells.get(metric)) for metric in metrics)])
