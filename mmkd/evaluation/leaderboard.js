@@ -49,10 +49,15 @@
     }
     document.getElementById("shown").textContent = `${shown} tasks shown`;
   };
-  const wanted = new URLSearchParams(location.hash.slice(1));
+  const follow = () => {
+    const wanted = new URLSearchParams(location.hash.slice(1));
+    for (const select of selects) {
+      const own = wanted.get(select.name) ?? "";
+      if ([...select.options].some((option) => option.value === own)) select.value = own;
+    }
+    apply();
+  };
   for (const select of selects) {
-    const own = wanted.get(select.name);
-    if ([...select.options].some((option) => option.value === own)) select.value = own;
     select.addEventListener("change", () => {
       const chosen = new URLSearchParams(selects.filter((s) => s.value).map((s) => [s.name, s.value]));
       history.replaceState(null, "", `#${chosen}`);
@@ -60,5 +65,6 @@
     });
   }
   filters.hidden = false;
-  apply();
+  addEventListener("hashchange", follow);
+  follow();
 })();

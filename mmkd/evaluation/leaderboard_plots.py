@@ -96,7 +96,10 @@ def survival_section(board: Board) -> str:
             shown = "log-rank p unknown" if p is None else f"log-rank {p_value(p)}"
             caption = f"{task_name(task, name)}, {label(row, board.student)}: {shown}"
             (own if row == board.student else others).append(steps(caption, "time", series))
-    lead = "Held-out cases split at the median of the predicted risk, and the log-rank p of that split."
+    lead = (
+        "Share of the held-out cases alive, of those whose predicted risk lies above the median of the training cases, "
+        "and of the others; p is that of the log-rank test between them."
+    )
     opened = [f'<div class="figures">{"".join(own)}</div>' if own else "", *_folded(others, "Other encoders")]
     return section("survival", "Survival by predicted risk", lead, *opened)
 

@@ -103,7 +103,7 @@ def steps(caption: str, measure: str, series: Sequence[Series]) -> str:
     """Step functions from 1 downward over time, as survival is drawn."""
     last = max((x for own in series for x, _ in own.points), default=1.0) or 1.0
     frame = _Frame(0.0, last, 0.0, 1.0)
-    drawn = frame.axes(measure, [(last * part, _tick(last * part)) for part in (0.0, 0.25, 0.5, 0.75, 1.0)])
+    drawn = frame.axes(measure, [(at, _tick(at)) for at in _round_places(last)])
     words = []
     for own in series:
         corners, height = [(0.0, 1.0)], 1.0
@@ -157,6 +157,13 @@ def _figure(caption: str, words: str, box: str, drawn: str, series: Sequence[Ser
 
 def _points(places: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def _round_places(last: float) -> list[float]:
+    """Three to six multiples of 1, 2 or 5 times a power of ten from 0 to ``last``."""
+    power = 10.0 ** math.floor(math.log10(last / 5))
+    step = next(power * times for times in (1, 2, 5, 10) if power * times * 5 >= last)
+    return [step * k for k in range(int(last / step) + 1)]
 
 
 def _tick(value: float) -> str:

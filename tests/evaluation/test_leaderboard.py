@@ -222,6 +222,8 @@ def test_drawings_of_edge_values():
     Page(drawn)
     assert not re.search(r"\bnan|\binf", drawn) and '<polygon class="line"' not in drawn
     assert "0.50 at 32" in drawn and "1.00 at the end" in drawn
+    times = re.findall(r'text-anchor="middle">([\d,]+)<', steps("t", "time", [Series("a", "c1", [(163.2, 0.5)])]))
+    assert times == ["0", "50", "100", "150"]
 
 
 def test_the_command_writes_both_files(board, tmp_path):
