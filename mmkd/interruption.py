@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -16,9 +18,10 @@ class StopRequest:
     Outside the main thread Python can set no handlers: signals then act as they always do.
     """
 
-    def __init__(self) -> None:
-        """Nothing is requested yet."""
+    def __init__(self, pass_on: Callable[[int], None] | None = None) -> None:
+        """Nothing is requested yet; ``pass_on`` hands a signal to whom else it concerns."""
         self.requested = False
+        self._pass_on = pass_on
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -32,5 +35,27 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _take(self, _number: int, _frame: FrameType | None) -> None:
+    def _take(self, number: int, _frame: FrameType | None) -> None:
         self.requested = True
+        if self._pass_on is not None:
+            self._pass_on(number)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Requests to stop wait until the block ends; a process that is started in it holds them until `let_through`."""
+    _mask("SIG_BLOCK")
+    try:
+        yield
+    finally:
+        let_through()
+
+
+def let_through() -> None:
+    """Requests to stop reach this process again."""
+    _mask("SIG_UNBLOCK")
+
+
+def _mask(how: str) -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(getattr(signal, how), SIGNALS)

@@ -66,13 +66,16 @@ def main(settings: MiniatureSettings) -> None:
     Raises:
         FileNotFoundError: the folder holds too few of the collections.
         ValueError: unknown rivals, shares or seeds out of range, or a stage that failed.
+        SystemExit: with 0, SIGTERM or SIGUSR1 came; the stages at hand have saved.
     """
     started = time.monotonic()
     rivals = check(settings)
     experiment = Experiment(settings, rivals)
-    experiment.prepare()
-    experiment.train()
-    report = Report(settings, experiment.evaluate(), experiment.rows(), experiment.facts)
+    with experiment.runner:
+        experiment.prepare()
+        experiment.train()
+        results = experiment.evaluate()
+    report = Report(settings, results, experiment.rows(), experiment.facts)
     report.write(round(time.monotonic() - started))
 
 

@@ -56,9 +56,18 @@ def main(settings: PipelineSettings) -> None:
         FileNotFoundError: the folder of images does not exist.
         FileExistsError: OUTPUT exists and was not made by this pipeline.
         ValueError: a stage failed, and its own message stands above; or there is nothing to evaluate on.
+        SystemExit: with 0, SIGTERM or SIGUSR1 came; the stage at hand has saved.
     """
-    started = time.monotonic()
-    work, stages = settings.work, Stages(settings)
+    started, stages = time.monotonic(), Stages(settings)
+    with stages.runner:
+        run_stages(settings, stages)
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"\nDone in {minutes} min {seconds:02d} s. Student: {settings.output}/  Report: {settings.report}")
+
+
+def run_stages(settings: PipelineSettings, stages: Stages) -> None:
+    """Each stage on what those before it wrote."""
+    work = settings.work
     stages.check()
     pairs, features, aligned = work / "pairs", work / "features", work / "aligned"
     source = str(settings.data) if settings.data else "packaged"
@@ -76,8 +85,6 @@ def main(settings: PipelineSettings) -> None:
     encoders = [f"student={settings.output}", *teachers, f"stage1={work / 'stage1'}"]
     stages.run("eval", "eval", work / "results", {"encoders": encoders, "pairs": str(pairs), **settings.eval})
     stages.run("report", "report", settings.report, report_inputs(settings, stages))
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    print(f"\nDone in {minutes} min {seconds:02d} s. Student: {settings.output}/  Report: {settings.report}")
 
 
 def require_questions(pairs: Path, split: str) -> None:

@@ -3,8 +3,10 @@
 import csv
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from transformers import AutoModel, AutoProcessor
 import modeling_mmkd  # noqa: F401  registers MMKDClipModel with the Auto classes
 from mmkd.data.partition import partition
 from mmkd.data.records import Pair
+from mmkd.interruption import held_back
+from mmkd.resume import newest_checkpoint
 
 MODALITIES = {"MRI": (40, 40, 40), "fundus": (160, 60, 30), "ultrasound": (20, 30, 90)}
 TINY = {"vision": "random:tiny", "text": "random:tiny", "projection_dim": 16, "image_size": 32, "epochs": 1}
@@ -172,3 +176,39 @@ def test_pairs_that_leave_nothing_to_ask_are_refused_before_training(tmp_path):
     assert "too much alike to evaluate on: " in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "mmkd-clip-work" / "stage1").exists()
+
+
+def test_a_signal_to_the_pipeline_has_its_stage_save_and_starts_no_other(tmp_path):
+    write_pictures(tmp_path / "pictures")
+    settings = [f"--pretrain.{key}={value}" for key, value in TINY.items() if key != "epochs"]
+    settings += ["--pretrain.text_layers=none", "--pretrain.freeze=", "--pretrain.epochs=100000", "--quiet"]
+    command = [sys.executable, "-m", "mmkd.cli", "quickstart", "--data", "pictures", *settings]
+    log = tmp_path / "mmkd-clip-work" / "stage1.partial" / "log.jsonl"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        began = time.monotonic()
+        while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() - began < 200
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "stopped as asked; saved at step" in errors
+    assert errors.endswith("stopped as asked at [2/11] pretrain; the same command goes on from there\n")
+    assert "[3/11]" not in printed
+    assert newest_checkpoint(log.parent / "checkpoints") is not None
+    stages = json.loads((tmp_path / "mmkd-clip-work" / "stages.json").read_text())
+    assert {name: stage["seconds"] is not None for name, stage in stages.items()} == {"curate": True, "pretrain": False}
+
+
+def test_a_process_started_while_signals_are_held_back_does_not_end_by_them():
+    with held_back():
+        process = subprocess.Popen(["sleep", "60"])
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
