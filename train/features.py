@@ -84,17 +84,17 @@ class ImportSettings:
 
 def list_stores(settings: ListSettings) -> None:
     """Print a line for each store."""
-    paths = stores_in(settings.folder)
-    print(f"{'teacher':<16}{'pairs':>12}{'dim':>6} {'dtype':<10}{'shards':>7}{'GB':>9}  {'license':<14}weights")
-    for path in paths:
-        row = describe_store(path)
+    rows = [describe_store(path) for path in stores_in(settings.folder)]
+    wide = max([15, *(len(row["teacher"]) for row in rows)]) + 1
+    print(f"{'teacher':<{wide}}{'pairs':>12}{'dim':>6} {'dtype':<10}{'shards':>7}{'GB':>9}  {'license':<14}weights")
+    for row in rows:
         size = f"{row['bytes'] / 1e9:.3f}"
         print(
-            f"{row['teacher']:<16}{row['pairs']:>12,}{row['dim']:>6} {row['dtype']:<10}{row['shards']:>7}{size:>9}  "
-            f"{row['license']:<14}{row['weights']} {row['fingerprint'][:12]}"
+            f"{row['teacher']:<{wide}}{row['pairs']:>12,}{row['dim']:>6} {row['dtype']:<10}{row['shards']:>7}"
+            f"{size:>9}  {row['license']:<14}{row['weights']} {row['fingerprint'][:12]}"
         )
     for name, count in unfinished(settings.folder).items():
-        print(f"{name:<16}unfinished: {count} shards are there; the same `mmkd extract` goes on")
+        print(f"{name:<{wide}}unfinished: {count} shards are there; the same `mmkd extract` goes on")
 
 
 def verify(settings: VerifySettings) -> None:

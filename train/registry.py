@@ -9,6 +9,7 @@ mmkd datasets add ours.yaml                      # then `mmkd eval --datasets ou
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from mmkd.data.pair import SPLITS, Pair
 from mmkd.data.splits import hashed
 from mmkd.evaluation.collection import Collection
 from mmkd.evaluation.collections import open_collection
-from mmkd.evaluation.locations import Absent, locate, where_to_get
+from mmkd.evaluation.locations import VARIABLE, Absent, locate
 from mmkd.evaluation.manifest import ASKED, Manifest, read_manifest
 from mmkd.evaluation.registry import CATALOG, catalog, compared_with, find_manifests, load_suite, own_catalog
 from mmkd.files import atomic_write_text
@@ -103,7 +104,8 @@ def list_datasets(settings: ListSettings) -> None:
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     present = sum(row[-1] == "present" for row in rows)
-    print(f"\n{len(chosen)} datasets, {present} on this machine; `mmkd datasets show ID` tells where the others are")
+    where = "" if settings.data or os.environ.get(VARIABLE) else f" (--data DIR or {VARIABLE} tells where data lie)"
+    print(f"\n{len(chosen)} datasets, {present} on this machine{where}; `mmkd datasets show ID` tells of each")
 
 
 def show(settings: ShowSettings) -> None:
@@ -116,7 +118,7 @@ def show(settings: ShowSettings) -> None:
         for name, sentences in manifest.prompts().items():
             print(f"\n{name}")
             print("\n".join(f"  {sentence}" for sentence in sentences))
-        print(f"\n{_presence(manifest, settings.data)}: {where_to_get(manifest)}\n")
+        print(f"\n{_whereabouts(manifest, settings.data)}\n")
 
 
 def check(settings: CheckSettings) -> None:
@@ -126,6 +128,7 @@ def check(settings: CheckSettings) -> None:
         ValueError: one disagrees with its manifest, or an image cannot be read.
     """
     faults: list[str] = []
+    more = 0
     for manifest in find_manifests(settings.datasets, settings.catalog):
         try:
             collection = open_collection(manifest, settings.data)
@@ -137,9 +140,13 @@ def check(settings: CheckSettings) -> None:
             continue
         print("\n  ".join([f"{manifest.id}: {_counts(collection)}", *_classes(collection), *collection.notes]))
         if collection.root is None:
-            faults += [f"{manifest.id}: {fault}" for fault in _image_faults(collection, settings)]
+            found = _image_faults(collection, settings)
+            faults += [f"{manifest.id}: {fault}" for fault in found[:SHOWN]]
+            more += len(found[SHOWN:])
     if faults:
-        raise ValueError("\n       ".join([f"{len(faults)} faults:", *faults]))
+        count = len(faults) + more
+        listed = [*faults, *([f"and {more:,} more"] if more else [])]
+        raise ValueError("\n       ".join([f"{count:,} fault{'s' if count > 1 else ''}:", *listed]))
 
 
 def add(settings: AddSettings) -> None:
@@ -150,11 +157,10 @@ def add(settings: AddSettings) -> None:
     """
     manifest = read_manifest(settings.manifest)
     folder = settings.catalog or own_catalog()
-    if manifest.id in catalog(folder):
-        raise ValueError(
-            f"{settings.manifest}: id {manifest.id!r} is taken; choose another, or remove the old manifest"
-        )
     path = folder / f"{manifest.id}.yaml"
+    if manifest.id in catalog(folder):
+        mended = f", or remove {path}" if path.is_file() else ""
+        raise ValueError(f"{settings.manifest}: id {manifest.id!r} is taken; choose another{mended}")
     atomic_write_text(path, settings.manifest.read_text(encoding="utf-8"))
     print(f"{path}: `mmkd eval --datasets {manifest.id}` finds it now")
 
@@ -172,6 +178,14 @@ def _row(manifest: Manifest, data: Path | None) -> tuple[str, ...]:
         manifest.license,
         _presence(manifest, data),
     )
+
+
+def _whereabouts(manifest: Manifest, data: Path | None) -> str:
+    """Where a dataset lies on this machine, or how it would get there."""
+    try:
+        return f"present: {', '.join(map(str, locate(manifest, data)))}"
+    except Absent as error:
+        return f"absent: {error}"
 
 
 def _presence(manifest: Manifest, data: Path | None) -> str:
@@ -242,7 +256,7 @@ def _image_faults(collection: Collection, settings: CheckSettings) -> list[str]:
             shared.append(f"{first.image} ({first.split}) = {pair.image} ({pair.split})")
     if shared:
         print("\n  ".join([f"  {len(shared)} images are in several splits:", *shared[:SHOWN]]))
-    return faults[:SHOWN] + ([f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else [])
+    return faults
 
 
 ACTIONS: dict[str, tuple[type, Callable[[Any], None]]] = {

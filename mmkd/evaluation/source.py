@@ -116,6 +116,20 @@ class Reading:
     notes: list[str] = field(default_factory=list)
 
 
+def images_folder(manifest: Manifest, folder: Path) -> Path:
+    """The folder of the images: that of the table, or the one that ``images`` names as seen from there.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    name = str(manifest.source.get("images", ""))
+    if not (folder / name).is_dir():
+        raise ValueError(
+            f"source: images {name!r} is no folder in {folder}; name it as seen from the table, which lies there"
+        )
+    return folder / name
+
+
 def chosen(manifest: Manifest, key: str, columns: Iterable[str], needed: bool, default: str | None = None) -> str:
     """The column that the source, or by default the usual name, gives for a field; empty where there is none.
 

@@ -11,7 +11,7 @@ from mmkd.data.images import UnreadableImage
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.questions import Question, stated
-from mmkd.evaluation.source import Files, Reading, Sample, Store, check_where, chosen, passes
+from mmkd.evaluation.source import Files, Reading, Sample, Store, check_where, chosen, images_folder, passes
 from mmkd.evaluation.source_tables import row_sample, table_fields
 
 KEPT_GROUPS = 2
@@ -93,7 +93,7 @@ def read_parquet(manifest: Manifest, paths: Sequence[Path]) -> Reading:
                 samples.append(sample)
                 if manifest.task == "vqa":
                     asked.append(stated(values[asking[0]], values[asking[1]], name))
-    store = Cells(cell, Files(root / str(manifest.source.get("images", ""))))
+    store = Cells(cell, Files(images_folder(manifest, root)))
     return _with_questions(samples, asked, store) if asked else Reading(samples, store)
 
 

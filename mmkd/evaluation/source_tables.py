@@ -11,7 +11,18 @@ from typing import Any
 
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.manifest import DEALT, HELD_OUT, Manifest
-from mmkd.evaluation.source import Files, Reading, Sample, Store, check_where, chosen, cut, is_skipped, passes
+from mmkd.evaluation.source import (
+    Files,
+    Reading,
+    Sample,
+    Store,
+    check_where,
+    chosen,
+    cut,
+    images_folder,
+    is_skipped,
+    passes,
+)
 from mmkd.settings import nearest
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".jp2")
@@ -58,7 +69,7 @@ def read_csv(manifest: Manifest, paths: Sequence[Path]) -> Reading:
         columns, rows = read_table(path)
         fields = table_fields(manifest, columns, "file")
         where = check_where(manifest, columns)
-        beside = (path.parent / str(manifest.source.get("images", ""))).resolve()
+        beside = images_folder(manifest, path.parent).resolve()
         if not beside.is_relative_to(root):
             raise ValueError(f"source: images {manifest.source['images']!r} leaves {root}; refused")
         prefix = beside.relative_to(root).as_posix()

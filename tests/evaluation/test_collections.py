@@ -178,6 +178,17 @@ def test_nothing_leaves_the_folder(tmp_path):
         open_collection(manifest(source | {"images": "../.."}), tmp_path)
 
 
+def test_a_folder_of_images_is_named_as_seen_from_the_table(tmp_path):
+    save(tmp_path / "t" / "images" / "a.png")
+    save(tmp_path / "t" / "images" / "b.png")
+    source = table(tmp_path / "t", ["a.png,cat,,train", "b.png,dog,,test"])
+    collection = open_collection(manifest(source | {"images": "images"}), tmp_path)
+    assert all(collection.image(pair).size for pair in collection.pairs)
+    for wrong in ("imags", "${DATA}/t/images"):
+        with pytest.raises(ValueError, match=r"is no folder in .*/t; name it as seen from the table"):
+            open_collection(manifest(source | {"images": wrong}), tmp_path)
+
+
 def test_absent_data_say_where_they_are_to_be_had(tmp_path, monkeypatch):
     monkeypatch.delenv("MMKD_DATA", raising=False)
     asked = manifest({"csv": "${DATA}/t/labels.csv"}, tier="B", register="https://example.org/data")

@@ -207,7 +207,11 @@ def test_datasets_are_listed_and_shown(capsys, tmp_path):
     assert "4 datasets, 0 on this machine" in shown and "octdl" in shown
     shown = run(capsys, "show", "busi", "--data", tmp_path)
     assert "headline metric: balanced_accuracy" in shown and "doi:10.1016/j.dib.2019.104863" in shown
-    assert "an ultrasound image showing normal breast tissue" in shown and "absent: download it from https" in shown
+    assert (
+        "an ultrasound image showing normal breast tissue" in shown
+       
+    assert f"absent: not at {tmp_path}/busi; download it from https" in shown
+    )
     with pytest.raises(SystemExit):
         run(capsys, "ls", "--modality", "OCTT")
     assert "did you mean 'OCT'" in capsys.readouterr().err
@@ -243,6 +247,6 @@ def test_a_dataset_is_checked_and_added(capsys, tmp_path):
         run(capsys, "check", "ours,busi", *places, "--all", "true", "--quiet", "true")
     out, err = capsys.readouterr()
     assert "x: " in out and "busi: SKIPPED, not at" in out and "images are in several splits" in out
-    assert "1 faults:" in err and "broken.png" in err
+    assert "1 fault:" in err and "broken.png" in err
     (folder / "x" / "broken.png").unlink()
     assert "ours: " in run(capsys, "check", "ours", *places, "--quiet", "true")
