@@ -13,6 +13,7 @@ share the work; the results are the same bytes whatever their number.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def main(settings: EvalSettings) -> None:
     def evaluated(student: Path, output: Path) -> dict[str, Any]:
         encoders = [f"{STUDENT}={student}", *settings.encoders]
         own = dataclasses.replace(settings, encoders=encoders, output=output, cache=settings.embeddings)
-        return evaluate(own, {**sources, STUDENT: str(student)})
+        summary = evaluate(own, {**sources, STUDENT: str(student)})
+        if settings.cache is None and rank() == 0:  # nobody asks a checkpoint twice, and there are many
+            shutil.rmtree(settings.embeddings / STUDENT, ignore_errors=True)
+        return summary
 
     watch(settings.watch, settings.output, evaluated, settings.poll_seconds, settings.quiet)
 
