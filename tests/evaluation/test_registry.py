@@ -207,11 +207,8 @@ def test_datasets_are_listed_and_shown(capsys, tmp_path):
     assert "4 datasets, 0 on this machine" in shown and "octdl" in shown
     shown = run(capsys, "show", "busi", "--data", tmp_path)
     assert "headline metric: balanced_accuracy" in shown and "doi:10.1016/j.dib.2019.104863" in shown
-    assert (
-        "an ultrasound image showing normal breast tissue" in shown
-       
+    assert "an ultrasound image showing normal breast tissue" in shown
     assert f"absent: not at {tmp_path}/busi; download it from https" in shown
-    )
     with pytest.raises(SystemExit):
         run(capsys, "ls", "--modality", "OCTT")
     assert "did you mean 'OCT'" in capsys.readouterr().err
