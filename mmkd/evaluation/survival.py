@@ -42,6 +42,7 @@ REASONS = {
 }
 
 Answer = Callable[[Sequence[int]], Floats]
+Chosen = dict[str, float]
 
 
 class Survival(Task):
@@ -78,26 +79,27 @@ class Survival(Task):
         name_after(self, manifest, variant)
 
     def outputs(self, embedded: Embedded) -> Outputs:
-        """``image.risk`` ``(n,)``: of each case, by the fold that has not seen it."""
+        """``image.risk`` ``(n,)`` by the fold that has not seen the case, and what the fit of each fold has chosen."""
         deaths = int(self.outcomes.event.sum())
         if deaths == 0:
             raise Undefined(f"all {len(self.outcomes)} cases are censored: nothing tells who died first")
         if deaths < FEWEST_DEATHS:
             raise Undefined(f"{deaths} of {len(self.outcomes)} cases died; at least {FEWEST_DEATHS} are needed")
         risk = np.zeros(len(self.outcomes))
-        prepared = self.prepare(embedded)
+        prepared, chosen = self.prepare(embedded), []
         for fold in range(FOLDS):
             train, test = np.flatnonzero(self.folds != fold), np.flatnonzero(self.folds == fold)
-            risk[test] = self.fold_risks(prepared, train, test)
-        return {"image.risk": risk}
+            risk[test], own = self.fold_risks(prepared, train, test)
+            chosen.append(own)
+        return {"image.risk": risk, **{name: np.array([own[name] for own in chosen]) for name in chosen[0]}}
 
     @abstractmethod
     def prepare(self, embedded: Embedded) -> Any:
         """What all folds read."""
 
     @abstractmethod
-    def fold_risks(self, prepared: Any, train: Integers, test: Integers) -> Floats:
-        """Risks of ``test`` in units of ``train``."""
+    def fold_risks(self, prepared: Any, train: Integers, test: Integers) -> tuple[Floats, Chosen]:
+        """Risks of ``test`` in units of ``train``, and what the fit has chosen."""
 
     def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
         """Mean of the members' risks, which are in the same units."""
@@ -172,12 +174,12 @@ class MeanCox(BagSurvival):
             means.append(total / sum(map(len, parts)))
         return np.stack(means)
 
-    def fold_risks(self, prepared: Floats, train: Integers, test: Integers) -> Floats:
+    def fold_risks(self, prepared: Floats, train: Integers, test: Integers) -> tuple[Floats, Chosen]:
         """Risks of the elastic net; the penalty is chosen inside ``train``."""
         features = standardised(prepared, train)
         inner = stratified_folds(self.outcomes.event[train], INNER, SEED + 1)
-        b, _ = elastic_net(features[train], self.outcomes[train], inner)
-        return in_units_of(features[train] @ b, features[test] @ b)
+        b, penalty = elastic_net(features[train], self.outcomes[train], inner)
+        return in_units_of(features[train] @ b, features[test] @ b), {"penalty": penalty}
 
 
 class AttentionSurvival(BagSurvival):
@@ -187,7 +189,7 @@ class AttentionSurvival(BagSurvival):
         """The bags."""
         return self.opened(embedded)
 
-    def fold_risks(self, prepared: EncoderBags, train: Integers, test: Integers) -> Floats:
+    def fold_risks(self, prepared: EncoderBags, train: Integers, test: Integers) -> tuple[Floats, Chosen]:
         """Risks of a head that is trained on ``train``."""
 
         def read(case: int) -> Vectors:
@@ -195,7 +197,7 @@ class AttentionSurvival(BagSurvival):
 
         bags, others = train.tolist(), test.tolist()
         answer = self._train(read, bags)
-        return in_units_of(answer(bags), answer(others))
+        return in_units_of(answer(bags), answer(others)), {}
 
     def _train(self, read: Callable[[int], Vectors], train: Sequence[int]) -> Answer:
         own = self.outcomes[np.array(train)]
@@ -217,11 +219,11 @@ class ClinicalCox(Survival):
         """Covariates ``(n, D)``, NaN where the table has none."""
         return self.cohort.covariates
 
-    def fold_risks(self, prepared: Floats, train: Integers, test: Integers) -> Floats:
+    def fold_risks(self, prepared: Floats, train: Integers, test: Integers) -> tuple[Floats, Chosen]:
         """Risks; what is missing becomes the training cases' mean."""
         features = np.nan_to_num(standardised(prepared, train))
         b = plain_cox(features[train], self.outcomes[train], RIDGE)
-        return in_units_of(features[train] @ b, features[test] @ b)
+        return in_units_of(features[train] @ b, features[test] @ b), {}
 
 
 def tasks(samples: Samples) -> tuple[list[Survival], dict[str, str]]:

@@ -108,7 +108,15 @@ def test_difference_with_oneself_is_nothing():
     assert same == {"difference": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
 
 
+@pytest.mark.parametrize(("below", "at_zero", "p"), [(0, 0, 0.02), (2, 0, 0.06), (1, 1, 0.06), (49, 1, 1.0)])
+def test_p_is_twice_the_smaller_share_with_one_more_on_each_side(below, at_zero, p):
+    differences = np.concatenate([np.full(below, -0.1), np.zeros(at_zero), np.full(99 - below - at_zero, 0.1)])
+    assert difference(0.6, 0.5, differences, np.zeros(99))["p"] == pytest.approx(p)
+
+
 def test_undefined_replicates_have_no_interval():
+    mostly = np.array([np.nan] * 4 + [0.2] * 5)
+    assert interval(mostly) == (0.2, 0.2) and np.isnan(interval(mostly[:-2])).all()
     assert np.isnan(interval(np.full(100, np.nan))).all()
     assert np.isnan(difference(1.0, 0.5, np.full(9, np.nan), np.ones(9))["p"])
 

@@ -84,6 +84,7 @@ def test_a_known_hazard_is_found_and_noise_is_not(cohort, tasks, variant, monkey
 def test_the_same_twice_and_scores_between_0_and_1(tasks):
     first, second = (tasks[""].outputs(Embedded("oracle", "f")) for _ in range(2))
     assert first["image.risk"].tobytes() == second["image.risk"].tobytes()
+    assert first["penalty"].shape == (survival.FOLDS,) and (first["penalty"] > 0).all()
     scores = tasks[""].sample_scores(first)["image"]
     assert scores.shape == (CASES,) and scores.min() >= 0 and scores.max() <= 1 and scores.mean() > 0.7
 
