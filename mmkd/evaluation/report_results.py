@@ -36,7 +36,7 @@ Summary = dict[str, Any]
 def verdict(summary: Summary) -> str:
     """The headline, computed: ahead of all teachers, ahead of the best, level with it, or behind it."""
     found, best = summary["overall"]["differences"], summary["overall"]["best_teacher"]
-    if best is None or found[best]["low"] is None:
+    if best not in found or found[best]["low"] is None:  # there is no teacher, or the student has no numbers
         return "One student, measured on images it has not seen."
     teachers = [row for row in summary["teachers"] if row in found]
     many = f"each of its {_spelled(len(teachers))} teachers" if len(teachers) > 1 else "its teacher"

@@ -1,9 +1,9 @@
 """Cross-modal retrieval, exact and with several right answers.
 
-The pool holds every distinct caption once. Right for an image are its caption and those of identical images; right for
-a caption are all its images and their identical copies. The rank of a query is that of its best right answer, counting
-wrong answers only; wrong answers that tie with it count one half each, so that an encoder that says the same of
-everything gains nothing.
+The pools hold every distinct caption and every distinct image once, however many captions an image has. Right for an
+image are all captions of it and of its identical copies, right for a caption all its images. The rank of a query is
+that of its best right answer, counting wrong answers only; wrong answers that tie with it count one half each, so that
+an encoder that says the same of everything gains nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mmkd.data.records import Pair
 from mmkd.evaluation import metrics
 from mmkd.evaluation.bootstrap import Metrics, frame, subframe
 from mmkd.evaluation.dataset_classes import name_after
@@ -22,6 +23,7 @@ from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.manifest import Manifest
 from mmkd.evaluation.metrics import Floats
 from mmkd.evaluation.ranks import Answers, search_both
+from mmkd.evaluation.source import MISSING
 from mmkd.evaluation.task import Outputs, Samples, Task
 from mmkd.evaluation.vectors import Vectors
 
@@ -45,17 +47,18 @@ class Retrieval(Task):
             recalls: ranks that recall is taken at, beside the 1, 5 and 10 whose mean is the headline.
         """
         self.recalls = sorted({*RECALLS, *recalls})
-        self.pairs = [pair for pair in samples.held_out if pair.caption.strip()]
-        first = {pair.caption: pair for pair in reversed(self.pairs)}
-        self.captions = sorted(first)
-        contents = [samples.digests[pair.id] for pair in self.pairs]
-        self.right_captions, self.right_images = positives([p.caption for p in self.pairs], contents, self.captions)
-        self.holders = {"image": self.pairs, "caption": [first[caption] for caption in self.captions]}
+        captioned, contents = captioned_pairs(samples)
+        first: dict[str, Pair] = {}
+        for pair, content in zip(captioned, contents, strict=True):
+            first.setdefault(content, pair)
+        self.pairs = list(first.values())
+        self.captions = sorted({pair.caption for pair in captioned})
+        self.right_captions, self.right_images = positives([p.caption for p in captioned], contents, self.captions)
+        holders = self.right_images.values[self.right_images.starts[:-1]].tolist()  # the first image of each caption
+        self.holders = {"image": self.pairs, "caption": [self.pairs[k] for k in holders]}
         whole = frame([pair.modality for pair in self.pairs], [pair.group for pair in self.pairs])
-        position = {pair.id: number for number, pair in enumerate(self.pairs)}
         # A caption is drawn with its image: the two directions err together, and so must their replicates.
-        captioned = subframe(whole, [position[pair.id] for pair in self.holders["caption"]])
-        self.frames = {"image": whole, "caption": captioned}
+        self.frames = {"image": whole, "caption": subframe(whole, holders)}
         to_text = random_recalls(self.right_captions, len(self.captions), self.recalls)
         to_image = random_recalls(self.right_images, len(self.pairs), self.recalls)
         chance = {f"image_to_text_recall@{k}": to_text[k] for k in self.recalls}
@@ -149,14 +152,19 @@ def _dataset_tasks(samples: Samples, manifest: Manifest) -> tuple[list[Retrieval
 
 def _too_few(samples: Samples) -> str:
     """Why nothing can be looked for among the held-out pairs; empty where something can."""
-    captioned = [pair for pair in samples.held_out if pair.caption.strip()]
-    for what, count in (
-        ("caption", len({pair.caption for pair in captioned})),
-        ("image with a caption", len({samples.digests[pair.id] for pair in captioned})),
-    ):
+    captioned, contents = captioned_pairs(samples)
+    captions = {pair.caption for pair in captioned}
+    for what, count in (("caption", len(captions)), ("image with a caption", len(set(contents)))):
         if count < 2:
             return f"{count} distinct {what} among the held-out pairs; 2 are needed"
     return ""
+
+
+def captioned_pairs(samples: Samples) -> tuple[list[Pair], list[str]]:
+    """Held-out pairs with a caption, and what tells their images apart: the hash, or the id where there is none."""
+    captioned = [pair for pair in samples.held_out if pair.caption.strip()]
+    digests = [samples.digests[pair.id] for pair in captioned]
+    return captioned, [pair.id if own == MISSING else own for pair, own in zip(captioned, digests, strict=True)]
 
 
 class EndToEnd:
@@ -177,25 +185,22 @@ def positives(captions: Sequence[str], contents: Sequence[str], pool: Sequence[s
     """Right answers both ways.
 
     Args:
-        captions: caption of each image.
-        contents: hash of each image; identical images share all their captions.
+        captions: caption of each pair.
+        contents: hash of each one's image; identical images are one, which has all their captions.
         pool: the distinct captions.
 
     Returns:
-        For each image the indices of right captions, for each caption of the pool the indices of right images.
+        For each distinct image, in the order of first appearance, the indices of right captions; for each caption of
+        the pool the indices of right images.
     """
     index = {caption: position for position, caption in enumerate(pool)}
     caption = np.fromiter(map(index.__getitem__, captions), np.int64, len(captions))
     known = {content: k for k, content in enumerate(dict.fromkeys(contents))}
     content = np.fromiter(map(known.__getitem__, contents), np.int64, len(contents))
-    said = np.unique(content * len(pool) + caption)  # what is said of any copy of an image is said of all
-    of_content = Answers(np.bincount(said // len(pool), minlength=len(known)), said % len(pool))
-    counts = of_content.counts[content]
-    image = np.repeat(np.arange(len(content)), counts)
-    within = np.arange(len(image)) - np.repeat(np.cumsum(counts) - counts, counts)
-    answer = of_content.values[of_content.starts[content][image] + within]
+    image, answer = np.divmod(np.unique(content * len(pool) + caption), len(pool))
     order = np.lexsort((image, answer))
-    return Answers(counts, answer), Answers(np.bincount(answer, minlength=len(pool)), image[order])
+    of_images = Answers(np.bincount(image, minlength=len(known)), answer)
+    return of_images, Answers(np.bincount(answer, minlength=len(pool)), image[order])
 
 
 def similarity_spread(images: Any, captions: Any) -> float:

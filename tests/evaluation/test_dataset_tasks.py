@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -289,6 +291,29 @@ def test_retrieval_of_a_dataset_is_that_of_open_clip_where_positives_are_unique(
     )
     lonely, _ = dataset(manifest("retrieval"), counts=(0, 0, 1))
     assert "2 are needed" in retrieval.tasks(lonely)[1]["retrieval-busi"]
+
+
+def test_retrieval_with_several_captions_of_an_image_is_that_of_clip_benchmark():
+    data, generator = dataset(manifest("retrieval"), counts=(0, 0, 60))
+    counts = generator.integers(1, 6, 60)
+    images = generator.normal(size=(60, 16)).astype(np.float32)
+    owner = np.repeat(np.arange(60), counts)
+    texts = (images[owner] + 3 * generator.normal(size=(len(owner), 16))).astype(np.float32)
+    pairs, embedded = [], Embedded("e", "f", images={}, texts={})
+    for number, k in enumerate(owner.tolist()):
+        pairs.append(replace(data.held_out[k], id=f"pair{number}", caption=f"caption {number}"))
+        embedded.images[f"pair{number}"], embedded.texts[f"caption {number}"] = images[k], texts[number]
+    digests = {pair.id: f"image{k}" for pair, k in zip(pairs, owner.tolist(), strict=True)}
+    (task,), _ = retrieval.tasks(replace(data, held_out=pairs, digests=digests))
+    assert task.description["pool"] == {"images": 60, "captions": len(owner)}
+    points, _ = judged(task, embedded)
+    # CLIP-benchmark's recall_at_k: whether any positive is among the first k of all distinct texts or images.
+    positive, scores = owner[:, None] == np.arange(60), texts @ images.T
+    for direction, own, right in (("text_to_image", scores, positive), ("image_to_text", scores.T, positive.T)):
+        for k in (1, 5, 10):
+            first = np.argsort(-own, axis=1)[:, :k]
+            expected = np.mean(np.take_along_axis(right, first, axis=1).any(axis=1))
+            assert points[f"{direction}_recall@{k}"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_zero_shot_of_a_dataset_is_that_of_clip_benchmark():

@@ -128,8 +128,14 @@ def test_retrieval_counts_identical_captions_and_images_as_right():
     to_text, to_image = retrieval.positives(
         [p.caption for p in pairs], [p.image for p in pairs], ["one", "three", "two"]
     )
-    assert to_text.tolist() == [[0, 2], [0, 2], [0], [1]]
-    assert to_image.tolist() == [[0, 1, 2], [3], [0, 1]]
+    assert to_text.tolist() == [[0, 2], [0], [1]]
+    assert to_image.tolist() == [[0, 1], [2], [0]]
+    digests = {pair.id: pair.image for pair in pairs}
+    task = retrieval.Retrieval(Samples(pairs[::-1], [], [], digests))
+    assert [pair.id for pair in task.pairs] == ["d", "c", "b"] and task.right_images.tolist() == [[1, 2], [0], [2]]
+    assert [pair.id for pair in task.holders["caption"]] == ["c", "d", "b"]
+    lost = retrieval.Retrieval(Samples(pairs, [], [], dict.fromkeys("abcd", "missing")))
+    assert lost.description["pool"] == {"images": 4, "captions": 3}  # what cannot be read is not the same for that
 
 
 def answers(right):

@@ -129,7 +129,7 @@ def odd(k, **fields):
     [
         [odd(k) for k in range(6)],
         [odd(k, caption=" ", label=LABELS[k % 2], modality="") for k in range(6)],
-        [odd(k, caption="word " * 5000 + str(k), group="g") for k in range(3)],
+        [odd(k, caption="word " * 5000 + str(k), label=LABELS[k], group="g") for k in range(3)],
     ],
     ids=["six images", "labels alone", "captions of 5000 words"],
 )
