@@ -127,3 +127,10 @@ def test_fractional_weights_are_weighted_samples():
     found = metrics.auroc(positive, scores, weights)
     expected = [roc_auc_score(positive, scores, sample_weight=own) for own in weights]
     assert found == pytest.approx(np.array(expected), abs=1e-9)
+
+
+def test_macro_f1_counts_a_class_that_is_answered_though_no_sample_has_it():
+    targets, answers = np.array([0, 0, 1, 1]), np.array([0, 2, 1, 1])
+    assert metrics.macro_f1(targets, answers, np.ones((1, 4)))[0] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    without = np.array([[1.0, 0.0, 1.0, 1.0]])
+    assert metrics.macro_f1(targets, answers, without)[0] == 1

@@ -108,7 +108,8 @@ def values(task, outputs):
     return {name: float(found[0]) for name, found in task.metrics(outputs, weights).items()}
 
 
-def test_a_dataset_is_answered_by_three_heads_on_two_splits(tmp_path):
+def test_a_dataset_is_answered_by_three_heads_on_two_splits(tmp_path, monkeypatch):
+    monkeypatch.setattr(co_attention, "EPOCHS", 6)
     samples, embedded, encoder = world(tmp_path)
     found, skipped = tasks(samples)
     assert not skipped and tuple(task.name for task in found) == ALL
