@@ -58,12 +58,12 @@ class DatasetClasses(Classification):
         found = super().metrics(outputs, weights)
         scores, image = outputs["image.scores"].astype(np.float64), weights["image"]
         if self.areas == "softmax":
-            found["macro_auroc"] = metrics.macro_auroc(self.targets, metrics.softmax(scores), image)
+            found["macro_auroc"] = metrics.macro_auroc(self.targets, softmax(scores), image)
         if self.ordinal:
             found["quadratic_kappa"] = metrics.quadratic_kappa(self.targets, scores.argmax(axis=1), image)
         if self.medmnist:
             found["medmnist_acc"] = found["accuracy"]
-            found["medmnist_auc"] = metrics.macro_auroc(self.targets, metrics.softmax(scores), image)
+            found["medmnist_auc"] = metrics.macro_auroc(self.targets, softmax(scores), image)
         return {name: self._where_defined(name, values) for name, values in found.items()}
 
     def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
@@ -115,6 +115,11 @@ def name_after(task: Task, manifest: Manifest, variant: str = "") -> None:
             f"{manifest.id}: headline is {manifest.headline!r}{nearest(manifest.headline, chances)}; "
             f"allowed: {', '.join(chances)}"
         )
+
+
+def softmax(scores: Floats) -> Floats:
+    """Probabilities ``(n, classes)`` of scores ``(n, classes)``."""
+    return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
 
 
 def class_names(manifest: Manifest, pairs: Sequence[Pair]) -> list[str]:

@@ -28,7 +28,7 @@ from mmkd.evaluation.bootstrap import Metrics
 from mmkd.evaluation.dataset_classes import name_after
 from mmkd.evaluation.embedding import Embedded, Vectors
 from mmkd.evaluation.metrics import Floats, Integers
-from mmkd.evaluation.probe_fits import probe
+from mmkd.evaluation.probe_fits import log_mean, probe
 from mmkd.evaluation.task import Classification, Outputs, Samples
 from mmkd.evaluation.zeroshot import class_vector, standardise
 
@@ -79,7 +79,7 @@ class SlideTask(Classification):
         answers = outputs["image.scores"].argmax(axis=1)
         return {
             **super().metrics(outputs, weights),
-            "kappa": kappa(self.targets, answers, len(self.classes), weights["image"]),
+            "kappa": metrics.kappa(self.targets, answers, weights["image"]),
             "quadratic_kappa": metrics.quadratic_kappa(self.targets, answers, weights["image"]),
         }
 
@@ -246,28 +246,3 @@ def top_means(scores: Vectors, counts: Sequence[int]) -> Vectors:
 def shares(scores: Vectors) -> Vectors:
     """Share of the tiles whose highest score each class has: ``(tiles, classes)`` to ``(classes,)``."""
     return (np.bincount(scores.argmax(axis=1), minlength=scores.shape[1]) / len(scores)).astype(np.float32)
-
-
-def log_mean(scores: Sequence[Floats]) -> Floats:
-    """Logarithm of the mean of probabilities given as logarithms."""
-    return np.logaddexp.reduce(np.stack(scores), axis=0) - np.log(len(scores))
-
-
-def kappa(targets: Integers, answers: Integers, classes: int, weights: Floats) -> Floats:
-    """Cohen's kappa, ``(agreement - chance) / (1 - chance)``, without regard to how far an answer is off.
-
-    Args:
-        targets: true class, ``(n,)``.
-        answers: answered class, ``(n,)``.
-        classes: how many.
-        weights: ``(replicates, n)``.
-
-    Returns:
-        ``(replicates,)``; NaN where chance alone would agree fully.
-    """
-    total = weights.sum(axis=1)
-    true = weights @ np.eye(classes)[targets]
-    said = weights @ np.eye(classes)[answers]
-    differing = weights @ (targets != answers) * total
-    by_chance = np.square(total) - (true * said).sum(axis=1)
-    return 1 - np.divide(differing, by_chance, out=np.full(len(total), np.nan), where=by_chance > 0)

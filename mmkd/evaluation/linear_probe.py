@@ -17,7 +17,7 @@ import numpy as np
 
 from mmkd.data.records import Pair
 from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.probe_fits import probe, probed_features
+from mmkd.evaluation.probe_fits import log_mean, probe, probed_features
 from mmkd.evaluation.task import Classification, Outputs, Samples
 from mmkd.evaluation.zeroshot import known_modality, slug
 
@@ -75,8 +75,7 @@ class LinearProbe(Classification):
 
     def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
         """Logarithm of the mean of the members' probabilities."""
-        stacked = np.stack([own["image.scores"] for own in outputs])
-        return {"image.scores": np.logaddexp.reduce(stacked, axis=0) - np.log(len(outputs))}
+        return {"image.scores": log_mean([own["image.scores"] for own in outputs])}
 
 
 def tasks(samples: Samples) -> tuple[list[Any], dict[str, str]]:

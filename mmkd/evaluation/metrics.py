@@ -82,6 +82,17 @@ def quadratic_kappa(targets: Integers, predictions: Integers, weights: Floats) -
     return 1 - _divide(observed, expected)
 
 
+def kappa(targets: Integers, predictions: Integers, weights: Floats) -> Floats:
+    """Cohen's kappa, ``(agreement - chance) / (1 - chance)``, however far an answer is off; see `accuracy`.
+
+    NaN where chance alone would agree fully.
+    """
+    right, support, answered = _counts(targets, predictions, weights)
+    total = weights.sum(axis=1)
+    by_chance = (support * answered).sum(axis=1)
+    return 1 - _divide((total - right.sum(axis=1)) * total, np.square(total) - by_chance)
+
+
 def auroc(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
     """Area under the ROC curve by ranks: P(score of a positive > score of a negative), a tie counting one half.
 
@@ -174,11 +185,6 @@ def margins(scores: Floats) -> Floats:
 
 
 @kept
-def softmax(scores: Floats) -> Floats:
-    """Probabilities ``(n, classes)`` of scores ``(n, classes)``."""
-    return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
-
-
 def _auroc(positive: NDArray[np.bool_], scores: Floats, columns: Columns, totals: Floats) -> Floats:
     """`auroc` from weights ``(n, replicates)`` and their sums ``(replicates,)``.
 

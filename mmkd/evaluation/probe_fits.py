@@ -162,6 +162,11 @@ def log_loss(scores: Floats, targets: Integers) -> float:
     return float(-scores[np.arange(len(targets)), targets].mean())
 
 
+def log_mean(scores: Sequence[Floats]) -> Floats:
+    """Logarithm of the mean of probabilities given as logarithms."""
+    return np.logaddexp.reduce(np.stack(scores), axis=0) - np.log(len(scores))
+
+
 def _fit(scaled: NDArray[Any], targets: Integers, c: float, begin: Solution | None) -> Solution:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -11,7 +11,7 @@ from fake_encoder import FakeEncoder
 from simulated_slides import SlideCollection, slide_manifest, slide_pairs, write_bag
 from sklearn.metrics import cohen_kappa_score
 
-from mmkd.evaluation import diagnosis
+from mmkd.evaluation import diagnosis, metrics
 from mmkd.evaluation.bootstrap import interval, replicate
 from mmkd.evaluation.embedding import Embedded, embed, read_embedded
 from mmkd.evaluation.shards import Content
@@ -104,11 +104,11 @@ def test_kappa_is_that_of_scikit_learn():
     generator = np.random.default_rng(0)
     targets, answers = generator.integers(0, 4, 60), generator.integers(0, 4, 60)
     weights = np.stack([np.ones(60), generator.multinomial(60, [1 / 60] * 60).astype(float)])
-    ours = diagnosis.kappa(targets, answers, 4, weights)
+    ours = metrics.kappa(targets, answers, weights)
     for value, weight in zip(ours, weights, strict=True):
         theirs = cohen_kappa_score(targets, answers, sample_weight=weight, labels=range(4))
         assert value == pytest.approx(theirs, abs=1e-12)
-    assert np.isnan(diagnosis.kappa(np.zeros(3, int), np.zeros(3, int), 4, np.ones((1, 3)))[0])
+    assert np.isnan(metrics.kappa(np.zeros(3, int), np.zeros(3, int), np.ones((1, 3)))[0])
 
 
 def test_what_cannot_be_asked_says_why(slides):
