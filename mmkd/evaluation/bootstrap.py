@@ -107,11 +107,15 @@ def draws(strata: bytes, replicates: int, seed: int, chunk: int) -> Iterator[NDA
         generator = np.random.default_rng(source)
         drawn = np.zeros((len(strata_of), size), dtype=np.uint16)
         for members in members_of:
-            picks = generator.integers(0, len(members), (size, len(members)))
-            offsets = np.arange(size)[:, None] * len(members)
-            counted = np.bincount((picks + offsets).ravel(), minlength=size * len(members))
-            drawn[members] = counted.reshape(size, len(members)).T
+            drawn[members] = _counts(generator, size, len(members)).T
         yield drawn
+
+
+def _counts(generator: np.random.Generator, size: int, units: int) -> Integers:
+    """How often each of some units is drawn when as many are drawn, ``(size, units)``."""
+    picks = generator.integers(0, units, (size, units))
+    picks += np.arange(size)[:, None] * units
+    return np.bincount(picks.ravel(), minlength=size * units).reshape(size, units)
 
 
 @lru_cache(maxsize=4)  # those of a task and those that the tasks of its dataset share, for two frames
