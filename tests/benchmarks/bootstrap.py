@@ -21,6 +21,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa
 
 from mmkd.evaluation import metrics
 from mmkd.evaluation.bootstrap import Frame, frame, replicate, replicate_weights
+from mmkd.evaluation.dataset_classes import softmax
 
 AGREEMENT = 1e-9
 
@@ -29,7 +30,7 @@ def made_up(samples: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Targets ``(n,)`` of unequal classes and probabilities ``(n, classes)`` that know something of them."""
     generator = np.random.default_rng(42)
     targets = generator.choice(classes, samples, p=np.arange(1, classes + 1) / (classes * (classes + 1) / 2))
-    return targets, metrics.softmax(generator.normal(size=(samples, classes)) + 2 * np.eye(classes)[targets])
+    return targets, softmax(generator.normal(size=(samples, classes)) + 2 * np.eye(classes)[targets])
 
 
 def ours(targets: np.ndarray, scores: np.ndarray, sampling: Frame, replicates: int) -> dict[str, np.ndarray]:
