@@ -65,6 +65,8 @@ def main(settings: TileSettings) -> None:
         ValueError: settings that cannot work, no slide, two of one name, bags of other settings, or nothing but
             slides that cannot be read.
     """
+    import h5py  # noqa: F401  its absence is told before anything is encoded
+
     check(settings)
     files = slide_files(settings.slides)
     name, source = next(iter(named_sources([settings.encoder]).items()))

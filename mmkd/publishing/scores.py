@@ -31,15 +31,13 @@ class Scores:
     Attributes:
         rows: of the table, one for each task: cells by column.
         index: entries of the ``model-index``.
-        dataset: name of the pairs evaluated on.
-        split: which of their splits.
+        on: what was evaluated on, in words: a split of pairs, or the test images of datasets.
         checks: what is known of shared groups and images, in words.
     """
 
     rows: list[dict[str, str]]
     index: list[EvalResult]
-    dataset: str
-    split: str
+    on: str
     checks: str
 
 
@@ -61,14 +59,18 @@ def read_scores(results: Path, weights: list[Path]) -> Scores:
     try:
         name = _own_row(summary, weights, results)
         settings = summary["settings"]
-        dataset = Path(settings["pairs"]).name
-        rows, index = [], []
+        pairs = Path(settings["pairs"]).name if settings["pairs"] else ""
+        split = settings["split"] if pairs else "test"
+        rows, index, datasets = [], [], set()
         for key, task in summary["tasks"].items():
             cell = task["rows"].get(name, {})
             if cell.get("metrics"):
+                dataset = pairs or task["dataset"]
+                datasets.add(dataset)
                 rows.append(_table_row(task, cell, summary, name))
-                index += _index_entries(key, task, cell, dataset, settings["split"])
-        return Scores(rows, index, dataset, settings["split"], _checks(summary.get("splits", {})))
+                index += _index_entries(key, task, cell, dataset, split)
+        on = f"the {split} split of {', '.join(f'`{name}`' for name in sorted(datasets))}"
+        return Scores(rows, index, on, _checks(summary.get("splits", {})))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what `mmkd eval` writes ({error!r}); evaluate again") from error
 
@@ -96,7 +98,7 @@ def _own_row(summary: dict[str, Any], weights: list[Path], results: Path) -> str
 
 
 def _table_row(task: dict[str, Any], cell: dict[str, Any], summary: dict[str, Any], name: str) -> dict[str, str]:
-    headline, frame = task["headline"], task["frames"]["image"]
+    headline, frame = task["headline"], _frame(task)
     best = summary["overall"].get("best_teacher") if name == summary["student"] else None
     rival = task["differences"].get(best, {}).get(headline) if best else None
     return {
@@ -110,6 +112,12 @@ def _table_row(task: dict[str, Any], cell: dict[str, Any], summary: dict[str, An
     }
 
 
+def _frame(task: dict[str, Any]) -> dict[str, Any]:
+    """Counts of a task's images, or of the questions, cases or captions that it has instead."""
+    frames: dict[str, dict[str, Any]] = task["frames"]
+    return frames["image"] if "image" in frames else next(iter(frames.values()))
+
+
 def _signed(rival: dict[str, float | None]) -> str:
     """``+0.041 [+0.006, +0.075]`` of a paired difference."""
     if any(rival[key] is None for key in ("difference", "low", "high")):
@@ -119,7 +127,7 @@ def _signed(rival: dict[str, float | None]) -> str:
 
 def _index_entries(key: str, task: dict[str, Any], cell: dict[str, Any], dataset: str, split: str) -> list[EvalResult]:
     """One entry for each metric; the index tells tasks apart by the dataset's configuration, so that is the task."""
-    frame = task["frames"]["image"]
+    frame = _frame(task)
     return [
         EvalResult(
             task_type=TASK_TYPES.get(task["kind"], task["kind"]),

@@ -88,7 +88,7 @@ def read_row(path: Path) -> TeacherRow:
     try:
         row = parse(TeacherRow, ["--config", str(path)])
     except ValueError as error:
-        raise ValueError(f"teacher row {path}: {error}") from error
+        raise ValueError(f"teacher row {path}: {str(error).removeprefix(f'{path}: ')}") from error
     beside = path.parent / row.weights
     return dataclasses.replace(row, weights=str(beside)) if row.form != "python" and beside.exists() else row
 

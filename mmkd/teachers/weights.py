@@ -264,8 +264,9 @@ def _download(
         hint = f" (gated: {asked})" if gated else ""
         kind = " --repo-type dataset" if repo_type == "dataset" else ""
         raise FileNotFoundError(
-            f"{source} is not in the Hub's cache and the Hub cannot be reached{hint}. Where there is a network, run "
-            f"`hf download {source}{kind} --local-dir DIR`, copy DIR here, and name DIR instead (a teacher's as "
-            "--weights.NAME DIR, or as `weights: DIR` in a YAML row); or copy the Hub's cache, ~/.cache/huggingface"
+            f"{source} is no folder here and not in the Hub's cache, and the Hub cannot be reached{hint}. Where there "
+            f"is a network, run `hf download {source}{kind} --local-dir DIR`, copy DIR here, and name DIR instead (a "
+            "teacher's to `mmkd extract` as --weights.NAME DIR, to all as `weights: DIR` in a YAML row); or copy the "
+            "Hub's cache, ~/.cache/huggingface"
         ) from error
     return Path(folder)

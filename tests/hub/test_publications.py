@@ -16,6 +16,7 @@ from mmkd.publishing.card_facts import license_conflict, recipe_yaml
 from mmkd.publishing.publication import gather
 from mmkd.publishing.weights import parse_size
 from mmkd.settings import parse
+from mmkd.train import eval as evaluation
 
 
 def publication(folder, *arguments):
@@ -35,6 +36,23 @@ def test_scores_stand_in_table_and_index_with_their_intervals(published_student,
     assert f"| {metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}] | 0.333 |" in card.text
     assert len({row.task_type for row in card.data.eval_results}) == 2
     assert str(results.parent) not in card.content
+
+
+def test_scores_on_datasets_bear_their_names(published_student, tmp_path):
+    for number in range(12):
+        name = tmp_path / ("cat", "dog")[number % 2] / f"{number}.png"
+        name.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (24, 24), (20 * number, 90, 40)).save(name)
+    manifest = {"id": "pets", "task": "classification", "modality": "X-ray", "license": "CC0-1.0", "split": "held-out"}
+    manifest |= {"source": {"imagefolder": str(tmp_path)}, "classes": ["cat", "dog"]}
+    (tmp_path / "pets.yaml").write_text(json.dumps(manifest))
+    arguments = ["--encoders", f"ours={published_student}", "--datasets", str(tmp_path / "pets.yaml"), "--quiet"]
+    arguments += ["--output", str(tmp_path / "results"), "--tasks", "zeroshot", "--replicates", "100"]
+    evaluation.main(parse(evaluation.EvalSettings, arguments))
+    card = ModelCard(publication(published_student, "--results", tmp_path / "results").card)
+    assert {(row.dataset_name, row.dataset_split) for row in card.data.eval_results} == {("pets", "test")}
+    assert "On the test split of `pets`; brackets are" in card.text
+    assert str(tmp_path) not in card.content
 
 
 def test_results_of_other_weights_are_refused(published_student, results, tmp_path):
