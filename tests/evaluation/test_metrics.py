@@ -63,6 +63,9 @@ def test_a_class_that_is_absent_is_no_zero():
     assert metrics.macro_f1(targets, answered, ones(3))[0] == pytest.approx(
         f1_score(targets, answered, average="macro")
     )
+    strange = np.array([0, 1, 2])  # an answer that no target has
+    expected = f1_score(targets, strange, average="macro")
+    assert metrics.macro_f1(targets, strange, ones(3))[0] == pytest.approx(expected, abs=1e-12)
     scores = np.array([[1.0, 0, 0], [0, 0, 1], [0, 0, 2]])
     assert not np.isnan(metrics.macro_auroc(targets, scores, ones(3))[0])
 
