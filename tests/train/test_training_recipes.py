@@ -224,6 +224,7 @@ def test_attention_is_chosen_or_refused(tmp_path, world):
         call("pretrain", *common, "--attention", "flash_attention_2", "--output", tmp_path / "flash")
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_compiled_towers_train_as_they_do_uncompiled(tmp_path, world, monkeypatch):
     """Traced and differentiated as for inductor, whose kernels alone are left out: they take minutes."""
     real, compiled = torch.nn.Module.compile, []
