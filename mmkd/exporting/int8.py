@@ -26,12 +26,17 @@ def quantize(source: Path, target: Path) -> int:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load(source)
+    constants = {constant.name for constant in model.graph.initializer}
+    shapes = [value for value in model.graph.value_info if value.name not in constants]
+    del model.graph.value_info[:]  # ONNX Runtime 1.23, the last for Python 3.10, transposes constants and trips over these
+    model.graph.value_info.extend(shapes)
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it warns on the root logger
     try:
         quantize_dynamic(
-            source,
+            model,
             target,
             op_types_to_quantize=QUANTIZED,
             weight_type=QuantType.QInt8,
