@@ -197,7 +197,7 @@ def clinical(found: dict[str, Any]) -> str:
 ## Survival: clinical tables of TCGA
 
 Tables without slides: Cox on their own covariates, out of fold, the same for every encoder. The last column is
-scikit-survival's Cox model on the same covariates and folds.
+scikit-survival's Cox model on the same covariates and folds with the same ridge.
 """
     header = ["cohort", "cases", "deaths", "covariates", "Harrell C", "Uno C", "scikit-survival, Harrell C"]
     return f"{note}\n{_table(header, lines)}"
