@@ -41,7 +41,7 @@ SURVIVAL = {
 def page(found: dict[str, Any], commands: Sequence[str]) -> str:
     """The whole page."""
     head = HEAD.format(commands="\n".join(commands), **{key: found[key] for key in ("student", "replicates", "seed")})
-    parts = [head, known(found), images(found, "zeroshot"), images(found, "probe"), curves(found)]
+    parts = [head, known(found), covered(found), images(found, "zeroshot"), images(found, "probe"), curves(found)]
     return "\n".join([*parts, retrieval(found), questions(found), clinical(found), simulated(found)])
 
 
@@ -73,6 +73,23 @@ know nothing either.
 """
     header = ["task", "metric", "chance", "random", "at chance", "told", "near one"]
     return f"## Do the numbers move the right way?\n\n{verdict}\n{note}\n{_table(header, lines)}"
+
+
+def covered(found: dict[str, Any]) -> str:
+    """How many of many random encoders have an interval that holds chance."""
+    lines = []
+    for task in _tasks(found, "zeroshot"):
+        own = found["coverage"][task["dataset"]]
+        about = [task["dataset"], f"{task['n']:,}", _number(task["chance"][task["headline"]])]
+        lines.append(
+            [*about, f"{_number(own['mean'])} ± {_number(own['error'])}", f"{own['held']} of {found['draws']}"]
+        )
+    note = f"""
+One random encoder is one draw. Zero-shot classification by {found["draws"]} others, mean and its standard error, and
+how many intervals hold chance. Where a class has a handful of test images (OCT six in all, covid-cxr four of `other`,
+`modality` one of OCT) a bootstrap cannot know how much they vary, and intervals are too narrow.
+"""
+    return f"{note}\n{_table(['dataset', 'test', 'chance', 'mean', 'chance held'], lines)}"
 
 
 def images(found: dict[str, Any], kind: str) -> str:
@@ -173,9 +190,11 @@ def questions(found: dict[str, Any]) -> str:
 ## Questions: VQA-RAD
 
 The official split asks about {official["shared_images"]} test images that training questions are about, too; the
-split by image shares {disjoint["shared_images"]}. {official["unanswerable"]:.1%} and {disjoint["unanswerable"]:.1%}
+split by image about {disjoint["shared_images"] or "none"}.
+{official["unanswerable"]:.1%} and {disjoint["unanswerable"]:.1%}
 of the test answers occur in no training or validation question and cannot be given. The guess of the commonest
 training answer is right in {_number(official["chance"]["accuracy"])} and {_number(disjoint["chance"]["accuracy"])}.
+Co-attention takes minutes an encoder, so the teachers are not asked here.
 *Gain* is accuracy less that of the question alone, paired: where its interval holds zero, the head has not looked.
 The head without training answers closed questions only, by statements; its "question only" is the mean of all test
 images.

@@ -10,17 +10,22 @@ or where the variable DATA says.
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from known_encoders import DIM
 from offline_page import page
 
-from mmkd.evaluation.bootstrap import REPLICATES, SEED, difference
+from mmkd.evaluation.bootstrap import REPLICATES, SEED, difference, interval, replicate
 from mmkd.evaluation.cohort import read_cohort
 from mmkd.evaluation.collections import open_collection
+from mmkd.evaluation.embedding import Embedded
 from mmkd.evaluation.registry import find_manifests
+from mmkd.evaluation.suite import collect_samples, dataset_texts, tasks_for
 from mmkd.evaluation.survival import RIDGE, standardised
 from mmkd.evaluation.survival_metrics import Outcomes, concordance
 from mmkd.files import atomic_write_text, read_json, write_json
@@ -29,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STUDENT, CONTROLS = "mmkd-clip", ("random", "told")
 TEACHERS = ("fundus-photography-ct", "immunohistochemistry-ultrasound", "mri")
 COHORTS = ("blca",)
-NEAR_ONE, CLOSED_NEAR_ONE = 0.95, 0.9
+NEAR_ONE, CLOSED_NEAR_ONE, DRAWS = 0.95, 0.9, 40
 KNOWN = ",".join(f"{name}=$TESTS/{name}.yaml" for name in CONTROLS)
 COMMANDS = [
     f"mmkd quickstart --output {STUDENT}",
@@ -83,7 +88,10 @@ def gather(work: Path) -> dict[str, Any]:
                 place = work / "simulated" / task["dataset"].removeprefix("simulated-")
                 tasks[name]["true_hazard"] = ceiling(description, place)
     found = {"student": STUDENT, "teachers": list(TEACHERS), "replicates": REPLICATES, "seed": SEED}
-    found |= {"tasks": rounded(tasks), "skipped": skipped, "versions": versions}
+    found |= {"tasks": rounded(tasks), "skipped": skipped, "versions": versions, "draws": DRAWS}
+    found["coverage"] = {
+        t["dataset"]: rounded(coverage(t["dataset"])) for t in tasks.values() if t["kind"] == "zeroshot"
+    }
     return found | {"verdicts": {name: verdict(task) for name, task in found["tasks"].items()}}
 
 
@@ -110,6 +118,26 @@ def looked(cell: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     points, replicates = [metrics[n]["value"] for n in names], [draws[f"replicates.{n}"] for n in names]
     own = difference(*points, *replicates)
     return {"value": own["difference"], "low": own["low"], "high": own["high"]}
+
+
+def coverage(dataset: str) -> dict[str, Any]:
+    """Zero-shot classification by many random encoders: their mean, and how many intervals hold chance."""
+    manifest = find_manifests([dataset])[0]
+    collection = open_collection(manifest)
+    samples = collect_samples(collection.pairs, "test", {pair.id: pair.id for pair in collection.pairs}, {})
+    (task,), _ = tasks_for(replace(samples, manifest=manifest, collection=collection), ["zeroshot"])
+    keys = [[pair.id for pair in samples.held_out], dataset_texts(collection, "test")]
+    chance, values, held = task.description["chance"][task.headline], [], 0
+    for seed in range(DRAWS):
+        generator = np.random.default_rng(seed)
+        drawn = [generator.choice([-1.0, 1.0], (len(own), DIM)).astype(np.float32) / DIM**0.5 for own in keys]
+        images, texts = (dict(zip(own, vectors, strict=True)) for own, vectors in zip(keys, drawn, strict=True))
+        outputs = task.outputs(Embedded("random", "", images=images, texts=texts))
+        points, replicates = replicate(partial(task.headline_metric, outputs), task.frames, REPLICATES, SEED)
+        low, high = interval(replicates[task.headline])
+        values.append(float(points[task.headline]))
+        held += low <= chance <= high
+    return {"mean": float(np.mean(values)), "error": float(np.std(values, ddof=1) / DRAWS**0.5), "held": held}
 
 
 def over_folds(description: dict[str, Any], risks: Any) -> float:

@@ -48,7 +48,7 @@ def main(table: Path, folder: Path) -> None:
     generator = np.random.default_rng(SEED)
     risks, death, end = simulated(Outcomes(time, event), generator)
     early = -np.argsort(np.argsort(death)) / len(death)
-    shown = {"hazard": risks, "told": (early - early.mean()) / early.std(), "noise": np.zeros(len(cases))}
+    shown = {"hazard": 2 * risks, "told": 10 * (early - early.mean()) / early.std(), "noise": np.zeros(len(cases))}
     number = {case: k for k, case in enumerate(cases)}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
@@ -61,7 +61,7 @@ def main(table: Path, folder: Path) -> None:
             writer.writerow([slide, row["case_id"], *facts])
             for name, values in shown.items():
                 tiles = generator.normal(size=(TILES, WIDTH)).astype(np.float32)
-                tiles[: TILES // 3, 0] += 2 * values[k]
+                tiles[: TILES // 3, 0] += values[k]
                 write(folder / name / f"{slide}.h5", tiles)
     (folder / "manifest.yaml").write_text(MANIFEST.format(folder=folder.resolve(), name=folder.name))
 
