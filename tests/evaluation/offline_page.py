@@ -158,10 +158,9 @@ def retrieval(found: dict[str, Any]) -> str:
 ## Retrieval: MedPix
 
 `medpix2` is the official case-level split: its test images against their captions. `medpix2-all` takes all 2,050
-images. Equal captions are positives of each other's images, and equal images of each other's captions. MedPix holds
-1,363 captions as strings; 11 of them differ from another in nothing but white space, which every tokenizer here reads
-as the same sentence, so the pool holds **1,352** and their images are positives of each other. R@k that is one for
-every order is left out.
+images. Equal captions are one and right for all their images; equal images are one and right for all their captions.
+MedPix holds 1,363 captions as strings. Eleven of these repeat another but for white space, which tokenizers read as
+the same sentence, so the pool holds **1,352**. R@k that is one for every order is left out.
 """
     return f"{note}\n{_table(['pool', 'metric', 'chance', *_names(found)], lines)}"
 
