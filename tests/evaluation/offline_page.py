@@ -87,7 +87,8 @@ def covered(found: dict[str, Any]) -> str:
     note = f"""
 One random encoder is one draw. Zero-shot classification by {found["draws"]} others, mean and its standard error, and
 how many intervals hold chance. Where a class has a handful of test images (OCT six in all, covid-cxr four of `other`,
-`modality` one of OCT) a bootstrap cannot know how much they vary, and intervals are too narrow.
+nuclei-stain four of `brightfield`, `modality` one of OCT) a bootstrap cannot know how much they vary, and intervals are
+too narrow.
 """
     return f"{note}\n{_table(['dataset', 'test', 'chance', 'mean', 'chance held'], lines)}"
 
