@@ -29,7 +29,7 @@ def quantize(source: Path, target: Path) -> int:
     model = onnx.load(source)
     constants = {constant.name for constant in model.graph.initializer}
     shapes = [value for value in model.graph.value_info if value.name not in constants]
-    del model.graph.value_info[:]  # ONNX Runtime 1.23, the last for Python 3.10, transposes constants and trips over these
+    del model.graph.value_info[:]  # ONNX Runtime 1.23, the last for Python 3.10, trips over those of constants
     model.graph.value_info.extend(shapes)
     root = logging.getLogger()
     level = root.level
