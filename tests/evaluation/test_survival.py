@@ -89,6 +89,16 @@ def test_the_same_twice_and_scores_between_0_and_1(tasks):
     assert scores.shape == (CASES,) and scores.min() >= 0 and scores.max() <= 1 and scores.mean() > 0.7
 
 
+@pytest.mark.parametrize("variant", ["", "clinical"])
+def test_a_cases_risk_does_not_depend_on_who_else_is_tested(tasks, variant):
+    task = tasks[variant]
+    prepared = task.prepare(Embedded("oracle", "f"))
+    train, test = np.flatnonzero(task.folds != 0), np.flatnonzero(task.folds == 0)
+    together, _ = task.fold_risks(prepared, train, test)
+    alone, _ = task.fold_risks(prepared, train, test[:3])
+    assert alone == pytest.approx(together[:3])
+
+
 def test_folds_are_of_cases_and_hold_deaths(tasks):
     task = tasks[""]
     assert len(task.cohort.cases) == CASES == len(task.folds) and task.description["slides"] == SLIDES
