@@ -3,6 +3,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("h5py", reason="bags are HDF5 files")
 pytest.importorskip("sklearn", reason="logistic regression")
@@ -10,8 +11,10 @@ pytest.importorskip("sklearn", reason="logistic regression")
 from fake_encoder import FakeEncoder
 from simulated_slides import SlideCollection, slide_manifest, slide_pairs, write_bag
 from sklearn.metrics import cohen_kappa_score
+from torch.nn import functional
 
 from mmkd.evaluation import diagnosis, metrics
+from mmkd.evaluation.attention_mil import train_attention
 from mmkd.evaluation.bootstrap import interval, replicate
 from mmkd.evaluation.embedding import Embedded, embed, read_embedded
 from mmkd.evaluation.shards import Content
@@ -98,6 +101,18 @@ def test_top_tiles_are_means_of_the_highest():
     assert pooled[1] == pytest.approx(np.sort(scores, axis=0)[-5:].mean(axis=0))
     assert pooled[2] == pytest.approx(scores.mean(axis=0), abs=1e-6)
     assert diagnosis.shares(scores).sum() == pytest.approx(1)
+
+
+def test_a_trained_head_answers_the_same_twice_and_in_any_units():
+    generator = np.random.default_rng(0)
+    bags = [generator.normal(size=(6, 4)).astype(np.float32) for _ in range(8)]
+    targets = torch.tensor([0, 1] * 4)
+    answers = []
+    for tiles in (bags, [100 * bag + 7 for bag in bags]):
+        answer = train_attention(tiles.__getitem__, range(8), targets, 2, functional.cross_entropy, 0, epochs=2)
+        answers += [answer(range(8)), answer(range(8))]
+    assert np.array_equal(answers[0], answers[1])
+    np.testing.assert_allclose(answers[2], answers[0], atol=1e-3)
 
 
 def test_kappa_is_that_of_scikit_learn():
