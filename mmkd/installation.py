@@ -34,6 +34,7 @@ EXTRAS = {
     "train": "pretrain, distill and finetune",
     "teachers": "teachers in open_clip's and timm's form, and timm backbones",
     "eval": "linear probes and the report",
+    "slides": "mmkd tile, diagnosis and survival on bags",
     "export": "mmkd export --format onnx and int8",
     "curate": "curating huge collections",
     "demo": "mmkd quickstart and the packaged images and weights",
