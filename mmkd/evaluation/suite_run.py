@@ -64,10 +64,8 @@ class SuiteRun:
         )
         tasks, skipped = tasks_for(samples, self.settings.kinds) if samples.held_out else ([], {})
         if not tasks:
-            asked = ", ".join(self.settings.kinds)
-            skipped = skipped or {
-                manifest.id: f"none of {asked} fits its {len(samples.held_out)} readable {self.settings.split} images"
-            }
+            asked, samples_of = ", ".join(self.settings.kinds), f"{len(samples.held_out)} {self.settings.split} samples"
+            skipped = skipped or {manifest.id: f"none of {asked} can be asked of its {samples_of}"}
         cells = self._cells(manifest.id, drawn_pairs(samples))
         table = run_tasks(tasks, samples, encoders, self.teachers, cells, quiet=True)
         self.skipped |= skipped
