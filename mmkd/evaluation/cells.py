@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from mmkd.evaluation.task import Outputs, Task, Undefined
 from mmkd.files import atomic_write_bytes, read_json, write_json
 
 FORMAT = 2
-FEW, STRETCH = 16, 1 << 14  # entries of a list that become text one by one, and of a long one together
 Cell = dict[str, Any]
 
 
@@ -158,34 +157,11 @@ class CellFolder:
 
 
 def fingerprint_of(values: Any) -> str:
-    """SHA-256 of plain JSON values."""
+    """SHA-256 of plain JSON values, read piece by piece: a million answers as one text take gigabytes."""
     digest = hashlib.sha256()
-    for piece in json_pieces(values):
+    for piece in json.JSONEncoder(sort_keys=True).iterencode(values):
         digest.update(piece.encode())
     return digest.hexdigest()
-
-
-def json_pieces(value: Any) -> Iterator[str]:
-    """``json.dumps(value, sort_keys=True)`` piece by piece, since a million answers as one text take gigabytes."""
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        yield "{"
-        for place, key in enumerate(sorted(value)):
-            yield f"{', ' if place else ''}{json.dumps(key)}: "
-            yield from json_pieces(value[key])
-        yield "}"
-    elif isinstance(value, list) and len(value) > FEW:
-        yield "["
-        for start in range(0, len(value), STRETCH):
-            yield (", " if start else "") + json.dumps(value[start : start + STRETCH], sort_keys=True)[1:-1]
-        yield "]"
-    elif isinstance(value, list):
-        yield "["
-        for place, own in enumerate(value):
-            yield ", " if place else ""
-            yield from json_pieces(own)
-        yield "]"
-    else:
-        yield json.dumps(value, sort_keys=True)
 
 
 def plain(value: float) -> float | None:

@@ -38,14 +38,6 @@ class Table(Mapping[str, Vectors]):
         """How many of some keys have no vector."""
         return sum(key not in self._rows for key in keys)
 
-    def matrix(self, keys: Sequence[str]) -> Vectors:
-        """Vectors of n keys, ``(n, dim)`` float32.
-
-        Raises:
-            KeyError: of one of them there is none.
-        """
-        return self.numbered(self.numbers(keys))
-
     def numbers(self, keys: Sequence[str]) -> NDArray[np.int64]:
         """Row of each key, ``(n,)``.
 
@@ -65,7 +57,7 @@ class Table(Mapping[str, Vectors]):
         return found
 
     def __getitem__(self, key: str) -> Vectors:
-        return self.matrix([key])[0]
+        return self.numbered(self.numbers([key]))[0]
 
     def __contains__(self, key: object) -> bool:
         return key in self._rows

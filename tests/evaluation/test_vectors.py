@@ -9,7 +9,7 @@ from mmkd.data.records import Pair
 from mmkd.encoder import DualEncoder
 from mmkd.evaluation.embedding import embed, read_embedded
 from mmkd.evaluation.shards import Content, Shard
-from mmkd.evaluation.vectors import Table, Undefined, stacked
+from mmkd.evaluation.vectors import Rows, Table, Undefined, stacked
 
 KEYS = [f"k{number}" for number in range(10)]
 
@@ -18,9 +18,9 @@ def test_rows_in_any_order_over_several_parts():
     generator = np.random.default_rng(0)
     parts = [generator.normal(size=(rows, 3)).astype(np.float16) for rows in (4, 0, 5, 1)]
     table, whole = Table(KEYS, parts), np.concatenate(parts).astype(np.float32)
-    np.testing.assert_array_equal(table.matrix(KEYS), whole)
+    np.testing.assert_array_equal(Rows(table, KEYS)[:], whole)
     for rows in ([9, 0, 5, 5, 3], [2, 3, 4, 5], [7], []):
-        np.testing.assert_array_equal(table.matrix([KEYS[row] for row in rows]), whole[rows])
+        np.testing.assert_array_equal(Rows(table, [KEYS[row] for row in rows])[:], whole[rows])
     np.testing.assert_array_equal(table["k4"], whole[4])
     assert list(table) == KEYS and len(table) == 10 and "k10" not in table
     with pytest.raises(Undefined, match="no vectors of 2 of 3 images"):
