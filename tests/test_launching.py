@@ -2,14 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from stopped_run import stop_while_training
 
 from mmkd.data.records import Pair, write_manifest
 from mmkd.resume import newest_checkpoint
@@ -38,17 +37,8 @@ def test_a_signal_to_the_command_saves_the_run_of_all_processes(tmp_path, pairs)
         stderr=subprocess.PIPE,
         text=True,
     )
-    try:
-        log = tmp_path / "out.partial" / "log.jsonl"
-        began = time.monotonic()
-        while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() - began < 120
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    log = tmp_path / "out.partial" / "log.jsonl"
+    _, errors = stop_while_training(process, log, patience=120)
     assert process.returncode == 0, errors
     assert "stopped as asked; saved at step" in errors
     last = json.loads(log.read_text().splitlines()[-1])["step"]

@@ -67,9 +67,8 @@ def words(html):
     return re.sub(r"\s+", " ", " ".join(Page(html).words))
 
 
-@pytest.fixture(scope="module")
-def board(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("suite")
+def write_marked_suite(folder):
+    """Every kind of task, with a row undefined, a mark of contamination, a dataset left out and one described."""
     write_suite(
         folder,
         DATASETS,
@@ -78,6 +77,12 @@ def board(tmp_path_factory):
         skipped_datasets={"ddi": "not there; register at its site"},
         datasets={"CT-1": DATASET},
     )
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    write_marked_suite(folder)
     (folder / "repro.lock").write_text('{"version": 1, "commit": "<abc>"}\n')
     return Board(read_json(folder / "summary.json"), folder)
 

@@ -2,8 +2,7 @@
 
 import pytest
 from chromium_page import PROGRAM, ChromiumPage
-from suite_results import write_suite
-from test_leaderboard import DATASET, DATASETS
+from test_leaderboard import DATASETS, write_marked_suite
 
 from mmkd.evaluation.leaderboard import write_leaderboard
 from mmkd.evaluation.report import ReportInputs
@@ -24,14 +23,7 @@ CLICK = "document.querySelectorAll('#{} thead th button')[{}].click()"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browsed")
-    write_suite(
-        folder,
-        DATASETS,
-        undefined=[("stage1", "retrieval-roco")],
-        marked={"CT-1": {"biomedclip": "PMC-15M holds its source"}},
-        skipped_datasets={"ddi": "not there; register at its site"},
-        datasets={"CT-1": DATASET},
-    )
+    write_marked_suite(folder)
     write_leaderboard(ReportInputs(folder), folder / "report.html")
     return (folder / "report.html").as_uri()
 

@@ -6,13 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stopped_run import stop_while_training
 from transformers import AutoModel, AutoProcessor
 
 import modeling_mmkd  # noqa: F401  registers MMKDClipModel with the Auto classes
@@ -185,16 +185,7 @@ def test_a_signal_to_the_pipeline_has_its_stage_save_and_starts_no_other(tmp_pat
     command = [sys.executable, "-m", "mmkd.cli", "quickstart", "--data", "pictures", *settings]
     log = tmp_path / "mmkd-clip-work" / "stage1.partial" / "log.jsonl"
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        began = time.monotonic()
-        while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() - began < 200
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        printed, errors = process.communicate(timeout=100)
-    finally:
-        process.kill()
+    printed, errors = stop_while_training(process, log, patience=200)
     assert process.returncode == 0, errors
     assert "stopped as asked; saved at step" in errors
     assert errors.endswith("stopped as asked at [2/11] pretrain; the same command goes on from there\n")
