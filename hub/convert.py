@@ -25,12 +25,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
 
-from mmkd.checkpoints import from_authors, infer_config, listed, require_same_keys, to_authors
+from mmkd.command.settings import run, setting
+from mmkd.command.values import nearest
+from mmkd.encoders.authors_checkpoint import from_authors, infer_config, listed, require_same_keys, to_authors
+from mmkd.encoders.weights import quiet_transformers, read_state_dict, require_hub
 from mmkd.files import atomic_folder, atomic_write_bytes, fingerprint, read_json, refuse_existing
-from mmkd.hub_access import require_hub
-from mmkd.provenance import conversion_provenance, write_provenance
-from mmkd.settings import nearest, run, setting
-from mmkd.teachers.weights import quiet_transformers, read_state_dict
+from mmkd.student.folder import conversion_provenance, write_provenance
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"

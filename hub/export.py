@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 import torch
 
-from mmkd.data.records import open_pairs
-from mmkd.evaluation.bootstrap import REPLICATES, SEED
+from mmkd.command.settings import run, setting
+from mmkd.data.folder import open_pairs
+from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
 from mmkd.exporting.folder import quantize_export, require_exportable, write_export
 from mmkd.files import atomic_folder, refuse_existing, write_json
-from mmkd.settings import run, setting
-from mmkd.student import load_student
+from mmkd.student.folder import load_student
 from modeling_mmkd import MMKDClipModel
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "int8": ("onnx", "onnxscript", "onnxruntime")}

@@ -18,13 +18,11 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
-from mmkd.publishing.adapter import adapter_publication
+from mmkd.command.settings import run, setting
 from mmkd.publishing.datasets import features_publication, pairs_publication
-from mmkd.publishing.model import model_publication
-from mmkd.publishing.publication import Publication, kind_of
+from mmkd.publishing.model import adapter_publication, model_publication
+from mmkd.publishing.publication import Publication, kind_of, parse_size
 from mmkd.publishing.upload import Uploaded, require_token, upload
-from mmkd.publishing.weights import parse_size
-from mmkd.settings import run, setting
 
 SHOWN_FILES = 40
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 TORCHRUN = "torch.distributed.run"  # as a module of this interpreter; a torchrun on the PATH may be another's
+
 DEEPSPEED_PARTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")  # of ZeRO-1 and 2, and of ZeRO-3
 
 
@@ -264,3 +265,22 @@ def _initialized() -> bool:
 def _leave_group() -> None:
     if _initialized():
         dist.destroy_process_group()
+
+
+# Section: Where encoders compute: the device that was named, checked before anything is loaded onto it.
+
+
+def chosen_device(name: str) -> str:
+    """The device of that name; for ``auto`` this process' GPU if there is one, else the processor.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); give auto, cpu, cuda or cuda:1") from None
+    return name

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmkd.data.records import Pair, write_manifest
-from mmkd.encoder import DualEncoder
+from mmkd.data.folder import write_manifest
+from mmkd.data.table import Pair
+from mmkd.encoders.encoder import DualEncoder
 
 MODALITIES = ("CT", "MRI", "X-ray")
 LABELS = ("nodule", "cyst", "effusion", "healthy")

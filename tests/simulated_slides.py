@@ -3,9 +3,9 @@
 import h5py
 import numpy as np
 
-from mmkd.data.records import Pair
-from mmkd.evaluation.collection import Collection
-from mmkd.evaluation.manifest import Manifest
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.manifest import Manifest
 
 WIDTH, INFORMED_SHARE = 16, 0.3
 

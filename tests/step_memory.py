@@ -13,8 +13,8 @@ import sys
 import torch
 from transformers import BertConfig, CLIPVisionConfig
 
-from mmkd.gradient_cache import OneForward, cached_backward
-from mmkd.objectives import ContrastiveObjective
+from mmkd.training.gradient_cache import OneForward, cached_backward
+from mmkd.training.objectives import ContrastiveObjective
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}

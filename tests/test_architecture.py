@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkd import cli
+from mmkd.command import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("modeling_mmkd", "mmkd", "train", "hub")
@@ -80,7 +80,7 @@ def test_distribution_and_accelerate_have_one_home():
         if relative != "mmkd/distributed.py":
             assert not any(n.startswith("torch.distributed") for n in imports(path)), relative
             assert "torch.distributed" not in path.read_text(), relative
-        if relative not in ("mmkd/loop.py", "mmkd/cli.py"):
+        if relative not in ("mmkd/training/loop.py", "mmkd/command/cli.py"):
             assert not any(n.split(".")[0] == "accelerate" for n in imports(path)), relative
 
 

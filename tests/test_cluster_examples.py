@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from mmkd.data.records import Pair, write_manifest
+from mmkd.data.folder import write_manifest
+from mmkd.data.table import Pair
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--vision", "random:tiny", "--text", "random:tiny", "--projection_dim", "16", "--epochs", "2"]
@@ -48,7 +49,7 @@ def run(command, **more):
 def alone(pairs, tmp_path_factory):
     """The weights that one process comes to."""
     output = tmp_path_factory.mktemp("alone") / "model"
-    done = run([sys.executable, "-m", "mmkd.cli", "pretrain", "--pairs", pairs, "--output", output, *COMMON])
+    done = run([sys.executable, "-m", "mmkd.command.cli", "pretrain", "--pairs", pairs, "--output", output, *COMMON])
     assert done.returncode == 0, done.stderr
     return load_file(output / "model.safetensors")
 
@@ -78,7 +79,7 @@ def slurm(tmp_path):
         '  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks="${tasks:-} $!"\ndone\n'
         "for task in $tasks; do wait $task || exit 1; done\n",
         "scontrol": f'echo "$@" >> {tmp_path}/asked\n[ "$1" != show ] || echo 127.0.0.1\n',
-        "mmkd": f'exec {sys.executable} -m mmkd.cli "$@"\n',
+        "mmkd": f'exec {sys.executable} -m mmkd.command.cli "$@"\n',
     }
     for name, text in programs.items():
         path = tmp_path / "bin" / name

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from tiny_model import save_tiny
 
-from mmkd import cli
-from mmkd.settings import parse
+from mmkd.command import cli
+from mmkd.command.settings import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "model.md"

@@ -17,16 +17,17 @@ from transformers import BertConfig, CLIPVisionConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import mmkd.train.configs
-from mmkd import zero as zero_module
-from mmkd.data.batches import identity_of
-from mmkd.data.pairs import GlobalBatchSampler
-from mmkd.data.records import Pair
-from mmkd.distill_options import DistillOptions
+from mmkd.data.table import Pair
+from mmkd.distillation.objective import DistillObjective
+from mmkd.distillation.options import DistillOptions
 from mmkd.distributed import gather, rank, world_size
-from mmkd.gradient_cache import OneForward
-from mmkd.loop import LoopSettings, fit, start
-from mmkd.objectives import DistillObjective
-from mmkd.trainable import enable_gradient_checkpointing
+from mmkd.student.trainable import enable_gradient_checkpointing
+from mmkd.training import settings as zero_module
+from mmkd.training.batches import identity_of
+from mmkd.training.dataset import GlobalBatchSampler
+from mmkd.training.gradient_cache import OneForward
+from mmkd.training.loop import fit, start
+from mmkd.training.settings import LoopSettings
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 PAIRS, DIM, WORDS = 120, 16, 50

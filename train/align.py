@@ -13,25 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmkd.aligner import MODALITIES, Aligner, AutoencoderAligner, Features, PhiSAligner, ProcrustesAligner
-from mmkd.alignment_chart import alignment_chart
-from mmkd.alignment_report import alignment_report
-from mmkd.data.batches import FeatureBatches
-from mmkd.data.chunked_store import ChunkedStore
-from mmkd.data.features import SHARD_SIZE, TeacherFeatures
-from mmkd.data.matching import seen_pairs
-from mmkd.data.pairs import GlobalBatchSampler, available_features
+from mmkd.alignment.aligner import Aligner
+from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
+from mmkd.alignment.folder import aligned, chunks
+from mmkd.alignment.phi_s import PhiSAligner
+from mmkd.alignment.procrustes import ProcrustesAligner
+from mmkd.alignment.report import alignment_chart, alignment_report
+from mmkd.command.settings import run, save_settings, setting
+from mmkd.data.features.lookup import Features, TeacherFeatures, seen_pairs
+from mmkd.data.features.published import write_published
+from mmkd.data.features.store import SHARD_SIZE, ChunkedStore
+from mmkd.data.folder import open_pairs
 from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read_published
-from mmkd.data.published_features import write_published
-from mmkd.data.records import Pair, open_pairs
+from mmkd.data.table import Pair
 from mmkd.distributed import rank, wait_for_everyone, world_size
+from mmkd.encoders.zoo import teachers_of
 from mmkd.files import atomic_folder, atomic_write_text, write_json
-from mmkd.loop import LoopSettings, fit, start
-from mmkd.objectives import AlignObjective
-from mmkd.provenance import teachers_of
-from mmkd.settings import run, save_settings, setting
+from mmkd.training.batches import FeatureBatches
+from mmkd.training.dataset import GlobalBatchSampler
+from mmkd.training.loop import fit, start
+from mmkd.training.settings import LoopSettings
 
 REPORTED_PAIRS = 5000
+
 PUBLISHED_FOLDER = "pairs"
 
 
@@ -97,13 +101,6 @@ def closed_form(settings: AlignSettings, features: TeacherFeatures, pairs: Seque
     return ProcrustesAligner.fit(all_chunks, features.dims, settings.dim)
 
 
-def chunks(features: TeacherFeatures, pairs: Sequence[Pair]) -> Iterator[Features]:
-    """Features of the pairs, some thousands at a time."""
-    for begin in range(0, len(pairs), SHARD_SIZE):
-        chosen = pairs[begin : begin + SHARD_SIZE]
-        yield available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
-
-
 def write(
     folder: Path, aligner: Aligner, features: TeacherFeatures, pairs: Sequence[Pair], settings: AlignSettings
 ) -> None:
@@ -152,15 +149,6 @@ def published_samples(features: TeacherFeatures, settings: AlignSettings) -> lis
         if not is_folder_name(pair.id):
             raise ValueError(f"pair {pair.id!r} cannot name a folder, as --form published needs; use --form store")
     return [PublishedSample(pair.id, PUBLISHED_FOLDER, pair.image, pair.caption, ()) for pair in pairs]
-
-
-def aligned(features: TeacherFeatures, ids: Sequence[str], aligner: Aligner) -> Features:
-    """Features of some pairs in the target space."""
-    return {
-        name: {modality: aligner.transform(name, found[modality], modality) for modality in MODALITIES}
-        | {"mask": found["mask"]}
-        for name, found in features.lookup(ids).items()
-    }
 
 
 if __name__ == "__main__":

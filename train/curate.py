@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkd.curation.engine import curate_stream
-from mmkd.curation.rules import read_rules
-from mmkd.curation.settings import NearMode, StreamRules
-from mmkd.curation.units import kind_of_source
-from mmkd.data.curation import CurationRules, curate
-from mmkd.data.packaged import write_packaged
+from mmkd.command.settings import run, setting
+from mmkd.curation.lists import CurationRules, curate
+from mmkd.curation.packaged import write_packaged
+from mmkd.curation.rules import NearMode, StreamRules, read_rules
+from mmkd.curation.sources import kind_of_source
+from mmkd.curation.stream import curate_stream
 from mmkd.files import refuse_existing
-from mmkd.settings import run, setting
 
 
 @dataclass

@@ -15,25 +15,23 @@ from typing import Any, Literal
 
 from transformers.utils.logging import disable_progress_bar
 
-from mmkd.aligner import load_aligner
-from mmkd.alignment import MODALITIES
-from mmkd.data.features import TeacherFeatures
-from mmkd.data.frozen_batches import training_batches
-from mmkd.data.held_out import split_off
-from mmkd.data.matching import seen_pairs
-from mmkd.data.pairs import available_features
-from mmkd.data.published_features import FeatureKind
-from mmkd.data.records import Pair, PairFolder, open_pairs
-from mmkd.distill_options import DistillOptions, require_width
-from mmkd.heads import TeacherHeads, angular_dispersion
-from mmkd.loop import LoopSettings, fit, start
-from mmkd.objectives import DistillObjective
-from mmkd.phi_s import PhiSAligner
-from mmkd.provenance import teachers_of, training_provenance
-from mmkd.settings import run, setting
-from mmkd.student import load_student, save_student
-from mmkd.trainable import ModelSettings, make_trainable
-from mmkd.validation import ValidationSettings, validation_of
+from mmkd.alignment.folder import load_aligner
+from mmkd.alignment.phi_s import PhiSAligner
+from mmkd.command.settings import run, setting
+from mmkd.data.features.lookup import MODALITIES, TeacherFeatures, available_features, seen_pairs
+from mmkd.data.features.published import FeatureKind
+from mmkd.data.folder import PairFolder, open_pairs, split_off
+from mmkd.data.table import Pair
+from mmkd.distillation.heads import TeacherHeads, angular_dispersion
+from mmkd.distillation.objective import DistillObjective
+from mmkd.distillation.options import DistillOptions, require_width
+from mmkd.encoders.zoo import teachers_of
+from mmkd.student.folder import load_student, save_student, training_provenance
+from mmkd.student.trainable import ModelSettings, make_trainable
+from mmkd.training.batches import training_batches
+from mmkd.training.loop import fit, start
+from mmkd.training.settings import LoopSettings
+from mmkd.training.validation import ValidationSettings, validation_of
 
 DISPERSION_PAIRS = 8192
 

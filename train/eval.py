@@ -19,22 +19,19 @@ from typing import Any
 
 import torch
 
-from mmkd.device import chosen_device
-from mmkd.distributed import join_group, rank, wait_for_everyone
-from mmkd.encoder import DualEncoder
-from mmkd.evaluation.encoders import named_sources
-from mmkd.evaluation.eval_settings import EvalSettings, check
-from mmkd.evaluation.leaderboard import write_leaderboard
-from mmkd.evaluation.lock import lock_of
-from mmkd.evaluation.pairs_run import evaluate_pairs
-from mmkd.evaluation.report import ReportInputs
-from mmkd.evaluation.suite_run import evaluate_datasets
-from mmkd.evaluation.summary import versions
-from mmkd.evaluation.watching import STUDENT, watch
+from mmkd.command.settings import resolved, run, save_settings
+from mmkd.distributed import chosen_device, join_group, rank, wait_for_everyone
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.frozen import with_frozen_towers
+from mmkd.encoders.zoo import load_encoder
+from mmkd.evaluation.embeddings.encoders import named_sources
+from mmkd.evaluation.report.page import write_leaderboard
+from mmkd.evaluation.report.pairs_page import ReportInputs
+from mmkd.evaluation.results.summary import lock_of, versions
+from mmkd.evaluation.run import evaluate_datasets, evaluate_pairs
+from mmkd.evaluation.settings import EvalSettings, check
+from mmkd.evaluation.watch import STUDENT, watch
 from mmkd.files import write_json
-from mmkd.frozen_towers import with_frozen_towers
-from mmkd.settings import resolved, run, save_settings
-from mmkd.teachers.zoo import load_encoder
 
 
 def main(settings: EvalSettings) -> None:

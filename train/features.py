@@ -20,16 +20,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mmkd.actions import run_action
-from mmkd.data.feature_folders import describe_store, faults, merge, unfinished
-from mmkd.data.feature_shards import FeatureType
-from mmkd.data.feature_store import FeatureStore
-from mmkd.data.features import TeacherFeatures, store_paths
-from mmkd.data.published_features import FeatureKind
-from mmkd.data.published_folder import export_published, import_published
-from mmkd.data.records import open_pairs
+from mmkd.command.settings import run_action, setting
+from mmkd.data.features.folders import describe_store, export_published, faults, import_published, merge, unfinished
+from mmkd.data.features.lookup import TeacherFeatures, store_paths
+from mmkd.data.features.published import FeatureKind
+from mmkd.data.features.shards import FeatureType
+from mmkd.data.features.store import FeatureStore
+from mmkd.data.folder import open_pairs
 from mmkd.files import atomic_folder, refuse_existing
-from mmkd.settings import setting
 
 
 @dataclass

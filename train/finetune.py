@@ -13,17 +13,15 @@ from typing import Any, Literal
 
 from transformers.utils.logging import disable_progress_bar
 
-from mmkd.adapters import add_adapter
-from mmkd.classification import PromptClassification
-from mmkd.data.batches import pair_batches
-from mmkd.data.records import PairFolder, open_pairs
-from mmkd.loop import LoopSettings, fit, start
-from mmkd.objectives import ContrastiveObjective, Objective
-from mmkd.provenance import training_provenance, write_provenance
-from mmkd.settings import run, setting
-from mmkd.student import load_student, save_student
-from mmkd.teachers.weights import quiet_transformers
-from mmkd.trainable import ModelSettings, make_trainable
+from mmkd.command.settings import run, setting
+from mmkd.data.folder import PairFolder, open_pairs
+from mmkd.encoders.weights import quiet_transformers
+from mmkd.student.folder import load_student, save_student, training_provenance, write_provenance
+from mmkd.student.trainable import ModelSettings, add_adapter, make_trainable
+from mmkd.training.batches import pair_batches
+from mmkd.training.loop import fit, start
+from mmkd.training.objectives import ContrastiveObjective, Objective, PromptClassification
+from mmkd.training.settings import LoopSettings
 
 
 @dataclass(kw_only=True)

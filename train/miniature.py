@@ -15,16 +15,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkd.data.records import open_pairs, write_manifest
-from mmkd.evaluation.zeroshot import slug
+from mmkd.command.settings import run, setting
+from mmkd.command.stages import Stage, StageRunner
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.evaluation.tasks.zeroshot import slug
 from mmkd.files import fingerprint, write_json
-from mmkd.miniature.collections import write_table
-from mmkd.miniature.parts import deal, with_noise
-from mmkd.miniature.plan import GENERALISTS, SPECIALISTS, Plan, Rival
+from mmkd.miniature.data import deal, with_noise, write_table
+from mmkd.miniature.plan import (
+    ABLATIONS,
+    ENSEMBLE,
+    GENERALISTS,
+    ORACLE,
+    QUARTER,
+    QUICK,
+    RIVALS,
+    SPECIALISTS,
+    STAGE1,
+    TEACHER,
+    Plan,
+    Rival,
+)
 from mmkd.miniature.report import Report
-from mmkd.miniature.rivals import ABLATIONS, ENSEMBLE, ORACLE, QUARTER, QUICK, RIVALS, STAGE1, TEACHER
-from mmkd.settings import run, setting
-from mmkd.stages import Stage, StageRunner
 
 QUICK_ROWS = 300  # of each collection
 SEED = 42  # of splits and wrong captions

@@ -20,12 +20,11 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from mmkd.actions import run_action
-from mmkd.curation.folders import count_pairs, faults, write_parquet, write_webdataset
+from mmkd.command.settings import run_action, setting
+from mmkd.data.folder import open_pairs
 from mmkd.data.images import read_image_bytes
-from mmkd.data.records import open_pairs
+from mmkd.data.inspection import count_pairs, faults, write_parquet, write_webdataset
 from mmkd.files import atomic_folder, atomic_write_bytes, refuse_existing
-from mmkd.settings import setting
 
 SHOWN_FAULTS = 20
 SHOWN_CAPTION = 80

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.partition import partition
-from mmkd.data.records import open_pairs
+from mmkd.command.settings import run, setting
+from mmkd.command.stages import Stage, StageRunner
+from mmkd.data.folder import open_pairs
+from mmkd.data.splits import partition
 from mmkd.evaluation.suite import SUITE, collect_samples, tasks_for
 from mmkd.files import refuse_existing
-from mmkd.settings import run, setting
-from mmkd.stages import Stage, StageRunner
 
 SEEDED = ("curate", "pretrain", "align", "distill", "eval")
 

@@ -12,9 +12,9 @@ from typing import Literal
 
 from transformers import AutoConfig
 
+from mmkd.command.settings import run, setting
 from mmkd.files import write_json
-from mmkd.planning import GPU_MEMORY, Assumptions, Estimate, ModelSize, Stage, estimate, measure
-from mmkd.settings import run, setting
+from mmkd.training.planning import GPU_MEMORY, Assumptions, Estimate, ModelSize, Stage, estimate, measure
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 PAPER = "paper"

@@ -7,27 +7,22 @@ The same recipe trains a generalist student and, on some of the modalities or la
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
-from mmkd.data.frozen_batches import training_batches
-from mmkd.data.held_out import split_off
-from mmkd.data.pair_table import in_columns, take_rows
-from mmkd.data.records import Pair, PairFolder, open_pairs
-from mmkd.loop import LoopSettings, fit, start
-from mmkd.objectives import ContrastiveObjective
-from mmkd.provenance import training_provenance
-from mmkd.settings import nearest, resolved, run, setting
-from mmkd.student import save_student
-from mmkd.towers import starting_student
-from mmkd.trainable import ModelSettings, make_trainable
-from mmkd.validation import ValidationSettings, validation_of
+from mmkd.command.settings import resolved, run, setting
+from mmkd.data.folder import PairFolder, open_pairs, select, split_off
+from mmkd.student.folder import save_student, training_provenance
+from mmkd.student.towers import starting_student
+from mmkd.student.trainable import ModelSettings, make_trainable
+from mmkd.training.batches import training_batches
+from mmkd.training.loop import fit, start
+from mmkd.training.objectives import ContrastiveObjective
+from mmkd.training.settings import LoopSettings
+from mmkd.training.validation import ValidationSettings, validation_of
 from modeling_mmkd import PRESETS
 
 
@@ -119,55 +114,6 @@ def refuse_other_sizes(settings: PretrainSettings) -> None:
     for name in (*sizes, "text_projection_hidden"):
         if getattr(settings, name) != defaults[name]:
             raise ValueError(f"--preset {settings.preset} states every size; leave --{name} out, or --preset")
-
-
-def select(
-    pairs: Sequence[Pair], modalities: list[str], labels: list[str], part: str | None, sources: Sequence[str] = ()
-) -> Sequence[Pair]:
-    """Pairs of some modalities, labels and collections, and of one share of the groups.
-
-    Raises:
-        ValueError: a modality, label or collection that no pair has, a part that is not like 1/3, or fewer than two
-            pairs left.
-    """
-    share, count = _share(part)
-    wanted = {"modalities": modalities, "labels": labels, "sources": list(sources)}
-    if not any(wanted.values()) and count == 1:
-        return _at_least_two(pairs, pairs)
-    known: dict[str, set[str]] = {name: set() for name in wanted}
-    fits: list[bool] = []
-    for ids, groups, *columns in in_columns(pairs, ("id", "group", "modality", "label", "source")):
-        for name, column in zip(wanted, columns, strict=True):
-            known[name].update(column)
-        for id, group, *own in zip(ids, groups, *columns, strict=True):
-            chosen = all(not v or value in v for value, v in zip(own, wanted.values(), strict=True))
-            fits.append(chosen and _number(group or id) % count == share - 1)
-    for name, values in wanted.items():
-        for value in values:
-            if value not in known[name]:
-                raise ValueError(
-                    f"--{name} {value}: no training pair has it{nearest(value, known[name])}; "
-                    f"known: {', '.join(sorted(known[name] - {''}))}"
-                )
-    return _at_least_two(take_rows(pairs, np.flatnonzero(fits)), pairs)
-
-
-def _at_least_two(kept: Sequence[Pair], pairs: Sequence[Pair]) -> Sequence[Pair]:
-    if len(kept) < 2:
-        raise ValueError(f"the selection leaves {len(kept)} of {len(pairs)} training pairs; at least 2 are needed")
-    return kept
-
-
-def _share(part: str | None) -> tuple[int, int]:
-    share, _, count = (part or "1/1").partition("/")
-    if not (share.isdecimal() and count.isdecimal() and 1 <= int(share) <= int(count)):
-        raise ValueError(f"--part {part} must be a share such as 1/3")
-    return int(share), int(count)
-
-
-def _number(key: str) -> int:
-    """The same for all pairs of a group, whatever else the folder holds."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 if __name__ == "__main__":

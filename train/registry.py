@@ -19,17 +19,15 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from mmkd.actions import run_action
+from mmkd.command.settings import run_action, setting
+from mmkd.command.values import nearest
 from mmkd.data.images import UnreadableImage
-from mmkd.data.pair import SPLITS, Pair
 from mmkd.data.splits import hashed
-from mmkd.evaluation.collection import Collection
-from mmkd.evaluation.collections import open_collection
-from mmkd.evaluation.locations import VARIABLE, Absent, locate
-from mmkd.evaluation.manifest import ASKED, Manifest, read_manifest
-from mmkd.evaluation.registry import CATALOG, catalog, compared_with, find_manifests, load_suite, own_catalog
+from mmkd.data.table import SPLITS, Pair
+from mmkd.evaluation.datasets.catalog import CATALOG, catalog, compared_with, find_manifests, load_suite, own_catalog
+from mmkd.evaluation.datasets.dataset import Collection, open_collection
+from mmkd.evaluation.datasets.manifest import ASKED, VARIABLE, Absent, Manifest, locate, read_manifest
 from mmkd.files import atomic_write_text
-from mmkd.settings import nearest, setting
 
 COLUMNS = ("id", "task", "modality", "tier", "license", "data")
 SHOWN = 10

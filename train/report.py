@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmkd.evaluation.leaderboard import is_suite, write_leaderboard
-from mmkd.evaluation.report import ReportInputs, build_report, read_summary
+from mmkd.command.settings import run, setting
+from mmkd.evaluation.report.page import is_suite, write_leaderboard
+from mmkd.evaluation.report.pairs_page import ReportInputs, build_report, read_summary
 from mmkd.files import atomic_write_text, refuse_existing
-from mmkd.settings import run, setting
 
 
 @dataclass

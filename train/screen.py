@@ -20,17 +20,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mmkd.data.choice import Choice, in_chunks, write_choice
-from mmkd.data.features import TeacherFeatures
-from mmkd.data.matching import seen_pairs
-from mmkd.data.pair import SPLITS, Pair
-from mmkd.data.records import PairFolder, open_pairs
+from mmkd.command.settings import run, save_settings, setting
+from mmkd.command.values import nearest
+from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
+from mmkd.data.folder import Choice, PairFolder, in_chunks, open_pairs, write_choice
+from mmkd.data.table import SPLITS, Pair
+from mmkd.distillation.screening import (
+    BINS,
+    KEPT,
+    OTHER_MODALITY,
+    TOO_FEW,
+    UNSEEN,
+    Pool,
+    Pools,
+    Rule,
+    ScreeningReport,
+    above,
+    default_minimum,
+    draw,
+    pools_of,
+    within_top,
+)
 from mmkd.files import atomic_folder, atomic_write_text, refuse_existing, write_json
-from mmkd.screening import Pool, Rule, above, default_minimum, within_top
-from mmkd.screening_report import BINS, KEPT, OTHER_MODALITY, TOO_FEW, UNSEEN, ScreeningReport, draw
-from mmkd.settings import nearest, run, save_settings, setting
-
-Pools = dict[str, dict[str, Pool]]  # split -> teacher -> its pool
 
 
 @dataclass
@@ -128,17 +139,6 @@ def draw_pools(folder: PairFolder, features: TeacherFeatures, settings: ScreenSe
             known_names = ", ".join(sorted(modalities))
             raise ValueError(f"--modalities {name!r}{nearest(name.lower(), modalities)}: no such pair; {known_names}")
     return {split: pools_of(members, features) for split, members in drawn.items()}
-
-
-def pools_of(members: Sequence[tuple[float, str, str]], features: TeacherFeatures) -> dict[str, Pool]:
-    """Each teacher's pool among the drawn pairs of a split."""
-    captions = [caption for _, _, caption in members]
-    pools = {}
-    for name, found in features.lookup([id for _, id, _ in members]).items():
-        mask = found["mask"]
-        known = [caption for caption, seen in zip(captions, mask.tolist(), strict=True) if seen]
-        pools[name] = Pool(known, found["image"][mask], found["text"][mask])
-    return pools
 
 
 def choices(

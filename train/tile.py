@@ -25,14 +25,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mmkd.device import chosen_device
-from mmkd.encoder import DualEncoder
-from mmkd.evaluation.bags import slide_name
-from mmkd.evaluation.encoders import encoder_fingerprint, named_sources
-from mmkd.evaluation.tiles import PLAIN, PYRAMIDS, Slide, grid, opened, read_tile
+from mmkd.command.settings import run, setting
+from mmkd.distributed import chosen_device
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.zoo import load_encoder
+from mmkd.evaluation.embeddings.encoders import encoder_fingerprint, named_sources
+from mmkd.evaluation.slides.bags import slide_name
+from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Slide, grid, opened, read_tile
 from mmkd.files import atomic_write_bytes, write_json
-from mmkd.settings import run, setting
-from mmkd.teachers.zoo import load_encoder
 
 SKIPPED_FILE = "skipped.json"
 BATCHES_AHEAD = 2

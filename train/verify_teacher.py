@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
+from mmkd.command.settings import run, setting
+from mmkd.command.values import nearest
+from mmkd.data.features.published import PublishedFeatures
+from mmkd.data.folder import open_pairs
 from mmkd.data.images import open_image
 from mmkd.data.published import META_FILE
-from mmkd.data.published_features import PublishedFeatures
-from mmkd.data.records import open_pairs
-from mmkd.device import chosen_device
-from mmkd.encoder import DualEncoder
+from mmkd.distributed import chosen_device
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.zoo import find_row, load_encoder
 from mmkd.files import write_json
-from mmkd.settings import nearest, run, setting
-from mmkd.teachers.zoo import find_row, load_encoder
 
 
 @dataclass

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
-from mmkd.curation.duplicates import Marks, stretches
-from mmkd.curation.exclusions import Exclusions
-from mmkd.curation.fingerprints import bit_counts
-from mmkd.data.pair_table import map_table
+from mmkd.curation.duplicates import Marks, bit_counts, stretches
+from mmkd.curation.labels import LABELS_FILE, read_rows
+from mmkd.curation.pictures import prepare_picture
+from mmkd.data.archives import ArchivedFile
+from mmkd.data.folder import MANIFEST_FILE, open_pairs
+from mmkd.data.images import UnreadableImage, read_image_bytes
+from mmkd.data.published import META_FILE
+from mmkd.data.splits import meaning_of
+from mmkd.data.table import TABLE_FILE, map_table
 
 
 def find_in_test_sets(
@@ -63,3 +75,169 @@ def near_test_image(hashes: np.ndarray, tests: np.ndarray, distance: int) -> np.
             near = bit_counts(unique[rows] ^ tests[images]) <= distance
             found[rows[near]] = images[near]
     return np.asarray(found[where])
+
+
+# Section: Evaluation sets that training data must not contain: images by hash, exact and near, and articles by number.
+#
+# Named are folders of pairs (test and validation splits), folders of such folders, lists of article numbers or SHA-256
+# sums (``.txt``), and the dataset manifests of an evaluation catalog (``.yaml``), whose images are read wherever the
+# manifest's source is on this disk. What is not here cannot be compared, and is reported as such.
+
+
+ARTICLE = re.compile(r"PMC\d+")
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
+
+CHUNK = 32
+
+LISTS = (MANIFEST_FILE, TABLE_FILE, META_FILE, LABELS_FILE)
+
+
+@dataclass
+class Exclusions:
+    """Test images and articles.
+
+    Attributes:
+        digests: SHA-256 of image files -> the set they are in.
+        hashes: (m,) uint64, perceptual hashes of readable images.
+        hash_sets: the set of each.
+        articles: article number -> the set it is in.
+        report: set -> images, articles, unreadable ones, or why it could not be read.
+    """
+
+    digests: dict[str, str] = field(default_factory=dict)
+    hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    hash_sets: list[str] = field(default_factory=list)
+    articles: dict[str, str] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def read_exclusions(manifests: Sequence[Path], pool: Executor | None = None) -> Exclusions:
+    """Everything that the named evaluation sets hold.
+
+    Args:
+        manifests: what `--exclude-manifests` names.
+        pool: reads images in other processes.
+
+    Raises:
+        FileNotFoundError: one of them does not exist, or a folder holds nothing of the kind.
+        ValueError: a manifest is broken.
+    """
+    found = Exclusions()
+    hashes: list[int] = []
+    for name, path in _sets(manifests):
+        images, articles, note = _contents(path)
+        unreadable = 0
+        read = pool.map(marks_of, images, chunksize=CHUNK) if pool else map(marks_of, images)
+        for digest, hash in read:
+            unreadable += hash is None
+            if digest:
+                found.digests.setdefault(digest, name)
+            if hash is not None:
+                hashes.append(hash)
+                found.hash_sets.append(name)
+        for entry in articles:
+            target = found.digests if SHA256.fullmatch(entry) else found.articles
+            target.setdefault(entry, name)
+        found.report[name] = {"images": len(images), "unreadable": unreadable, "listed": len(articles)}
+        if note:
+            found.report[name]["skipped"] = note
+    found.hashes = np.array(hashes, dtype=np.uint64)
+    return found
+
+
+def fingerprints(manifests: Sequence[Path]) -> dict[str, str]:
+    """For each named set a sum over its lists, to notice that it has changed; images are not read.
+
+    Raises:
+        FileNotFoundError: one of them does not exist.
+    """
+    sums = {}
+    for name, path in _sets(manifests):
+        lists = [path] if path.is_file() else [path / file for file in LISTS if (path / file).is_file()]
+        digest = hashlib.sha256()
+        for file in lists:
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+        sums[name] = digest.hexdigest()
+    return sums
+
+
+def marks_of(image: Path | ArchivedFile) -> tuple[str, int | None]:
+    """SHA-256 and perceptual hash of an image file; empty and None where it cannot be read."""
+    try:
+        data = read_image_bytes(image)
+    except UnreadableImage:
+        return "", None
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        return digest, prepare_picture(data).perceptual_hash
+    except UnreadableImage:
+        return digest, None
+
+
+def _sets(manifests: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Every evaluation set under a name of its own."""
+    for given in manifests:
+        if not given.exists():
+            raise FileNotFoundError(f"--exclude_manifests {given}: no such file or folder")
+        if given.is_file() or _is_collection(given):
+            yield given.name, given
+            continue
+        inside = sorted(
+            path for path in given.iterdir() if _is_collection(path) or path.suffix in (".yaml", ".yml", ".txt")
+        )
+        if not inside:
+            raise FileNotFoundError(
+                f"--exclude_manifests {given} holds no folders of pairs, dataset manifests (.yaml) or lists (.txt)"
+            )
+        yield from ((f"{given.name}/{path.name}", path) for path in inside)
+
+
+def _is_collection(path: Path) -> bool:
+    return path.is_dir() and any((path / name).is_file() for name in LISTS)
+
+
+def _contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str], str]:
+    """Images, article numbers and sums of one set, and why it was left out if it was."""
+    if path.suffix == ".txt":
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return [], sorted({*ARTICLE.findall(text), *SHA256.findall(text)}), ""
+    if path.suffix in (".yaml", ".yml"):
+        return _catalog_contents(path)
+    if (path / LABELS_FILE).is_file() and not (path / MANIFEST_FILE).is_file():
+        rows = [row for row in read_rows(path) if meaning_of(row.split) != "train"]
+        inside = [path / row.file for row in rows if (path / row.file).resolve().is_relative_to(path.resolve())]
+        return list(inside), _articles(value for row in rows for value in (row.group, row.file)), ""
+    folder = open_pairs(path)
+    held_out = [pair for pair in folder.pairs if pair.split != "train"] or list(folder.pairs)
+    digests = [pair.sha256 for pair in held_out if pair.sha256]
+    images = [folder.image_path(pair) for pair in held_out]
+    return images, [*_articles(v for p in held_out for v in (p.group, p.image)), *digests], ""
+
+
+def _catalog_contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str], str]:
+    """Images of a dataset manifest: a folder, or a list with its folder."""
+    try:
+        manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    source = manifest.get("source") if isinstance(manifest, dict) else None
+    if not isinstance(source, dict) or not source:
+        raise ValueError(f"{path} has no `source: {{imagefolder: FOLDER}}`; it is no dataset manifest")
+    places = [os.path.expandvars(str(value)) for value in source.values() if isinstance(value, str)]
+    there = [Path(place) for place in places if "$" not in place and Path(place).exists()]
+    if not there:
+        return [], [], f"its data ({', '.join(places)}) is not on this disk"
+    if _is_collection(there[0]):
+        return _contents(there[0])
+    root = there[0] if there[0].is_dir() else there[0].parent
+    images: list[Path | ArchivedFile] = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS]
+    return images, _articles(str(image) for image in images), ""
+
+
+def _articles(texts: Iterable[str]) -> list[str]:
+    return sorted({number for text in texts for number in ARTICLE.findall(text)})

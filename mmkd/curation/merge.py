@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.curation.contamination import find_in_test_sets
-from mmkd.curation.duplicates import Marks, near_repeats, repeats
-from mmkd.curation.exclusions import Exclusions
-from mmkd.curation.fingerprints import PERMUTATIONS
-from mmkd.curation.settings import StreamRules
+from mmkd.curation.contamination import Exclusions, find_in_test_sets
+from mmkd.curation.duplicates import PERMUTATIONS, Marks, near_repeats, repeats
+from mmkd.curation.rules import StreamRules
 from mmkd.data.archives import BLOCK, END_BYTES, ArchivedFile
-from mmkd.data.pair_table import FIELDS, TABLE_FILE, map_table
+from mmkd.data.table import FIELDS, TABLE_FILE, map_table
 
 COPY_BYTES = 1 << 24
 MORE_COLUMNS = ("key", "article", "panel_type", "labels")

@@ -14,16 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmkd.curation.facts import Facts, WrongFacts, decode_facts
-from mmkd.curation.fingerprints import SIGNATURE_BYTES, caption_signature, short_hash
-from mmkd.curation.identifiers import scrub_identifiers
-from mmkd.curation.panels import mention_sentences, split_panels
+from mmkd.curation.captions import (
+    WrongCaption,
+    caption_from_facts,
+    clean_caption,
+    decode_caption,
+    language_of,
+    mention_sentences,
+    scrub_identifiers,
+    split_panels,
+)
+from mmkd.curation.duplicates import SIGNATURE_BYTES, caption_signature, short_hash
 from mmkd.curation.pictures import Picture, prepare_picture
-from mmkd.curation.samples import Fragment, Item, RawSample, Refused
-from mmkd.curation.settings import StreamRules
-from mmkd.curation.wording import WrongCaption, clean_caption, decode_caption, language_of
+from mmkd.curation.rules import StreamRules
+from mmkd.curation.samples import Facts, Fragment, Item, RawSample, Refused, WrongFacts, decode_facts
 from mmkd.data.archives import BLOCK, ArchiveWriter
-from mmkd.data.captions import caption_from_facts
 from mmkd.data.images import UnreadableImage
 from mmkd.data.splits import hashed, meaning_of
 from mmkd.files import write_json

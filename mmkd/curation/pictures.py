@@ -12,8 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mmkd.data.images import MINIMUM_SIDE, UnreadableImage, finish_image, is_plain, open_header
-from mmkd.data.stored_images import JPEG_QUALITY, encode, shrink
+from mmkd.data.images import (
+    JPEG_QUALITY,
+    MINIMUM_SIDE,
+    UnreadableImage,
+    encode,
+    finish_image,
+    is_plain,
+    open_header,
+    shrink,
+)
 
 HASH_SIDE = 64
 
@@ -38,7 +46,7 @@ def prepare_picture(
         data: the file.
         minimum_side: images with a shorter side in pixels are refused.
         short_side: larger images are stored with this shorter side; 0 keeps sizes.
-        jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.stored_images.encode`.
+        jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.images.encode`.
 
     Raises:
         UnreadableImage: see `mmkd.data.images.REASONS`.

@@ -28,14 +28,23 @@ from PIL import Image
 from mmkd.data.archives import ArchivedFile
 
 Reason = Literal["missing", "unreadable", "unsupported", "corrupt", "too_small", "too_large", "too_narrow"]
+
 REASONS: tuple[str, ...] = get_args(Reason)
+
 FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
+
 MAX_PIXELS = 89_478_485
+
 MAX_FILE_BYTES = 1024**3
+
 MAX_ASPECT = 100
+
 MINIMUM_SIDE = 8
+
 WINDOW_PERCENTILES = (0.5, 99.5)
+
 PNG_BIT_DEPTH_BYTE = 24
+
 TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -198,3 +207,44 @@ def orientation(image: Image.Image) -> int:
         return int(image.getexif().get(0x0112, 1))
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
         return 1
+
+
+# Section: How images are stored that are made smaller: their size, their form and what quality is worth.
+
+
+JPEG_QUALITY = 95
+
+
+def shrink(image: Image.Image, short_side: int) -> Image.Image:
+    """The image with its shorter side reduced to ``short_side``, or itself when it is not larger."""
+    if not short_side or min(image.size) <= short_side:
+        return image
+    scale = short_side / min(image.size)
+    size = (max(short_side, round(image.width * scale)), max(short_side, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, quality: int | None) -> tuple[str, bytes]:
+    """Suffix and bytes, for an image that was JPEG and is resized as JPEG, else as PNG.
+
+    Args:
+        image: 8-bit RGB.
+        quality: of JPEG, from 95 without chroma subsampling and below with half the colour both ways (4:2:0), which
+            is read faster; None for PNG.
+    """
+    buffer = io.BytesIO()
+    if quality is not None:
+        image.save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= JPEG_QUALITY else 2)
+        return ".jpg", buffer.getvalue()
+    image.save(buffer, "PNG")
+    return ".png", buffer.getvalue()
+
+
+def check_quality(quality: int) -> None:
+    """Refuse a JPEG quality that no encoder has or no training should see.
+
+    Raises:
+        ValueError: it is not 50 to 100.
+    """
+    if not 50 <= quality <= 100:
+        raise ValueError(f"jpeg_quality is {quality}; allowed: 50 to 100")

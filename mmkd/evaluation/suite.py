@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmkd.data.records import Pair
-from mmkd.evaluation import diagnosis, linear_probe, retrieval, survival, vqa_tasks, zeroshot
-from mmkd.evaluation.cells import Cell, CellFolder, fingerprint_of
-from mmkd.evaluation.collection import Collection
-from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.encoders import ENSEMBLE, ORACLE
-from mmkd.evaluation.task import Outputs, Samples, Task, Undefined, best_by_modality
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
+from mmkd.evaluation.results.store import Cell, CellFolder, fingerprint_of
+from mmkd.evaluation.slides import diagnosis, survival
+from mmkd.evaluation.tasks import linear_probe, retrieval, zeroshot
+from mmkd.evaluation.tasks.task import Outputs, Samples, Task, best_by_modality
+from mmkd.evaluation.vqa import tasks as vqa_tasks
 
 SUITE: dict[str, Callable[[Samples], tuple[list[Any], dict[str, str]]]] = {
     "zeroshot": zeroshot.tasks,

@@ -18,19 +18,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkd.data.records import open_pairs
-from mmkd.encoder import BATCH_SIZE, DualEncoder
-from mmkd.evaluation.cells import CellFolder
-from mmkd.evaluation.encoders import Inputs, embed_everything
-from mmkd.evaluation.image_sources import FolderImages
+from mmkd.data.folder import open_pairs
+from mmkd.encoders.encoder import BATCH_SIZE, DualEncoder
+from mmkd.encoders.zoo import load_encoder
+from mmkd.evaluation.embeddings.embed import FolderImages
+from mmkd.evaluation.embeddings.encoders import Inputs, embed_everything
+from mmkd.evaluation.results.store import CellFolder
+from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import collect_samples, run_task, tasks_for
-from mmkd.evaluation.summary import task_summary
-from mmkd.evaluation.zeroshot import prompt_texts
+from mmkd.evaluation.tasks.zeroshot import prompt_texts
 from mmkd.exporting.folder import tower_bytes
 from mmkd.exporting.towers import OUTPUTS, examples, towers
 from mmkd.exporting.usage import Encoder, load_tower
 from mmkd.files import read_json
-from mmkd.teachers.zoo import load_encoder
 from modeling_mmkd import MMKDClipModel
 
 MODEL = "model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -11,17 +12,20 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from mmkd.exporting.int8 import quantize
 from mmkd.exporting.towers import OUTPUTS, examples, quiet_tracing, save_onnx, towers, trace
 from mmkd.exporting.usage import load_tower
 from mmkd.files import atomic_write_text, read_json, write_json
-from mmkd.versions import installed_versions
+from mmkd.student.folder import installed_versions
 from modeling_mmkd import MMKDClipModel
 
 Form = Literal["onnx", "exported-program"]
+
 ENDINGS = {"onnx": "onnx", "exported-program": "pt2"}
+
 TOLERANCE = 1e-4  # largest difference to the model that an export in floating point may have
+
 DESCRIPTION, USAGE = "export.json", "usage.py"
+
 PACKAGES = ("mmkd-clip", "torch", "transformers", "onnx", "onnxruntime")
 
 
@@ -149,3 +153,49 @@ def _save(program: ExportedProgram, name: str, path: Path, form: Form) -> None:
 
 def _side(processor: Any) -> int:
     return int(processor.image_processor.crop_size["height"])
+
+
+# Section: Weights in 8 bits by ONNX Runtime's dynamic quantization: no calibration data, a file that runs without torch.
+#
+# Matrix products get integer weights, one scale a column, and inputs that are rounded as they come; embedding tables are
+# stored in 8 bits. Convolutions stay as they are: ONNX Runtime's integer convolution is slower than the one in floating
+# point on the CPUs it was tried on. Weights take seven bits, because the eighth overflows on processors without VNNI.
+
+
+QUANTIZED = ["MatMul", "Gemm", "Gather"]
+
+
+def quantize(source: Path, target: Path) -> int:
+    """Write an ONNX file with 8-bit weights.
+
+    Args:
+        source: a file in floating point.
+        target: the file to write.
+
+    Returns:
+        Number of matrix products that became integer; 0 where the tower has none with constant weights.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(source)
+    constants = {constant.name for constant in model.graph.initializer}
+    shapes = [value for value in model.graph.value_info if value.name not in constants]
+    del model.graph.value_info[:]  # ONNX Runtime 1.23, the last for Python 3.10, trips over those of constants
+    model.graph.value_info.extend(shapes)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it warns on the root logger
+    try:
+        quantize_dynamic(
+            model,
+            target,
+            op_types_to_quantize=QUANTIZED,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,
+        )
+    finally:
+        root.setLevel(level)
+    graph = onnx.load(target, load_external_data=False).graph
+    return sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in graph.node)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.evaluation.summary import versions
-from mmkd.files import atomic_write_text, write_json
-from mmkd.miniature.comparison import Results, Score
-from mmkd.miniature.rivals import ABLATIONS, DEFAULT, ENSEMBLE, PAPER, TASK, TEACHER, UNCHANGED
-from mmkd.settings import resolved
+import numpy as np
+import safetensors.numpy
+
+from mmkd.command.settings import resolved
+from mmkd.evaluation.results.summary import mean_of_kinds, versions
+from mmkd.evaluation.statistics.bootstrap import difference, interval, plain
+from mmkd.evaluation.statistics.metrics import Floats
+from mmkd.files import atomic_write_text, read_json, write_json
+from mmkd.miniature.plan import ABLATIONS, DEFAULT, ENSEMBLE, PAPER, TASK, TEACHER, UNCHANGED
 
 METRIC = "mean over kinds of task (zero-shot, linear probe, retrieval, questions) of means over tasks"
+
 ABOUT = ("title", "kind", "headline")
+
 PLACES = ("data", "work", "results", "readme")  # on this machine
+
 BEATEN_EVERYWHERE = (TASK, PAPER)
+
 ENSEMBLE_BEATEN_FROM = 0.4
 
 
@@ -159,3 +168,90 @@ def _cell(row: dict[str, Any]) -> str:
         return f"{100 * row['delta']:+.1f}"
     text = f"{100 * row['delta']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     return f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
+
+
+# Section: The default student against every rival: paired intervals of the mean over tasks, seeds averaged in each replicate.
+#
+# A row's score is the mean over kinds of task of the mean over tasks of their headline metric. A rival trained with
+# several seeds has in each bootstrap replicate the mean of its seeds' scores, so that an interval speaks of the recipe
+# and of the held-out groups, which every row shares draw by draw.
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row's point values by task and their replicates ``(replicates,)`` under draws that all tasks share."""
+
+    points: dict[str, float]
+    replicates: dict[str, Floats]
+
+
+class Results:
+    """The cells that `mmkd eval` left in one or several folders, made on the same held-out pairs."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        """Read what was asked; cells are read when a row is."""
+        self.folders = list(folders)
+        self.tasks: dict[str, dict[str, Any]] = {}
+        for folder in self.folders:
+            for path in sorted((folder / "tasks").glob("*.json")):
+                task = read_json(path)
+                known = self.tasks.setdefault(task["name"], task)
+                if known["ids"] != task["ids"]:
+                    raise ValueError(f"{path}: other images than in {self.folders[0]}; evaluate on the same pairs")
+        if not self.tasks:
+            raise FileNotFoundError(f"{', '.join(map(str, folders))} hold no results; run `mmkd eval` first")
+
+    def score(self, encoders: Sequence[str], tasks: Sequence[str] | None = None) -> Score:
+        """The mean of several encoders (seeds of one recipe) on each task.
+
+        Raises:
+            FileNotFoundError: an encoder was not evaluated.
+        """
+        found = [self._single(encoder, tasks or list(self.tasks)) for encoder in encoders]
+        names = set.intersection(*(set(single.points) for single in found))
+        return Score(
+            {name: float(np.mean([single.points[name] for single in found])) for name in sorted(names)},
+            {name: np.mean([single.replicates[name] for single in found], axis=0) for name in sorted(names)},
+        )
+
+    def mean(self, score: Score, tasks: Sequence[str] | None = None) -> tuple[float, Floats]:
+        """Mean over kinds of means over tasks, and its replicates."""
+        names = [name for name in tasks or score.points if name in score.points]
+        point = float(mean_of_kinds(self.tasks, {name: np.array(score.points[name]) for name in names}))
+        return point, mean_of_kinds(self.tasks, {name: score.replicates[name] for name in names})
+
+    def compare(self, ours: Score, theirs: Score) -> dict[str, Any]:
+        """``delta = ours - theirs`` over the tasks both have, with interval, p and both scores."""
+        common = [name for name in ours.points if name in theirs.points]
+        (own, own_replicates), (other, other_replicates) = self.mean(ours, common), self.mean(theirs, common)
+        found = difference(own, other, own_replicates, other_replicates)
+        return {
+            "delta": plain(found["difference"]),
+            "low": plain(found["low"]),
+            "high": plain(found["high"]),
+            "p": plain(found["p"]),
+            "ours": own,
+            "theirs": other,
+            "tasks": len(common),
+        }
+
+    def with_interval(self, score: Score) -> dict[str, Any]:
+        """Overall score and interval of a row."""
+        point, replicates = self.mean(score)
+        low, high = interval(replicates)
+        return {"value": point, "low": plain(low), "high": plain(high)}
+
+    def _single(self, encoder: str, tasks: Sequence[str]) -> Score:
+        points, replicates = {}, {}
+        folder = next((folder for folder in self.folders if (folder / "cells" / encoder).is_dir()), None)
+        if folder is None:
+            raise FileNotFoundError(f"no results of {encoder} in {', '.join(map(str, self.folders))}")
+        for name in tasks:
+            path = folder / "cells" / encoder / f"{name}.json"
+            if not path.is_file():
+                continue
+            cell, headline = read_json(path), self.tasks[name]["headline"]
+            if cell["undefined"] is None:
+                points[name] = float(cell["metrics"][headline]["value"])
+                replicates[name] = safetensors.numpy.load_file(path.with_suffix(".safetensors"))[f"together.{headline}"]
+        return Score(points, replicates)

@@ -17,13 +17,13 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from mmkd.data.archives import ArchivedFile
-from mmkd.data.pair import Pair
-from mmkd.data.pair_table import TABLE_FILE
-from mmkd.data.records import FOLDER_FILE, MANIFEST_FILE, VERSION, PairFolder, open_pairs, write_manifest
-from mmkd.licenses import hub_id, is_open, terms
-from mmkd.provenance import OTHERS, describe_pairs, store_teacher
-from mmkd.publishing import card_facts
+from mmkd.data.folder import FOLDER_FILE, MANIFEST_FILE, VERSION, PairFolder, open_pairs, write_manifest
+from mmkd.data.licenses import OTHERS, hub_id, is_open, terms
+from mmkd.data.table import TABLE_FILE, Pair
+from mmkd.encoders.zoo import store_teacher
+from mmkd.publishing import card as card_facts
 from mmkd.publishing.publication import Item, Publication, existing, made, not_taken
+from mmkd.student.folder import describe_pairs
 
 IMAGES_FOLDER = "images"
 ATTRIBUTION = "ATTRIBUTION.md"
@@ -78,7 +78,7 @@ def features_publication(folder: Path, repo: str, template: str, license: str | 
         FileNotFoundError: a store is unfinished or lacks a shard.
         ValueError: a store is damaged.
     """
-    from mmkd.data.feature_store import FeatureStore  # here, because it loads torch, which nothing else here needs
+    from mmkd.data.features.store import FeatureStore  # here, because it loads torch, which nothing else here needs
 
     is_one = (folder / "meta.json").is_file()
     paths = [folder] if is_one else sorted(path.parent for path in folder.glob("*/meta.json"))

@@ -19,9 +19,9 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 import numpy as np
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
 
-from mmkd.evaluation import metrics
-from mmkd.evaluation.bootstrap import Frame, frame, replicate, replicate_weights
-from mmkd.evaluation.dataset_classes import softmax
+from mmkd.evaluation.statistics import metrics
+from mmkd.evaluation.statistics.bootstrap import Frame, frame, replicate, replicate_weights
+from mmkd.evaluation.tasks.classes import softmax
 
 AGREEMENT = 1e-9
 

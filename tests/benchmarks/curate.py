@@ -168,9 +168,8 @@ def _loop(source: Path, output: Path, decode_first: bool) -> int:
 
 def ours(source: Path, output: Path) -> int:
     """The same by this project, in this process and on one core."""
-    from mmkd.curation.engine import curate_stream
-    from mmkd.curation.rules import read_rules
-    from mmkd.curation.settings import StreamRules
+    from mmkd.curation.rules import StreamRules, read_rules
+    from mmkd.curation.stream import curate_stream
 
     shutil.rmtree(output, ignore_errors=True)
     report = curate_stream(str(source), output, StreamRules(read_rules("paper", {})), quiet=True)

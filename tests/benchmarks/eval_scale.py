@@ -34,13 +34,13 @@ import numpy as np
 from simulated_slides import KINDS, QUESTIONS, SLIDES, Slides, asked, write_bags
 from simulated_suite import SIZES, Simulated, write_cache
 
-from mmkd.evaluation.collection import Collection
-from mmkd.evaluation.encoders import Inputs, Known
-from mmkd.evaluation.eval_settings import EvalSettings
-from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.registry import load_suite
-from mmkd.evaluation.shards import Shard
-from mmkd.evaluation.suite_run import SuiteRun, image_pairs, inputs_of
+from mmkd.evaluation.datasets.catalog import load_suite
+from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.embeddings.cache import Shard
+from mmkd.evaluation.embeddings.encoders import Inputs, Known
+from mmkd.evaluation.run import SuiteRun, image_pairs, inputs_of
+from mmkd.evaluation.settings import EvalSettings
 
 
 def reading(known: Known, inputs: Inputs, collection: Collection) -> tuple[float, float]:

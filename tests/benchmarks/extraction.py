@@ -34,14 +34,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmkd.data.feature_parts import FeatureParts
+from mmkd.command.settings import parse
+from mmkd.data.features.parts import FeatureParts
+from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.pixels import read_pixels
-from mmkd.data.records import Pair, open_pairs, write_manifest
-from mmkd.encoder import DualEncoder
-from mmkd.settings import parse
-from mmkd.teachers.openclip import fast_square
+from mmkd.data.table import Pair
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.extraction import Job
+from mmkd.encoders.openclip import fast_square
 from mmkd.train import extract
-from mmkd.train.extract import ExtractSettings, Job
+from mmkd.train.extract import ExtractSettings
 
 IMAGE_SIZE = 224
 BERT_TOKENS = 64  # a caption's mean length, with the special tokens; BERT towers are not padded further

@@ -27,10 +27,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from mmkd.data.feature_shards import write_shard
-from mmkd.data.feature_store import FeatureStore, close_store
-from mmkd.data.features import SHARD_SIZE, FeatureWriter, TeacherFeatures
-from mmkd.data.pair_fingerprints import fingerprints
+from mmkd.data.features.index import fingerprints
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.shards import write_shard
+from mmkd.data.features.store import SHARD_SIZE, FeatureStore, FeatureWriter, close_store
 
 WIDTHS = {"BMCA": 768, "PMCCLIP": 768} | dict.fromkeys(
     ("BiomedCLIP", "UniMedCLIP", "QuiltNet", "GenMedClip", "PLIP", "PUBMEDCLIP"), 512

@@ -12,10 +12,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from mmkd.data.records import Pair
-from mmkd.evaluation.bootstrap import interval, replicate
-from mmkd.evaluation.retrieval import Retrieval
-from mmkd.evaluation.task import Samples
+from mmkd.data.table import Pair
+from mmkd.evaluation.statistics.bootstrap import interval, replicate
+from mmkd.evaluation.tasks.retrieval import Retrieval
+from mmkd.evaluation.tasks.task import Samples
 
 SHARED, OWN = 1.0, 0.5  # spread of what both directions share, and of what each has for itself
 BARS = (0.5, 0.0, -0.5)  # a pair above them has its answer first, among five, among ten

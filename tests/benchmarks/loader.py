@@ -24,10 +24,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from mmkd.data.images import open_image
+from mmkd.data.images import encode, open_image, shrink
 from mmkd.data.pixels import DRAFT_FACTOR, crop_box, random_crop, read_pixels
-from mmkd.data.stored_images import encode, shrink
-from mmkd.embed import PixelStatistics, normalized_pixels
+from mmkd.student.embed import PixelStatistics, normalized_pixels
 
 SIZE, PREPARED_SIDE, QUALITIES = 224, 256, (95, 90, 85)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkd.affinity import View, affinity
+from mmkd.distillation.losses import View, affinity
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # as the `mmkd` command sets it: waiting threads leave the core to others
 DIM, TEACHERS, KNOWN, TEACHER_SCALE = 512, 6, 0.73, 70.0

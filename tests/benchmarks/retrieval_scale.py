@@ -31,14 +31,14 @@ import numpy as np
 import torch
 from simulated_suite import Simulated
 
-from mmkd.data.pair import Pair
-from mmkd.evaluation import ranks
-from mmkd.evaluation.encoders import Inputs, Known
-from mmkd.evaluation.eval_settings import EvalSettings
-from mmkd.evaluation.ranks import search
-from mmkd.evaluation.registry import find_manifests
-from mmkd.evaluation.shards import SHARD_SIZE, Shard
-from mmkd.evaluation.suite_run import SuiteRun, inputs_of
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.catalog import find_manifests
+from mmkd.evaluation.embeddings.cache import SHARD_SIZE, Shard
+from mmkd.evaluation.embeddings.encoders import Inputs, Known
+from mmkd.evaluation.run import SuiteRun, inputs_of
+from mmkd.evaluation.settings import EvalSettings
+from mmkd.evaluation.statistics import ranks
+from mmkd.evaluation.statistics.ranks import search
 
 DIM, CHECKED, PART = 512, 16, 1 << 16
 

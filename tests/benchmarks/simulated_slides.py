@@ -6,10 +6,10 @@ import h5py
 import numpy as np
 from simulated_suite import JOINT, POOLED, Simulated
 
-from mmkd.data.pair import Pair
-from mmkd.evaluation.collection import Collection
-from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.questions import Question
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.questions import Question
 
 # Images, questions and distinct answers, about as published.
 QUESTIONS = {"vqa-rad": (314, 2248, 500), "slake-en": (642, 7033, 220), "path-vqa": (4998, 32632, 4000)}

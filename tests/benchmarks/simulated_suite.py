@@ -5,11 +5,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from mmkd.data.pair import Pair
-from mmkd.evaluation.collection import Collection
-from mmkd.evaluation.encoders import Inputs, Known
-from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.shards import SHARD_SIZE, Shard, shards_of
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.embeddings.cache import SHARD_SIZE, Shard, shards_of
+from mmkd.evaluation.embeddings.encoders import Inputs, Known
 
 JOINT, POOLED = 512, 768
 # Images for learning and for tests, as published or about so.

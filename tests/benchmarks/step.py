@@ -31,14 +31,16 @@ from PIL import Image
 from tokens import CONTEXT, SHARED, caption_lengths
 from transformers import BertTokenizer, CLIPImageProcessorPil
 
-from mmkd.data.batches import pair_batches
-from mmkd.data.features import FeatureWriter, TeacherFeatures
-from mmkd.data.records import Pair, open_pairs, write_manifest
-from mmkd.distill_options import DistillOptions
-from mmkd.gradient_cache import OneForward
-from mmkd.loop import LoopSettings
-from mmkd.objectives import DistillObjective
-from mmkd.optimization import build_optimizer
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.store import FeatureWriter
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.table import Pair
+from mmkd.distillation.objective import DistillObjective
+from mmkd.distillation.options import DistillOptions
+from mmkd.training.batches import pair_batches
+from mmkd.training.gradient_cache import OneForward
+from mmkd.training.optimizer import build_optimizer
+from mmkd.training.settings import LoopSettings
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 TEACHERS, WORDS = ("a", "b", "c", "d", "e", "f"), 1000

@@ -23,9 +23,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 
-from mmkd.embed import PixelStatistics, padding_free_share, text_chunks
-from mmkd.objectives import ContrastiveObjective
-from mmkd.trainable import enable_gradient_checkpointing
+from mmkd.student.embed import PixelStatistics, padding_free_share, text_chunks
+from mmkd.student.trainable import enable_gradient_checkpointing
+from mmkd.training.objectives import ContrastiveObjective
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 CONTEXT = 256
@@ -43,7 +43,7 @@ def caption_lengths(folder: Path) -> list[int]:
         print("no captions: lengths are drawn, log-normal with median 38 and sigma 0.8")
         drawn = np.random.default_rng(0).lognormal(np.log(38), 0.8, 2000)
         return np.clip(drawn.astype(int) + 2, 4, CONTEXT).tolist()
-    from mmkd.starting_weights import start_text
+    from mmkd.student.starting_weights import start_text
 
     tokenizer = start_text("packaged:all-minilm-l6-v2").tokenizer
     return [min(CONTEXT, len(ids)) for ids in tokenizer(captions, truncation=False, verbose=False)["input_ids"]]

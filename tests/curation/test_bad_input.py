@@ -11,12 +11,11 @@ import pytest
 from biomedica_form import caption, facts, key, picture, sample, write_tar
 from PIL import Image
 
-from mmkd.curation.engine import curate_stream
-from mmkd.curation.rules import read_rules
-from mmkd.curation.settings import StreamRules
+from mmkd.curation.rules import StreamRules, read_rules
+from mmkd.curation.stream import curate_stream
 from mmkd.data.archives import members
+from mmkd.data.folder import open_pairs
 from mmkd.data.images import read_image_bytes
-from mmkd.data.records import open_pairs
 
 
 def png_bomb():
@@ -142,7 +141,7 @@ def test_a_manifest_that_was_tampered_with(outcome, tmp_path):
     """A manifest that was tampered with is refused before an image is read."""
     import pyarrow as pa
 
-    from mmkd.data.pair_table import map_table
+    from mmkd.data.table import map_table
 
     _, output = outcome
     table = map_table(output / "manifest.arrow")

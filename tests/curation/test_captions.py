@@ -5,10 +5,17 @@ import json
 
 import pytest
 
-from mmkd.curation import identifiers, panels
-from mmkd.curation.identifiers import scrub_identifiers
-from mmkd.curation.panels import mention_sentences, split_panels
-from mmkd.curation.wording import WrongCaption, clean_caption, decode_caption, language_of
+from mmkd.curation import captions as identifiers
+from mmkd.curation import captions as panels
+from mmkd.curation.captions import (
+    WrongCaption,
+    clean_caption,
+    decode_caption,
+    language_of,
+    mention_sentences,
+    scrub_identifiers,
+    split_panels,
+)
 
 
 @pytest.mark.parametrize(

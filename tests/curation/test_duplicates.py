@@ -11,14 +11,21 @@ from biomedica_form import caption, facts, key, picture, sample, write_source, w
 from PIL import Image
 
 from mmkd.curation.contamination import near_test_image
-from mmkd.curation.duplicates import Marks, candidates, near_repeats, repeats
-from mmkd.curation.engine import curate_stream
-from mmkd.curation.fingerprints import bit_counts, caption_signature, hamming, similarity
+from mmkd.curation.duplicates import (
+    Marks,
+    bit_counts,
+    candidates,
+    caption_signature,
+    hamming,
+    near_repeats,
+    repeats,
+    similarity,
+)
+from mmkd.curation.lists import CurationRules, curate
 from mmkd.curation.pictures import prepare_picture
-from mmkd.curation.rules import read_rules
-from mmkd.curation.settings import StreamRules
-from mmkd.data.curation import CurationRules, curate
-from mmkd.data.records import open_pairs
+from mmkd.curation.rules import StreamRules, read_rules
+from mmkd.curation.stream import curate_stream
+from mmkd.data.folder import open_pairs
 
 RNG = np.random.default_rng(0)
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from biomedica_form import caption, key, picture, sample, write_source, write_tar
 
-from mmkd.curation import engine
-from mmkd.curation.engine import curate_stream
-from mmkd.curation.rules import read_rules
-from mmkd.curation.settings import StreamRules
+from mmkd.curation import stream as engine
+from mmkd.curation.rules import StreamRules, read_rules
+from mmkd.curation.stream import curate_stream
+from mmkd.data.folder import open_pairs
 from mmkd.data.images import open_image, read_image_bytes
-from mmkd.data.records import open_pairs
 
 PAPER = read_rules("paper", {})
 
@@ -102,7 +101,7 @@ def test_killed_at_any_moment(source, undisturbed, tmp_path, moment):
         "from pathlib import Path\n"
         "from mmkd.curation import engine, part, merge\n"
         "from mmkd.curation.rules import read_rules\n"
-        "from mmkd.curation.settings import StreamRules\n"
+        "from mmkd.curation.rules import StreamRules\n"
         f"module, name = (part, 'write_rows') if {moment!r} == 'curate' else (engine, 'write_shard')\n"
         "own, calls = getattr(module, name), []\n"
         "def slow(*arguments):\n"

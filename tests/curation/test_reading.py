@@ -12,13 +12,12 @@ import pytest
 import torch
 from biomedica_form import write_source
 
-from mmkd.curation.engine import curate_stream
-from mmkd.curation.rules import read_rules
-from mmkd.curation.settings import StreamRules
-from mmkd.data.batches import PairBatches
-from mmkd.data.pair_table import PairTable
-from mmkd.data.pairs import GlobalBatchSampler, PairDataset
-from mmkd.data.records import open_pairs, write_manifest
+from mmkd.curation.rules import StreamRules, read_rules
+from mmkd.curation.stream import curate_stream
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.table import PairTable
+from mmkd.training.batches import PairBatches
+from mmkd.training.dataset import GlobalBatchSampler, PairDataset
 
 
 @pytest.fixture(scope="module")

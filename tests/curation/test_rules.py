@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mmkd.curation.facts import WrongFacts, decode_facts
 from mmkd.curation.rules import license_family, plain_license, read_rules
+from mmkd.curation.samples import WrongFacts, decode_facts
 
 
 def judged(rules, key="filelist_commercial_batch_1", **values):

@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 from biomedica_form import picture, sample, write_tar
 
-from mmkd.curation import hub, units
-from mmkd.curation.engine import curate_stream
-from mmkd.curation.rules import read_rules
-from mmkd.curation.settings import StreamRules
-from mmkd.curation.units import kind_of_source, plan_units
+from mmkd.curation import sources as hub
+from mmkd.curation import sources as units
+from mmkd.curation.rules import StreamRules, read_rules
+from mmkd.curation.sources import kind_of_source, plan_units
+from mmkd.curation.stream import curate_stream
+from mmkd.data.folder import open_pairs
 from mmkd.data.images import read_image_bytes
-from mmkd.data.records import open_pairs
 
 ANY = StreamRules(read_rules("any", {}), list_dropped=True)
 

@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from mmkd.data import feature_ids
-from mmkd.data.feature_ids import BLOCK, DIGEST, FINGERPRINT, IdIndex, JoinedIds, digests, write_index
+from mmkd.data.features import index as feature_ids
+from mmkd.data.features.index import BLOCK, DIGEST, FINGERPRINT, IdIndex, JoinedIds, digests, write_index
 
 ODD = ["", "a\0b", "a\n", "肺-7", "🫁", "é", "x" * 70_000, " a", "a", "A"]
 

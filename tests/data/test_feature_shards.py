@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from mmkd.data.feature_ids import FINGERPRINT, write_index
-from mmkd.data.feature_shards import decode, encode, header_sha256, shard_fault, write_shard
-from mmkd.data.safetensors_map import TensorMap
+from mmkd.data.features.index import FINGERPRINT, write_index
+from mmkd.data.features.shards import TensorMap, decode, encode, header_sha256, shard_fault, write_shard
 
 
 def stored_and_read(features, dtype):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.data.features import FeatureStore, FeatureWriter, TeacherFeatures, shard_path
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.store import FeatureStore, FeatureWriter, shard_path
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGE, TEXT = torch.randn(10, 6, generator=GENERATOR), torch.randn(10, 6, generator=GENERATOR)

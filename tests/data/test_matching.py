@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.data.feature_folders import merge
-from mmkd.data.feature_store import FeatureStore
-from mmkd.data.features import FeatureWriter, TeacherFeatures
-from mmkd.data.matching import seen_pairs
-from mmkd.data.pair import Pair
-from mmkd.data.pair_fingerprints import changes, fingerprinted, fingerprints_of
+from mmkd.data.features.folders import merge
+from mmkd.data.features.index import changes, fingerprinted, fingerprints_of
+from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
+from mmkd.data.features.store import FeatureStore, FeatureWriter
+from mmkd.data.table import Pair
 
 PAIRS = [Pair(f"p{k}", f"images/{k}.png", f"caption {k}", sha256=f"{k:064x}" if k % 2 else "") for k in range(20)]
 
@@ -77,7 +76,7 @@ def test_merging_keeps_fingerprints_and_what_is_unknown_stays_so(tmp_path):
 
 def test_columns_of_a_table_give_the_fingerprints_of_its_pairs(tmp_path):
     pa = pytest.importorskip("pyarrow")
-    from mmkd.data.pair_table import PairTable
+    from mmkd.data.table import PairTable
 
     columns = {field.name: [getattr(pair, field.name) for pair in PAIRS] for field in dataclasses.fields(Pair)}
     table = pa.table(columns | {"teachers": pa.array(columns["teachers"], pa.list_(pa.string()))})

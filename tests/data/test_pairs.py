@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessorPil
 
-from mmkd.data.batches import PairBatches
-from mmkd.data.features import FeatureWriter, TeacherFeatures
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.store import FeatureWriter
+from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.images import UnreadableImage, open_image
-from mmkd.data.pairs import Collate, GlobalBatchSampler, PairDataset, center_crop
 from mmkd.data.pixels import random_crop, read_pixels, to_tensor
-from mmkd.data.records import Pair, open_pairs, write_manifest
-from mmkd.embed import PixelStatistics, normalized_pixels
+from mmkd.data.table import Pair
+from mmkd.student.embed import PixelStatistics, normalized_pixels
+from mmkd.training.batches import PairBatches
+from mmkd.training.dataset import Collate, GlobalBatchSampler, PairDataset, center_crop
 from modeling_mmkd import MMKDClipProcessor
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from mmkd.data.records import Pair, is_inside, open_pairs, write_manifest
+from mmkd.data.folder import is_inside, open_pairs, write_manifest
+from mmkd.data.table import Pair
 
 PAIRS = [
     Pair("a", "x/1.png", "eine Aufnahme „März“", modality="CT", split="test", width=3, teachers=("plip", "bmca")),

@@ -14,9 +14,10 @@ from collections import defaultdict
 import numpy as np
 
 from mmkd.data.images import UnreadableImage
-from mmkd.evaluation.collections import Absent, open_collection
-from mmkd.evaluation.registry import load_suite
-from mmkd.evaluation.statements import choices
+from mmkd.evaluation.datasets.catalog import load_suite
+from mmkd.evaluation.datasets.dataset import open_collection
+from mmkd.evaluation.datasets.manifest import Absent
+from mmkd.evaluation.vqa.statements import choices
 
 DIM, SHORT, MOST_QUESTIONS = 512, 32, 16
 

@@ -20,14 +20,14 @@ import safetensors.numpy
 from known_encoders import DIM
 from offline_page import page
 
-from mmkd.evaluation.bootstrap import REPLICATES, SEED, difference, interval, replicate
-from mmkd.evaluation.cohort import read_cohort
-from mmkd.evaluation.collections import open_collection
-from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.registry import find_manifests
+from mmkd.evaluation.datasets.catalog import find_manifests
+from mmkd.evaluation.datasets.dataset import open_collection
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.slides.cohort import read_cohort
+from mmkd.evaluation.slides.survival import RIDGE, standardised
+from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED, difference, interval, replicate
+from mmkd.evaluation.statistics.survival import Outcomes, concordance
 from mmkd.evaluation.suite import collect_samples, dataset_texts, tasks_for
-from mmkd.evaluation.survival import RIDGE, standardised
-from mmkd.evaluation.survival_metrics import Outcomes, concordance
 from mmkd.files import atomic_write_text, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]

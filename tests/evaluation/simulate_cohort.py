@@ -17,7 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from mmkd.evaluation.survival_metrics import Outcomes, kaplan_meier
+from mmkd.evaluation.statistics.survival import Outcomes, kaplan_meier
 
 TILES, WIDTH, EFFECT, SEED = 30, 16, 1.5, 0
 MANIFEST = """id: simulated-{name}

@@ -5,8 +5,8 @@ h5py = pytest.importorskip("h5py", reason="bags are HDF5 files")
 
 from simulated_slides import write_bag  # noqa: E402
 
-from mmkd.evaluation.bags import BagFolder, slide_name  # noqa: E402
-from mmkd.evaluation.task import Undefined  # noqa: E402
+from mmkd.evaluation.embeddings.cache import Undefined  # noqa: E402
+from mmkd.evaluation.slides.bags import BagFolder, slide_name  # noqa: E402
 
 
 def store(path, **arrays):

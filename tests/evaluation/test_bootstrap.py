@@ -4,8 +4,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmkd.evaluation import bootstrap, metrics
-from mmkd.evaluation.bootstrap import BY_GROUP, BY_IMAGE, difference, frame, interval, replicate, replicate_weights
+from mmkd.evaluation.statistics import bootstrap, metrics
+from mmkd.evaluation.statistics.bootstrap import (
+    BY_GROUP,
+    BY_IMAGE,
+    difference,
+    frame,
+    interval,
+    replicate,
+    replicate_weights,
+)
 
 
 def data(n=120, seed=0):

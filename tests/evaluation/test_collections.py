@@ -8,10 +8,9 @@ from PIL import Image
 
 from mmkd.data.archives import ArchiveWriter
 from mmkd.data.images import UnreadableImage
-from mmkd.evaluation.collections import open_collection
-from mmkd.evaluation.locations import Absent
-from mmkd.evaluation.manifest import make_manifest
-from mmkd.evaluation.registry import load_suite
+from mmkd.evaluation.datasets.catalog import load_suite
+from mmkd.evaluation.datasets.dataset import open_collection
+from mmkd.evaluation.datasets.manifest import Absent, make_manifest
 
 CLASSES = {"cat": ["a cat"], "dog": ["a dog", "a hound"]}
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mmkd.data.records import Pair
-from mmkd.evaluation import linear_probe, retrieval, zeroshot
-from mmkd.evaluation.bootstrap import interval, replicate
-from mmkd.evaluation.cells import CellFolder
-from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.multilabel import negative_prompts
-from mmkd.evaluation.task import Samples, Undefined
-from mmkd.evaluation.vectors import Table
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.embeddings.cache import Table, Undefined
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.results.store import CellFolder
+from mmkd.evaluation.statistics.bootstrap import interval, replicate
+from mmkd.evaluation.tasks import linear_probe, retrieval, zeroshot
+from mmkd.evaluation.tasks.task import Samples
+from mmkd.evaluation.tasks.zeroshot import negative_prompts
 
 CLASSES = {"benign": ["benign lesion"], "malignant": ["malignant tumour", "cancer"], "normal": []}
 

@@ -13,12 +13,13 @@ from simulated_slides import SlideCollection, slide_manifest, slide_pairs, write
 from sklearn.metrics import cohen_kappa_score
 from torch.nn import functional
 
-from mmkd.evaluation import diagnosis, metrics
-from mmkd.evaluation.attention_mil import train_attention
-from mmkd.evaluation.bootstrap import interval, replicate
-from mmkd.evaluation.embedding import Embedded, embed, read_embedded
-from mmkd.evaluation.shards import Content
-from mmkd.evaluation.task import Samples, Undefined
+from mmkd.evaluation.embeddings.cache import Content, Undefined
+from mmkd.evaluation.embeddings.embed import Embedded, embed, read_embedded
+from mmkd.evaluation.slides import diagnosis
+from mmkd.evaluation.slides.attention import train_attention
+from mmkd.evaluation.statistics import metrics
+from mmkd.evaluation.statistics.bootstrap import interval, replicate
+from mmkd.evaluation.tasks.task import Samples
 
 CLASSES = {"luad": ["lung adenocarcinoma"], "lusc": ["squamous cell carcinoma of the lung"]}
 WIDTH = 12

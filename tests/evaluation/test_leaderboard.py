@@ -7,13 +7,12 @@ import safetensors.numpy
 from suite_results import write_suite
 
 import mmkd.train.report as recipe
-from mmkd.evaluation.bootstrap import interval
-from mmkd.evaluation.leaderboard import build_page, is_suite
-from mmkd.evaluation.leaderboard_board import Board
-from mmkd.evaluation.leaderboard_markdown import markdown, plain
-from mmkd.evaluation.leaderboard_tables import outcomes
-from mmkd.evaluation.leaderboard_words import claim, verdict
-from mmkd.evaluation.plots import Series, lines, radar, steps
+from mmkd.evaluation.report.board import Board, claim, verdict
+from mmkd.evaluation.report.charts import Series, lines, radar, steps
+from mmkd.evaluation.report.markdown import markdown, plain
+from mmkd.evaluation.report.page import build_page, is_suite
+from mmkd.evaluation.report.tables import outcomes
+from mmkd.evaluation.statistics.bootstrap import interval
 from mmkd.files import read_json
 
 EVIL = '<img src=https://evil.example/x onerror=alert(1)> | "quoted" </script>'

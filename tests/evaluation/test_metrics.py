@@ -9,7 +9,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from mmkd.evaluation import metrics
+from mmkd.evaluation.statistics import metrics
 
 
 @pytest.fixture

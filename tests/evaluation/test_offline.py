@@ -5,7 +5,7 @@ from offline_page import known
 from offline_results import verdict
 from simulate_cohort import EFFECT, simulated
 
-from mmkd.evaluation.survival_metrics import Outcomes, concordance
+from mmkd.evaluation.statistics.survival import Outcomes, concordance
 
 
 def test_simulated_deaths_have_the_hazard_and_the_tables_share_of_deaths():

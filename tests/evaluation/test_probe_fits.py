@@ -5,13 +5,13 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mmkd.data.records import Pair
-from mmkd.evaluation import linear_probe
-from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.probe_curve import settings_of
-from mmkd.evaluation.probe_fits import Sweep, log_loss, probe, search_exponent
-from mmkd.evaluation.task import Samples
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.tasks import linear_probe
+from mmkd.evaluation.tasks.learning_curve import settings_of
+from mmkd.evaluation.tasks.logistic_regression import Sweep, log_loss, probe, search_exponent
+from mmkd.evaluation.tasks.task import Samples
 
 
 def made_up(counts, classes=4, dim=16, seed=0, apart=0.9):

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmkd.evaluation.diagnosis import SlideTask
-from mmkd.evaluation.manifest import ASKED, HEADLINES, make_manifest, read_manifest
-from mmkd.evaluation.multilabel import MultiLabel, negative_prompts
-from mmkd.evaluation.prompts import family
-from mmkd.evaluation.registry import (
+from mmkd.data.prompts import family
+from mmkd.encoders.zoo import TEACHERS
+from mmkd.evaluation.datasets.catalog import (
     CATALOG,
     PUBLICATIONS,
     SUITES,
@@ -23,11 +21,14 @@ from mmkd.evaluation.registry import (
     load_suite,
     suite_names,
 )
-from mmkd.evaluation.retrieval import Retrieval
-from mmkd.evaluation.survival import Survival
-from mmkd.evaluation.task import Classification
-from mmkd.evaluation.vqa import VisualQuestions
-from mmkd.teachers.zoo import TEACHERS
+from mmkd.evaluation.datasets.manifest import ASKED, HEADLINES, make_manifest, read_manifest
+from mmkd.evaluation.slides.diagnosis import SlideTask
+from mmkd.evaluation.slides.survival import Survival
+from mmkd.evaluation.tasks.classes import MultiLabel
+from mmkd.evaluation.tasks.retrieval import Retrieval
+from mmkd.evaluation.tasks.task import Classification
+from mmkd.evaluation.tasks.zeroshot import negative_prompts
+from mmkd.evaluation.vqa.answer_head import VisualQuestions
 from mmkd.train import registry
 
 GOOD = {"id": "a", "task": "classification", "modality": "OCT", "license": "MIT", "source": {"csv": "a.csv"}}

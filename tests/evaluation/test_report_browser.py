@@ -4,8 +4,8 @@ import pytest
 from chromium_page import PROGRAM, ChromiumPage
 from test_leaderboard import DATASETS, write_marked_suite
 
-from mmkd.evaluation.leaderboard import write_leaderboard
-from mmkd.evaluation.report import ReportInputs
+from mmkd.evaluation.report.page import write_leaderboard
+from mmkd.evaluation.report.pairs_page import ReportInputs
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium on the PATH: apt-get install chromium")
 DRAWN = "[...document.querySelectorAll('{}')].filter((own) => own.checkVisibility())"

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from mmkd.evaluation.charts import Row, curve, differences, forest, moving_mean, shade
-from mmkd.evaluation.examples import Answer, caption_card, image_card, shorten, spread
-from mmkd.evaluation.markup import p_value, page, signed, table, text
-from mmkd.evaluation.report_pipeline import read_log, training_section
-from mmkd.evaluation.report_results import claim, task_order, tasks_section, verdict
+from mmkd.evaluation.report.charts import Row, curve, differences, forest, moving_mean, shade
+from mmkd.evaluation.report.markup import p_value, page, signed, table, text
+from mmkd.evaluation.report.pairs_page import Answer, caption_card, image_card, shorten, spread
+from mmkd.evaluation.report.pairs_results import claim, task_order, tasks_section, verdict
+from mmkd.evaluation.report.pipeline import read_log, training_section
 
 EVIL = "<script>alert('x')</script> \"onload=\" & https://evil.example"
 

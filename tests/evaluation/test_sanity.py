@@ -6,15 +6,15 @@ from functools import partial
 import numpy as np
 import pytest
 
-from mmkd.data.records import Pair
-from mmkd.evaluation import co_attention
-from mmkd.evaluation.bootstrap import interval, replicate
-from mmkd.evaluation.collection import Collection
-from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.questions import Question
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.questions import Question
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.statistics.bootstrap import interval, replicate
 from mmkd.evaluation.suite import tasks_for
-from mmkd.evaluation.task import Samples
+from mmkd.evaluation.tasks.task import Samples
+from mmkd.evaluation.vqa import co_attention
 
 pytest.importorskip("sklearn", reason="the probe is scikit-learn's")
 

@@ -13,12 +13,14 @@ from simulated_slides import (
     write_bag,
 )
 
-from mmkd.evaluation import attention_mil, survival
-from mmkd.evaluation.bootstrap import interval, replicate
-from mmkd.evaluation.cohort import read_cohort, stratified_folds
-from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.survival_metrics import Outcomes, concordance
-from mmkd.evaluation.task import Samples, Undefined
+from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.slides import attention as attention_mil
+from mmkd.evaluation.slides import survival
+from mmkd.evaluation.slides.cohort import read_cohort, stratified_folds
+from mmkd.evaluation.statistics.bootstrap import interval, replicate
+from mmkd.evaluation.statistics.survival import Outcomes, concordance
+from mmkd.evaluation.tasks.task import Samples
 
 CASES, SLIDES = 100, 134
 

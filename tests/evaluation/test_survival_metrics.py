@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.evaluation import cox
-from mmkd.evaluation.survival_metrics import Outcomes, censoring_weights, concordance, kaplan_meier, log_rank
+from mmkd.evaluation.statistics import survival as cox
+from mmkd.evaluation.statistics.survival import Outcomes, censoring_weights, concordance, kaplan_meier, log_rank
 
 
 def cohort(count=120, seed=0, distinct=25):

@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs
 
-from mmkd.data.records import Pair
-from mmkd.evaluation import linear_probe, retrieval, zeroshot
-from mmkd.evaluation import ranks as ranks_module
-from mmkd.evaluation.bootstrap import replicate
-from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.prompts import label_prompts, modality_prompts
-from mmkd.evaluation.ranks import Answers, search, search_both
+from mmkd.data.prompts import label_prompts, modality_prompts
+from mmkd.data.table import Pair
+from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.results.summary import split_summary
+from mmkd.evaluation.statistics import ranks as ranks_module
+from mmkd.evaluation.statistics.bootstrap import replicate
+from mmkd.evaluation.statistics.ranks import Answers, search, search_both
 from mmkd.evaluation.suite import texts_for
-from mmkd.evaluation.summary import split_summary
-from mmkd.evaluation.task import Samples, Undefined, best_by_modality
+from mmkd.evaluation.tasks import linear_probe, retrieval, zeroshot
+from mmkd.evaluation.tasks.task import Samples, best_by_modality
 
 
 def samples(held_out, train=(), validation=()):

@@ -8,10 +8,10 @@ from PIL import Image
 h5py = pytest.importorskip("h5py", reason="bags are HDF5 files")
 tifffile = pytest.importorskip("tifffile", reason="slides are TIFF pyramids")
 
-from mmkd.encoder import DualEncoder  # noqa: E402
-from mmkd.evaluation import tiles  # noqa: E402
-from mmkd.evaluation.bags import BagFolder  # noqa: E402
-from mmkd.settings import parse  # noqa: E402
+from mmkd.command.settings import parse  # noqa: E402
+from mmkd.encoders.encoder import DualEncoder  # noqa: E402
+from mmkd.evaluation.slides import tiles  # noqa: E402
+from mmkd.evaluation.slides.bags import BagFolder  # noqa: E402
 from mmkd.train import tile  # noqa: E402
 
 SIDE = 512

@@ -5,11 +5,10 @@ import pytest
 from PIL import Image
 
 from mmkd.data.images import UnreadableImage
-from mmkd.data.records import Pair
-from mmkd.encoder import DualEncoder
-from mmkd.evaluation.embedding import embed, read_embedded
-from mmkd.evaluation.shards import Content, Shard
-from mmkd.evaluation.vectors import Rows, Table, Undefined, stacked
+from mmkd.data.table import Pair
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.evaluation.embeddings.cache import Content, Rows, Shard, Table, Undefined, stacked
+from mmkd.evaluation.embeddings.embed import embed, read_embedded
 
 KEYS = [f"k{number}" for number in range(10)]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mmkd.data.records import Pair
-from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.questions import Question, normalise, question_texts, read_questions, stated_split
-from mmkd.evaluation.task import Samples
-from mmkd.evaluation.vqa import fused, tasks
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.questions import Question, normalise, question_texts, read_questions, stated_split
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.tasks.task import Samples
+from mmkd.evaluation.vqa.answer_head import fused, tasks
 
 COLORS, DIM = ("red", "green", "blue"), 16
 

@@ -8,18 +8,19 @@ import torch
 from PIL import Image
 from tiny_model import save_tiny
 
-from mmkd.data.records import Pair
-from mmkd.encoder import DualEncoder, NoTokens
-from mmkd.evaluation import co_attention
-from mmkd.evaluation.collection import Collection
-from mmkd.evaluation.embedding import Embedded
-from mmkd.evaluation.manifest import Manifest
-from mmkd.evaluation.questions import Question, read_questions
-from mmkd.evaluation.statements import choices
-from mmkd.evaluation.task import Samples, Undefined
-from mmkd.evaluation.tokens import TokenSource, at_most_a_map
-from mmkd.evaluation.vqa_tasks import tasks, texts
-from mmkd.teachers.zoo import load_encoder
+from mmkd.data.table import Pair
+from mmkd.encoders.encoder import DualEncoder, NoTokens
+from mmkd.encoders.zoo import load_encoder
+from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.questions import Question, read_questions
+from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.tokens import TokenSource, at_most_a_map
+from mmkd.evaluation.tasks.task import Samples
+from mmkd.evaluation.vqa import co_attention
+from mmkd.evaluation.vqa.statements import choices
+from mmkd.evaluation.vqa.tasks import tasks, texts
 
 MANIFEST = Manifest("toy", "vqa", "MRI", {}, "CC0-1.0")
 COLORS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}

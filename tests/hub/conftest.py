@@ -11,13 +11,13 @@ from huggingface_hub import constants
 from loopback_hub import LoopbackHub
 from PIL import Image
 
-from mmkd.adapters import add_adapter
-from mmkd.data.features import FeatureWriter
-from mmkd.data.records import Pair, PairFolder, write_manifest
-from mmkd.provenance import training_provenance
-from mmkd.settings import parse, save_settings
-from mmkd.student import load_student, save_student
-from mmkd.towers import build_model
+from mmkd.command.settings import parse, save_settings
+from mmkd.data.features.store import FeatureWriter
+from mmkd.data.folder import PairFolder, write_manifest
+from mmkd.data.table import Pair
+from mmkd.student.folder import load_student, save_student, training_provenance
+from mmkd.student.towers import build_model
+from mmkd.student.trainable import add_adapter
 from mmkd.train import eval as evaluation
 from mmkd.train.distill import DistillSettings
 from mmkd.train.finetune import save_adapter

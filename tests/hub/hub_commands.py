@@ -16,5 +16,5 @@ def hub_environment(hub, home, token=TOKEN):
 
 def mmkd(hub, home, *arguments, token=TOKEN):
     """The command as a user types it."""
-    command = [sys.executable, "-m", "mmkd.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "mmkd.command.cli", *map(str, arguments)]
     return subprocess.run(command, env=hub_environment(hub, home, token), capture_output=True, text=True, timeout=120)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, BertConfig, CLIPImageProcessorPil
 
 import mmkd.hub.convert as convert
-from mmkd import hub_access
-from mmkd.settings import parse
-from mmkd.settings import run as run_recipe
+from mmkd.command.settings import parse
+from mmkd.command.settings import run as run_recipe
+from mmkd.encoders import weights as hub_access
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 
@@ -73,7 +73,7 @@ def test_authors_outputs(golden, tmp_path, name):
     paths = {"checkpoint": golden / f"{name}.pt", "config": golden / f"{name}.json", "output": tmp_path / name}
     if name == "tiny":
         arguments = [str(part) for key, value in paths.items() for part in (f"--{key}", value)]
-        command = [sys.executable, "-m", "mmkd.cli", "convert", *arguments]
+        command = [sys.executable, "-m", "mmkd.command.cli", "convert", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         assert done.returncode == 0, done.stderr
     else:

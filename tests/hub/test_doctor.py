@@ -9,9 +9,10 @@ from hub_commands import TOKEN
 from huggingface_hub import constants
 from loopback_hub import Repository
 
-from mmkd import hub_access, installation
+from mmkd.command.settings import parse
+from mmkd.encoders import weights as hub_access
 from mmkd.hub import doctor
-from mmkd.settings import parse
+from mmkd.hub import doctor as installation
 
 
 def run_doctor(capsys, *arguments):

@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mmkd.cli import main as cli
+from mmkd.command.cli import main as cli
+from mmkd.command.settings import parse
 from mmkd.exporting.folder import require_exportable
 from mmkd.exporting.towers import examples, towers
 from mmkd.exporting.usage import Encoder, load_tower
 from mmkd.hub import export
-from mmkd.settings import parse
-from mmkd.student import save_student
-from mmkd.towers import build_model
+from mmkd.student.folder import save_student
+from mmkd.student.towers import build_model
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

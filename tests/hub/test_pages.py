@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.data.records import open_pairs
+from mmkd.command.settings import parse
+from mmkd.data.folder import open_pairs
 from mmkd.hub import push
-from mmkd.settings import parse
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "publishing.md"
 BLOCK = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)[0]

@@ -9,13 +9,12 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from mmkd.data.pair import Pair
-from mmkd.data.records import open_pairs, write_manifest
+from mmkd.command.settings import parse
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.table import Pair
 from mmkd.hub.push import PushSettings, check_repo, make_publication
-from mmkd.publishing.card_facts import license_conflict, recipe_yaml
-from mmkd.publishing.publication import gather
-from mmkd.publishing.weights import parse_size
-from mmkd.settings import parse
+from mmkd.publishing.card import license_conflict, recipe_yaml
+from mmkd.publishing.publication import gather, parse_size
 from mmkd.train import eval as evaluation
 
 

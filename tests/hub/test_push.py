@@ -10,8 +10,8 @@ from hub_commands import TOKEN, hub_environment, mmkd
 from huggingface_hub import DatasetCard, ModelCard
 from safetensors import safe_open
 
-from mmkd.data.features import TeacherFeatures
-from mmkd.data.records import open_pairs, write_manifest
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.folder import open_pairs, write_manifest
 from modeling_mmkd import MMKDClipModel
 
 WITHOUT_PACKAGE = """
@@ -112,7 +112,7 @@ def test_what_was_pushed_loads_by_its_id_with_and_without_the_package(hub, publi
 
 
 def test_shards_hold_the_same_numbers(hub, published_student, tmp_path):
-    from mmkd.publishing.weights import weight_items
+    from mmkd.publishing.publication import weight_items
 
     items = weight_items(published_student, 100_000)
     found = {}

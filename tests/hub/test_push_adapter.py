@@ -11,9 +11,9 @@ import torch
 from hub_commands import hub_environment, mmkd
 from huggingface_hub import ModelCard
 
+from mmkd.command.settings import parse
 from mmkd.hub.push import PushSettings, make_publication
-from mmkd.settings import parse
-from mmkd.student import load_student
+from mmkd.student.folder import load_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mmkd.miniature.comparison import Results
-from mmkd.miniature.report import brief, replace_between, rival_table
+from mmkd.miniature.report import Results, brief, replace_between, rival_table
 
 TASKS = {"zeroshot-a": "zeroshot", "zeroshot-b": "zeroshot", "retrieval": "retrieval"}
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmkd.data.records import Pair
-from mmkd.miniature.collections import COLLECTIONS, COLUMNS, write_table
-from mmkd.miniature.parts import PARTS, SHARES, VAGUE, deal, with_noise
+from mmkd.data.table import Pair
+from mmkd.miniature.data import COLLECTIONS, COLUMNS, PARTS, SHARES, VAGUE, deal, with_noise, write_table
 
 
 def pairs(count=400):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmkd.data.records import open_pairs
+from mmkd.data.folder import open_pairs
 
 
 def curate(*arguments, **options):

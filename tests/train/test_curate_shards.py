@@ -6,7 +6,7 @@ import sys
 import pytest
 from biomedica_form import picture, write_source
 
-from mmkd.data.records import open_pairs
+from mmkd.data.folder import open_pairs
 
 
 def curate(*arguments, cwd):

@@ -5,8 +5,8 @@ import pytest
 from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs, write_pairs
 
 import mmkd.train.eval as recipe
-from mmkd.data.records import Pair
-from mmkd.evaluation.encoders import named_sources
+from mmkd.data.table import Pair
+from mmkd.evaluation.embeddings.encoders import named_sources
 from mmkd.files import read_json
 
 ENCODERS = {

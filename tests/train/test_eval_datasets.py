@@ -14,8 +14,8 @@ import torch
 from fake_encoder import FakeEncoder, make_pairs, write_pairs
 
 import mmkd.train.eval as recipe
-from mmkd.data.features import FeatureWriter
-from mmkd.evaluation import suite_run
+from mmkd.data.features.store import FeatureWriter
+from mmkd.evaluation import run as suite_run
 from mmkd.files import read_json
 
 ENCODERS = {
@@ -187,8 +187,8 @@ def test_marks_of_contamination_and_means_without(data, tmp_path, monkeypatch):
 
 
 def test_a_store_of_features_answers_what_it_can(data, tmp_path):
-    from mmkd.evaluation.collections import open_collection
-    from mmkd.evaluation.manifest import read_manifest
+    from mmkd.evaluation.datasets.dataset import open_collection
+    from mmkd.evaluation.datasets.manifest import read_manifest
 
     pairs = [
         pair

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 import mmkd.train.eval as recipe
 import mmkd.train.pretrain
-from mmkd.evaluation import watching
+from mmkd.command.settings import parse
+from mmkd.encoders.zoo import load_encoder
+from mmkd.evaluation import watch as watching
 from mmkd.files import read_json
-from mmkd.run_folder import RunFolder
-from mmkd.settings import parse
-from mmkd.teachers.zoo import load_encoder
+from mmkd.training.run_folder import RunFolder
 
 TEACHER = FakeEncoder("teacher", 0.3)
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mmkd.data.features import FeatureStore, TeacherFeatures
-from mmkd.data.records import Pair, write_manifest
-from mmkd.settings import parse
+from mmkd.command.settings import parse
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.store import FeatureStore
+from mmkd.data.folder import write_manifest
+from mmkd.data.table import Pair
 from mmkd.train import extract
 from mmkd.train.extract import ExtractSettings, main
 
@@ -148,7 +150,7 @@ def test_any_number_of_processes_gives_the_same_bytes(work, monkeypatch, order):
 
 def test_two_real_processes_through_the_command(work):
     run("one", teacher="first.yaml")
-    command = [sys.executable, "-m", "mmkd.cli", "extract", "--num_processes", "2", "--teacher", "first.yaml"]
+    command = [sys.executable, "-m", "mmkd.command.cli", "extract", "--num_processes", "2", "--teacher", "first.yaml"]
     options = [
         "--pairs",
         "pairs",

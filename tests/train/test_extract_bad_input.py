@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from mmkd import files
-from mmkd.data.feature_parts import shard_size
-from mmkd.data.features import FeatureStore
-from mmkd.data.records import Pair, write_manifest
-from mmkd.settings import parse
+from mmkd.command.settings import parse
+from mmkd.data.features.parts import shard_size
+from mmkd.data.features.store import FeatureStore
+from mmkd.data.folder import write_manifest
+from mmkd.data.table import Pair
 from mmkd.train.extract import ExtractSettings, main
 
 TEACHER = """

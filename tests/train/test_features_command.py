@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mmkd.data import feature_folders
-from mmkd.data.features import FeatureStore, FeatureWriter, TeacherFeatures
-from mmkd.data.published_features import PublishedFeatures
-from mmkd.data.records import Pair, open_pairs, write_manifest
+from mmkd.data.features import folders as feature_folders
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.published import PublishedFeatures
+from mmkd.data.features.store import FeatureStore, FeatureWriter
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.table import Pair
 from mmkd.train import features
 
 ABOUT = {"fingerprint": "f" * 64, "preprocessing": "p", "tokenizer": "t", "context": 77, "pooling": "first"}

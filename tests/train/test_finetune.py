@@ -10,12 +10,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mmkd.train.finetune
-from mmkd.adapters import adapter_targets
-from mmkd.classification import PromptClassification
-from mmkd.data.records import Pair, open_pairs, write_manifest
-from mmkd.settings import parse
-from mmkd.student import load_student, save_student
-from mmkd.towers import build_model
+from mmkd.command.settings import parse
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.table import Pair
+from mmkd.student.folder import load_student, save_student
+from mmkd.student.towers import build_model
+from mmkd.student.trainable import adapter_targets
+from mmkd.training.objectives import PromptClassification
 from modeling_mmkd import PRESETS, MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 peft = pytest.importorskip("peft", reason="adapters need peft, of the extra train")

@@ -16,10 +16,10 @@ from stopped_run import stop_while_training
 from transformers import AutoModel, AutoProcessor
 
 import modeling_mmkd  # noqa: F401  registers MMKDClipModel with the Auto classes
-from mmkd.data.partition import partition
-from mmkd.data.records import Pair
-from mmkd.interruption import held_back
-from mmkd.resume import newest_checkpoint
+from mmkd.command.launch import held_back
+from mmkd.data.splits import partition
+from mmkd.data.table import Pair
+from mmkd.training.checkpoints import newest_checkpoint
 
 MODALITIES = {"MRI": (40, 40, 40), "fundus": (160, 60, 30), "ultrasound": (20, 30, 90)}
 TINY = {"vision": "random:tiny", "text": "random:tiny", "projection_dim": 16, "image_size": 32, "epochs": 1}
@@ -43,7 +43,7 @@ def write_pictures(folder: Path) -> None:
 
 def mmkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mmkd.cli", *arguments], cwd=folder, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "mmkd.command.cli", *arguments], cwd=folder, capture_output=True, text=True, timeout=240
     )
 
 
@@ -182,7 +182,7 @@ def test_a_signal_to_the_pipeline_has_its_stage_save_and_starts_no_other(tmp_pat
     write_pictures(tmp_path / "pictures")
     settings = [f"--pretrain.{key}={value}" for key, value in TINY.items() if key != "epochs"]
     settings += ["--pretrain.text_layers=none", "--pretrain.freeze=", "--pretrain.epochs=100000", "--quiet"]
-    command = [sys.executable, "-m", "mmkd.cli", "quickstart", "--data", "pictures", *settings]
+    command = [sys.executable, "-m", "mmkd.command.cli", "quickstart", "--data", "pictures", *settings]
     log = tmp_path / "mmkd-clip-work" / "stage1.partial" / "log.jsonl"
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     printed, errors = stop_while_training(process, log, patience=200)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_embed import model
 
-from mmkd.flops import StepCost
-from mmkd.planning import Assumptions, ModelSize, Stage, estimate, measure
+from mmkd.student.flops import StepCost
 from mmkd.train.plan import PlanSettings, main
+from mmkd.training.planning import Assumptions, ModelSize, Stage, estimate, measure
 
 SIZE = ModelSize(
     parameters=200_000_000,

@@ -8,7 +8,7 @@ from fake_encoder import LABELS, FakeEncoder, make_pairs, write_pairs
 
 import mmkd.train.eval as evaluation
 import mmkd.train.report as recipe
-from mmkd.data.records import Pair
+from mmkd.data.table import Pair
 from mmkd.files import write_json
 
 EVIL = '<img src=https://evil.example/x onerror=alert(1)> & "quoted"'

@@ -4,11 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkd.data.features import FeatureWriter, TeacherFeatures
-from mmkd.data.records import Pair, open_pairs, write_manifest
+from mmkd.command.settings import parse
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.store import FeatureWriter
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.table import Pair
+from mmkd.distillation.screening import ScreeningReport
 from mmkd.files import read_json, write_json
-from mmkd.screening_report import ScreeningReport
-from mmkd.settings import parse
 from mmkd.train import screen
 from mmkd.train.screen import ScreenSettings, main
 
@@ -108,7 +110,7 @@ def test_memory_does_not_grow_with_the_pairs(work, monkeypatch):
     """Every look-up is of a chunk; a table of pairs is read in slices and written as it comes."""
     import tracemalloc
 
-    from mmkd.data import choice
+    from mmkd.data import folder as choice
 
     monkeypatch.setattr(choice, "CHUNK", 500)
     peaks = []

@@ -15,18 +15,19 @@ from safetensors.torch import load_file
 from test_distributed import torchrun
 from transformers import BertConfig, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig
 
-import mmkd.distill_options
+import mmkd.distillation.options
 import mmkd.train.align
 import mmkd.train.configs
 import mmkd.train.distill
 import mmkd.train.pretrain
-from mmkd.aligner import load_aligner
-from mmkd.data.features import FeatureWriter, TeacherFeatures
-from mmkd.data.held_out import split_off
-from mmkd.data.pair_fingerprints import fingerprints_of
-from mmkd.data.records import Pair, open_pairs, write_manifest
-from mmkd.provenance import teachers_of
-from mmkd.settings import parse
+from mmkd.alignment.folder import load_aligner
+from mmkd.command.settings import parse
+from mmkd.data.features.index import fingerprints_of
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.store import FeatureWriter
+from mmkd.data.folder import open_pairs, split_off, write_manifest
+from mmkd.data.table import Pair
+from mmkd.encoders.zoo import teachers_of
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 CONFIGS = Path(mmkd.train.configs.__file__).parent
@@ -468,7 +469,7 @@ def test_examples_of_the_page_on_distillation_run(tmp_path, world, example):
         "distill", "--config", tmp_path / "distill.yaml", "--pairs", world / "pairs", "--model", world / "student",
         "--output", tmp_path / "out", *replaced, *TINY,
     )  # fmt: skip
-    wanted = given.get("losses") or mmkd.distill_options.RECIPES[given["recipe"]]["losses"]
+    wanted = given.get("losses") or mmkd.distillation.options.RECIPES[given["recipe"]]["losses"]
     assert {name: weight for name, weight in settings.losses.items() if weight} == wanted
     assert wanted.keys() <= log(tmp_path / "out")[-1].keys()
     assert (tmp_path / "out" / "teacher_heads.safetensors").is_file() == ("heads" in wanted)

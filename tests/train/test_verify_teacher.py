@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mmkd.command.settings import parse
 from mmkd.files import read_json
-from mmkd.settings import parse
 from mmkd.train.verify_teacher import VerifySettings, main
 
 TEACHER = """

@@ -1,0 +1,163 @@
+"""``mmkd NAME ...``: the recipes under one command, each the same module that ``accelerate launch -m`` runs.
+
+A recipe runs in this process, unless several are asked for (``mmkd distill --num_processes 8 ...``) or accelerate has
+been configured on this machine: then it starts through ``accelerate launch``. Without a GPU, several processes start
+through ``torchrun``, because ``accelerate launch --cpu`` stays with one.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from mmkd.command.launch import launch
+from mmkd.command.settings import ends_when_unread
+from mmkd.command.values import nearest
+
+RECIPES = {
+    "curate": ("mmkd.train.curate", "image-text pairs from tars, Parquet, lists, folders, the Hub or packaged images"),
+    "pairs": ("mmkd.train.pairs", "folders of pairs: ls, show, stats, verify, export"),
+    "pretrain": ("mmkd.train.pretrain", "stage 1: contrastive pretraining of a student, or of a teacher of your own"),
+    "extract": ("mmkd.train.extract", "features of any teacher for every pair"),
+    "verify-teacher": ("mmkd.train.verify_teacher", "a teacher's features against those the authors published"),
+    "features": ("mmkd.train.features", "stores of features: ls, verify, merge, export, import"),
+    "screen": ("mmkd.train.screen", "which teachers agree with which pair"),
+    "align": ("mmkd.train.align", "the teachers' feature spaces brought into one"),
+    "distill": ("mmkd.train.distill", "stage 2: the student learns from all teachers' features"),
+    "finetune": ("mmkd.train.finetune", "a trained model on pairs of your own: by captions or labels, LoRA or in full"),
+    "tile": ("mmkd.train.tile", "whole slides to bags of a teacher's or student's features"),
+    "eval": ("mmkd.train.eval", "student, teachers and their ensemble side by side, with intervals"),
+    "datasets": ("mmkd.train.registry", "datasets to evaluate on: ls, show, check, add"),
+    "report": ("mmkd.train.report", "one self-contained HTML page from an evaluation"),
+    "plan": ("mmkd.train.plan", "memory, time and cost of each stage on GPUs of your choice"),
+    "pipeline": ("mmkd.train.pipeline", "the whole way from one YAML"),
+    "quickstart": ("mmkd.train.pipeline", "the whole way on real images in five minutes"),
+    "push": ("mmkd.hub.push", "a model, an adapter, features or pairs to the Hub, with a card of what is known"),
+    "export": ("mmkd.hub.export", "both towers for deployment: ONNX, torch.export or int8"),
+    "miniature": ("mmkd.train.miniature", "the paper's experiment on small collections of real images"),
+    "doctor": ("mmkd.hub.doctor", "what of this installation will not work, and why"),
+    "convert": ("mmkd.hub.convert", "the authors' checkpoint to a from_pretrained folder, and back"),
+}
+PIPELINES = {"quickstart": "quickstart.yaml", "miniature": "miniature.yaml"}
+DISTRIBUTED = ("pretrain", "extract", "align", "distill", "finetune", "eval")
+EXTRAS = {
+    **dict.fromkeys(("accelerate", "psutil"), "train"),
+    "peft": "train",
+    "torchvision": "train",
+    "open_clip": "teachers",
+    "timm": "teachers",
+    "sklearn": "eval",
+    "threadpoolctl": "eval",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+    **dict.fromkeys(("pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"), "curate"),
+    "datasets": "curate",
+    **dict.fromkeys(("h5py", "tifffile", "openslide"), "slides"),
+}
+LAUNCHER_OPTIONS = (
+    "num_processes",
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
+    "gpu_ids",
+    "config_file",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console command.
+
+    Raises:
+        SystemExit: with the recipe's exit code; 2 for an unknown command.
+    """
+    with ends_when_unread():
+        _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: mmkd COMMAND [--config FILE.yaml] [--key value ...]; `mmkd COMMAND --help` lists the settings\n")
+        print("\n".join(f"  {name:<15}{description}" for name, (_, description) in RECIPES.items()))
+        return
+    name, arguments = argv[0], argv[1:]
+    if name not in RECIPES:
+        print(f"error: unknown command {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}", file=sys.stderr)
+        raise SystemExit(2)
+    launcher, arguments = split_launcher_options(arguments)
+    if launcher and name not in DISTRIBUTED:
+        print(f"error: {launcher[0]} belongs to {', '.join(DISTRIBUTED)}; {name} runs in one process", file=sys.stderr)
+        raise SystemExit(2)
+    if name in PIPELINES:
+        preset = importlib.resources.files("mmkd.train.configs") / PIPELINES[name]
+        arguments = ["--config", str(preset), *arguments]
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine severalfold
+    module = RECIPES[name][0]
+    if name in DISTRIBUTED and not _is_launched() and (launcher or _accelerate_is_configured()):
+        command, environment = launch_command(module, launcher, arguments)
+        raise SystemExit(launch(command, environment, module))
+    sys.argv = [f"mmkd {name}", *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f'error: {package} is not installed; run `pip install "mmkd-clip[{EXTRAS[package]}]"`', file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def split_launcher_options(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Options of ``accelerate launch`` and the recipe's own arguments, apart."""
+    launcher: list[str] = []
+    own: list[str] = []
+    position = 0
+    while position < len(arguments):
+        key, equals, _ = arguments[position].lstrip("-").partition("=")
+        taken = 1 if equals else 2
+        if arguments[position].startswith("--") and key.replace("-", "_") in LAUNCHER_OPTIONS:
+            launcher += arguments[position : position + taken]
+        else:
+            own.append(arguments[position])
+            taken = 1
+        position += taken
+    return launcher, own
+
+
+def launch_command(module: str, launcher: list[str], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command that starts ``module`` on several processes of this interpreter, and the environment it needs."""
+    import torch
+
+    from mmkd.distributed import TORCHRUN
+
+    if torch.cuda.is_available() or "--config_file" in launcher or not launcher:
+        return [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", module, *arguments], {}
+    names = {"num_processes": "nproc_per_node", "num_machines": "nnodes", "machine_rank": "node_rank"}
+    names |= {"main_process_ip": "master_addr", "main_process_port": "master_port"}
+    renamed = [_rename(option, names) for option in launcher]
+    alone = [] if any("nnodes" in option for option in renamed) else ["--standalone"]  # a free port of its own
+    command = [sys.executable, "-m", TORCHRUN, *alone, *renamed, "-m", module, *arguments]
+    return command, {"ACCELERATE_USE_CPU": "1"}
+
+
+def _rename(option: str, names: dict[str, str]) -> str:
+    key, equals, value = option.partition("=")
+    known = names.get(key.lstrip("-").replace("-", "_"))
+    return f"--{known}{equals}{value}" if option.startswith("--") and known else option
+
+
+def _is_launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _accelerate_is_configured() -> bool:
+    home = os.environ.get("HF_HOME", Path("~/.cache/huggingface").expanduser())
+    return any((Path(home) / "accelerate" / f"default_config.{ending}").is_file() for ending in ("yaml", "json"))
+
+
+if __name__ == "__main__":
+    main()

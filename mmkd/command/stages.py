@@ -1,0 +1,195 @@
+"""Stages run as the commands a user would type, each in a process of its own, and remembered when they have finished.
+
+What finished stands in ``WORK/stages.json`` under a hash of its settings and of all it was made from; started again, it
+is skipped. Where the system can fork, torch and transformers are imported once for all processes. A request to stop
+goes to the stages that run: they save, and no other begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from mmkd.command import cli
+from mmkd.command.launch import StopRequest, held_back, let_through
+from mmkd.files import atomic_write_text, read_json, remove, write_json
+
+PRELOADED = ["modeling_mmkd", "torchvision", "accelerate"]
+FILLED_BIT_BY_BIT = ("extract", "eval")  # the others' output is there whole or not at all
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        recipe: its name behind ``mmkd``.
+        name: how it is called in the record; unique.
+        output: the file or folder it writes.
+        values: its settings beside ``output``.
+        made_from: what else the result depends on: keys of earlier stages, hashes of tables.
+    """
+
+    recipe: str
+    name: str
+    output: Path
+    values: dict[str, Any]
+    made_from: Sequence[str] = ()
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Hash everything that the result depends on."""
+        content = json.dumps([self.recipe, str(self.output), self.values, list(self.made_from)], default=str)
+        object.__setattr__(self, "key", hashlib.sha256(content.encode()).hexdigest())
+
+
+class StageRunner:
+    """Runs each stage once; while it is entered, requests to stop reach the running stages."""
+
+    def __init__(self, work: Path, quiet: bool = False) -> None:
+        """Read the record of earlier runs in `work`."""
+        self.work, self.quiet = work, quiet
+        self.record = work / "stages.json"
+        self.known: dict[str, dict[str, Any]] = read_json(self.record) if self.record.is_file() else {}
+        self._processes = _processes()
+        self._running: set[int] = set()
+        self._request = StopRequest(self._pass_on)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> StageRunner:
+        self._request.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._request.__exit__(kind, error, trace)
+
+    def finished(self, stage: Stage) -> bool:
+        """Whether its output of these very settings is there."""
+        before = self.known.get(stage.name, {})
+        whole = before.get("seconds") is not None or stage.recipe not in FILLED_BIT_BY_BIT
+        return before.get("key") == stage.key and whole and stage.output.exists()
+
+    def run(self, stage: Stage, heading: str = "") -> None:
+        """Write the stage's settings as YAML and start ``mmkd RECIPE --config`` on it, unless it finished before.
+
+        Raises:
+            ValueError: the stage failed or was stopped; its own message stands above.
+            SystemExit: with 0, this process was asked to stop; what is whole stays.
+        """
+        heading = heading or stage.name
+        self._stop_if_asked(heading)
+        if self.finished(stage):
+            print(f"{heading}: done before", flush=True)
+            return
+        if self.known.get(stage.name, {}).get("key") != stage.key:
+            for path in (stage.output, stage.output.with_name(stage.output.name + ".partial")):  # of other settings
+                remove(path)
+        self._remember(stage, None)
+        config = self.work / "configs" / f"{stage.name.replace(' ', '-').replace('/', '-')}.yaml"
+        values = {"output": str(stage.output), **stage.values}
+        atomic_write_text(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        print(f"{heading}: mmkd {stage.recipe} --config {config}", flush=True)
+        started = time.monotonic()
+        code = self.start(stage.recipe, ["--config", str(config), *(["--quiet"] if self.quiet else [])])
+        if code != 0 or not stage.output.exists():
+            self._stop_if_asked(heading)
+        if code != 0:
+            raise ValueError(f"stage {stage.name} failed (exit code {code}); mend it and start the same command again")
+        if not stage.output.exists():
+            raise ValueError(f"stage {stage.name} was stopped before its end; start the same command again to go on")
+        self._remember(stage, round(time.monotonic() - started, 1))
+
+    def run_all(self, stages: Sequence[Stage], workers: int = 1) -> None:
+        """Run stages that do not depend on each other, several at a time; the first failure stops those not begun.
+
+        Raises:
+            ValueError: a stage failed.
+        """
+        total = len(stages)
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = [
+                pool.submit(self.run, stage, f"[{number}/{total}] {stage.name}")
+                for number, stage in enumerate(stages, start=1)
+            ]
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def start(self, recipe: str, arguments: list[str]) -> int | None:
+        """Run ``mmkd RECIPE`` in a process of its own; returns its exit code."""
+        process = self._processes.Process(target=_command, args=([recipe, *arguments],))
+        with held_back():  # a signal to the whole group must not end the process that forks the others
+            process.start()
+            self._running.add(process.pid)
+        if self._request.requested:  # just before, when there was nobody to tell
+            process.terminate()
+        process.join()
+        self._running.discard(process.pid)
+        return process.exitcode
+
+    def check(self, recipe: str, name: str, values: dict[str, Any]) -> None:
+        """Have a stage check the names and types of its settings.
+
+        Raises:
+            ValueError: it refused; its own message stands above.
+            SystemExit: with 0, this process was asked to stop.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder) / f"{name}.yaml"
+            config.write_text(yaml.safe_dump(values), encoding="utf-8")
+            code = self.start(recipe, ["--config", str(config), "--check"])
+        self._stop_if_asked(f"the settings of {name}")
+        if code != 0:
+            raise ValueError(f"the settings of {name} are wrong; nothing was started")
+
+    def _pass_on(self, number: int) -> None:
+        for process in tuple(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def _stop_if_asked(self, heading: str) -> None:
+        if self._request.requested:
+            print(f"stopped as asked at {heading}; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(0)
+
+    def _remember(self, stage: Stage, seconds: float | None) -> None:
+        with self._lock:
+            self.known[stage.name] = {"key": stage.key, "output": str(stage.output), "seconds": seconds}
+            write_json(self.record, self.known)
+
+
+def _command(arguments: list[str]) -> None:
+    """``mmkd`` in a process that was started while signals were held back."""
+    let_through()
+    cli.main(arguments)
+
+
+def _processes() -> Any:
+    """Starts a process for each stage; where the system can fork, torch and transformers are imported once for all."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # first: as it starts, some versions of Python let signals through again
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context

@@ -1,0 +1,135 @@
+"""Any folder of pairs checked image by image, counted, and written in the forms that others read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mmkd.data.archives import ArchiveWriter
+from mmkd.data.folder import PairFolder
+from mmkd.data.images import UnreadableImage, open_image, read_image_bytes
+from mmkd.data.table import Pair
+
+BATCH = 256
+
+
+def faults(folder: PairFolder, workers: int, advance: Callable[[int], Any]) -> tuple[list[str], int]:
+    """What is wrong with a folder's pairs: ids given twice, images that cannot be read or have another size.
+
+    Args:
+        folder: the pairs.
+        workers: threads that decode.
+        advance: told how many pairs are done.
+
+    Returns:
+        One line for each fault, and how many images are the original files byte for byte.
+    """
+    found: list[str] = []
+    originals = 0
+    seen: set[str] = set()
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in batches(folder.pairs, BATCH):
+            for pair, (fault, original) in zip(batch, pool.map(partial(_check, folder), batch), strict=True):
+                originals += original
+                if pair.id in seen:
+                    fault = "its id is given twice"
+                seen.add(pair.id)
+                if fault:
+                    found.append(f"{pair.id}: {fault}")
+            advance(len(batch))
+    return found, originals
+
+
+def count_pairs(pairs: Iterable[Pair]) -> dict[str, Any]:
+    """Counts by split, modality, licence, source and label, and the usual lengths of captions and sides."""
+    names = ("split", "modality", "license", "source", "label")
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+    words, sides, groups = [], [], set()
+    for pair in pairs:
+        for name in names:
+            counts[name][getattr(pair, name) or "not stated"] += 1
+        words.append(len(pair.caption.split()))
+        sides.append(min(pair.width, pair.height))
+        groups.add(pair.group or pair.id)
+    ordered = {name: dict(sorted(c.items(), key=lambda item: (-item[1], item[0]))) for name, c in counts.items()}
+    usual = {"caption_words": median(words), "shorter_side": median(sides)} if words else {}
+    return {"pairs": len(words), "groups": len(groups), **usual, **ordered}
+
+
+def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int, advance: Callable[[int], Any]) -> int:
+    """Write pairs as WebDataset tars of ``ID.jpg`` (or what the image is), ``ID.txt`` and ``ID.json``.
+
+    Args:
+        folder: the pairs.
+        output: an empty folder.
+        shard_pairs: pairs in a tar.
+        advance: told how many pairs are done.
+
+    Returns:
+        The number of tars.
+
+    Raises:
+        UnreadableImage: an image is missing.
+    """
+    number = -1
+    for number, batch in enumerate(batches(folder.pairs, shard_pairs)):
+        with (output / f"{number:06d}.tar").open("wb") as file:
+            writer = ArchiveWriter(file)
+            for pair in batch:
+                data = read_image_bytes(folder.image_path(pair))
+                facts = {k: v for k, v in asdict(pair).items() if k not in ("image", "caption")}
+                writer.add(f"{pair.id}.{_suffix(data, pair)}", data)
+                writer.add(f"{pair.id}.json", json.dumps(facts, ensure_ascii=False).encode())
+                writer.add(f"{pair.id}.txt", pair.caption.encode())
+                advance(1)
+            writer.finish()
+    return number + 1
+
+
+def write_parquet(folder: PairFolder, file: Path, advance: Callable[[int], Any]) -> None:
+    """Write the rows of pairs without their images: what may be passed on where licences forbid the images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    numbers, lists = ("width", "height"), ("teachers",)
+    kinds = {**dict.fromkeys(numbers, pa.int32()), **dict.fromkeys(lists, pa.list_(pa.string()))}
+    names = [name for name in Pair.__dataclass_fields__ if name != "image"]
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for batch in batches(folder.pairs, 1 << 14):
+            rows = [{name: getattr(pair, name) for name in names} for pair in batch]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            advance(len(batch))
+
+
+def batches(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
+    """Pairs in lists of ``size``."""
+    rest = iter(pairs)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _check(folder: PairFolder, pair: Pair) -> tuple[str, bool]:
+    try:
+        data = read_image_bytes(folder.image_path(pair))
+        size = open_image(data, minimum_side=1).size
+    except UnreadableImage as error:
+        return f"its image is {error.reason}", False
+    if pair.width and size != (pair.width, pair.height):
+        return f"its image has {size[0]} x {size[1]} pixels, not {pair.width} x {pair.height}", False
+    return "", hashlib.sha256(data).hexdigest() == pair.sha256
+
+
+def _suffix(data: bytes, pair: Pair) -> str:
+    if data.startswith(b"\xff\xd8"):
+        return "jpg"
+    return "png" if data.startswith(b"\x89PNG") else Path(pair.image).suffix[1:].lower() or "img"

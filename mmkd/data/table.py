@@ -1,0 +1,194 @@
+"""Millions of pairs as columns: a manifest in Arrow form, mapped from the file and read row by row on demand.
+
+2.9 million `Pair` objects are some four gigabytes in every process that holds them; the same rows in an Arrow file are
+mapped memory that all processes of a machine share, and a `Pair` exists for as long as somebody looks at it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+# Section: One image-text pair.
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An image and its caption, with what is known about both.
+
+    Attributes:
+        id: unique in its manifest.
+        image: path relative to the image root, with forward slashes.
+        group: patient, case or specimen; never on both sides of a split.
+        split: train, validation or test.
+        width: pixels of the stored image; 0 when unknown.
+        sha256: of the original image file.
+        teachers: names of the teachers whose features may be used for this pair; None before screening.
+    """
+
+    id: str
+    image: str
+    caption: str
+    modality: str = ""
+    label: str = ""
+    group: str = ""
+    split: str = "train"
+    source: str = ""
+    license: str = ""
+    width: int = 0
+    height: int = 0
+    sha256: str = ""
+    teachers: tuple[str, ...] | None = None
+
+
+UNKNOWN = "unknown"
+
+
+TABLE_FILE = "manifest.arrow"
+
+IMAGE_PATTERN = r"^shards/[0-9]+\.tar@[0-9]+\+[0-9]+$"
+
+ROWS_TOGETHER = 65536
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Pair))
+
+
+class PairTable(Sequence[Pair]):
+    """Pairs in an Arrow table; a slice or a choice of rows shares the columns.
+
+    Copying to another process (``spawn``) sends the file's name and the chosen rows, not the columns.
+    """
+
+    def __init__(self, path: Path, rows: np.ndarray | None = None) -> None:
+        """Map the file.
+
+        Args:
+            path: an Arrow file with the columns of `Pair`; more are left alone.
+            rows: (n,) the rows to show, in this order; by default all.
+
+        Raises:
+            ValueError: the file is no Arrow file or lacks a column.
+            ModuleNotFoundError: pyarrow is not installed.
+        """
+        self.path = path
+        self._rows = rows
+        self._table = map_table(path)
+        missing = [name for name in FIELDS if name not in self._table.column_names]
+        if missing:
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it was written by another version")
+        self._columns = [self._table.column(name) for name in FIELDS]
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows) if self._rows is None else len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> PairTable: ...
+    def __getitem__(self, index: int | slice) -> Pair | PairTable:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = index % len(self) if self._rows is None else int(self._rows[index])
+        return _pair([column[row].as_py() for column in self._columns])
+
+    def __iter__(self) -> Iterator[Pair]:
+        for batch in self._batches():
+            for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield _pair(list(values))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PairTable, (self.path, self._rows)
+
+    def take(self, indices: np.ndarray) -> PairTable:
+        """The pairs at these positions, (n,) integers, without copying a column."""
+        return PairTable(self.path, indices if self._rows is None else self._rows[indices])
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of the shown rows."""
+        column = self._table.column(name)
+        return column if self._rows is None else column.take(self._rows)
+
+    def in_split(self, split: str) -> PairTable:
+        """The pairs of one split."""
+        import pyarrow.compute as pc
+
+        return self.take(np.flatnonzero(pc.equal(self.column("split"), split).to_numpy()))
+
+    def _batches(self, rows: int = 4096) -> Iterator[pa.RecordBatch | pa.Table]:
+        shown = self._table.select(list(FIELDS))
+        if self._rows is None:
+            yield from shown.to_batches(max_chunksize=rows)
+        else:
+            for start in range(0, len(self._rows), rows):
+                yield shown.take(self._rows[start : start + rows])
+
+
+def in_columns(pairs: Sequence[Pair], names: Sequence[str]) -> Iterator[list[list[Any]]]:
+    """Some attributes of all pairs, a list each, some thousands of pairs at a time; of a table only these are read."""
+    for start in range(0, len(pairs), ROWS_TOGETHER):
+        some = pairs[start : start + ROWS_TOGETHER]
+        if isinstance(some, PairTable):
+            columns = [some.column(name).to_pylist() for name in names]
+            if "teachers" in names:
+                at = list(names).index("teachers")
+                columns[at] = [None if value is None else tuple(value) for value in columns[at]]
+            yield columns
+        else:
+            yield [[getattr(pair, name) for pair in some] for name in names]
+
+
+def take_rows(pairs: Sequence[Pair], rows: np.ndarray) -> Sequence[Pair]:
+    """The pairs at these positions, (n,) integers; of a table still a table."""
+    return pairs.take(rows) if isinstance(pairs, PairTable) else [pairs[row] for row in rows.tolist()]
+
+
+def map_table(path: Path) -> pa.Table:
+    """An Arrow file as a table whose columns stay in the file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).read_all()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no whole Arrow file ({error}); curate again or restore it") from error
+
+
+def check_table(table: PairTable, folder: Path) -> None:
+    """Refuse splits and image names that no curation writes; both columns are checked as a whole.
+
+    Raises:
+        ValueError: with the first wrong row.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    splits = pc.is_in(table.column("split"), value_set=pa.array(SPLITS))
+    images = pc.match_substring_regex(table.column("image"), IMAGE_PATTERN)
+    for name, right in (("split", splits), ("image", images)):
+        wrong = np.flatnonzero(~right.to_numpy(zero_copy_only=False))
+        if wrong.size:
+            value = table.column(name)[int(wrong[0])].as_py()
+            raise ValueError(f"{folder / TABLE_FILE}, row {wrong[0]}: {name} {value!r} is refused")
+
+
+def _pair(values: list[Any]) -> Pair:
+    values[-1] = None if values[-1] is None else tuple(values[-1])
+    return Pair(*values)

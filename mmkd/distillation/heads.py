@@ -1,0 +1,158 @@
+"""One small head per teacher: the student's embedding learns to predict what each teacher would have said.
+
+Heads shape the embedding without asking teachers to agree. They are learned with it and kept beside the model folder's
+weights as ``teacher_heads.safetensors``, which ``from_pretrained`` does not read: the model is the same without them,
+and with them the student emulates a teacher, in that teacher's own space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from mmkd.alignment.phi_s import PhiSAligner
+from mmkd.data.features.lookup import MODALITIES, Modality
+from mmkd.files import atomic_write_bytes, read_json, write_json
+
+HEADS_FILE, HEADS_DESCRIPTION = "teacher_heads.safetensors", "teacher_heads.json"
+
+
+def standardized_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """``1/2 (1 - cos(y, t)) + 1/2 mean_d smooth_l1(y_d - t_d)`` for each row.
+
+    Source: Sariyildiz et al. 2024 (UNIC), on targets standardized as in Ranzinger et al. 2024 (PHI-S).
+
+    Args:
+        predicted: `(rows, width)` what a head says.
+        target: `(rows, width)` standardized teacher features.
+
+    Returns:
+        `(rows,)`.
+    """
+    predicted, target = predicted.float(), target.float()
+    smooth = F.smooth_l1_loss(predicted, target, reduction="none").mean(dim=1)
+    return (1 - F.cosine_similarity(predicted, target, dim=1)) / 2 + smooth / 2
+
+
+def angular_error(predicted: Tensor, target: Tensor, dispersion: float) -> Tensor:
+    """``angle(y, t)^2 / dispersion^2`` for each row, so that no teacher counts more for pointing in many directions.
+
+    Source: the balanced summary loss of C-RADIOv4 (Ranzinger et al. 2026).
+
+    Args:
+        predicted: `(rows, width)` what a head says, of any norm.
+        target: `(rows, width)` raw teacher features, of any norm.
+        dispersion: the teacher's `angular_dispersion`, in radians.
+
+    Returns:
+        `(rows,)`.
+    """
+    y, t = F.normalize(predicted.float(), dim=1), F.normalize(target.float(), dim=1)
+    # The angle from the chord, 2 asin(|y - t| / 2), keeps its gradient where the cosine's arc would lose it.
+    half_chord = ((y - t).square().sum(dim=1) / 4).clamp(1e-12, 1 - 1e-6).sqrt()
+    return (2 * torch.asin(half_chord) / dispersion).square()
+
+
+def angular_dispersion(features: Tensor) -> float:
+    """Root mean square angle between a teacher's features and their mean direction, in radians.
+
+    Args:
+        features: `(n, width)` of any norm, n at least 2.
+    """
+    unit = F.normalize(features.double(), dim=1)
+    angles = torch.acos((unit @ F.normalize(unit.mean(dim=0), dim=0)).clamp(-1, 1))
+    return max(angles.square().mean().sqrt().item(), 1e-6)
+
+
+def mean_over_teachers(errors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    """``mean_i (sum_k w_ik e_ik / sum_k w_ik)``; a row that no teacher knows adds zero.
+
+    Args:
+        errors: per teacher `(rows,)`.
+        weights: per teacher `(rows,)`, at least 0.
+    """
+    names = list(errors)
+    share = torch.stack([weights[name].float() for name in names], dim=1)
+    share = share / share.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    return (torch.stack([errors[name] for name in names], dim=1) * share).sum() / len(share)
+
+
+class TeacherHeads(nn.Module):
+    """Two linear layers per teacher and modality, from the student's unit-norm embedding to the teacher's width."""
+
+    def __init__(self, dim: int, widths: Mapping[str, int], standardizer: PhiSAligner | None = None) -> None:
+        """Make the heads.
+
+        Args:
+            dim: width of the student's embedding.
+            widths: of each teacher's features.
+            standardizer: how targets were standardized; None when heads predict raw directions.
+        """
+        super().__init__()
+        self.dim, self.widths, self.standardizer = dim, dict(widths), standardizer
+        self.layers = nn.ModuleDict(
+            {modality: nn.ModuleList(_head(dim, width) for width in widths.values()) for modality in MODALITIES}
+        )
+
+    def forward(self, name: str, embedding: Tensor, modality: Modality) -> Tensor:
+        """What a teacher's head says of student embeddings `(rows, dim)`: `(rows, width)`, standardized if targets are.
+
+        Raises:
+            KeyError: there is no head of that teacher.
+        """
+        number = {teacher: k for k, teacher in enumerate(self.widths)}[name]
+        heads = self.layers[modality]
+        assert isinstance(heads, nn.ModuleList)
+        return heads[number](embedding)
+
+    def targets(self, name: str, features: Tensor, modality: Modality) -> Tensor:
+        """What the head should say: the teacher's features `(rows, width)`, standardized or as they are."""
+        if self.standardizer is None:
+            return features
+        return self.standardizer.transform(name, features, modality)
+
+    @torch.no_grad()
+    def emulate(self, name: str, embedding: Tensor, modality: Modality) -> Tensor:
+        """The student in a teacher's own space: unit-norm `(rows, width)` from unit-norm embeddings `(rows, dim)`."""
+        said = self(name, embedding, modality)
+        if self.standardizer is not None:
+            said = self.standardizer.restore(name, said, modality)
+        return F.normalize(said, dim=1)
+
+    def save(self, folder: Path) -> None:
+        """Write the heads beside a model."""
+        tensors = {f"layers.{key}": tensor for key, tensor in self.layers.state_dict().items()}
+        if self.standardizer is not None:
+            tensors |= {f"standardizer.{key}": tensor for key, tensor in self.standardizer.tensors().items()}
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        atomic_write_bytes(folder / HEADS_FILE, save(contiguous))
+        write_json(folder / HEADS_DESCRIPTION, {"dim": self.dim, "widths": self.widths})
+
+    @classmethod
+    def load(cls, folder: Path) -> TeacherHeads:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the folder has no heads: it was distilled without them.
+        """
+        if not (folder / HEADS_FILE).is_file():
+            raise FileNotFoundError(f"{folder} has no {HEADS_FILE}; distil with --losses.heads above 0 to get heads")
+        described, tensors = read_json(folder / HEADS_DESCRIPTION), load_file(folder / HEADS_FILE)
+        parts: dict[str, dict[str, Tensor]] = {"layers": {}, "standardizer": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = tensor
+        widths = {str(name): int(width) for name, width in described["widths"].items()}
+        standardizer = PhiSAligner(widths, parts["standardizer"]) if parts["standardizer"] else None
+        heads = cls(int(described["dim"]), widths, standardizer)
+        heads.layers.load_state_dict(parts["layers"])
+        return heads.eval()
+
+
+def _head(dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))

@@ -1,0 +1,280 @@
+"""The nine teachers of the paper as rows, and the one function that loads any dual encoder by name, folder or row.
+
+Names are the authors' spelling in ``available_clips``. What a row infers or does not know stands in its note, goes into
+the provenance of every feature made with it, and can be changed by a YAML row of one's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmkd.command.values import nearest
+from mmkd.data.licenses import OWN_MODEL, UNSTATED
+from mmkd.data.published import META_FILE, read_published
+from mmkd.encoders import hfclip, medclip, openclip, pmcclip
+from mmkd.encoders import python as python_form
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.row import UNDECLARED, TeacherRow, announce, read_row
+from mmkd.encoders.weights import fetch
+from mmkd.files import read_json
+
+BIOMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+
+OPENAI = "openai"  # tag of open_clip's where none is given
+
+PUBMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
+
+TEACHERS = {
+    "BMCA": TeacherRow(
+        name="BMCA",
+        form="openclip",
+        weights="BIOMEDICA/BMC_CLIP_CF",
+        files=["BMC_CLIP_CF.pt"],
+        architecture="ViT-L-14",
+        dim=768,
+        license="MIT",
+        gated=True,
+        note="preprocessing inferred: OpenAI's; gate unknown",
+    ),
+    "BiomedCLIP": TeacherRow(
+        name="BiomedCLIP",
+        form="openclip",
+        weights="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        dim=512,
+        context=256,
+        license="MIT",
+    ),
+    "UniMedCLIP": TeacherRow(
+        name="UniMedCLIP",
+        form="unimed",
+        weights="UzairK/unimed-clip-vit-b16",
+        files=["unimed-clip-vit-b16.pt"],
+        text_model=BIOMEDBERT,
+        dim=512,
+        context=256,
+        license="CC BY-NC 4.0",
+    ),
+    "QuiltNet": TeacherRow(
+        name="QuiltNet",
+        form="openclip",
+        weights="wisdomik/QuiltNet-B-32",
+        dim=512,
+        license="MIT",
+        note="which of QuiltNet-B-32, -B-16 and -B-16-PMB the authors used is unknown",
+    ),
+    "GenMedClip": TeacherRow(
+        name="GenMedClip",
+        form="openclip",
+        weights="wisdomik/GenMedClip",
+        dim=512,
+        license="MIT",
+        note="which of GenMedClip, -B-32 and -B-16-PMB the authors used is inferred",
+    ),
+    "PLIP": TeacherRow(name="PLIP", form="hfclip", weights="vinid/plip", dim=512, context=77),
+    "PUBMEDCLIP": TeacherRow(
+        name="PUBMEDCLIP",
+        form="hfclip",
+        weights="flaviagiammarino/pubmed-clip-vit-base-patch32",
+        dim=512,
+        context=77,
+        license="MIT",
+    ),
+    "PMCCLIP": TeacherRow(
+        name="PMCCLIP",
+        form="pmcclip",
+        weights="axiong/pmc_oa",
+        repo_type="dataset",
+        text_model=PUBMEDBERT,
+        dim=768,
+        context=77,
+        license="not declared for the weights; code MIT",
+        note="32 heads in the attention pool by the training configuration, 8 in a public port",
+    ),
+    "MedCLIP": TeacherRow(
+        name="MedCLIP",
+        form="medclip",
+        weights="https://storage.googleapis.com/pytrial/medclip-vit-pretrained.zip",
+        text_model="emilyalsentzer/Bio_ClinicalBERT",
+        vision_model="microsoft/swin-tiny-patch4-window7-224",
+        dim=512,
+        context=77,
+        mean=[0.5862785803043838],
+        std=[0.27950088968644304],
+        license="BSD (the code's)",
+        note="inferred to be the ninth teacher; its features are in none of the published samples",
+    ),
+}
+
+LOADERS: dict[str, Callable[[TeacherRow, str], DualEncoder]] = {
+    "openclip": openclip.load,
+    "hfclip": hfclip.load,
+    "ours": hfclip.load,
+    "unimed": hfclip.load_unimed,
+    "pmcclip": pmcclip.load,
+    "medclip": medclip.load,
+    "python": python_form.load,
+}
+
+
+def load_encoder(name_or_path: str, device: str = "cpu", weights: Path | None = None) -> DualEncoder:
+    """Load a teacher, a student or any other dual encoder.
+
+    Args:
+        name_or_path: a teacher's name in any case; a folder of ours or of transformers or open_clip; a Hub id
+            (``owner/name``); ``open_clip:ARCHITECTURE[:PRETRAINED]``, a tag or a file, by default OpenAI's weights (a
+            slash does for the second colon); ``python:module.function``; or a YAML row.
+        device: where it shall run.
+        weights: a local folder or file instead of the row's weights.
+
+    Raises:
+        FileNotFoundError: weights are not there, or the Hub cannot be reached; the message says what to do.
+        ValueError: an unknown name (with the known ones), or weights that do not fit the model.
+    """
+    row = find_row(name_or_path)
+    if weights is not None:
+        row = dataclasses.replace(row, weights=str(weights))
+    encoder = LOADERS[row.form](row, device)
+    if row.dim and encoder.dim != row.dim:
+        raise ValueError(f"{row.name} is {encoder.dim} wide, but its row says dim {row.dim}; are these its weights?")
+    announce(encoder.provenance)
+    return encoder
+
+
+def find_row(name_or_path: str) -> TeacherRow:
+    """The row that a name, folder, Hub id or YAML file stands for; see `load_encoder`.
+
+    Raises:
+        FileNotFoundError: it looks like a path and is not there.
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    by_name = {name.lower(): row for name, row in TEACHERS.items()}
+    if name_or_path.lower() in by_name:
+        return by_name[name_or_path.lower()]
+    path = Path(name_or_path)
+    prefix, colon, rest = name_or_path.partition(":")
+    if colon and prefix == "open_clip":
+        architecture, _, pretrained = re.sub("[:/]", "\0", rest, count=1).partition("\0")
+        pretrained = pretrained or OPENAI
+        return TeacherRow(
+            folder_name(f"{architecture}-{Path(pretrained).stem}"), "openclip", pretrained, architecture=architecture
+        )
+    if colon and prefix == "python":
+        return TeacherRow(rest, "python", rest)
+    if path.suffix in (".yaml", ".yml"):
+        return read_row(path)
+    if path.is_dir():
+        return _row_of_folder(path.resolve().name, str(path), path)
+    if path.is_absolute() or name_or_path.startswith(".") or path.exists() or name_or_path.count("/") > 1:
+        raise FileNotFoundError(f"{name_or_path}: no such folder, and no YAML row of a teacher")
+    if "/" in name_or_path:
+        return _row_of_folder(path.name, name_or_path, fetch(name_or_path, ["config.json", openclip.CONFIG_FILE]))
+    raise ValueError(
+        f"unknown encoder {name_or_path!r}{nearest(name_or_path.lower(), by_name)}; known: {', '.join(TEACHERS)}; or "
+        f"give a folder, a Hub id (owner/name), open_clip:ARCHITECTURE[:PRETRAINED], or a YAML row"
+    )
+
+
+def named_sources(sources: list[str]) -> dict[str, str]:
+    """Sources by the name of their store: what stands before ``=``, else the row's name.
+
+    Raises:
+        ValueError: none is given, or two have one name.
+    """
+    if not sources:
+        raise ValueError(f"no teacher is named; known: {', '.join(TEACHERS)}")
+    return by_name(sources, lambda source: find_row(source).name, "teacher")
+
+
+def _row_of_folder(name: str, weights: str, folder: Path) -> TeacherRow:
+    """A row for a folder that says itself what it is."""
+    if (folder / openclip.CONFIG_FILE).is_file():
+        return TeacherRow(name, "openclip", weights)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds neither config.json nor {openclip.CONFIG_FILE}: its form is not known; write a YAML row "
+            "that states it"
+        )
+    config: dict[str, Any] = read_json(folder / "config.json")
+    if config.get("model_type") == "mmkd_clip":
+        return TeacherRow(name, "ours", weights, license=OWN_MODEL if Path(weights).is_dir() else UNDECLARED)
+    return TeacherRow(name, "hfclip", weights)
+
+
+# Section: Encoders as they are named on the command line: a source, or ``NAME=SOURCE``.
+
+
+def by_name(
+    entries: Sequence[str], name_of: Callable[[str], str], what: str, taken: Sequence[str] = ()
+) -> dict[str, str]:
+    """Sources by name, in the order given.
+
+    Args:
+        entries: each a source, or a name, ``=`` and a source.
+        name_of: the name of a source that was given none.
+        what: what they are, for messages.
+        taken: names that stand for something else.
+
+    Raises:
+        ValueError: an entry has no name or no source, two have one name, or a name is taken.
+    """
+    named: dict[str, str] = {}
+    for entry in entries:
+        before, equals, after = entry.partition("=")
+        source = after if equals else before
+        name = folder_name(before if equals or not source else name_of(source))
+        if not name or not source or name in taken:
+            other = f" with a name other than {' and '.join(taken)}" if taken else ""
+            raise ValueError(f"{what} {entry!r}: give a source, or NAME=SOURCE{other}")
+        if name.lower() in map(str.lower, named):
+            raise ValueError(f"two {what}s are called {name!r}; tell them apart with NAME=SOURCE")
+        named[name] = source
+    return named
+
+
+def folder_name(name: str) -> str:
+    """A name fit for a folder: what is neither letter, digit, ``_``, ``.``, ``+`` nor ``-`` becomes a hyphen."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
+
+
+TEACHER_FACTS = ("teacher", "form", "weights", "revision", "fingerprint", "license", "note")
+
+
+def teachers_of(folders: Iterable[Path | None], names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The teachers behind folders of features, raw or aligned, each once.
+
+    Args:
+        folders: of one store or of several, or the authors' published folder; None is passed over.
+        names: only these, by default all.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        for teacher in _teachers_in(folder) if folder is not None else ():
+            if not names or teacher["teacher"] in names:
+                found.setdefault(teacher["teacher"], teacher)
+    return list(found.values())
+
+
+def store_teacher(meta: dict[str, Any]) -> dict[str, Any]:
+    """The teacher of a store by its ``meta.json``; aligned stores carry that of the raw ones."""
+    provenance = meta.get("provenance") or {}
+    facts = {"teacher": meta.get("teacher"), **provenance, **(provenance.get("raw") or {})}
+    return {"license": UNSTATED} | {key: facts[key] for key in TEACHER_FACTS if facts.get(key)}
+
+
+def _teachers_in(folder: Path) -> list[dict[str, Any]]:
+    if (folder / META_FILE).is_file():
+        return _published_teachers(folder)
+    files = [folder / "meta.json"] if (folder / "meta.json").is_file() else sorted(folder.glob("*/meta.json"))
+    return [store_teacher(read_json(file)) for file in files]
+
+
+def _published_teachers(folder: Path) -> list[dict[str, Any]]:
+    """The teachers that the authors' list names, as far as they are known here."""
+    used = {name for sample in read_published(folder) for name in sample.teachers}
+    known = {name: row for name, row in TEACHERS.items() if name in used}
+    facts = {name: {"weights": row.weights, "license": row.license, "note": row.note} for name, row in known.items()}
+    return [{"teacher": name, **facts.get(name, {"license": UNSTATED})} for name in sorted(used)]

@@ -1,0 +1,159 @@
+"""Sources in columns: Parquet files, and data sets of the ``datasets`` library from a folder or the Hub."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmkd.data.images import UnreadableImage
+from mmkd.data.splits import meaning_of
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.questions import Question, stated
+from mmkd.evaluation.datasets.source import Files, Reading, Sample, Store, check_where, chosen, images_folder, passes
+from mmkd.evaluation.datasets.tables import row_sample, table_fields
+
+KEPT_GROUPS = 2
+CLOSED_ANSWERS = ("yes", "no")
+
+
+class Cells(Store):
+    """Pictures in a column of a table, read row by row through a function."""
+
+    def __init__(self, cell: Any, files: Store | None = None) -> None:
+        """Keep the function from a name to bytes, or to a path under ``files``."""
+        self.cell, self.files = cell, files
+
+    def data(self, name: str) -> bytes:
+        """The bytes in a cell, or of the file it names."""
+        value = self.cell(name)
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and self.files is not None:
+            return self.files.data(value)
+        if not isinstance(value, bytes) or not value:
+            raise UnreadableImage("missing", f"{name} holds no picture")
+        return value
+
+
+class _RowGroups:
+    """Single cells of Parquet files; the row groups read last are kept, so that rows in order are read once."""
+
+    def __init__(self) -> None:
+        self.column = "image"
+        self.places: dict[str, tuple[Path, int, int]] = {}
+        self.kept: OrderedDict[tuple[Path, int], Any] = OrderedDict()
+
+    def __call__(self, name: str) -> Any:
+        import pyarrow.parquet
+
+        path, group, row = self.places[name]
+        if (path, group) not in self.kept:
+            self.kept[path, group] = pyarrow.parquet.ParquetFile(path).read_row_group(group, [self.column])[0]
+            while len(self.kept) > KEPT_GROUPS:
+                self.kept.popitem(last=False)
+        return self.kept[path, group][row].as_py()
+
+
+def read_parquet(manifest: Manifest, paths: Sequence[Path]) -> Reading:
+    """Rows of Parquet files; the column ``image`` holds the bytes of a picture, or its path beside the files.
+
+    Without a column of the split, a file that is called ``test-...`` holds the test images.
+
+    Raises:
+        ValueError: there is no such file, or a column that is needed is not there.
+    """
+    import pyarrow.parquet
+
+    root = paths[0] if paths[0].is_dir() else paths[0].parent
+    files = sorted(file for path in paths for file in (path.rglob("*.parquet") if path.is_dir() else [path]))
+    if not files:
+        raise ValueError(f"{paths[0]} holds no .parquet files")
+    samples: list[Sample] = []
+    asked: list[tuple[str, str]] = []
+    cell = _RowGroups()
+    for file in files:
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = list(table.schema_arrow.names)
+        fields = table_fields(manifest, columns, "image")
+        where = check_where(manifest, columns)
+        asking = [chosen(manifest, key, columns, manifest.task == "vqa") for key in ("question", "answer")]
+        cell.column = fields["image"]
+        split = next((part for part in (file.stem.split("-")[0], file.parent.name) if meaning_of(part)), "")
+        others = [name for name in columns if name != fields["image"]]
+        for group in range(table.num_row_groups):
+            for row, values in enumerate(table.read_row_group(group, others).to_pylist()):
+                if not passes(values, where):
+                    continue
+                name = f"{file.relative_to(root).as_posix()}@{group}+{row}"
+                cell.places[name] = (file, group, row)
+                sample = row_sample(manifest, values | {fields["image"]: None}, fields, name)
+                sample.split = sample.split or split
+                samples.append(sample)
+                if manifest.task == "vqa":
+                    asked.append(stated(values[asking[0]], values[asking[1]], name))
+    store = Cells(cell, Files(images_folder(manifest, root)))
+    return _with_questions(samples, asked, store) if asked else Reading(samples, store)
+
+
+def _with_questions(samples: list[Sample], asked: list[tuple[str, str]], store: Store) -> Reading:
+    """Rows of one question each as one sample for every distinct image, and the questions."""
+    first: dict[str, Sample] = {}
+    questions = []
+    for sample, (text, answer) in zip(samples, asked, strict=True):
+        digest = store.digest(sample.name)
+        sample.group = sample.group or digest
+        first.setdefault(digest, sample)
+        questions.append(Question(digest, text, answer, answer in CLOSED_ANSWERS, meaning_of(sample.split)))
+    return Reading(list(first.values()), store, questions)
+
+
+def read_hf(manifest: Manifest, paths: Sequence[Path]) -> Reading:
+    """A data set that ``save_to_disk`` wrote, or one of the Hub by its name; its splits are its own.
+
+    Code that comes with a data set is never run.
+
+    Raises:
+        FileNotFoundError: the Hub cannot be reached and the data set is not in the local cache.
+        ValueError: a column that is needed is not there.
+    """
+    import datasets
+
+    loaded = _load(datasets, manifest, paths)
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    tables: dict[str, Any] = {}
+    samples: list[Sample] = []
+    for split, table in splits.items():
+        fields = table_fields(manifest, table.column_names, "image")
+        column = fields["image"]
+        if isinstance(table.features[column], datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+        tables[split] = table.select_columns([column])
+        named = _class_names(table.features.get(fields["label"]) if isinstance(fields["label"], str) else None)
+        for row, values in enumerate(table.remove_columns([column])):
+            sample = row_sample(manifest, values | {column: None}, fields, f"{split}/{row}")
+            sample.labels = [named[int(label)] if named else label for label in sample.labels]
+            sample.split = sample.split or split
+            samples.append(sample)
+
+    def cell(name: str) -> Any:
+        split, _, row = name.rpartition("/")
+        return tables[split][int(row)][manifest.source.get("image", "image")]
+
+    return Reading(samples, Cells(cell))
+
+
+def _load(datasets: Any, manifest: Manifest, paths: Sequence[Path]) -> Any:
+    if paths[0].is_dir():
+        return datasets.load_from_disk(str(paths[0]))
+    try:
+        return datasets.load_dataset(manifest.source["hf"], manifest.source.get("config"))
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(f"{manifest.source['hf']} could not be loaded from the Hub: {error}") from error
+
+
+def _class_names(feature: Any) -> list[str]:
+    """Names of a ``ClassLabel``, alone or in a list; empty for any other feature."""
+    feature = getattr(feature, "feature", feature)
+    return list(getattr(feature, "names", None) or [])

@@ -1,0 +1,321 @@
+"""From a manifest to the dataset on this machine: read, checked against the manifest, dealt into splits.
+
+What a manifest and its data disagree on is an error before any encoder runs: classes that are not there, labels that
+are not classes, other counts than those expected, groups on both sides of a split. What merely limits an evaluation (a
+class without test images) is noted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from mmkd.command.values import nearest
+from mmkd.data.splits import assign_splits, meaning_of
+from mmkd.data.table import SPLITS, Pair
+from mmkd.evaluation.datasets.columns import read_hf, read_parquet
+from mmkd.evaluation.datasets.manifest import DEALT, HELD_OUT, Absent, Manifest, locate, source_kind, where_to_get
+from mmkd.evaluation.datasets.packed import read_medmnist, read_wds
+from mmkd.evaluation.datasets.questions import Question
+from mmkd.evaluation.datasets.source import Reading, Sample, group_of
+from mmkd.evaluation.datasets.tables import read_bags, read_csv, read_imagefolder, read_question_files
+
+# Section: A dataset opened for evaluation: pairs, their images wherever these lie, questions, bags of slides.
+
+
+class Collection(ABC):
+    """What a manifest describes, as it lies on this machine.
+
+    Attributes:
+        manifest: its description.
+        pairs: one for each image (or slide); the label is a class of the manifest, several are joined by ``|``.
+        questions: about the images, for visual question answering.
+        root: the folder that holds bags of features of slides; None where there are none.
+        facts: pair id -> further columns of its row, for slides: ``time``, ``event`` and what else the table has.
+        notes: what limits an evaluation without forbidding it, such as a class without test images.
+    """
+
+    def __init__(self, manifest: Manifest, pairs: Sequence[Pair], questions: Sequence[Question] = ()) -> None:
+        """Keep what was read."""
+        self.manifest = manifest
+        self.pairs = pairs
+        self.questions = list(questions)
+        self.root: Path | None = None
+        self.facts: dict[str, dict[str, str]] = {}
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def image(self, pair: Pair) -> Image.Image:
+        """The image of a pair.
+
+        Raises:
+            UnreadableImage: it is missing, broken or refused; the reason says which.
+        """
+
+    @abstractmethod
+    def digest(self, pair: Pair) -> str:
+        """A hash of the stored image; equal images have equal ones. ``"missing"`` where it cannot be read."""
+
+
+READERS: dict[str, Callable[[Manifest, Sequence[Path]], Reading]] = {
+    "imagefolder": read_imagefolder,
+    "csv": read_csv,
+    "parquet": read_parquet,
+    "hf": read_hf,
+    "wds": read_wds,
+    "medmnist": read_medmnist,
+    "bags": read_bags,
+    "questions": read_question_files,
+}
+
+SHOWN = 5
+
+SEED = 42
+
+
+class OpenCollection(Collection):
+    """A collection whose images lie in the store its source came with."""
+
+    def __init__(self, manifest: Manifest, pairs: Sequence[Pair], reading: Reading) -> None:
+        """Keep what was read."""
+        super().__init__(manifest, pairs, reading.questions)
+        self._store = reading.store
+        self.root = reading.root
+
+    def image(self, pair: Pair) -> Image.Image:
+        """See `Collection`."""
+        return self._store.image(pair.image)
+
+    def digest(self, pair: Pair) -> str:
+        """See `Collection`."""
+        return self._store.digest(pair.image)
+
+
+def open_collection(manifest: Manifest, data: Path | None = None) -> Collection:
+    """Open the dataset a manifest describes.
+
+    Args:
+        manifest: what it is.
+        data: stands for ``${DATA}`` in its source; by default the variable ``MMKD_DATA`` of the environment.
+
+    Returns:
+        Its pairs, each in the split train, validation or test, with ``notes`` of what limits it.
+
+    Raises:
+        Absent: it is not on this machine.
+        ValueError: manifest and data disagree, or the data are broken; the message says in what and what to do.
+    """
+    paths = locate(manifest, data)
+    kind = source_kind(manifest)
+    try:
+        _verify_sum(manifest, paths)
+        reading = READERS[kind](manifest, paths)
+        if not reading.samples:
+            raise ValueError("its source holds no samples, or `where` leaves none")
+        _settle_labels(manifest, reading.samples)
+        for sample in reading.samples:
+            sample.group = group_of(manifest, sample.name, sample.group)
+        _refuse_repeats(manifest, reading.samples)
+        splits = _splits(manifest, reading.samples)
+    except FileNotFoundError as error:
+        raise Absent(f"{error}; {where_to_get(manifest)}") from error
+    except ValueError as error:
+        raise ValueError(f"{manifest.id}: {error}") from None
+    collection = OpenCollection(manifest, _pairs(manifest, reading.samples, splits), reading)
+    if kind == "bags":
+        samples = zip(collection.pairs, reading.samples, strict=True)
+        collection.facts = {pair.id: sample.facts for pair, sample in samples}
+    collection.notes = [*reading.notes, *_notes(manifest, collection.pairs)]
+    _check_counts(manifest, collection)
+    if manifest.task == "survival":
+        from mmkd.evaluation.slides.cohort import read_cohort
+
+        read_cohort(collection, None)  # for its errors, before anything is embedded
+    return collection
+
+
+def _verify_sum(manifest: Manifest, paths: Sequence[Path]) -> None:
+    if not manifest.sha256 or not paths[0].is_file():
+        return
+    with paths[0].open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != manifest.sha256.lower():
+        raise ValueError(f"{paths[0]} has the SHA-256 {digest.hexdigest()}, the manifest says {manifest.sha256}")
+
+
+def _settle_labels(manifest: Manifest, samples: Sequence[Sample]) -> None:
+    """Labels in the manifest's words, each a class.
+
+    Raises:
+        ValueError: a label is no class, a class occurs nowhere, or an image of a single label has none or several.
+    """
+    renamed = {str(old): "" if new is None else str(new) for old, new in (manifest.source.get("rename") or {}).items()}
+    cased = {name.casefold(): name for name in manifest.classes}
+    for sample in samples:
+        names = [renamed.get(label, label) for label in sample.labels]
+        names = [name if name in manifest.classes else cased.get(name.casefold(), name) for name in names]
+        sample.labels = list(dict.fromkeys(name for name in names if name))
+    if not manifest.classes:
+        return
+    found = Counter(label for sample in samples for label in sample.labels)
+    unknown = [label for label in found if label not in manifest.classes]
+    if unknown:
+        near = nearest(unknown[0], manifest.classes)
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ValueError(
+            f"label {unknown[0]!r}{near}{more} of the data is no class of the manifest: {', '.join(manifest.classes)}"
+        )
+    absent = [name for name in manifest.classes if name not in found]
+    if absent and manifest.task != "survival":
+        near = nearest(absent[0], found)
+        raise ValueError(f"class {absent[0]!r}{near} of the manifest is nowhere in the data, which have {_told(found)}")
+    if manifest.task in ("classification", "ordinal", "diagnosis"):
+        odd = next((sample for sample in samples if len(sample.labels) != 1), None)
+        if odd is not None:
+            said = f"{len(odd.labels)} labels ({', '.join(odd.labels)})" if odd.labels else "no label"
+            raise ValueError(f"{odd.name} has {said}; a {manifest.task} needs one for each")
+
+
+def _refuse_repeats(manifest: Manifest, samples: Sequence[Sample]) -> None:
+    """Raise where an image or slide has several rows, which would count it as many times, and perhaps in two splits.
+
+    Images to retrieve may have several captions, all in one split.
+    """
+    rows: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        rows[sample.name].append(sample)
+    for name, own in rows.items():
+        labels, splits = {"|".join(sample.labels) for sample in own}, {sample.split for sample in own}
+        if len(own) > 1 and (manifest.task != "retrieval" or len(splits) > 1):
+            told = "".join(
+                f"; its {what} there are {', '.join(map(repr, sorted(found)))}"
+                for what, found in (("labels", labels), ("splits", splits))
+                if len(found) > 1
+            )
+            raise ValueError(f"{name} stands in {len(own)} rows, keep one for each image or slide{told}")
+
+
+def _splits(manifest: Manifest, samples: Sequence[Sample]) -> list[str]:
+    """Train, validation or test for each sample; dealt out by groups where the data do not say.
+
+    Raises:
+        ValueError: a split's name is unknown, some samples have none, a group is in several, or no sample is for tests.
+    """
+    is_cohort = manifest.task == "survival" and not any(sample.split for sample in samples)
+    if manifest.split == HELD_OUT or is_cohort:
+        return ["test"] * len(samples)
+    groups = [f"group {sample.group}" if sample.group else f"image {sample.name}" for sample in samples]
+    strata = ["|".join(sample.labels) for sample in samples]
+    given = [""] * len(samples) if manifest.split == DEALT else _named_splits(manifest, samples)
+    if not any(given):
+        return assign_splits(groups, given, strata, SEED)[0]
+    if not all(given):
+        raise ValueError(
+            f"{given.count('')} of {len(given)} rows have no split; fill the column, or `split: dealt` to deal out all"
+        )
+    _refuse_overlaps(groups, given)
+    if "test" not in given:
+        raise ValueError("no sample is for tests; `splits: {val: test}` in the source can name another split so")
+    if "validation" not in given:
+        rows = [row for row, split in enumerate(given) if split == "train"]
+        own = assign_splits([groups[r] for r in rows], [""] * len(rows), [strata[r] for r in rows], SEED)[0]
+        for row, dealt in zip(rows, own, strict=True):
+            given[row] = "validation" if dealt == "validation" else "train"
+    return given
+
+
+def _named_splits(manifest: Manifest, samples: Sequence[Sample]) -> list[str]:
+    called = {str(name): str(split) for name, split in (manifest.source.get("splits") or {}).items()}
+    meanings = {name: meaning_of(called.get(name, name)) for name in {sample.split for sample in samples}}
+    unknown = sorted(name for name, split in meanings.items() if name and not split)
+    if unknown:
+        raise ValueError(
+            f"split {unknown[0]!r} is none of {', '.join(SPLITS)}; `splits: {{{unknown[0]}: test}}` in the source tells"
+        )
+    return [meanings[sample.split] for sample in samples]
+
+
+def _refuse_overlaps(groups: Sequence[str], splits: Sequence[str]) -> None:
+    sides: dict[str, set[str]] = defaultdict(set)
+    for group, split in zip(groups, splits, strict=True):
+        if group.startswith("group "):
+            sides[group.removeprefix("group ")].add(split)
+    torn = sorted(group for group, own in sides.items() if len(own) > 1)
+    if torn:
+        shown = ", ".join(f"{group} ({' and '.join(sorted(sides[group]))})" for group in torn[:SHOWN])
+        raise ValueError(
+            f"{len(torn)} groups are in several splits: {shown}; a patient, case or slide belongs to one. Mend the "
+            "table, or `split: dealt` to deal out whole groups"
+        )
+
+
+def _pairs(manifest: Manifest, samples: Sequence[Sample], splits: Sequence[str]) -> list[Pair]:
+    """Pairs; a second caption of an image has a number behind its id."""
+    seen: Counter[str] = Counter()
+    pairs = []
+    for sample, split in zip(samples, splits, strict=True):
+        again = seen[sample.name]
+        seen[sample.name] += 1
+        pairs.append(
+            Pair(
+                f"{manifest.id}:{sample.name}" + (f"#{again}" if again else ""),
+                sample.name,
+                sample.caption,
+                modality=manifest.modality,
+                label="|".join(sample.labels),
+                group=sample.group,
+                split=split,
+                source=manifest.id,
+                license=manifest.license,
+            )
+        )
+    return pairs
+
+
+def _notes(manifest: Manifest, pairs: Sequence[Pair]) -> list[str]:
+    """What limits an evaluation without forbidding it."""
+    notes = []
+    if manifest.classes and manifest.task != "survival":
+        for split in SPLITS:
+            found = {label for pair in pairs if pair.split == split for label in pair.label.split("|") if label}
+            lacking = [name for name in manifest.classes if name not in found]
+            if split == "test" and len(found) == 1:
+                notes.append(f"all test images are of one class, {next(iter(found))}")
+            elif lacking and any(pair.split == split for pair in pairs):
+                notes.append(f"without {split} images: {', '.join(lacking)}")
+    if manifest.task == "retrieval":
+        empty = sum(not pair.caption for pair in pairs)
+        notes += [f"{empty} images have no caption"] if empty else []
+    return notes
+
+
+def _check_counts(manifest: Manifest, collection: Collection) -> None:
+    """Counts as the manifest expects them.
+
+    Raises:
+        ValueError: one differs.
+    """
+    splits = Counter(pair.split for pair in collection.pairs)
+    counts = {"n": len(collection.pairs), "n_questions": len(collection.questions)}
+    counts["n_test_questions"] = sum(question.split == "test" for question in collection.questions)
+    counts |= {f"n_{split}": splits[split] for split in SPLITS}
+    counts["n_cases"] = len({pair.group or pair.id for pair in collection.pairs})
+    for key, expected in manifest.expects.items():
+        if counts[key] != expected:
+            raise ValueError(
+                f"{manifest.id}: {key} is {counts[key]}, the manifest expects {expected}; is this another version or "
+                "a part of the data? `expects` says what is to be there"
+            )
+
+
+def _told(found: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in found.most_common(SHOWN)) + (
+        "..." if len(found) > 5 else ""
+    )

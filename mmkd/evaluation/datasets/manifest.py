@@ -1,0 +1,255 @@
+"""A dataset of an evaluation as its manifest says: at most ten lines of YAML for what is asked and of what."""
+
+from __future__ import annotations
+
+import os
+import re
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from mmkd.command.values import convert, nearest
+from mmkd.data.prompts import FAMILIES, family, label_prompts
+
+Asked = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]
+
+ASKED: tuple[str, ...] = get_args(Asked)
+
+HEADLINES: dict[str, str] = {  # the metric that stands for a dataset whose manifest names none
+    "classification": "balanced_accuracy",
+    "multilabel": "macro_auroc",
+    "ordinal": "quadratic_kappa",
+    "retrieval": "mean_recall",
+    "vqa": "accuracy",
+    "survival": "c_index",
+    "diagnosis": "balanced_accuracy",
+}
+
+HELD_OUT, DEALT = "held-out", "dealt"  # in place of the column of the split
+
+COUNTS = (
+    "n",
+    "n_train",
+    "n_validation",
+    "n_test",
+    "n_questions",
+    "n_test_questions",
+    "n_cases",
+)  # What each kind of source may be told beside where it lies; ROW_KEYS go with every kind.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "imagefolder": ("skip",),
+    "csv": ("file", "label", "caption", "images", "where"),
+    "parquet": ("image", "label", "caption", "images", "where", "question", "answer"),
+    "hf": ("config", "image", "label", "caption"),
+    "wds": (),
+    "medmnist": ("size",),
+    "bags": ("table", "slide", "case", "label", "time", "event", "censored"),
+    "questions": ("images",),
+}
+
+ROW_KEYS = ("group", "split", "rename", "splits", "group_pattern", "separator")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One dataset.
+
+    Attributes:
+        id: short name, letters, digits and hyphens.
+        task: what is asked of it; the order of ``classes`` is the grade's where it is ordinal.
+        modality: for macro means and for the sentences that describe classes.
+        source: kind of source -> where it lies, and the columns of a table.
+        license: as its publisher states it.
+        title: for people.
+        classes: class as the data name it -> phrases that stand for it in sentences.
+        templates: family of sentences (`prompts.FAMILIES`); empty = that of the modality.
+        headline: metric that stands for the dataset; empty = that of `HEADLINES`.
+        expects: counts that are publicly stated, such as ``n_test``; another count is an error.
+        group: column of patient, case or slide.
+        split: column of the split; ``held-out`` where all of it is for testing, ``dealt`` where a column
+            that would be taken is not.
+        derived_from: data it was made from, for the marks of contamination.
+        citation: where it was published.
+        sha256: of the file it is read from.
+        tier: A = open, B = after registration, C = after credentials and an agreement.
+        register: where one registers or downloads.
+    """
+
+    id: str
+    task: Asked
+    modality: str
+    source: dict[str, Any]
+    license: str
+    title: str = ""
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    templates: str = ""
+    headline: str = ""
+    expects: dict[str, int] = field(default_factory=dict)
+    group: str = ""
+    split: str = ""
+    derived_from: list[str] = field(default_factory=list)
+    citation: str = field(default="", compare=False)
+    sha256: str = ""
+    tier: Literal["A", "B", "C"] = "A"
+    register: str = ""
+
+    @property
+    def measure(self) -> str:
+        """The headline metric: the manifest's own, else that of its task."""
+        return self.headline or HEADLINES[self.task]
+
+    def prompts(self) -> dict[str, list[str]]:
+        """Sentences of every class, in the order of ``classes``: each phrase in each template."""
+        templates = self.templates or self.modality
+        return {
+            name: [text for phrase in phrases or [name] for text in label_prompts(phrase, templates)]
+            for name, phrases in self.classes.items()
+        }
+
+
+def read_manifest(path: Path) -> Manifest:
+    """A manifest from its YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, a key is unknown (the nearest known one is named) or a value is not allowed.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return make_manifest(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def make_manifest(values: Any) -> Manifest:
+    """A manifest from the mapping that a YAML file holds; see `read_manifest` for errors."""
+    if not isinstance(values, dict):
+        raise ValueError(f"a manifest holds `key: value` lines, not a {type(values).__name__}")
+    hints = typing.get_type_hints(Manifest)
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"unknown key {key!r}{nearest(str(key), hints)}; allowed: {', '.join(hints)}")
+        given[key] = _classes(value) if key == "classes" else convert(key, value, hints[key])
+    required = [
+        field.name for field in fields(Manifest) if field.default is MISSING and field.default_factory is MISSING
+    ]
+    missing = [key for key in required if key not in given]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}; a manifest needs {', '.join(required)}")
+    source = given["source"]
+    for key in ("group", "split"):  # columns like those beside them
+        if key in source and key not in given:
+            given[key] = str(source[key])
+    manifest = Manifest(**given)
+    _check(manifest)
+    return manifest
+
+
+def _classes(value: Any) -> dict[str, list[str]]:
+    """Classes as a list of names, or as name -> phrase, phrases or nothing."""
+    entries = dict.fromkeys(value) if isinstance(value, list) else value
+    if not isinstance(entries, dict):
+        raise ValueError(f"classes must be a list or a mapping such as {{benign: [benign lesion]}}, not {value!r}")
+    classes: dict[str, list[str]] = {}
+    for name, phrases in entries.items():
+        if isinstance(name, bool) or name is None:
+            raise ValueError(f"class {name!r}: YAML reads yes, no, on, off and null as values; put the name in quotes")
+        listed = [phrases] if isinstance(phrases, str) else phrases or []
+        if not isinstance(listed, list) or not all(isinstance(phrase, str) and phrase.strip() for phrase in listed):
+            raise ValueError(f"class {name}: phrases must be texts, not {phrases!r}")
+        if "|" in str(name):
+            raise ValueError(f"class {name!r}: | joins the findings of an image and cannot be part of a name")
+        classes[str(name)] = listed
+    return classes
+
+
+def _check(manifest: Manifest) -> None:
+    """What no type says."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", manifest.id):
+        raise ValueError(f"id {manifest.id!r} must be lower-case letters, digits and hyphens")
+    kinds = [key for key in manifest.source if key in SOURCES]
+    if len(kinds) != 1:
+        tried = next(iter(manifest.source), "")
+        raise ValueError(
+            f"source must name one of {', '.join(SOURCES)}{nearest(tried, SOURCES)}, not {manifest.source}"
+        )
+    allowed = (*SOURCES[kinds[0]], *ROW_KEYS)
+    for key in manifest.source:
+        if key != kinds[0] and key not in allowed:
+            raise ValueError(
+                f"source: {kinds[0]} knows no {key!r}{nearest(key, allowed)}; it knows {', '.join(allowed)}"
+            )
+    if manifest.task in ("classification", "multilabel", "ordinal") and len(manifest.classes) < 2:
+        raise ValueError(f"a {manifest.task} needs at least two classes, not {list(manifest.classes)}")
+    wrong = next((key for key in manifest.expects if key not in COUNTS), None)
+    if wrong is not None:
+        raise ValueError(f"expects knows no {wrong!r}{nearest(wrong, COUNTS)}; it knows {', '.join(COUNTS)}")
+    if manifest.templates and not family(manifest.templates):
+        raise ValueError(f"templates {manifest.templates!r} are none of {', '.join(FAMILIES)}")
+
+
+# Section: Where the files of a manifest lie on this machine, or where they are to be had.
+
+
+PLACE, VARIABLE = "${DATA}", "MMKD_DATA"
+
+TIERS = {"A": "download it from", "B": "register for it at", "C": "it needs credentials and an agreement, see"}
+
+SHOWN = 5
+
+
+class Absent(Exception):
+    """The data are not on this machine; the message says where they are to be had."""
+
+
+def source_kind(manifest: Manifest) -> str:
+    """The kind of a manifest's source."""
+    return next(key for key in manifest.source if key in SOURCES)
+
+
+def locate(manifest: Manifest, data: Path | None = None) -> list[Path]:
+    """Where the files of a manifest lie; see `open_collection`.
+
+    Raises:
+        Absent: some are not there, or there is no folder for ``${DATA}``.
+    """
+    kind = source_kind(manifest)
+    folder = str(data) if data is not None else os.environ.get(VARIABLE, "")
+    given = manifest.source[kind]
+    texts = [str(text) for text in (given if isinstance(given, list) else [given])]
+    if any(PLACE in text for text in texts) and not folder:
+        raise Absent(f"no folder of data is given: --data DIR or {VARIABLE}; {where_to_get(manifest)}")
+    paths = [Path(text.replace(PLACE, folder)).expanduser() for text in texts]
+    if kind == "medmnist":
+        paths = [_sized(paths[0], manifest.source.get("size"))]
+    lacking = [path for path in paths if not path.exists()]
+    if kind == "bags" and not lacking:
+        table = paths[0] / str(manifest.source.get("table", "labels.csv"))
+        lacking = [] if table.is_file() else [table]
+    is_hub_name = kind == "hf" and PLACE not in texts[0] and texts[0].count("/") == 1
+    if lacking and not is_hub_name:
+        raise Absent(f"not at {', '.join(map(str, lacking[:SHOWN]))}; {where_to_get(manifest)}")
+    return paths
+
+
+def _sized(stem: Path, size: Any) -> Path:
+    """MedMNIST's file of a size, by default the largest that is there."""
+    ending = {224: "_224.npz", 128: "_128.npz", 64: "_64.npz", 28: ".npz"}
+    if size is not None and size not in ending:
+        raise ValueError(f"source: size is {size!r}; MedMNIST has {', '.join(map(str, ending))}")
+    found = [stem.with_name(stem.name + ending[own]) for own in ([size] if size else ending)]
+    return next((path for path in found if path.is_file()), found[0])
+
+
+def where_to_get(manifest: Manifest) -> str:
+    """Where a dataset is to be had, as a part of a sentence."""
+    if not manifest.register:
+        return "its manifest does not say where it is to be had"
+    return f"{TIERS[manifest.tier]} {manifest.register}"

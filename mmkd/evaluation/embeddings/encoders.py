@@ -1,0 +1,214 @@
+"""The encoders of an evaluation by name, and one after another in memory: each embeds everything, then makes room."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmkd.data.features.index import changes, digests, fingerprints_of
+from mmkd.data.features.store import FeatureStore
+from mmkd.data.table import Pair
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.zoo import by_name
+from mmkd.evaluation.embeddings.cache import Content, Table
+from mmkd.evaluation.embeddings.embed import Embedded, ImageSource, embed, image_digests, read_embedded
+from mmkd.evaluation.embeddings.tokens import TokenSource
+from mmkd.files import fingerprint
+
+ENSEMBLE, ORACLE = "ensemble", "oracle"
+
+FEATURES = "features:"
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.txt", "*.yaml")
+
+NOT_WEIGHTS = ("settings.yaml", "report.json", "provenance.json")
+
+
+@dataclass
+class Inputs:
+    """What is embedded of one folder of pairs or one dataset.
+
+    Attributes:
+        name: sub-folder of the cache; empty for a folder of pairs.
+        open: gives the pairs and their images; opened again where it is needed, so that not all lie in memory.
+        digests: pair id -> hash of its image.
+        texts: distinct captions, prompts and questions.
+        content: hashes of all that.
+    """
+
+    name: str
+    open: Callable[[], ImageSource]
+    digests: dict[str, str]
+    texts: list[str]
+    content: Content
+
+    @classmethod
+    def of(
+        cls, name: str, opened: ImageSource, reopen: Callable[[], ImageSource], texts: Sequence[str], quiet: bool
+    ) -> Inputs:
+        """Hash the images of an opened source."""
+        digests = image_digests(opened, quiet)
+        return cls(name, reopen, digests, list(texts), Content.of(opened.pairs, digests, texts))
+
+
+@dataclass(frozen=True)
+class Known:
+    """An encoder that has embedded all there is, and may have left memory since.
+
+    Attributes:
+        name: in the results.
+        source: what it was loaded from.
+        fingerprint: of weights and preprocessing.
+        provenance: what it says of itself.
+        cache: folder of its shards.
+        stored: the store, where it is precomputed features.
+        load: loads it again, for what is embedded only when a task asks for it.
+        batch_size: images or texts at a time then.
+    """
+
+    name: str
+    source: str
+    fingerprint: str
+    provenance: dict[str, Any]
+    cache: Path
+    stored: StoredFeatures | None = None
+    load: Callable[[], DualEncoder] | None = None
+    batch_size: int = 32
+
+    def embedded(self, inputs: Inputs, pairs: Sequence[Pair], source: ImageSource) -> Embedded:
+        """Its vectors of the pairs of one source, memory-mapped, and where tokens come from if they are asked for."""
+        if self.stored is not None:
+            return self.stored.embedded(self.name, pairs)
+        cache = self.cache / inputs.name
+        found = read_embedded(self.name, self.fingerprint, self.provenance, inputs.content, pairs, inputs.texts, cache)
+        if self.load is not None:
+            digests = inputs.digests
+            found.tokens = TokenSource(
+                self.load, source.image, lambda pair: digests[pair.id], self.fingerprint, cache, self.batch_size
+            )
+        return found
+
+
+def embed_everything(
+    sources: dict[str, str],
+    inputs: Sequence[Inputs],
+    load: Callable[[str], DualEncoder],
+    cache: Path,
+    batch_size: int,
+    quiet: bool,
+) -> list[Known]:
+    """Let each encoder embed what is missing of all inputs; only one is in memory at a time.
+
+    Args:
+        sources: what each is loaded from, by name.
+        inputs: what is embedded.
+        load: loads a dual encoder.
+        cache: root of the caches; each encoder has a folder of its name.
+        batch_size: images or texts at a time.
+        quiet: no progress bars.
+    """
+    known = []
+    for name, source in sources.items():
+        if source.startswith(FEATURES):
+            stored = StoredFeatures(Path(source[len(FEATURES) :]))
+            known.append(Known(name, source, stored.fingerprint, stored.provenance, cache / name, stored))
+            continue
+        encoder = load(source)
+        own = Known(
+            name,
+            source,
+            encoder_fingerprint(encoder, source),
+            encoder.provenance,
+            cache / name,
+            load=partial(load, source),
+            batch_size=batch_size,
+        )
+        for each in inputs:
+            folder = own.cache / each.name
+            if each.content.missing(folder, own.fingerprint):
+                embed(encoder, own.fingerprint, each.content, each.open(), each.texts, folder, batch_size, quiet)
+        known.append(own)
+    return known
+
+
+def named_sources(encoders: list[str]) -> dict[str, str]:
+    """Sources by the name they have in the results: what stands before ``=``, else the last part of the source.
+
+    Raises:
+        ValueError: none is given, two have one name, or a name is that of a row made here.
+    """
+    if not encoders:
+        raise ValueError("--encoders is empty; name the student first, then its teachers")
+    return by_name(encoders, lambda source: Path(source.removeprefix(FEATURES)).name, "encoder", (ENSEMBLE, ORACLE))
+
+
+def encoder_fingerprint(encoder: DualEncoder, source: str) -> str:
+    """SHA-256 of what the encoder says of itself and, if it was loaded from a folder or file, of those files."""
+    path = Path(source)
+    found = {file for pattern in WEIGHT_FILES for file in path.glob(pattern)} if path.is_dir() else {path}
+    files = [file for file in found if file.is_file() and file.name not in NOT_WEIGHTS]
+    described = json.dumps(encoder.provenance, sort_keys=True, default=str)
+    return hashlib.sha256(f"{described} {encoder.dim} {fingerprint(files)}".encode()).hexdigest()
+
+
+# Section: Precomputed features as an encoder: images and captions are known by pair, no other sentence is.
+
+
+TINY = np.finfo(np.float32).tiny
+
+
+class StoredFeatures:
+    """One teacher's feature store (`mmkd extract`), looked up by pair id."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the store.
+
+        Raises:
+            FileNotFoundError: there is no store; the message names those below the folder, if there are any.
+        """
+        if not (folder / "meta.json").is_file():
+            below = sorted(path.parent.name for path in folder.glob("*/meta.json"))
+            hint = f"; give one of {', '.join(f'features:{folder / name}' for name in below)}" if below else ""
+            raise FileNotFoundError(f"features:{folder} holds no meta.json, as every store of `mmkd extract`{hint}")
+        self.store = FeatureStore(folder)
+        self.fingerprint = hashlib.sha256(f"store {self.store.checksum}".encode()).hexdigest()
+        self.provenance = {"features": self.store.name, "dim": self.store.dim, **self.store.provenance}
+
+    def embedded(self, name: str, pairs: Sequence[Pair]) -> Embedded:
+        """The vectors of those pairs that the store holds; of pairs that have changed since, none.
+
+        Args:
+            name: how the encoder is called in the results.
+            pairs: whose images and captions are asked for.
+        """
+        rows = self.store.ids.rows(digests([pair.id for pair in pairs]))
+        known = np.flatnonzero(rows >= 0)
+        found = [pairs[k] for k in known.tolist()]
+        before, now = self.store.ids.fingerprints(rows[known]), fingerprints_of(found)
+        changed = np.logical_or.reduce(list(changes(before, now).values())) if found else np.zeros(0, dtype=bool)
+        kept = [pair for pair, gone in zip(found, changed.tolist(), strict=True) if not gone]
+        image, text, _ = self.store.read(rows[known[~changed]])
+        count = int(changed.sum())
+        failures = [f"{count} pairs have changed since these features were made; they count as missing"] * (count > 0)
+        captions = {pair.caption: row for row, pair in enumerate(kept) if pair.caption.strip()}
+        return Embedded(
+            name,
+            self.fingerprint,
+            self.provenance,
+            Table([pair.id for pair in kept], [_unit(image.numpy())]),
+            {},
+            Table(list(captions), [_unit(text.numpy()[list(captions.values())])]),
+            failures=failures,
+        )
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows (n, dim) at unit length."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)

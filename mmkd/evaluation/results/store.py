@@ -1,0 +1,213 @@
+"""The cells of a table of results: one encoder on one task, kept so that a second run makes only what is missing.
+
+A cell is two files under ``cells/ENCODER/``: ``TASK.safetensors`` with per-sample outputs and bootstrap replicates,
+and, written last, ``TASK.json`` with point values and intervals; ``scores/ENCODER/TASK.parquet`` says how each sample
+was answered. A cell's key is the hash of all it was made from; one with another key is made again.
+
+Replicates are drawn twice: stratified by the task's own classes for the task's intervals, and from one draw of all
+held-out groups, stratified by modality, for means over tasks, whose errors go together because their images do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from mmkd.data.table import Pair
+from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.statistics.bootstrap import Frame, Metrics, frame, interval, plain, replicate, subframe
+from mmkd.evaluation.statistics.metrics import Floats
+from mmkd.evaluation.tasks.task import Outputs, Task
+from mmkd.files import atomic_write_bytes, read_json, write_json
+
+FORMAT = 2
+
+Cell = dict[str, Any]
+
+
+class CellFolder:
+    """Cells of one evaluation, and how their intervals are made."""
+
+    def __init__(self, path: Path, held_out: list[Pair], replicates: int, seed: int) -> None:
+        """Name the folder of the results and what is drawn from; nothing is written yet."""
+        self.path = path
+        self.replicates = replicates
+        self.seed = seed
+        self._held_out = held_out
+        self._position = {pair.id: position for position, pair in enumerate(held_out)}
+
+    @cached_property
+    def _whole(self) -> Frame:
+        """Of all held-out pairs."""
+        return frame([pair.modality for pair in self._held_out], [pair.group for pair in self._held_out])
+
+    def describe(self, task: Task) -> dict[str, Any]:
+        """Write what the task asks to ``tasks/TASK.json`` and return it."""
+        description = {
+            "name": task.name,
+            "title": task.title,
+            "kind": task.kind,
+            "headline": task.headline,
+            "frames": {
+                name: {"n": len(frame.units), "groups": frame.groups, "resampling": frame.resampling}
+                for name, frame in task.frames.items()
+            },
+            "modalities": task.modalities,
+            **task.description,
+        }
+        if task.dataset:
+            description |= {"dataset": task.dataset, "modality": task.modality, "variant": task.variant}
+        write_json(self.path / "tasks" / f"{task.name}.json", description)
+        return description
+
+    def cell(
+        self, task: Task, encoder: str, made_from: list[Any], compute: Callable[[], tuple[Outputs, Cell]]
+    ) -> tuple[Cell, Outputs]:
+        """Read a cell, or make it.
+
+        Args:
+            task: the column.
+            encoder: the row.
+            made_from: fingerprints of the weights, images and questions behind it, plain JSON values.
+            compute: gives the per-sample outputs and what else the cell shall record.
+
+        Returns:
+            The cell as in its JSON file, and the per-sample outputs.
+        """
+        key = fingerprint_of([FORMAT, self.replicates, self.seed, encoder, made_from])
+        file = self._file(encoder, task.name, "json")
+        if file.is_file() and (cell := read_json(file)).get("key") == key:
+            return cell, self.outputs(encoder, task.name)
+        try:
+            outputs, extra = compute()
+            cell, replicates, together = self._evaluate(task, outputs)
+        except Undefined as reason:
+            outputs, extra, replicates, together = {}, {}, {}, {}
+            cell = {"undefined": str(reason), "metrics": {}, "by_modality": {}}
+        cell |= {"encoder": encoder, "task": task.name, "key": key, **extra}
+        tensors = {f"outputs.{name}": np.ascontiguousarray(array) for name, array in outputs.items()}
+        tensors |= {f"replicates.{name}": np.ascontiguousarray(values) for name, values in replicates.items()}
+        tensors |= {f"together.{name}": np.ascontiguousarray(values) for name, values in together.items()}
+        atomic_write_bytes(self._file(encoder, task.name, "safetensors"), safetensors.numpy.save(tensors))
+        write_scores(self.path / "scores" / encoder / f"{task.name}.parquet", task, outputs)
+        write_json(file, cell)
+        return cell, outputs
+
+    def outputs(self, encoder: str, task: str) -> Outputs:
+        """Per-sample outputs of a cell."""
+        return self._tensors(encoder, task, "outputs.")
+
+    def replicate_values(self, encoder: str, task: str) -> Metrics:
+        """Bootstrap replicates of a cell, ``{metric: (replicates,)}``."""
+        return self._tensors(encoder, task, "replicates.")
+
+    def together(self, encoder: str, task: str) -> Floats:
+        """The headline metric's replicates ``(replicates,)`` under the draws that all tasks share."""
+        (values,) = self._tensors(encoder, task, "together.").values()
+        return values
+
+    def _evaluate(self, task: Task, outputs: Outputs) -> tuple[Cell, Metrics, Metrics]:
+        unsound = [name for name, array in outputs.items() if not np.isfinite(array).all()]
+        if unsound:
+            count = int(max((~np.isfinite(outputs[name])).any(axis=-1).sum() for name in unsound))
+            reason = (
+                f"the encoder gave vectors that are not finite; {count} outputs ({', '.join(unsound)}) are undefined"
+            )
+            return {"undefined": reason, "metrics": {}, "by_modality": {}}, {}, {}
+        points, replicates = replicate(partial(task.metrics, outputs), task.frames, self.replicates, self.seed)
+        shared = self._shared(task)
+        if all(shared[name].same_draws(own) for name, own in task.frames.items()):
+            together = {task.headline: replicates[task.headline]}
+        else:
+            _, together = replicate(partial(task.headline_metric, outputs), shared, self.replicates, self.seed)
+        metrics = {}
+        for name, value in points.items():
+            low, high = interval(replicates[name])
+            metrics[name] = {"value": plain(value), "low": plain(low), "high": plain(high)}
+        cell = {"undefined": None, "metrics": metrics, "by_modality": _by_modality(task, outputs)}
+        if fitted := {name: array.tolist() for name, array in outputs.items() if "." not in name}:
+            cell["fitted"] = fitted
+        if extras := task.extras(outputs):
+            cell["extras"] = extras
+        return cell, replicates, together
+
+    def _shared(self, task: Task) -> dict[str, Frame]:
+        """Frames on the draws of all held-out groups; the task's own where it asks of other samples than these."""
+        if any(pair.id not in self._position for pairs in task.holders.values() for pair in pairs):
+            return task.frames
+        return {
+            name: subframe(self._whole, [self._position[pair.id] for pair in pairs])
+            for name, pairs in task.holders.items()
+        }
+
+    def _file(self, encoder: str, task: str, ending: str) -> Path:
+        return self.path / "cells" / encoder / f"{task}.{ending}"
+
+    def _tensors(self, encoder: str, task: str, prefix: str) -> dict[str, Any]:
+        with safetensors.safe_open(self._file(encoder, task, "safetensors"), framework="np") as stored:
+            names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name[len(prefix) :]: stored.get_tensor(name) for name in names}
+
+
+def fingerprint_of(values: Any) -> str:
+    """SHA-256 of plain JSON values, read piece by piece: a million answers as one text take gigabytes."""
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder(sort_keys=True).iterencode(values):
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+def _by_modality(task: Task, outputs: Outputs) -> dict[str, dict[str, float]]:
+    """Mean score and number of the images of each modality."""
+    scores, modalities = task.sample_scores(outputs)["image"], np.array(task.modalities["image"])
+    return {
+        str(modality): {"score": float(scores[modalities == modality].mean()), "n": int((modalities == modality).sum())}
+        for modality in np.unique(modalities)
+        if modality
+    }
+
+
+# Section: How well each sample was answered, as Parquet, for whoever wants to test or plot it elsewhere.
+
+
+def write_scores(path: Path, task: Task, outputs: Outputs) -> None:
+    """Write ``frame, id, score, target, prediction`` of each sample, or take away what stood there.
+
+    Args:
+        path: of the file.
+        task: what was asked.
+        outputs: per-sample outputs of an encoder; none where it cannot answer.
+    """
+    if not outputs or not all(np.isfinite(array).all() for array in outputs.values()):
+        path.unlink(missing_ok=True)
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    def named(names: list[str] | None, count: int) -> pyarrow.Array:
+        return pyarrow.nulls(count, pyarrow.string()) if names is None else pyarrow.array(names, pyarrow.string())
+
+    answers = task.sample_answers(outputs)
+    parts = []
+    for unit, scores in task.sample_scores(outputs).items():
+        targets, predictions = answers.get(unit, (None, None))
+        columns = {
+            "frame": pyarrow.array([unit] * len(scores)).dictionary_encode(),
+            "id": pyarrow.array([pair.id for pair in task.holders[unit]]),
+            "score": pyarrow.array(np.asarray(scores, dtype=np.float64)),
+            "target": named(targets, len(scores)),
+            "prediction": named(predictions, len(scores)),
+        }
+        parts.append(pyarrow.table(columns))
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.concat_tables(parts, promote_options="default").unify_dictionaries(), buffer)
+    atomic_write_bytes(path, buffer.getvalue())

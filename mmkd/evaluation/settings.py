@@ -1,0 +1,116 @@
+"""The settings of an evaluation, and what of them is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mmkd.command.settings import setting
+from mmkd.command.values import nearest
+from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
+from mmkd.evaluation.suite import SUITE
+
+STAGE1 = "stage1"
+PAIRS_KINDS = ("zeroshot", "retrieval", "probe", "vqa")
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@dataclass
+class EvalSettings:
+    """Evaluate encoders side by side: on held-out pairs, on the datasets of a suite, or as a student is trained.
+
+    The first encoder is the student, the others are its teachers unless they are named as baselines. Exactly one of
+    pairs, suite and datasets says what is evaluated on.
+    """
+
+    encoders: list[str] = setting(
+        help="names, folders, Hub ids, open_clip:ARCHITECTURE[:PRETRAINED], features:STORE; each may be given as "
+        "NAME=SOURCE; the first is the student"
+    )
+    pairs: Path | None = setting(None, "folder of pairs")
+    suite: str | None = setting(None, "name of a list of datasets; `mmkd datasets ls` shows them")
+    datasets: list[str] = setting(factory=list, help="manifests of datasets, or ids of the registry")
+    data: Path | None = setting(None, "where the data of suite and datasets lie: ${DATA} in their manifests")
+    output: Path = setting(Path("results"), "folder of cells and summary.json; what is there already is kept")
+    cache: Path | None = setting(None, "folder of embeddings, by default OUTPUT/embeddings; may be shared")
+    split: Literal["train", "validation", "test"] = setting("test", "which pairs are evaluated on")
+    tasks: list[str] = setting(factory=list, help=f"kinds of task, by default all: {', '.join(SUITE)}")
+    probe_on: Literal["pooled", "joint"] = setting(
+        "pooled", "(suite, datasets) image vectors that are learnt from: before the projection, or in the common space"
+    )
+    probe_search: Literal["sweep", "fast"] = setting(
+        "sweep", "(suite, datasets) a probe's C by 13 fits on the validation images, or dim * classes / 100"
+    )
+    probe_curve: bool = setting(True, "(suite, datasets) probe few images and parts of the training set, too")
+    auroc_on: Literal["margin", "softmax"] = setting(
+        "margin", "(suite, datasets) AUROC ranks by the margin over the other classes, or by softmax of the scores"
+    )
+    questions: Path | None = setting(None, "(pairs) JSON in the form of VQA-RAD, its images in images/ beside it")
+    within: Literal["modality", "source"] = setting(
+        "modality", "(pairs) labels are told apart within modalities and over all, or within each collection"
+    )
+    captioned: list[str] = setting(
+        factory=list, help="(pairs) collections whose captions are retrieved, by default all"
+    )
+    baselines: list[str] = setting(factory=lambda: [STAGE1], help="encoders shown beside, but no teachers")
+    replicates: int = setting(REPLICATES, "bootstrap replicates")
+    batch_size: int = setting(32, "images or texts embedded at a time")
+    precision: Precision = setting("float32", "in which encoders compute; tf32 and bfloat16 are faster on GPUs")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one, another for each process")
+    cache_frozen_towers: Path | None = setting(
+        None, "(pairs) folder for tower outputs of models of ours; those that share towers encode with them once"
+    )
+    watch: Path | None = setting(None, "output of a training: evaluate its checkpoints as they appear, as the student")
+    poll_seconds: float = setting(30.0, "(watch) time between two looks")
+    seed: int = setting(SEED, "seed of the bootstrap")
+    quiet: bool = setting(False, "no progress bars")
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of task that are asked for."""
+        return self.tasks or (list(PAIRS_KINDS) if self.pairs is not None else list(SUITE))
+
+    @property
+    def embeddings(self) -> Path:
+        """Root of the embeddings."""
+        return self.cache or self.output / "embeddings"
+
+
+def check(settings: EvalSettings, sources: dict[str, str]) -> None:
+    """Raise on settings that cannot work before anything is loaded.
+
+    Args:
+        settings: as given.
+        sources: encoders by name.
+
+    Raises:
+        ValueError: what came, what is allowed and what to do.
+    """
+    given = [name for name in ("pairs", "suite", "datasets") if getattr(settings, name)]
+    if len(given) != 1:
+        raise ValueError(f"give one of --pairs, --suite and --datasets; {' and '.join(given) or 'none'} came")
+    _refuse_unread(settings, given[0])
+    for kind in settings.tasks:
+        if kind not in SUITE:
+            raise ValueError(f"unknown task {kind!r}{nearest(kind, SUITE)}; known: {', '.join(SUITE)}")
+    for name in settings.baselines:
+        if name != STAGE1 and name not in sources:
+            raise ValueError(
+                f"baseline {name!r}{nearest(name, sources)} is not among the encoders: {', '.join(sources)}"
+            )
+    if settings.replicates < 100 or settings.batch_size < 1 or settings.poll_seconds <= 0:
+        raise ValueError(
+            f"replicates is {settings.replicates}, at least 100; batch_size {settings.batch_size}, at least 1; "
+            f"poll_seconds {settings.poll_seconds}, above 0"
+        )
+
+
+def _refuse_unread(settings: EvalSettings, given: str) -> None:
+    """Settings that the chosen data would leave unread."""
+    of_pairs = ("questions", "captioned", "cache_frozen_towers")
+    unread = ("data",) if given == "pairs" else of_pairs
+    for name in unread:
+        if getattr(settings, name):
+            belongs = "--suite or --datasets" if given == "pairs" else "--pairs"
+            raise ValueError(f"--{name} belongs to {belongs}; leave it out with --{given}")

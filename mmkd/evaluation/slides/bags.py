@@ -1,0 +1,263 @@
+"""Bags: features of all tiles of a slide, one HDF5 file a slide, as TRIDENT, CLAM, STAMP and `mmkd tile` write them.
+
+``root/ENCODER/SLIDE.h5`` holds ``features`` (N, D), the vectors before the projection; ``coords`` (N, 2), where each
+tile lies, which no task here needs, but which must be of as many tiles where it is there; and, where `mmkd tile` wrote
+it, ``proj`` (N, P), the tiles in the joint space of images and texts. Other names that are read: ``feats`` (STAMP),
+``patch_embeddings`` and ``embeddings``; (1, N, D) is taken as (N, D).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.embeddings.cache import Undefined, Vectors
+
+FEATURE_NAMES = ("features", "feats", "patch_embeddings", "embeddings")
+JOINT_NAMES = ("proj", "projected")
+SUFFIXES = (".h5", ".hdf5")
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".png", ".jpg")
+MEMORY = 2 * 1024**3
+NAMED = 5
+
+
+class EncoderBags:
+    """The bags of one encoder; files are opened when a slide is asked for, and the last ones stay in memory."""
+
+    def __init__(self, encoder: str, files: dict[str, Path], memory: int = MEMORY) -> None:
+        """Keep where each slide's file lies.
+
+        Args:
+            encoder: whose features these are.
+            files: by slide.
+            memory: most bytes of features that are kept for another reading.
+        """
+        self.encoder, self.files = encoder, files
+        self._memory, self._held = memory, 0
+        self._kept: OrderedDict[tuple[str, str], Vectors] = OrderedDict()
+
+    def __contains__(self, slide: str) -> bool:
+        return slide_name(slide) in self.files
+
+    def require(self, slides: Sequence[str]) -> None:
+        """Raise unless every one of these slides has a bag.
+
+        Raises:
+            Undefined: some are not there; the first of them are named.
+        """
+        if missing := [slide for slide in slides if slide not in self]:
+            raise Undefined(f"{len(missing)} of {len(slides)} slides have no bag of {self.encoder}: {listed(missing)}")
+
+    def features(self, slide: str) -> Vectors:
+        """Tiles before the projection, ``(N, D)`` float32.
+
+        Raises:
+            Undefined: no file, no tile, values that are not finite numbers, no features in the file, or coordinates
+                of other tiles than these.
+        """
+        return self._read(slide, FEATURE_NAMES)
+
+    def joint(self, slide: str, width: int) -> Vectors:
+        """Unit vectors of the tiles in the joint space, ``(N, width)``; features of that width stand in for ``proj``.
+
+        Raises:
+            Undefined: as `features`, or the file holds no vectors of that width.
+        """
+        stored = self._shapes(slide)
+        names = next((names for names in (JOINT_NAMES, FEATURE_NAMES) if _first(stored, names)), JOINT_NAMES)
+        vectors = self._read(slide, names)
+        if vectors.shape[1] != width:
+            raise Undefined(
+                f"{self.encoder} has no joint vectors of width {width} for slide {slide} (found {vectors.shape[1]}); "
+                "make bags that hold `proj` with `mmkd tile`"
+            )
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+    def width(self, slides: Sequence[str]) -> int:
+        """Width of the features of all these slides, read from the headers.
+
+        Raises:
+            Undefined: bags are missing or empty, or widths differ; the slides are named.
+        """
+        self.require(slides)
+        widths: dict[int, str] = {}
+        empty = []
+        for slide in slides:
+            shapes = self._shapes(slide)
+            name = _first(shapes, FEATURE_NAMES)
+            if name is None or 0 in shapes[name] or len(shapes[name]) < 2:
+                empty.append(slide)
+            else:
+                widths.setdefault(shapes[name][-1], slide)
+        if empty:
+            raise Undefined(f"{len(empty)} of {len(slides)} bags of {self.encoder} hold no tile: {listed(empty)}")
+        if len(widths) > 1:
+            shown = ", ".join(f"{width} in {slide}" for width, slide in widths.items())
+            raise Undefined(f"bags of {self.encoder} differ in width: {shown}; they come from more than one encoder")
+        return next(iter(widths))
+
+    def fingerprint(self, slides: Sequence[str]) -> str:
+        """Changes when a bag of these slides does: a hash over names, sizes and times of their files."""
+        digest = hashlib.sha256()
+        for slide in sorted(slides):
+            path = self.files.get(slide_name(slide))
+            found = path.stat() if path else None
+            digest.update(f"{slide} {found.st_size} {found.st_mtime_ns}\n".encode() if found else f"{slide}\n".encode())
+        return digest.hexdigest()
+
+    def _read(self, slide: str, names: Sequence[str]) -> Vectors:
+        key = (slide, names[0])
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        with self._open(slide) as file:
+            name = _first(file, names)
+            if name is None:
+                raise Undefined(f"{self.encoder}: the bag of slide {slide} holds {sorted(file)}, none of {names}")
+            stored = file[name]
+            self._check_rows(slide, file)
+            if stored.dtype.kind not in "fiu":
+                raise Undefined(f"{self.encoder}: {name} of slide {slide} are {stored.dtype}, not numbers")
+            if len(stored.shape) != 2 and not (len(stored.shape) == 3 and stored.shape[0] == 1):
+                raise Undefined(f"{self.encoder}: slide {slide} has {name} of shape {stored.shape}, expected (N, D)")
+            vectors = np.asarray(stored, dtype=np.float32).reshape(-1, stored.shape[-1])
+        if not vectors.size:
+            raise Undefined(f"{self.encoder}: the bag of slide {slide} is empty")
+        if not np.isfinite(vectors).all():
+            count = int((~np.isfinite(vectors)).any(axis=1).sum())
+            raise Undefined(f"{self.encoder}: {count} of {len(vectors)} tiles of slide {slide} are not finite")
+        self._keep(key, vectors)
+        return vectors
+
+    def _check_rows(self, slide: str, file: Any) -> None:
+        """Raise where what a file holds of each tile is not of as many tiles: it was cut off, or mixed up."""
+        known = (*FEATURE_NAMES, *JOINT_NAMES, "coords")
+        rows = {name: file[name].shape[-2] for name in known if len(getattr(file.get(name), "shape", ())) > 1}
+        if len(set(rows.values())) > 1:
+            told = ", ".join(f"{name} of {count} tiles" for name, count in rows.items())
+            raise Undefined(f"{self.encoder}: the bag of slide {slide} holds {told}; make it again")
+
+    def _keep(self, key: tuple[str, str], vectors: Vectors) -> None:
+        if vectors.nbytes > self._memory:
+            return
+        self._kept[key] = vectors
+        self._held += vectors.nbytes
+        while self._held > self._memory:
+            self._held -= self._kept.popitem(last=False)[1].nbytes
+
+    def _shapes(self, slide: str) -> dict[str, tuple[int, ...]]:
+        with self._open(slide) as file:
+            return {name: file[name].shape for name in file if hasattr(file[name], "shape")}
+
+    @contextmanager
+    def _open(self, slide: str) -> Iterator[Any]:
+        import h5py
+
+        self.require([slide])
+        try:
+            with h5py.File(self.files[slide_name(slide)], "r") as file:
+                yield file
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise Undefined(f"{self.encoder}: the bag of slide {slide} cannot be read ({reason})") from None
+
+
+class BagFolder:
+    """Bags of several encoders, one folder each, or of one encoder right in the folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Name the folder; nothing is read yet.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+        """
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is no folder of bags; make it with `mmkd tile --output {root}`")
+        self.root = root
+        self._last: EncoderBags | None = None
+
+    def encoders(self) -> list[str]:
+        """Names of the folders that hold bags; that of the root itself where bags lie right in it."""
+        inside = [path.name for path in sorted(self.root.iterdir()) if path.is_dir() and bag_files(path)]
+        return inside or ([_owner(self.root)] if bag_files(self.root) else [])
+
+    def open(self, encoder: str) -> EncoderBags:
+        """The bags of an encoder.
+
+        Raises:
+            Undefined: there are none; the message says whose there are.
+        """
+        if self._last is not None and self._last.encoder == encoder:
+            return self._last
+        folders = [self.root / name for name in (encoder, f"features_{encoder}")]
+        files: dict[str, Path] = next((found for folder in folders if (found := bag_files(folder))), {})
+        if not files and encoder == _owner(self.root):
+            files = bag_files(self.root)
+        if not files:
+            known = ", ".join(self.encoders()) or "nobody"
+            raise Undefined(f"no bags of {encoder} in {self.root} (there are those of {known}); `mmkd tile` makes them")
+        self._last = EncoderBags(encoder, files)
+        return self._last
+
+    def slides(self) -> set[str]:
+        """Slides of which any encoder has a bag."""
+        folders = [path for path in self.root.iterdir() if path.is_dir()]
+        return {slide for folder in [self.root, *folders] for slide in bag_files(folder)}
+
+
+def bag_files(folder: Path) -> dict[str, Path]:
+    """HDF5 files by slide, in the folder or (CLAM) in ``h5_files`` inside it."""
+    for place in (folder, folder / "h5_files"):
+        if place.is_dir():
+            found = {slide_name(p.name): p for p in sorted(place.iterdir()) if p.suffix.lower() in SUFFIXES}
+            if found:
+                return found
+    return {}
+
+
+def slide_name(name: str) -> str:
+    """A slide as files are called: without folder and the ending of its image or bag."""
+    name = Path(name).name
+    suffix = Path(name).suffix
+    return name.removesuffix(suffix) if suffix.lower() in (*SUFFIXES, *SLIDE_SUFFIXES) else name
+
+
+def slide_of(pair: Pair) -> str:
+    """The slide behind a pair."""
+    return slide_name(pair.image or pair.id)
+
+
+def bags_of(collection: Collection | None) -> BagFolder | None:
+    """The bags that a dataset brings, if it is one of slides."""
+    return BagFolder(collection.root) if collection is not None and collection.root is not None else None
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
+
+
+def _owner(folder: Path) -> str:
+    """Whose features lie right in a folder: as their file says, else as the folder is called."""
+    import h5py
+
+    files = bag_files(folder)
+    try:
+        with h5py.File(next(iter(files.values())), "r") as file:
+            said = file.attrs.get("encoder")
+    except (OSError, StopIteration):
+        said = None
+    return str(said) if said else folder.name.removeprefix("features_")
+
+
+def _first(stored: Any, names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in stored), None)

@@ -1,0 +1,144 @@
+"""The cases of a survival dataset: outcomes and covariates from the rows of its slides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.slides.bags import listed, slide_of
+from mmkd.evaluation.statistics.metrics import Floats, Integers
+from mmkd.evaluation.statistics.survival import Booleans, Outcomes
+
+COVARIATES = (
+    "age",
+    "sex",
+    "gender",
+    "is_female",
+    "stage",
+    "tumor_stage",
+    "ajcc_stage",
+    "pathologic_stage",
+    "grade",
+    "tumor_grade",
+    "oncotree_code",
+    "histology",
+)
+MOST_LEVELS, FEWEST_OF_LEVEL = 10, 10
+YES, NO = ("1", "1.0", "true", "yes", "dead", "deceased", "died"), ("0", "0.0", "false", "no", "alive", "living")
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Cases in the order of their names.
+
+    Attributes:
+        cases: their names.
+        slides: those of each case.
+        holders: a pair of each case.
+        outcomes: what happened to them.
+        names: of the covariates.
+        covariates: ``(n, covariates)``, NaN where not known.
+        left_out: reason -> how many cases are left out for it.
+    """
+
+    cases: list[str]
+    slides: list[list[str]]
+    holders: list[Pair]
+    outcomes: Outcomes
+    names: list[str]
+    covariates: Floats
+    left_out: dict[str, int]
+
+
+def read_cohort(collection: Collection, available: set[str] | None) -> Cohort:
+    """The cases of a dataset.
+
+    Args:
+        collection: the dataset; its facts hold ``time`` and ``event`` of every slide.
+        available: slides that count; all if None.
+
+    Raises:
+        ValueError: a time or event cannot be understood, or slides of one case disagree.
+    """
+    pairs: dict[str, list[Pair]] = {}
+    for pair in collection.pairs:
+        pairs.setdefault(pair.group or pair.id, []).append(pair)
+    left_out = {"no time or event": 0, "no bag": 0}
+    kept: dict[str, tuple[list[str], Pair, tuple[float, bool]]] = {}
+    for case in sorted(pairs):
+        known = {outcome for pair in pairs[case] if (outcome := _outcome(pair, collection.facts.get(pair.id, {})))}
+        if len(known) > 1:
+            told = "; ".join(f"time {time:g}, event {event:d}" for time, event in sorted(known))
+            raise ValueError(f"{collection.manifest.id}: slides of case {case} disagree: {told}")
+        slides = [slide for pair in pairs[case] if (slide := slide_of(pair)) and _counts(slide, available)]
+        if not known or not slides:
+            left_out["no bag" if known else "no time or event"] += 1
+        else:
+            kept[case] = (sorted(slides), pairs[case][0], next(iter(known)))
+    outcomes = Outcomes(
+        np.array([outcome[0] for _, _, outcome in kept.values()], dtype=np.float64),
+        np.array([outcome[1] for _, _, outcome in kept.values()], dtype=np.bool_),
+    )
+    holders = [pair for _, pair, _ in kept.values()]
+    names, covariates = _covariates([collection.facts.get(pair.id, {}) for pair in holders])
+    return Cohort(
+        list(kept), [slides for slides, _, _ in kept.values()], holders, outcomes, names, covariates, left_out
+    )
+
+
+def stratified_folds(event: Booleans, count: int, seed: int) -> Integers:
+    """A fold for each case, ``(n,)`` from 0 on: deaths and censored cases are dealt out evenly."""
+    generator = np.random.default_rng(seed)
+    folds = np.zeros(len(event), dtype=np.int64)
+    start = 0
+    for stratum in (True, False):
+        rows = generator.permutation(np.flatnonzero(event == stratum))
+        folds[rows] = (start + np.arange(len(rows))) % count
+        start += len(rows)
+    return folds
+
+
+def _counts(slide: str, available: set[str] | None) -> bool:
+    return available is None or slide in available
+
+
+def _outcome(pair: Pair, facts: dict[str, str]) -> tuple[float, bool] | None:
+    """Time and event; None where the table leaves either empty."""
+    time, event = (str(facts.get(name, "")).strip() for name in ("time", "event"))
+    if not time or not event or time.lower() == "nan" or event.lower() == "nan":
+        return None
+    number = _number(time)
+    if math.isnan(number) or math.isinf(number) or number < 0:
+        raise ValueError(f"slide {pair.id}: time {time!r} is no number from 0 on")
+    if event.lower() not in (*YES, *NO):
+        raise ValueError(f"slide {pair.id}: event {event!r} is none of {listed([*YES, *NO])}")
+    return number, event.lower() in YES
+
+
+def _covariates(rows: list[dict[str, str]]) -> tuple[list[str], Floats]:
+    """Known clinical columns: numbers as they are, words as one column for each frequent level but the first."""
+    names: list[str] = []
+    columns: list[list[float]] = []
+    for column in COVARIATES:
+        values = [str(row.get(column, "")).strip() for row in rows]
+        numbers = [_number(value) for value in values]
+        if all(math.isnan(number) for number, value in zip(numbers, values, strict=True) if value):
+            levels = [level for level in sorted(set(values) - {""}) if values.count(level) >= FEWEST_OF_LEVEL]
+            for level in levels[1:MOST_LEVELS]:
+                names.append(f"{column}={level}")
+                columns.append([float(value == level) if value else math.nan for value in values])
+        elif len({number for number in numbers if not math.isnan(number)}) > 1:
+            names.append(column)
+            columns.append(numbers)
+    return names, np.array(columns, dtype=np.float64).reshape(len(names), len(rows)).T
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,249 @@
+"""Cancer diagnosis on whole slides: the slide is a bag of tiles, the answer a class of the slide.
+
+- ``diagnosis-ID``: zero-shot. Every tile gets its similarity to every class' sentences; a class' score on the slide is
+  the mean over the ``j`` tiles that are most like it (top-j pooling, MI-Zero). The answer is that of j = 50, fixed
+  beforehand; 1, 5, 10 and 100 stand beside it.
+- ``diagnosis-ID-ratio``: zero-shot. The share of tiles whose nearest class it is: for two classes, the tumour ratio.
+- ``diagnosis-ID-mil``: gated attention over the tiles, trained on the training slides; probabilities averaged over 5
+  seeds.
+- ``diagnosis-ID-mean``: logistic regression on the mean tile, C as in linear probing.
+
+Slides of one case are resampled together, and no case may lie on both sides of the split.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mmkd.data.table import Pair
+from mmkd.evaluation.embeddings.cache import Vectors
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.slides.attention import train_attention
+from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of, listed, slide_of
+from mmkd.evaluation.statistics import metrics
+from mmkd.evaluation.statistics.bootstrap import Metrics
+from mmkd.evaluation.statistics.metrics import Floats, Integers
+from mmkd.evaluation.tasks.classes import name_after
+from mmkd.evaluation.tasks.logistic_regression import log_mean, probe
+from mmkd.evaluation.tasks.task import Classification, Outputs, Samples
+from mmkd.evaluation.tasks.zeroshot import class_vector, standardise
+
+TOP, ANSWER = (1, 5, 10, 50, 100), 50
+SEEDS = 5
+
+
+class SlideTask(Classification):
+    """Name the class of each held-out slide; the frame ``image`` holds slides."""
+
+    kind = "diagnosis"
+
+    def __init__(self, samples: Samples, bags: BagFolder, variant: str, title: str) -> None:
+        """Fix the slides of the three splits.
+
+        Args:
+            samples: the slides of one dataset.
+            bags: their features.
+            variant: which of the ways to answer.
+            title: for people.
+        """
+        manifest = samples.manifest
+        assert manifest is not None
+        classes = list(manifest.classes)
+        super().__init__("", title, samples.held_out, [pair.label for pair in samples.held_out], classes)
+        self.train, self.validation, self.bags = samples.train, samples.validation, bags
+        self.description["chance"] |= {"kappa": 0.0, "quadratic_kappa": 0.0}
+        name_after(self, manifest, variant)
+        self.description |= {"slides": {"train": len(self.train), "validation": len(self.validation)}}
+
+    @property
+    def used(self) -> list[Pair]:
+        """Slides whose bags are read."""
+        return [*self.train, *self.validation, *self.pairs]
+
+    def evidence(self, embedded: Embedded) -> list[str]:
+        """A fingerprint of the bags that are read."""
+        return [self.bags.open(embedded.name).fingerprint([slide_of(pair) for pair in self.used])]
+
+    def opened(self, embedded: Embedded) -> EncoderBags:
+        """The bags of an encoder, all there and of one width."""
+        bags = self.bags.open(embedded.name)
+        bags.width([slide_of(pair) for pair in self.used])
+        return bags
+
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Those of `Classification`, and Cohen's kappa without and with quadratic weights."""
+        answers = outputs["image.scores"].argmax(axis=1)
+        return {
+            **super().metrics(outputs, weights),
+            "kappa": metrics.kappa(self.targets, answers, weights["image"]),
+            "quadratic_kappa": metrics.quadratic_kappa(self.targets, answers, weights["image"]),
+        }
+
+    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """The headline alone."""
+        if self.headline == "balanced_accuracy":
+            return super().headline_metric(outputs, weights)
+        return {self.headline: self.metrics(outputs, weights)[self.headline]}
+
+    def targets_of(self, pairs: Sequence[Pair]) -> Integers:
+        """Number of each slide's class."""
+        return np.array([self.classes.index(pair.label) for pair in pairs], dtype=np.int64)
+
+
+class TopTiles(SlideTask):
+    """Zero-shot: the tiles most like a class speak for the slide; or the share of tiles that are most like it."""
+
+    def __init__(self, samples: Samples, bags: BagFolder, variant: str = "") -> None:
+        """Fix slides and sentences; variant ``ratio`` counts tiles."""
+        title = "Which class do most tiles show?" if variant else "Which class do the most telling tiles show?"
+        super().__init__(samples, bags, variant, title)
+        assert samples.manifest is not None
+        self.train, self.validation = [], []
+        self.prompts = samples.manifest.prompts()
+        self.description |= {"prompts": self.prompts, "slides": {}, "top": list(TOP), "answered_by": ANSWER}
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """``image.scores`` ``(n, classes)``, and ``image.top_J`` for every j or nothing else for the ratio."""
+        bags = self.bags.open(embedded.name)
+        classes = np.stack([class_vector(embedded.text_matrix(texts)) for texts in self.prompts.values()])
+        slides = [slide_of(pair) for pair in self.pairs]
+        bags.require(slides)
+        if self.variant:
+            return {"image.scores": np.stack([shares(bags.joint(s, classes.shape[1]) @ classes.T) for s in slides])}
+        pooled = np.stack([top_means(bags.joint(s, classes.shape[1]) @ classes.T, TOP) for s in slides])
+        by_top = {f"image.top_{j}": standardise(pooled[:, k]) for k, j in enumerate(TOP)}
+        return {"image.scores": by_top[f"image.top_{ANSWER}"], **by_top}
+
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Those of the answer, and balanced accuracy and AUROC for every j."""
+        found = super().metrics(outputs, weights)
+        for j in TOP if not self.variant else ():
+            scores = outputs[f"image.top_{j}"].astype(np.float64)
+            answers = scores.argmax(axis=1)
+            found[f"balanced_accuracy_top_{j}"] = metrics.balanced_accuracy(self.targets, answers, weights["image"])
+            found[f"macro_auroc_top_{j}"] = metrics.macro_auroc(self.targets, metrics.margins(scores), weights["image"])
+        return found
+
+    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
+        """Mean of the members' scores, which are standardised or shares."""
+        return {key: np.mean([own[key] for own in outputs], axis=0) for key in outputs[0]}
+
+
+class TrainedTask(SlideTask):
+    """Learn from the training slides."""
+
+    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
+        """Logarithm of the mean of the members' probabilities."""
+        return {"image.scores": log_mean([own["image.scores"] for own in outputs])}
+
+
+class AttentionDiagnosis(TrainedTask):
+    """Gated attention over tiles, for a fixed number of epochs on training and validation slides together."""
+
+    def __init__(self, samples: Samples, bags: BagFolder) -> None:
+        """Fix the slides."""
+        super().__init__(samples, bags, "mil", "Which class, by attention over tiles?")
+        self.description["seeds"] = SEEDS
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """``image.scores``: logarithms of probabilities averaged over seeds, ``(n, classes)``."""
+        bags = self.opened(embedded)
+        slides = [slide_of(pair) for pair in self.used]
+        count = len(self.train) + len(self.validation)
+        targets = torch.from_numpy(self.targets_of(self.used[:count]))
+        scores = []
+        for seed in range(SEEDS):
+            answer = train_attention(
+                lambda number: bags.features(slides[number]),
+                range(count),
+                targets,
+                len(self.classes),
+                functional.cross_entropy,
+                seed,
+            )
+            logits = answer(range(count, len(slides))).astype(np.float64)
+            scores.append(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+        return {"image.scores": log_mean(scores)}
+
+
+class MeanTile(TrainedTask):
+    """Logistic regression on the mean of a slide's tiles."""
+
+    def __init__(self, samples: Samples, bags: BagFolder) -> None:
+        """Fix the slides."""
+        super().__init__(samples, bags, "mean", "Which class, by the mean tile?")
+        complete = {pair.label for pair in self.validation} == set(self.classes)
+        self.search = "sweep" if complete else "fast"
+        self.description["search"] = self.search
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """See `probe`."""
+        bags = self.opened(embedded)
+        width = bags.width([slide_of(pair) for pair in self.train])
+        parts = [mean_tiles(bags, pairs, width) for pairs in (self.train, self.validation, self.pairs)]
+        return probe(parts, self.targets_of(self.train), self.targets_of(self.validation), self.search)
+
+
+def tasks(samples: Samples) -> tuple[list[SlideTask], dict[str, str]]:
+    """The ways to answer that this dataset allows, and why the others are not there.
+
+    Raises:
+        ValueError: a case lies in training and held-out slides, or a label is not among the manifest's classes.
+    """
+    manifest, bags = samples.manifest, bags_of(samples.collection)
+    if manifest is None or manifest.task != "diagnosis":
+        return [], {}
+    name = f"diagnosis-{manifest.id}"
+    if bags is None:
+        return [], {name: "its source holds no bags of slides"}
+    check(samples)
+    tested = Counter(pair.label for pair in samples.held_out)
+    if len(tested) < 2:
+        return [], {name: f"held-out slides are of {len(tested)} class ({listed(sorted(tested))}); 2 are needed"}
+    found: list[SlideTask] = [TopTiles(samples, bags), TopTiles(samples, bags, "ratio")]
+    missing = sorted(set(manifest.classes) - {pair.label for pair in samples.train})
+    if missing:
+        reason = f"no training slide of {listed(missing)}"
+        return found, dict.fromkeys((f"{name}-mil", f"{name}-mean"), reason)
+    return [*found, AttentionDiagnosis(samples, bags), MeanTile(samples, bags)], {}
+
+
+def check(samples: Samples) -> None:
+    """Raise where labels are not the manifest's or cases lie on both sides."""
+    assert samples.manifest is not None
+    learnt = [*samples.train, *samples.validation]
+    strange = sorted({pair.label for pair in [*learnt, *samples.held_out]} - set(samples.manifest.classes))
+    if strange:
+        raise ValueError(
+            f"{samples.manifest.id}: labels {listed(strange)} are not among its classes "
+            f"({listed(list(samples.manifest.classes))})"
+        )
+    shared = sorted({p.group for p in learnt if p.group} & {p.group for p in samples.held_out if p.group})
+    if shared:
+        raise ValueError(
+            f"{samples.manifest.id}: {len(shared)} cases lie in training and held-out slides: {listed(shared)}"
+        )
+
+
+def mean_tiles(bags: EncoderBags, pairs: Sequence[Pair], width: int) -> Vectors:
+    """Mean tile of each slide, ``(n, width)``."""
+    means = [bags.features(slide_of(pair)).mean(axis=0) for pair in pairs]
+    return np.array(means, dtype=np.float32).reshape(len(pairs), width)
+
+
+def top_means(scores: Vectors, counts: Sequence[int]) -> Vectors:
+    """Mean of the ``j`` highest of each column of ``(tiles, classes)``: ``(counts, classes)``; of all if fewer."""
+    most = min(max(counts), len(scores))
+    highest = -np.sort(-np.partition(scores, len(scores) - most, axis=0)[len(scores) - most :], axis=0)
+    running = np.cumsum(highest, axis=0, dtype=np.float64)
+    return np.stack([running[min(j, most) - 1] / min(j, most) for j in counts]).astype(np.float32)
+
+
+def shares(scores: Vectors) -> Vectors:
+    """Share of the tiles whose highest score each class has: ``(tiles, classes)`` to ``(classes,)``."""
+    return (np.bincount(scores.argmax(axis=1), minlength=scores.shape[1]) / len(scores)).astype(np.float32)

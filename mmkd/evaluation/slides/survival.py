@@ -1,0 +1,290 @@
+"""Survival prediction: a case is all tiles of all its slides, the answer a risk, out of five case-disjoint folds.
+
+- ``survival-ID``: mean tile, standardised, elastic-net Cox whose penalty inner cross-validation chooses.
+- ``survival-ID-mil-cox``: gated attention over tiles, trained by the partial likelihood among the cases of a step.
+- ``survival-ID-mil-nll``: the same by the likelihood of discrete hazards in four intervals of time.
+- ``survival-ID-clinical``: Cox on the table's own covariates, without any image: the mark that images have to beat.
+
+Every case is answered by the fold that has not seen it, after a fixed number of epochs; neither sign nor epoch nor
+cut-off is chosen on it. Risks are told in units of the training cases of their fold (median 0, spread 1), so that
+above 0 is the half of higher risk. Concordance compares cases of one fold only, and is the mean over folds.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmkd.evaluation.embeddings.cache import Undefined, Vectors
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.slides.attention import train_attention
+from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of
+from mmkd.evaluation.slides.cohort import Cohort, read_cohort, stratified_folds
+from mmkd.evaluation.statistics.bootstrap import Metrics, frame, plain
+from mmkd.evaluation.statistics.metrics import Floats, Integers
+from mmkd.evaluation.statistics.survival import (
+    censoring_weights,
+    concordance,
+    cox_loss,
+    discrete_loss,
+    discrete_risk,
+    elastic_net,
+    kaplan_meier,
+    log_rank,
+    pairs_of,
+    plain_cox,
+    time_bins,
+)
+from mmkd.evaluation.tasks.classes import name_after
+from mmkd.evaluation.tasks.task import Outputs, Samples, Task
+
+FOLDS, INNER, FEWEST_DEATHS = 5, 5, 10
+SEED = 0
+BINS, COX_TOGETHER, NLL_TOGETHER = 4, 16, 1
+HORIZON = 90  # percentile of the training cases' times up to which Uno's concordance counts: G is sound until there
+RIDGE = 1e-3
+REASONS = {
+    "c_index": "no fold holds two cases that can be compared: one that died, and one that lived longer",
+    "c_index_uno": f"no fold holds a death before percentile {HORIZON} of the training cases' times",
+}
+
+Answer = Callable[[Sequence[int]], Floats]
+Chosen = dict[str, float]
+
+
+class Survival(Task):
+    """Order cases by risk; the frame ``image`` holds cases."""
+
+    kind, headline = "survival", "c_index"
+    title = "Who dies first?"
+
+    def __init__(self, samples: Samples, cohort: Cohort, variant: str, title: str) -> None:
+        """Fix cases and folds.
+
+        Args:
+            samples: of one dataset.
+            cohort: its cases.
+            variant: which of the ways to answer.
+            title: for people.
+        """
+        manifest = samples.manifest
+        assert manifest is not None
+        self.title = title
+        self.cohort, self.outcomes = cohort, cohort.outcomes
+        self.folds = stratified_folds(self.outcomes.event, FOLDS, SEED)
+        self.frames = {"image": frame(["died" if e else "censored" for e in self.outcomes.event], cohort.cases)}
+        self.holders = {"image": cohort.holders}
+        self.description = {
+            "ids": cohort.cases,
+            "slides": sum(map(len, cohort.slides)),
+            "time": self.outcomes.time.tolist(),
+            "event": self.outcomes.event.tolist(),
+            "folds": self.folds.tolist(),
+            "left_out": cohort.left_out,
+            "chance": {"c_index": 0.5, "c_index_uno": 0.5},
+        }
+        name_after(self, manifest, variant)
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """``image.risk`` ``(n,)`` by the fold that has not seen the case, and what the fit of each fold has chosen."""
+        deaths = int(self.outcomes.event.sum())
+        if deaths == 0:
+            raise Undefined(f"all {len(self.outcomes)} cases are censored: nothing tells who died first")
+        if deaths < FEWEST_DEATHS:
+            raise Undefined(f"{deaths} of {len(self.outcomes)} cases died; at least {FEWEST_DEATHS} are needed")
+        risk = np.zeros(len(self.outcomes))
+        prepared, chosen = self.prepare(embedded), []
+        for fold in range(FOLDS):
+            train, test = np.flatnonzero(self.folds != fold), np.flatnonzero(self.folds == fold)
+            risk[test], own = self.fold_risks(prepared, train, test)
+            chosen.append(own)
+        return {"image.risk": risk, **{name: np.array([own[name] for own in chosen]) for name in chosen[0]}}
+
+    @abstractmethod
+    def prepare(self, embedded: Embedded) -> Any:
+        """What all folds read."""
+
+    @abstractmethod
+    def fold_risks(self, prepared: Any, train: Integers, test: Integers) -> tuple[Floats, Chosen]:
+        """Risks of ``test`` in units of ``train``, and what the fit has chosen."""
+
+    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
+        """Mean of the members' risks, which are in the same units."""
+        return {"image.risk": np.mean([own["image.risk"] for own in outputs], axis=0)}
+
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Concordance of Harrell and of Uno: means over the folds in which any two cases can be compared."""
+        found: dict[str, list[Floats]] = {"c_index": [], "c_index_uno": []}
+        for fold in range(FOLDS):
+            test, train = self.folds == fold, self.folds != fold
+            own, risks, part = self.outcomes[test], outputs["image.risk"][test], weights["image"][:, test]
+            horizon = float(np.percentile(self.outcomes.time[train], HORIZON))
+            importance = censoring_weights(self.outcomes[train], own, horizon)
+            found["c_index"].append(concordance(own, risks, part))
+            found["c_index_uno"].append(concordance(own, risks, part, importance))
+        return {name: _mean_defined(np.stack(values)) for name, values in found.items()}
+
+    def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
+        """Share of the pairs with a case that are in the right order; one half where it has none."""
+        scores = np.full(len(self.outcomes), 0.5)
+        for fold in range(FOLDS):
+            test = np.flatnonzero(self.folds == fold)
+            comparable, right = pairs_of(self.outcomes[test], outputs["image.risk"][test])
+            count, won = comparable.sum(axis=0) + comparable.sum(axis=1), right.sum(axis=0) + right.sum(axis=1)
+            scores[test] = np.divide(won, count, out=scores[test], where=count > 0)
+        return {"image": scores}
+
+    def extras(self, outputs: Outputs) -> dict[str, Any]:
+        """Kaplan-Meier curves of the halves of higher and lower risk, their log-rank test, and what is undefined."""
+        high = outputs["image.risk"] > 0
+        chi_square, p = log_rank(self.outcomes, high)
+        curves: dict[str, Any] = {"logrank_chi2": plain(chi_square), "logrank_p": plain(p)}
+        for name, rows in (("high", high), ("low", ~high)):
+            times, survival = kaplan_meier(self.outcomes[rows])
+            curves[name] = [[0.0, 1.0], *([float(t), float(s)] for t, s in zip(times, survival, strict=True))]
+            curves[f"n_{name}"] = int(rows.sum())
+        points = self.metrics(outputs, {"image": np.ones((1, len(high)))})
+        undefined = {name: REASONS[name] for name, values in points.items() if np.isnan(values[0])}
+        return {"kaplan_meier": curves} | ({"undefined_metrics": undefined} if undefined else {})
+
+
+class BagSurvival(Survival):
+    """Risks from the bags of an encoder."""
+
+    def __init__(self, samples: Samples, cohort: Cohort, bags: BagFolder, variant: str, title: str) -> None:
+        """Fix cases and bags."""
+        super().__init__(samples, cohort, variant, title)
+        self.bags = bags
+        self.slides = [slide for own in cohort.slides for slide in own]
+
+    def evidence(self, embedded: Embedded) -> list[str]:
+        """A fingerprint of the bags that are read."""
+        return [self.bags.open(embedded.name).fingerprint(self.slides)]
+
+    def opened(self, embedded: Embedded) -> EncoderBags:
+        """The bags of an encoder, all there and of one width."""
+        bags = self.bags.open(embedded.name)
+        bags.width(self.slides)
+        return bags
+
+
+class MeanCox(BagSurvival):
+    """Elastic-net Cox on the mean tile."""
+
+    def prepare(self, embedded: Embedded) -> Floats:
+        """Mean of all tiles of each case, ``(n, D)``."""
+        bags = self.opened(embedded)
+        means = []
+        for own in self.cohort.slides:
+            parts = [bags.features(slide) for slide in own]
+            total = np.sum([part.sum(axis=0, dtype=np.float64) for part in parts], axis=0)
+            means.append(total / sum(map(len, parts)))
+        return np.stack(means)
+
+    def fold_risks(self, prepared: Floats, train: Integers, test: Integers) -> tuple[Floats, Chosen]:
+        """Risks of the elastic net; the penalty is chosen inside ``train``."""
+        features = standardised(prepared, train)
+        inner = stratified_folds(self.outcomes.event[train], INNER, SEED + 1)
+        b, penalty = elastic_net(features[train], self.outcomes[train], inner)
+        return in_units_of(features[train] @ b, features[test] @ b), {"penalty": penalty}
+
+
+class AttentionSurvival(BagSurvival):
+    """Gated attention over tiles; variant ``mil-cox`` or ``mil-nll``."""
+
+    def prepare(self, embedded: Embedded) -> EncoderBags:
+        """The bags."""
+        return self.opened(embedded)
+
+    def fold_risks(self, prepared: EncoderBags, train: Integers, test: Integers) -> tuple[Floats, Chosen]:
+        """Risks of a head that is trained on ``train``."""
+
+        def read(case: int) -> Vectors:
+            return np.concatenate([prepared.features(slide) for slide in self.cohort.slides[case]])
+
+        bags, others = train.tolist(), test.tolist()
+        answer = self._train(read, bags)
+        return in_units_of(answer(bags), answer(others)), {}
+
+    def _train(self, read: Callable[[int], Vectors], train: Sequence[int]) -> Answer:
+        own = self.outcomes[np.array(train)]
+        event = torch.from_numpy(own.event.astype(np.float32))
+        if self.variant == "mil-cox":
+            targets = torch.stack([torch.from_numpy(own.time).float(), event], dim=1)
+            answer = train_attention(read, train, targets, 1, cox_loss, SEED, COX_TOGETHER)
+            return lambda cases: answer(cases)[:, 0].astype(np.float64)
+        bins = np.searchsorted(time_bins(own, BINS), own.time, side="right")
+        targets = torch.stack([torch.from_numpy(bins).float(), event], dim=1)
+        answer = train_attention(read, train, targets, BINS, discrete_loss, SEED, NLL_TOGETHER)
+        return lambda cases: discrete_risk(answer(cases).astype(np.float64))
+
+
+class ClinicalCox(Survival):
+    """Cox on the table's covariates: the same for every encoder."""
+
+    def prepare(self, embedded: Embedded) -> Floats:
+        """Covariates ``(n, D)``, NaN where the table has none."""
+        return self.cohort.covariates
+
+    def fold_risks(self, prepared: Floats, train: Integers, test: Integers) -> tuple[Floats, Chosen]:
+        """Risks; what is missing becomes the training cases' mean."""
+        features = np.nan_to_num(standardised(prepared, train))
+        b = plain_cox(features[train], self.outcomes[train], RIDGE)
+        return in_units_of(features[train] @ b, features[test] @ b), {}
+
+
+def tasks(samples: Samples) -> tuple[list[Survival], dict[str, str]]:
+    """The ways to answer that this dataset allows, and why the others are not there.
+
+    Raises:
+        ValueError: slides of one case disagree about its time or event, or these are no numbers.
+    """
+    manifest, collection = samples.manifest, samples.collection
+    if manifest is None or manifest.task != "survival":
+        return [], {}
+    name = f"survival-{manifest.id}"
+    bags = bags_of(collection)
+    if collection is None or bags is None:
+        return [], {name: "its source holds no bags of slides"}
+    found: list[Survival] = []
+    skipped = {}
+    cohort = read_cohort(collection, bags.slides())
+    if cohort.cases:
+        found += [
+            MeanCox(samples, cohort, bags, "", "Who dies first, by the mean tile?"),
+            AttentionSurvival(samples, cohort, bags, "mil-cox", "Who dies first, by attention and partial likelihood?"),
+            AttentionSurvival(samples, cohort, bags, "mil-nll", "Who dies first, by attention and discrete hazards?"),
+        ]
+    else:
+        skipped[name] = f"no case has both an outcome and a bag of any encoder in {bags.root}"
+    everyone = read_cohort(collection, None)
+    if everyone.cases and everyone.names:
+        found.append(ClinicalCox(samples, everyone, "clinical", "Who dies first, by clinical covariates alone?"))
+        found[-1].description["covariates"] = everyone.names
+    else:
+        skipped[f"{name}-clinical"] = "its table holds no covariates such as age or sex"
+    return found, skipped
+
+
+def standardised(features: Floats, train: Integers) -> Floats:
+    """Every column less its mean over ``train``, in units of its spread there; NaN stays."""
+    mean, spread = np.nanmean(features[train], axis=0), np.nanstd(features[train], axis=0)
+    return (features - mean) / np.where(spread > 0, spread, 1.0)
+
+
+def in_units_of(train: Floats, test: Floats) -> Floats:
+    """Risks of ``test`` less the median of those of ``train``, in units of their spread; 0 where they have none."""
+    spread = train.std()
+    return (test - np.median(train)) / spread if spread > 0 else np.zeros(len(test))
+
+
+def _mean_defined(values: Floats) -> Floats:
+    """Mean over folds ``(folds, replicates)`` of what is not NaN."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=0)
+    total = np.where(known, values, 0.0).sum(axis=0)
+    return np.divide(total, count, out=np.full(values.shape[1], np.nan), where=count > 0)

@@ -1,0 +1,206 @@
+"""Stratified, grouped, paired bootstrap: intervals for one encoder, differences between two.
+
+Patients (groups) are drawn with replacement inside each class, and the same draws serve every encoder, so that the
+difference of two encoders is taken replicate by replicate. A class with one group alone would never vary and its
+interval would be a lie; such classes are pooled into one stratum, and where there is only one group in all, images are
+drawn instead and the result says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmkd.evaluation.statistics.metrics import Floats, Integers
+
+REPLICATES = 1000
+
+SEED = 42
+
+CHUNK = 100
+
+CHUNK_ELEMENTS = 1 << 24  # weights held at once; fewer replicates a chunk with more than 167,772 units
+
+KEPT_ELEMENTS = 1 << 25  # draws of units that stay in memory for the next encoder, 64 MB
+
+LEVELS = (2.5, 97.5)
+
+BY_GROUP, BY_IMAGE = "groups within class", "images within class: fewer than two groups, so intervals are too narrow"
+
+Metrics = dict[str, Floats]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is resampled: the samples' strata and groups.
+
+    Attributes:
+        units: which drawing unit (group) each sample belongs to, ``(n,)``.
+        strata: the stratum of each unit, ``(units,)``.
+        groups: how many independent groups there are; as many as units unless images are drawn instead.
+        resampling: what is drawn, in words.
+    """
+
+    units: Integers
+    strata: Integers
+    groups: int
+    resampling: str
+
+    def same_draws(self, other: Frame) -> bool:
+        """Whether every replicate weighs samples as it does in another frame."""
+        return np.array_equal(self.units, other.units) and np.array_equal(self.strata, other.strata)
+
+
+def frame(classes: Sequence[str], groups: Sequence[str]) -> Frame:
+    """Strata from classes, units from groups.
+
+    Args:
+        classes: class of each sample.
+        groups: patient, case or specimen of each sample; an empty one is a group of its own.
+    """
+    names = [f"g:{group}" if group else f"i:{position}" for position, group in enumerate(groups)]
+    independent = len(set(names))
+    if independent < 2:
+        names, resampling = [str(position) for position in range(len(names))], BY_IMAGE
+    else:
+        resampling = BY_GROUP
+    _, first, units = np.unique(names, return_index=True, return_inverse=True)
+    _, class_index = np.unique(list(classes), return_inverse=True)
+    # A group that holds several classes counts where most of its samples are.
+    counts = np.zeros((len(first), class_index.max() + 1), dtype=np.int64)
+    np.add.at(counts, (units, class_index), 1)
+    return Frame(units.astype(np.int64), _pool_singles(counts.argmax(axis=1)), independent, resampling)
+
+
+def subframe(whole: Frame, samples: Sequence[int]) -> Frame:
+    """The same units and draws as ``whole``, for some of its samples, given by position."""
+    return replace(whole, units=whole.units[np.asarray(samples, dtype=np.int64)])
+
+
+def replicate_weights(
+    sampling: Frame, replicates: int = REPLICATES, seed: int = SEED, chunk: int | None = None, at_once: int = CHUNK
+) -> Iterator[Floats]:
+    """Weights of every sample, in chunks of up to 100 replicates ``(chunk, n)``.
+
+    In each stratum as many units are drawn as it has; a sample weighs as often as its unit was drawn.
+
+    Args:
+        sampling: what is resampled.
+        replicates: how many.
+        seed: of the draws.
+        chunk: replicates drawn at a time, by default `chunk_size`; draws depend on it.
+        at_once: most replicates that are given at a time; draws do not depend on it.
+    """
+    chunk = chunk or chunk_size([sampling])
+    strata = np.ascontiguousarray(sampling.strata)
+    kept = len(strata) * replicates <= KEPT_ELEMENTS
+    for drawn in (_kept_draws if kept else draws)(strata.tobytes(), replicates, seed, chunk):
+        for start in range(0, drawn.shape[1], at_once):
+            yield drawn[:, start : start + at_once][sampling.units].astype(np.float64).T
+
+
+def draws(strata: bytes, replicates: int, seed: int, chunk: int) -> Iterator[NDArray[np.uint16]]:
+    """How often each unit is drawn, in chunks of replicates ``(units, chunk)``; strata are 64-bit whole numbers."""
+    strata_of = np.frombuffer(strata, dtype=np.int64)
+    members_of = [np.flatnonzero(strata_of == stratum) for stratum in np.unique(strata_of)]
+    sizes = [min(chunk, replicates - start) for start in range(0, replicates, chunk)]
+    for size, source in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
+        generator = np.random.default_rng(source)
+        drawn = np.zeros((len(strata_of), size), dtype=np.uint16)
+        for members in members_of:
+            drawn[members] = _counts(generator, size, len(members)).T
+        yield drawn
+
+
+def _counts(generator: np.random.Generator, size: int, units: int) -> Integers:
+    """How often each of some units is drawn when as many are drawn, ``(size, units)``."""
+    picks = generator.integers(0, units, (size, units))
+    picks += np.arange(size)[:, None] * units
+    return np.bincount(picks.ravel(), minlength=size * units).reshape(size, units)
+
+
+@lru_cache(maxsize=4)  # those of a task and those that the tasks of its dataset share, for two frames
+def _kept_draws(strata: bytes, replicates: int, seed: int, chunk: int) -> list[NDArray[np.uint16]]:
+    """`draws` of a dataset, which are the same for every encoder."""
+    return list(draws(strata, replicates, seed, chunk))
+
+
+def chunk_size(frames: Iterable[Frame]) -> int:
+    """Replicates drawn at a time from frames that go together: 100, fewer where one has very many units."""
+    return _held(len(sampling.strata) for sampling in frames)
+
+
+def _held(counts: Iterable[int]) -> int:
+    return max(1, min(CHUNK, CHUNK_ELEMENTS // max(counts)))
+
+
+def replicate(
+    metrics: Callable[[dict[str, Floats]], Metrics], frames: dict[str, Frame], replicates: int, seed: int
+) -> tuple[dict[str, float], Metrics]:
+    """Point values on the full set, and replicates.
+
+    Args:
+        metrics: from weights ``(r, n)`` of each frame to values ``(r,)`` of each metric.
+        frames: sampling frames by name.
+        replicates: how many.
+        seed: the same seed gives the same draws for every encoder.
+
+    Returns:
+        ``{metric: value}`` and ``{metric: (replicates,)}``; the latter NaN where a frame has one unit alone.
+    """
+    ones = {name: np.ones((1, len(sampling.units))) for name, sampling in frames.items()}
+    points = {name: float(values[0]) for name, values in metrics(ones).items()}
+    if min(len(sampling.strata) for sampling in frames.values()) < 2:
+        return points, {name: np.full(replicates, np.nan) for name in points}
+    chunk = chunk_size(frames.values())
+    at_once = _held(len(sampling.units) for sampling in frames.values())
+    streams = [replicate_weights(sampling, replicates, seed, chunk, at_once) for sampling in frames.values()]
+    chunks = [metrics(dict(zip(frames, weights, strict=True))) for weights in zip(*streams, strict=True)]
+    return points, {name: np.concatenate([chunk[name] for chunk in chunks]) for name in points}
+
+
+def interval(values: Floats) -> tuple[float, float]:
+    """Percentiles 2.5 and 97.5 of replicates ``(r,)``; NaN when more than half of them are undefined."""
+    defined = values[~np.isnan(values)]
+    if 2 * len(defined) < len(values) or len(defined) == 0:
+        return float("nan"), float("nan")
+    low, high = np.percentile(defined, LEVELS)
+    return float(low), float(high)
+
+
+def difference(ours: float, theirs: float, our_replicates: Floats, their_replicates: Floats) -> dict[str, Any]:
+    """Paired difference ``ours - theirs`` with its interval and two-sided p.
+
+    ``p = 2 min(P(d <= 0), P(d >= 0))`` over the replicates, each count plus one, at most 1.
+    """
+    differences = our_replicates - their_replicates
+    low, high = interval(differences)
+    defined = differences[~np.isnan(differences)]
+    tails = [(defined <= 0).sum() + 1, (defined >= 0).sum() + 1]
+    p = min(1.0, 2 * min(tails) / (len(defined) + 1)) if not np.isnan(low) else float("nan")
+    return {"difference": ours - theirs, "low": low, "high": high, "p": p}
+
+
+def _pool_singles(strata: Integers) -> Integers:
+    """Strata of one unit put together; if that leaves one unit, it joins the smallest other stratum."""
+    labels, inverse, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    pooled = np.where(sizes[inverse] < 2, -1, inverse)
+    if (pooled == -1).sum() == 1 and len(labels) > 1:
+        others = np.where(sizes < 2, sizes.max() + 1, sizes)
+        pooled = np.where(pooled == -1, others.argmin(), pooled)
+    return pooled.astype(np.int64)
+
+
+def plain(value: float) -> float | None:
+    """A number as JSON knows it: NaN becomes null."""
+    return None if np.isnan(value) else float(value)
+
+
+def plain_values(values: dict[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON knows them; see `plain`."""
+    return {name: plain(value) for name, value in values.items()}

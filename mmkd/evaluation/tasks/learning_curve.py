@@ -1,0 +1,144 @@
+"""The learning curve of a probe: few images of each class, and parts of the training set.
+
+For each of five seeds the training images of a class are put in an order; every setting takes a first part of it, so
+that what is learnt from is nested. C is ``dim * classes / 100``. Each setting is a metric of its own, the mean over
+seeds, under the same bootstrap draws as all others; the orders are kept in the task's description.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.statistics import metrics
+from mmkd.evaluation.statistics.bootstrap import Metrics
+from mmkd.evaluation.statistics.metrics import Floats, Integers
+from mmkd.evaluation.tasks.classes import DatasetClasses
+from mmkd.evaluation.tasks.logistic_regression import Sweep, fast_exponent, probed_features
+from mmkd.evaluation.tasks.task import Outputs, Samples
+
+SHOTS = (1, 2, 4, 8, 16, 32)
+FRACTIONS = (0.01, 0.1)
+SEEDS = 5
+
+
+class ProbeCurve(DatasetClasses):
+    """``image.answers`` is ``(n, settings * seeds + 1)``: classes as answered after learning from each index set."""
+
+    kind = "probe"
+
+    def __init__(self, samples: Samples, manifest: Manifest, classes: list[str]):
+        """Fix images, settings and index sets; arguments as of `DatasetProbe`."""
+        held_out, self.train = (
+            [pair for pair in pairs if pair.label in classes] for pairs in (samples.held_out, samples.train)
+        )
+        title = f"How much does a probe learn from few images, in {manifest.title or manifest.id}?"
+        super().__init__("", title, held_out, [pair.label for pair in held_out], classes)
+        self.train_targets = np.array([classes.index(pair.label) for pair in self.train], dtype=np.int64)
+        self.probe_on = samples.probe_on
+        self.follow(manifest, variant="shots")
+        self.takes = settings_of([Counter(self.train_targets.tolist())[k] for k in range(len(classes))])
+        self.headline = _metric(list(self.takes)[-1])
+        self.description["chance"] = {_metric(setting): 1 / len(classes) for setting in [*self.takes, "100%"]}
+        self.description |= {
+            "train": len(self.train),
+            "probe_on": self.probe_on,
+            "takes": self.takes,
+            "orders": [
+                {name: [self.train[row].id for row in self._order(seed, k)] for k, name in enumerate(classes)}
+                for seed in range(SEEDS)
+            ],
+        }
+
+    def index_sets(self) -> list[tuple[str, int, Integers]]:
+        """Setting, seed and rows of the training images, in the order of the columns of ``image.answers``."""
+        found = []
+        for setting, takes in self.takes.items():
+            for seed in range(SEEDS):
+                rows = [self._order(seed, k)[:count] for k, count in enumerate(takes)]
+                found.append((setting, seed, np.concatenate(rows)))
+        return [*found, ("100%", 0, np.arange(len(self.train)))]
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """Answers after learning from every index set."""
+        train, test = probed_features(embedded, self.probe_on, [self.train, self.pairs])
+        exponent, answers = fast_exponent(train.shape[1], self.train_targets), []
+        for _, _, rows in self.index_sets():
+            sweep = Sweep(train[rows], self.train_targets[rows])
+            sweep.solve(exponent)
+            answers.append(sweep.scores(test, exponent).argmax(axis=1))
+        return {"image.answers": np.stack(answers, axis=1).astype(np.int16)}
+
+    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
+        """What most members answer; the first class in order where several have as many."""
+        votes = [sum((own["image.answers"] == k).astype(np.int16) for own in outputs) for k in range(len(self.classes))]
+        return {"image.answers": np.stack(votes).argmax(axis=0).astype(np.int16)}
+
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Balanced accuracy of each setting, the mean over its seeds."""
+        values: dict[str, list[Floats]] = {}
+        for (setting, _, _), answers in zip(self.index_sets(), outputs["image.answers"].T, strict=True):
+            own = metrics.balanced_accuracy(self.targets, answers.astype(np.int64), weights["image"])
+            values.setdefault(_metric(setting), []).append(self._where_defined("balanced_accuracy", own))
+        return {name: np.mean(own, axis=0) for name, own in values.items()}
+
+    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """The setting with most images, the whole training set aside."""
+        columns = [k for k, (setting, _, _) in enumerate(self.index_sets()) if _metric(setting) == self.headline]
+        each = [
+            metrics.balanced_accuracy(self.targets, outputs["image.answers"][:, k].astype(np.int64), weights["image"])
+            for k in columns
+        ]
+        return {self.headline: self._where_defined("balanced_accuracy", np.mean(each, axis=0))}
+
+    def extras(self, outputs: Outputs) -> dict[str, Any]:
+        """The curve: images learnt from and balanced accuracy of each seed, by setting."""
+        curve: dict[str, dict[str, Any]] = {}
+        ones = np.ones((1, len(self.targets)))
+        for (setting, _, rows), answers in zip(self.index_sets(), outputs["image.answers"].T, strict=True):
+            own = curve.setdefault(setting, {"images": len(rows), "seeds": []})
+            value = metrics.balanced_accuracy(self.targets, answers.astype(np.int64), ones)[0]
+            own["seeds"].append(float(value))
+        return {"curve": curve, **super().extras(outputs)}
+
+    def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
+        """Share of index sets after which an image is answered rightly."""
+        return {"image": (outputs["image.answers"] == self.targets[:, None]).mean(axis=1)}
+
+    def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
+        """The true class and the answer after learning from all training images."""
+        answers = outputs["image.answers"][:, -1]
+        true, answered = ([self.classes[k] for k in own.tolist()] for own in (self.targets, answers))
+        return {"image": (true, answered)}
+
+    def _order(self, seed: int, k: int) -> Integers:
+        """Rows of the training images of a class in the order of a seed, as many as any setting takes."""
+        rows = np.flatnonzero(self.train_targets == k)
+        most = max(takes[k] for takes in self.takes.values())
+        return np.random.default_rng([seed, k]).permutation(rows)[:most]
+
+
+def settings_of(counts: Sequence[int]) -> dict[str, list[int]]:
+    """How many training images of each class every setting takes.
+
+    Args:
+        counts: of the training images of each class.
+
+    Returns:
+        ``{"1-shot": [1, ...], ..., "10%": [...]}`` by rising total; shots that some class does not have are left out,
+        as are fractions that are less than one image of every class.
+    """
+    found = {f"{shots}-shot": [shots] * len(counts) for shots in SHOTS if shots <= min(counts)}
+    for fraction in FRACTIONS:
+        if fraction * min(counts) >= 1:
+            found[f"{fraction:.0%}"] = [round(fraction * count) for count in counts]
+    return dict(sorted(found.items(), key=lambda item: sum(item[1])))
+
+
+def _metric(setting: str) -> str:
+    return f"balanced_accuracy@{setting}"

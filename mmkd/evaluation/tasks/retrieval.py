@@ -1,0 +1,234 @@
+"""Cross-modal retrieval, exact and with several right answers.
+
+The pools hold every distinct caption and every distinct image once, however many captions an image has. Right for an
+image are all captions of it and of its identical copies, right for a caption all its images. The rank of a query is
+that of its best right answer, counting wrong answers only; wrong answers that tie with it count one half each, so that
+an encoder that says the same of everything gains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import comb
+from typing import Any
+
+import numpy as np
+
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.source import MISSING
+from mmkd.evaluation.embeddings.cache import Vectors
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.statistics import metrics
+from mmkd.evaluation.statistics.bootstrap import Metrics, frame, subframe
+from mmkd.evaluation.statistics.metrics import Floats
+from mmkd.evaluation.statistics.ranks import Answers, search_both
+from mmkd.evaluation.tasks.classes import name_after
+from mmkd.evaluation.tasks.task import Outputs, Samples, Task
+
+RECALLS = (1, 5, 10)
+DATASET_RECALLS = (1, 5, 10, 50, 200)
+DIRECTIONS = (("image_to_text", "image"), ("text_to_image", "caption"))
+WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them in stretches
+
+
+class Retrieval(Task):
+    """Find the caption of an image and the images of a caption."""
+
+    name, kind, headline = "retrieval", "retrieval", "mean_recall"
+    title = "Which caption, which image?"
+
+    def __init__(self, samples: Samples, recalls: Sequence[int] = RECALLS):
+        """Fix pool and right answers from the held-out pairs that have a caption.
+
+        Args:
+            samples: the pairs.
+            recalls: ranks that recall is taken at, beside the 1, 5 and 10 whose mean is the headline.
+        """
+        self.recalls = sorted({*RECALLS, *recalls})
+        captioned, contents = captioned_pairs(samples)
+        first: dict[str, Pair] = {}
+        for pair, content in zip(captioned, contents, strict=True):
+            first.setdefault(content, pair)
+        self.pairs = list(first.values())
+        self.captions = sorted({pair.caption for pair in captioned})
+        self.right_captions, self.right_images = positives([p.caption for p in captioned], contents, self.captions)
+        holders = self.right_images.values[self.right_images.starts[:-1]].tolist()  # the first image of each caption
+        self.holders = {"image": self.pairs, "caption": [self.pairs[k] for k in holders]}
+        whole = frame([pair.modality for pair in self.pairs], [pair.group for pair in self.pairs])
+        # A caption is drawn with its image: the two directions err together, and so must their replicates.
+        self.frames = {"image": whole, "caption": subframe(whole, holders)}
+        to_text = random_recalls(self.right_captions, len(self.captions), self.recalls)
+        to_image = random_recalls(self.right_images, len(self.pairs), self.recalls)
+        chance = {f"image_to_text_recall@{k}": to_text[k] for k in self.recalls}
+        chance |= {f"text_to_image_recall@{k}": to_image[k] for k in self.recalls}
+        self.description = {
+            "ids": [pair.id for pair in self.pairs],
+            "captions": self.captions,
+            "labels": {name: [pair.label for pair in own] for name, own in self.holders.items()},
+            "right_captions": self.right_captions.tolist(),
+            "right_images": self.right_images.tolist(),
+            "pool": {"images": len(self.pairs), "captions": len(self.captions)},
+            "chance": chance
+            | {"mean_recall": float(np.mean([*map(to_text.get, RECALLS), *map(to_image.get, RECALLS)]))},
+        }
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """``image.rank``, ``caption.rank`` and the first answers with their similarities, both ways."""
+        return self._found(embedded.image_rows(self.pairs), embedded.text_rows(self.captions))
+
+    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
+        """Mean of the members' similarities, each divided by its standard deviation over all image-caption pairs.
+
+        That mean is itself an inner product, of the members' vectors laid end to end.
+        """
+        images = [member.image_rows(self.pairs) for member in members]
+        captions = [member.text_rows(self.captions) for member in members]
+        weights = [1 / (len(members) * similarity_spread(x, t)) for x, t in zip(images, captions, strict=True)]
+        return self._found(EndToEnd(images, weights), EndToEnd(captions, [1.0] * len(members)))
+
+    def _found(self, images: Any, captions: Any) -> Outputs:
+        images, captions = (rows[:] if len(rows) <= WHOLE else rows for rows in (images, captions))
+        both = search_both(images, captions, self.right_captions, self.right_images)
+        found: Outputs = {}
+        for key, (ranks, top, scores) in zip(("image", "caption"), both, strict=True):
+            found |= {f"{key}.rank": ranks, f"{key}.top": top, f"{key}.top_scores": scores}
+        return found
+
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Recalls both ways, the mean of those at 1, 5 and 10, and both median ranks."""
+        ranks = {
+            f"{direction}_median_rank": metrics.median_rank(outputs[f"{key}.rank"], weights[key])
+            for direction, key in DIRECTIONS
+        }
+        return {**self._recalls(outputs, weights, self.recalls), **ranks}
+
+    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """The mean recall alone, without the sorting that medians need."""
+        return {self.headline: self._recalls(outputs, weights, RECALLS)[self.headline]}
+
+    def _recalls(self, outputs: Outputs, weights: dict[str, Floats], recalls: Sequence[int]) -> Metrics:
+        found = {
+            f"{direction}_recall@{k}": metrics.recall_at(k, outputs[f"{key}.rank"], weights[key])
+            for direction, key in DIRECTIONS
+            for k in recalls
+        }
+        mean = np.mean([found[f"{direction}_recall@{k}"] for direction, _ in DIRECTIONS for k in RECALLS], axis=0)
+        return {"mean_recall": mean, **found}
+
+    def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
+        """Mean over 1, 5 and 10 of whether the answer stands that high."""
+        ranks = {key: outputs[f"{key}.rank"] for key in self.frames}
+        return {key: np.mean([rank <= k for k in RECALLS], axis=0) for key, rank in ranks.items()}
+
+
+def tasks(samples: Samples) -> tuple[list[Retrieval], dict[str, str]]:
+    """Retrieval if there are at least two distinct captions and images, else the reason why not.
+
+    Where tasks follow a manifest there is one if that asks for retrieval, ``retrieval-ID``.
+    """
+    if samples.manifest is not None:
+        return _dataset_tasks(samples, samples.manifest)
+    if samples.captioned:
+        held_out = [pair for pair in samples.held_out if pair.source in samples.captioned]
+        samples = replace(samples, held_out=held_out)
+    if reason := _too_few(samples):
+        return [], {"retrieval": reason}
+    return [Retrieval(samples)], {}
+
+
+def _dataset_tasks(samples: Samples, manifest: Manifest) -> tuple[list[Retrieval], dict[str, str]]:
+    if manifest.task != "retrieval":
+        return [], {}
+    name = f"retrieval-{manifest.id}"
+    if reason := _too_few(samples):
+        return [], {name: reason}
+    task = Retrieval(samples, DATASET_RECALLS)
+    name_after(task, manifest)
+    task.title = f"Which caption, which image, in {manifest.title or manifest.id}?"
+    return [task], {}
+
+
+def _too_few(samples: Samples) -> str:
+    """Why nothing can be looked for among the held-out pairs; empty where something can."""
+    captioned, contents = captioned_pairs(samples)
+    captions = {pair.caption for pair in captioned}
+    for what, count in (("caption", len(captions)), ("image with a caption", len(set(contents)))):
+        if count < 2:
+            return f"{count} distinct {what} among the held-out pairs; 2 are needed"
+    return ""
+
+
+def captioned_pairs(samples: Samples) -> tuple[list[Pair], list[str]]:
+    """Held-out pairs with a caption, and what tells their images apart: the hash, or the id where there is none."""
+    captioned = [pair for pair in samples.held_out if pair.caption.strip()]
+    digests = [samples.digests[pair.id] for pair in captioned]
+    return captioned, [pair.id if own == MISSING else own for pair, own in zip(captioned, digests, strict=True)]
+
+
+class EndToEnd:
+    """Vectors of several encoders laid end to end, each times its weight, to be read in stretches."""
+
+    def __init__(self, parts: Sequence[Any], weights: Sequence[float]) -> None:
+        """Take rows ``(n, dim)`` of each encoder, and as many weights."""
+        self._parts, self._weights = parts, weights
+
+    def __len__(self) -> int:
+        return len(self._parts[0])
+
+    def __getitem__(self, part: slice) -> Vectors:
+        return np.concatenate([w * rows[part] for w, rows in zip(self._weights, self._parts, strict=True)], axis=1)
+
+
+def positives(captions: Sequence[str], contents: Sequence[str], pool: Sequence[str]) -> tuple[Answers, Answers]:
+    """Right answers both ways.
+
+    Args:
+        captions: caption of each pair.
+        contents: hash of each one's image; identical images are one, which has all their captions.
+        pool: the distinct captions.
+
+    Returns:
+        For each distinct image, in the order of first appearance, the indices of right captions; for each caption of
+        the pool the indices of right images.
+    """
+    index = {caption: position for position, caption in enumerate(pool)}
+    caption = np.fromiter(map(index.__getitem__, captions), np.int64, len(captions))
+    known = {content: k for k, content in enumerate(dict.fromkeys(contents))}
+    content = np.fromiter(map(known.__getitem__, contents), np.int64, len(contents))
+    image, answer = np.divmod(np.unique(content * len(pool) + caption), len(pool))
+    order = np.lexsort((image, answer))
+    of_images = Answers(np.bincount(image, minlength=len(known)), answer)
+    return of_images, Answers(np.bincount(answer, minlength=len(pool)), image[order])
+
+
+def similarity_spread(images: Any, captions: Any) -> float:
+    """Standard deviation of all inner products of ``(n, dim)`` with ``(m, dim)``, without forming them; 1 if zero.
+
+    ``E[(x.t)^2] = <X'X / n, T'T / m>`` and ``E[x.t] = mean(x).mean(t)``.
+    """
+    (x_square, x_mean), (t_square, t_mean) = _moments(images), _moments(captions)
+    square = float((x_square * t_square).sum())
+    variance = square - float(x_mean @ t_mean) ** 2
+    return float(np.sqrt(variance)) if variance > 0 else 1.0
+
+
+def _moments(rows: Any) -> tuple[Floats, Floats]:
+    """Mean outer product ``(dim, dim)`` and mean ``(dim,)`` of ``(n, dim)``, read in stretches."""
+    parts = (rows[start : start + WHOLE].astype(np.float64) for start in range(0, len(rows), WHOLE))
+    sums = [(part.T @ part, part.sum(axis=0)) for part in parts]
+    return sum(square for square, _ in sums) / len(rows), sum(total for _, total in sums) / len(rows)
+
+
+def random_recalls(right: Answers, pool: int, recalls: Sequence[int] = RECALLS) -> dict[int, float]:
+    """Expected recall of a random order, ``1 - C(pool - positives, k) / C(pool, k)`` averaged over the queries."""
+    counts, times = np.unique(right.counts, return_counts=True)
+    return {
+        k: float(
+            np.average(
+                [1 - comb(pool - int(c), min(k, pool)) / comb(pool, min(k, pool)) for c in counts], weights=times
+            )
+        )
+        for k in recalls
+    }

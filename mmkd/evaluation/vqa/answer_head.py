@@ -1,0 +1,278 @@
+"""Visual question answering with a frozen encoder: a small head picks one of the answers seen in training.
+
+With ``v`` and ``q`` the unit vectors of image and question, ``[v, q, v * q, |v - q|]`` goes through one hidden layer to
+the answers of training and validation questions. The head trains for a fixed number of epochs; the epoch that does best
+on validation questions is taken, or the last where there are none. Beside the accuracy stand two controls: a head that
+sees the question alone, and the same head shown another question's image, which tell how much is guessed from words.
+An answer that no training question had cannot be given and counts as wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmkd.data.table import SPLITS, Pair
+from mmkd.evaluation.datasets.questions import Question
+from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.statistics import metrics
+from mmkd.evaluation.statistics.bootstrap import Metrics, frame
+from mmkd.evaluation.statistics.metrics import Floats
+from mmkd.evaluation.tasks.task import Outputs, Samples, Task
+
+HIDDEN, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 256, 30, 64, 1e-3, 1e-2, 0
+
+
+class VisualQuestions(Task):
+    """Answer questions about held-out images."""
+
+    name, kind, headline = "vqa", "vqa", "accuracy"
+    title = "Which answer, of those seen in training?"
+
+    def __init__(self, questions: dict[str, list[tuple[Pair, Question]]], facts: dict[str, Any] | None = None) -> None:
+        """Fix the questions of each split and the answers there are.
+
+        Args:
+            questions: ``train``, ``validation`` and ``test`` questions with the pair that holds their image.
+            facts: what else its description shall say.
+        """
+        self.questions = questions
+        known = sorted({question.answer for split in ("train", "validation") for _, question in questions[split]})
+        self.answers = {answer: number for number, answer in enumerate(known)}
+        test = questions["test"]
+        self.pairs = [pair for pair, _ in test]
+        self.targets = np.array([self.answers.get(question.answer, -1) for _, question in test])
+        self.closed = np.array([question.closed for _, question in test])
+        self.frames = {"image": frame(["closed" if c else "open" for c in self.closed], _groups(self.pairs))}
+        self.holders = {"image": self.pairs}
+        common = Counter(question.answer for _, question in questions["train"]).most_common(1)[0][0]
+        guess = float(np.mean(self.targets == self.answers[common]))
+        self.description: dict[str, Any] = {
+            "ids": [pair.id for pair in self.pairs],
+            "questions": {split: len(own) for split, own in questions.items()},
+            "images": {split: len({pair.id for pair, _ in own}) for split, own in questions.items()},
+            "answers": len(known),
+            "unanswerable": float(np.mean(self.targets < 0)),
+            "closed": int(self.closed.sum()),
+            "chance": {"accuracy": guess},
+            **(facts or {}),
+        }
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """``image.answers`` probabilities `(n, answers)`, and those of both controls.
+
+        Raises:
+            Undefined: the encoder has no vectors of texts.
+        """
+        if not embedded.texts:
+            raise Undefined("the encoder has no vectors of texts")
+        found = {split: self._inputs(embedded, split) for split in self.questions}
+        if not all(torch.isfinite(part).all() for image, text in found.values() for part in (image, text)):
+            unsound = np.full((len(self.pairs), len(self.answers)), np.nan, dtype=np.float32)
+            return {f"image.{name}": unsound for name in ("answers", "question_only", "shuffled_image")}
+        targets = {
+            split: torch.tensor([self.answers.get(question.answer, -1) for _, question in own])
+            for split, own in self.questions.items()
+        }
+        (image, text), blind = found["test"], {s: (torch.zeros_like(i), t) for s, (i, t) in found.items()}
+        seeing, guessing = train_head(found, targets, len(self.answers)), train_head(blind, targets, len(self.answers))
+        other = torch.from_numpy(np.random.default_rng(SEED).permutation(len(image)))
+        return {
+            "image.answers": _probabilities(seeing, image, text),
+            "image.question_only": _probabilities(guessing, torch.zeros_like(image), text),
+            "image.shuffled_image": _probabilities(seeing, image[other], text),
+        }
+
+    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
+        """Mean of the members' probabilities."""
+        return {key: np.mean([own[key] for own in outputs], axis=0) for key in outputs[0]}
+
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Accuracy over all, open and closed questions, and that of the controls over all."""
+        image = weights["image"]
+        right = self._right(outputs["image.answers"])
+        controls = {name: self._right(outputs[f"image.{name}"]) for name in ("question_only", "shuffled_image")}
+        return {
+            "accuracy": metrics.weighted_mean(right, image),
+            "closed_accuracy": metrics.weighted_mean(right, image * self.closed),
+            "open_accuracy": metrics.weighted_mean(right, image * ~self.closed),
+            **{f"{name}_accuracy": metrics.weighted_mean(own, image) for name, own in controls.items()},
+        }
+
+    def extras(self, outputs: Outputs) -> dict[str, Any]:
+        """Why there is no accuracy over one kind of question, if that is so."""
+        counts = {"closed": int(self.closed.sum()), "open": int((~self.closed).sum())}
+        lacking = {f"{kind}_accuracy": f"no test question is {kind}" for kind, count in counts.items() if not count}
+        return {"undefined_metrics": lacking} if lacking else {}
+
+    def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
+        """1 where the answer is right."""
+        return {"image": self._right(outputs["image.answers"])}
+
+    def _right(self, probabilities: Any) -> Floats:
+        return (probabilities.argmax(axis=1) == self.targets).astype(np.float64)
+
+    def _inputs(self, embedded: Embedded, split: str) -> tuple[Tensor, Tensor]:
+        own = self.questions[split]
+        if not own:
+            return torch.zeros(0, 1), torch.zeros(0, 1)
+        image = embedded.image_matrix([pair for pair, _ in own])
+        return torch.from_numpy(image), torch.from_numpy(embedded.text_matrix([q.text for _, q in own]))
+
+
+def tasks(samples: Samples) -> tuple[list[VisualQuestions], dict[str, str]]:
+    """The task if there are questions about training and about held-out images, else the reason why not."""
+    if not samples.questions:
+        return [], {"vqa": "no questions were given; name them with --questions FILE"}
+    by_split = {"train": samples.train, "validation": samples.validation, "test": samples.held_out}
+    asked: dict[str, list[tuple[Pair, Question]]] = {}
+    for split, pairs in by_split.items():
+        holders = {pair.sha256: pair for pair in pairs if pair.sha256}
+        asked[split] = [(holders[q.sha256], q) for q in samples.questions if q.sha256 in holders]
+    if len(asked["train"]) < 2 or not asked["test"]:
+        return [], {"vqa": f"{len(asked['train'])} training and {len(asked['test'])} held-out questions have an image"}
+    return [VisualQuestions(asked)], {}
+
+
+def fused(image: Tensor, text: Tensor) -> Tensor:
+    """``[v, q, v * q, |v - q|]``: `(n, dim)` twice to `(n, 4 dim)`, each block scaled to entries of about unit size."""
+    scale = image.shape[1] ** 0.5
+    return torch.cat([image * scale, text * scale, image * text * scale**2, (image - text).abs() * scale], dim=1)
+
+
+def train_head(inputs: dict[str, tuple[Tensor, Tensor]], targets: dict[str, Tensor], answers: int) -> nn.Module:
+    """Train the head.
+
+    Args:
+        inputs: per split image and question vectors `(n, dim)`.
+        targets: per split the number of the answer `(n,)`, -1 where it is not among them.
+        answers: how many there are.
+
+    Returns:
+        The head of the epoch that does best on validation questions, of equals the earliest; else of the last epoch.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    train, target = fused(*inputs["train"]), targets["train"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        head = nn.Sequential(nn.Linear(train.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, answers))
+    optimizer = torch.optim.AdamW(head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    validation = fused(*inputs["validation"]) if len(targets["validation"]) else None
+    best, kept = -1.0, head.state_dict()
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(train), generator=generator).split(BATCH_SIZE):
+            loss = nn.functional.cross_entropy(head(train[rows]), target[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if validation is not None:
+            with torch.no_grad():
+                score = (head(validation).argmax(dim=1) == targets["validation"]).float().mean().item()
+            if score > best:
+                best, kept = score, {name: value.clone() for name, value in head.state_dict().items()}
+    head.load_state_dict(kept if validation is not None else head.state_dict())
+    return head.eval()
+
+
+@torch.no_grad()
+def _probabilities(head: nn.Module, image: Tensor, text: Tensor) -> Any:
+    return head(fused(image, text)).softmax(dim=1).numpy()
+
+
+def _groups(pairs: Sequence[Pair]) -> list[str]:
+    """A group for each sample: questions about one image belong together."""
+    return [pair.group or pair.id for pair in pairs]
+
+
+# Section: Who trains on which questions: as the dataset states it, and dealt out so that no image stands on both sides.
+#
+# Some well-known datasets ask test questions about images that training questions are about, too. Their official split
+# is kept, since others report on it, and says how many images it shares; beside it stands a split by image.
+
+
+TEST, VALIDATION = 0.2, 0.1
+
+Asked = dict[str, list[tuple[Pair, Question]]]
+
+
+@dataclass(frozen=True)
+class QuestionSplit:
+    """Questions of each split with the pair that holds their image.
+
+    Attributes:
+        variant: empty for the split as stated, else ``disjoint``.
+        questions: by split.
+        facts: what a reader has to know of it; plain JSON values.
+    """
+
+    variant: str
+    questions: Asked
+    facts: dict[str, Any]
+
+
+def question_splits(samples: Samples) -> tuple[list[QuestionSplit], str]:
+    """The official split, where questions state one, and the one by image; else the reason why not.
+
+    Args:
+        samples: of a dataset whose images can be read; its questions are those of the collection.
+    """
+    collection = samples.collection
+    questions = collection.questions if collection is not None else []
+    pairs = [*samples.train, *samples.validation, *samples.held_out]
+    holders = {samples.digests.get(pair.id, pair.sha256): pair for pair in pairs}
+    asked = [(holders[question.sha256], question) for question in questions if question.sha256 in holders]
+    if len(asked) < 3:
+        return [], f"{len(asked)} of its {len(questions)} questions are about an image that can be read"
+    found = [_disjoint(asked)]
+    if any(question.split for _, question in asked):
+        found.insert(0, _official(asked))
+    usable = [split for split in found if len(split.questions["train"]) > 1 and split.questions["test"]]
+    return usable, "" if usable else f"no split of its {len(asked)} questions has both training and test questions"
+
+
+def _official(asked: list[tuple[Pair, Question]]) -> QuestionSplit:
+    """What questions state; a tenth of the training images validates where nothing does."""
+    parts: Asked = {split: [] for split in SPLITS}
+    for pair, question in asked:
+        parts[question.split or "train"].append((pair, question))
+    stated = bool(parts["validation"])
+    if not stated:
+        training = parts["train"]
+        parts["train"] = [(p, q) for p, q in training if _place(p, "validation") >= VALIDATION]
+        parts["validation"] = [(p, q) for p, q in training if _place(p, "validation") < VALIDATION]
+    return QuestionSplit("", parts, {"split": "official", "validation": _told(stated)} | _shared(parts))
+
+
+def _disjoint(asked: list[tuple[Pair, Question]]) -> QuestionSplit:
+    parts: Asked = {split: [] for split in SPLITS}
+    for pair, question in asked:
+        place = _place(pair, "split")
+        name = "test" if place < TEST else "validation" if place < TEST + VALIDATION else "train"
+        parts[name].append((pair, question))
+    facts = {"split": f"by group or image: {TEST:.0%} test, {VALIDATION:.0%} validation, by hash"}
+    return QuestionSplit("disjoint", parts, facts | _shared(parts))
+
+
+def _shared(parts: Asked) -> dict[str, Any]:
+    """How many test images, and questions about them, training or validation has seen."""
+    seen = {pair.id for split in ("train", "validation") for pair, _ in parts[split]}
+    shared = [pair.id for pair, _ in parts["test"] if pair.id in seen]
+    return {"shared_images": len(set(shared)), "questions_about_shared_images": len(shared)}
+
+
+def _told(stated: bool) -> str:
+    return "as stated" if stated else f"{VALIDATION:.0%} of the training images, by hash"
+
+
+def _place(pair: Pair, salt: str) -> float:
+    """A number from 0 to 1 that depends on the group alone, or on the image where it has none."""
+    key = pair.group or pair.sha256 or pair.id
+    return int(hashlib.sha256(f"{salt} {key}".encode()).hexdigest()[:12], 16) / 16**12

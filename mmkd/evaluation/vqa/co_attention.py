@@ -1,0 +1,214 @@
+"""A head that reads image and question token by token, each attending to the other.
+
+After METER (Dou et al., CVPR 2022, arXiv:2111.02387): two streams of transformer layers, in each of which a stream
+attends to itself, then to the other, then passes a feed-forward network; the answer is read from both streams' pooled
+states. The towers before it are frozen, and the head is small enough to train in minutes on a CPU; where there is a
+GPU, it trains there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mmkd.data.images import UnreadableImage
+from mmkd.distributed import chosen_device
+from mmkd.encoders.encoder import NoTokens
+from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.tasks.task import Outputs
+from mmkd.evaluation.vqa.answer_head import VisualQuestions
+
+WIDTH, HEADS, LAYERS, DROPOUT = 128, 4, 2, 0.1
+
+EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, WARMUP, SEED = 10, 64, 1e-3, 1e-2, 0.1, 0
+
+
+@dataclass(frozen=True)
+class TokenQuestions:
+    """Questions of one split; tokens stand once for each image and text.
+
+    Attributes:
+        images: ``(images, tokens, width)``, half precision.
+        texts: ``(texts, longest, width)``, half precision.
+        mask: which text tokens are no padding, ``(texts, longest)``.
+        image_rows: image of each question, ``(n,)``.
+        text_rows: text of each question, ``(n,)``.
+        targets: number of each question's answer, ``(n,)``, -1 where it is none of them.
+    """
+
+    images: NDArray[np.float16]
+    texts: NDArray[np.float16]
+    mask: NDArray[np.bool_]
+    image_rows: NDArray[np.int64]
+    text_rows: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Number of questions."""
+        return len(self.targets)
+
+    def batch(self, rows: NDArray[np.int64], device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens, text tokens and text mask of some questions, without columns that are padding in all."""
+        texts = self.text_rows[rows]
+        longest = max(1, int(self.mask[texts].sum(axis=1).max()))
+        mask = torch.from_numpy(self.mask[texts, :longest])
+        images = torch.from_numpy(self.images[self.image_rows[rows]]).to(device).float()
+        return images, torch.from_numpy(self.texts[texts, :longest]).to(device).float(), mask.to(device)
+
+
+class CoAttention(nn.Module):
+    """Two streams that attend to each other, and a classifier over answers."""
+
+    def __init__(self, image_width: int, text_width: int, answers: int) -> None:
+        """Build the head for tokens of these widths."""
+        super().__init__()
+        self.image, self.text = _entrance(image_width), _entrance(text_width)
+        self.image_layers = nn.ModuleList(_layer() for _ in range(LAYERS))
+        self.text_layers = nn.ModuleList(_layer() for _ in range(LAYERS))
+        self.answer = nn.Sequential(nn.Linear(2 * WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, answers))
+
+    def forward(self, images: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        """Logits `(n, answers)`.
+
+        Args:
+            images: `(n, patches, image width)`.
+            texts: `(n, tokens, text width)`.
+            mask: `(n, tokens)`, True where a token is no padding.
+        """
+        image, text, padding = self.image(images), self.text(texts), ~mask
+        for look, read in zip(self.image_layers, self.text_layers, strict=True):
+            image, text = (
+                look(image, text, memory_key_padding_mask=padding),
+                read(text, image, tgt_key_padding_mask=padding),
+            )
+        kept = mask.unsqueeze(2)
+        words = (text * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+        return self.answer(torch.cat([image.mean(dim=1), words], dim=1))
+
+
+def train_co_attention(train: TokenQuestions, validation: TokenQuestions, answers: int) -> CoAttention:
+    """Train the head with AdamW, warm-up and cosine decay.
+
+    Returns:
+        The head of the epoch that does best on validation questions, of equals the earliest; else of the last epoch.
+    """
+    order, device = np.random.default_rng(SEED), chosen_device("auto")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        head = CoAttention(train.images.shape[2], train.texts.shape[2], answers).to(device)
+        optimizer = torch.optim.AdamW(head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        steps = EPOCHS * -(-len(train) // BATCH_SIZE)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+        best, kept = -1.0, head.state_dict()
+        for _ in range(EPOCHS):
+            head.train()
+            rows = order.permutation(len(train))
+            for start in range(0, len(rows), BATCH_SIZE):
+                batch = rows[start : start + BATCH_SIZE]
+                wanted = torch.from_numpy(train.targets[batch]).to(device)
+                loss = nn.functional.cross_entropy(head(*train.batch(batch, device)), wanted)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            if len(validation):
+                score = float((answer(head, validation).argmax(axis=1) == validation.targets).mean())
+                if score > best:
+                    best, kept = score, {name: value.clone() for name, value in head.state_dict().items()}
+    head.load_state_dict(kept if len(validation) else head.state_dict())
+    return head.eval()
+
+
+@torch.no_grad()
+def answer(head: CoAttention, questions: TokenQuestions) -> NDArray[np.float32]:
+    """Probabilities of every answer `(n, answers)`."""
+    head.eval()
+    device = str(next(head.parameters()).device)
+    rows = np.arange(len(questions))
+    parts = [rows[start : start + 4 * BATCH_SIZE] for start in range(0, len(rows), 4 * BATCH_SIZE)]
+    return np.concatenate([head(*questions.batch(part, device)).softmax(dim=1).cpu().numpy() for part in parts])
+
+
+def _entrance(width: int) -> nn.Sequential:
+    """Tokens to the head's width; the first norm has no weights, which the linear map after it would only repeat."""
+    norm = nn.LayerNorm(width, elementwise_affine=False)
+    return nn.Sequential(norm, nn.Linear(width, WIDTH), nn.LayerNorm(WIDTH))
+
+
+def _layer() -> nn.TransformerDecoderLayer:
+    """Attention to the own stream, attention to the other, and a feed-forward network, each normed before."""
+    return nn.TransformerDecoderLayer(WIDTH, HEADS, 2 * WIDTH, DROPOUT, batch_first=True, norm_first=True)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate: linear to 1 over the first tenth, then along a cosine to 0."""
+    warm = max(1.0, WARMUP * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1.0, steps - warm))))
+
+
+# Section: Visual question answering with co-attention over the tokens of frozen towers, in the manner of METER.
+
+
+class MeterQuestions(VisualQuestions):
+    """Answer questions by a head that reads image and question token by token; splits and controls are the same."""
+
+    title = "Which answer, of those seen in training, reading patches and words?"
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """See `VisualQuestions.outputs`.
+
+        Raises:
+            Undefined: the encoder gives no sequences of tokens, or some that are not finite.
+        """
+        splits = self._tokens(embedded)
+        train, validation, test = (splits[name] for name in ("train", "validation", "test"))
+        answers = len(self.answers)
+        seeing = train_co_attention(train, validation, answers)
+        guessing = train_co_attention(_blind(train), _blind(validation), answers)
+        other = np.random.default_rng(SEED).permutation(len(test))
+        return {
+            "image.answers": answer(seeing, test),
+            "image.question_only": answer(guessing, _blind(test)),
+            "image.shuffled_image": answer(seeing, replace(test, image_rows=test.image_rows[other])),
+        }
+
+    def _tokens(self, embedded: Embedded) -> dict[str, TokenQuestions]:
+        """Questions of every split over one table of images and one of texts."""
+        if embedded.tokens is None:
+            raise Undefined("only vectors of this encoder are at hand, no sequences of tokens")
+        asked = [item for own in self.questions.values() for item in own]
+        pairs = list({pair.id: pair for pair, _ in asked}.values())
+        texts = sorted({question.text for _, question in asked})
+        try:
+            images = embedded.tokens.images(pairs)
+            words, mask = embedded.tokens.texts(texts)
+        except (NoTokens, UnreadableImage) as reason:
+            raise Undefined(str(reason)) from None
+        if not (np.isfinite(images).all() and np.isfinite(words).all()):
+            raise Undefined("the encoder gave tokens that are not finite")
+        image_row = {pair.id: row for row, pair in enumerate(pairs)}
+        text_row = {text: row for row, text in enumerate(texts)}
+        return {
+            split: TokenQuestions(
+                images,
+                words,
+                mask,
+                np.array([image_row[pair.id] for pair, _ in own], dtype=np.int64),
+                np.array([text_row[question.text] for _, question in own], dtype=np.int64),
+                np.array([self.answers.get(question.answer, -1) for _, question in own], dtype=np.int64),
+            )
+            for split, own in self.questions.items()
+        }
+
+
+def _blind(questions: TokenQuestions) -> TokenQuestions:
+    """The same questions about one empty patch."""
+    nothing = np.zeros((1, 1, questions.images.shape[2]), dtype=np.float16)
+    return replace(questions, images=nothing, image_rows=np.zeros_like(questions.image_rows))

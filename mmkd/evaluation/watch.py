@@ -1,0 +1,161 @@
+"""Evaluate a student while it is trained: each checkpoint as it appears, and the finished model at the end.
+
+A checkpoint's weights are put into the student that the run started from and written as a folder, which is evaluated
+like any other; teachers' embeddings and cells are taken over, so that only the student is embedded anew. Checkpoints
+that were removed before their turn came are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+from mmkd.distributed import gather_lists, rank, wait_for_everyone
+from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
+from mmkd.files import atomic_write_text, rename_folder
+from mmkd.student.folder import save_student
+from mmkd.student.towers import starting_student
+from mmkd.training.checkpoints import AVERAGE, WEIGHTS, damage
+from mmkd.training.run_folder import SETTINGS_FILE, RunFolder
+
+STUDENT = "student"
+FINAL, LOG = "final", "watch.jsonl"
+Evaluate = Callable[[Path, Path], dict[str, Any]]
+
+
+def watch(run: Path, output: Path, evaluate: Evaluate, poll_seconds: float, quiet: bool = False) -> None:
+    """Evaluate what a training writes until it is finished; started again, go on with what is new.
+
+    Args:
+        run: the training's ``--output``; its checkpoints lie in ``run.partial`` until it is finished.
+        output: gets ``step-N/`` for each checkpoint, ``final/``, and a line for each in ``watch.jsonl``.
+        evaluate: from a student's folder and a folder for the results to their summary.
+        poll_seconds: time between two looks.
+        quiet: say nothing while waiting.
+
+    Raises:
+        FileNotFoundError: there is neither a finished nor an unfinished run.
+        ValueError: its checkpoints are not those of a student.
+    """
+    folder = RunFolder(run)
+    if not run.is_dir() and not folder.path.is_dir():
+        raise FileNotFoundError(f"--watch {run}: neither {run} nor {folder.path} is there; start the training first")
+    before: Path | None = None
+    told = False
+    while True:
+        found = _agreed(folder, output)
+        for name, student in _students(folder, found, output):
+            take_over(before, output / name)
+            wait_for_everyone()
+            summary = evaluate(student, output / name)
+            if rank() == 0:
+                _note(output, name, summary)
+            before, told = output / name, False
+        if FINAL in found or _is_done(output, FINAL):
+            return
+        if not found:
+            if not (told or quiet or rank()):
+                print(f"waiting for the next checkpoint in {folder.checkpoints}")
+                told = True
+            time.sleep(poll_seconds)
+
+
+def write_student(checkpoint: Path, settings: Path, target: Path) -> None:
+    """Write the student of a checkpoint as a ``from_pretrained`` folder.
+
+    Args:
+        checkpoint: one of `mmkd.training.checkpoints`; where it holds averaged weights, these are taken, as for the final output.
+        settings: of the run.
+        target: the folder; appears whole.
+
+    Raises:
+        FileNotFoundError: the checkpoint was removed meanwhile.
+        ValueError: it is not that of a student of stage 1 or 2.
+    """
+    tensors = load_file(checkpoint / WEIGHTS)
+    if (checkpoint / AVERAGE).is_file():
+        tensors |= load_file(checkpoint / AVERAGE)
+    model, processor = starting_student(yaml.safe_load(settings.read_text(encoding="utf-8")))
+    own = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    expected = model.state_dict()
+    if own.keys() != expected.keys() or any(own[name].shape != expected[name].shape for name in own):
+        raise ValueError(f"{checkpoint} is not of the student that {settings} starts from; watch pretrain or distill")
+    model.load_state_dict(own)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_student(temporary, model, processor)
+    rename_folder(temporary, target)
+
+
+def take_over(before: Path | None, after: Path) -> None:
+    """Copy the cells and scores of all rows but the student's from one results folder to the next."""
+    if before is None or after.exists() or rank() > 0:
+        return
+    for kind in ("cells", "scores"):
+        for row in sorted((before / kind).glob("*")):
+            if row.name != STUDENT:
+                shutil.copytree(row, after / kind / row.name)
+
+
+def _agreed(folder: RunFolder, output: Path) -> list[str]:
+    """What there is to do, as the first process sees it: names of checkpoints in order, and the finished model."""
+    found: list[str] = []
+    if rank() == 0:
+        whole = [path for path in sorted(folder.checkpoints.glob("step-*")) if damage(path) is None]
+        finished = [FINAL] if folder.output.is_dir() else []
+        found = [name for name in (*(_short(path) for path in whole), *finished) if not _is_done(output, name)]
+    return gather_lists(found)
+
+
+def _students(folder: RunFolder, found: list[str], output: Path) -> Iterator[tuple[str, Path]]:
+    """Each student as a folder, removed again when it has been evaluated."""
+    for name in found:
+        if name == FINAL:
+            yield name, folder.output
+            continue
+        target = output / "students" / name
+        checkpoint = folder.checkpoints / f"step-{int(name.removeprefix('step-')):08d}"
+        if rank() == 0 and not target.is_dir():
+            try:
+                write_student(checkpoint, folder.path / SETTINGS_FILE, target)
+            except FileNotFoundError:  # a newer checkpoint has taken its place
+                shutil.rmtree(target, ignore_errors=True)
+        wait_for_everyone()
+        if not target.is_dir():
+            continue
+        yield name, target
+        wait_for_everyone()
+        if rank() == 0:
+            shutil.rmtree(target.parent)
+
+
+def _note(output: Path, name: str, summary: dict[str, Any]) -> None:
+    """Add a line with the overall score of every row and the headline of the student on every task."""
+    student = {
+        task: cell["metrics"].get(own["headline"])
+        for task, own in summary["tasks"].items()
+        if (cell := own["rows"].get(STUDENT))
+    }
+    overall = {row: own for row, own in summary["overall"]["rows"].items() if row not in (ORACLE, ENSEMBLE)}
+    line = {"name": name, "overall": overall, "tasks": student}
+    log = output / LOG
+    lines = log.read_text(encoding="utf-8") if log.is_file() else ""
+    atomic_write_text(log, lines + json.dumps(line, sort_keys=True) + "\n")
+
+
+def _is_done(output: Path, name: str) -> bool:
+    log = output / LOG
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return any(json.loads(line)["name"] == name for line in lines)
+
+
+def _short(checkpoint: Path) -> str:
+    return f"step-{int(checkpoint.name.removeprefix('step-'))}"

@@ -1,0 +1,222 @@
+"""Which parts of a model learn, in which mode they run while others do, and how they compute."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mmkd.command.settings import setting
+from modeling_mmkd import MMKDClipModel
+
+_FIRST_LAYERS = re.compile(r"(?P<tower>[\w.]+)\[:(?P<count>\d+)\]")
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """How a model is trained, whatever it is trained for."""
+
+    freeze: list[str] = setting(
+        factory=list, help="what does not learn: vision_model, text_model.embeddings, text_model[:4]"
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = setting(
+        None, "how towers attend, by default as torch does it best; flash needs its package, a GPU and bf16"
+    )
+    compile: bool = setting(False, "compile the towers: minutes at the start, then faster steps; not the same bytes")
+
+
+def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Freeze, recompute, attend and compile as the settings say.
+
+    Raises:
+        ValueError: a part that the model does not have, or a way of attending that it or this machine does not.
+    """
+    freeze(model, settings.freeze)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if settings.attention is not None:
+        set_attention(model, settings.attention)
+    if settings.compile:
+        for tower in ("vision_model", "text_model"):
+            model.get_submodule(tower).compile(dynamic=True)  # in place, so that no name in a checkpoint changes
+
+
+def freeze(model: nn.Module, parts: list[str]) -> None:
+    """Stop parts of a model from learning; what is wholly frozen also costs no backward pass.
+
+    Args:
+        model: the model.
+        parts: each the name of a module or parameter (``vision_model``, ``text_model.embeddings``), or
+            ``text_model[:4]``: everything before the tower's list of layers, and its first four layers.
+
+    Raises:
+        ValueError: a part that the model does not have; the message names what it has.
+    """
+    for part in parts:
+        match = _FIRST_LAYERS.fullmatch(part)
+        if match:
+            found = _first_layers(model, match["tower"], int(match["count"]))
+        else:
+            found = require_part(model, part, f"--freeze {part}")
+        for name in found:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"--freeze {','.join(parts)} leaves nothing to train")
+
+
+def require_part(model: nn.Module, part: str, given: str) -> list[str]:
+    """Names of the parameters of a module, or of one parameter.
+
+    Raises:
+        ValueError: the model has no such part; the message begins with `given` and names the parts it has.
+    """
+    found = [name for name, _ in model.named_parameters() if name == part or name.startswith(f"{part}.")]
+    if not found:
+        known = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"{given}: the model has no {part!r}; its parts are {known}")
+    return found
+
+
+def layers_of(model: nn.Module, tower: str) -> tuple[list[str], list[list[str]]] | None:
+    """Names of a tower's parameters before its list of layers, and of each layer; None when it has no such list."""
+    root = model.get_submodule(tower)
+    lists = (nn.ModuleList, nn.Sequential)
+    found = next(((name, m) for name, m in root.named_modules() if name and isinstance(m, lists) and len(m) > 1), None)
+    if found is None:
+        return None
+    names = [name for name, _ in root.named_parameters()]
+    first = next(i for i, name in enumerate(names) if name.startswith(f"{found[0]}."))
+    layers = [[n for n in names if n.startswith(f"{found[0]}.{number}.")] for number in range(len(found[1]))]
+    return [f"{tower}.{n}" for n in names[:first]], [[f"{tower}.{n}" for n in layer] for layer in layers]
+
+
+def set_training_mode(module: nn.Module, dropout: float) -> None:
+    """Training mode, but batch normalization keeps its statistics and frozen parts run as in evaluation.
+
+    Batch statistics would make a result depend on how a batch is shared out among processes, and are poor in the small
+    batches of fine-tuning; the scale and shift still learn.
+
+    Args:
+        module: the objective.
+        dropout: probability of every dropout layer; above 0 the result depends on the number of processes.
+    """
+    module.train()
+    for child in module.modules():
+        parameters = list(child.parameters())
+        frozen = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+        if frozen or isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.eval()
+        elif isinstance(child, nn.Dropout):
+            child.p = dropout
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass: less memory, about a third more time, the same gradients."""
+    if hasattr(model, "activation_checkpointing_enable"):  # the only name from transformers 6 on; new in 5.23
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
+
+
+def set_attention(model: PreTrainedModel, attention: str) -> None:
+    """Choose how the towers attend.
+
+    Raises:
+        ValueError: a tower or this machine cannot attend that way.
+    """
+    if attention.startswith("flash") and not torch.cuda.is_available():
+        raise ValueError(f"--attention {attention} needs a GPU; --attention sdpa works everywhere")
+    try:
+        model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"--attention {attention}: {error}") from None
+    for name in ("vision_model", "text_model"):
+        chosen = getattr(model.get_submodule(name).config, "_attn_implementation", None)
+        if chosen != attention:
+            raise ValueError(f"--attention {attention}: the {name} stays with {chosen}; leave the option out")
+
+
+def _first_layers(model: nn.Module, tower: str, count: int) -> list[str]:
+    """Names of the parameters of a tower up to its `count`-th layer."""
+    require_part(model, tower, f"--freeze {tower}[:{count}]")
+    layers = layers_of(model, tower)
+    if layers is None or count > len(layers[1]):
+        have = f"{len(layers[1])} layers" if layers else "no list of layers"
+        raise ValueError(f"--freeze {tower}[:{count}]: {tower} has {have}")
+    return layers[0] + [name for layer in layers[1][:count] for name in layer]
+
+
+# Section: Low-rank adapters (LoRA, DoRA) on both towers and the projections, through peft.
+#
+# The adapters sit inside the model's own layers, so an objective trains the model as it is; what is saved is a folder of
+# peft's with a few megabytes. ``logit_scale`` is a bare parameter, which no adapter can hold: it stays as it was unless
+# the merged model is kept.
+
+
+TOWERS = ("vision_model", "text_model")
+
+PROJECTIONS = ("visual_projection", "text_projection")
+
+QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv", "query_proj", "value_proj")
+
+
+def add_adapter(
+    model: MMKDClipModel, kind: Literal["lora", "dora"], rank: int, targets: Literal["attention", "all"]
+) -> Any:
+    """Put an adapter into a model and freeze the rest.
+
+    Args:
+        model: changed in place; its forward pass runs through the adapter.
+        kind: ``W + BA`` (LoRA, Hu et al. 2021), or the same with a learned norm of each output (DoRA, Liu et al. 2024).
+        rank: rows of ``A``; ``BA`` is scaled by 2.
+        targets: see `adapter_targets`.
+
+    Returns:
+        The ``peft.PeftModel`` around the model: it saves and merges the adapter.
+
+    Raises:
+        ValueError: a rank below 1.
+        ModuleNotFoundError: peft is not installed.
+    """
+    if rank < 1:
+        raise ValueError(f"--rank is {rank}; it must be at least 1")
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=adapter_targets(model, targets), use_dora=kind == "dora"
+    )
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that is deprecated there
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def adapter_targets(model: MMKDClipModel, targets: Literal["attention", "all"]) -> list[str]:
+    """Names of the layers that get an adapter, always with both projections.
+
+    Args:
+        model: a model without adapters.
+        targets: ``attention`` takes queries and values of every attention layer, ``all`` every linear layer. A tower
+            without attention gives its 1x1 convolutions either way.
+    """
+    chosen = [
+        name
+        for part in PROJECTIONS
+        for name, module in model.named_modules()
+        if name.split(".")[0] == part and isinstance(module, nn.Linear)
+    ]
+    for tower in TOWERS:
+        layers = [(name, m) for name, m in model.named_modules() if name.startswith(f"{tower}.")]
+        linear = [name for name, module in layers if isinstance(module, nn.Linear)]
+        attention = [name for name in linear if name.rsplit(".", 1)[-1] in QUERIES_AND_VALUES]
+        chosen += (attention if targets == "attention" else linear) if attention else _pointwise(layers)
+    return chosen
+
+
+def _pointwise(layers: list[tuple[str, nn.Module]]) -> list[str]:
+    return [name for name, m in layers if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1]

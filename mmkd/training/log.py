@@ -1,0 +1,209 @@
+"""What a step leaves behind: a line in ``log.jsonl``, the same numbers for the trackers, a few on the console's bar.
+
+Beside losses by name a line says how fast the step was: pairs and tokens of captions a second over all processes
+(padding does not count), the share of tokens that was not padding, the share of time spent waiting for data, the share
+of the device's peak (MFU, by the formula of `mmkd.student.flops`), memory, and from which teachers the pairs could learn.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkd.command.settings import resolved
+from mmkd.distributed import gather_lists, rank, world_size
+from mmkd.student.embed import padding_free_share
+from mmkd.student.flops import StepCost, peak_flops, step_cost
+from mmkd.training.run_folder import LOG_FILE, RunFolder
+from mmkd.training.settings import LoopSettings
+from mmkd.training.tracking import CURVE_FILE, draw_losses, plain_settings, tracker_options, write_environment
+
+logger = logging.getLogger(__name__)
+
+TEACHER_KEYS = ("aligned", "teachers")
+
+
+class StepLog:
+    """Writes one line a step, on the first process."""
+
+    def __init__(
+        self, folder: RunFolder, settings: LoopSettings, model: nn.Module | None = None, accelerator: Any = None
+    ) -> None:
+        """Choose what to measure against and where to write.
+
+        Args:
+            folder: its ``log.jsonl`` gets the lines.
+            settings: of the run.
+            model: what is trained, for its cost; before it is wrapped or sharded. None where there is no such model.
+            accelerator: its trackers also take each line. None for no trackers.
+        """
+        self.folder, self.settings, self.accelerator = folder, settings, accelerator
+        self.cost: StepCost | None = step_cost(model) if model is not None else None
+        self.peak_flops = settings.peak_tflops * 1e12 if settings.peak_tflops is not None else None
+        if self.peak_flops is None and torch.cuda.is_available():
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(), settings.precision)
+        self.shown = ""
+
+    def begin(self, step: int) -> None:
+        """Write ``environment.json`` with the formula of the cost, and start the trackers at `step`."""
+        settings = self.settings
+        if self.accelerator is not None:
+            self.accelerator.init_trackers(
+                "mmkd", plain_settings(resolved(settings)), tracker_options(settings.output.name, step)
+            )
+        if rank() == 0:
+            formula = self.cost.formula() if self.cost is not None else None
+            if formula is not None:
+                logger.info("%s", formula)
+            write_environment(self.folder.path, {"training_cost": formula, "peak_flops": self.peak_flops})
+
+    def close(self) -> None:
+        """End the trackers, and draw the losses."""
+        for tracker in self.accelerator.trackers if self.accelerator is not None else ():
+            tracker.finish()
+        if rank() == 0:
+            draw_losses(self.folder.path / LOG_FILE, self.folder.path / CURVE_FILE)
+
+    def write(self, line: Mapping[str, Any], batch: Mapping[str, Any], *, waited: float, seconds: float) -> None:
+        """Add what the step cost and write the line.
+
+        Args:
+            line: ``step``, ``epoch``, losses and rates; numbers that are not finite become null.
+            batch: this process' rows, whose figures stand for those of all processes.
+            waited: seconds spent waiting for the batch.
+            seconds: seconds of the whole step, `waited` included.
+        """
+        if rank() > 0:
+            return
+        measured = self._speed(batch, waited, seconds) | teacher_use(batch) | {"memory_gb": memory_gb()}
+        whole = {name: _plain(value) for name, value in {**line, **measured}.items()}
+        self.folder.log(whole)
+        self.shown = _shown(whole)
+        if self.accelerator is not None:
+            known = {name: value for name, value in whole.items() if value is not None and name != "step"}
+            self.accelerator.log(known, step=int(line["step"]))
+
+    def _speed(self, batch: Mapping[str, Any], waited: float, seconds: float) -> dict[str, float]:
+        processes = world_size()
+        speed = {
+            "samples_per_second": round(len(batch["ids"]) * processes / seconds, 2),
+            "data_time": round(waited / seconds, 4),
+        }
+        lengths = batch.get("text_lengths")
+        if lengths:
+            speed["tokens_per_second"] = round(sum(lengths) * processes / seconds, 1)
+            speed["useful_tokens"] = round(padding_free_share(lengths, self.settings.micro_batch_size), 4)
+            if self.cost is not None and self.peak_flops is not None:
+                cost = self.cost.at_side(batch["pixel_values"].shape[-1])
+                speed["mfu"] = round(cost.of(lengths) / seconds / self.peak_flops, 4)
+        return speed
+
+
+def timed(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float, float]]:
+    """Each batch, the seconds waited for it, and when the waiting began."""
+    iterator = iter(batches)
+    while True:
+        began = time.perf_counter()
+        batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - began, began
+
+
+def not_finite(line: Mapping[str, Any], ids: list[str]) -> str:
+    """What is known of a step that cannot be taken; every process must ask."""
+    shown = ", ".join(f"{name} {value:g}" for name, value in line.items())
+    return f"not finite: {shown}; the pairs of this step: {', '.join(gather_lists(ids))}"
+
+
+def teacher_use(batch: Mapping[str, Any]) -> dict[str, float]:
+    """Each teacher's share of what the rows learn from, a row's available teachers counting equally.
+
+    Returns:
+        ``teacher_use/NAME``; together 1 where every row has a teacher; nothing for a batch without teachers.
+    """
+    features: Mapping[str, Mapping[str, Tensor]] | None = next((batch[k] for k in TEACHER_KEYS if k in batch), None)
+    if not features:
+        return {}
+    names = sorted(features)
+    masks = torch.stack([features[name]["mask"].float() for name in names], dim=1)
+    shares = (masks / masks.sum(dim=1, keepdim=True).clamp(min=1)).mean(dim=0)
+    return {f"teacher_use/{name}": round(share, 4) for name, share in zip(names, shares.tolist(), strict=True)}
+
+
+def memory_gb() -> float:
+    """The most memory taken so far, in 10^9 bytes: of this process' GPU, without one of the process itself."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def _shown(line: Mapping[str, Any]) -> str:
+    """What the progress bar says of a line."""
+    parts = [f"loss {line['loss']:.4f}" if line.get("loss") is not None else "loss not finite"]
+    parts.append(f"{line['samples_per_second']:.4g} pairs/s")
+    parts += [f"{line['mfu']:.1%} of peak"] if "mfu" in line else []
+    return ", ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Section: A few steps under torch's profiler, for whoever asks where the time goes.
+
+
+PROFILE_FOLDER = "profile"
+
+SKIPPED_STEPS = 2  # the first ones start workers, allocate and compile
+
+TABLE_ROWS = 40
+
+
+@contextmanager
+def profiled_steps(folder: Path, steps: int | None) -> Iterator[Callable[[], None]]:
+    """Record some steps of the first process, after the first two.
+
+    ``folder/profile`` gets ``trace.json``, which a browser's ``chrome://tracing`` or Perfetto shows, and
+    ``operators.txt``, the dearest operators.
+
+    Args:
+        folder: the run's.
+        steps: how many to record; None for none.
+
+    Yields:
+        What to call after each step.
+    """
+    if steps is None or rank() > 0:
+        yield lambda: None
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    schedule = torch.profiler.schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(
+        activities=activities,
+        schedule=schedule,
+        on_trace_ready=lambda profiler: _write(profiler, folder / PROFILE_FOLDER),
+        profile_memory=True,
+    ) as profiler:
+        yield profiler.step
+
+
+def _write(profiler: Any, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=TABLE_ROWS)
+    (folder / "operators.txt").write_text(table, encoding="utf-8")

@@ -1,0 +1,153 @@
+"""Where a run is watched and what it ran on: trackers' names, environment and git state, the curve of the losses.
+
+Nothing here sends anything by itself: TensorBoard writes files beside the output, and a tracker that talks to a server
+(wandb, trackio ...) runs only when it is named. Host, user and folder names are left out of what is written.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmkd.command.values import nearest
+from mmkd.distributed import world_size
+from mmkd.files import write_json
+from mmkd.student.folder import installed_versions
+
+AUTO, NONE = "auto", "none"
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+ENVIRONMENT_FILE, CURVE_FILE, TENSORBOARD_FOLDER = "environment.json", "loss.png", "tensorboard"
+PACKAGES = ("mmkd-clip", "torch", "torchvision", "transformers", "accelerate", "numpy", "pillow", "simplejpeg", "peft")
+CURVE_POINTS = 2000
+
+
+def chosen_trackers(names: Sequence[str]) -> list[str]:
+    """The trackers that these names stand for: ``auto`` is TensorBoard where it is installed, ``none`` is none.
+
+    Raises:
+        ValueError: an unknown name, a tracker that is not installed, or ``auto`` or ``none`` beside others.
+    """
+    if list(names) == [AUTO]:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    if list(names) == [NONE]:
+        return []
+    for name in names:
+        if name not in TRACKERS:
+            allowed = ", ".join(TRACKERS)
+            raise ValueError(f"--trackers {name}{nearest(name, TRACKERS)}: give {allowed}, or {AUTO} or {NONE} alone")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--trackers {name}: it is not installed; run `pip install {name}`, or give {NONE}")
+    return list(names)
+
+
+def tracker_options(name: str, step: int) -> dict[str, dict[str, Any]]:
+    """Options of each tracker for a run of this name that has come to `step`: what came after it is written anew."""
+    named = {"name": name}
+    return {"tensorboard": {"purge_step": step + 1}, "wandb": {**named, "resume": "allow"}, "trackio": named}
+
+
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """Settings as trackers take them: one level, names joined by dots, everything else as text."""
+    flat: dict[str, str | int | float | bool] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": item for key, item in plain_settings(value).items()}
+        else:
+            flat[name] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return flat
+
+
+def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run depends on beside its settings and data: versions, devices, processes, the state of the code.
+
+    Args:
+        extra: more facts, as JSON values.
+    """
+    cuda = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if cuda else []
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": installed_versions(PACKAGES),
+        "devices": devices or [platform.processor() or platform.machine()],
+        "cuda": torch.version.cuda if cuda else None,
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "package_git": git_state(Path(__file__).resolve()),
+        "folder_git": git_state(Path.cwd()),
+        **extra,
+    }
+
+
+def git_state(path: Path) -> dict[str, Any] | None:
+    """Commit of the repository around a folder or file and whether files differ from it; None without one or git.
+
+    A file has to be in the repository: one installed below some other checkout has no state.
+    """
+    is_file, told = path.is_file(), []
+    own = [["ls-files", "--error-unmatch", path.name]] if is_file else []
+    for command in (*own, ["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        call = ["git", "-C", str(path.parent if is_file else path), *command]
+        try:
+            done = subprocess.run(call, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+        told.append(done.stdout.strip())
+    return {"commit": told[-2], "changed": bool(told[-1])}
+
+
+def write_environment(folder: Path, extra: Mapping[str, Any]) -> None:
+    """Write ``environment.json``."""
+    write_json(folder / ENVIRONMENT_FILE, environment(extra))
+
+
+def draw_losses(log: Path, output: Path) -> bool:
+    """Draw the losses of a ``log.jsonl`` over steps, each part faint and its moving mean bold, as PNG.
+
+    Args:
+        log: the file of lines.
+        output: the picture to write.
+
+    Returns:
+        Whether it was drawn: not without matplotlib, nor for a log of fewer than two steps.
+    """
+    curves = _curves(log)
+    if importlib.util.find_spec("matplotlib") is None or len(curves.get("loss", ())) < 2:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(curves), 3.2), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        steps, values = zip(*points, strict=True)
+        window = max(1, len(values) // 50)
+        means = [sum(values[max(0, k - window + 1) : k + 1]) / min(window, k + 1) for k in range(len(values))]
+        axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+        axes.plot(steps, means, color="tab:blue", linewidth=1.6)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    figure.savefig(output, format="png", dpi=120, metadata={"Software": None})
+    return True
+
+
+def _curves(log: Path) -> dict[str, list[tuple[int, float]]]:
+    """Points of the loss, its parts and what validation measured, thinned to what a picture shows."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    if not lines:
+        return {}
+    first = list(lines[0])
+    names = first[first.index("epoch") + 1 : first.index("gradient_norm")] if "gradient_norm" in first else ["loss"]
+    names += sorted({name for line in lines for name in line if name.startswith("validation_loss")})
+    thin = max(1, len(lines) // CURVE_POINTS)
+    kept = [line for number, line in enumerate(lines) if number % thin == 0 or any(n not in first for n in line)]
+    points = {name: [(line["step"], line[name]) for line in kept if line.get(name) is not None] for name in names}
+    return {name: found for name, found in points.items() if found}

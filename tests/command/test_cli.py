@@ -1,0 +1,100 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mmkd.command import cli
+from mmkd.command.settings import CLOSED, ends_when_unread
+
+
+def test_launcher_options_are_told_apart():
+    arguments = ["--config", "a.yaml", "--num_processes", "2", "--epochs", "3", "--main-process-port=29511"]
+    launcher, own = cli.split_launcher_options(arguments)
+    assert launcher == ["--num_processes", "2", "--main-process-port=29511"]
+    assert own == ["--config", "a.yaml", "--epochs", "3"]
+
+
+def test_several_processes_without_gpu_start_through_torchrun_of_this_interpreter(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("PATH", "")
+    options = ["--num_processes", "2"]
+    command, environment = cli.launch_command("mmkd.train.distill", options, ["--epochs", "3"])
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[3:] == ["--standalone", "--nproc_per_node", "2", "-m", "mmkd.train.distill", "--epochs", "3"]
+    assert environment == {"ACCELERATE_USE_CPU": "1"}
+
+
+def test_several_machines_without_gpu_meet_at_the_first(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = ["--num_machines=2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1", "--main_process_port=29600"]
+    command, _ = cli.launch_command("mmkd.train.distill", options, [])
+    assert command[3:-2] == ["--nnodes=2", "--node_rank", "1", "--master_addr", "10.0.0.1", "--master_port=29600"]
+
+
+def test_gpus_start_through_accelerate(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    command, _ = cli.launch_command("mmkd.train.distill", ["--num_processes", "8"], [])
+    assert command[1:] == ["-m", "accelerate.commands.launch", "--num_processes", "8", "-m", "mmkd.train.distill"]
+
+
+def test_unknown_command_answers_with_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["distil"])
+    assert "did you mean 'distill'" in capsys.readouterr().err
+
+
+def test_recipes_of_one_process_refuse_launcher_options(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["curate", "--num_processes", "2"])
+    assert "runs in one process" in capsys.readouterr().err
+
+
+def test_help_lists_the_commands(capsys):
+    cli.main([])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.RECIPES)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # the suite has imported some already
+@pytest.mark.parametrize("name", sorted(cli.RECIPES))
+def test_every_command_tells_its_settings(name, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mmkd"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    assert "settings (" in capsys.readouterr().out
+
+
+def test_the_command_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "mmkd.command.cli"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "distill" in done.stdout
+
+
+def test_a_missing_library_names_the_extra_that_brings_it(monkeypatch, capsys):
+    def missing(*_arguments, **_options):
+        raise ModuleNotFoundError("No module named 'accelerate.utils'", name="accelerate.utils")
+
+    monkeypatch.setattr("sys.argv", ["mmkd"])
+    monkeypatch.setattr(cli.runpy, "run_module", missing)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["curate"])
+    assert 'pip install "mmkd-clip[train]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["datasets", "ls", "--help"], ["datasets", "ls"]])
+def test_output_that_nobody_reads_ends_the_command_without_a_word(arguments, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` has left
+    command = [sys.executable, "-m", "mmkd.command.cli", *arguments]
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (CLOSED, "")
+
+
+def test_another_broken_pipe_stays_an_error():
+    with pytest.raises(BrokenPipeError), ends_when_unread():
+        raise BrokenPipeError("of a process that died")

@@ -1,0 +1,196 @@
+"""The same global batch gives the same model: in one piece, in several, on several processes, with spread weights."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import step_memory
+import tiny_run
+import torch
+from safetensors.torch import load_file
+from test_distributed import torchrun
+
+from mmkd.distillation.objective import DistillObjective
+from mmkd.distillation.options import DistillOptions
+from mmkd.student.trainable import set_training_mode
+from mmkd.training.gradient_cache import OneForward, cached_backward, micro_batches, piece_of, set_seed
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One process, the batch in one piece."""
+    folder = tmp_path_factory.mktemp("reference") / "one"
+    tiny_run.run(folder)
+    assert len(log(folder)) == STEPS
+    return folder
+
+
+def weights_file(folder):
+    return folder / "model.safetensors"
+
+
+def weights(folder):
+    return load_file(weights_file(folder))
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(folder, reference):
+    expected = weights(reference)
+    for name, tensor in weights(folder).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0, msg=f"{folder.name}: {name}")
+    for ours, theirs in zip(log(folder), log(reference), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_pieces_of_a_batch_on_one_process(tmp_path, reference):
+    for name, more in {"pieces": {}, "checkpointed": {"checkpointing": True}}.items():
+        tiny_run.run(tmp_path / name, micro_batch_size=7, **more)
+        assert_same_run(tmp_path / name, reference)
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """One process and batches of 48, whose captions are padded to the longest."""
+    folder = tmp_path_factory.mktemp("padded") / "one"
+    tiny_run.run(folder, batch_size=48)
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes(tmp_path, reference, padded, processes):
+    """Without and with pieces, in one process group; on two also with weights spread by FSDP2, and captions in runs."""
+    runs = {"whole": {}, "pieces": {"micro_batch_size": 4}}
+    if processes == 2:
+        runs["spread"] = {"fsdp": True, "micro_batch_size": 5, "checkpoint_every": 8}
+        in_runs = {"batch_size": 48, "batches": {"caption_runs": True}}
+        runs |= {"captions": in_runs, "captions in pieces": {**in_runs, "micro_batch_size": 16}}
+        runs["spread captions"] = {**in_runs, "fsdp": True, "micro_batch_size": 16}
+    wanted = list(runs.items())
+    stopped = {"checkpoint_every": 8}
+    wanted += [("stopped", {**stopped, "batches": {"killed_at": 13}}), ("stopped", stopped)]
+    arguments = [text for name, more in wanted for text in (tmp_path / name, json.dumps(more))]
+    torchrun(tiny_run.__file__, tmp_path / "gradients.json", "differences", *arguments, processes=processes)
+    assert weights_file(tmp_path / "stopped").read_bytes() == weights_file(tmp_path / "whole").read_bytes()
+    for name, more in runs.items():
+        assert_same_run(tmp_path / name, padded if "batches" in more else reference)
+        assert all("useful_tokens" in line for line in log(tmp_path / name)) == ("batches" in more)
+    through, around = json.loads((tmp_path / "gradients.json").read_text())
+    assert through == 0.0
+    assert around > 1e-4, "without the wrapper each process would have had its own gradient"
+
+
+def test_resumed_at_another_number_of_processes(tmp_path, reference):
+    """The rest of the run reads the same pairs in the same order, and comes to the same weights."""
+    tiny_run.run(tmp_path / "whole", max_steps=11, batches={"order": str(tmp_path / "whole.order")})
+    with pytest.raises(tiny_run.Killed):
+        tiny_run.run(tmp_path / "cut", checkpoint_every=4, batches={"killed_at": 10})
+    order = {"checkpoint_every": 4, "batches": {"order": str(tmp_path / "cut.order")}}
+    wrong = {"max_steps": 5, "batches": {"wrong_step": 2}}
+    runs = [(tmp_path / "cut", order), (tmp_path / "wrong", wrong)]
+    said = torchrun(tiny_run.__file__, *(text for path, more in runs for text in (path, json.dumps(more))))
+    assert "step-00000008 was written by 1 processes, now 2 go on" in said
+    assert_same_run(tmp_path / "cut", reference)
+    alone, first, second = (order_of(tmp_path / name) for name in ("whole.order.0", "cut.order.0", "cut.order.1"))
+    assert [step for step, _ in first] == list(range(8, STEPS))
+    assert [(step, a + b) for (step, a), (_, b) in zip(first, second, strict=True)][:3] == alone[8:]
+
+    # A pair of the second process alone is not finite: both skip the step, and the first tells of all its pairs.
+    tiny_run.run(tmp_path / "alone", **wrong)
+    skipped = [
+        {line["step"]: (line["loss"], line["skipped"]) for line in log(tmp_path / name) if "skipped" in line}
+        for name in ("wrong", "alone")
+    ]
+    assert skipped == [{3: (None, 1)}] * 2
+    for name, tensor in weights(tmp_path / "wrong").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "alone")[name], atol=1e-5, rtol=0)
+    told = next(line for line in said.splitlines() if "step skipped, not finite: step 3" in line)
+    assert all(f"p{row}" in told for row in alone[2][1])
+
+
+def order_of(path):
+    return [(step, rows) for step, rows in map(json.loads, path.read_text().splitlines())]
+
+
+def gradients(objective, batch, **caching):
+    device = OneForward(objective, "cpu", "fp32")
+    objective.zero_grad()
+    if caching:
+        cached_backward(
+            device, batch, to_device=lambda b: b, backward=lambda x: x.backward(), without_sync=Nothing, **caching
+        )
+    else:
+        set_seed(1)
+        device("whole", batch)["loss"].backward()
+    return {name: p.grad.clone() for name, p in objective.named_parameters()}
+
+
+class Nothing:
+    def __enter__(self): ...
+
+    def __exit__(self, *error): ...
+
+
+@pytest.fixture
+def batch():
+    return {**next(iter(tiny_run.Generated(24).epoch(0))), "epoch": 0}
+
+
+def test_pieces_summed_without_the_cache_would_be_another_gradient(batch):
+    objective = DistillObjective(tiny_run.tiny_student(), DistillOptions(losses=tiny_run.LOSSES))
+    set_training_mode(objective, dropout=0.0)
+    exact = gradients(objective, batch)
+    cached = gradients(objective, batch, micro_batch_size=5, seed=(1,))
+    for name, gradient in exact.items():
+        torch.testing.assert_close(cached[name], gradient, atol=1e-6, rtol=1e-4)
+    objective.zero_grad()
+    for rows in micro_batches(batch, 12):
+        (objective(piece_of(batch, rows))["loss"] / 2).backward()
+    plain = objective.model.visual_projection.weight.grad
+    difference = (plain - exact["model.visual_projection.weight"]).norm() / plain.norm()
+    assert difference > 0.05
+
+
+def test_memory_of_a_large_batch_is_that_of_a_piece_and_the_embeddings():
+    """In one piece the batch of 256 would take some 350 MB more than the piece of 16."""
+    command = [sys.executable, step_memory.__file__, "16:16", "256:16"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    piece, batch = (json.loads(line)["growth_mb"] for line in done.stdout.splitlines())
+    assert batch < piece + 40
+
+
+def test_dropout_draws_the_same_in_both_passes(batch):
+    """Each piece's gradient belongs to the very embeddings that were compared."""
+    objective = DistillObjective(tiny_run.tiny_student(), DistillOptions(losses=tiny_run.LOSSES))
+    set_training_mode(objective, dropout=0.5)
+    cached = gradients(objective, batch, micro_batch_size=5, seed=(1, 2))
+    objective.zero_grad()
+    pieces = micro_batches(batch, 5)
+    encoded = []
+    for number, rows in enumerate(pieces):
+        set_seed(1, 2, number)
+        encoded.append(objective.encode(piece_of(batch, rows)))
+    back = torch.cat(pieces).argsort()
+    joined = {name: torch.cat([part[name] for part in encoded])[back] for name in encoded[0]}
+    objective.loss(joined, batch)["loss"].backward()
+    for name, p in objective.named_parameters():
+        torch.testing.assert_close(cached[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_pieces_are_of_like_length_and_without_shared_padding(batch):
+    pieces = micro_batches(batch, 6)
+    assert sorted(torch.cat(pieces).tolist()) == list(range(24))
+    cut = [piece_of(batch, rows) for rows in pieces]
+    lengths = [piece["attention_mask"].sum(dim=1) for piece in cut]
+    assert all(a.min() >= b.max() for a, b in pairwise(lengths))  # longest first
+    assert [piece["input_ids"].shape[1] for piece in cut] == [int(n.max()) for n in lengths]
+    assert cut[0]["ids"] == [batch["ids"][row] for row in pieces[0].tolist()]

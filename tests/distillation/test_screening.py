@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from mmkd.distillation.screening import Pool, above, default_minimum, within_top
+
+
+def unit(count, dim, seed=0, noise=1.0):
+    """Texts, and images that are texts with noise; float64, unit length."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.nn.functional.normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64), dim=1)
+    image = text + noise * torch.randn(count, dim, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.normalize(image, dim=1), text
+
+
+def by_hand(image, text, captions, pool, percentile):
+    """The rule as a sentence, one pair at a time."""
+    n = range(len(pool.captions))
+    mismatched = [float(pool.image[i] @ pool.text[j]) for i in n for j in n if pool.captions[i] != pool.captions[j]]
+    own = [float(i @ t) for i, t in zip(image, text, strict=True)]
+    return [sum(m < value for m in mismatched) >= percentile / 100 * len(mismatched) for value in own]
+
+
+@pytest.mark.parametrize("percentile", [0, 50, 80, 100])
+def test_the_percentile_rule_by_hand(percentile):
+    captions = [f"caption {k % 31}" for k in range(40)]
+    pool = Pool(captions, *unit(40, 6))
+    image, text = unit(60, 6, seed=1)
+    found = above(image, text, pool.threshold(percentile))
+    assert found.tolist() == by_hand(image, text, captions, pool, percentile)
+    assert percentile in (0, 100) or 0 < found.sum() < 60
+
+
+def test_a_teacher_that_knows_nothing_passes_what_chance_passes():
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.nn.functional.normalize(torch.randn(2, 1500, 64, generator=generator), dim=-1)
+    pool = Pool([str(k) for k in range(500)], image[:500], text[:500])
+    passed = above(image[500:], text[500:], pool.threshold(80))
+    assert 0.15 < passed.float().mean() < 0.25
+
+
+def test_scale_and_offset_of_similarities_do_not_matter():
+    image, text = unit(50, 8)
+    captions = [str(k) for k in range(50)]
+    shifted = torch.cat([0.01 * image, torch.ones(50, 1)], dim=1), torch.cat([text, 5 * torch.ones(50, 1)], dim=1)
+    one = above(image, text, Pool(captions, image, text).threshold(80))
+    assert torch.equal(one, above(*shifted, Pool(captions, *shifted).threshold(80)))
+    assert 0 < one.sum() < 50
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_the_rank_of_the_own_caption_by_hand(top):
+    pool = Pool([f"caption {k % 17}" for k in range(20)], *unit(20, 5))
+    image, text = unit(30, 5, seed=1)
+    captions = [f"caption {k}" for k in range(30)]
+    ranks = [
+        1 + sum(float(i @ other) >= float(i @ t) for other, c in zip(pool.text, pool.captions, strict=True) if c != own)
+        for i, t, own in zip(image, text, captions, strict=True)
+    ]
+    found = within_top(image, text, captions, pool, top)
+    assert found.tolist() == [rank <= top for rank in ranks]
+    assert 0 < found.sum() < 30
+
+
+def test_the_first_place_needs_to_be_won_and_equal_words_do_not_compete():
+    image = torch.eye(3)
+    text = torch.tensor([[1.0, 0, 0], [0, 0.5, 0.9], [0, 0.6, 0.8]])
+    for captions, expected in ((["a", "b", "c"], [True, False, False]), (["a", "b", "b"], [True, True, True])):
+        assert within_top(image, text, captions, Pool(captions, image, text), 1).tolist() == expected
+    tied = Pool(["a", "b"], torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    assert within_top(torch.eye(2)[:1], torch.eye(2)[:1], ["x"], tied, 1).tolist() == [False]
+
+
+def test_without_mismatches_nothing_speaks_against_a_pair():
+    features = -torch.ones(2, 2), torch.ones(2, 2)
+    same = Pool(["same", "same"], *features)
+    assert above(*features, same.threshold(80)).all()
+    assert within_top(*features, ["same", "same"], same, 1).all()
+    empty = Pool([], torch.ones(0, 2), torch.ones(0, 2))
+    assert above(*features, empty.threshold(100)).all()
+    assert within_top(*features, ["a", "b"], empty, 1).all()
+    assert above(torch.ones(0, 2), torch.ones(0, 2), 0.0).shape == (0,)
+
+
+def test_five_of_nine():
+    assert [default_minimum(count) for count in range(1, 11)] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
