@@ -70,7 +70,8 @@ if __name__ == "__main__":
 
 # Section: Looks at this machine and installation, and says of every part what will not work without it, and what to do.
 #
-# Nothing is changed and nothing is downloaded. The network is asked once, briefly; what needs it is looked at only where
+# Nothing is changed and nothing is downloaded. The network is asked once, briefly; what needs it is looked at only
+# where
 # it answers.
 
 

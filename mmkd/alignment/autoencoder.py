@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mmkd.alignment.aligner import Aligner
 from mmkd.data.features.lookup import MODALITIES, Modality
-from mmkd.distillation import losses
 from mmkd.distillation.losses import feature_squared
 from mmkd.training.objectives import Objective
 
@@ -94,7 +93,7 @@ class AlignObjective(Objective):
         parts = {}
         for modality in MODALITIES:
             errors = [
-                losses.reconstruction(embeddings[f"{modality}/{name}"], teacher[modality], teacher["mask"])
+                reconstruction(embeddings[f"{modality}/{name}"], teacher[modality], teacher["mask"])
                 for name, teacher in batch["teachers"].items()
             ]
             parts[str(modality)] = torch.stack(errors).mean()

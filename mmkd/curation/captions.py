@@ -70,7 +70,8 @@ def caption_from_facts(label: str, modality: str, key: str) -> str:
 
 # Section: Captions as running text: encodings found out, XML and LaTeX remains undone, panel letters kept.
 #
-# PubMed Central's captions carry what its XML left behind: entities, tags around references and italics, and formulas as
+# PubMed Central's captions carry what its XML left behind: entities, tags around references and italics, and formulas
+# as
 # whole LaTeX documents. Tags go and their text stays; formulas become Unicode through pylatexenc.
 
 

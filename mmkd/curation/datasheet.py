@@ -131,7 +131,8 @@ def _table(title: str, counts: dict[str, int]) -> str:
     return "\n".join([f"| {title} | rows |", "|---|---:|", *rows])
 
 
-# Section: The datasheet of a curated folder: counts from the columns of its manifest, as JSON, as a page, and as charts.
+# Section: The datasheet of a curated folder: counts from the columns of its manifest, as JSON, as a page, and as
+# charts.
 
 
 REPORT_FILE, PAGE_FILE = "report.json", "README.md"

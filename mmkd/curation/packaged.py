@@ -109,7 +109,8 @@ def _attribution(images: Sequence[PackagedImage]) -> str:
     return "\n".join(lines)
 
 
-# Section: Slices of the MNI152 templates that arrive with nilearn; see `mmkd.curation.packaged` for what is held out and why.
+# Section: Slices of the MNI152 templates that arrive with nilearn; see `mmkd.curation.packaged` for what is held out
+# and why.
 #
 # Coordinates are millimetres of MNI space, whose origin is the anterior commissure: +x right, +y anterior, +z superior.
 

@@ -1,4 +1,4 @@
-"""Tiles of flat images that arrive with scikit-image and pydicom; `mmkd.curation.packaged` says what is held out and why.
+"""Tiles of flat images that arrive with scikit-image and pydicom; see `mmkd.curation.packaged`.
 
 Boxes leave out margins, scales and burned-in text. What a caption says of a single tile is where it lies and what was
 measured in it: the share of brown (DAB) pixels, of color-coded flow, of bright phase.

@@ -156,7 +156,8 @@ def sample_of_row(row: Mapping[str, Any], place: str) -> Item:
     return RawSample(key, place, caption, facts, lambda: image, suffix)
 
 
-# Section: Collections that list images in text: JSON lines as PMC-OA and ROCO have them, ``labels.csv``, folders of classes.
+# Section: Collections that list images in text: JSON lines as PMC-OA and ROCO have them, ``labels.csv``, folders of
+# classes.
 #
 # JSON lines name things differently everywhere; the names in use are tried in turn. Images lie beside the list or in a
 # folder beside it, and never outside.

@@ -72,7 +72,8 @@ def kind_of(suffix: str) -> str:
 
 # Section: The fields of a sample that decide about it, taken out of a JSON object without building the rest.
 #
-# BIOMEDICA stores the whole article beside every figure. Decoding into a declared set of fields checks that all of it is
+# BIOMEDICA stores the whole article beside every figure. Decoding into a declared set of fields checks that all of it
+# is
 # JSON and builds only what is asked for, in a fifth of the time of ``json.loads``.
 
 

@@ -161,9 +161,11 @@ def _nothing(path: Path) -> str:
     return f"--source {path} holds no {kinds} (found: {shown or 'nothing'})"
 
 
-# Section: Datasets on the Hugging Face Hub: tars fetched one by one and forgotten, everything else streamed by `datasets`.
+# Section: Datasets on the Hugging Face Hub: tars fetched one by one and forgotten, everything else streamed by
+# `datasets`.
 #
-# A BIOMEDICA tar is some ten gigabytes; a process has one at a time on its disk. Nothing is fetched before it is needed.
+# A BIOMEDICA tar is some ten gigabytes; a process has one at a time on its disk. Nothing is fetched before it is
+# needed.
 
 
 HUB_PREFIX = "hf://"

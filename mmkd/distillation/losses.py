@@ -4,7 +4,8 @@ Each works on the rows of one process against the columns of all (`row_offset` s
 columns) and divides by its number of rows, masked rows included, so that the mean over processes of the local losses
 is the loss of the whole batch, in value and in gradient, whatever the masks. Similarities and softmax are computed in
 fp32 even under autocast: at a scale of 100 bf16 logits turn the gradient by a fifth of its length. The losses that copy
-relations between samples are in `mmkd.distillation.losses`, those of heads for single teachers in `mmkd.distillation.heads`.
+relations between samples are in `mmkd.distillation.losses`, those of heads for single teachers in
+`mmkd.distillation.heads`.
 
 Shapes: `rows` are this process' samples, `columns` those of all processes (equal to `rows` on one process).
 """
@@ -90,8 +91,10 @@ def feature_cosine(student: Tensor, target: Tensor, available: Tensor) -> Tensor
 #
 # A teacher's similarities need no space in common with the student and no equal width, so raw features of any teacher
 # serve. Each teacher's softmax has its own inverse temperature; the mean over the teachers that know a sample is taken
-# after the softmax, because similarities of different teachers are not on one scale. Like every loss of the project these
-# work on the rows of one process against the columns of all (`mmkd.distillation.losses`), some rows at a time (`mmkd.training.chunked_softmax`).
+# after the softmax, because similarities of different teachers are not on one scale. Like every loss of the project
+# these
+# work on the rows of one process against the columns of all (`mmkd.distillation.losses`), some rows at a time
+# (`mmkd.training.chunked_softmax`).
 
 
 class View(NamedTuple):

@@ -5,7 +5,8 @@ every gradient, and an optimizer built from it cannot forget a learnable scale. 
 by itself, so that a batch may be encoded in pieces and put together again, and `loss` compares the rows of all
 processes. A loss of weight zero is not computed, and what only it would read need not be in the batch.
 
-A batch holds what `mmkd.student.embed.embed` reads, ``index`` `(rows,)`, ``ids`` and, for distillation, ``teachers`` (raw
+A batch holds what `mmkd.student.embed.embed` reads, ``index`` `(rows,)`, ``ids`` and, for distillation, ``teachers``
+(raw
 features) and ``aligned`` (features in the student's width), each ``{teacher: {"image": (rows, width), "text": (rows,
 width), "mask": (rows,) bool}}``; the loop adds ``epoch``.
 """

@@ -180,9 +180,11 @@ def with_input_of(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor,
     return found, given[-1]
 
 
-# Section: The usual preprocessing (shortest side resized, central square, mean and standard deviation) in a fifth of the time.
+# Section: The usual preprocessing (shortest side resized, central square, mean and standard deviation) in a fifth of
+# the time.
 #
-# Pillow's bicubic resize of a photograph takes longer than decoding it. torch's antialiased kernel on uint8 computes the
+# Pillow's bicubic resize of a photograph takes longer than decoding it. torch's antialiased kernel on uint8 computes
+# the
 # same filter: 0.3 % of the values come out one grey level apart, all others equal.
 
 

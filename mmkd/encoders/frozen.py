@@ -257,7 +257,8 @@ def _fingerprint(tower: Any, facts: Any) -> str:
 # Section: Pooled outputs of one frozen tower on disk, found by what was encoded.
 #
 # A key is the hash of an image file or of a text, so that runs on other folders, other captions or other seeds share
-# what they have in common. Parts are written whole under the hash of their keys: several processes may add to one folder
+# what they have in common. Parts are written whole under the hash of their keys: several processes may add to one
+# folder
 # at a time, and a killed run loses at most the part it worked on.
 
 

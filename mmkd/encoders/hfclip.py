@@ -162,7 +162,8 @@ def _pooled(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-# Section: UniMed-CLIP: one checkpoint file in the published student's form, BiomedBERT's tokenizer beside or on the Hub.
+# Section: UniMed-CLIP: one checkpoint file in the published student's form, BiomedBERT's tokenizer beside or on the
+# Hub.
 
 
 def load_unimed(row: TeacherRow, device: str) -> HFClipEncoder:

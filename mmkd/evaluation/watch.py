@@ -71,7 +71,8 @@ def write_student(checkpoint: Path, settings: Path, target: Path) -> None:
     """Write the student of a checkpoint as a ``from_pretrained`` folder.
 
     Args:
-        checkpoint: one of `mmkd.training.checkpoints`; where it holds averaged weights, these are taken, as for the final output.
+        checkpoint: one of `mmkd.training.checkpoints`; where it holds averaged weights, these are taken, as for the
+        final output.
         settings: of the run.
         target: the folder; appears whole.
 

@@ -155,9 +155,11 @@ def _side(processor: Any) -> int:
     return int(processor.image_processor.crop_size["height"])
 
 
-# Section: Weights in 8 bits by ONNX Runtime's dynamic quantization: no calibration data, a file that runs without torch.
+# Section: Weights in 8 bits by ONNX Runtime's dynamic quantization: no calibration data, a file that runs without
+# torch.
 #
-# Matrix products get integer weights, one scale a column, and inputs that are rounded as they come; embedding tables are
+# Matrix products get integer weights, one scale a column, and inputs that are rounded as they come; embedding tables
+# are
 # stored in 8 bits. Convolutions stay as they are: ONNX Runtime's integer convolution is slower than the one in floating
 # point on the CPUs it was tried on. Weights take seven bits, because the eighth overflows on processors without VNNI.
 

@@ -154,7 +154,8 @@ def _named(name: str, noise: str, teachers: tuple[str, ...]) -> str:
     return f"{name}/{noise}" + (f"-{'+'.join(teachers)}" if teachers else "")
 
 
-# Section: Ways to go on from stage 1 that are compared: the default, its rivals, and one change of the default at a time.
+# Section: Ways to go on from stage 1 that are compared: the default, its rivals, and one change of the default at a
+# time.
 
 
 DEFAULT, TASK, PAPER = "default", "task loss alone", "paper"

@@ -170,7 +170,8 @@ def _cell(row: dict[str, Any]) -> str:
     return f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
 
 
-# Section: The default student against every rival: paired intervals of the mean over tasks, seeds averaged in each replicate.
+# Section: The default student against every rival: paired intervals of the mean over tasks, seeds averaged in each
+# replicate.
 #
 # A row's score is the mean over kinds of task of the mean over tasks of their headline metric. A rival trained with
 # several seeds has in each bootstrap replicate the mean of its seeds' scores, so that an interval speaks of the recipe

@@ -223,7 +223,8 @@ def _caution(provenance: dict[str, Any]) -> str:
     return f"Its training images come from: {', '.join(dict.fromkeys(known))}; test it on images from elsewhere."
 
 
-# Section: A folder of peft's as a Hub repository: a few megabytes, and a card that names the model; the rest is the model's.
+# Section: A folder of peft's as a Hub repository: a few megabytes, and a card that names the model; the rest is the
+# model's.
 #
 # peft keeps the folder from which the model was read. In what is published the model's Hub id stands there instead, so
 # that the adapter finds its model and nothing is told of this machine.

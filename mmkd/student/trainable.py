@@ -154,7 +154,8 @@ def _first_layers(model: nn.Module, tower: str, count: int) -> list[str]:
 
 # Section: Low-rank adapters (LoRA, DoRA) on both towers and the projections, through peft.
 #
-# The adapters sit inside the model's own layers, so an objective trains the model as it is; what is saved is a folder of
+# The adapters sit inside the model's own layers, so an objective trains the model as it is; what is saved is a folder
+# of
 # peft's with a few megabytes. ``logit_scale`` is a bare parameter, which no adapter can hold: it stays as it was unless
 # the merged model is kept.
 

@@ -2,7 +2,8 @@
 
 Beside losses by name a line says how fast the step was: pairs and tokens of captions a second over all processes
 (padding does not count), the share of tokens that was not padding, the share of time spent waiting for data, the share
-of the device's peak (MFU, by the formula of `mmkd.student.flops`), memory, and from which teachers the pairs could learn.
+of the device's peak (MFU, by the formula of `mmkd.student.flops`), memory, and from which teachers the pairs could
+learn.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a training would take: memory, time and money of each stage, from the measured model and stated assumptions.
 
-Operations come from `mmkd.student.flops`, parameters are counted, and the activations that a backward pass keeps are measured
+Operations come from `mmkd.student.flops`, parameters are counted, and the activations that a backward pass keeps are
+measured
 by running the model on a few images and captions. What cannot be known here (the share of its peak that a GPU will
 reach, how many images its cores decode, prices) is an assumption with a name, and every plan prints its assumptions.
 """

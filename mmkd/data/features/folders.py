@@ -160,7 +160,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# Section: To and from the authors' folder of features: one line of ``meta.jsonl`` and one small ``.pt`` file for each pair.
+# Section: To and from the authors' folder of features: one line of ``meta.jsonl`` and one small ``.pt`` file for each
+# pair.
 
 
 LOOKED_UP_TOGETHER = 1024

@@ -229,10 +229,13 @@ def _encoded(id: str) -> bytes:
         raise ValueError(f"id {id!r} is not Unicode text ({error.reason}); give the pair another id") from None
 
 
-# Section: What a pair held when it was looked at: four bytes that tell whether its caption or its image has changed since.
+# Section: What a pair held when it was looked at: four bytes that tell whether its caption or its image has changed
+# since.
 #
-# Features are found by the id of a pair. A caption that is rewritten under the same id, or a manifest that deals the ids
-# out anew, would train on targets that belong to something else, and nothing would look wrong. A feature store therefore
+# Features are found by the id of a pair. A caption that is rewritten under the same id, or a manifest that deals the
+# ids
+# out anew, would train on targets that belong to something else, and nothing would look wrong. A feature store
+# therefore
 # keeps, for each of its rows, a checksum of the caption and one of the image: of the SHA-256 that the manifest states
 # or, where it states none, of the file's name without its folder. 0 stands for unknown; checksums of the two kinds of
 # image differ in their lowest bit and are not compared. A single change goes unnoticed once in 65,536 times (an image's

@@ -225,7 +225,8 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-# Section: Questions about images in files: VQA-RAD's JSON beside its images, and SLAKE's folder of one JSON for each split.
+# Section: Questions about images in files: VQA-RAD's JSON beside its images, and SLAKE's folder of one JSON for each
+# split.
 
 
 SLAKE_FILES = {"train": ["train.json"], "validation": ["validate.json", "validation.json"], "test": ["test.json"]}

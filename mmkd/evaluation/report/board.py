@@ -132,7 +132,8 @@ def _place(item: tuple[str, Task]) -> tuple[int, str, str, str]:
     return kind, modality_of(task), task.get("dataset") or name, task.get("variant", "")
 
 
-# Section: Means over any choice of tasks, for the report: of one modality or kind, or of what two encoders have not seen.
+# Section: Means over any choice of tasks, for the report: of one modality or kind, or of what two encoders have not
+# seen.
 
 
 Metric = dict[str, float | None]

@@ -189,9 +189,11 @@ def settings_of(inputs: ReportInputs) -> dict[str, str]:
     return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
 
 
-# Section: Examples for the report: held-out images with what the student said of them, chosen by a rule that knows no result.
+# Section: Examples for the report: held-out images with what the student said of them, chosen by a rule that knows no
+# result.
 #
-# The rule: modalities in turn, inside each one by the hash of the pair's id. Thumbnails are small JPEG data URIs, so that
+# The rule: modalities in turn, inside each one by the hash of the pair's id. Thumbnails are small JPEG data URIs, so
+# that
 # the page stays one file.
 
 

@@ -276,7 +276,8 @@ def _missing(board: Board) -> str:
     return f'{left}<ul class="quiet">{"".join(lines)}</ul>' if lines else ""
 
 
-# Section: Every metric of every encoder on every task, folded away: other recalls, areas, controls of questions, labels.
+# Section: Every metric of every encoder on every task, folded away: other recalls, areas, controls of questions,
+# labels.
 
 
 def metrics_section(board: Board) -> str:

@@ -86,7 +86,8 @@ def _number(metric: dict[str, float | None]) -> float:
 
 # Section: Means over tasks: for each modality, each kind of task and over all, on the tasks that every encoder has.
 #
-# Replicates of tasks of one dataset share their draws, those of different datasets are independent; a mean's interval and
+# Replicates of tasks of one dataset share their draws, those of different datasets are independent; a mean's interval
+# and
 # a paired difference follow from the mean of replicates. Each kind of task counts the same within a mean, so that many
 # small tasks of one kind do not outvote the others. What an encoder was trained on flatters it, so every mean is also
 # given without the tasks that carry such a mark for any encoder.

@@ -122,7 +122,8 @@ def log_rank(outcomes: Outcomes, high: Booleans) -> tuple[float, float]:
     return chi_square, math.erfc(math.sqrt(chi_square / 2))
 
 
-# Section: Cox's model: the hazard of a case is ``h(t) exp(x b)``, fitted by its partial likelihood, Breslow's way with ties.
+# Section: Cox's model: the hazard of a case is ``h(t) exp(x b)``, fitted by its partial likelihood, Breslow's way
+# with ties.
 #
 # The elastic net is fitted by accelerated proximal gradient for several training sets at once: the matrix is multiplied
 # once, and each column of the coefficients sees its own cases. The penalty is chosen by the cross-validated partial

@@ -190,7 +190,8 @@ def dataset_tasks(
     return [DatasetZeroShot(samples, manifest, samples.auroc_on)], {}
 
 
-# Section: Several findings that an image may show at once: each is a question of its own, answered by a score above zero.
+# Section: Several findings that an image may show at once: each is a question of its own, answered by a score above
+# zero.
 
 
 ARTICLE = re.compile(r"^(an?|the) ")

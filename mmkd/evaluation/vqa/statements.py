@@ -27,7 +27,8 @@ from mmkd.evaluation.tasks.task import Outputs, Task
 # Section: Closed questions as statements, so that a dual encoder can answer them without training.
 #
 # "Is the heart enlarged?" becomes "the heart is enlarged" and "the heart is not enlarged"; "Is this a CT or an MRI?"
-# becomes "this is a CT" and "this is an MRI". The image is answered with the statement it lies closest to. The rules read
+# becomes "this is a CT" and "this is an MRI". The image is answered with the statement it lies closest to. The rules
+# read
 # the question alone, never its answer, and know a little English word order, no grammar: a statement that comes out
 # clumsy still holds the words that matter. What they cannot turn is left out and counted.
 
