@@ -21,7 +21,7 @@ from mmkd.evaluation.datasets.manifest import Absent, Manifest
 from mmkd.evaluation.datasets.questions import question_texts, read_questions
 from mmkd.evaluation.embeddings.cache import Content
 from mmkd.evaluation.embeddings.embed import Embedded, FolderImages
-from mmkd.evaluation.embeddings.encoders import Inputs, Known, embed_everything
+from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord, embed_everything
 from mmkd.evaluation.results.store import CellFolder, fingerprint_of
 from mmkd.evaluation.results.summary import Table, overall, split_summary, suite_means, task_summary
 from mmkd.evaluation.settings import EvalSettings
@@ -35,7 +35,7 @@ OF_BAGS = ("survival", "diagnosis")
 class SuiteRun:
     """Datasets judged one by one, and what is known of all of them in the end."""
 
-    def __init__(self, settings: EvalSettings, known: Sequence[Known]) -> None:
+    def __init__(self, settings: EvalSettings, known: Sequence[EncoderRecord]) -> None:
         """Begin with no dataset."""
         self.settings, self.known = settings, list(known)
         self.student, self.teachers, self.baselines = roles(settings, known)
@@ -45,7 +45,7 @@ class SuiteRun:
         self.datasets: dict[str, dict[str, Any]] = {}
         self.encoders = {each.name: encoder_row(each, []) for each in known}
 
-    def judge(self, inputs: Inputs) -> None:
+    def judge(self, inputs: DatasetInputs) -> None:
         """Make the cells of every task on one dataset; its vectors leave memory afterwards."""
         collection = inputs.open()
         assert isinstance(collection, Collection)
@@ -136,7 +136,7 @@ def evaluate_datasets(settings: EvalSettings, sources: dict[str, str], load: Loa
     return run.summary() | {"skipped_datasets": absent} if rank() == 0 else {}
 
 
-def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[Inputs], dict[str, str]]:
+def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[DatasetInputs], dict[str, str]]:
     """What of the datasets is there and what will be embedded of it, and the reasons why others are not.
 
     Raises:
@@ -153,7 +153,7 @@ def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[
     return found, absent
 
 
-def marks(known: Sequence[Known], manifest: Manifest) -> dict[str, str]:
+def marks(known: Sequence[EncoderRecord], manifest: Manifest) -> dict[str, str]:
     """Encoders that are known to have trained on a dataset or on what it was made from, and what says so."""
     found = {}
     for each in known:
@@ -177,12 +177,12 @@ def seed_of(seed: int, dataset: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {dataset}".encode()).digest()[:8], "big")
 
 
-def inputs_of(opened: Collection, reopen: Any, split: str) -> Inputs:
+def inputs_of(opened: Collection, reopen: Any, split: str) -> DatasetInputs:
     """What is embedded of a dataset; slides lie in bags of features already, only sentences are left to embed."""
     digests = {pair.id: opened.digest(pair) for pair in opened.pairs}
     texts = dataset_texts(opened, split)
     content = Content.of(image_pairs(opened), digests, texts)
-    return Inputs(opened.manifest.id, reopen, digests, texts, content)
+    return DatasetInputs(opened.manifest.id, reopen, digests, texts, content)
 
 
 def image_pairs(collection: Collection) -> Sequence[Pair]:
@@ -190,7 +190,7 @@ def image_pairs(collection: Collection) -> Sequence[Pair]:
     return [] if collection.manifest.task in OF_BAGS else collection.pairs
 
 
-def dataset_row(manifest: Manifest, inputs: Inputs, collection: Collection, split: str) -> dict[str, Any]:
+def dataset_row(manifest: Manifest, inputs: DatasetInputs, collection: Collection, split: str) -> dict[str, Any]:
     """What the summary says of a dataset: its manifest's facts, its counts, what its splits share, its contents."""
     facts = {key: getattr(manifest, key) for key in ("title", "task", "modality", "license", "tier", "citation")}
     return {
@@ -228,7 +228,7 @@ def evaluate_pairs(settings: EvalSettings, sources: dict[str, str], load: Load) 
     questions = read_questions(settings.questions) if settings.questions else []
     held_out = [pair for pair in folder.pairs if pair.split == settings.split]
     texts = sorted({*texts_for(held_out), *question_texts(questions)})
-    inputs = Inputs.of("", source, lambda: source, texts, settings.quiet or rank() > 0)
+    inputs = DatasetInputs.of("", source, lambda: source, texts, settings.quiet or rank() > 0)
     known = embed_everything(sources, [inputs], load, settings.embeddings, settings.batch_size, settings.quiet)
     wait_for_everyone()
     encoders = [each.embedded(inputs, folder.pairs, source) for each in known]
@@ -287,7 +287,7 @@ def run_tasks(
     return table
 
 
-def roles(settings: EvalSettings, known: Sequence[Known]) -> tuple[str, list[str], list[str]]:
+def roles(settings: EvalSettings, known: Sequence[EncoderRecord]) -> tuple[str, list[str], list[str]]:
     """Names of the student, of its teachers and of the baselines."""
     student, *others = [each.name for each in known]
     teachers = [name for name in others if name not in settings.baselines]
@@ -305,7 +305,7 @@ def evaluated_pairs(settings: EvalSettings) -> PairFolder:
     return folder
 
 
-def encoder_row(known: Known, failures: list[str]) -> dict[str, Any]:
+def encoder_row(known: EncoderRecord, failures: list[str]) -> dict[str, Any]:
     """What the summary says of an encoder."""
     return {
         "source": known.source,

@@ -22,7 +22,7 @@ from mmkd.data.folder import open_pairs
 from mmkd.encoders.encoder import BATCH_SIZE, DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.embed import FolderImages
-from mmkd.evaluation.embeddings.encoders import Inputs, embed_everything
+from mmkd.evaluation.embeddings.encoders import DatasetInputs, embed_everything
 from mmkd.evaluation.results.store import CellFolder
 from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import collect_samples, run_task, tasks_for
@@ -119,7 +119,7 @@ def zero_shot(
     """
     folder = open_pairs(pairs, split)
     images, names = FolderImages(folder), {str(path): name for name, path in exports.items()}
-    inputs = Inputs.of("", images, lambda: images, prompt_texts(folder.pairs), quiet)
+    inputs = DatasetInputs.of("", images, lambda: images, prompt_texts(folder.pairs), quiet)
 
     def load(place: str) -> DualEncoder:
         return ExportedEncoder(Path(place), names[place]) if place in names else load_encoder(place)

@@ -38,12 +38,12 @@ from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import Collection
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.embeddings.cache import Shard
-from mmkd.evaluation.embeddings.encoders import Inputs, Known
+from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
 from mmkd.evaluation.run import SuiteRun, image_pairs, inputs_of
 from mmkd.evaluation.settings import EvalSettings
 
 
-def reading(known: Known, inputs: Inputs, collection: Collection) -> tuple[float, float]:
+def reading(known: EncoderRecord, inputs: DatasetInputs, collection: Collection) -> tuple[float, float]:
     """Seconds for the joint matrix of all images: a vector for each key stacked, and ours."""
     times: dict[str, list[float]] = {"each": [], "ours": []}
     for _ in range(5):
@@ -74,7 +74,7 @@ def collection_of(manifest: Manifest, share: float, folder: Path) -> Collection:
     return Simulated(manifest, learnt, max(tested, 4 * len(manifest.classes)))
 
 
-def write(known: Sequence[Known], inputs: Inputs, collection: Collection, tiles: int) -> int:
+def write(known: Sequence[EncoderRecord], inputs: DatasetInputs, collection: Collection, tiles: int) -> int:
     """What all encoders have of a dataset; returns the bytes."""
     written = sum(write_cache(own, k, inputs, collection) for k, own in enumerate(known))
     if isinstance(collection, Slides):
@@ -115,7 +115,7 @@ def main() -> None:
             probe_curve=False,
             quiet=True,
         )
-        known = [Known(name, name, f"simulated {name}", {}, settings.embeddings / name) for name in names]
+        known = [EncoderRecord(name, name, f"simulated {name}", {}, settings.embeddings / name) for name in names]
         run = SuiteRun(settings, known)
         images, written, clock, sides = 0, 0, Clock(), (0.0, 0.0)
         largest = max(manifests, key=lambda manifest: sum(SIZES.get(manifest.id, (0,)))).id

@@ -34,7 +34,7 @@ from simulated_suite import Simulated
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.catalog import find_manifests
 from mmkd.evaluation.embeddings.cache import SHARD_SIZE, Shard
-from mmkd.evaluation.embeddings.encoders import Inputs, Known
+from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
 from mmkd.evaluation.run import SuiteRun, inputs_of
 from mmkd.evaluation.settings import EvalSettings
 from mmkd.evaluation.statistics import ranks
@@ -65,13 +65,13 @@ class Watch(threading.Thread):
             time.sleep(0.02)
 
 
-def opened(pool: int) -> tuple[Hashed, Inputs]:
+def opened(pool: int) -> tuple[Hashed, DatasetInputs]:
     """The dataset: one caption for each image, all distinct."""
     collection = Hashed(replace(find_manifests(["rocov2"])[0], id="simulated"), 0, pool)
     return collection, inputs_of(collection, lambda: collection, "test")
 
 
-def simulate(known: Known, pool: int) -> None:
+def simulate(known: EncoderRecord, pool: int) -> None:
     """Write the shards of images and captions ``(pool, 512)``, seed 42."""
     collection, inputs = opened(pool)
     place = {pair.caption: k for k, pair in enumerate(collection.pairs)}
@@ -135,7 +135,7 @@ def main() -> None:
             replicates=arguments.replicates,
             quiet=True,
         )
-        known = Known("student", "student", "simulated", {}, settings.embeddings / "student")
+        known = EncoderRecord("student", "student", "simulated", {}, settings.embeddings / "student")
         writer = multiprocessing.get_context("fork").Process(target=simulate, args=(known, arguments.pool))
         writer.start()
         writer.join()

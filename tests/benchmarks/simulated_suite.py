@@ -9,7 +9,7 @@ from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Collection
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.embeddings.cache import SHARD_SIZE, Shard, shards_of
-from mmkd.evaluation.embeddings.encoders import Inputs, Known
+from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
 
 JOINT, POOLED = 512, 768
 # Images for learning and for tests, as published or about so.
@@ -87,7 +87,7 @@ class Simulated(Collection):
         return pair.id
 
 
-def write_cache(known: Known, number: int, inputs: Inputs, collection: Collection) -> int:
+def write_cache(known: EncoderRecord, number: int, inputs: DatasetInputs, collection: Collection) -> int:
     """Write an encoder's shards: images stand near the mean direction of their class; returns the bytes."""
     joint_noise, pooled_noise = noise_of(number)
     classes = list(collection.manifest.classes) or [""]

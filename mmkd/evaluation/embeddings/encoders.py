@@ -32,7 +32,7 @@ NOT_WEIGHTS = ("settings.yaml", "report.json", "provenance.json")
 
 
 @dataclass
-class Inputs:
+class DatasetInputs:
     """What is embedded of one folder of pairs or one dataset.
 
     Attributes:
@@ -52,14 +52,14 @@ class Inputs:
     @classmethod
     def of(
         cls, name: str, opened: ImageSource, reopen: Callable[[], ImageSource], texts: Sequence[str], quiet: bool
-    ) -> Inputs:
+    ) -> DatasetInputs:
         """Hash the images of an opened source."""
         digests = image_digests(opened, quiet)
         return cls(name, reopen, digests, list(texts), Content.of(opened.pairs, digests, texts))
 
 
 @dataclass(frozen=True)
-class Known:
+class EncoderRecord:
     """An encoder that has embedded all there is, and may have left memory since.
 
     Attributes:
@@ -82,7 +82,7 @@ class Known:
     load: Callable[[], DualEncoder] | None = None
     batch_size: int = 32
 
-    def embedded(self, inputs: Inputs, pairs: Sequence[Pair], source: ImageSource) -> Embedded:
+    def embedded(self, inputs: DatasetInputs, pairs: Sequence[Pair], source: ImageSource) -> Embedded:
         """Its vectors of the pairs of one source, memory-mapped, and where tokens come from if they are asked for."""
         if self.stored is not None:
             return self.stored.embedded(self.name, pairs)
@@ -98,12 +98,12 @@ class Known:
 
 def embed_everything(
     sources: dict[str, str],
-    inputs: Sequence[Inputs],
+    inputs: Sequence[DatasetInputs],
     load: Callable[[str], DualEncoder],
     cache: Path,
     batch_size: int,
     quiet: bool,
-) -> list[Known]:
+) -> list[EncoderRecord]:
     """Let each encoder embed what is missing of all inputs; only one is in memory at a time.
 
     Args:
@@ -118,10 +118,10 @@ def embed_everything(
     for name, source in sources.items():
         if source.startswith(FEATURES):
             stored = StoredFeatures(Path(source[len(FEATURES) :]))
-            known.append(Known(name, source, stored.fingerprint, stored.provenance, cache / name, stored))
+            known.append(EncoderRecord(name, source, stored.fingerprint, stored.provenance, cache / name, stored))
             continue
         encoder = load(source)
-        own = Known(
+        own = EncoderRecord(
             name,
             source,
             encoder_fingerprint(encoder, source),
