@@ -1,10 +1,10 @@
-"""Parameters, FLOPs and CPU latency of the named sizes, as the table of the README.
+"""Parameters, FLOPs and CPU latency of the named sizes, as the table of docs/model.md.
 
 ``python tests/benchmarks/sizes.py [--rounds 5] [--write]``
 
 FLOPs are counted by torch for one image and for one text of 32 tokens, a multiplication and an addition counting two.
 Latency is the median CPU time of one image or text on one thread in fp32, random weights, eager. ``--write`` puts the
-table between its marks in README.md.
+table between its marks in docs/model.md.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mmkd import PRESETS, MMKDClipConfig, MMKDClipModel
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "model.md"
 BEGIN, END = "<!-- sizes: python tests/benchmarks/sizes.py --write -->", "<!-- end of sizes -->"
 HEAD = (
     "| preset | vision tower | text tower | width | parameters | image GFLOPs | text GFLOPs | image ms | text ms |",
@@ -73,10 +73,10 @@ def main():
     table = "\n".join([*HEAD, *(row(name, settings.rounds) for name in PRESETS)])
     print(table)
     if settings.write:
-        text = README.read_text(encoding="utf-8")
+        text = PAGE.read_text(encoding="utf-8")
         found = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL)
-        assert BEGIN in text, f"README.md has no {BEGIN}"
-        README.write_text(found, encoding="utf-8")
+        assert BEGIN in text, f"{PAGE} has no {BEGIN}"
+        PAGE.write_text(found, encoding="utf-8")
 
 
 if __name__ == "__main__":
