@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.folder import is_inside
 from mmkd.data.published import META_FILE, PublishedSample, read_published
+from mmkd.data.readers import is_inside
 
 LABELS_FILE = "labels.csv"
 TEXT_COLUMNS = ("caption", "label", "modality")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mmkd.curation.captions import caption_from_facts, clean_text
 from mmkd.curation.datasheet import CurationReport, write_datasheet
 from mmkd.curation.labels import Row, read_rows
-from mmkd.data.folder import is_inside, write_manifest
+from mmkd.data.folder import write_manifest
 from mmkd.data.images import (
     JPEG_QUALITY,
     UnreadableImage,
@@ -34,6 +34,7 @@ from mmkd.data.images import (
     read_image_bytes,
     shrink,
 )
+from mmkd.data.readers import is_inside
 from mmkd.data.splits import assign_splits, meaning_of, subsample
 from mmkd.data.table import UNKNOWN, Pair
 from mmkd.files import atomic_folder

@@ -17,8 +17,8 @@ from typing import Any
 from mmkd.curation.labels import read_rows
 from mmkd.curation.samples import IMAGE_SUFFIXES, Fragment, Item, RawSample, Refused, kind_of
 from mmkd.data.archives import ArchivedFile, DamagedArchive, Member, members
-from mmkd.data.folder import is_inside
 from mmkd.data.images import read_image_bytes
+from mmkd.data.readers import is_inside
 from mmkd.data.splits import meaning_of
 
 MOST_FRAGMENT_BYTES = 256 << 20

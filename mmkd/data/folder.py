@@ -12,14 +12,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmkd.command.values import nearest
 from mmkd.data.archives import ArchivedFile, archived_file
-from mmkd.data.published import META_FILE, read_json_lines, read_published
+from mmkd.data.published import META_FILE, read_published
+from mmkd.data.readers import is_inside, json_lines, parse_json_object
 from mmkd.data.table import SPLITS, TABLE_FILE, Pair, PairTable, check_table, in_columns, map_table, take_rows
 from mmkd.files import atomic_write_lines, read_json, write_json
 
@@ -68,7 +69,7 @@ def open_pairs(folder: Path, split: str | None = None) -> PairFolder:
     if (folder / TABLE_FILE).is_file():
         return _open_table(folder, split)
     if (folder / MANIFEST_FILE).is_file():
-        pairs = [_pair(row, place) for row, place in read_json_lines(folder / MANIFEST_FILE)]
+        pairs = _read_lines(folder / MANIFEST_FILE)
         image_root = folder / _image_root(folder)
     elif (folder / META_FILE).is_file():
         pairs = [
@@ -101,17 +102,11 @@ def write_manifest(folder: Path, pairs: Iterable[Pair], images: Path | None = No
     write_json(folder / FOLDER_FILE, {"version": VERSION, "images": Path(root).as_posix()})
 
 
-def is_inside(relative: str) -> bool:
-    """Whether a relative path, read without following links, stays inside the folder it is joined to."""
-    path = PurePosixPath(relative.replace("\\", "/"))
-    windows_drive = len(relative) > 1 and relative[1] == ":"
-    return (
-        bool(relative)
-        and "\0" not in relative
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and not windows_drive
-    )
+def _read_lines(path: Path) -> list[Pair]:
+    try:
+        return [_pair(parse_json_object(text, f"{path}:{line}"), f"{path}:{line}") for line, text in json_lines(path)]
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _open_table(folder: Path, split: str | None) -> PairFolder:

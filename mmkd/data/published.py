@@ -7,10 +7,11 @@ images start fast; the features beside the images are read in `published_feature
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mmkd.data.readers import json_lines, parse_json_object
 
 META_FILE = "meta.jsonl"
 
@@ -33,36 +34,17 @@ def read_published(folder: Path) -> list[PublishedSample]:
         FileNotFoundError: there is no ``meta.jsonl``.
         ValueError: a line is not JSON or lacks a key (the message names it), or an id occurs twice.
     """
-    samples = [_sample(row, place) for row, place in read_json_lines(folder / META_FILE)]
-    if len({sample.id for sample in samples}) != len(samples):
-        raise ValueError(f"{folder / META_FILE} lists an id twice; ids must be unique")
-    return samples
-
-
-def read_json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """The objects of a JSON-lines file, each with its place (``file:line``) for error messages.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object.
-    """
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
+    path = folder / META_FILE
+    samples = []
+    for line, content in json_lines(path):
+        place = f"{path}:{line}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON ({error}); the file may be truncated, write it again") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} must hold a JSON object, not a {type(row).__name__}")
-        rows.append((row, place))
-    return rows
+            samples.append(_sample(parse_json_object(content, place), place))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+    if len({sample.id for sample in samples}) != len(samples):
+        raise ValueError(f"{path} lists an id twice; ids must be unique")
+    return samples
 
 
 def is_folder_name(name: object) -> bool:

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from mmkd.data.folder import is_inside, open_pairs, write_manifest
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.readers import is_inside
 from mmkd.data.table import Pair
 
 PAIRS = [

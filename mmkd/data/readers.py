@@ -1,0 +1,395 @@
+"""One reader for each form in which a collection is kept; what its columns and names mean is decided by the caller.
+
+- CSV: `read_csv`; JSON lines: `json_lines` and `parse_json_object`; Parquet: `parquet_rows` and `ParquetCells`;
+- tars: `tar_members`; folders: `list_files` and `find_file`;
+- the Hugging Face Hub: `parse_hub_address` and `open_hub_dataset`.
+
+Images are located here and read elsewhere (`mmkd.data.images`), so that what is not needed is never read. Names of
+files come from untrusted lists: `is_inside` and `find_file` refuse those that leave their folder.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import io
+import json
+import os
+import unicodedata
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from mmkd.data.archives import ArchivedFile, members
+
+IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2"))
+
+EMPTY_CELLS = frozenset(("", "nan", "null", "none", "<na>", "#n/a", "n/a", "-"))
+
+LONGEST_CELL = 1 << 24
+
+KEPT_ROW_GROUPS = 2
+
+HUB_PREFIX = "hf://"
+
+HUB_FORM = "hf://datasets/OWNER/NAME, optionally with @REVISION and a folder after it"
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One row of a table.
+
+    Attributes:
+        line: the line of the file on which the row ends.
+        cells: text by column, without white space around it; empty for cells that a short row lacks.
+        extra: cells beyond the columns of the header, as an unquoted comma makes them.
+        missing: number of cells that the row lacks.
+    """
+
+    line: int
+    cells: dict[str, str]
+    extra: tuple[str, ...] = ()
+    missing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A CSV file: its columns in their order, as spelt in the header, and its rows."""
+
+    columns: tuple[str, ...]
+    rows: list[TableRow]
+
+
+def read_csv(path: Path) -> Table:
+    """Read a table as spreadsheets and scripts write it.
+
+    UTF-8 with or without a byte-order mark, UTF-16 with one and the Windows code page are accepted, any line ending,
+    empty lines before the header, and commas, semicolons or tabs between cells: the most frequent of them in the
+    header, or the one that Excel's first line ``sep=;`` names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a quote is opened and never closed, or a cell is longer than 16 MiB.
+    """
+    text = _decode(path.read_bytes()).replace("\0", "").lstrip()
+    header = text.splitlines()[0] if text else ""
+    delimiter = max(",;\t", key=header.count)
+    skipped = 0
+    if header.strip().strip('"').lower().startswith("sep=") and len(header.strip().strip('"')) == len("sep=") + 1:
+        delimiter = header.strip().strip('"')[-1]
+        text = text.partition("\n")[2]
+        skipped = 1
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        _refuse_open_quote(path, text, delimiter)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        columns = tuple(name.strip() for name in next(reader, []))
+        rows = [_table_row(columns, cells, reader.line_num + skipped) for cells in reader if cells]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no readable CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    return Table(columns, rows)
+
+
+def is_empty(cell: str) -> bool:
+    """Whether a cell is empty, or holds a mark that spreadsheets, pandas and people leave in an empty one."""
+    return cell.strip().lower() in EMPTY_CELLS
+
+
+def json_lines(path: Path, start: int = 0, stop: int | None = None, line: int = 1) -> Iterator[tuple[int, bytes]]:
+    """The lines of a JSON-lines file that are not empty, each with its number.
+
+    Args:
+        path: the file.
+        start: byte at which a line begins.
+        stop: byte after the last line; None for all.
+        line: number of the first line.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        while stop is None or file.tell() < stop:
+            content = file.readline()
+            if not content:
+                return
+            if content.strip():
+                yield line, content
+            line += 1
+
+
+def parse_json_object(content: bytes, place: str) -> dict[str, Any]:
+    """One line of a JSON-lines file.
+
+    Raises:
+        ValueError: it is not JSON.
+        TypeError: it is JSON, but not an object.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error}); the file may be truncated, write it again") from error
+    if not isinstance(value, dict):
+        raise TypeError(f"{place} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The names of a Parquet file's columns.
+
+    Raises:
+        ValueError: it is no Parquet file.
+    """
+    return list(_parquet(path).schema_arrow.names)
+
+
+def parquet_rows(
+    path: Path, columns: Sequence[str] | None = None, batch_rows: int = 64
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The rows of a Parquet file in their order.
+
+    Args:
+        path: the file.
+        columns: those to read; by default all.
+        batch_rows: rows that are held at a time.
+
+    Yields:
+        The row group, the position in it, and the values by column.
+
+    Raises:
+        ValueError: it is no Parquet file, or a damaged one.
+        OSError: the disk cannot be read.
+    """
+    import pyarrow as pa
+
+    file = _parquet(path)
+    for group in range(file.num_row_groups):
+        row = 0
+        try:
+            for batch in file.iter_batches(batch_rows, [group], list(columns) if columns is not None else None):
+                for values in batch.to_pylist():
+                    yield group, row, values
+                    row += 1
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
+
+
+class ParquetCells:
+    """Single cells of Parquet files; the row groups read last are kept, so that rows in order are read once."""
+
+    def __init__(self) -> None:
+        """Nothing is read yet."""
+        self._kept: OrderedDict[tuple[Path, int, str], Any] = OrderedDict()
+
+    def read(self, path: Path, column: str, group: int, row: int) -> Any:
+        """The value of a cell.
+
+        Raises:
+            ValueError: it is no Parquet file, or a damaged one.
+        """
+        import pyarrow as pa
+
+        key = path, group, column
+        if key not in self._kept:
+            try:
+                self._kept[key] = _parquet(path).read_row_group(group, [column])[0]
+            except (pa.ArrowException, OSError) as error:
+                raise _damaged(path, error) from error
+            while len(self._kept) > KEPT_ROW_GROUPS:
+                self._kept.popitem(last=False)
+        return self._kept[key][row].as_py()
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A member of a WebDataset tar: the key and suffix that its name gives, and where its bytes lie.
+
+    Attributes:
+        key: folder and name without the last suffix; members of one sample share it.
+        suffix: in small letters, without the dot.
+        file: where its bytes lie.
+        fault: ``path_outside``, ``link_in_archive`` or ``no_key`` for members that must not be used, else empty.
+    """
+
+    key: str
+    suffix: str
+    file: ArchivedFile
+    fault: str = ""
+
+
+def tar_members(path: Path) -> Iterator[TarMember]:
+    """The members of a tar in their order; folders and the ``._`` files of macOS are passed over.
+
+    Raises:
+        DamagedArchive: the tar is cut off or damaged; what came before is good.
+    """
+    for member in members(path):
+        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        folder, _, base = name.rpartition("/")
+        stem, dot, suffix = base.rpartition(".")
+        fault = ""
+        if ("/" in name or "\\" in name or ":" in name) and not is_inside(name):
+            fault = "path_outside"
+        elif not member.plain:
+            fault = "link_in_archive"
+        elif base.startswith("._"):
+            continue
+        elif not (stem and dot):
+            fault = "no_key"
+        key = (f"{folder}/{stem}" if folder else stem) if not fault else name
+        yield TarMember(key, suffix.lower(), ArchivedFile(path, member.offset, member.size), fault)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """All files below a folder that are not hidden, in the order of their names; linked folders are not entered."""
+    found = [Path(root, name) for root, _, names in os.walk(folder) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def is_inside(relative: str) -> bool:
+    """Whether a relative path, read without following links, stays inside the folder it is joined to."""
+    path = PurePosixPath(relative.replace("\\", "/"))
+    windows_drive = len(relative) > 1 and relative[1] == ":"
+    return (
+        bool(relative)
+        and "\0" not in relative
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and not windows_drive
+    )
+
+
+def find_file(root: Path, name: str, folders: Sequence[str] = ("",)) -> Path | None:
+    """The file that a list names, in the first of some folders that has it.
+
+    Lists and file systems spell accents in one character or in two (macOS); either spelling finds the other.
+
+    Args:
+        root: the folder that no name and no link may leave.
+        name: a relative path with slashes of either kind.
+        folders: below the root; the name is looked for in each.
+
+    Returns:
+        The file, or where it should lie if it is nowhere; None where the name or a link leaves the root.
+    """
+    name = name.replace("\\", "/")
+    if not is_inside(name):
+        return None
+    spellings = dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
+    candidates = [root / folder / spelling for folder in folders for spelling in spellings]
+    path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+    return path if path.resolve().is_relative_to(root.resolve()) else None
+
+
+def parse_hub_address(address: str) -> tuple[str, str | None, str]:
+    """Repository, revision and folder of ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``.
+
+    Raises:
+        ValueError: the address has another form.
+    """
+    parts = address.removeprefix(HUB_PREFIX).strip("/").split("/")
+    if len(parts) < 3 or parts[0] != "datasets" or not all(parts):
+        raise ValueError(f"{address}: write {HUB_FORM}")
+    name, _, revision = parts[2].partition("@")
+    return f"{parts[1]}/{name}", revision or None, "/".join(parts[3:])
+
+
+def open_hub_dataset(repository: str, **options: Any) -> Any:
+    """A data set of the Hub, or a folder that ``save_to_disk`` wrote, with images as bytes; its code is never run.
+
+    Args:
+        repository: ``OWNER/NAME``, or the folder.
+        options: of ``datasets.load_dataset``, such as ``split``, ``revision`` or ``streaming``.
+
+    Raises:
+        PermissionError: the repository is gated and this account has no access; the message gives the remedy.
+        FileNotFoundError: there is no such repository, or the Hub cannot be reached and nothing is cached.
+    """
+    import datasets
+
+    if Path(repository).is_dir():
+        return _without_decoding(datasets.load_from_disk(repository))
+    try:
+        with hub_errors(repository):
+            return _without_decoding(datasets.load_dataset(repository, **options))
+    except datasets.exceptions.DatasetsError as error:
+        raise FileNotFoundError(f"{repository} could not be loaded from the Hub: {error}") from error
+
+
+@contextlib.contextmanager
+def hub_errors(repository: str) -> Iterator[None]:
+    """Errors of the Hub as one line with the remedy."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    transport_error = cast(type[Exception], HfHubHTTPError.__bases__[0])  # whichever HTTP library the client uses
+    page = f"https://huggingface.co/datasets/{repository}"
+    try:
+        yield
+    except GatedRepoError:
+        raise PermissionError(
+            f"{repository} is gated: open {page}, accept its terms while logged in, make a token with read access at "
+            "https://huggingface.co/settings/tokens and run `hf auth login`; then run the same command again"
+        ) from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{repository} is not on the Hub, or is private and `hf auth login` has not been run ({page})"
+        ) from None
+    except (HfHubHTTPError, OfflineModeIsEnabled, transport_error, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"the Hub could not be reached for {repository} ({type(error).__name__}); check the network and "
+            "HF_HUB_OFFLINE, or download the files and give their folder"
+        ) from None
+
+
+def _without_decoding(data: Any) -> Any:
+    import datasets
+
+    if isinstance(data, dict):
+        return type(data)({split: _without_decoding(table) for split, table in data.items()})
+    for name, feature in (data.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return data
+
+
+def _table_row(columns: Sequence[str], cells: list[str], line: int) -> TableRow:
+    missing = max(0, len(columns) - len(cells))
+    named = dict(zip(columns, [*(cell.strip() for cell in cells), *[""] * missing], strict=False))
+    return TableRow(line, named, tuple(cells[len(columns) :]), missing)
+
+
+def _refuse_open_quote(path: Path, text: str, delimiter: str) -> None:
+    """A quote that is never closed would swallow all rows after it: a line put behind the text must stay a line."""
+    *before, last = csv.reader(io.StringIO(f"{text}\nlast line", newline=""), delimiter=delimiter)
+    if last != ["last line"]:
+        line = 1 + sum(1 + "".join(row).count("\n") for row in before)
+        raise ValueError(f'{path}: the row at line {line} opens a quote (") that is never closed; close or double it')
+
+
+def _decode(data: bytes) -> str:
+    """UTF-8, or what spreadsheets write where it is not: UTF-16 with its mark, or the Windows code page."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> Exception:
+    """The error itself where the disk failed, else one that names the file."""
+    if isinstance(error, OSError) and error.errno:
+        return error
+    return ValueError(f"{path} is no Parquet file, or a damaged one: {error}")
