@@ -2,14 +2,15 @@
 
     mmkd tile --slides slides --encoder biomedclip --output bags
 
-Tissue is found on a thumbnail, tiles of it are read at the resolution that is asked for and go through the encoder in
-batches. ``OUTPUT/ENCODER/SLIDE.h5`` holds ``features`` (before the projection, or the joint vectors where the encoder
-has no projection), ``proj`` (the joint space, unit length) and ``coords``. A file appears whole or not at all, and the
-same command goes on after a kill. A slide that cannot be read is listed in ``skipped.json``, and the run goes on.
+Tissue is found on a thumbnail; its tiles are read at the requested resolution and encoded in batches.
+``OUTPUT/ENCODER/SLIDE.h5`` holds ``features`` (before the projection, or the joint vectors where the encoder has no
+projection), ``proj`` (the joint space, unit length) and ``coords``. A file appears whole or not at all; run the same
+command again to resume. A slide that cannot be read is listed in ``skipped.json``, and the run goes on.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import encoder_fingerprint, named_sources
 from mmkd.evaluation.slides.bags import slide_name
-from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Slide, grid, opened, read_tile
+from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Slide, read_tile, tile_corners
 from mmkd.files import atomic_write_bytes, write_json
 
 SKIPPED_FILE = "skipped.json"
@@ -42,16 +43,16 @@ BATCHES_AHEAD = 2
 class TileSettings:
     """Cut slides into tiles and keep an encoder's features of them."""
 
-    slides: Path = setting(help="folder of slides, searched with all folders in it")
-    encoder: str = setting(help="a teacher's name, a folder or a Hub id; NAME=SOURCE names it as `mmkd eval` shall")
-    output: Path = setting(Path("bags"), "folder that gets ENCODER/SLIDE.h5; what is there already is kept")
-    mpp: float = setting(0.5, "micrometres a pixel of a tile; 0.5 is 20x")
-    slide_mpp: float | None = setting(None, "micrometres a pixel of slides that do not say it")
-    level: int | None = setting(None, "cut at this level of the pyramid as it is, whatever its resolution")
-    size: int = setting(256, "pixels of a tile's side")
-    tissue: float = setting(0.25, "least share of tissue in a tile")
-    dtype: Literal["float16", "float32"] = setting("float16", "how numbers are stored")
-    batch_size: int = setting(64, "tiles that go through the encoder together")
+    slides: Path = setting(help="folder of slides, searched recursively")
+    encoder: str = setting(help="a teacher's name, a folder or a Hub id; NAME=SOURCE sets the name for `mmkd eval`")
+    output: Path = setting(Path("bags"), "folder that gets ENCODER/SLIDE.h5; existing bags are kept")
+    mpp: float = setting(0.5, "resolution of a tile [micrometres per pixel]; 0.5 is 20x")
+    slide_mpp: float | None = setting(None, "resolution of slides that do not state it [micrometres per pixel]")
+    level: int | None = setting(None, "cut at this pyramid level, whatever its resolution")
+    size: int = setting(256, "side of a tile [pixels]")
+    tissue: float = setting(0.25, "smallest share of tissue in a tile")
+    dtype: Literal["float16", "float32"] = setting("float16", "stored number format")
+    batch_size: int = setting(64, "tiles per batch of the encoder")
     workers: int = setting(4, "threads that read tiles")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     quiet: bool = setting(False, "no progress bar")
@@ -61,11 +62,13 @@ def main(settings: TileSettings) -> None:
     """Make the bags that are missing.
 
     Raises:
-        FileNotFoundError: the folder of slides or the encoder's weights are not there.
-        ValueError: settings that cannot work, no slide, two of one name, bags of other settings, or nothing but
-            slides that cannot be read.
+        FileNotFoundError: the folder of slides or the encoder's weights do not exist.
+        ModuleNotFoundError: a package of the extra ``slides`` is not installed.
+        ValueError: invalid settings, no slides, two slides of one name, bags made with other settings, or no slide
+            can be read.
     """
-    import h5py  # noqa: F401  its absence is told before anything is encoded
+    for package in ("h5py", "openslide", "skimage"):  # a missing package is reported before anything is encoded
+        importlib.import_module(package)
 
     check(settings)
     files = slide_files(settings.slides)
@@ -79,10 +82,10 @@ def main(settings: TileSettings) -> None:
     for slide, path in tqdm(files.items(), desc=name, unit="slide", disable=settings.quiet):
         target = folder / f"{slide}.h5"
         if target.is_file():
-            refuse_others(target, made_of)
+            require_same_recipe(target, made_of)
             continue
         try:
-            with opened(path) as opened_slide:
+            with Slide(path) as opened_slide:
                 arrays = bag(opened_slide, encoder, settings)
         except (ValueError, OSError) as error:
             skipped[slide] = str(error)
@@ -93,15 +96,15 @@ def main(settings: TileSettings) -> None:
     if len(skipped) == len(files):
         raise ValueError(f"none of {len(files)} slides could be used; the first: {next(iter(skipped.values()))}")
     if not settings.quiet:
-        print(f"{folder}: {len(files) - len(skipped)} of {len(files)} slides, {tiles} tiles new")
+        print(f"{folder}: {len(files) - len(skipped)} of {len(files)} slides, {tiles} new tiles")
         for slide, reason in skipped.items():
             print(f"  {slide}: {reason}")
 
 
 def check(settings: TileSettings) -> None:
-    """Raise on settings that cannot work before anything is loaded."""
+    """Raise on invalid settings before anything is loaded."""
     if not settings.slides.is_dir():
-        raise FileNotFoundError(f"--slides {settings.slides} is no folder")
+        raise FileNotFoundError(f"--slides {settings.slides} is not a folder")
     if min(settings.size, settings.batch_size, settings.workers) < 1 or settings.mpp <= 0:
         raise ValueError("--size, --batch_size and --workers must be at least 1, --mpp above 0")
     if not 0 <= settings.tissue <= 1 or (settings.level or 0) < 0 or (settings.slide_mpp or 1) <= 0:
@@ -122,12 +125,12 @@ def slide_files(folder: Path) -> dict[str, Path]:
                 raise ValueError(f"{found[name]} and {path} would both become {name}.h5; rename one")
             found[name] = path
     if not found:
-        raise ValueError(f"{folder} holds no slides; read are {' '.join((*PYRAMIDS, *PLAIN))}")
+        raise ValueError(f"{folder} holds no slides; supported: {' '.join((*PYRAMIDS, *PLAIN))}")
     return found
 
 
 def recipe(settings: TileSettings, encoder: DualEncoder, source: str, name: str) -> dict[str, Any]:
-    """What a bag is made with; kept in its attributes."""
+    """The settings a bag depends on; stored in its attributes."""
     resolution = f"level {settings.level}" if settings.level is not None else f"{settings.mpp:g} um/pixel"
     return {
         "encoder": name,
@@ -139,11 +142,11 @@ def recipe(settings: TileSettings, encoder: DualEncoder, source: str, name: str)
     }
 
 
-def refuse_others(path: Path, made_of: dict[str, Any]) -> None:
-    """Raise where a bag that is there was made with something else.
+def require_same_recipe(path: Path, made_of: dict[str, Any]) -> None:
+    """Compare the settings of an existing bag with the present ones.
 
     Raises:
-        ValueError: it was, or the file cannot be read.
+        ValueError: they differ, or the file cannot be read.
     """
     import h5py
 
@@ -151,21 +154,23 @@ def refuse_others(path: Path, made_of: dict[str, Any]) -> None:
         with h5py.File(path, "r") as file:
             own = json.loads(file.attrs.get("made_of", "{}"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); take it away") from None
+        raise ValueError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); delete it and run the command again"
+        ) from None
     differing = [key for key in made_of if own.get(key) != made_of[key]]
     if differing:
-        told = ", ".join(f"{key} {own.get(key)!r} there, {made_of[key]!r} now" for key in differing)
-        raise ValueError(f"{path} was made with other settings ({told}); choose another --output")
+        changes = ", ".join(f"{key} {own.get(key)!r} there, {made_of[key]!r} now" for key in differing)
+        raise ValueError(f"{path} was made with other settings ({changes}); choose another --output")
 
 
 def bag(slide: Slide, encoder: DualEncoder, settings: TileSettings) -> dict[str, np.ndarray]:
-    """Features, joint vectors and places of a slide's tiles.
+    """Features, joint vectors and coordinates of a slide's tiles.
 
     Raises:
-        ValueError: it says no resolution, has no such level or no tissue, or a tile cannot be read.
+        ValueError: the slide states no resolution, lacks the level or has no tissue, or a tile cannot be read.
     """
     side = tile_side(slide, settings)
-    corners = grid(slide, side, settings.tissue)
+    corners = tile_corners(slide, side, settings.tissue)
     if not len(corners):
         raise ValueError(f"no tile of {settings.size} pixels holds {settings.tissue:.0%} tissue")
     joint: list[torch.Tensor] = []
@@ -183,38 +188,33 @@ def tile_side(slide: Slide, settings: TileSettings) -> float:
     """Side of a tile in pixels of the finest level."""
     if settings.level is not None:
         if settings.level >= len(slide.sizes):
-            raise ValueError(f"it has {len(slide.sizes)} levels, none with number {settings.level}")
+            raise ValueError(f"it has {len(slide.sizes)} levels, so --level {settings.level} does not exist")
         return settings.size * slide.scale(settings.level)
     mpp = slide.mpp or settings.slide_mpp
     if mpp is None:
-        raise ValueError("it does not say how large its pixels are; give --slide_mpp or --level 0")
+        raise ValueError("it does not state its resolution; give --slide_mpp or --level 0")
     return settings.size * settings.mpp / mpp
 
 
 def tile_batches(
     slide: Slide, corners: np.ndarray, side: float, settings: TileSettings
 ) -> Iterator[Sequence[Image.Image]]:
-    """Tiles in batches, the next ones being read meanwhile."""
-    ahead: deque[list[Any]] = deque()
-    starts = iter(range(0, len(corners), settings.batch_size))
+    """Tiles in batches, while the next batches are being read."""
+    step = settings.batch_size
     with ThreadPoolExecutor(settings.workers) as readers:
-
-        def ask(start: int) -> None:
-            chunk = corners[start : start + settings.batch_size]
-            ahead.append([readers.submit(read_tile, slide, corner, side, settings.size) for corner in chunk])
-
-        for start in itertools.islice(starts, BATCHES_AHEAD):
-            ask(start)
-        while ahead:
-            batch = ahead.popleft()
-            following = next(starts, None)
-            if following is not None:
-                ask(following)
-            yield [future.result() for future in batch]
+        batches = (
+            [readers.submit(read_tile, slide, corner, side, settings.size) for corner in corners[start : start + step]]
+            for start in range(0, len(corners), step)
+        )
+        waiting = deque(itertools.islice(batches, BATCHES_AHEAD))
+        while waiting:
+            batch = waiting.popleft()
+            waiting.extend(itertools.islice(batches, 1))
+            yield [tile.result() for tile in batch]
 
 
 def packed(arrays: dict[str, np.ndarray], made_of: dict[str, Any]) -> bytes:
-    """An HDF5 file in memory."""
+    """The bytes of an HDF5 file."""
     import h5py
 
     buffer = io.BytesIO()

@@ -56,7 +56,7 @@ EXTRAS = {
     "onnxruntime": "export",
     **dict.fromkeys(("pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"), "curate"),
     "datasets": "curate",
-    **dict.fromkeys(("h5py", "tifffile", "openslide"), "slides"),
+    **dict.fromkeys(("h5py", "openslide", "skimage"), "slides"),
 }
 LAUNCHER_OPTIONS = (
     "num_processes",

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 h5py = pytest.importorskip("h5py", reason="bags are HDF5 files")
-tifffile = pytest.importorskip("tifffile", reason="slides are TIFF pyramids")
+pytest.importorskip("openslide", reason="slides are read by OpenSlide")
+tifffile = pytest.importorskip("tifffile", reason="the tests write TIFF pyramids with it")
 
 from mmkd.command.settings import parse  # noqa: E402
 from mmkd.encoders.encoder import DualEncoder  # noqa: E402
@@ -45,71 +46,64 @@ def glass_with_tissue():
     return pixels
 
 
-def write_pyramid(path, pixels, mpp=0.25, tiled=True):
-    """Two levels; resolution in the tags."""
+def write_pyramid(path, pixels, mpp=0.25, tiled=True, below=False):
+    """Two levels, the second one in a page of its own or ``below`` the first one; resolution in the tags."""
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"photometric": "rgb", "compression": "zlib", "metadata": None}
     options |= {"tile": (64, 64)} if tiled else {"rowsperstrip": 50}
     with tifffile.TiffWriter(path) as file:
         resolution = (1e4 / mpp, 1e4 / mpp)
-        file.write(pixels, subifds=1, resolution=resolution, resolutionunit="CENTIMETER", **options)
+        file.write(pixels, subifds=int(below), resolution=resolution, resolutionunit="CENTIMETER", **options)
         file.write(np.ascontiguousarray(pixels[::2, ::2]), subfiletype=1, **options)
     return path
 
 
-@pytest.mark.parametrize("tiled", [True, False])
-def test_tiff_pyramids_are_read_by_region(tmp_path, tiled):
+def test_pyramids_are_read_by_region(tmp_path):
     pixels = glass_with_tissue()
-    with tiles.opened(write_pyramid(tmp_path / "s.tif", pixels, tiled=tiled)) as slide:
-        assert slide.sizes[0] == (SIDE, SIDE)
-    slide = tiles.TiffSlide(tmp_path / "s.tif")
-    assert slide.sizes == [(SIDE, SIDE), (256, 256)] and slide.mpp == pytest.approx(0.25)
-    assert (np.asarray(slide.read(0, 100, 30, 150, 170)) == pixels[30:200, 100:250]).all()
-    assert (np.asarray(slide.read(1, 100, 30, 50, 70)) == pixels[::2, ::2][30:100, 100:150]).all()
-    beyond = np.asarray(slide.read(0, 480, 480, 64, 64))
-    assert (beyond[:32, :32] == pixels[480:, 480:]).all() and (beyond[32:] == 255).all()
-    slide.close()
+    with tiles.Slide(write_pyramid(tmp_path / "s.tif", pixels)) as slide:
+        assert slide.sizes == [(SIDE, SIDE), (256, 256)] and slide.mpp == pytest.approx(0.25)
+        assert (np.asarray(slide.read(0, 100, 30, 150, 170)) == pixels[30:200, 100:250]).all()
+        assert (np.asarray(slide.read(1, 100, 30, 50, 70)) == pixels[::2, ::2][30:100, 100:150]).all()
+        beyond = np.asarray(slide.read(0, 480, 480, 64, 64))
+        assert (beyond[:32, :32] == pixels[480:, 480:]).all() and (beyond[32:] == 255).all()
 
 
-def test_openslide_and_our_reader_see_the_same(tmp_path):
-    pytest.importorskip("openslide", reason="OpenSlide is not installed")
+@pytest.mark.parametrize("options", [{"tiled": False}, {"below": True}])
+def test_other_tiffs_are_read_at_their_finest_level(tmp_path, options):
     pixels = glass_with_tissue()
-    path = tmp_path / "generic.tif"
-    with tifffile.TiffWriter(path) as file:
-        options = {"photometric": "rgb", "compression": "zlib", "metadata": None, "tile": (64, 64)}
-        file.write(pixels, **options)
-        file.write(np.ascontiguousarray(pixels[::2, ::2]), subfiletype=1, **options)
-    theirs, ours = tiles.OpenSlideSlide(path), tiles.TiffSlide(path)
-    assert theirs.sizes[0] == ours.sizes[0]
-    for place in ((0, 100, 30, 150, 170), (0, 0, 0, 64, 64)):
-        assert (np.asarray(theirs.read(*place)) == np.asarray(ours.read(*place))).all()
-    theirs.close()
-    ours.close()
+    with tiles.Slide(write_pyramid(tmp_path / "s.tif", pixels, **options)) as slide:
+        assert slide.sizes == [(SIDE, SIDE)] and slide.mpp == pytest.approx(0.25)
+        assert (np.asarray(slide.read(0, 100, 30, 150, 170)) == pixels[30:200, 100:250]).all()
+        beyond = np.asarray(slide.read(0, 480, 480, 64, 64))
+        assert (beyond[:32, :32] == pixels[480:, 480:]).all() and (beyond[32:] == 255).all()
 
 
-def test_otsu_is_that_of_scikit_image():
-    filters = pytest.importorskip("skimage.filters", reason="the reference is scikit-image")
-    generator = np.random.default_rng(0)
-    values = np.concatenate([generator.normal(60, 10, 3000), generator.normal(160, 20, 1000)]).clip(0, 255)
-    values = values.astype(np.uint8)
-    assert abs(tiles.otsu(np.bincount(values, minlength=256)) - filters.threshold_otsu(values)) <= 1
+def test_a_resolution_of_screens_is_not_that_of_a_microscope(tmp_path):
+    with tiles.Slide(write_pyramid(tmp_path / "s.tif", glass_with_tissue(), mpp=25400 / 72)) as slide:
+        assert slide.mpp is None
 
 
-def test_the_grid_holds_tissue_alone(tmp_path):
-    slide = tiles.TiffSlide(write_pyramid(tmp_path / "s.tif", glass_with_tissue()))
-    corners = tiles.grid(slide, 64.0, 0.5)
-    assert sorted(map(tuple, corners.tolist())) == [(x, y) for x in range(128, 384, 64) for y in range(0, 256, 64)]
-    assert len(tiles.grid(slide, 1000.0, 0.5)) == 0
-    image = tiles.read_tile(slide, corners[0], 64.0, 32)
-    assert image.size == (32, 32) and image.getpixel((16, 16)) == (200, 40, 92)
-    slide.close()
+def test_a_thumbnail_in_blocks_is_that_of_the_whole(tmp_path, monkeypatch):
+    with tiles.Slide(write_pyramid(tmp_path / "s.tif", glass_with_tissue(), below=True)) as slide:
+        whole = np.asarray(slide.thumbnail(128))
+        monkeypatch.setattr(tiles, "BLOCK", 100)
+        assert whole.shape == (128, 128, 3) and (np.asarray(slide.thumbnail(128)) == whole).all()
+
+
+def test_the_corners_are_those_of_tissue(tmp_path):
+    with tiles.Slide(write_pyramid(tmp_path / "s.tif", glass_with_tissue())) as slide:
+        corners = tiles.tile_corners(slide, 64.0, 0.5)
+        assert sorted(map(tuple, corners.tolist())) == [(x, y) for x in range(128, 384, 64) for y in range(0, 256, 64)]
+        assert len(tiles.tile_corners(slide, 1000.0, 0.5)) == 0
+        image = tiles.read_tile(slide, corners[0], 64.0, 32)
+        assert image.size == (32, 32) and image.getpixel((16, 16)) == (200, 40, 92)
 
 
 def test_a_slide_may_be_tissue_all_over():
     y, x = np.mgrid[:SIDE, :SIDE]
     pixels = np.stack([180 + x // 8, 60 + y // 8, 90 + (x + y) // 16], axis=-1).astype(np.uint8)
-    assert tiles.saturation_mask(Image.fromarray(pixels)).all()
-    assert not tiles.saturation_mask(Image.new("RGB", (64, 64), (235, 232, 228))).any()
+    assert tiles.tissue_mask(Image.fromarray(pixels)).all()
+    assert not tiles.tissue_mask(Image.new("RGB", (64, 64), (235, 232, 228))).any()
 
 
 @pytest.fixture
@@ -119,6 +113,11 @@ def slides(tmp_path):
     Image.fromarray(glass_with_tissue()).save(folder / "b.png")
     Image.new("RGB", (SIDE, SIDE), (235, 235, 235)).save(folder / "empty.png")
     (folder / "broken.svs").write_bytes(b"no slide")
+    damaged = write_pyramid(folder / "damaged.tif", glass_with_tissue())
+    with tifffile.TiffFile(damaged) as file:  # one tile of tissue in the finest level
+        place, size = file.pages[0].dataoffsets[10], file.pages[0].databytecounts[10]
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:place] + bytes(size) + data[place + size :])
     return folder
 
 
@@ -145,7 +144,8 @@ def test_slides_become_bags_and_bad_ones_are_listed(slides, tmp_path, encoder):
     with h5py.File(bags.files["a"]) as file:
         assert file["coords"].shape == (16, 2) and file.attrs["encoder"] == "fake"
     skipped = json.loads((tmp_path / "bags" / "fake" / "skipped.json").read_text())
-    assert set(skipped) == {"broken", "empty"} and "no tile of 32 pixels" in skipped["empty"]
+    assert set(skipped) == {"broken", "damaged", "empty"} and "no tile of 32 pixels" in skipped["empty"]
+    assert "a region of level 0 cannot be read" in skipped["damaged"] and "OpenSlide" in skipped["broken"]
     before = {path: path.read_bytes() for path in bags.files.values()}
     bags.files["b"].unlink()
     calls = encoder.calls
@@ -160,13 +160,13 @@ def test_what_cannot_work_is_told(slides, tmp_path, encoder):
     tile.main(settings(slides, tmp_path / "unknown"))
     skipped = json.loads((tmp_path / "unknown" / "fake" / "skipped.json").read_text())
     assert "give --slide_mpp or --level 0" in skipped["b"] and "a" not in skipped
-    with pytest.raises(ValueError, match="it has 1 levels, none with number 1"):
-        tile.bag(tiles.PlainSlide(slides / "b.png"), encoder, settings(slides, tmp_path, level=1))
+    with pytest.raises(ValueError, match="it has 1 levels, so --level 1 does not exist"):
+        tile.bag(tiles.Slide(slides / "b.png"), encoder, settings(slides, tmp_path, level=1))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.svs").write_bytes(b"no slide")
     with pytest.raises(ValueError, match="none of 1 slides could be used"):
         tile.main(settings(tmp_path / "broken", tmp_path / "bags"))
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         tile.main(settings(tmp_path / "nowhere", tmp_path / "bags"))
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no slides"):
