@@ -3,7 +3,7 @@
 Fitted on the training pairs alone, then applied to every pair that has features. The default rotates each teacher so
 that teachers agree on the same sample; ``--aligner autoencoder`` is the paper's way; ``--aligner phi-s`` leaves each
 teacher its own space and equalizes variances, for the heads loss. Reads ``features/``, writes one feature store for
-each teacher, the aligner itself and ``report.json`` with ``report.svg``: how far teachers agree before and after.
+each teacher, the aligner itself and ``report.json`` with ``report.html``: how far teachers agree before and after.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
 from mmkd.alignment.folder import aligned, chunks
 from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.alignment.procrustes import ProcrustesAligner
-from mmkd.alignment.report import alignment_chart, alignment_report
+from mmkd.alignment.report import alignment_page, alignment_report
 from mmkd.command.settings import run, save_settings, setting
 from mmkd.data.features.lookup import Features, TeacherFeatures, seen_pairs
 from mmkd.data.features.published import write_published
@@ -28,7 +28,8 @@ from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read
 from mmkd.data.table import Pair
 from mmkd.distributed import rank, wait_for_everyone, world_size
 from mmkd.encoders.zoo import teachers_of
-from mmkd.files import atomic_folder, atomic_write_text, write_json
+from mmkd.files import atomic_folder, write_json
+from mmkd.pages.page import write_page
 from mmkd.training.batches import FeatureBatches
 from mmkd.training.dataset import GlobalBatchSampler
 from mmkd.training.loop import fit, start
@@ -115,7 +116,7 @@ def write(
     sample = pairs[:: -(-len(pairs) // REPORTED_PAIRS)]
     report = alignment_report(next(chunks(features, sample)), aligner)
     write_json(folder / "report.json", report)
-    atomic_write_text(folder / "report.svg", alignment_chart(report))
+    write_page(folder / "report.html", alignment_page(report))
 
 
 def write_stores(folder: Path, aligner: Aligner, features: TeacherFeatures, settings: AlignSettings) -> None:

@@ -5,7 +5,7 @@
 Only the training split is thinned out. Validation and test pairs all stay, because held-out data that the teachers had
 chosen would flatter the student; they carry their availability, compared within their own split. Pairs pass by one
 after the other, so that memory does not grow with them. Images stay where they are: the new manifest points at the root
-of the old one. ``report.json`` holds counts and histograms, ``report.svg`` draws them.
+of the old one. ``report.json`` holds counts and histograms, ``report.html`` shows them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from mmkd.distillation.screening import (
     ScreeningReport,
     above,
     default_minimum,
-    draw,
     pools_of,
+    screening_page,
     within_top,
 )
-from mmkd.files import atomic_folder, atomic_write_text, refuse_existing, write_json
+from mmkd.files import atomic_folder, refuse_existing, write_json
+from mmkd.pages.page import write_page
 
 
 @dataclass
@@ -68,7 +69,7 @@ class ScreenSettings:
 
 
 def main(settings: ScreenSettings) -> None:
-    """Screen, and write manifest, ``report.json`` and ``report.svg``.
+    """Screen, and write manifest, ``report.json`` and ``report.html``.
 
     Raises:
         FileNotFoundError: pairs or features are not there.
@@ -92,7 +93,7 @@ def main(settings: ScreenSettings) -> None:
         if not summary["train"]["kept"]:
             raise ValueError(nothing_left(summary, settings, minimum))
         write_json(output / "report.json", summary)
-        atomic_write_text(output / "report.svg", draw(summary))
+        write_page(output / "report.html", screening_page(summary))
         save_settings(settings, output / "settings.yaml")
     if not settings.quiet:
         train = summary["train"]

@@ -4,7 +4,8 @@ The paper's rule is unpublished; known is that kept pairs match their own captio
 sample stays when at least five of nine teachers are kept. Comparing within one teacher only, by rank, makes teachers
 comparable whose similarities lie on different scales (0.08 for one, 0.5 for another). Mismatches come from one pool of
 random pairs, drawn once, so that any number of pairs can pass by one after the other. An image and another pair's
-caption in the very same words are no mismatch and are left out of the comparison.
+caption in the very same words are no mismatch and are left out of the comparison. The report's counts add up, and it
+shows each teacher's similarities.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.table import Pair
-from mmkd.evaluation.report.markup import text
+from mmkd.pages.charts import histograms
+from mmkd.pages.page import Grid, Page, Section, Table
 
 Rule = Literal["percentile", "rank", "all"]
 
@@ -97,9 +99,6 @@ def _differ(ones: Sequence[str], others: Sequence[str]) -> Tensor:
     return torch.from_numpy(codes[: len(ones), None] != codes[None, len(ones) :])
 
 
-# Section: What screening found: counts that add up, and each teacher's similarities as a picture.
-
-
 KEPT, TOO_FEW, UNSEEN, OTHER_MODALITY = (
     "kept",
     "too few teachers agree",
@@ -109,7 +108,7 @@ KEPT, TOO_FEW, UNSEEN, OTHER_MODALITY = (
 
 BINS = np.linspace(-1, 1, 201)
 
-PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 320, 170, 3
+BIN = 0.01
 
 
 class ScreeningReport:
@@ -181,57 +180,39 @@ def histogram(counts: np.ndarray) -> dict[str, int]:
     return {f"{BINS[k]:.2f}": int(counts[k]) for k in np.flatnonzero(counts)}
 
 
-def draw(summary: dict[str, Any]) -> str:
-    """An SVG with one panel for each teacher: similarities of mismatches (grey), own ones (blue), the threshold."""
-    names = list(summary["similarities"])
-    rows = -(-len(names) // COLUMNS)
-    width, height = COLUMNS * PANEL_WIDTH, rows * PANEL_HEIGHT + 30
-    panels = "".join(
-        f'<g transform="translate({k % COLUMNS * PANEL_WIDTH} {30 + k // COLUMNS * PANEL_HEIGHT})">'
-        f"{_panel(name, summary)}</g>\n"
-        for k, name in enumerate(names)
-    )
-    title = "Image-text similarity: own captions (blue) and mismatched ones (grey); dashed: threshold"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="sans-serif" font-size="11">\n<rect width="100%" height="100%" fill="white"/>\n'
-        f'<text x="10" y="18" font-size="13">{text(title)}</text>\n{panels}</svg>\n'
-    )
-
-
-def _panel(name: str, summary: dict[str, Any]) -> str:
-    about = summary["similarities"][name]
-    edges = sorted(float(edge) for side in ("own", "mismatched") for edge in about[side])
-    low, high = (edges[0], edges[-1] + 0.01) if edges else (-1.0, 1.0)
-
-    def x(value: float) -> float:
-        return 10 + (PANEL_WIDTH - 20) * (min(high, max(low, value)) - low) / (high - low)
-
-    shapes = "".join(
-        _steps(about[side], x, color) for side, color in (("mismatched", "#9aa0a6"), ("own", "#1a73e8")) if about[side]
-    )
-    threshold = about["threshold"]
-    if threshold is not None:
-        line = f'x1="{x(threshold):.1f}" x2="{x(threshold):.1f}" y1="24" y2="{PANEL_HEIGHT - 25}"'
-        shapes += f'<line {line} stroke="#202124" stroke-dasharray="3 3"/>'
-    pairs = summary["train"]["pairs"]
-    label = f"{name}: {summary['available'][name]} of {pairs} training pairs"
-    ends = (
-        f'<text x="10" y="{PANEL_HEIGHT - 10}">{low:.2f}</text>'
-        f'<text x="{PANEL_WIDTH - 10}" y="{PANEL_HEIGHT - 10}" text-anchor="end">{high:.2f}</text>'
-    )
-    return f'<text x="10" y="16" font-weight="bold">{text(label)}</text>{shapes}{ends}'
-
-
-def _steps(counts: dict[str, int], x: Any, color: str) -> str:
-    """Bars of one histogram, its highest filling the panel."""
-    top, floor = max(counts.values()), PANEL_HEIGHT - 25
-    bars = []
-    for edge, count in counts.items():
-        left, right = x(float(edge)), x(float(edge) + 0.01)
-        tall = (floor - 28) * count / top
-        bars.append(f"M{left:.1f} {floor:.1f}V{floor - tall:.1f}H{right:.1f}V{floor:.1f}Z")
-    return f'<path d="{"".join(bars)}" fill="{color}" fill-opacity="0.55"/>'
+def screening_page(summary: dict[str, Any]) -> Page:
+    """The report as a page: what was kept, and each teacher's similarities of own and of mismatched captions."""
+    train, teachers = summary["train"], list(summary["available"])
+    charts = [
+        histograms(
+            f"{name}: {summary['available'][name]} of {train['pairs']} training pairs",
+            {side: {float(edge): count for edge, count in about[side].items()} for side in ("mismatched", "own")},
+            BIN,
+            about["threshold"],
+        )
+        for name, about in summary["similarities"].items()
+    ]
+    agreeing = [[count, pairs] for count, pairs in summary["agreeing_teachers"].items()]
+    modalities = [
+        [name, own["pairs"], own["kept"], *(own["available"][teacher] for teacher in teachers)]
+        for name, own in summary["modalities"].items()
+    ]
+    sections = [
+        Section("similarities", "Image-text similarity of each teacher",
+                "Own captions and mismatched ones, each as tall as its panel; the dashed line is the threshold.",
+                [Grid(charts)]),
+        Section("counts", "Counts of training pairs", "", [
+            Table.of("Dropped", ["Reason", "pairs"], [[reason, count] for reason, count in train["dropped"].items()]),
+            Table.of("Pairs by number of available teachers", ["Teachers", "pairs"], agreeing),
+            Table.of("Available teachers by modality", ["Modality", "pairs", "kept", *teachers], modalities),
+        ]),
+    ]  # fmt: skip
+    title = f"Screening kept {train['kept']} of {train['pairs']} training pairs"
+    claims = [
+        f"A pair stays when at least {summary['minimum_teachers']} teachers agree with it.",
+        f"{summary['held_out_kept_unscreened']} held-out pairs stay unscreened.",
+    ]
+    return Page(title, sections, claims, footer="Made by mmkd screen.")
 
 
 Pools = dict[str, dict[str, Pool]]  # split -> teacher -> its pool

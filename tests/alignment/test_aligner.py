@@ -1,4 +1,4 @@
-from xml.etree import ElementTree
+import re
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from mmkd.alignment.autoencoder import AutoencoderAligner
 from mmkd.alignment.covariances import Covariances
 from mmkd.alignment.folder import load_aligner
 from mmkd.alignment.procrustes import ProcrustesAligner
-from mmkd.alignment.report import alignment_chart, alignment_report, recall_at_one
+from mmkd.alignment.report import alignment_page, alignment_report, recall_at_one
+from mmkd.pages.page import to_html
 
 
 def rotation(width, seed):
@@ -198,12 +199,12 @@ def test_recall_at_one_by_hand():
     assert recall_at_one(image[:0], text[:0]) is None
 
 
-def test_chart_shows_every_measure_and_escapes_names():
+def test_the_page_shows_every_measure_and_escapes_names():
     features = world({"a<b": 6, "other": 6}, rank=6)
     aligner = ProcrustesAligner.fit(pieces(features, 400), {"a<b": 6, "other": 6}, dim=6)
     report = alignment_report(features, aligner)
-    root = ElementTree.fromstring(alignment_chart(report))
-    words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert words.count("a<b") == 2
+    html = to_html(alignment_page(report))
+    drawings = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert drawings.count(">a&lt;b</text>") == 2 and "a<b" not in html
     before, after = (report[when]["retrieval"]["other"] for when in ("before", "after"))
-    assert f"{before:.2f} → {after:.2f}" in words
+    assert f"other: {before:.2f} before, {after:.2f} after" in html
