@@ -20,7 +20,7 @@ from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.command.settings import run, setting
 from mmkd.data.features.lookup import MODALITIES, TeacherFeatures, available_features, seen_pairs
 from mmkd.data.features.published import FeatureKind
-from mmkd.data.folder import PairFolder, open_pairs, split_off
+from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
 from mmkd.data.table import Pair
 from mmkd.distillation.heads import TeacherHeads, angular_dispersion
 from mmkd.distillation.objective import DistillObjective
@@ -62,7 +62,7 @@ def main(settings: DistillSettings) -> None:
     accelerator = start(settings)
     if settings.quiet:
         disable_progress_bar()
-    folder, held_out = split_off(open_pairs(settings.pairs, "train"), settings.hold_out)
+    folder, held_out = hold_out_split(open_pairs(settings.pairs, "train"), settings.hold_out)
     features, aligned = open_features(settings, folder)
     model, processor = load_student(settings.model)
     if aligned is not None:

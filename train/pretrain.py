@@ -14,7 +14,7 @@ from typing import Literal
 from transformers.utils.logging import disable_progress_bar
 
 from mmkd.command.settings import resolved, run, setting
-from mmkd.data.folder import PairFolder, open_pairs, select, split_off
+from mmkd.data.folder import PairFolder, hold_out_split, open_pairs, select
 from mmkd.student.folder import save_student, training_provenance
 from mmkd.student.towers import starting_student
 from mmkd.student.trainable import ModelSettings, make_trainable
@@ -61,7 +61,7 @@ def main(settings: PretrainSettings) -> None:
     accelerator = start(settings)
     if settings.quiet:
         disable_progress_bar()
-    folder, held_out = split_off(open_pairs(settings.pairs, "train"), settings.hold_out)
+    folder, held_out = hold_out_split(open_pairs(settings.pairs, "train"), settings.hold_out)
     pairs = select(folder.pairs, settings.modalities, settings.labels, settings.part, settings.sources)
     if settings.model is None and settings.preset is not None:
         refuse_other_sizes(settings)

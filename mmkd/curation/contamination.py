@@ -18,7 +18,7 @@ from mmkd.curation.duplicates import Marks, bit_counts, stretches
 from mmkd.curation.labels import LABELS_FILE, read_rows
 from mmkd.curation.pictures import prepare_picture
 from mmkd.data.archives import ArchivedFile
-from mmkd.data.folder import MANIFEST_FILE, open_pairs
+from mmkd.data.folder import open_pairs
 from mmkd.data.images import UnreadableImage, read_image_bytes
 from mmkd.data.published import META_FILE
 from mmkd.data.splits import meaning_of
@@ -92,7 +92,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gi
 
 CHUNK = 32
 
-LISTS = (MANIFEST_FILE, TABLE_FILE, META_FILE, LABELS_FILE)
+LISTS = (TABLE_FILE, META_FILE, LABELS_FILE)
 
 
 @dataclass
@@ -208,7 +208,7 @@ def _contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str], str]:
         return [], sorted({*ARTICLE.findall(text), *SHA256.findall(text)}), ""
     if path.suffix in (".yaml", ".yml"):
         return _catalog_contents(path)
-    if (path / LABELS_FILE).is_file() and not (path / MANIFEST_FILE).is_file():
+    if (path / LABELS_FILE).is_file() and not (path / TABLE_FILE).is_file():
         rows = [row for row in read_rows(path) if meaning_of(row.split) != "train"]
         inside = [path / row.file for row in rows if (path / row.file).resolve().is_relative_to(path.resolve())]
         return list(inside), _articles(value for row in rows for value in (row.group, row.file)), ""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,10 @@ from mmkd.curation.contamination import Exclusions, find_in_test_sets
 from mmkd.curation.duplicates import PERMUTATIONS, Marks, near_repeats, repeats
 from mmkd.curation.rules import StreamRules
 from mmkd.data.archives import BLOCK, END_BYTES, ArchivedFile
-from mmkd.data.table import FIELDS, TABLE_FILE, map_table
+from mmkd.data.table import TABLE_FILE, map_table, table_schema, write_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COPY_BYTES = 1 << 24
 MORE_COLUMNS = ("key", "article", "panel_type", "labels")
@@ -130,14 +133,16 @@ def write_shard(part: Path, tar: Path, kept: np.ndarray) -> np.ndarray:
     return np.asarray(offsets - starts + new_starts)
 
 
-def write_table(
+def write_manifest_table(
     parts: Sequence[Path], verdicts: Verdicts, offsets: Sequence[np.ndarray], folder: Path, source: str
 ) -> None:
     """Write ``manifest.arrow``: a batch of rows for each part, images named by shard, offset and size."""
     import pyarrow as pa
 
-    schema = manifest_schema()
-    with pa.OSFile(str(folder / TABLE_FILE), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+    more = {name: pa.list_(pa.string()) if name == "labels" else pa.string() for name in MORE_COLUMNS}
+    schema = table_schema(more, ".")
+
+    def tables() -> Iterator[pa.Table]:
         for number, part in enumerate(parts):
             kept = map_table(part).filter(pa.array(verdicts.kept(number)))
             sizes = kept["size"].to_pylist()
@@ -147,21 +152,9 @@ def write_table(
             columns["image"] = pa.array(images, pa.string())
             columns["source"] = pa.array([value or source for value in kept["source"].to_pylist()], pa.string())
             columns["teachers"] = pa.nulls(kept.num_rows, pa.list_(pa.string()))
-            for batch in pa.table([columns[name] for name in schema.names], schema=schema).to_batches():
-                writer.write_batch(batch)
+            yield pa.table([columns[name] for name in schema.names], schema=schema)
 
-
-def manifest_schema() -> Any:
-    """Columns of ``manifest.arrow``: the fields of `Pair`, then the source's key, article, panel type and labels."""
-    import pyarrow as pa
-
-    kinds = {
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "teachers": pa.list_(pa.string()),
-        "labels": pa.list_(pa.string()),
-    }
-    return pa.schema([(name, kinds.get(name, pa.string())) for name in (*FIELDS, *MORE_COLUMNS)])
+    write_table(folder / TABLE_FILE, schema, tables())
 
 
 def dropped_rows(parts: Sequence[Path], verdicts: Verdicts) -> Iterator[dict[str, Any]]:

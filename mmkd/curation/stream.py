@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from mmkd.curation.contamination import fingerprints, read_exclusions
 from mmkd.curation.datasheet import write_sheet
-from mmkd.curation.merge import Verdicts, decide, dropped_rows, reason_counts, write_shard, write_table
+from mmkd.curation.merge import Verdicts, decide, dropped_rows, reason_counts, write_manifest_table, write_shard
 from mmkd.curation.part import PartWriter
 from mmkd.curation.rules import StreamRules
 from mmkd.curation.samples import Item, RawSample, Refused
 from mmkd.curation.sources import Unit, plan_units
 from mmkd.data.archives import ArchivedFile, members
-from mmkd.data.folder import FOLDER_FILE, VERSION
+from mmkd.data.table import VERSION
 from mmkd.files import read_json, refuse_existing, remove, rename_folder, write_json
 
 SETTINGS_FILE, REPORT_FILE = "settings.json", "report.json"
@@ -190,8 +190,7 @@ def _finish(
     bar = partial(tqdm, total=len(filled), desc="write", unit="shard", disable=quiet)
     written = dict(zip((task[0] for task in filled), _work(write_shard, filled, workers, bar), strict=True))
     offsets = [written.get(file, np.zeros(0, np.int64)) for file in files]
-    write_table(files, verdicts, offsets, folder, source)
-    write_json(folder / FOLDER_FILE, {"version": VERSION, "images": "."})
+    write_manifest_table(files, verdicts, offsets, folder, source)
     account = _account(parts, count, joined, verdicts) | {"test_sets": exclusions.report}
     _write_lists(folder, files, verdicts, rules, _listed(parts, count))
     report = write_sheet(folder, output.name, source, account, settings)

@@ -1,34 +1,43 @@
-"""Pairs of an image and its caption: one JSON object a line, images in a folder beside.
+"""A folder of pairs: ``manifest.arrow`` with a row for each image and its caption, and the images it names.
 
-A manifest names images relative to one root, so that a stage that only chooses pairs (`screen`) writes a few kilobytes
-and points at the images of the stage before. Everything downstream knows pairs by ``id`` alone: features are looked up
-by it, and the order of the manifest carries no meaning.
+Images are files under one root or members of tars below it. A manifest names the root relative to its own folder, so
+that a stage that only chooses pairs (`screen`) writes a manifest and points at the images of the stage before. Later
+stages know pairs by ``id`` alone: features are looked up by it, and the order of the manifest carries no meaning.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mmkd.command.values import nearest
 from mmkd.data.archives import ArchivedFile, archived_file
 from mmkd.data.published import META_FILE, read_published
-from mmkd.data.readers import is_inside, json_lines, parse_json_object
-from mmkd.data.table import SPLITS, TABLE_FILE, Pair, PairTable, check_table, in_columns, map_table, take_rows
-from mmkd.files import atomic_write_lines, read_json, write_json
+from mmkd.data.readers import is_inside
+from mmkd.data.table import (
+    FIELDS,
+    SPLITS,
+    TABLE_FILE,
+    Pair,
+    PairTable,
+    batches,
+    check_table,
+    image_root,
+    in_columns,
+    map_table,
+    table_schema,
+    take_rows,
+    write_table,
+)
 
-MANIFEST_FILE, FOLDER_FILE = "manifest.jsonl", "pairs.json"
+CHUNK = 4096
 
-VERSION = 1
-
-REQUIRED = ("id", "image", "caption")
+Choice = tuple[np.ndarray, list[Pair]]  # positions in the source, (n,), and the pairs with their teachers
 
 
 class PairFolder:
@@ -54,7 +63,7 @@ class PairFolder:
 
 
 def open_pairs(folder: Path, split: str | None = None) -> PairFolder:
-    """Open a folder of pairs: ours (``manifest.jsonl`` or ``manifest.arrow``) or the authors' one (``meta.jsonl``).
+    """Open a folder of pairs, or the authors' published folder (``meta.jsonl``).
 
     Args:
         folder: the folder.
@@ -62,112 +71,87 @@ def open_pairs(folder: Path, split: str | None = None) -> PairFolder:
 
     Raises:
         FileNotFoundError: the folder holds neither file.
-        ValueError: a line is broken, an id occurs twice, or no pair is in ``split``.
+        ValueError: the manifest is damaged, an id occurs twice, or no pair is in ``split``.
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    pairs: Sequence[Pair]
     if (folder / TABLE_FILE).is_file():
-        return _open_table(folder, split)
-    if (folder / MANIFEST_FILE).is_file():
-        pairs = _read_lines(folder / MANIFEST_FILE)
-        image_root = folder / _image_root(folder)
+        table = PairTable(folder / TABLE_FILE)
+        root = folder / image_root(table)
+        check_table(table)
+        pairs = table if split is None else table.in_split(split)
+        total = len(table)
     elif (folder / META_FILE).is_file():
-        pairs = [
-            Pair(s.id, s.image, s.caption, group=s.id, source="MMKD-CLIP published data", teachers=s.teachers)
-            for s in read_published(folder)
-        ]
-        image_root = folder
+        root = folder
+        published = _published_pairs(folder)
+        pairs = published if split is None else [pair for pair in published if pair.split == split]
+        total = len(published)
     else:
         raise FileNotFoundError(
-            f"{folder} holds none of {MANIFEST_FILE}, {TABLE_FILE} and {META_FILE}; "
+            f"{folder} holds neither {TABLE_FILE} nor {META_FILE}; "
             f"make it with `mmkd curate --source DIR --output {folder}`"
         )
-    _check(pairs, folder)
-    kept = pairs if split is None else [pair for pair in pairs if pair.split == split]
-    _refuse_none(kept, folder, split, len(pairs))
-    return PairFolder(folder, image_root, kept)
+    if not pairs:
+        raise ValueError(f"{folder} holds no pairs" + (f" in split {split!r} (of {total})" if split else ""))
+    return PairFolder(folder, root, pairs)
 
 
 def write_manifest(folder: Path, pairs: Iterable[Pair], images: Path | None = None) -> None:
-    """Write ``manifest.jsonl`` and ``pairs.json``.
+    """Write ``manifest.arrow``.
 
     Args:
         folder: where; created when missing.
         pairs: in the order they shall have.
-        images: the image root, by default ``folder/images``; stored relative to ``folder``.
+        images: the root of the images, by default ``folder/images``; stored relative to ``folder``.
     """
-    root = os.path.relpath(images, folder) if images is not None else "images"
-    lines = (json.dumps(_record(pair), ensure_ascii=False) + "\n" for pair in pairs)
-    atomic_write_lines(folder / MANIFEST_FILE, lines)
-    write_json(folder / FOLDER_FILE, {"version": VERSION, "images": Path(root).as_posix()})
+    import pyarrow as pa
+
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = table_schema({}, _relative(images, folder) if images is not None else "images")
+    rows = ([{name: getattr(pair, name) for name in FIELDS} for pair in some] for some in batches(pairs, CHUNK))
+    write_table(folder / TABLE_FILE, schema, (pa.Table.from_pylist(some, schema=schema) for some in rows))
 
 
-def _read_lines(path: Path) -> list[Pair]:
-    try:
-        return [_pair(parse_json_object(text, f"{path}:{line}"), f"{path}:{line}") for line, text in json_lines(path)]
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+def write_choice(output: Path, source: PairFolder, choices: Iterable[Choice]) -> None:
+    """Write the chosen pairs with the teachers they were given; images stay where they are.
+
+    Args:
+        output: the folder.
+        source: where the pairs come from, all splits; further columns of its manifest are kept.
+        choices: the pairs in the order of the source.
+    """
+    import pyarrow as pa
+
+    if not isinstance(source.pairs, PairTable):
+        write_manifest(output, chain.from_iterable(chosen for _, chosen in choices), images=source.image_root)
+        return
+    whole = map_table(source.pairs.path)
+    more = {field.name: field.type for field in whole.schema if field.name not in FIELDS}
+    schema = table_schema(more, _relative(source.image_root, output))
+    column = whole.schema.get_field_index("teachers")
+
+    def tables() -> Iterator[pa.Table]:
+        for positions, pairs in choices:
+            teachers = pa.array([pair.teachers for pair in pairs], pa.list_(pa.string()))
+            yield whole.take(positions).set_column(column, "teachers", teachers)
+
+    write_table(output / TABLE_FILE, schema, tables())
 
 
-def _open_table(folder: Path, split: str | None) -> PairFolder:
-    table = PairTable(folder / TABLE_FILE)
-    check_table(table, folder)
-    kept = table if split is None else table.in_split(split)
-    _refuse_none(kept, folder, split, len(table))
-    return PairFolder(folder, folder / _image_root(folder), kept)
+def _relative(images: Path, folder: Path) -> str:
+    return Path(os.path.relpath(images, folder)).as_posix()
 
 
-def _refuse_none(kept: Sequence[Pair], folder: Path, split: str | None, total: int) -> None:
-    if not kept:
-        raise ValueError(f"{folder} holds no pairs" + (f" in split {split!r} (of {total})" if split else ""))
-
-
-def _record(pair: Pair) -> dict[str, Any]:
-    """The required fields and those that are not empty; an empty tuple of teachers says something and stays."""
-    record = {field.name: getattr(pair, field.name) for field in dataclasses.fields(pair)}
-    return {key: value for key, value in record.items() if key in REQUIRED or value not in ("", 0, None)}
-
-
-def _pair(row: dict[str, Any], place: str) -> Pair:
-    known = {field.name: field for field in dataclasses.fields(Pair)}
-    unknown = [key for key in row if key not in known]
-    missing = [key for key in REQUIRED if key not in row]
-    if unknown or missing:
-        raise ValueError(f"{place}: unknown keys {unknown}, missing keys {missing}; allowed: {', '.join(known)}")
-    for key, value in row.items():
-        expected = list if key == "teachers" else int if key in ("width", "height") else str
-        if not isinstance(value, expected):
-            raise ValueError(f"{place}: {key} is {value!r}, not of type {expected.__name__}")
-    return Pair(**{**row, "teachers": tuple(row["teachers"])} if "teachers" in row else row)
-
-
-def _image_root(folder: Path) -> str:
-    description = read_json(folder / FOLDER_FILE)
-    if not isinstance(description, dict) or description.get("version") != VERSION:
-        raise ValueError(f"{folder / FOLDER_FILE} is not of version {VERSION}; curate again or upgrade mmkd-clip")
-    if "images" not in description:
-        raise ValueError(f"{folder / FOLDER_FILE} does not say under `images` where these lie; curate again")
-    return str(description["images"])
-
-
-def _check(pairs: list[Pair], folder: Path) -> None:
-    seen: set[str] = set()
-    for pair in pairs:
-        if pair.id in seen:
-            raise ValueError(f"{folder} lists id {pair.id!r} twice; ids must be unique")
-        seen.add(pair.id)
-        if not is_inside(pair.image):
-            raise ValueError(f"{folder}: image {pair.image!r} of pair {pair.id} leaves the image root; refused")
-        if pair.split not in SPLITS:
-            raise ValueError(f"{folder}: pair {pair.id} is in split {pair.split!r}; allowed: {', '.join(SPLITS)}")
-
-
-# Section: A manifest of some of the pairs of another one, written while they pass by, in the form the other has.
-
-
-CHUNK = 4096
-
-Choice = tuple[np.ndarray, list[Pair]]  # positions in the source, (n,), and the pairs with their teachers
+def _published_pairs(folder: Path) -> list[Pair]:
+    pairs = [
+        Pair(s.id, s.image, s.caption, group=s.id, source="MMKD-CLIP published data", teachers=s.teachers)
+        for s in read_published(folder)
+    ]
+    leaving = next((pair for pair in pairs if not is_inside(pair.image)), None)
+    if leaving is not None:
+        raise ValueError(f"{folder}: image {leaving.image!r} of pair {leaving.id} leaves the folder; refused")
+    return pairs
 
 
 def in_chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, list[Pair]]]:
@@ -186,41 +170,7 @@ def pairs_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[Pair]:
     return list(pairs.take(positions)) if isinstance(pairs, PairTable) else [pairs[k] for k in positions.tolist()]
 
 
-def write_choice(output: Path, source: PairFolder, choices: Iterable[Choice]) -> None:
-    """Write the chosen pairs with the teachers they were given; images stay where they are.
-
-    Args:
-        output: the folder.
-        source: where the pairs come from, all splits; a table (``manifest.arrow``) gives a table with all its columns.
-        choices: the pairs in the order of the source.
-    """
-    if isinstance(source.pairs, PairTable):
-        _write_table(output, source.pairs, choices)
-        root = os.path.relpath(source.image_root, output)
-        write_json(output / FOLDER_FILE, {"version": VERSION, "images": Path(root).as_posix()})
-    else:
-        write_manifest(output, (pair for _, chosen in choices for pair in chosen), images=source.image_root)
-
-
-def _write_table(output: Path, table: PairTable, choices: Iterable[Choice]) -> None:
-    import pyarrow as pa
-
-    whole = map_table(table.path)
-    column = whole.schema.get_field_index("teachers")
-    field = pa.field("teachers", pa.list_(pa.string()))
-    schema = whole.schema.set(column, field)
-    with pa.OSFile(str(output / TABLE_FILE), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for positions, pairs in choices:
-            if len(positions):
-                teachers = pa.array([pair.teachers for pair in pairs], field.type)
-                rows = whole.take(positions).set_column(column, field, teachers)
-                writer.write_table(rows, max_chunksize=CHUNK)
-
-
-# Section: Pairs held out of a training split, for folders that come without a validation split, such as the authors'.
-
-
-def split_off(folder: PairFolder, share: float) -> tuple[PairFolder, PairFolder | None]:
+def hold_out_split(folder: PairFolder, share: float) -> tuple[PairFolder, PairFolder | None]:
     """Training pairs, and a share of them that is held out for evaluation: whole groups, chosen by hash alone.
 
     A pair stays on its side whatever others come or go, on any machine and for any seed.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from mmkd.data.archives import ArchiveWriter
 from mmkd.data.folder import PairFolder
 from mmkd.data.images import UnreadableImage, open_image, read_image_bytes
-from mmkd.data.table import Pair
+from mmkd.data.table import Pair, batches, table_schema
 
 BATCH = 256
 
@@ -100,22 +99,13 @@ def write_parquet(folder: PairFolder, file: Path, advance: Callable[[int], Any])
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    numbers, lists = ("width", "height"), ("teachers",)
-    kinds = {**dict.fromkeys(numbers, pa.int32()), **dict.fromkeys(lists, pa.list_(pa.string()))}
-    names = [name for name in Pair.__dataclass_fields__ if name != "image"]
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
+    schema = pa.schema([field for field in table_schema({}, "") if field.name != "image"])
+    names = schema.names
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in batches(folder.pairs, 1 << 14):
             rows = [{name: getattr(pair, name) for name in names} for pair in batch]
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             advance(len(batch))
-
-
-def batches(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
-    """Pairs in lists of ``size``."""
-    rest = iter(pairs)
-    while batch := list(islice(rest, size)):
-        yield batch
 
 
 def _check(folder: PairFolder, pair: Pair) -> tuple[str, bool]:

@@ -1,14 +1,18 @@
-"""Millions of pairs as columns: a manifest in Arrow form, mapped from the file and read row by row on demand.
+"""Pairs as columns: the manifest of a folder of pairs, an Arrow file that is mapped and read row by row on demand.
 
 2.9 million `Pair` objects are some four gigabytes in every process that holds them; the same rows in an Arrow file are
-mapped memory that all processes of a machine share, and a `Pair` exists for as long as somebody looks at it.
+mapped memory that all processes of a machine share, and a `Pair` exists only while it is used. The root of the images
+stands in the file's metadata, relative to the folder, so that a stage that only chooses pairs writes a manifest and
+leaves the images where they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,11 +21,19 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-
-# Section: One image-text pair.
-
-
 SPLITS = ("train", "validation", "test")
+
+UNKNOWN = "unknown"
+
+TABLE_FILE = "manifest.arrow"
+
+VERSION = 2
+
+METADATA_KEY = b"mmkd"
+
+ROWS_TOGETHER = 65536
+
+LEAVES_ROOT = r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^.:|\x00|^$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +64,6 @@ class Pair:
     sha256: str = ""
     teachers: tuple[str, ...] | None = None
 
-
-UNKNOWN = "unknown"
-
-
-TABLE_FILE = "manifest.arrow"
-
-IMAGE_PATTERN = r"^shards/[0-9]+\.tar@[0-9]+\+[0-9]+$"
-
-ROWS_TOGETHER = 65536
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Pair))
 
@@ -122,6 +125,12 @@ class PairTable(Sequence[Pair]):
         column = self._table.column(name)
         return column if self._rows is None else column.take(self._rows)
 
+    @property
+    def metadata(self) -> dict[bytes, bytes] | None:
+        """Of the file's schema."""
+        found: dict[bytes, bytes] | None = self._table.schema.metadata
+        return found
+
     def in_split(self, split: str) -> PairTable:
         """The pairs of one split."""
         import pyarrow.compute as pc
@@ -151,8 +160,15 @@ def in_columns(pairs: Sequence[Pair], names: Sequence[str]) -> Iterator[list[lis
             yield [[getattr(pair, name) for pair in some] for name in names]
 
 
+def batches(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
+    """Pairs in lists of ``size``."""
+    rest = iter(pairs)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
 def take_rows(pairs: Sequence[Pair], rows: np.ndarray) -> Sequence[Pair]:
-    """The pairs at these positions, (n,) integers; of a table still a table."""
+    """The pairs at these positions, (n,) integers, as a table if they were one."""
     return pairs.take(rows) if isinstance(pairs, PairTable) else [pairs[row] for row in rows.tolist()]
 
 
@@ -171,8 +187,44 @@ def map_table(path: Path) -> pa.Table:
         raise ValueError(f"{path} is no whole Arrow file ({error}); curate again or restore it") from error
 
 
-def check_table(table: PairTable, folder: Path) -> None:
-    """Refuse splits and image names that no curation writes; both columns are checked as a whole.
+def table_schema(columns: dict[str, pa.DataType], image_root: str) -> pa.Schema:
+    """The schema of a manifest: the fields of `Pair`, further columns, and in the metadata the root of the images."""
+    import pyarrow as pa
+
+    kinds = {"width": pa.int32(), "height": pa.int32(), "teachers": pa.list_(pa.string())}
+    fields = [(name, kinds.get(name, pa.string())) for name in FIELDS]
+    metadata = {METADATA_KEY: json.dumps({"version": VERSION, "images": image_root}, sort_keys=True)}
+    return pa.schema([*fields, *columns.items()], metadata=metadata)
+
+
+def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write a manifest from tables of some rows each; it appears whole or not at all."""
+    import pyarrow as pa
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for table in tables:
+                writer.write_table(table.select(schema.names).cast(schema), max_chunksize=ROWS_TOGETHER)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def image_root(table: PairTable) -> str:
+    """The root of the images, relative to the manifest's folder.
+
+    Raises:
+        ValueError: the manifest is of another version.
+    """
+    described = json.loads((table.metadata or {}).get(METADATA_KEY, b"{}"))
+    if described.get("version") != VERSION or not isinstance(described.get("images"), str):
+        raise ValueError(f"{table.path} is not of version {VERSION}; curate again with this version of mmkd-clip")
+    return str(described["images"])
+
+
+def check_table(table: PairTable) -> None:
+    """Refuse what no stage writes: wrong types, empty cells, repeated ids, unknown splits, images outside the root.
 
     Raises:
         ValueError: with the first wrong row.
@@ -180,13 +232,23 @@ def check_table(table: PairTable, folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    for name, expected in zip(FIELDS, table_schema({}, "").types, strict=True):
+        found = table.column(name)
+        if found.type != expected or (name != "teachers" and found.null_count):
+            kind = f"{found.type} with {found.null_count} empty cells"
+            raise ValueError(f"{table.path}: the column {name} is {kind}, not {expected} without any")
     splits = pc.is_in(table.column("split"), value_set=pa.array(SPLITS))
-    images = pc.match_substring_regex(table.column("image"), IMAGE_PATTERN)
-    for name, right in (("split", splits), ("image", images)):
-        wrong = np.flatnonzero(~right.to_numpy(zero_copy_only=False))
+    leaving = pc.match_substring_regex(table.column("image"), LEAVES_ROOT)
+    for name, right in (("split", splits), ("image", pc.invert(leaving))):
+        wrong = np.flatnonzero(~right.to_numpy())
         if wrong.size:
             value = table.column(name)[int(wrong[0])].as_py()
-            raise ValueError(f"{folder / TABLE_FILE}, row {wrong[0]}: {name} {value!r} is refused")
+            rule = "leaves the root of the images" if name == "image" else f"is none of {', '.join(SPLITS)}"
+            raise ValueError(f"{table.path}, row {wrong[0]}: {name} {value!r} {rule}; refused")
+    if pc.count_distinct(table.column("id")).as_py() != len(table):
+        counted = pc.value_counts(table.column("id"))
+        twice = counted.filter(pc.greater(counted.field("counts"), 1))[0]["values"]
+        raise ValueError(f"{table.path} lists id {twice.as_py()!r} twice; ids must be unique")
 
 
 def _pair(values: list[Any]) -> Pair:

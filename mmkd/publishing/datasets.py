@@ -7,7 +7,6 @@ folder that every stage reads.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -17,12 +16,12 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from mmkd.data.archives import ArchivedFile
-from mmkd.data.folder import FOLDER_FILE, MANIFEST_FILE, VERSION, PairFolder, open_pairs, write_manifest
+from mmkd.data.folder import PairFolder, open_pairs, write_manifest
 from mmkd.data.licenses import OTHERS, hub_id, is_open, terms
 from mmkd.data.table import TABLE_FILE, Pair
 from mmkd.encoders.zoo import store_teacher
 from mmkd.publishing import card as card_facts
-from mmkd.publishing.publication import Item, Publication, existing, made, not_taken
+from mmkd.publishing.publication import Item, Publication, existing, not_taken
 from mmkd.student.folder import describe_pairs
 
 IMAGES_FOLDER = "images"
@@ -57,8 +56,7 @@ def pairs_publication(folder: Path, repo: str, template: str, license: str | Non
     licenses = Counter(pair.license for pair in pairs.pairs)
     closed = {name: count for name, count in licenses.items() if not is_open(name)}
     with_images = images if images is not None else not closed
-    description = json.dumps({"images": IMAGES_FOLDER, "version": VERSION}, indent=2, sort_keys=True) + "\n"
-    items = {MANIFEST_FILE: _manifest_item(pairs, with_images), FOLDER_FILE: made(description)}
+    items = {TABLE_FILE: _manifest_item(pairs, with_images)}
     if (folder / ATTRIBUTION).is_file():
         items[ATTRIBUTION] = existing(folder / ATTRIBUTION)
     if with_images:
@@ -99,13 +97,9 @@ def features_publication(folder: Path, repo: str, template: str, license: str | 
 
 
 def _manifest_item(pairs: PairFolder, with_images: bool) -> Item:
-    """The manifest as JSON lines, whatever form it has; images out of archives under the names they get."""
-    file = pairs.path / MANIFEST_FILE
-    is_lines = file.is_file() and not (pairs.path / TABLE_FILE).is_file()
-    if is_lines and not (with_images and any("@" in pair.image for pair in pairs.pairs)):
-        return existing(file)
+    """The manifest of the repository; images out of archives under the names they get."""
     named = (replace(pair, image=_name(pairs, pair)) if with_images else pair for pair in pairs.pairs)
-    size = (file if is_lines else pairs.path / TABLE_FILE).stat().st_size
+    size = (pairs.path / TABLE_FILE).stat().st_size
     return Item(size, lambda target: write_manifest(target.parent, named))
 
 
@@ -159,14 +153,14 @@ def _pairs_card(
     return _card(
         template,
         repo,
-        _metadata(repo, license, parts, described["pairs"], {"split": "all", "path": MANIFEST_FILE}),
+        _metadata(repo, license, parts, described["pairs"], {"split": "all", "path": TABLE_FILE}),
         summary=f"{described['pairs']} biomedical image-text pairs in {described['groups']} groups.{without}",
         local="pairs",
         command="mmkd eval --encoders MODEL --pairs pairs" if with_images else "ls pairs",
         loading=f'from datasets import load_dataset\n\npairs = load_dataset("{repo}", split="all")',
-        contents=f"`{MANIFEST_FILE}`: one JSON object a line with id, image, caption, modality, label, group, split, "
+        contents=f"`{TABLE_FILE}`: one row a pair with id, image, caption, modality, label, group, split, "
         "source, licence, size and the SHA-256 of the original file. A group (patient, case, article) is never on both "
-        "sides of a split; the split of each pair stands in its line.",
+        "sides of a split; the split of each pair stands in its row.",
         tables=tables,
         license_statement=card_facts.license_statement(parts, license).replace("the weights", "this dataset"),
         limits=[PRIVACY, "Labels and captions are those of the sources; they were not reviewed by clinicians here."],

@@ -19,7 +19,6 @@ from typing import Any, Literal
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from mmkd.data.folder import FOLDER_FILE, MANIFEST_FILE
 from mmkd.data.published import META_FILE
 from mmkd.data.table import TABLE_FILE
 from mmkd.files import read_json
@@ -32,7 +31,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 KINDS = (
     "a model (config.json and safetensors, from pretrain, distill or convert), an adapter (adapter_config.json, from "
-    "finetune), features (meta.json, from extract or align) or pairs (manifest.jsonl, from curate or screen)"
+    "finetune), features (meta.json, from extract or align) or pairs (manifest.arrow, from curate or screen)"
 )
 
 
@@ -81,7 +80,7 @@ def kind_of(folder: Path) -> Kind:
         raise FileNotFoundError(f"{folder}: no such folder; give {KINDS}")
     if folder.name.endswith(".partial"):
         raise ValueError(f"{folder} is an unfinished run; start its command again to finish it")
-    if (folder / FOLDER_FILE).is_file() and any((folder / name).is_file() for name in (MANIFEST_FILE, TABLE_FILE)):
+    if (folder / TABLE_FILE).is_file():
         return "pairs"
     if (folder / "meta.json").is_file() or any(folder.glob("*/meta.json")):
         return "features"

@@ -138,7 +138,7 @@ def validation_of(
         settings: how often, how many and what for.
         pairs: the folder.
         processor: the model's.
-        held_out: from `mmkd.data.folder.split_off`; None for the folder's own validation split.
+        held_out: from `mmkd.data.folder.hold_out_split`; None for the folder's own validation split.
         batch_size: pairs in a global batch, as in training, so that losses can be compared.
         workers: processes that read images.
         seed: of the order.

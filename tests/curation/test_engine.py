@@ -99,7 +99,7 @@ def test_killed_at_any_moment(source, undisturbed, tmp_path, moment):
     script.write_text(
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from mmkd.curation import engine, part, merge\n"
+        "from mmkd.curation import part, stream as engine\n"
         "from mmkd.curation.rules import read_rules\n"
         "from mmkd.curation.rules import StreamRules\n"
         f"module, name = (part, 'write_rows') if {moment!r} == 'curate' else (engine, 'write_shard')\n"

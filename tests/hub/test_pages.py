@@ -58,4 +58,4 @@ def test_pairs_come_down_by_the_clients_command_as_the_page_says(at_hub, publish
     words = re.search(r"`(hf download [^`]+)`", PAGE.read_text(encoding="utf-8"))[1].split()
     assert words == ["hf", "download", "user/pairs", "--repo-type", "dataset", "--local-dir", "pairs"]
     snapshot_download(words[2], repo_type=words[4], local_dir=tmp_path / words[6])
-    assert open_pairs(tmp_path / "pairs").pairs == open_pairs(published_pairs).pairs
+    assert list(open_pairs(tmp_path / "pairs").pairs) == list(open_pairs(published_pairs).pairs)

@@ -75,7 +75,7 @@ def test_results_of_other_weights_are_refused(published_student, results, tmp_pa
         ({"config.json": '{"model_type": "mmkd_clip"}'}, FileNotFoundError, "has no model.safetensors; is the folder"),
         ({"config.json": '{"model_type": "mmkd_clip"}', "a.bin": ""}, FileNotFoundError, "pickled weights are not"),
         ({"config.json": "{"}, ValueError, "is not valid JSON"),
-        ({"manifest.jsonl": "{}", "pairs.json": '{"version": 1, "images": "images"}'}, ValueError, "missing keys"),
+        ({"manifest.arrow": "{}"}, ValueError, "no whole Arrow file"),
     ],
 )
 def test_a_folder_that_holds_nothing_to_push_is_told_so(tmp_path, files, error, message):

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from mmkd.command.settings import parse
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.store import FeatureStore
-from mmkd.data.folder import write_manifest
+from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import Pair
 from mmkd.train import extract
 from mmkd.train.extract import ExtractSettings, main
@@ -188,16 +189,15 @@ def test_pairs_added_later_are_the_only_ones_extracted(work, monkeypatch):
 
 def test_a_caption_that_changed_is_refused_finished_and_extracted_anew_unfinished(work, monkeypatch):
     run("features")
-    manifest = Path("pairs/manifest.jsonl")
-    before = manifest.read_text()
-    changed = before.replace(json.loads(before.splitlines()[3])["caption"], "rewritten since", 1)
-    manifest.write_text(changed)
+    before = list(open_pairs(Path("pairs")).pairs)
+    changed = [replace(pair, caption="rewritten since") if pair.id == before[3].id else pair for pair in before]
+    write_manifest(Path("pairs"), changed)
     with pytest.raises(ValueError, match=r"features/first holds features of other captions.*1 captions of 23.*p3"):
         run("features")
     run("fresh")
-    manifest.write_text(before)
+    write_manifest(Path("pairs"), before)
     run_until_killed(monkeypatch, 6)
-    manifest.write_text(changed)
+    write_manifest(Path("pairs"), changed)
     run("resumed")
     assert contents("resumed") == contents("fresh") != contents("features")
 

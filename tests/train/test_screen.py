@@ -9,9 +9,9 @@ from mmkd.command.settings import parse
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.store import FeatureWriter
 from mmkd.data.folder import open_pairs, write_manifest
-from mmkd.data.table import Pair
+from mmkd.data.table import Pair, table_schema, write_table
 from mmkd.distillation.screening import ScreeningReport
-from mmkd.files import read_json, write_json
+from mmkd.files import read_json
 from mmkd.train import screen
 from mmkd.train.screen import ScreenSettings, main
 
@@ -140,9 +140,7 @@ def test_a_table_gives_a_table_with_all_its_columns(work):
     columns["teachers"] = pa.array([None] * len(pairs), pa.list_(pa.string()))
     table = pa.table({**columns, "mesh": [f"term {k}" for k in range(len(pairs))]})
     Path("table").mkdir()
-    with pa.OSFile("table/manifest.arrow", "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    write_json(Path("table/pairs.json"), {"version": 1, "images": "images"})
+    write_table(Path("table/manifest.arrow"), table_schema({"mesh": pa.string()}, "images"), [table])
     expected, _ = run("screened", "--minimum_teachers", "3")
     folder, _ = run("screened-table", "--pairs", "table", "--minimum_teachers", "3")
     assert [(p.id, p.teachers) for p in folder.pairs] == [(p.id, p.teachers) for p in expected.pairs]
@@ -155,7 +153,7 @@ def test_images_stay_where_they_are_and_bytes_repeat(work):
     folder, _ = run("a/screened")
     assert folder.image_root.resolve() == (work / "elsewhere/images").resolve()
     run("a/again")
-    for name in ("manifest.jsonl", "pairs.json", "report.json", "report.html"):
+    for name in ("manifest.arrow", "report.json", "report.html"):
         assert (work / "a/screened" / name).read_bytes() == (work / "a/again" / name).read_bytes()
 
 

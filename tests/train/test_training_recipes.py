@@ -25,7 +25,7 @@ from mmkd.command.settings import parse
 from mmkd.data.features.index import fingerprints_of
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.store import FeatureWriter
-from mmkd.data.folder import open_pairs, split_off, write_manifest
+from mmkd.data.folder import hold_out_split, open_pairs, write_manifest
 from mmkd.data.table import Pair
 from mmkd.encoders.zoo import teachers_of
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
@@ -195,7 +195,7 @@ def test_the_best_of_the_authors_folder_by_a_share_that_is_held_out(tmp_path, sh
     call("distill", *inputs, "--model", tmp_path / "student", "--output", tmp_path / "out", *TINY, *settings)
     assert all(0 <= line["validation_mean_recall"] <= 1 for line in log(tmp_path / "out"))
     whole = open_pairs(folder, "train")
-    train, held_out = split_off(whole, 0.4)
+    train, held_out = hold_out_split(whole, 0.4)
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["data"]["pairs"] == len(train.pairs)
     assert sorted(pair.id for pair in [*train.pairs, *held_out.pairs]) == sorted(pair.id for pair in whole.pairs)
 
@@ -205,13 +205,13 @@ def test_what_is_held_out_are_whole_groups_whatever_else_there_is(tmp_path):
     sides = []
     for some in (pairs, pairs[::2]):
         write_manifest(tmp_path / str(len(some)), some)
-        train, held_out = split_off(open_pairs(tmp_path / str(len(some)), "train"), 0.2)
+        train, held_out = hold_out_split(open_pairs(tmp_path / str(len(some)), "train"), 0.2)
         sides.append(({pair.id for pair in train.pairs}, {pair.id for pair in held_out.pairs}))
         assert not {pair.group for pair in train.pairs} & {pair.group for pair in held_out.pairs}
         assert 0.14 < len(held_out.pairs) / len(some) < 0.26
     assert sides[1][1] < sides[0][1] and sides[1][0] < sides[0][0]
     with pytest.raises(ValueError, match=r"--hold_out 1e-05 takes 0 of the 900 training pairs"):
-        split_off(open_pairs(tmp_path / "900", "train"), 0.00001)
+        hold_out_split(open_pairs(tmp_path / "900", "train"), 0.00001)
 
 
 def test_attention_is_chosen_or_refused(tmp_path, world):
@@ -398,12 +398,13 @@ def test_what_changed_under_an_unfinished_run_is_refused_and_nothing_is_lost(tmp
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(mmkd.train.distill, "save_student", killed)
         call("distill", *common)
-    manifest, shard = tmp_path / "pairs" / "manifest.jsonl", tmp_path / "features" / "one" / "shard-00000.safetensors"
-    before = manifest.read_text()
-    manifest.write_text(before.replace("ct of case a", "ct of case z"))
+    shard = tmp_path / "features" / "one" / "shard-00000.safetensors"
+    before = list(open_pairs(tmp_path / "pairs").pairs)
+    changed = [dataclasses.replace(p, caption=p.caption.replace("ct of case a", "ct of case z")) for p in before]
+    write_manifest(tmp_path / "pairs", changed)
     with pytest.raises(ValueError, match=r"unfinished run on other data: pairs_sha256 was \w+, is now"):
         call("distill", *common)
-    manifest.write_text(before)
+    write_manifest(tmp_path / "pairs", before)
     shard.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=r"one/shard-00000\.safetensors is missing; run `mmkd extract`"):
         call("distill", *common)
