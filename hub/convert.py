@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
 
-from mmkd.command.settings import run, setting
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest, run, setting
 from mmkd.encoders.authors_checkpoint import from_authors, infer_config, listed, require_same_keys, to_authors
 from mmkd.encoders.weights import quiet_transformers, read_state_dict, require_hub
 from mmkd.files import atomic_folder, atomic_write_bytes, fingerprint, read_json, refuse_existing

@@ -22,8 +22,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from mmkd.command.settings import run, setting
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest, run, setting
 from mmkd.data.features.index import fingerprints_of, refuse_twice
 from mmkd.data.features.parts import SKIPPED_FILE, FeatureParts
 from mmkd.data.features.shards import FeatureType

@@ -12,15 +12,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mmkd.command.settings import run_action, setting
+from mmkd.command.settings import run, setting
 from mmkd.data.features.folders import describe_store, export_published, faults, import_published, merge, unfinished
 from mmkd.data.features.lookup import TeacherFeatures, store_paths
 from mmkd.data.features.published import FeatureKind
@@ -80,6 +79,22 @@ class ImportSettings:
     quiet: bool = setting(False, "no progress bar")
 
 
+ACTIONS = {
+    "ls": ListSettings,
+    "verify": VerifySettings,
+    "merge": MergeSettings,
+    "export": ExportSettings,
+    "import": ImportSettings,
+}
+
+
+@singledispatch
+def main(settings: Any) -> None:
+    """Run the action to which these settings belong."""
+    raise TypeError(f"no action has {type(settings).__name__}")
+
+
+@main.register
 def list_stores(settings: ListSettings) -> None:
     """Print a line for each store."""
     rows = [describe_store(path) for path in stores_in(settings.folder)]
@@ -95,6 +110,7 @@ def list_stores(settings: ListSettings) -> None:
         print(f"{name:<{wide}}unfinished: {count} shards are there; the same `mmkd extract` goes on")
 
 
+@main.register
 def verify(settings: VerifySettings) -> None:
     """Print what is wrong.
 
@@ -111,6 +127,7 @@ def verify(settings: VerifySettings) -> None:
         print(f"{settings.folder}: every byte is as it was written")
 
 
+@main.register
 def merge_stores(settings: MergeSettings) -> None:
     """Merge."""
     refuse_existing(settings.output, settings.overwrite)
@@ -119,6 +136,7 @@ def merge_stores(settings: MergeSettings) -> None:
     tell(counts, settings.output, settings.quiet)
 
 
+@main.register
 def export(settings: ExportSettings) -> None:
     """Export."""
     refuse_existing(settings.output, settings.overwrite)
@@ -135,6 +153,7 @@ def export(settings: ExportSettings) -> None:
         print(f"{settings.output}: {written} pairs; {left_out} left out, no teacher has them")
 
 
+@main.register
 def import_folder(settings: ImportSettings) -> None:
     """Import."""
     refuse_existing(settings.output, settings.overwrite)
@@ -165,19 +184,5 @@ def tell(counts: dict[str, int], output: Path, quiet: bool) -> None:
             print(f"{output / name}: {count:,} pairs, {FeatureStore(output / name).dim} wide")
 
 
-ACTIONS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "ls": (ListSettings, list_stores),
-    "verify": (VerifySettings, verify),
-    "merge": (MergeSettings, merge_stores),
-    "export": (ExportSettings, export),
-    "import": (ImportSettings, import_folder),
-}
-
-
-def main(argv: list[str]) -> None:
-    """Run the action that the first argument names."""
-    run_action("features", ACTIONS, argv)
-
-
 if __name__ == "__main__":
-    main(sys.argv)
+    run(ACTIONS, main)

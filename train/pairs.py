@@ -11,16 +11,15 @@ mmkd pairs export manifest --pairs pairs --output manifest.parquet       # rows 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import singledispatch
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from mmkd.command.settings import run_action, setting
+from mmkd.command.settings import run, setting
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import read_image_bytes
 from mmkd.data.inspection import count_pairs, faults, write_parquet, write_webdataset
@@ -81,6 +80,22 @@ class ExportSettings:
     quiet: bool = setting(False, "no progress bar")
 
 
+ACTIONS = {
+    "ls": ListSettings,
+    "show": ShowSettings,
+    "stats": StatsSettings,
+    "verify": VerifySettings,
+    "export": ExportSettings,
+}
+
+
+@singledispatch
+def main(settings: Any) -> None:
+    """Run the action to which these settings belong."""
+    raise TypeError(f"no action has {type(settings).__name__}")
+
+
+@main.register
 def list_pairs(settings: ListSettings) -> None:
     """Print pairs."""
     wanted, text = settings.modality, (settings.search or "").casefold()
@@ -94,6 +109,7 @@ def list_pairs(settings: ListSettings) -> None:
         print(f"{pair.id}  {pair.split:<10} {pair.modality:<26} {pair.width}x{pair.height}  {caption}")
 
 
+@main.register
 def show(settings: ShowSettings) -> None:
     """Print one pair.
 
@@ -109,6 +125,7 @@ def show(settings: ShowSettings) -> None:
         atomic_write_bytes(settings.image, read_image_bytes(folder.image_path(pair)))
 
 
+@main.register
 def stats(settings: StatsSettings) -> None:
     """Print counts."""
     counts = count_pairs(open_pairs(settings.folder, settings.split).pairs)
@@ -123,6 +140,7 @@ def stats(settings: StatsSettings) -> None:
             print(f"{name.replace('_', ' '):<16}{value:>10,}")
 
 
+@main.register
 def verify(settings: VerifySettings) -> None:
     """Print what is wrong.
 
@@ -140,6 +158,7 @@ def verify(settings: VerifySettings) -> None:
         print(f"{settings.folder}: {total:,} images open and have their size, {originals:,} are the original files")
 
 
+@main.register
 def export(settings: ExportSettings) -> None:
     """Export."""
     refuse_existing(settings.output, settings.overwrite)
@@ -156,19 +175,5 @@ def export(settings: ExportSettings) -> None:
         print(f"{settings.output}: {len(folder.pairs):,} pairs")
 
 
-ACTIONS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "ls": (ListSettings, list_pairs),
-    "show": (ShowSettings, show),
-    "stats": (StatsSettings, stats),
-    "verify": (VerifySettings, verify),
-    "export": (ExportSettings, export),
-}
-
-
-def main(argv: list[str]) -> None:
-    """Run the action that the first argument names."""
-    run_action("pairs", ACTIONS, argv)
-
-
 if __name__ == "__main__":
-    main(sys.argv)
+    run(ACTIONS, main)

@@ -10,17 +10,15 @@ mmkd datasets add ours.yaml                      # then `mmkd eval --datasets ou
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import singledispatch
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from mmkd.command.settings import run_action, setting
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest, run, setting
 from mmkd.data.images import UnreadableImage
 from mmkd.data.splits import hashed
 from mmkd.data.table import SPLITS, Pair
@@ -77,6 +75,21 @@ class AddSettings:
     catalog: Path | None = setting(None, "folder of your own manifests, by default ~/.config/mmkd/datasets")
 
 
+ACTIONS = {
+    "ls": ListSettings,
+    "show": ShowSettings,
+    "check": CheckSettings,
+    "add": AddSettings,
+}
+
+
+@singledispatch
+def main(settings: Any) -> None:
+    """Run the action to which these settings belong."""
+    raise TypeError(f"no action has {type(settings).__name__}")
+
+
+@main.register
 def list_datasets(settings: ListSettings) -> None:
     """Print a table of datasets.
 
@@ -106,6 +119,7 @@ def list_datasets(settings: ListSettings) -> None:
     print(f"\n{len(chosen)} datasets, {present} on this machine{where}; `mmkd datasets show ID` tells of each")
 
 
+@main.register
 def show(settings: ShowSettings) -> None:
     """Print everything known of a dataset."""
     for manifest in find_manifests(settings.dataset, settings.catalog):
@@ -119,6 +133,7 @@ def show(settings: ShowSettings) -> None:
         print(f"\n{_whereabouts(manifest, settings.data)}\n")
 
 
+@main.register
 def check(settings: CheckSettings) -> None:
     """Print what is found of each dataset.
 
@@ -147,6 +162,7 @@ def check(settings: CheckSettings) -> None:
         raise ValueError("\n       ".join([f"{count:,} fault{'s' if count > 1 else ''}:", *listed]))
 
 
+@main.register
 def add(settings: AddSettings) -> None:
     """Keep a manifest.
 
@@ -257,18 +273,5 @@ def _image_faults(collection: Collection, settings: CheckSettings) -> list[str]:
     return faults
 
 
-ACTIONS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "ls": (ListSettings, list_datasets),
-    "show": (ShowSettings, show),
-    "check": (CheckSettings, check),
-    "add": (AddSettings, add),
-}
-
-
-def main(argv: list[str]) -> None:
-    """Run the action that the first argument names."""
-    run_action("datasets", ACTIONS, argv)
-
-
 if __name__ == "__main__":
-    main(sys.argv)
+    run(ACTIONS, main)

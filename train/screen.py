@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mmkd.command.settings import run, save_settings, setting
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest, run, save_settings, setting
 from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
 from mmkd.data.folder import Choice, PairFolder, in_chunks, open_pairs, write_choice
 from mmkd.data.table import SPLITS, Pair

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from mmkd.command.settings import run, setting
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest, run, setting
 from mmkd.data.features.published import PublishedFeatures
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import open_image

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 from mmkd.command.launch import launch
-from mmkd.command.settings import ends_when_unread
-from mmkd.command.values import nearest
+from mmkd.command.settings import COMMAND_VARIABLE, ignore_broken_pipe, nearest
 
 RECIPES = {
     "curate": ("mmkd.train.curate", "image-text pairs from tars, Parquet, lists, folders, the Hub or packaged images"),
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: with the recipe's exit code; 2 for an unknown command.
     """
-    with ends_when_unread():
+    with ignore_broken_pipe():
         _main(sys.argv[1:] if argv is None else argv)
 
 
@@ -86,11 +85,17 @@ def _main(argv: list[str]) -> None:
         return
     name, arguments = argv[0], argv[1:]
     if name not in RECIPES:
-        print(f"error: unknown command {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}", file=sys.stderr)
+        print(
+            f"mmkd: error: unknown command {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     launcher, arguments = split_launcher_options(arguments)
     if launcher and name not in DISTRIBUTED:
-        print(f"error: {launcher[0]} belongs to {', '.join(DISTRIBUTED)}; {name} runs in one process", file=sys.stderr)
+        print(
+            f"mmkd {name}: error: {launcher[0]} belongs to {', '.join(DISTRIBUTED)}; {name} runs in one process",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     if name in PIPELINES:
         preset = importlib.resources.files("mmkd.train.configs") / PIPELINES[name]
@@ -101,14 +106,20 @@ def _main(argv: list[str]) -> None:
         command, environment = launch_command(module, launcher, arguments)
         raise SystemExit(launch(command, environment, module))
     sys.argv = [f"mmkd {name}", *arguments]
+    os.environ[COMMAND_VARIABLE] = name
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(f'error: {package} is not installed; run `pip install "mmkd-clip[{EXTRAS[package]}]"`', file=sys.stderr)
+        print(
+            f'mmkd {name}: error: {package} is not installed; run `pip install "mmkd-clip[{EXTRAS[package]}]"`',
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
+    finally:
+        del os.environ[COMMAND_VARIABLE]
 
 
 def split_launcher_options(arguments: list[str]) -> tuple[list[str], list[str]]:

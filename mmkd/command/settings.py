@@ -1,32 +1,49 @@
-"""Recipe settings: a dataclass whose defaults YAML may change and the command line may change again.
+"""Settings of a recipe: a dataclass whose defaults a YAML file may change and the command line may change again.
 
 ``--config FILE.yaml`` gives values (``--config NAME`` those of a file that comes with the package), ``--key value``
-overrides them, ``--losses.task 0.5`` sets one entry of a mapping. A key that is not a field is refused with the nearest
-name, since a misspelt setting that silently does nothing costs a training run. Values are converted by the field's
-type, never evaluated.
+overrides them, ``--losses.task 0.5`` sets one entry of a mapping. The command line is read by cyclopts, which also
+suggests the nearest name for a misspelt one: a misspelt setting that silently does nothing costs a training run. Values
+are converted to the field's type, never evaluated.
+
+A recipe calls `check_arguments` after its settings class and before the imports that take seconds, so that ``--help``
+and a mistake are answered at once, and `run` at its end. A command with several actions (``mmkd pairs ls``) gives both
+a mapping of action -> settings class instead of one class.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import importlib.resources
 import inspect
+import io
 import os
+import shutil
 import sys
+import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
+import cyclopts
 import yaml
+from cyclopts import App, Group, Parameter, Token
+from rich.console import Console
 from safetensors import SafetensorError
 
-from mmkd.command.values import FALSE, TRUE, bare, convert, nearest, type_name
 from mmkd.files import atomic_write_text
 
 T = TypeVar("T")
+Command = type | Mapping[str, type]
+
+COMMAND_VARIABLE = "MMKD_COMMAND"  # environment variable: the name under which `mmkd` runs a recipe
+BROKEN_PIPE = 141  # 128 + SIGPIPE: the exit code that a shell gives a program whose reader left first
+BOOLEANS = ("true", "false", "yes", "no", "1", "0", "on", "off")
+NONE = ("none", "null", "")
+REQUIRED, SETTINGS, COMMON = Group("required", sort_key=0), "settings", Group("command", sort_key=99)
 
 
 def setting(
@@ -36,106 +53,158 @@ def setting(
     factory: Callable[[], Any] | None = None,
     preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     positional: bool = False,
+    group: str = SETTINGS,
 ) -> Any:
     """A dataclass field with a help text; without a default or factory the setting is required.
 
-    ``preset`` belongs to a mapping: from the other settings that are given to what ``--mapping.entry value`` changes
-    when the mapping itself is not given. One field may be ``positional``: it is then also what stands on the command
-    line without a name.
+    Args:
+        default: value where none is given.
+        help: one line for ``--help``.
+        factory: makes the default, where it is a list or mapping.
+        preset: of a mapping: the entries that ``--mapping.entry value`` changes, as a function of the other settings
+            that are given, where no file gives the mapping itself.
+        positional: the value may stand on the command line without its name; one field at most.
+        group: heading under which ``--help`` lists an optional setting.
     """
-    metadata = {"help": help, "preset": preset, "positional": positional}
+    metadata = {"help": help, "preset": preset, "positional": positional, "group": group}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
-    if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(settings_class: type[T], argv: list[str] | None = None) -> T:
-    """Build settings from ``--config`` and ``--key value`` arguments.
+def run(command: type[T] | Mapping[str, type[T]], main: Callable[[T], None]) -> None:
+    """Read the settings and call ``main`` with them; errors meant for the user become one line.
+
+    Raises:
+        SystemExit: with 2 for wrong settings, 1 for an error of the recipe, 130 after ctrl-C.
+    """
+    with ignore_broken_pipe():
+        settings = _arguments(lambda: parse(command))
+        try:
+            main(settings)
+        except (ValueError, OSError, SafetensorError) as error:
+            fail(1, _message(error))
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to resume", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+def check_arguments(command: Command) -> None:
+    """Answer ``--help``, ``--check`` and wrong settings, before a recipe imports what takes seconds.
+
+    Raises:
+        SystemExit: with 0 after ``--help`` and ``--check``, 2 for a wrong setting.
+    """
+    with ignore_broken_pipe():
+        _arguments(lambda: given_values(*_action(command, sys.argv[1:])))
+
+
+def parse(command: type[T] | Mapping[str, type[T]], argv: Sequence[str] | None = None) -> T:
+    """Build settings from the command line.
 
     Args:
-        settings_class: a dataclass; its fields are the allowed keys.
+        command: a dataclass whose fields are the allowed keys, or a mapping from action to such a dataclass.
         argv: the arguments, by default those of the process.
 
     Raises:
         ValueError: an unknown key, a value of the wrong type, or a required key that is missing.
-        FileNotFoundError: the YAML file does not exist.
-        SystemExit: ``--help`` was asked for and printed.
+        FileNotFoundError: a YAML file does not exist.
+        SystemExit: ``--help`` or ``--check`` was given.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(help_text(settings_class))
-        raise SystemExit(0)
-    values = given_values(settings_class, argv)
-    for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in values:
+    settings_class, arguments = _action(command, list(sys.argv[1:] if argv is None else argv))
+    values = given_values(settings_class, arguments)
+    for field in dataclasses.fields(settings_class):
+        if _is_required(field) and field.name not in values:
             raise ValueError(f"--{field.name} is required: {field.metadata.get('help') or 'see --help'}")
-    return settings_class(**values)
+    return typing.cast(T, settings_class(**values))
 
 
-def given_values(settings_class: type, argv: list[str]) -> dict[str, Any]:
-    """What ``--config`` and ``--key value`` arguments give, by name and of the right type; required ones may lack.
+def given_values(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
+    """What a command line gives, by name and of the right type, with the defaults of mappings.
 
-    A mapping in a later ``--config`` is merged into that of an earlier one.
+    A mapping in a later ``--config`` is merged into that of an earlier one; ``--key`` overrides every file.
 
     Raises:
         ValueError: an unknown key or a value of the wrong type.
-        FileNotFoundError: the YAML file does not exist.
+        FileNotFoundError: a YAML file does not exist.
+        SystemExit: ``--help`` or ``--check`` was given, the latter with nothing wrong.
     """
-    hints = typing.get_type_hints(settings_class)
-    mappings = [field for field in dataclasses.fields(settings_class) if get_origin(bare(hints[field.name])) is dict]
-    values: dict[str, Any] = {
-        field.name: field.default_factory() for field in mappings if callable(field.default_factory)
-    }
-    given = _split_arguments(argv, hints, _positional(settings_class))
-    is_yaml = "config" not in hints  # a recipe with a setting of this name means its own file by it
-    merged: set[str] = set()
-    for path in [value for key, value in given if key == "config" and is_yaml]:
-        _merge_yaml(values, Path(path), hints, merged)
-    for key, text in given:
-        if "." not in key and (key != "config" or not is_yaml):
-            values[key] = convert(key, text, hints[key])
-            merged.add(key)
-    presets = {field.name: field.metadata.get("preset") for field in mappings if field.name not in merged}
-    for key, text in given:
-        if "." in key:
-            _set_entry(values, key, text, hints, presets)
+    app, hints = _app(settings_class), typing.get_type_hints(settings_class)
+    if {"--help", "-h"} & set(argv):
+        text = io.StringIO()
+        app.help_print([], console=Console(file=text, width=max(120, shutil.get_terminal_size().columns)))
+        print(text.getvalue().strip())
+        raise SystemExit(0)
+    try:
+        _, bound, _ = app.parse_args(_tokens(argv, hints), exit_on_error=False, print_error=False)
+    except cyclopts.UnknownOptionError as error:
+        raise ValueError(_unknown(error.token.keyword or "", hints)) from None
+    except cyclopts.CycloptsError as error:
+        raise ValueError(str(error.__cause__ or "") or str(error)) from None
+    given = dict(bound.arguments)
+    values: dict[str, Any] = {}
+    for path in given.pop("config", []) if "config" not in hints else []:
+        for name, value in _read_yaml(path, hints).items():
+            both = isinstance(value, dict) and isinstance(values.get(name), dict)
+            values[name] = {**values[name], **value} if both else value
+    checks_only = given.pop("check", False)
+    mappings = {name: given.pop(name) for name in list(given) if isinstance(given[name], dict)}
+    values |= given
+    for field in dataclasses.fields(settings_class):
+        if get_origin(bare(hints[field.name])) is dict and callable(field.default_factory):
+            changes, preset = mappings.get(field.name, {}), field.metadata.get("preset")
+            start = preset(values) if preset and changes else field.default_factory()
+            values[field.name] = {**values.get(field.name, start), **changes}
+    if checks_only:
+        raise SystemExit(0)
     return values
 
 
-def run(settings_class: type[T], main: Callable[[T], None]) -> None:
-    """Parse and run; errors meant for the user become one line and exit code 1 (2 for wrong settings, 130 for ^C).
+def convert(key: str, value: Any, hint: Any) -> Any:
+    """A value of YAML, or the text of a command line, as the type ``hint``.
 
-    With ``--check`` the names and types of the given settings are checked and nothing is run.
+    Raises:
+        ValueError: it does not fit; the message names the key, the value and what is allowed.
     """
+    if hint != bare(hint) and (value is None or (isinstance(value, str) and value.lower() in NONE)):
+        return None
+    hint = bare(hint)
+    if hint is Any:
+        return value
+    if get_origin(hint) is list:
+        items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise ValueError(f"{key} must be a list, not {value!r}")
+        return [convert(key, item, get_args(hint)[0]) for item in items]
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{key} must be a mapping such as {{task: 1.0}}, not {value!r}")
+        return {str(name): convert(f"{key}.{name}", item, get_args(hint)[1]) for name, item in value.items()}
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            allowed = ", ".join(map(str, get_args(hint)))
+            raise ValueError(f"{key} is {value!r}{nearest(str(value), map(str, get_args(hint)))}; allowed: {allowed}")
+        return value
+    wrong = value is None or isinstance(value, (dict, list)) or (isinstance(value, bool) and hint not in (bool, str))
     try:
-        if "--check" in sys.argv:
-            given_values(settings_class, [argument for argument in sys.argv[1:] if argument != "--check"])
-            return
-        with ends_when_unread():
-            settings = parse(settings_class)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    try:
-        with ends_when_unread():
-            main(settings)
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {_told(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted; what is whole stays, and the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
+        if wrong or (hint is int and float(value) != int(float(value))):
+            raise ValueError(value)
+        return cyclopts.convert(hint, [str(value)])
+    except (ValueError, OverflowError, cyclopts.CycloptsError):
+        raise ValueError(f"{key} must be {hint.__name__.lower()}, not {value!r}") from None
 
 
-def _told(error: Exception) -> str:
-    """An error of the operating system as ``FILE: what is wrong``, any other in its own words."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}{'; free some and try again' if error.errno == errno.ENOSPC else ''}"
-    return str(error)
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the allowed name closest to a misspelt one, else an empty string."""
+    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def bare(hint: Any) -> Any:
+    """``X`` of ``X | None``."""
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
 
 
 def resolved(settings: Any) -> dict[str, Any]:
@@ -148,129 +217,9 @@ def save_settings(settings: Any, path: Path) -> None:
     atomic_write_text(path, yaml.safe_dump(resolved(settings), sort_keys=False, allow_unicode=True))
 
 
-def help_text(settings_class: type) -> str:
-    """The class' docstring and one line for each setting."""
-    hints = typing.get_type_hints(settings_class)
-    ways = "--key value" if "config" in hints else "--config FILE.yaml, --key value"
-    lines = [inspect.cleandoc(settings_class.__doc__ or ""), "", f"settings ({ways}; --check only checks them):"]
-    for field in dataclasses.fields(settings_class):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        shown = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
-        name = f"[--{field.name}]" if field.metadata.get("positional") else f"--{field.name}"
-        lines.append(f"  {name} {type_name(hints[field.name])}  {field.metadata.get('help', '')} [{shown}]")
-    return "\n".join(lines)
-
-
-def _shown(default: Any) -> str:
-    """A default as one would type it."""
-    plain = _plain(default)
-    if plain is None or plain in ("", [], {}):
-        return "none" if plain is None else "empty"
-    if isinstance(plain, list):
-        return ",".join(map(str, plain))
-    return str(plain).lower() if isinstance(plain, bool) else str(plain)
-
-
-def _positional(settings_class: type) -> str | None:
-    fields = dataclasses.fields(settings_class)
-    return next((field.name for field in fields if field.metadata.get("positional")), None)
-
-
-def _split_arguments(argv: list[str], hints: dict[str, Any], positional: str | None) -> list[tuple[str, str]]:
-    """``--key value``, ``--key=value``, for switches ``--key`` alone, and one value without a key if there may be."""
-    pairs: list[tuple[str, str]] = []
-    position = 0
-    while position < len(argv):
-        argument = argv[position]
-        position += 1
-        if not argument.startswith("--") and positional and positional not in dict(pairs):
-            pairs.append((positional, argument))
-            continue
-        if not argument.startswith("--"):
-            raise ValueError(f"unexpected argument {argument!r}: settings are given as --key value")
-        key, equals, value = argument[2:].partition("=")
-        key = _known(key, hints)
-        following = argv[position] if position < len(argv) else None
-        if equals:
-            pairs.append((key, value))
-        elif hints.get(key) is bool and (following is None or following.lower() not in TRUE + FALSE):
-            pairs.append((key, "true"))
-        elif following is None or following.startswith("--"):
-            raise ValueError(f"--{key} needs a value")
-        else:
-            pairs.append((key, following))
-            position += 1
-    return pairs
-
-
-def _known(key: str, hints: dict[str, Any]) -> str:
-    """The key with dashes as underscores, if it is a field or an entry of a mapping field."""
-    head, dot, entry = key.partition(".")
-    name = head.replace("-", "_")
-    if name != "config" and (name not in hints or (dot and get_origin(bare(hints[name])) is not dict)):
-        raise ValueError(f"unknown setting --{key}{nearest(name, hints)}; allowed: {', '.join(sorted(hints))}")
-    return name + dot + entry
-
-
-def _merge_yaml(values: dict[str, Any], path: Path, hints: dict[str, Any], merged: set[str]) -> None:
-    """Take what a file gives; a mapping that an earlier file (its name in ``merged``) gave keeps its other entries."""
-    path = _packaged(path)
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, not a {type(loaded).__name__}")
-    for key, value in loaded.items():
-        try:
-            name = _known(str(key), hints)
-            converted = convert(name, value, hints[name])
-            both = name in merged and isinstance(converted, dict)
-            values[name] = {**values[name], **converted} if both else converted
-            merged.add(name)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-
-def _set_entry(values: dict[str, Any], key: str, text: str, hints: dict[str, Any], presets: dict[str, Any]) -> None:
-    """One entry of a mapping, over the mapping that was given or its preset."""
-    name, _, entry = key.partition(".")
-    preset = presets.pop(name, None)
-    if preset is not None:
-        values[name] = preset(values)
-    values[name] = {**values.get(name, {}), entry: convert(key, text, get_args(bare(hints[name]))[1])}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
-def _packaged(path: Path) -> Path:
-    """The file, or the one of this name that comes with the package, such as ``distill_paper``."""
-    if path.is_file():
-        return path
-    presets = Path(str(importlib.resources.files("mmkd.train.configs")))
-    known = sorted(file.stem for file in presets.glob("*.yaml") if not file.stem.startswith("accelerate_"))
-    if str(path) in known:
-        return presets / f"{path}.yaml"
-    raise FileNotFoundError(f"--config {path}: no such file{nearest(str(path), known)}; packaged: {', '.join(known)}")
-
-
-# Section: Output that nobody reads any more, as of ``mmkd eval --help | head``: the command ends without a word.
-
-
-CLOSED = 141  # 128 + SIGPIPE: how a shell tells that the reader of a pipe left first
-
-
 @contextlib.contextmanager
-def ends_when_unread() -> Iterator[None]:
-    """Flush what the block prints; where its reader has gone, nothing is said and nothing more is written.
+def ignore_broken_pipe() -> Iterator[None]:
+    """Flush what the block prints, and end silently where the reader has gone, as after ``mmkd eval --help | head``.
 
     Other broken pipes, such as that of a process that died, stay errors.
 
@@ -284,46 +233,181 @@ def ends_when_unread() -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        if not _is_unread():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again as it ends
-        raise SystemExit(CLOSED) from None
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again as it ends
+            raise SystemExit(BROKEN_PIPE) from None
+        raise
 
 
-def _is_unread() -> bool:
-    """Whether standard output takes no further line, whatever is buffered of it."""
+def _app(settings_class: type) -> App:
+    """The command line of a settings class, as cyclopts reads it and prints its help."""
+    hints = typing.get_type_hints(settings_class)
+    parameters = [_parameter(field, hints[field.name]) for field in dataclasses.fields(settings_class)]
+    if "config" not in hints:  # a recipe with a setting of this name means its own file by it
+        text = "YAML file, or name of a packaged one; --key value overrides it"
+        parameters.append(_option("config", list[str], [], Parameter(help=text, group=COMMON, show_default=False)))
+    text = "only check the names and types of the settings"
+    parameters.append(_option("check", bool, False, Parameter(help=text, group=COMMON, show_default=False)))
+
+    def settings(**_: Any) -> None:
+        """Bound by cyclopts, never called."""
+
+    signature = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
+    settings.__signature__ = signature  # type: ignore[attr-defined]
+    app = App(
+        name=_program(),
+        help=inspect.cleandoc(settings_class.__doc__ or ""),
+        help_flags=(),
+        version_flags=(),
+        help_format="plaintext",
+        help_formatter="plain",
+        default_parameter=Parameter(negative=(), allow_repeating=True),
+    )
+    app.default(settings)
+    return app
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    """A setting as cyclopts sees it: optional, since a file may give it."""
+
+    def read(_: Any, tokens: Sequence[Token]) -> Any:
+        texts = [token.value for token in tokens]
+        return convert(field.name, ",".join(texts) if get_origin(bare(hint)) is list else texts[-1], hint)
+
+    required, kind = _is_required(field), bare(hint)
+    meaning = Parameter(
+        help=field.metadata.get("help") or None,
+        group=REQUIRED if required else Group(field.metadata.get("group", SETTINGS), sort_key=1),
+        show_default=False if required else _shown,
+        converter=None if kind is bool or get_origin(kind) is dict else read,
+    )
+    default = None if required else field.default_factory() if callable(field.default_factory) else field.default
+    return _option(field.name, hint, default, meaning, bool(field.metadata.get("positional")))
+
+
+def _option(name: str, hint: Any, default: Any, meaning: Parameter, positional: bool = False) -> inspect.Parameter:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+    named = Parameter(name=f"--{name}", n_tokens=None if meaning.converter is None else 1)
+    return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, meaning, named])
+
+
+def _tokens(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """The arguments with ``--flag false`` as ``--flag=false``, since a flag of cyclopts takes no word after it."""
+    tokens: list[str] = []
+    for argument in argv:
+        previous = tokens[-1] if tokens else ""
+        is_flag = previous.startswith("--") and hints.get(previous[2:].replace("-", "_")) is bool
+        if is_flag and argument.lower() in BOOLEANS:
+            tokens[-1] = f"{previous}={argument}"
+        else:
+            tokens.append(argument)
+    return tokens
+
+
+def _read_yaml(path: Path | str, hints: Mapping[str, Any]) -> dict[str, Any]:
+    path = _packaged(Path(path))
     try:
-        print(flush=True)
-    except BrokenPipeError:
-        return True
-    return False
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, not a {type(loaded).__name__}")
+    values: dict[str, Any] = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            raise ValueError(f"{path}: {_unknown(str(key), hints)}")
+        try:
+            values[name] = convert(name, value, hints[name])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return values
 
 
-# Section: Commands with several actions, as ``mmkd pairs ls`` and ``mmkd pairs verify``, each with settings of its own.
+def _packaged(path: Path) -> Path:
+    """The file, or the one of this name that comes with the package, such as ``distill_paper``."""
+    if path.is_file():
+        return path
+    presets = Path(str(importlib.resources.files("mmkd.train.configs")))
+    known = sorted(file.stem for file in presets.glob("*.yaml") if not file.stem.startswith("accelerate_"))
+    if str(path) in known:
+        return presets / f"{path}.yaml"
+    raise FileNotFoundError(f"--config {path}: no such file{nearest(str(path), known)}; packaged: {', '.join(known)}")
 
 
-Actions = Mapping[str, tuple[type, Callable[[Any], None]]]
+def _action(command: Command, argv: list[str]) -> tuple[type, list[str]]:
+    """The settings class that the first argument names where a command has several actions, and the other arguments."""
+    if not isinstance(command, Mapping):
+        return command, argv
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print(f"usage: {_program()} ACTION [--key value ...]\n")
+        for action, settings_class in command.items():
+            print(f"  {action:<10}{inspect.cleandoc(settings_class.__doc__ or '').splitlines()[0]}")
+        raise SystemExit(0)
+    if name not in command:
+        raise ValueError(f"unknown action {name!r}{nearest(name, command)}; allowed: {', '.join(command)}")
+    return command[name], argv[1:]
 
 
-def run_action(command: str, actions: Actions, argv: list[str]) -> None:
-    """Run the action that the first argument names, with the others as its settings.
+def _arguments(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (ValueError, OSError) as error:
+        fail(2, str(error))
 
-    Args:
-        command: name of the command, for help and errors.
-        actions: action -> its settings and function.
-        argv: the program and its arguments.
+
+def fail(code: int, message: str, program: str = "") -> NoReturn:
+    """End with an exit code and one line on standard error.
 
     Raises:
-        SystemExit: 0 after the help, 2 when no action is named.
+        SystemExit: with the code.
     """
-    name = argv[1] if len(argv) > 1 else ""
-    if name in actions:
-        sys.argv = [f"{argv[0]} {name}", *argv[2:]]
-        run(*actions[name])
-        return
-    if name in ("", "-h", "--help"):
-        for action, (settings, _) in actions.items():
-            print(f"mmkd {command} {action}: {help_text(settings)}\n")
-        raise SystemExit(0)
-    print(f"error: {command} has no {name!r}{nearest(name, actions)}; it has: {', '.join(actions)}", file=sys.stderr)
-    raise SystemExit(2)
+    print(f"{program or _program()}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _program() -> str:
+    """``mmkd NAME``, whether started by `mmkd`, which gives the name, or with ``-m``."""
+    return f"mmkd {os.environ.get(COMMAND_VARIABLE) or Path(sys.argv[0]).stem.removeprefix('mmkd ')}"
+
+
+def _message(error: Exception) -> str:
+    """An error of the operating system as ``FILE: what is wrong``, any other as it is."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}{'; free some and try again' if error.errno == errno.ENOSPC else ''}"
+    return str(error)
+
+
+def _unknown(key: str, hints: Mapping[str, Any]) -> str:
+    near = nearest(key.lstrip("-").replace("-", "_"), hints)
+    return f"unknown setting {key}{near}; allowed: {', '.join(sorted(hints))}"
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _shown(default: Any) -> str:
+    """A default as one would type it."""
+    plain = _plain(default)
+    if isinstance(plain, list):
+        return ",".join(map(str, plain)) or "empty"
+    if isinstance(plain, dict):
+        return ", ".join(f"{name}: {value}" for name, value in plain.items()) or "empty"
+    if isinstance(plain, bool):
+        return str(plain).lower()
+    return "none" if plain is None else str(plain) or "empty"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.data.archives import ArchivedFile, archived_file
 from mmkd.data.published import META_FILE, read_published
 from mmkd.data.readers import is_inside

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmkd.command.settings import setting
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest, setting
 
 DISTILL_LOSSES = ("task", "affinity", "feature", "interactive", "relational", "heads")
 RAW_LOSSES = ("affinity", "relational", "heads")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.encoders.encoder import DualEncoder, FastSquare, NoTokens, with_input_of
 from mmkd.encoders.row import TeacherRow, describe
 from mmkd.encoders.weights import TOKENIZER_FILES, companion, fetch, first_file, load_strictly, read_state_dict

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.data.licenses import OWN_MODEL, UNSTATED
 from mmkd.data.published import META_FILE, read_published
 from mmkd.encoders import hfclip, medclip, openclip, pmcclip

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmkd.command.settings import setting
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest, setting
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
 from mmkd.evaluation.suite import SUITE
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.encoders.authors_checkpoint import from_authors, listed
 from mmkd.encoders.hfclip import CONFIG_FILES, WEIGHT_FILES
 from mmkd.encoders.openclip import find_by_architecture

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.distributed import world_size
 from mmkd.files import write_json
 from mmkd.student.folder import installed_versions

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkd.command.settings import setting
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest, setting
 from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
 from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.data.table import Pair

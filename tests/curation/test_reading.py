@@ -12,6 +12,7 @@ import pytest
 import torch
 from biomedica_form import write_source
 
+from mmkd.command import settings
 from mmkd.curation.rules import StreamRules, read_rules
 from mmkd.curation.stream import curate_stream
 from mmkd.data.folder import open_pairs, write_manifest
@@ -101,8 +102,8 @@ def test_the_pairs_command(pairs, tmp_path, capsys, monkeypatch):
     from mmkd.train import pairs as command
 
     def told(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mmkd pairs"])
-        command.main(["mmkd pairs", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["mmkd pairs", *map(str, arguments)])
+        settings.run(command.ACTIONS, command.main)
         return capsys.readouterr().out
 
     first = open_pairs(pairs).pairs[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmkd.command import settings
 from mmkd.data.prompts import family
 from mmkd.encoders.zoo import TEACHERS
 from mmkd.evaluation.datasets.catalog import (
@@ -198,8 +199,8 @@ def test_contamination_as_publications_state_it():
 
 def run(capsys, *arguments):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["mmkd datasets"])
-        registry.main(["mmkd datasets", *map(str, arguments)])
+        patch.setattr("sys.argv", ["mmkd datasets", *map(str, arguments)])
+        settings.run(registry.ACTIONS, registry.main)
     return capsys.readouterr().out
 
 

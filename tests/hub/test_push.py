@@ -190,6 +190,6 @@ def test_without_the_right_to_write_one_line_says_so(hub, published_student, tmp
     done = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student", token=token)
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    assert ": error: " in error and message in error
     assert not token or token not in done.stdout + done.stderr
     assert hub.repositories == {}

@@ -53,7 +53,7 @@ def test_errors_are_one_line(source, tmp_path, arguments, message):
     done = curate("--output", "pairs", *arguments, cwd=tmp_path)
     assert done.returncode in (1, 2)
     assert message in done.stderr
-    assert done.stderr.startswith("error: ")
+    assert ": error: " in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "pairs").exists()
 
@@ -64,7 +64,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing(source, tmp_path):
 
     done = curate("--source", source, "--output", tmp_path / "pairs", "--quiet", preexec_fn=small_files_only)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
+    assert ": error: " in done.stderr
     assert "File too large" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -73,7 +73,7 @@ def test_output_that_cannot_be_written(source, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     done = curate("--source", source, "--output", tmp_path / "file" / "pairs", "--quiet")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
+    assert ": error: " in done.stderr
     assert done.stderr.count("\n") == 1
 
 

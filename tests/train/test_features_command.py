@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmkd.command import settings
 from mmkd.data.features import folders as feature_folders
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.published import PublishedFeatures
@@ -38,7 +39,9 @@ def write(path, ids, name="plip", dtype="float16", dim=32, **about):
 
 
 def run(*arguments):
-    features.main(["mmkd features", *arguments])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mmkd features", *arguments])
+        settings.run(features.ACTIONS, features.main)
 
 
 def ids(*numbers):
@@ -160,4 +163,4 @@ def test_what_is_no_action_or_no_folder(capsys):
         assert said in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         run()
-    assert "mmkd features merge: Bring stores" in capsys.readouterr().out
+    assert "merge     Bring stores" in capsys.readouterr().out

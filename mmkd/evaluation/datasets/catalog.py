@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.evaluation.datasets.manifest import Manifest, read_manifest
 
 CATALOG = Path(str(importlib.resources.files("mmkd.evaluation.datasets"))) / "catalog"

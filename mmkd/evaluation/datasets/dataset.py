@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.data.splits import assign_splits, meaning_of
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.columns import read_hf, read_parquet

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from mmkd.command.values import convert, nearest
+from mmkd.command.settings import convert, nearest
 from mmkd.data.prompts import FAMILIES, family, label_prompts
 
 Asked = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]

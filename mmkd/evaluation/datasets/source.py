@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import is_inside
 from mmkd.data.images import UnreadableImage, finish_image, open_header, read_image_bytes

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.data.folder import is_inside
 from mmkd.data.images import UnreadableImage, read_image_bytes
 from mmkd.data.splits import meaning_of

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mmkd.command.values import nearest
+from mmkd.command.settings import nearest
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import HEADLINES, Manifest
 from mmkd.evaluation.statistics import metrics
