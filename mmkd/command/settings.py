@@ -78,15 +78,15 @@ def run(command: type[T] | Mapping[str, type[T]], main: Callable[[T], None]) -> 
     Raises:
         SystemExit: with 2 for wrong settings, 1 for an error of the recipe, 130 after ctrl-C.
     """
-    with ignore_broken_pipe():
-        settings = _arguments(lambda: parse(command))
-        try:
+    settings = _from_process(lambda: parse(command))
+    try:
+        with ignore_broken_pipe():
             main(settings)
-        except (ValueError, OSError, SafetensorError) as error:
-            fail(1, _message(error))
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to resume", file=sys.stderr)
-            raise SystemExit(130) from None
+    except (ValueError, OSError, SafetensorError) as error:
+        fail(1, _message(error))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def check_arguments(command: Command) -> None:
@@ -95,8 +95,7 @@ def check_arguments(command: Command) -> None:
     Raises:
         SystemExit: with 0 after ``--help`` and ``--check``, 2 for a wrong setting.
     """
-    with ignore_broken_pipe():
-        _arguments(lambda: given_values(*_action(command, sys.argv[1:])))
+    _from_process(lambda: given_values(*_action(command, sys.argv[1:])))
 
 
 def parse(command: type[T] | Mapping[str, type[T]], argv: Sequence[str] | None = None) -> T:
@@ -352,9 +351,11 @@ def _action(command: Command, argv: list[str]) -> tuple[type, list[str]]:
     return command[name], argv[1:]
 
 
-def _arguments(read: Callable[[], T]) -> T:
+def _from_process(read: Callable[[], T]) -> T:
+    """What ``read`` makes of the arguments of this process; wrong ones end it."""
     try:
-        return read()
+        with ignore_broken_pipe():
+            return read()
     except (ValueError, OSError) as error:
         fail(2, str(error))
 
