@@ -159,8 +159,8 @@ def read_config(path: Path, state: Mapping[str, Tensor]) -> MMKDClipConfig:
         _require_known(values, known_sizes, f"{path}: {part}")
     try:
         return MMKDClipConfig.from_dict(given) if is_ours else infer_config(state, given)
-    except TypeError as error:
-        raise ValueError(f"{path} holds a size that is no number: {error}") from error
+    except (TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{path} holds a size that is no number: {' '.join(str(error).split())}") from error
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

@@ -1,13 +1,24 @@
-# Copyright 2026 The mmkd-clip developers
-# SPDX-License-Identifier: Apache-2.0
-"""MMKD-CLIP for Hugging Face Transformers; importing it teaches the Auto classes the model.
+# Copyright 2026 The mmkd-clip developers. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""MMKD-CLIP for Hugging Face Transformers; importing it registers the model with the Auto classes.
 
 import modeling_mmkd
 from transformers import AutoModel
 model = AutoModel.from_pretrained("mmkd-clip")
 """
 
-import contextlib
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -17,36 +28,39 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BertTokenizer,
-    CLIPImageProcessor,
     CLIPImageProcessorPil,
 )
+from transformers.utils import is_torchvision_available
 
-from .configuration_mmkd import MMKDClipConfig
+from .configuration_mmkd import PRESETS, MMKDClipConfig
 from .modeling_mmkd import (
     MMKDClipModel,
     MMKDClipOutput,
+    MMKDClipPreTrainedModel,
     MMKDClipTextModelWithProjection,
     MMKDClipVisionModelWithProjection,
 )
-from .presets_mmkd import PRESETS
 from .processing_mmkd import MMKDClipProcessor, clean_text
-from .towers_mmkd import MMKDClipPreTrainedModel
+
+# AutoModel takes the class that the folder names under ``architectures``: the whole model or one half.
+MODELS: Any = (MMKDClipModel, MMKDClipTextModelWithProjection, MMKDClipVisionModelWithProjection)
 
 AutoConfig.register(MMKDClipConfig.model_type, MMKDClipConfig)
-AutoModel.register(MMKDClipConfig, MMKDClipModel)
+AutoModel.register(MMKDClipConfig, MODELS)
 AutoModelForZeroShotImageClassification.register(MMKDClipConfig, MMKDClipModel)
 AutoProcessor.register(MMKDClipConfig, MMKDClipProcessor)
-with contextlib.suppress(ImportError):  # transformers 5.8 has no AutoImageProcessor without torchvision
+AutoTokenizer.register(MMKDClipConfig, tokenizer_class=BertTokenizer)
+if is_torchvision_available():  # without torchvision transformers 5.8 has no AutoImageProcessor, and later ones warn
+    from transformers import CLIPImageProcessor
+
     AutoImageProcessor.register(
         MMKDClipConfig, image_processor_classes={"torchvision": CLIPImageProcessor, "pil": CLIPImageProcessorPil}
     )
-AutoTokenizer.register(MMKDClipConfig, tokenizer_class=BertTokenizer)
 
-# What is saved carries its code, so that the folder also works where this package is not installed.
+# Saved folders carry the code, so that they also work where this package is not installed.
 MMKDClipConfig.register_for_auto_class()
-MMKDClipModel.register_for_auto_class("AutoModel")
-MMKDClipTextModelWithProjection.register_for_auto_class("AutoModel")
-MMKDClipVisionModelWithProjection.register_for_auto_class("AutoModel")
+for model in MODELS:
+    model.register_for_auto_class("AutoModel")
 MMKDClipProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [

@@ -1,9 +1,23 @@
-# Copyright 2026 The mmkd-clip developers
-# SPDX-License-Identifier: Apache-2.0
-"""Configuration of MMKD-CLIP: a vision tower, a text tower and what joins them.
+# Copyright 2026 The mmkd-clip developers. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of MMKD-CLIP: a vision tower, a text tower and the projections that join them, and the named sizes.
 
 The defaults are the published student: ViT-B/16 at 224 pixels in OpenAI's form and BiomedBERT-base. The towers may be
-any vision and any BERT-like model that transformers knows, each described by its own configuration.
+any vision model and any BERT-like model of transformers, each described by its own configuration.
+
+The docstrings of this package are written by hand (`trf-ignore: TRF057`): `@auto_docstring` takes them from tables that
+differ between releases of transformers, and prints at import or raises where an argument is not in them.
 """
 
 import copy
@@ -11,12 +25,11 @@ import math
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.configuration_utils import strict  # of huggingface_hub.dataclasses
 
-from .presets_mmkd import PRESETS
-
-OLDEST_TRANSFORMERS = (5, 8)  # below it CLIP's vision tower has other names, and would be left at random
+OLDEST_TRANSFORMERS = (5, 8)  # older releases name CLIP's vision tower differently and would leave it at random
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
     raise ImportError(f"MMKD-CLIP needs transformers 5.8 or newer, this is {transformers.__version__}; upgrade it")
 
@@ -31,27 +44,54 @@ AUTO_MAP = {  # lets a saved folder work without this package: the files are sav
 
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions start behind the padding token's
 
+# Named sizes, from the paper's student to one for a telephone; each holds arguments of `MMKDClipConfig`. The widths are
+# those of towers with public weights, so that a student of one of these sizes can also start from them (``mmkd pretrain
+# --vision timm:... --text ...``): ViT-S and ViT-Ti of timm, MobileNetV4, and BERTs of 384 and 312 wide.
+_SMALL_TEXT = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+_TINY_TEXT = {"hidden_size": 312, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1200}
+PRESETS: dict[str, dict[str, Any]] = {
+    "mmkd-clip-base": {},  # ViT-B/16 and BiomedBERT-base, as published
+    "mmkd-clip-small": {
+        "vision_config": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+        "text_config": _SMALL_TEXT,
+        "projection_dim": 384,
+    },
+    "mmkd-clip-tiny": {
+        "vision_config": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
+        "text_config": _TINY_TEXT,
+        "projection_dim": 256,
+    },
+    "mmkd-clip-mobile": {
+        "vision_config": {"model_type": "timm_wrapper", "architecture": "mobilenetv4_conv_small"},
+        "text_config": _TINY_TEXT,
+        "projection_dim": 256,
+    },
+}
 
-class MMKDClipConfig(PretrainedConfig):
-    """Configuration of an `MMKDClipModel`.
+
+# trf-ignore: TRF057
+@strict
+class MMKDClipConfig(PreTrainedConfig):
+    """Configuration of an `MMKDClipModel`; all arguments are keywords.
 
     Args:
         vision_config: configuration or dictionary of the vision tower; ``model_type`` defaults to
             ``clip_vision_model`` with a patch size of 16.
         text_config: configuration or dictionary of the text tower; ``model_type`` defaults to ``bert``.
-        projection_dim: width of the joint space.
+        projection_dim: width of the shared embedding space.
         text_projection_hidden: hidden width of the text projection, by default the mean of the text tower's width and
             ``projection_dim``.
-        vision_projection_hidden: hidden width of an image projection in two layers like the text's; by default there
-            is none, and the projection is one linear layer, as published.
-        context_length: most tokens of a text, as in training; longer ones are cut. The text tower's positions also
-            limit it.
+        vision_projection_hidden: hidden width of an image projection in two layers like the text's; by default the
+            projection is one linear layer, as published.
         text_pooling: ``cls`` (first token, as published) or ``mean`` (over the attention mask).
-        logit_scale_init_value: natural logarithm of the similarities' multiplier at the start.
+        logit_scale_init_value: natural logarithm of the factor of the similarities at the start.
+        context_length: maximum number of tokens of a text, as in training; longer texts are cut. The text tower's
+            positions also limit it.
+        initializer_factor: factor of the standard deviation of the projections' initial weights.
 
     Raises:
         ValueError: sizes that no tower can have, an unknown pooling or activation, or a scale that is not finite.
-        TypeError: a width that is no whole number.
+        huggingface_hub.errors.StrictDataclassFieldValidationError: an argument of another type.
 
     Example:
         >>> MMKDClipConfig.from_preset("mmkd-clip-small").vision_config.hidden_size
@@ -59,39 +99,36 @@ class MMKDClipConfig(PretrainedConfig):
     """
 
     model_type = "mmkd_clip"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]  # noqa: RUF012
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # type: ignore[assignment]
+    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
 
-    def __init__(
-        self,
-        vision_config: PretrainedConfig | dict[str, Any] | None = None,
-        text_config: PretrainedConfig | dict[str, Any] | None = None,
-        projection_dim: int = 512,
-        text_projection_hidden: int | None = None,
-        vision_projection_hidden: int | None = None,
-        text_pooling: str = "cls",
-        logit_scale_init_value: float = DEFAULT_LOGIT_SCALE,
-        context_length: int = 256,
-        **kwargs: Any,
-    ) -> None:
-        self.vision_config = _tower(vision_config, "clip_vision_model", {"patch_size": 16})
-        self.text_config = _tower(text_config, "bert", {})
-        if text_pooling not in POOLINGS:
-            raise ValueError(f"text_pooling is {text_pooling!r}; allowed: {', '.join(POOLINGS)}")
-        widths = {"projection_dim": projection_dim, "text_projection_hidden": text_projection_hidden}
-        widths |= {"vision_projection_hidden": vision_projection_hidden, "context_length": context_length}
-        _check_widths(widths, optional=("text_projection_hidden", "vision_projection_hidden"))
-        self.projection_dim = projection_dim
-        self.text_projection_hidden = text_projection_hidden or (tower_width(self.text_config) + projection_dim) // 2
-        self.vision_projection_hidden = vision_projection_hidden
-        self.text_pooling = text_pooling
-        self.context_length = context_length
-        self.logit_scale_init_value = logit_scale_init_value
-        if not isinstance(logit_scale_init_value, (int, float)) or not math.isfinite(logit_scale_init_value):
-            raise ValueError(f"logit_scale_init_value is {logit_scale_init_value!r}; it must be a finite number")
+    vision_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
+    projection_dim: int = 512
+    text_projection_hidden: int | None = None
+    vision_projection_hidden: int | None = None
+    text_pooling: str = "cls"
+    logit_scale_init_value: float | int = DEFAULT_LOGIT_SCALE
+    context_length: int = 256
+    initializer_factor: float | int = 1.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Build the towers' configurations, fill in the derived width and check every size."""
+        self.vision_config = _tower(self.vision_config, "clip_vision_model", {"patch_size": 16})
+        self.text_config = _tower(self.text_config, "bert", {})
+        if self.text_pooling not in POOLINGS:
+            raise ValueError(f"text_pooling is {self.text_pooling!r}; allowed: {', '.join(POOLINGS)}")
+        for name in ("projection_dim", "text_projection_hidden", "vision_projection_hidden", "context_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not math.isfinite(self.logit_scale_init_value):
+            raise ValueError(f"logit_scale_init_value is {self.logit_scale_init_value}; it must be a finite number")
+        if self.text_projection_hidden is None:
+            self.text_projection_hidden = (tower_width(self.text_config) + self.projection_dim) // 2
         _check_sizes("vision_config", self.vision_config)
         _check_sizes("text_config", self.text_config)
-        super().__init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "MMKDClipConfig":
@@ -110,11 +147,11 @@ class MMKDClipConfig(PretrainedConfig):
 
     @property
     def text_limit(self) -> int:
-        """Most tokens that a text may have: the context, or the text tower's positions if they are fewer."""
+        """Maximum number of tokens of a text: the context, or the text tower's positions if they are fewer."""
         return min(self.context_length, position_limit(self.text_config) or self.context_length)
 
 
-def tower_width(config: PretrainedConfig) -> int:
+def tower_width(config: Any) -> int:
     """Width of a tower's hidden states.
 
     Raises:
@@ -126,8 +163,8 @@ def tower_width(config: PretrainedConfig) -> int:
     return width
 
 
-def position_limit(config: PretrainedConfig) -> int | None:
-    """Most tokens that a text tower has positions for; None where its configuration states no limit."""
+def position_limit(config: Any) -> int | None:
+    """Maximum number of tokens that a text tower has positions for; None where its configuration states no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
@@ -136,18 +173,7 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return positions
 
 
-def _check_widths(widths: dict[str, Any], optional: tuple[str, ...]) -> None:
-    """Refuse what is no positive whole number, or None where that is allowed."""
-    for name, value in widths.items():
-        if value is None and name in optional:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; it must be a whole number")
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-def _check_sizes(name: str, config: PretrainedConfig) -> None:
+def _check_sizes(name: str, config: PreTrainedConfig) -> None:
     """Refuse sizes that no tower can have, where its configuration states them.
 
     Raises:
@@ -167,10 +193,10 @@ def _check_sizes(name: str, config: PretrainedConfig) -> None:
 
 
 def _tower(
-    config: PretrainedConfig | dict[str, Any] | None, model_type: str, defaults: dict[str, Any]
-) -> PretrainedConfig:
-    """A tower's configuration object; ``defaults`` hold where it is of the default type and does not say otherwise."""
-    if isinstance(config, PretrainedConfig):
+    config: PreTrainedConfig | dict[str, Any] | None, model_type: str, defaults: dict[str, Any]
+) -> PreTrainedConfig:
+    """A tower's configuration object; ``defaults`` hold for the values that a CLIP vision tower leaves out."""
+    if isinstance(config, PreTrainedConfig):
         return config
     values = dict(config or {})
     model_type = values.pop("model_type", model_type)
@@ -182,4 +208,4 @@ def _tower(
     return AutoConfig.for_model(model_type, **values)
 
 
-__all__ = ["MMKDClipConfig"]
+__all__ = ["PRESETS", "MMKDClipConfig"]

@@ -1,33 +1,48 @@
-# Copyright 2026 The mmkd-clip developers
-# SPDX-License-Identifier: Apache-2.0
-"""Processor of MMKD-CLIP: evaluation pixels as the authors computed them, captions as short as they are.
+# Copyright 2026 The mmkd-clip developers. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Processor of MMKD-CLIP: evaluation pixels as the authors computed them, captions padded to the longest of the batch.
 
 Texts are unescaped and freed of superfluous white space as in the authors' training, then padded to the longest of the
-batch, never to the whole context.
+batch, never to the whole context. Inputs that are no image or no text are refused before anything is computed, and
+images are never clipped silently.
 """
 
 import html
+import math
 from typing import Any
 
+import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
-from .inputs_mmkd import refuse_bad_images, refuse_bad_texts
-
 logger = logging.get_logger(__name__)
 
 AUTO_MAP = {"AutoProcessor": "processing_mmkd.MMKDClipProcessor"}  # as in the configuration, so that neither forgets it
+DEFAULTS: dict[str, dict[str, Any]] = {"text_kwargs": {"padding": True, "truncation": True}}
 
 
+# trf-ignore: TRF019 (defaults in processor_config.json: transformers before 5.21 ignores them silently)
 class MMKDClipProcessorKwargs(ProcessingKwargs, total=False):
     """Defaults: padding to the longest text of the batch, truncation to the tokenizer's context."""
 
-    _defaults = {"text_kwargs": {"padding": True, "truncation": True}}  # type: ignore[misc]  # noqa: RUF012
+    _defaults = DEFAULTS  # type: ignore[misc]
 
 
+# trf-ignore: TRF057
 class MMKDClipProcessor(ProcessorMixin):
-    """Images to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``.
+    """Converts images to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``.
 
     Args:
         image_processor: shortest side to 224 pixels (bicubic, antialiased), central square, RGB, OpenAI's mean and
@@ -49,18 +64,19 @@ class MMKDClipProcessor(ProcessorMixin):
         """Load from a folder or Hub id; ``backend="torchvision"`` is faster, the default ``"pil"`` exact."""
         return super().from_pretrained(pretrained_model_name_or_path, **{"backend": "pil", **kwargs})
 
+    # trf-ignore: TRF057
     def __call__(self, images: Any = None, text: Any = None, strict: bool | None = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, texts or both.
 
         Args:
             images: an image or a list of them (PIL, numpy or torch).
-            text: a text or a list of them; longer ones than the context are cut, with one warning.
+            text: a text or a list of them; those longer than the context are cut, with one warning.
             strict: refuse texts longer than the context, and empty ones.
             **kwargs: options of the image processor and the tokenizer.
 
         Raises:
-            ValueError: nothing came; an image or a text is none, see `refuse_bad_images` and `refuse_bad_texts`; a text
-                is given, and the folder the processor was loaded from has no tokenizer; or what ``strict`` refuses.
+            ValueError: no images and no texts; an input that is no image or no text, see `refuse_bad_images` and
+                `refuse_bad_texts`; a text for a processor without a tokenizer; or what ``strict`` refuses.
         """
         if images is None and text is None:
             raise ValueError("give images, text or both: neither came")
@@ -76,19 +92,19 @@ class MMKDClipProcessor(ProcessorMixin):
             rows = ids if len(ids) and hasattr(ids[0], "__len__") else [ids]
             context = kwargs.get("max_length") or self.tokenizer.model_max_length
             if max(len(row) for row in rows) >= context:
-                self._tell_if_cut([text] if isinstance(text, str) else text, context, bool(strict))
+                self._warn_if_cut([text] if isinstance(text, str) else text, context, bool(strict))
         return output
 
     def _require_vocabulary(self) -> None:
-        """Refuse the tokenizer that transformers makes up where a folder has none: it knows special tokens only."""
+        """Refuse the tokenizer of special tokens alone that transformers makes up where a folder has none."""
         if len(self.tokenizer) <= len(set(self.tokenizer.all_special_ids)):
             raise ValueError(
                 f"{self.tokenizer.name_or_path or 'the processor'} has no tokenizer, so texts cannot be read; save the "
                 "text tower's there: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
             )
 
-    def _tell_if_cut(self, texts: list[Any], context: int, strict: bool) -> None:
-        """Say once that a text was longer than the context, or refuse it."""
+    def _warn_if_cut(self, texts: list[Any], context: int, strict: bool) -> None:
+        """Warn once that a text was longer than the context, or refuse it."""
         for number, text in enumerate(texts):
             tokens = len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
             if tokens > context:
@@ -97,13 +113,78 @@ class MMKDClipProcessor(ProcessorMixin):
                 logger.warning_once(f"texts longer than {context} tokens are cut to their beginning")
 
 
+def clean_text(text: str) -> str:
+    """Unescape HTML twice and make every run of white space one space."""
+    return " ".join(html.unescape(html.unescape(text)).split())
+
+
 def _cleaned(text: Any) -> Any:
     return clean_text(text) if isinstance(text, str) else text
 
 
-def clean_text(text: str) -> str:
-    """Unescape HTML twice and make every run of white space one space."""
-    return " ".join(html.unescape(html.unescape(text)).split())
+def refuse_bad_images(images: Any) -> None:
+    """Raise on inputs that the image processor would take for pixels and are none, or would clip silently.
+
+    Paths, URLs and nested lists are left to the image processor.
+
+    Raises:
+        ValueError: an empty list, a missing image, or one of the wrong depth, channels or values; the message says
+            which, what came and what is allowed.
+    """
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("images is an empty list; give at least one image, or none with text alone")
+        for number, image in enumerate(images):
+            _refuse_bad_image(image, f"image {number}")
+    elif getattr(images, "ndim", 0) == 4:
+        for number, image in enumerate(images):
+            _refuse_bad_image(image, f"image {number}")
+    else:
+        _refuse_bad_image(images, "the image")
+
+
+def refuse_bad_texts(texts: Any, strict: bool) -> None:
+    """Raise on inputs that are no texts, such as the NaN of an empty table cell.
+
+    Raises:
+        ValueError: no text, something else than text, or with ``strict`` an empty one.
+    """
+    if not isinstance(texts, (str, list, tuple)):
+        raise ValueError(f"text is a {type(texts).__name__}; allowed: a string or a list of strings")
+    rows = [texts] if isinstance(texts, str) else texts
+    if not rows:
+        raise ValueError("text is an empty list; give at least one text, or none with images alone")
+    for number, text in enumerate(rows):
+        if not isinstance(text, (str, list, tuple)):
+            raise ValueError(f"text {number} is {text!r} of type {type(text).__name__}; allowed: strings")
+        if strict and not "".join(text).strip():
+            raise ValueError(f"text {number} is empty; strict allows texts with at least one character")
+
+
+def _refuse_bad_image(image: Any, name: str) -> None:
+    if image is None:
+        raise ValueError(f"{name} is None; leave it out, or give a PIL image, an array or a tensor")
+    mode = getattr(image, "mode", None)
+    if isinstance(mode, str) and (mode == "F" or mode.startswith("I")):
+        raise ValueError(
+            f"{name} has the mode {mode}, more than 8 bits a channel, which would be clipped to white; window it to "
+            "0-255 first: L and RGB are allowed, among others"
+        )
+    if hasattr(image, "dtype") and hasattr(image, "shape"):
+        _refuse_bad_array(image, name)
+
+
+def _refuse_bad_array(image: Any, name: str) -> None:
+    allowed = "allowed: (3, height, width) or (height, width, 3), uint8 or floating point from 0 to 255"
+    shape = tuple(image.shape)
+    if len(shape) != 3 or 3 not in (shape[0], shape[-1]):
+        raise ValueError(f"{name} has the shape {shape}; {allowed}; repeat the channel of grey images three times")
+    kind = str(image.dtype).removeprefix("torch.")
+    if kind != "uint8" and not kind.startswith(("float", "bfloat")):
+        raise ValueError(f"{name} is {kind}; {allowed}")
+    total = image.sum(dtype=torch.float64 if isinstance(image, torch.Tensor) else "float64")
+    if not math.isfinite(float(total)):
+        raise ValueError(f"{name} has NaN or infinity; {allowed}, every one a finite number")
 
 
 __all__ = ["MMKDClipProcessor", "clean_text"]

@@ -34,7 +34,9 @@ def measure(batch_size, piece):
     torch.manual_seed(0)
     vision = CLIPVisionConfig(image_size=64, patch_size=16, **SIZES)
     text = BertConfig(vocab_size=1000, max_position_embeddings=64, **SIZES)
-    objective = ContrastiveObjective(MMKDClipModel(MMKDClipConfig(vision, text, projection_dim=512))).train()
+    objective = ContrastiveObjective(
+        MMKDClipModel(MMKDClipConfig(vision_config=vision, text_config=text, projection_dim=512))
+    ).train()
     trained = OneForward(objective, "cpu", "fp32")
     batch = {
         "pixel_values": torch.rand(batch_size, 3, 64, 64),

@@ -14,7 +14,10 @@ CONTEXT = 24
 
 def save_tiny(path, **options):
     torch.manual_seed(0)
-    MMKDClipModel(MMKDClipConfig(VISION, TEXT, 16, context_length=CONTEXT, **options)).save_pretrained(path)
+    config = MMKDClipConfig(
+        vision_config=VISION, text_config=TEXT, projection_dim=16, context_length=CONTEXT, **options
+    )
+    MMKDClipModel(config).save_pretrained(path)
     pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     MMKDClipProcessor(pixels, tokenizer(70, model_max_length=CONTEXT)).save_pretrained(path)
     return path

@@ -39,7 +39,7 @@ def tiny_student():
     torch.manual_seed(0)
     vision = CLIPVisionConfig(image_size=16, patch_size=8, **SMALL)
     text = BertConfig(vocab_size=WORDS, max_position_embeddings=16, **SMALL)
-    return MMKDClipModel(MMKDClipConfig(vision, text, projection_dim=DIM))
+    return MMKDClipModel(MMKDClipConfig(vision_config=vision, text_config=text, projection_dim=DIM))
 
 
 class Killed(Exception):

@@ -203,7 +203,7 @@ def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = 
             if "num_attention_heads" not in values:
                 values["num_attention_heads"] = _heads(values["hidden_size"], tower)
     joint = {name: value for name, value in given.items() if name not in ("vision", "text")}
-    return MMKDClipConfig(vision, text, **(measured["model"] | joint))
+    return MMKDClipConfig(vision_config=vision, text_config=text, **(measured["model"] | joint))
 
 
 def listed(keys: list[str]) -> str:

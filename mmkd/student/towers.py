@@ -57,11 +57,11 @@ def build_model(
         _keep_layers(words, text_layers)
     _require_rows(words, text)
     config = MMKDClipConfig(
-        eyes.config,
-        words.config,
-        projection_dim,
-        text_projection_hidden,
-        vision_projection_hidden,
+        vision_config=eyes.config,
+        text_config=words.config,
+        projection_dim=projection_dim,
+        text_projection_hidden=text_projection_hidden,
+        vision_projection_hidden=vision_projection_hidden,
         text_pooling=words.pooling,
         context_length=words.tokenizer.model_max_length,
     )

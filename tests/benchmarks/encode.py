@@ -35,7 +35,7 @@ WIDTH, HIDDEN, HEADS, DIM, PATCHES = 768, 3072, 12, 512, 197
 
 def ours(layers):
     towers = {"num_hidden_layers": layers}
-    return MMKDClipModel(MMKDClipConfig(dict(towers), dict(towers))).eval()
+    return MMKDClipModel(MMKDClipConfig(vision_config=dict(towers), text_config=dict(towers))).eval()
 
 
 def open_clips(layers):

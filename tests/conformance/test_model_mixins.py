@@ -33,7 +33,7 @@ class SmallModel:
         self.parent, self.inputs, self.options = parent, inputs, options
 
     def get_config(self):
-        return MMKDClipConfig(dict(VISION), dict(TEXT), 16, **self.options)
+        return MMKDClipConfig(vision_config=dict(VISION), text_config=dict(TEXT), projection_dim=16, **self.options)
 
     def prepare_config_and_inputs_for_common(self):
         everything = {

@@ -99,7 +99,8 @@ def ours(tmp_path):
     folder = tmp_path / "student"
     text = write_bert(folder)
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = MMKDClipConfig({**vision, "image_size": 32, "patch_size": 16}, text, projection_dim=24)
+    vision |= {"image_size": 32, "patch_size": 16}
+    config = MMKDClipConfig(vision_config=vision, text_config=text, projection_dim=24)
     model = randomized(MMKDClipModel(config))
     from transformers import BertTokenizer
 

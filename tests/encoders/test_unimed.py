@@ -16,7 +16,8 @@ def unimed(tmp_path):
     """One checkpoint in the training envelope, towers 64 wide, BiomedBERT's tokenizer in a sub-folder."""
     text = write_bert(tmp_path / BERT, width=64, heads=1)
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = randomized(MMKDClipModel(MMKDClipConfig({**vision, "image_size": 32, "patch_size": 16}, text)))
+    vision |= {"image_size": 32, "patch_size": 16}
+    model = randomized(MMKDClipModel(MMKDClipConfig(vision_config=vision, text_config=text)))
     state = {f"module.{key}": value for key, value in to_authors(model.state_dict()).items()}
     state["module.text_encoder.transformer.embeddings.position_ids"] = torch.arange(512)[None]
     torch.save({"epoch": 10, "name": "unimed", "state_dict": state}, tmp_path / FILE)

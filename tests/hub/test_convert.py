@@ -334,10 +334,14 @@ def test_folders_that_cannot_go_back(tmp_path, tiny, capsys):
     assert_refused(capsys, tmp_path, "config.json", checkpoint=tmp_path / "nothing", **back)
     assert_refused(capsys, tmp_path, "tiny.pt", checkpoint=tiny[0], **back)
     vision = {**TINY["vision"], "intermediate_size": 64, "model_type": "vit"}
-    MMKDClipModel(MMKDClipConfig(vision, TINY["text"], 20)).save_pretrained(tmp_path / "vit")
+    MMKDClipModel(MMKDClipConfig(vision_config=vision, text_config=TINY["text"], projection_dim=20)).save_pretrained(
+        tmp_path / "vit"
+    )
     assert_refused(capsys, tmp_path, "vit", checkpoint=tmp_path / "vit", **back)
     vision["model_type"] = "clip_vision_model"
-    MMKDClipModel(MMKDClipConfig(vision, TINY["text"], 20, text_pooling="mean")).save_pretrained(tmp_path / "mean")
+    MMKDClipModel(
+        MMKDClipConfig(vision_config=vision, text_config=TINY["text"], projection_dim=20, text_pooling="mean")
+    ).save_pretrained(tmp_path / "mean")
     assert_refused(capsys, tmp_path, "mean", checkpoint=tmp_path / "mean", **back)
     assert_refused(capsys, tmp_path, "--config", checkpoint=tmp_path / "mean", config=tiny[1], **back)
     (tmp_path / "mean" / "model.safetensors").write_bytes(b"12345678")

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from authors_form import HEADS_OF_64, TINY, inputs, reference, state_of, tokenizer
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from PIL import Image
 from torch.nn.functional import cross_entropy, gelu, normalize
 from transformers import (
@@ -18,6 +20,7 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     BertConfig,
     CLIPImageProcessorPil,
+    CLIPModel,
     CLIPVisionConfig,
     DistilBertConfig,
     ElectraConfig,
@@ -28,16 +31,20 @@ from transformers import (
 )
 
 from mmkd.encoders.authors_checkpoint import from_authors, infer_config, to_authors
-from modeling_mmkd import PRESETS, MMKDClipConfig, MMKDClipModel, MMKDClipProcessor, inputs_mmkd
+from modeling_mmkd import PRESETS, MMKDClipConfig, MMKDClipModel, MMKDClipProcessor, modeling_mmkd
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = {**SMALL, "image_size": 32, "patch_size": 16}
 TEXT = {**SMALL, "vocab_size": 70, "max_position_embeddings": 40}
 
 
+TENTH = {"initializer_factor": 0.1}
+
+
 def small(vision=VISION, text=TEXT, seed=0, **options):
     torch.manual_seed(seed)
-    return MMKDClipModel(MMKDClipConfig(vision, text, **{"projection_dim": 16, **options})).eval()
+    options = {"vision_config": vision, "text_config": text, "projection_dim": 16, **options}
+    return MMKDClipModel(MMKDClipConfig(**options)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +199,10 @@ def test_initial_weights():
         assert abs(layer.weight.mean().item()) < 0.01
     assert model.logit_scale.shape == (1,) and model.logit_scale.item() == pytest.approx(2.659260, abs=1e-6)
     assert small(logit_scale_init_value=1.5).logit_scale.item() == 1.5
+    tenth = small(
+        {**VISION, "hidden_size": 128}, {**TEXT, "hidden_size": 256}, projection_dim=192, initializer_factor=0.1
+    )
+    torch.testing.assert_close(tenth.visual_projection.weight, 0.1 * model.visual_projection.weight)
 
 
 def test_loaded_weights_are_never_initialized_again(tmp_path):
@@ -255,6 +266,7 @@ def test_layers_not_to_split_are_there(text, layer):
     model = small(text=text)
     assert set(model._no_split_modules) == {"CLIPEncoderLayer", "CLIPVisionEmbeddings", layer}
     assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+    assert set(MMKDClipModel._no_split_modules) == {"CLIPEncoderLayer", "CLIPVisionEmbeddings", "BertLayer"}
 
 
 def test_word_embeddings_are_the_text_towers(model):
@@ -330,14 +342,24 @@ def test_config_refuses(options, words):
 
 
 def test_a_patch_size_of_16_holds_unless_said_otherwise():
-    assert MMKDClipConfig({"hidden_size": 96, "num_attention_heads": 3}).vision_config.patch_size == 16
-    assert MMKDClipConfig({"patch_size": 32}).vision_config.patch_size == 32
-    assert MMKDClipConfig(CLIPVisionConfig()).vision_config.patch_size == 32
+    assert MMKDClipConfig(vision_config={"hidden_size": 96, "num_attention_heads": 3}).vision_config.patch_size == 16
+    assert MMKDClipConfig(vision_config={"patch_size": 32}).vision_config.patch_size == 32
+    assert MMKDClipConfig(vision_config=CLIPVisionConfig()).vision_config.patch_size == 32
 
 
 @pytest.mark.parametrize("vision", [VISION, TimmWrapperConfig(architecture="test_vit"), ViTConfig(**VISION)])
 def test_config_round_trip(tmp_path, vision):
-    config = MMKDClipConfig(vision, TEXT, 24, 30, 28, "mean", 3.25, 20)
+    config = MMKDClipConfig(
+        vision_config=vision,
+        text_config=TEXT,
+        projection_dim=24,
+        text_projection_hidden=30,
+        vision_projection_hidden=28,
+        text_pooling="mean",
+        logit_scale_init_value=3.25,
+        context_length=20,
+        initializer_factor=0.5,
+    )
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, MMKDClipConfig)
@@ -345,7 +367,7 @@ def test_config_round_trip(tmp_path, vision):
     again = MMKDClipConfig.from_dict(json.loads(again.to_json_string(use_diff=False)))
     assert again.to_dict().keys() == config.to_dict().keys()
     own = ("projection_dim", "text_projection_hidden", "vision_projection_hidden", "text_pooling", "context_length")
-    for name in (*own, "logit_scale_init_value"):
+    for name in (*own, "logit_scale_init_value", "initializer_factor"):
         assert getattr(again, name) == getattr(config, name)
     for name in ("vision_config", "text_config"):
         assert getattr(again, name).to_diff_dict() == getattr(config, name).to_diff_dict()
@@ -374,9 +396,26 @@ def in_another_process(hidden, code, *arguments, **environment):
     return done.stdout
 
 
+def test_hugging_faces_model_linter_reports_nothing():
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "mlinter", "--no-cache", "--no-progress", "--enable-all-trf-rules"]
+    done = subprocess.run([*command, "modeling_mmkd"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_first_arguments_are_in_clips_order():
+    names = [list(inspect.signature(model.forward).parameters) for model in (CLIPModel, MMKDClipModel)]
+    clips = [name for name in names[0] if name not in ("self", "kwargs")]
+    assert names[1][1 : 1 + len(clips)] == clips
+
+
 def test_the_model_needs_torch_and_transformers_only(folder):
     code = """
-import torch, modeling_mmkd
+import contextlib, io
+import torch, transformers
+with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+    import modeling_mmkd
+assert not said.getvalue(), said.getvalue()
 from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained(sys.argv[2])
 processor = AutoProcessor.from_pretrained(sys.argv[2])
@@ -439,8 +478,8 @@ def test_texts_beyond_the_context_are_cut_as_a_tokenizer_cuts_them(context, pool
 
 
 def test_cutting_is_said_once_and_names_the_limit(model, caplog):
-    type(inputs_mmkd.logger).warning_once.cache_clear()
-    with caplog.at_level("WARNING", inputs_mmkd.logger.name):
+    type(modeling_mmkd.logger).warning_once.cache_clear()
+    with caplog.at_level("WARNING", modeling_mmkd.logger.name):
         for _ in range(2):
             model(input_ids=torch.ones(1, 41, dtype=torch.long))
     assert caplog.messages == ["texts longer than the context of 40 tokens are cut to their beginning"]
@@ -497,8 +536,11 @@ def test_sizes_that_no_tower_can_have_are_refused(wrong, message):
         ({"input_ids": [[1, 2]]}, "input_ids is a list"),
         ({"pixel_values": torch.zeros(0, 3, 32, 32)}, r"shape \(0, 3, 32, 32\), no image; allowed"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"shape \(2, 0\), no token; allowed"),
-        ({"input_ids": torch.tensor([[2, 70]])}, "input_ids has 70, but the text tower knows 0 to 69; take the token"),
-        ({"input_ids": torch.tensor([[2, -1]])}, "input_ids has -1, but the text tower knows 0 to 69"),
+        (
+            {"input_ids": torch.tensor([[2, 70]])},
+            "input_ids has 70, but the text tower has embeddings for 0 to 69; use the token",
+        ),
+        ({"input_ids": torch.tensor([[2, -1]])}, "input_ids has -1, but the text tower has embeddings for 0 to 69"),
         (
             {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 4)},
             r"attention_mask has the shape \(1, 4\), but input_ids \(1, 3\)",
@@ -516,7 +558,7 @@ def test_tensors_that_are_no_input_are_refused(model, wrong, message):
     reason="before 5.16 transformers leaves containers of code that is not its own as they are",
 )
 def test_a_checkpoint_without_weights_starts_as_the_model_does():
-    config = MMKDClipConfig({**VISION, "hidden_size": 64}, TEXT, 16)
+    config = MMKDClipConfig(vision_config={**VISION, "hidden_size": 64}, text_config=TEXT, projection_dim=16)
     empty, fresh = MMKDClipModel.from_pretrained(None, config=config, state_dict={}), MMKDClipModel(config)
     for name, value in fresh.named_parameters():
         found = empty.get_parameter(name)
@@ -530,8 +572,11 @@ def test_a_checkpoint_without_weights_starts_as_the_model_does():
 @pytest.mark.parametrize("name", ["projection_dim", "text_projection_hidden", "context_length"])
 @pytest.mark.parametrize("value", ["512", 2.5, True])
 def test_a_width_that_is_no_whole_number_is_refused(name, value):
-    with pytest.raises(TypeError, match=f"{name} is {value!r}; it must be a whole number"):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"'{name}'.*\n.*{value}"):
         MMKDClipConfig(**{name: value})
+    config = MMKDClipConfig()
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"'{name}'.*\n.*{value}"):
+        setattr(config, name, value)
 
 
 def test_presets_are_named_configurations():

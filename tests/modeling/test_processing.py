@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     """A whole model folder with the authors' image size."""
     path = tmp_path_factory.mktemp("model")
     text = {**SMALL, "vocab_size": 60, "max_position_embeddings": 32}
-    MMKDClipModel(MMKDClipConfig(SMALL, text, 8)).save_pretrained(path)
+    MMKDClipModel(MMKDClipConfig(vision_config=SMALL, text_config=text, projection_dim=8)).save_pretrained(path)
     MMKDClipProcessor(CLIPImageProcessorPil(), tokenizer(60, model_max_length=32)).save_pretrained(path)
     return path
 

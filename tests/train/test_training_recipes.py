@@ -48,7 +48,7 @@ def make_student(folder, dim=DIM):
     vocabulary = {word: number for number, word in enumerate(words)}
     vision = CLIPVisionConfig(image_size=32, patch_size=16, **SMALL)
     text = BertConfig(vocab_size=len(words), max_position_embeddings=64, **SMALL)
-    MMKDClipModel(MMKDClipConfig(vision, text, projection_dim=dim)).save_pretrained(folder)
+    MMKDClipModel(MMKDClipConfig(vision_config=vision, text_config=text, projection_dim=dim)).save_pretrained(folder)
     sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=32)
     MMKDClipProcessor(CLIPImageProcessorPil(**sides), tokenizer).save_pretrained(folder)

@@ -18,7 +18,7 @@ of_python_3_13_0 = pytest.mark.filterwarnings("ignore:Guards may run slower on P
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return MMKDClipModel(MMKDClipConfig(VISION, TEXT, 16)).eval()
+    return MMKDClipModel(MMKDClipConfig(vision_config=VISION, text_config=TEXT, projection_dim=16)).eval()
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def one_layer():
     torch.manual_seed(0)
     one = {"num_hidden_layers": 1}
     text = {**TEXT, **one, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return MMKDClipModel(MMKDClipConfig({**VISION, **one}, text, 16))
+    return MMKDClipModel(MMKDClipConfig(vision_config={**VISION, **one}, text_config=text, projection_dim=16))
 
 
 @of_python_3_13_0
