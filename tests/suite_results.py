@@ -5,7 +5,7 @@ import safetensors.numpy
 
 from mmkd.files import write_json
 
-HEADLINES = {
+PRIMARY = {
     "zeroshot": "balanced_accuracy",
     "probe": "balanced_accuracy",
     "retrieval": "mean_recall",
@@ -49,13 +49,15 @@ def write_suite(folder, asked, undefined=(), marked=None, rows=tuple(SKILLS), sk
             drawn[row] = draws @ right / SAMPLES
             low, high = np.percentile(drawn[row], [2.5, 97.5])
             metric = {"value": float(right.mean()), "low": float(low), "high": float(high)}
-            cells[row] = {"undefined": None, "metrics": {HEADLINES[kind]: metric}, "by_modality": {}}
+            cells[row] = {"undefined": None, "metrics": {PRIMARY[kind]: metric}, "by_modality": {}}
+            if PRIMARY[kind] == "balanced_accuracy":
+                cells[row]["metrics"]["accuracy"] = metric
             if variant == ["shots"]:
                 cells[row]["metrics"] |= curve_of(skills[row])
             if kind == "survival":
                 cells[row]["extras"] = {"kaplan_meier": KAPLAN_MEIER}
             answers = np.where(right, targets, (targets + 1) % 3)
-            tensors = {f"together.{HEADLINES[kind]}": drawn[row]}
+            tensors = {f"together.{PRIMARY[kind]}": drawn[row]}
             if kind in ("zeroshot", "probe"):
                 tensors["outputs.image.scores"] = np.eye(3)[answers]
             (folder / "cells" / row).mkdir(parents=True, exist_ok=True)
@@ -63,15 +65,15 @@ def write_suite(folder, asked, undefined=(), marked=None, rows=tuple(SKILLS), sk
         tasks[name] = {
             "title": f"Which class of {dataset}?",
             "kind": kind,
-            "headline": HEADLINES[kind],
+            "primary_metric": PRIMARY[kind],
             "frames": {"image": {"n": SAMPLES, "groups": SAMPLES, "resampling": "groups"}},
-            "chance": {HEADLINES[kind]: 1 / 3},
+            "chance": {PRIMARY[kind]: 1 / 3},
             "dataset": dataset,
             "modality": modality,
             "variant": variant[0] if variant else "",
             "rows": cells,
-            "differences": {rival: differences(cells, drawn, rival, HEADLINES[kind]) for rival in drawn
-                            if rival != "student" and "student" in drawn},
+            "differences": {row: differences(cells, drawn, row, PRIMARY[kind]) for row in drawn
+                            if row != "student" and "student" in drawn},
             "contaminated": (marked or {}).get(dataset, {}),
         }  # fmt: skip
         write_json(folder / "tasks" / f"{name}.json", {"targets": targets.tolist(), "classes": CLASSES})
@@ -86,17 +88,17 @@ def write_suite(folder, asked, undefined=(), marked=None, rows=tuple(SKILLS), sk
         "skipped_datasets": {},
         "unreadable": {},
         "versions": {"mmkd-clip": "0.1.0", "numpy": "2.0"},
-        "settings": {},
+        "settings": {"split": "test"},
     }  # fmt: skip
     write_json(folder / "summary.json", summary | more)
     return folder
 
 
-def differences(cells, drawn, rival, metric):
-    """Student minus rival."""
-    own = drawn["student"] - drawn[rival]
+def differences(cells, drawn, row, metric):
+    """Student minus another row."""
+    own = drawn["student"] - drawn[row]
     low, high = np.percentile(own, [2.5, 97.5])
-    value = cells["student"]["metrics"][metric]["value"] - cells[rival]["metrics"][metric]["value"]
+    value = cells["student"]["metrics"][metric]["value"] - cells[row]["metrics"][metric]["value"]
     return {metric: {"difference": value, "low": float(low), "high": float(high), "p": 0.04}}
 
 

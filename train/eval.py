@@ -25,8 +25,7 @@ from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.frozen import with_frozen_towers
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import named_sources
-from mmkd.evaluation.report.page import write_leaderboard
-from mmkd.evaluation.report.pairs_page import ReportInputs
+from mmkd.evaluation.report.page import ReportInputs, write_report
 from mmkd.evaluation.results.summary import lock_of, versions
 from mmkd.evaluation.run import evaluate_datasets, evaluate_pairs
 from mmkd.evaluation.settings import EvalSettings, check
@@ -35,7 +34,7 @@ from mmkd.files import write_json
 
 
 def main(settings: EvalSettings) -> None:
-    """Embed, evaluate, compare, and write ``summary.json``, ``repro.lock`` and, of datasets, the report.
+    """Embed, evaluate, compare, and write ``summary.json``, ``repro.lock`` and the report.
 
     Raises:
         FileNotFoundError: the pairs, a manifest or an encoder's folder do not exist.
@@ -81,25 +80,26 @@ def evaluate(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
         write_json(settings.output / "repro.lock", lock_of(summary))
         write_json(settings.output / "summary.json", summary)
         print_summary(summary)
-        if settings.pairs is None:
-            write_leaderboard(ReportInputs(settings.output), settings.output / "report.html")
+        write_report(ReportInputs(settings.output, settings.pairs), settings.output / "report.html")
     wait_for_everyone()
     return summary
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The headline metric of every row on every task."""
+    """The primary metric of every row on every task, and accuracy beside balanced accuracy."""
     for name, task in summary["tasks"].items():
         frame = next(iter(task["frames"].values()))
-        chance = task["chance"].get(task["headline"])
+        chance = task["chance"].get(task["primary_metric"])
         print(
-            f"\n{name}: {task['headline']}, {frame['n']} images in {frame['groups']} groups"
+            f"\n{name}: {task['primary_metric']}, {frame['n']} images in {frame['groups']} groups"
             + (f", chance {chance:.3f}" if chance is not None else "")
         )
         width = max(map(len, task["rows"]))
         for row, cell in task["rows"].items():
-            metric = cell["metrics"].get(task["headline"])
-            print(f"  {row:<{width}}  {_shown(metric) if metric else cell['undefined']}")
+            metric = cell["metrics"].get(task["primary_metric"])
+            beside = cell["metrics"].get("accuracy") if task["primary_metric"] == "balanced_accuracy" else None
+            accuracy = f"  accuracy {_shown(beside)}" if beside else ""
+            print(f"  {row:<{width}}  {_shown(metric) + accuracy if metric else cell['undefined']}")
     if "means" in summary:
         block = summary["means"]["all"]["overall"]
         print(f"\nmean of {block['n']} tasks that every encoder has")

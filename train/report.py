@@ -1,7 +1,4 @@
-"""One self-contained HTML page from an evaluation and what the stages before it left.
-
-Of an evaluation on datasets it is a leaderboard, which `mmkd eval` writes by itself, too, and comes with Markdown.
-"""
+"""One self-contained HTML page from an evaluation and what the stages before it wrote; `mmkd eval` writes it, too."""
 
 from __future__ import annotations
 
@@ -9,36 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmkd.command.settings import run, setting
-from mmkd.evaluation.report.page import is_suite, write_leaderboard
-from mmkd.evaluation.report.pairs_page import ReportInputs, build_report, read_summary
-from mmkd.files import atomic_write_text, refuse_existing
+from mmkd.evaluation.report.page import ReportInputs, write_report
+from mmkd.files import refuse_existing
 
 
 @dataclass
 class ReportSettings:
-    """Write the report; logs and reports of stages that are not given or not there are left out of it."""
+    """Write the report; sections of logs and reports that are not given, or do not exist, are left out."""
 
-    results: Path = setting(help="folder that `mmkd eval` wrote")
-    pairs: Path | None = setting(None, "folder of the pairs evaluated on, for the example images; not of datasets")
-    output: Path = setting(Path("report.html"), "the page; of datasets, Markdown is written beside it")
+    results: Path = setting(help="folder written by `mmkd eval`")
+    pairs: Path | None = setting(None, "folder of the evaluated pairs, for example images")
+    output: Path = setting(Path("report.html"), "the page; Markdown is written beside it")
     stage1_log: Path | None = setting(None, "log.jsonl of the pretraining; settings are read beside it")
     distill_log: Path | None = setting(None, "log.jsonl of the distillation; settings are read beside it")
     screen_report: Path | None = setting(None, "report.json of the screening")
     align_report: Path | None = setting(None, "report.json of the alignment; settings are read beside it")
     stages: Path | None = setting(None, "stages.json of the pipeline, for the time each stage took")
-    quiet: bool = setting(False, "do not print where the page is")
+    quiet: bool = setting(False, "do not print the location of the page")
     overwrite: bool = setting(False, "replace OUTPUT")
 
 
 def main(settings: ReportSettings) -> None:
-    """Write the page.
+    """Write the page and its Markdown.
 
     Raises:
-        FileNotFoundError: results or pairs are not there.
-        ValueError: a file is broken, or pairs are missing or too many.
+        FileNotFoundError: results or pairs do not exist.
+        ValueError: a file is broken.
         FileExistsError: OUTPUT exists.
     """
     refuse_existing(settings.output, settings.overwrite)
+    refuse_existing(settings.output.with_suffix(".md"), settings.overwrite)
     inputs = ReportInputs(
         settings.results,
         settings.pairs,
@@ -48,11 +45,7 @@ def main(settings: ReportSettings) -> None:
         settings.align_report,
         settings.stages,
     )
-    if is_suite(read_summary(settings.results)):
-        refuse_existing(settings.output.with_suffix(".md"), settings.overwrite)
-        write_leaderboard(inputs, settings.output)
-    else:
-        atomic_write_text(settings.output, build_report(inputs))
+    write_report(inputs, settings.output)
     if not settings.quiet:
         print(f"{settings.output}: {settings.output.stat().st_size / 1024:.0f} KiB, opens in any browser")
 

@@ -19,7 +19,7 @@ from mmkd.miniature.plan import ABLATIONS, DEFAULT, ENSEMBLE, PAPER, TASK, TEACH
 
 METRIC = "mean over kinds of task (zero-shot, linear probe, retrieval, questions) of means over tasks"
 
-ABOUT = ("title", "kind", "headline")
+ABOUT = ("title", "kind", "primary_metric")
 
 PLACES = ("data", "work", "results", "readme")  # on this machine
 
@@ -251,7 +251,7 @@ class Results:
             path = folder / "cells" / encoder / f"{name}.json"
             if not path.is_file():
                 continue
-            cell, headline = read_json(path), self.tasks[name]["headline"]
+            cell, headline = read_json(path), self.tasks[name]["primary_metric"]
             if cell["undefined"] is None:
                 points[name] = float(cell["metrics"][headline]["value"])
                 replicates[name] = safetensors.numpy.load_file(path.with_suffix(".safetensors"))[f"together.{headline}"]

@@ -60,6 +60,7 @@ class Chart:
         words: its numbers in words.
         svg: a whole SVG document.
         file: where it is written beside a Markdown page; empty where it is not.
+        notes: sentences below it.
     """
 
     block: ClassVar[str] = "chart"
@@ -67,6 +68,7 @@ class Chart:
     words: str
     svg: str
     file: str = ""
+    notes: Sequence[str] = ()
 
     @property
     def inline(self) -> str:
@@ -135,7 +137,23 @@ def intervals(caption: str, rows: Sequence[Interval], mark: float | None, limits
         return min(limits[1], max(limits[0], value))
 
     def plot(axes: Any) -> None:
-        axes.set_position([0.02, 26 / height, 0.96, 1 - 26 / height])
+        axes.set_axis_off()
+        axes.set(xlim=limits, ylim=(0.5 - len(rows), 0.95))
+        left = axes.get_yaxis_transform()  # x from 0 to 1 across the panel, y in rows
+        below = axes.get_xaxis_transform()
+        ticks = [limits[0] + k * (limits[1] - limits[0]) / 4 for k in range(5)]
+        axes.vlines(ticks, 0, 1, transform=below, color=COLORS["line"], linewidth=0.8, zorder=0)
+        for tick in ticks:
+            axes.text(
+                tick,
+                -5 / height,
+                f"{tick:g}",
+                transform=below,
+                ha="center",
+                va="top",
+                fontsize=10,
+                color=COLORS["soft"],
+            )
         for place, row in enumerate(rows):
             color, y = COLORS[row.role], -place
             if row.low is not None and row.high is not None:
@@ -143,23 +161,16 @@ def intervals(caption: str, rows: Sequence[Interval], mark: float | None, limits
             if row.value is not None:
                 shape = "D" if row.role in ("ensemble", "oracle") else "o"
                 axes.plot(inside(row.value), y, shape, color=color, markersize=7, zorder=3)
-            weight = "bold" if row.role == "student" else "normal"
-            above = {"xytext": (0, 8), "textcoords": "offset points", "fontsize": 10.5}
-            own = {"color": color if row.role == "student" else COLORS["ink"], "fontweight": weight}
-            axes.annotate(_short(row.label), (0, y), xycoords=axes.get_yaxis_transform(), **above, **own)
-            axes.annotate(
-                row.numbers, (1, y), xycoords=axes.get_yaxis_transform(), ha="right", color=COLORS["soft"], **above
-            )
+            student = row.role == "student"
+            own = {"color": color if student else COLORS["ink"], "fontweight": "bold" if student else "normal"}
+            axes.text(0, y + 0.25, _short(row.label), transform=left, **own)
+            axes.text(1, y + 0.25, row.numbers, transform=left, ha="right", color=COLORS["soft"])
         if mark is not None:
             axes.axvline(mark, color=COLORS["soft"], linestyle=(0, (4, 3)), linewidth=1, zorder=0)
-        axes.set(xlim=limits, ylim=(0.5 - len(rows), 0.95), yticks=[])
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
 
     height = 34 * len(rows) + 34
     words = "; ".join(f"{row.label}: {row.numbers}" for row in rows)
-    return _drawn(caption, words, height, plot, placed=True)
+    return _drawn(caption, words, height, plot, (10, 10, 0, 24))
 
 
 def lines(
@@ -204,6 +215,9 @@ def lines(
         if steps:
             axes.set(xlim=(0, None), ylim=(0, 1.02))
         axes.set_xlabel(measure)
+        axes.locator_params(axis="y", nbins=4)
+        if not ticks:
+            axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
 
@@ -214,7 +228,7 @@ def lines(
            f"{own.points[0][1]:.3g} to {own.points[-1][1]:.3g} {ends}")
         for own in named
     )  # fmt: skip
-    return _drawn(caption, words, height, plot, legend=len(named) > 1)
+    return _drawn(caption, words, height, plot, (46, 8, 8, 42), len(named) if len(named) > 1 else 0)
 
 
 def radar(caption: str, axes: Sequence[str], series: Sequence[Series]) -> Chart:
@@ -239,7 +253,7 @@ def radar(caption: str, axes: Sequence[str], series: Sequence[Series]) -> Chart:
     words = "; ".join(
         f"{own.label}: {', '.join(f'{axes[int(axis)]} {value:.2f}' for axis, value in own.points)}" for own in series
     )
-    return _drawn(caption, words, 380, plot, legend=True, polar=True)
+    return _drawn(caption, words, 380, plot, (70, 70, 26, 26), len(series), polar=True)
 
 
 def bars(caption: str, counts: Mapping[str, int]) -> Chart:
@@ -256,7 +270,7 @@ def bars(caption: str, counts: Mapping[str, int]) -> Chart:
         axes.spines["bottom"].set_visible(False)
 
     words = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    return _drawn(caption, words, 22 * max(1, len(counts)) + 16, plot)
+    return _drawn(caption, words, 22 * max(1, len(counts)) + 16, plot, (150, 8, 4, 4))
 
 
 def histograms(caption: str, counts: Mapping[str, Mapping[float, int]], width: float, mark: float | None) -> Chart:
@@ -282,7 +296,7 @@ def histograms(caption: str, counts: Mapping[str, Mapping[float, int]], width: f
 
     words = "; ".join(f"{name}: {sum(bins.values()):,}" for name, bins in counts.items())
     words += "" if mark is None else f"; the dashed line is at {mark:.2f}"
-    return _drawn(caption, words, 170, plot, legend=True)
+    return _drawn(caption, words, 170, plot, (10, 10, 4, 24), len(counts))
 
 
 def changes(caption: str, rows: Mapping[str, tuple[float | None, float | None]], limits: tuple[float, float]) -> Chart:
@@ -300,11 +314,12 @@ def changes(caption: str, rows: Mapping[str, tuple[float | None, float | None]],
                 axes.plot(now, place, "o", color=COLORS["student"], markersize=7)
         axes.set_yticks(range(len(rows)), [_short(name, 24) for name in rows])
         axes.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6))
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x")
         axes.set_axisbelow(True)
 
     words = "; ".join(f"{name}: {_value(was)} before, {_value(now)} after" for name, (was, now) in rows.items())
-    return _drawn(caption, words, 26 * len(rows) + 52, plot, legend=True)
+    return _drawn(caption, words, 26 * len(rows) + 54, plot, (130, 16, 4, 26), 2)
 
 
 def moving_mean(values: Sequence[float]) -> list[float]:
@@ -325,24 +340,35 @@ def _drawn(
     words: str,
     height: int,
     plot: Callable[[Any], None],
-    legend: bool = False,
+    margins: tuple[int, int, int, int],
+    named: int = 0,
     polar: bool = False,
-    placed: bool = False,
 ) -> Chart:
-    """A figure of one panel; its margins are measured, unless the panel is placed by `plot`."""
+    """A figure of one panel.
+
+    Args:
+        caption: what is drawn.
+        words: its numbers in words.
+        height: in pixels.
+        plot: draws into the axes.
+        margins: left, right, top and bottom of the panel in pixels; measuring them takes longer than drawing.
+        named: entries of the legend, which lies below the panel.
+        polar: whether the axes are polar.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
+    left, right, top, bottom = margins
+    bottom += 18 * -(-named // 2)
+    place = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the reader's fonts draw the text, not matplotlib's
-        figure = Figure(
-            (WIDTH / 72, height / 72), facecolor=COLORS["ground"], layout="none" if placed else "constrained"
-        )
-        axes = figure.add_subplot(projection="polar" if polar else None, facecolor="none")
+        figure = Figure((WIDTH / 72, height / 72), facecolor=COLORS["ground"])
+        axes = figure.add_axes(place, projection="polar" if polar else None, facecolor="none")
         plot(axes)
-        if legend:
-            figure.legend(loc="outside lower left", ncols=2, handlelength=1.4, columnspacing=1.2)
+        if named:
+            figure.legend(loc="lower left", ncols=2, handlelength=1.4, columnspacing=1.2, borderaxespad=0.2)
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return Chart(caption, words, buffer.getvalue())
 

@@ -98,7 +98,7 @@ def _own_row(summary: dict[str, Any], weights: list[Path], results: Path) -> str
 
 
 def _table_row(task: dict[str, Any], cell: dict[str, Any], summary: dict[str, Any], name: str) -> dict[str, str]:
-    headline, frame = task["headline"], _frame(task)
+    headline, frame = task["primary_metric"], _frame(task)
     best = summary["overall"].get("best_teacher") if name == summary["student"] else None
     rival = task["differences"].get(best, {}).get(headline) if best else None
     return {

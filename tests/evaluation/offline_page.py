@@ -80,7 +80,7 @@ def covered(found: dict[str, Any]) -> str:
     lines = []
     for task in _tasks(found, "zeroshot"):
         own = found["coverage"][task["dataset"]]
-        about = [task["dataset"], f"{task['n']:,}", _number(task["chance"][task["headline"]])]
+        about = [task["dataset"], f"{task['n']:,}", _number(task["chance"][task["primary_metric"]])]
         lines.append(
             [*about, f"{_number(own['mean'])} ± {_number(own['error'])}", f"{own['held']} of {found['draws']}"]
         )
@@ -103,7 +103,9 @@ def images(found: dict[str, Any], kind: str) -> str:
                 if kind == "zeroshot"
                 else [task["dataset"], f"{task['train']:,}", f"{task['n']:,}", task["search"]]
             )
-            lines.append([*about, _number(task["chance"][task["headline"]]), *_rows(found, task, task["headline"])])
+            lines.append(
+                [*about, _number(task["chance"][task["primary_metric"]]), *_rows(found, task, task["primary_metric"])]
+            )
     if kind == "zeroshot":
         title = "## Zero-shot classification: balanced accuracy\n"
         about = ["dataset", "test"]
@@ -256,7 +258,7 @@ def _rows(found: dict[str, Any], task: dict[str, Any], metric: str) -> list[str]
     """Student, teachers, ensemble, and the paired difference where the metric is the headline."""
     rows = [_cell(task["rows"][row][metric]) for row in (found["student"], *found["teachers"], "ensemble")]
     paired = task["differences"]["ensemble"]
-    return [*rows, _cell({**paired, "value": paired["difference"]}) if metric == task["headline"] else ""]
+    return [*rows, _cell({**paired, "value": paired["difference"]}) if metric == task["primary_metric"] else ""]
 
 
 def _optional(metric: dict[str, Any] | None) -> str:

@@ -97,7 +97,7 @@ def gather(work: Path) -> dict[str, Any]:
 
 def brief(task: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """What the documents say of a task."""
-    known = ("kind", "headline", "dataset", "variant", "chance", "pool", "train")
+    known = ("kind", "primary_metric", "dataset", "variant", "chance", "pool", "train")
     stated = ("unanswerable", "shared_images", "questions", "closed", "covariates", "search", "takes", "event")
     found = {key: task[key] for key in known if key in task} | {k: description[k] for k in stated if k in description}
     found["n"] = next(iter(task["frames"].values()))["n"]
@@ -108,7 +108,9 @@ def brief(task: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
         for row, cell in task["rows"].items()
         if row != "oracle"
     }
-    found["differences"] = {row: own[task["headline"]] for row, own in task["differences"].items() if row != "oracle"}
+    found["differences"] = {
+        row: own[task["primary_metric"]] for row, own in task["differences"].items() if row != "oracle"
+    }
     return found
 
 
@@ -177,7 +179,7 @@ def reference(description: dict[str, Any], dataset: str) -> float:
 
 def verdict(task: dict[str, Any]) -> dict[str, Any]:
     """Whether the encoder that knows nothing stands at chance, and the one that was told stands near one."""
-    rows, metric, measured = task["rows"], task["headline"], task["headline"]
+    rows, metric, measured = task["rows"], task["primary_metric"], task["primary_metric"]
     blind, told = rows.get("random", rows.get("noise")), rows["told"]
     value, chance, best, least = blind[metric], task["chance"][metric], told[metric], NEAR_ONE
     if task["kind"] == "vqa" and task["variant"] != "zeroshot":

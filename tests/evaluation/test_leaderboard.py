@@ -7,13 +7,11 @@ import safetensors.numpy
 from suite_results import write_suite
 
 import mmkd.train.report as recipe
-from mmkd.evaluation.report.board import Board, claim, verdict
-from mmkd.evaluation.report.charts import Series, lines, radar, steps
-from mmkd.evaluation.report.markdown import markdown, plain
-from mmkd.evaluation.report.page import build_page, is_suite
-from mmkd.evaluation.report.tables import outcomes
+from mmkd.evaluation.report.leaderboard import Leaderboard, claims, comparison, distillation, p_value, title
+from mmkd.evaluation.report.page import ReportInputs, report_page
 from mmkd.evaluation.statistics.bootstrap import interval
 from mmkd.files import read_json
+from mmkd.pages.page import to_html, to_markdown
 
 EVIL = '<img src=https://evil.example/x onerror=alert(1)> | "quoted" </script>'
 DATASETS = [
@@ -36,9 +34,9 @@ DATASET = {
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed; notes what a browser would load, words, and rows of tables by id."""
+    """Checks that tags are closed; notes tags, attributes, words, and what has no label."""
 
-    VOID = ("meta", "img", "br", "link", "col", "circle", "line", "polygon", "polyline")
+    VOID = ("meta", "img", "br", "link", "col", "path", "use", "rect")
 
     def __init__(self, html):
         super().__init__()
@@ -49,10 +47,15 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [name for name, _ in attrs]
-        if (tag == "svg" and "aria-label" not in dict(attrs)) or (tag == "th" and "scope" not in dict(attrs)):
+        missing = {"th": "scope", "svg": "aria-hidden", "img": "alt"}.get(tag)
+        if missing and missing not in dict(attrs):
             self.unlabelled.append((tag, attrs))
         if tag not in self.VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
 
     def handle_endtag(self, tag):
         if tag not in self.VOID:
@@ -64,6 +67,14 @@ class Page(HTMLParser):
 
 def words(html):
     return re.sub(r"\s+", " ", " ".join(Page(html).words))
+
+
+def build(board):
+    return to_html(report_page(board, ReportInputs(board.results)))
+
+
+def read(folder):
+    return Leaderboard(read_json(folder / "summary.json"), folder)
 
 
 def write_marked_suite(folder):
@@ -83,19 +94,29 @@ def board(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
     write_marked_suite(folder)
     (folder / "repro.lock").write_text('{"version": 1, "commit": "<abc>"}\n')
-    return Board(read_json(folder / "summary.json"), folder)
+    return read(folder)
 
 
-def test_the_page_holds_everything_and_loads_nothing(board):
-    html = build_page(board)
-    page = Page(html)
-    assert page.tags.count("script") == 1 and not {"iframe", "link", "object", "form", "img"} & set(page.tags)
-    assert not {"src", "href"} & set(page.attributes) and not [a for a in page.attributes if a.startswith("on")]
-    assert page.unlabelled == [] and "script-src &#x27;sha256-" in html
+@pytest.fixture(scope="module")
+def page(board):
+    return report_page(board, ReportInputs(board.results))
+
+
+def test_the_page_holds_everything_and_loads_nothing(board, page):
+    html = to_html(page)
+    found = Page(html)
+    assert found.tags.count("script") == 1 and not {"iframe", "link", "object", "form", "img"} & set(found.tags)
+    assert not {"src", "href"} & set(found.attributes) and not [a for a in found.attributes if a.startswith("on")]
+    assert found.unlabelled == [] and "script-src &#39;sha256-" in html
     shown = words(html)
     for expected in (
-        "The student is ahead of each of its teachers on 9 datasets.",
-        "stage1 did not answer retrieval-roco",
+        "Distillation improved on stage 1: +",
+        "The student is better than each of its 2 teachers on 9 datasets.",
+        "Not a clinical result.",
+        "test split of 10 datasets, 2,000 samples",
+        "Balanced accuracy, classification",
+        "; accuracy 0.",
+        "stage1 has no result on retrieval-roco",
         "undefined: it has no text tower",
         "Best teacher of each modality",
         "ensemble · all teachers together",
@@ -110,12 +131,14 @@ def test_the_page_holds_everything_and_loads_nothing(board):
         "not there; register at its site",
         "CT-1, shots · linear probe",
         "balanced accuracy at 32-shot",
+        "Mean score by modality",
         "CT of one kind CT classification CC-BY-4.0 B 200 from 90 sources 3 identical images",
-        '"commit": "<abc>"',
+        "&#34;commit&#34;: &#34;&lt;abc&gt;&#34;",
     ):
         assert expected in shown or expected in html, expected
-    assert html.count('class="radar"') == 1 and html.count("<tbody data-scope=") == 5
-    assert html == build_page(Board(board.summary, board.results))
+    for scope in ("", "CT", "MRI", "OCT", "pathology"):
+        assert html.count(f'data-scope="{scope}"') == 7, scope
+    assert html == build(Leaderboard(board.summary, board.results))
 
 
 def test_means_are_over_the_common_subset_with_paired_intervals(board):
@@ -125,9 +148,10 @@ def test_means_are_over_the_common_subset_with_paired_intervals(board):
     for row in ("student", "plip"):
         files = [board.results / "cells" / row / f"{task}.safetensors" for task in mean.tasks]
         drawn = [safetensors.numpy.load_file(file)["together.balanced_accuracy"] for file in files]
-        cells = [board.summary["tasks"][task]["rows"][row]["metrics"]["balanced_accuracy"] for task in mean.tasks]
-        stored[row], values[row] = np.mean(drawn, axis=0), np.mean([cell["value"] for cell in cells])
+        stored[row] = np.mean(drawn, axis=0)
+        values[row] = np.mean([board.metric(task, row)["value"] for task in mean.tasks])
     assert mean.rows["student"]["value"] == pytest.approx(values["student"])
+    assert board.plain_mean("student", "accuracy", mean.tasks) == pytest.approx(values["student"])
     assert (mean.rows["plip"]["low"], mean.rows["plip"]["high"]) == pytest.approx(interval(stored["plip"]))
     found = mean.differences["plip"]
     assert found["difference"] == pytest.approx(values["student"] - values["plip"])
@@ -136,26 +160,53 @@ def test_means_are_over_the_common_subset_with_paired_intervals(board):
     assert "stage1" not in board.mean(kind="retrieval").rows
     clean = board.mean(clean=True).tasks
     assert not any("-CT-1" in task for task in clean) and len(clean) == len(board.mean().tasks) - 2
-    assert all(count >= 0 for count in outcomes(board, "plip", list(board.tasks)))
-    assert sum(outcomes(board, "plip", list(board.tasks))) == len(board.tasks)
-    assert outcomes(board, "stage1", ["retrieval-roco"]) == (0, 0, 0, 1)
+    assert sum(board.outcomes("plip", list(board.tasks))) == len(board.tasks)
+    assert board.outcomes("stage1", ["retrieval-roco"]) == (0, 0, 0, 1)
 
 
-def test_without_replicates_there_is_no_interval_and_no_claim(board, tmp_path):
-    bare = Board(board.summary, tmp_path)
+def test_without_replicates_there_is_no_interval_and_no_claim(tmp_path):
+    board = read(write_suite(tmp_path / "suite", DATASETS[:6]))
+    bare = Leaderboard(board.summary, tmp_path)
     assert bare.mean().rows["student"]["value"] == board.mean().rows["student"]["value"]
     assert bare.mean().rows["student"]["low"] is None
-    assert verdict(bare) == "The student on 9 datasets."
-    html = build_page(bare)
+    assert comparison(bare) == "The student, evaluated on 3 datasets."
+    assert distillation(bare).endswith("points (no interval).")
+    html = build(bare)
     assert "no interval" in words(html) and not re.search(r"\bnan\b", html.split("<script>")[0], re.IGNORECASE)
 
 
-def test_a_loss_is_called_a_loss(tmp_path):
-    write_suite(tmp_path, DATASETS[:6], skills={"student": 0.3})
-    board = Board(read_json(tmp_path / "summary.json"), tmp_path)
-    assert verdict(board) == "The student stays behind its best teacher, biomedclip, on 3 datasets."
-    assert "Difference to biomedclip: <strong>−" in claim(board)
-    assert outcomes(board, "biomedclip", list(board.tasks)) == (0, 0, 6, 0)
+def test_the_sentences_follow_the_intervals(tmp_path):
+    def board(**skills):
+        folder = tmp_path / "-".join(map(str, skills.values()))
+        write_suite(folder, DATASETS[:6], skills=skills)
+        return read(folder)
+
+    worse = board(student=0.3, stage1=0.5)
+    assert re.match(r"Distillation did not improve on stage 1: −[\d.]+ points \[−[\d.]+, −[\d.]+\]\.$", title(worse))
+    assert "The student is worse than the model that distillation started from." in claims(worse)
+    assert "The student is worse than its best teacher, biomedclip, on 3 datasets." in claims(worse)
+    assert any(sentence.startswith("Difference from its best teacher, biomedclip: −") for sentence in claims(worse))
+    assert worse.outcomes("biomedclip", list(worse.tasks)) == (0, 0, 6, 0)
+    level = board(student=0.6, stage1=0.6, biomedclip=0.6, plip=0.2)
+    assert title(level).startswith("Distillation did not measurably improve on stage 1: ")
+    assert (
+        comparison(level) == "The student does not differ measurably from its best teacher, biomedclip, on 3 datasets."
+    )
+    assert "The student is worse than the model that distillation started from." not in claims(level)
+    better = board(student=0.9, stage1=0.3, biomedclip=0.5, plip=0.5)
+    assert title(better).startswith("Distillation improved on stage 1: +")
+    assert comparison(better) == "The student is better than each of its 2 teachers on 3 datasets."
+
+
+def test_tasks_of_one_dataset_have_labels_of_their_own(tmp_path):
+    write_suite(tmp_path, [("pairs", "zeroshot", ""), ("pairs", "retrieval", "")])
+    summary = read_json(tmp_path / "summary.json")
+    task = summary["tasks"]["zeroshot-pairs"]
+    summary["tasks"] |= {"zeroshot-modality": task, "zeroshot-label": {**task, "modality": "CT"}}
+    del summary["tasks"]["zeroshot-pairs"]
+    board = Leaderboard(summary, tmp_path)
+    labels = [board.task_label(name) for name in board.tasks]
+    assert labels == ["pairs: modality", "pairs: label", "pairs"]
 
 
 def test_every_string_of_a_user_is_escaped(tmp_path):
@@ -167,13 +218,12 @@ def test_every_string_of_a_user_is_escaped(tmp_path):
         task["rows"]["stage1"] = {"undefined": EVIL, "metrics": {}, "by_modality": {}}
     summary["encoders"]["plip"] |= {"source": EVIL, "failures": [EVIL]}
     (tmp_path / "repro.lock").write_text(EVIL)
-    board = Board(summary, tmp_path)
-    page = Page(build_page(board))
+    board = Leaderboard(summary, tmp_path)
+    page = Page(build(board))
     assert "img" not in page.tags and page.tags.count("script") == 1
     assert not [name for name in page.attributes if name.startswith("on")]
-    text = markdown(board, EVIL)
+    text = to_markdown(report_page(board, ReportInputs(tmp_path)))
     assert "<img" not in text.replace("\\<", "") and not re.search(r"(?<!\\)\|(?! )", text.replace(" |\n", "\n"))
-    assert plain("a|b\n[c](d)") == "a\\|b \\[c\\]\\(d\\)"
 
 
 ODD = {"none": [], "one": DATASETS[:1], "survival": DATASETS[-2:-1], "three": DATASETS[-3:]}
@@ -182,61 +232,46 @@ ODD = {"none": [], "one": DATASETS[:1], "survival": DATASETS[-2:-1], "three": DA
 @pytest.mark.parametrize("datasets", ODD.values(), ids=ODD)
 def test_missing_kinds_leave_a_whole_page(datasets, tmp_path):
     write_suite(tmp_path, datasets, skipped_datasets={"busi": "not there"})
-    html = build_page(Board(read_json(tmp_path / "summary.json"), tmp_path))
+    html = build(read(tmp_path))
     assert Page(html).unlabelled == [] and "busi" in html
     assert ('id="leaderboard"' in html) == bool(datasets)
-    assert ("no task could be evaluated" in html) != bool(datasets)
+    assert ("No task could be evaluated" in html) != bool(datasets)
 
 
 def test_a_student_alone_and_one_without_numbers(tmp_path):
-    write_suite(tmp_path / "alone", DATASETS, rows=("student",))
-    alone = Board(read_json(tmp_path / "alone/summary.json"), tmp_path / "alone")
-    assert 'id="wins"' not in build_page(alone) and "| student |" in markdown(alone, "")
+    alone = read(write_suite(tmp_path / "alone", DATASETS[:6], rows=("student",)))
+    page = report_page(alone, ReportInputs(alone.results))
+    assert 'id="wins"' not in to_html(page) and "| student |" in to_markdown(page)
     names = ["zeroshot-CT-1", "probe-CT-1"]
     write_suite(tmp_path / "broken", DATASETS[:2], undefined=[("student", name) for name in names])
-    broken = Board(read_json(tmp_path / "broken/summary.json"), tmp_path / "broken")
-    html = build_page(broken)
-    assert "no common results" in verdict(broken) and "undefined: it has no text tower" in html
-    assert Page(html).unlabelled == []
+    broken = read(tmp_path / "broken")
+    html = build(broken)
+    assert title(broken) == "The student has no results on the tasks that all encoders have."
+    assert "undefined: it has no text tower" in html and Page(html).unlabelled == []
 
 
-def test_markdown_holds_the_same_numbers(board):
-    text = markdown(board, "{}")
-    for heading in (
-        "Leaderboard",
-        "Best teacher of each modality",
-        "Win, tie, loss",
-        "Dataset by dataset",
-        "Not evaluated",
-    ):
+def test_markdown_holds_the_same_numbers(board, page):
+    text = to_markdown(page)
+    for heading in ("Leaderboard", "Best teacher of each modality", "Win, tie, loss", "Results of each task",
+                    "Not evaluated"):  # fmt: skip
         assert f"## {heading}" in text
     own = board.mean().rows["student"]
     assert f"{own['value']:.2f} ({own['low']:.2f} to {own['high']:.2f})" in text
-    assert "- ddi: not there; register at its site" in text and "[repro.lock](repro.lock)" in text
+    assert "| ddi | not there; register at its site |" in text
     tables = [block for block in text.split("\n\n") if block.startswith("| ")]
+    assert len(tables) > 10
     for block in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
-
-
-def test_drawings_of_edge_values():
-    flat = [Series("a", "student", [(1, 0.5), (32, 0.5)], [(1, 0.5, 0.5)])]
-    drawn = lines("t", "shots", flat, [(1, "1"), (32, "32")])
-    drawn += steps("t", "time", [Series("a", "c1", [(0.0, 1.0)])])
-    drawn += radar("t", ["a", "b", "c"], [Series("s", "student", [(0, 1.4), (1, -0.2)])])
-    Page(drawn)
-    assert not re.search(r"\bnan|\binf", drawn) and '<polygon class="line"' not in drawn
-    assert "0.50 at 32" in drawn and "1.00 at the end" in drawn
-    times = re.findall(r'text-anchor="middle">([\d,]+)<', steps("t", "time", [Series("a", "c1", [(163.2, 0.5)])]))
-    assert times == ["0", "50", "100", "150"]
 
 
 def test_the_command_writes_both_files(board, tmp_path):
     page = tmp_path / "own.html"
     settings = {"results": board.results, "output": page, "quiet": True}
     recipe.main(recipe.ReportSettings(**settings))
-    assert page.is_file() and (tmp_path / "own.md").read_text().startswith("# The student is ahead")
+    assert page.is_file() and (tmp_path / "own.md").read_text().startswith("# Distillation improved on stage 1: +")
     with pytest.raises(FileExistsError, match="--overwrite"):
         recipe.main(recipe.ReportSettings(**settings))
-    with pytest.raises(ValueError, match="--pairs: these results are of datasets"):
-        recipe.main(recipe.ReportSettings(pairs=tmp_path, overwrite=True, **settings))
-    assert is_suite(board.summary) and not is_suite({"tasks": {"zeroshot-label": {}}})
+
+
+def test_p_values_as_text():
+    assert p_value(0.001) == "p < 0.01" and p_value(0.236) == "p = 0.24" and p_value(None) == "p unknown"

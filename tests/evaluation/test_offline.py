@@ -30,7 +30,7 @@ def task(random, told):
         "kind": "zeroshot",
         "variant": "",
         "dataset": "toy",
-        "headline": "accuracy",
+        "primary_metric": "accuracy",
         "chance": {"accuracy": 0.25},
         "rows": rows,
     }

@@ -14,7 +14,7 @@ TASKS = {"zeroshot-a": "zeroshot", "zeroshot-b": "zeroshot", "retrieval": "retri
 def write(folder, encoder, points, replicates):
     for task, kind in TASKS.items():
         (folder / "tasks").mkdir(parents=True, exist_ok=True)
-        about = {"name": task, "kind": kind, "headline": "score", "title": task, "ids": ["x", "y"]}
+        about = {"name": task, "kind": kind, "primary_metric": "score", "title": task, "ids": ["x", "y"]}
         (folder / "tasks" / f"{task}.json").write_text(json.dumps(about))
         if task in points:
             cells = folder / "cells" / encoder

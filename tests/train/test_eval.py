@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 
 def headline(summary, task, row):
-    return summary["tasks"][task]["rows"][row]["metrics"][summary["tasks"][task]["headline"]]
+    return summary["tasks"][task]["rows"][row]["metrics"][summary["tasks"][task]["primary_metric"]]
 
 
 def test_an_oracle_is_near_one_and_noise_at_chance(folder, tmp_path):
@@ -53,7 +53,7 @@ def test_an_oracle_is_near_one_and_noise_at_chance(folder, tmp_path):
         if task["frames"]["image"]["n"] < 48:
             continue
         random = headline(summary, name, "random")
-        assert random["low"] - 0.05 <= task["chance"][task["headline"]] <= random["high"] + 0.05, name
+        assert random["low"] - 0.05 <= task["chance"][task["primary_metric"]] <= random["high"] + 0.05, name
 
 
 def test_rows_differences_and_overall(folder, tmp_path, capsys):

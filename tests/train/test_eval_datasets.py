@@ -95,7 +95,7 @@ def first(data, tmp_path_factory):
 
 
 def headline(summary, task, row):
-    return summary["tasks"][task]["rows"][row]["metrics"][summary["tasks"][task]["headline"]]["value"]
+    return summary["tasks"][task]["rows"][row]["metrics"][summary["tasks"][task]["primary_metric"]]["value"]
 
 
 def test_tasks_rows_and_reasons(first):

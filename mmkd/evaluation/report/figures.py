@@ -1,159 +1,204 @@
-"""Drawings of a suite's report: radar by modality, paired differences, learning and survival curves, confusions."""
+"""Sections of charts: each task, differences, modalities, learning and survival curves; and confusion matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
-from mmkd.evaluation.report.board import Board, Metric, Task, kind_name, task_name
-from mmkd.evaluation.report.charts import Row, Series, differences, lines, radar, shade, steps
-from mmkd.evaluation.report.markup import details, p_value, section, table, text
-from mmkd.evaluation.report.pairs_results import label, role
-from mmkd.evaluation.report.tables import difference_of, modalities_table, tone
+from mmkd.evaluation.report.leaderboard import (
+    Leaderboard,
+    Metric,
+    Task,
+    between,
+    kind_label,
+    p_value,
+    task_notes,
+    tone,
+)
+from mmkd.evaluation.report.tables import differences_table, heat, modalities_tables
+from mmkd.evaluation.settings import STAGE1
 from mmkd.evaluation.statistics.metrics import Integers
 from mmkd.files import read_json
+from mmkd.pages.charts import SERIES_COLORS, Chart, Interval, Series, intervals, lines, radar
+from mmkd.pages.page import Block, Cell, Column, Fold, Grid, Row, Section, Table, number
 
-FEWEST_AXES, MOST_CLASSES, OPEN_PLOTS, COLORS = 3, 40, 4, 9
+FEWEST_AXES, MOST_CLASSES, OPEN_CHARTS, TASK_CHARTS = 3, 40, 4, 24
 
 
-def modalities_section(board: Board) -> str:
-    """Radar of the student, its best teacher, ensemble and oracle, and all numbers as a table beside it."""
-    if len(board.modalities) < 2:
-        return ""
-    drawn = _radar(board) if len(board.modalities) >= FEWEST_AXES else ""
+def means_section(board: Leaderboard) -> Section:
+    """The mean of every row, and the student's difference from each."""
+    mean = board.mean()
+    order = sorted(mean.rows, key=lambda row: -(mean.rows[row]["value"] or 0))
+    scores = [_interval(board.label(row), board.role(row), mean.rows[row]) for row in order]
+    charts = [intervals(f"Mean over {len(mean.tasks)} tasks", scores, None, (0, 1))] if scores else []
+    found = {row: mean.differences[row] for row in order if row in mean.differences}
+    if found:
+        charts.append(_differences("Student minus each encoder", {board.label(row): own for row, own in found.items()}))
+    kinds = ", ".join(dict.fromkeys(kind_label(board.tasks[name]["kind"]) for name in mean.tasks))
     lead = (
-        "Each axis is the mean over the tasks of one modality; axes differ in difficulty, so compare lines along an "
-        "axis, not the corners of one line."
+        f"Each kind of task ({kinds}) has the same weight. The same draws of held-out sources serve every encoder, so "
+        "differences are paired."
     )
-    return section("modalities", "By modality", lead, drawn, modalities_table(board))
+    return Section("overall", "All tasks together", lead, [Grid(charts)] if charts else [])
 
 
-def differences_section(board: Board) -> str:
-    """A forest plot of the paired differences on every dataset for each rival, the best teacher's open."""
-    best = board.mean().best(board.teachers)
-    order = sorted(board.rivals, key=lambda row: (row != best, board.rivals.index(row)))
-    parts = []
-    for rival in order:
-        found = [
-            (task_name(task, name) + f" · {kind_name(task['kind'])}", difference_of(board.summary, name, rival))
-            for name, task in board.tasks.items()
-        ]
-        rows = [_row(name, own) for name, own in found if own is not None and own["difference"] is not None]
-        values = [own for _, own in found if own is not None and own["difference"] is not None]
-        if not rows:
+def tasks_section(board: Leaderboard) -> Section:
+    """The primary metric of every row on each task, and chance; of the first tasks where there are many."""
+    charts = []
+    for name in list(board.tasks)[:TASK_CHARTS]:
+        task = board.tasks[name]
+        rows = [
+            _interval(board.label(row), board.role(row), found) if (found := board.metric(name, row))
+            else Interval(board.label(row), board.role(row), None, numbers=board.reason(name, row))
+            for row in board.rows if board.result(name, row)
+        ]  # fmt: skip
+        chance = (task.get("chance") or {}).get(task["primary_metric"])
+        chart = intervals(f"{board.task_label(name)}: {task['title']}", rows, chance, (0, 1))
+        charts.append(replace(chart, notes=task_notes(task)))
+    lead = "Dots are values on all held-out samples, bars their 95 % intervals, the dashed line is chance."
+    if len(board.tasks) > TASK_CHARTS:
+        lead += f" Drawn are the first {TASK_CHARTS} of {len(board.tasks)} tasks; all numbers are in the table above."
+    return Section("tasks", "Charts of each task", lead, _gallery(charts, "More tasks", 2 * OPEN_CHARTS))
+
+
+def differences_section(board: Leaderboard) -> Section:
+    """The paired differences on every task: a chart against the best teacher and against stage 1, a table for all."""
+    charts = []
+    for row in dict.fromkeys([board.mean().best(board.teachers), STAGE1]):
+        if row is None or row not in board.others:
             continue
-        overall = board.mean().differences.get(rival)
-        if overall is not None:
-            rows.insert(0, Row("All tasks", "student", overall["difference"], overall["low"], overall["high"]))
-            values.insert(0, overall)
-        caption = f"{board.student} minus {rival}"
-        chart = differences(caption, rows, [p_value(own["p"]) for own in values], "Dataset")
-        parts.append(chart if rival == order[0] else details(caption, chart))
+        overall = board.mean().differences.get(row)
+        found = {f"All {len(board.mean().tasks)} tasks": overall} if overall else {}
+        for name, task in list(board.tasks.items())[:TASK_CHARTS]:
+            if (own := board.difference(name, row)) is not None:
+                found[f"{board.task_label(name)} · {kind_label(task['kind'])}"] = own
+        if found:
+            charts.append(_differences(f"{board.student} minus {row}", found))
     lead = (
-        "The same draws of held-out patients, slides or images serve both sides of a difference. "
-        "p is two-sided and not corrected for the number of comparisons."
+        "Student minus another encoder, with the 95 % interval of the paired difference; the same draws of held-out "
+        "sources serve both sides. p is two-sided and not corrected for the number of comparisons. Colored where the "
+        "interval excludes zero."
     )
-    return section("differences", "Paired differences", lead, *parts)
+    blocks: list[Block] = [Grid(charts), differences_table(board)] if board.others else []
+    return Section("differences", "Paired differences", lead, blocks)
 
 
-def learning_section(board: Board) -> str:
+def modalities_section(board: Leaderboard) -> Section:
+    """Radar of the student, its best teacher, ensemble and oracle, and all numbers as tables."""
+    tables: list[Block] = list(modalities_tables(board))
+    if len(board.modalities) >= FEWEST_AXES:
+        means = [board.mean(modality) for modality in board.modalities]
+        best = board.mean().best(board.teachers) or next(iter(board.teachers), None)
+        series = []
+        for row, color in {board.student: "student", best: "c0", ENSEMBLE: "ensemble", ORACLE: "oracle"}.items():
+            found = [(float(k), mean.rows[row]["value"]) for k, mean in enumerate(means) if row in mean.rows]
+            points = [(axis, value) for axis, value in found if value is not None]
+            if row in board.rows and points:
+                series.append(Series(board.label(str(row)), color, points))
+        if series:
+            tables.insert(0, radar("Mean score by modality", board.modalities, series))
+    lead = (
+        "Specialists are strong on the modality that they were trained on; a student of many should be weak on none. "
+        "Modalities differ in difficulty, so compare encoders within a modality. A dot marks the best encoder."
+    )
+    return Section("modalities", "By modality", lead, tables)
+
+
+def learning_section(board: Leaderboard) -> Section:
     """Learning curves of the probes: images of each class or share of the training data against the score."""
-    figures = []
+    charts = []
     for name, task in board.all_tasks.items():
         for ending, axis in (("-shot", "training images of each class"), ("%", "per cent of the training images")):
-            series, places = _curves(board, task, ending) if task["kind"] == "probe" else ([], set())
+            series, places = _learning_curves(board, task, ending) if task["kind"] == "probe" else ([], set())
             if len(places) > 1:
                 caption = f"{task.get('dataset') or name}: probe by {axis}"
-                figures.append(lines(caption, axis, series, [(x, f"{x:g}") for x in sorted(places)]))
+                charts.append(lines(caption, axis, series, {x: f"{x:g}" for x in sorted(places)}))
     lead = "Balanced accuracy of linear probes with little data, mean over seeds; the shade is the student's interval."
-    return section("learning", "Few shots", lead, *_gallery(figures, "More learning curves"))
+    return Section("learning", "Learning curves", lead, _gallery(charts, "More learning curves"))
 
 
-def survival_section(board: Board) -> str:
+def survival_section(board: Leaderboard) -> Section:
     """Kaplan-Meier curves of the halves of higher and lower predicted risk."""
-    own: list[str] = []
-    others: list[str] = []
-    for name, task in board.all_tasks.items():
+    own: list[Chart] = []
+    others: list[Chart] = []
+    for name in board.all_tasks:
         for row in board.rows:
-            found = (task["rows"].get(row) or {}).get("extras", {}).get("kaplan_meier")
+            found = (board.result(name, row) or {}).get("extras", {}).get("kaplan_meier")
             if not found or not found.get("high") or not found.get("low"):
                 continue
-            series = [
-                Series(
-                    f"{half} risk{f', n = {n}' if (n := found.get(f'n_{half}')) else ''}",
-                    style,
-                    [(float(t), float(s)) for t, s in found[half]],
-                )
-                for half, style in (("low", "student"), ("high", "c1"))
-            ]
-            p = found.get("logrank_p")
-            shown = "log-rank p unknown" if p is None else f"log-rank {p_value(p)}"
-            caption = f"{task_name(task, name)}, {label(row, board.student)}: {shown}"
-            (own if row == board.student else others).append(steps(caption, "time", series))
+            series = []
+            for half, color in (("low", "student"), ("high", "c1")):
+                size = f", n = {found[f'n_{half}']}" if found.get(f"n_{half}") else ""
+                points = [(float(time), float(share)) for time, share in found[half]]
+                series.append(Series(f"{half} risk{size}", color, points))
+            caption = f"{board.task_label(name)}, {board.label(row)}: log-rank {p_value(found.get('logrank_p'))}"
+            (own if row == board.student else others).append(lines(caption, "time", series, steps=True))
     lead = (
-        "Share of the held-out cases alive, of those whose predicted risk lies above the median of the training cases, "
-        "and of the others; p is that of the log-rank test between them."
+        "Survival prediction (C-index): share of the held-out cases alive, of those whose predicted risk lies above "
+        "the median of the training cases, and of the others; p is that of the log-rank test between them."
     )
-    opened = [f'<div class="figures">{"".join(own)}</div>' if own else "", *_folded(others, "Other encoders")]
-    return section("survival", "Survival by predicted risk", lead, *opened)
+    blocks: list[Block] = [Grid(own)] if own else []
+    blocks += [Fold(f"Other encoders ({len(others)})", [Grid(others)])] if others else []
+    return Section("survival", "Survival by predicted risk", lead, blocks)
 
 
-def confusions_section(board: Board) -> str:
-    """Confusion matrices of the student, rows of each summing to one."""
-    figures = []
+def confusions_section(board: Leaderboard) -> Section:
+    """Confusion matrices of the student, each row summing to one."""
+    tables = []
     for name, task in board.tasks.items():
         counts, classes = _confusion(board, name, task)
         if counts is None:
             continue
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         rows = [
-            [f"{text(truth)} <small>n = {own.sum()}</small>", *(shade(float(share), False) for share in part)]
+            Row([Cell(truth, f"n = {own.sum()}"), *(heat({"value": float(x), "low": None}, False) for x in part)])
             for truth, own, part in zip(classes, counts, shares, strict=True)
-        ]
-        caption = (
-            f"{task_name(task, name)}, {kind_name(task['kind'])}: share of each true class (row) by answer (column)"
-        )
-        figures.append(table(caption, ["True class", *classes], rows, "heat"))
-    lead = f"What {text(label(board.student, board.student))} answers, on all held-out samples of each classification."
-    body = details(f"More matrices ({len(figures) - 1})", "".join(figures[1:])) if len(figures) > 1 else ""
-    return section("confusions", "Confusions", lead, *figures[:1], body)
+        ]  # fmt: skip
+        label = f"{board.task_label(name)}, {kind_label(task['kind'])}"
+        columns = [Column(own) for own in ("True class", *classes)]
+        tables.append(Table(f"{label}: share of each true class (row) by answer (column)", columns, rows, "heat"))
+    blocks: list[Block] = [*tables[:1]]
+    blocks += [Fold(f"More matrices ({len(tables) - 1})", tables[1:])] if len(tables) > 1 else []
+    lead = f"Predictions of {board.label(board.student)} on all held-out samples of each classification."
+    return Section("confusions", "Confusion matrices", lead, blocks)
 
 
-def _radar(board: Board) -> str:
-    means = [board.mean(modality) for modality in board.modalities]
-    best = board.mean().best(board.teachers) or next(iter(board.teachers), None)
-    styles = {board.student: "student", best: "c0", ENSEMBLE: "ensemble", ORACLE: "oracle"}
-    series = []
-    for row, style in styles.items():
-        points = [(float(k), mean.rows[row]["value"]) for k, mean in enumerate(means) if row in mean.rows]
-        known = [(x, y) for x, y in points if y is not None]
-        if row in board.rows and known:
-            series.append(Series(label(str(row), board.student), style, known))
-    return radar("Mean score by modality", board.modalities, series) if series else ""
+def _interval(label: str, role: str, metric: Metric) -> Interval:
+    inside = "no interval" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
+    numbers = f"{number(metric['value'])} ({inside})"
+    return Interval(label, role, metric["value"], metric["low"], metric["high"], numbers)
 
 
-def _row(name: str, found: Metric) -> Row:
-    return Row(name, tone(found), found["difference"], found["low"], found["high"])
+def _differences(caption: str, found: dict[str, Metric]) -> Chart:
+    bounds = [abs(own[key] or 0) for own in found.values() for key in ("difference", "low", "high")]
+    reach = max(0.1, math.ceil(max(bounds) * 10) / 10)
+    rows = [
+        Interval(label, tone(own), own["difference"], own["low"], own["high"], f"{between(own)}, {p_value(own['p'])}")
+        for label, own in found.items()
+    ]
+    return intervals(caption, rows, 0.0, (-reach, reach))
 
 
-def _curves(board: Board, task: Task, ending: str) -> tuple[list[Series], set[float]]:
-    """One line for each encoder that has metrics ``NAME@AMOUNT`` of this ending, and the amounts there are."""
+def _learning_curves(board: Leaderboard, task: Task, ending: str) -> tuple[list[Series], set[float]]:
+    """One line for each row that has metrics ``NAME@AMOUNT`` of this ending, and the amounts there are."""
     series, places = [], set()
     for position, row in enumerate(board.rows):
-        found = (task["rows"].get(row) or {}).get("metrics", {})
-        amounts = {_amount(name, ending): metric for name, metric in found.items() if metric["value"] is not None}
+        metrics = (task["rows"].get(row) or {}).get("metrics", {})
+        amounts = {_amount(name, ending): metric for name, metric in metrics.items() if metric["value"] is not None}
         own = sorted((amount, metric) for amount, metric in amounts.items() if amount is not None)
         if not own:
             continue
-        kind = role(board.summary, row)
-        style = kind if kind in ("student", ENSEMBLE, ORACLE) else f"c{(position - 1) % COLORS}"
+        role = board.role(row)
+        color = role if role in ("student", ENSEMBLE, ORACLE) else f"c{(position - 1) % SERIES_COLORS}"
         band = [(x, metric["low"], metric["high"]) for x, metric in own if metric["low"] is not None]
-        shaded = band if row == board.student else ()
-        series.append(Series(label(row, board.student), style, [(x, m["value"]) for x, m in own], shaded))
+        points = [(x, metric["value"]) for x, metric in own]
+        series.append(Series(board.label(row), color, points, band if row == board.student else ()))
         places |= {x for x, _ in own}
     return series, places
 
@@ -161,19 +206,18 @@ def _curves(board: Board, task: Task, ending: str) -> tuple[list[Series], set[fl
 def _amount(metric: str, ending: str) -> float | None:
     """4 of ``balanced_accuracy@4-shot``."""
     _, _, setting = metric.partition("@")
-    number_part = setting.removesuffix(ending)
-    return float(number_part) if number_part != setting and number_part.replace(".", "", 1).isdigit() else None
+    amount = setting.removesuffix(ending)
+    return float(amount) if amount != setting and amount.replace(".", "", 1).isdigit() else None
 
 
-def _confusion(board: Board, name: str, task: Task) -> tuple[Integers | None, list[str]]:
-    """Counts ``(truth, answer)`` of the student, None where the task is no classification of single classes."""
-    cell = task["rows"].get(board.student)
+def _confusion(board: Leaderboard, name: str, task: Task) -> tuple[Integers | None, list[str]]:
+    """Counts ``(truth, answer)`` of the student, None where the task does not choose one of several classes."""
     file = board.results / "cells" / board.student / f"{name}.safetensors"
     described = board.results / "tasks" / f"{name}.json"
-    if cell is None or cell["undefined"] or not file.is_file() or not described.is_file():
+    if board.metric(name, board.student) is None or not file.is_file() or not described.is_file():
         return None, []
-    asked = read_json(described)
-    targets, classes = asked.get("targets"), asked.get("classes")
+    description = read_json(described)
+    targets, classes = description.get("targets"), description.get("classes")
     if not isinstance(targets, list) or not isinstance(classes, list) or not 2 <= len(classes) <= MOST_CLASSES:
         return None, []
     answers = _answers(file)
@@ -184,7 +228,7 @@ def _confusion(board: Board, name: str, task: Task) -> tuple[Integers | None, li
     return counts, [str(own) for own in classes]
 
 
-def _answers(file: Any) -> Integers | None:
+def _answers(file: Path) -> Integers | None:
     try:
         with safe_open(file, "np") as tensors:
             if "outputs.image.scores" not in tensors.keys():  # noqa: SIM118
@@ -195,12 +239,8 @@ def _answers(file: Any) -> Integers | None:
     return scores.argmax(axis=1) if scores.ndim == 2 else None
 
 
-def _gallery(figures: list[str], rest: str) -> Iterator[str]:
-    if figures:
-        yield f'<div class="figures">{"".join(figures[:OPEN_PLOTS])}</div>'
-        yield from _folded(figures[OPEN_PLOTS:], rest)
-
-
-def _folded(figures: list[str], title: str) -> Iterator[str]:
-    if figures:
-        yield details(f"{title} ({len(figures)})", f'<div class="figures">{"".join(figures)}</div>')
+def _gallery(charts: Sequence[Chart], rest: str, shown: int = OPEN_CHARTS) -> list[Block]:
+    """The first charts, the others behind a click."""
+    hidden = charts[shown:]
+    blocks: list[Block] = [Grid(charts[:shown])] if charts else []
+    return [*blocks, *([Fold(f"{rest} ({len(hidden)})", [Grid(hidden)])] if hidden else [])]

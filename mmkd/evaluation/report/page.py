@@ -1,180 +1,127 @@
-"""The report of a suite: one self-contained page and the same numbers as Markdown, from what an evaluation wrote.
+"""The report of an evaluation: one self-contained page and the same numbers as Markdown.
 
-Nothing is fetched. One small script of ours sorts and filters; the page says by its hash that no other may run, and
-without it everything is still there to read.
+It is built from what `mmkd eval` wrote. Sections that only some results have (example images of a folder of pairs, the
+training's curves, alignment and screening, learning and survival curves) appear where there is something to show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.evaluation.report.board import Board, caveat, claim, skipped_sets, verdict
-from mmkd.evaluation.report.figures import (
-    confusions_section,
-    differences_section,
-    learning_section,
-    modalities_section,
-    survival_section,
-)
-from mmkd.evaluation.report.markdown import markdown
-from mmkd.evaluation.report.markup import details, page, section, table, text
-from mmkd.evaluation.report.pairs_page import ReportInputs, pipeline_sections, read_summary, settings_of
-from mmkd.evaluation.report.pairs_results import label
-from mmkd.evaluation.report.tables import (
-    best_teachers_section,
-    leaderboard_section,
-    metrics_section,
-    results_section,
-    wins_section,
-)
-from mmkd.files import atomic_write_text
-
-LOCK = "repro.lock"
+from mmkd.data.folder import open_pairs
+from mmkd.evaluation.report import figures, tables
+from mmkd.evaluation.report.examples import examples_sections
+from mmkd.evaluation.report.leaderboard import Leaderboard, caveat, claims, facts, title
+from mmkd.evaluation.report.lineage import teachers_section, training_section
+from mmkd.files import read_json
+from mmkd.pages.page import Page, Section, write_page
 
 
-def is_suite(summary: dict[str, Any]) -> bool:
-    """Whether tasks follow datasets' manifests, rather than one folder of pairs."""
-    return any(task.get("dataset") for task in summary["tasks"].values()) or "skipped_datasets" in summary
+@dataclass(frozen=True)
+class ReportInputs:
+    """What the stages wrote; only results are required, the rest is shown where it exists."""
+
+    results: Path
+    pairs: Path | None = None
+    stage1_log: Path | None = None
+    distill_log: Path | None = None
+    screen_report: Path | None = None
+    align_report: Path | None = None
+    stages: Path | None = None
 
 
-def write_leaderboard(inputs: ReportInputs, file: Path) -> Path:
+def write_report(inputs: ReportInputs, file: Path) -> Path:
     """Write the page and, beside it, the same numbers as Markdown, under the page's name with another ending.
 
     Args:
-        inputs: what `mmkd eval` wrote, and logs and reports of the stages before it; no pairs.
+        inputs: what `mmkd eval` wrote, and logs and reports of the stages before it.
         file: the page.
 
     Returns:
         The Markdown file.
 
     Raises:
-        FileNotFoundError: there is no ``summary.json``.
-        ValueError: it is broken, or pairs are named.
+        FileNotFoundError: there is no ``summary.json``, or the pairs do not exist.
+        ValueError: a JSON file is broken.
     """
-    if inputs.pairs is not None:
-        raise ValueError("--pairs: these results are of datasets, not of a folder of pairs; leave it out")
-    board = Board(read_summary(inputs.results), inputs.results)
-    atomic_write_text(file.with_suffix(".md"), markdown(board, lock_text(inputs.results)))
-    atomic_write_text(file, build_page(board, pipeline_sections(inputs), settings_of(inputs)))
+    page = report_page(Leaderboard(read_summary(inputs.results), inputs.results), inputs)
+    write_page(file.with_suffix(".md"), page)
+    write_page(file, page)
     return file.with_suffix(".md")
 
 
-def build_page(board: Board, pipeline: Sequence[str] = (), settings: dict[str, str] | None = None) -> str:
-    """The whole page.
+def read_summary(results: Path) -> dict[str, Any]:
+    """``summary.json`` of an evaluation.
 
-    Args:
-        board: the results.
-        pipeline: sections on how the student came about.
-        settings: ``settings.yaml`` by command.
+    Raises:
+        FileNotFoundError: there is none among the results.
+        ValueError: it is broken.
     """
-    every = (
-        leaderboard_section,
-        best_teachers_section,
-        modalities_section,
-        wins_section,
-        differences_section,
-        results_section,
-        learning_section,
-        survival_section,
-        metrics_section,
-        confusions_section,
-        contamination_section,
-    )
-    sections = [
-        *([make(board) for make in every] if board.tasks else []),
-        skipped_section(board),
-        datasets_section(board),
-        *pipeline,
-        provenance_section(board, settings or {}),
+    summary_file = results / "summary.json"
+    if not summary_file.is_file():
+        raise FileNotFoundError(f"{summary_file} is not there; run `mmkd eval --output {results}` first")
+    summary: dict[str, Any] = read_json(summary_file)
+    return summary
+
+
+def report_page(board: Leaderboard, inputs: ReportInputs) -> Page:
+    """The whole page; sections without content are left out."""
+    sections: list[Section] = []
+    if board.tasks:
+        sections = [
+            tables.leaderboard_section(board),
+            figures.means_section(board),
+            tables.best_teachers_section(board),
+            figures.modalities_section(board),
+            tables.wins_section(board),
+            tables.results_section(board),
+            figures.tasks_section(board),
+            *(examples_sections(board, open_pairs(inputs.pairs)) if inputs.pairs else []),
+            figures.differences_section(board),
+            figures.learning_section(board),
+            figures.survival_section(board),
+            figures.confusions_section(board),
+            tables.metrics_section(board),
+            tables.contamination_section(board),
+        ]
+    sections += [
+        tables.skipped_section(board),
+        tables.datasets_section(board, _datasheet(inputs.pairs)),
+        training_section({"Stage 1, contrastive": inputs.stage1_log, "Stage 2, distillation": inputs.distill_log}),
+        teachers_section(_optional(inputs.align_report), _optional(inputs.screen_report)),
+        tables.provenance_section(board, _settings(inputs), _optional(inputs.stages)),
     ]
-    head = (
-        '<header><p class="brand">MMKD-CLIP</p>'
-        f'<h1>{text(verdict(board))}</h1>\n<p class="claim">{claim(board)}</p>\n'
-        f'<p class="caveat">{caveat(board)}</p></header>'
+    version = board.summary.get("versions", {}).get("mmkd-clip", "")
+    return Page(
+        title(board),
+        [section for section in sections if section.blocks or section.content],
+        claims(board),
+        facts(board),
+        caveat(board),
+        f"Made by mmkd report, mmkd-clip {version}. Not a medical device, no medical advice.",
     )
-    version = text(board.summary.get("versions", {}).get("mmkd-clip", ""))
-    foot = (
-        f"<footer>Made by <code>mmkd report</code>, mmkd-clip {version}. No medical device, no medical advice.</footer>"
-    )
-    body = "\n".join([head, "<main>", *(part for part in sections if part), "</main>", foot])
-    script = resources.files("mmkd.evaluation.report").joinpath("leaderboard.js").read_text(encoding="utf-8")
-    style = resources.files("mmkd.evaluation.report").joinpath("leaderboard.css").read_text(encoding="utf-8")
-    return page(f"MMKD-CLIP: {verdict(board)}", body, style, script)
 
 
-def contamination_section(board: Board) -> str:
-    """Which encoder was trained on data of which dataset, as far as is known."""
-    rows = [
-        [text(label(row, board.student)), text(dataset), text(reason)]
-        for row, dataset, reason in board.marked_datasets()
-    ]
-    lead = (
-        "Marked with † above. A mark says that training data and test set share a source, not that test images were "
-        "seen; a missing mark says only that no overlap is known."
-    )
-    return section("contamination", "Trained on the test's source", lead,
-                   table("Marks of contamination", ["Encoder", "Dataset", "Why"], rows) if rows else "")  # fmt: skip
+def _datasheet(pairs: Path | None) -> str:
+    sheets = [pairs / name for name in ("README.md", "ATTRIBUTION.md")] if pairs else []
+    return "\n".join(sheet.read_text(encoding="utf-8") for sheet in sheets if sheet.is_file())
 
 
-def skipped_section(board: Board) -> str:
-    """Datasets and tasks without results, and why."""
-    rows = [[text(name), text(reason)] for name, reason in skipped_sets(board.summary).items()]
-    return section("skipped", "Not evaluated", "What is not among the numbers above, and why.",
-                   table("Skipped datasets and tasks", ["Left out", "Reason"], rows) if rows else "")  # fmt: skip
+def _settings(inputs: ReportInputs) -> dict[str, str]:
+    """The resolved settings that stages left beside what they wrote, by command."""
+    outputs = {
+        "curate": inputs.pairs / "manifest.jsonl" if inputs.pairs else None,
+        "pretrain": inputs.stage1_log,
+        "screen": inputs.screen_report,
+        "align": inputs.align_report,
+        "distill": inputs.distill_log,
+        "eval": inputs.results / "summary.json",
+    }
+    files = {name: path.parent / "settings.yaml" for name, path in outputs.items() if path is not None}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
 
 
-def datasets_section(board: Board) -> str:
-    """What each dataset is, who may use it and what its splits share."""
-    rows = []
-    for name, own in board.summary.get("datasets", {}).items():
-        splits = own["splits"]
-        held_out = splits["counts"][board.summary["settings"].get("split", "test")]
-        shared = [f"{splits['shared_groups']} groups"] if splits["shared_groups"] else []
-        shared += [f"{splits['shared_images']} identical images"] if splits["shared_images"] else []
-        rows.append([
-            f"{text(name)} <small>{text(own['title'])}</small>",
-            *(text(own[key]) for key in ("modality", "task", "license", "tier")),
-            f"{held_out['pairs']} <small>from {held_out['groups']} sources</small>",
-            text(", ".join(shared) or "nothing"),
-        ])  # fmt: skip
-    lead = (
-        "Tier A is open, B needs a registration, C credentials and an agreement. Sources are patients, slides or what "
-        "else the dataset names as group; images without one count for themselves."
-    )
-    columns = ["Dataset", "modality", "asked as", "licence", "tier", "held out", "shared with training"]
-    return section("data", "Datasets", lead, table("Datasets evaluated on", columns, rows) if rows else "")
-
-
-def provenance_section(board: Board, settings: dict[str, str]) -> str:
-    """Encoders, versions, the lock file and the settings of each command."""
-    summary = board.summary
-    encoders = [
-        [text(name), text(own.get("source", "")), f"<code>{text(str(own.get('fingerprint', ''))[:12])}</code>"]
-        for name, own in summary.get("encoders", {}).items()
-    ]
-    versions = [[text(name), text(version)] for name, version in summary.get("versions", {}).items()]
-    failures = [
-        f"{name}: {line}" for name, own in summary.get("encoders", {}).items() for line in own.get("failures", [])
-    ]
-    failed = "".join(f"<li>{text(line)}</li>" for line in failures)
-    lock = lock_text(board.results)
-    parts = [
-        f'<div class="three">{table("Encoders", ["Name", "loaded from", "weights"], encoders)}'
-        f"{table('Versions', ['Package', 'version'], versions)}</div>",
-        f'<p class="quiet">What failed:</p><ul class="quiet">{failed}</ul>' if failed else "",
-        details(LOCK, f"<pre>{text(lock)}</pre>") if lock else "",
-        *(details(f"mmkd {name} --config settings.yaml", f"<pre>{text(own)}</pre>") for name, own in settings.items()),
-    ]
-    lead = f"Weights, data, settings and versions behind every number stand in <code>{LOCK}</code> among the results."
-    if not lock:
-        lead = "Weights and versions behind every number."
-    return section("provenance", "How this was made", lead, *parts)
-
-
-def lock_text(results: Path) -> str:
-    """The lock file among the results; empty if there is none."""
-    file = results / LOCK
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
+def _optional(path: Path | None) -> Any:
+    return read_json(path) if path is not None and path.is_file() else None

@@ -1,318 +1,338 @@
-"""Tables of a suite's report: the leaderboard, all results, the best teacher of each modality, wins and losses."""
+"""Sections of numbers: leaderboard, results of each task, comparisons, all metrics, marks, datasets, versions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
-from mmkd.evaluation.report.board import (
-    Board,
-    Mean,
+from mmkd.data.table import SPLITS
+from mmkd.evaluation.report.leaderboard import (
+    COMPOSED,
+    Leaderboard,
     Metric,
-    Task,
-    kind_name,
-    metric_name,
+    between,
+    kind_label,
+    metric_label,
     modality_of,
-    sample_count,
-    task_name,
-    value_of,
+    p_value,
+    sample_counts,
+    tone,
 )
-from mmkd.evaluation.report.charts import shade
-from mmkd.evaluation.report.markup import details, number, p_value, section, signed, table, text
-from mmkd.evaluation.report.pairs_results import MADE_HERE, label, role
+from mmkd.pages.page import Block, Cell, Code, Column, Filters, Fold, Grid, Notes, Row, Section, Table, number, signed
 
-MARK = '<abbr class="mark" title="{reason}" aria-label="trained on this data: {reason}">†</abbr>'
+LOCK = "repro.lock"
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the leaderboard: a mean over one kind of task, or over all kinds, or over clean tasks of these."""
-
-    kind: str
-    clean: bool
-    name: str
-
-    def attributes(self) -> str:
-        """For the script: which choice of kind shows it; a clean column of one kind waits for that choice."""
-        return f' data-kind="{text(self.kind)}"' + (" data-alone hidden" if self.kind and self.clean else "")
+NONE = Cell("–")
 
 
-def leaderboard_section(board: Board) -> str:
-    """Mean of every encoder over all datasets, clean ones and each kind; one body for each modality."""
+def leaderboard_section(board: Leaderboard) -> Section:
+    """Mean of every encoder over all tasks, clean ones and each kind; for each modality, shown on choice."""
     several, marked = len(board.kinds) > 1, any(map(board.marks, board.tasks))
-    columns = [Column("", False, "All kinds" if several else kind_name(board.kinds[0]).capitalize())]
-    columns += [Column("", True, "Clean †")] if marked else []
+    choices = [("", False, "All kinds" if several else kind_label(board.kinds[0]).capitalize())]
+    choices += [("", True, "Clean †")] if marked else []
     for clean in (False, True) if marked else (False,):
-        columns += [
-            Column(kind, clean, f"{kind_name(kind).capitalize()}{', clean †' if clean else ''}")
+        choices += [
+            (kind, clean, f"{kind_label(kind).capitalize()}{', clean †' if clean else ''}")
             for kind in (board.kinds if several else [])
         ]
-    head = "".join(f'<th scope="col"{own.attributes()}>{text(own.name)}</th>' for own in columns)
-    head = f'<th scope="col">Encoder</th>{head}'
-    bodies = [_body(board, modality, columns) for modality in ("", *board.modalities)]
-    caption = "Leaderboard: mean of the headline metrics"
-    content = (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table class="sortable board" '
-        'id="board">'
-        f"<caption>{caption}</caption><thead><tr>{head}</tr></thead>{''.join(bodies)}</table></div>"
-    )
+    columns = [Column("Encoder")]
+    for kind, clean, name in choices:
+        alone = bool(kind and clean)
+        columns.append(Column(name, {"kind": kind} | ({"alone": ""} if alone else {}), alone))
+    plain = ("balanced_accuracy", "accuracy") if board.classifications(list(board.tasks)) else ()
+    columns += [Column(f"{metric_label(metric).capitalize()}, classification", {"kind": ""}) for metric in plain]
+    rows = []
+    for modality in ("", *board.modalities):
+        means = [board.mean(modality, kind, clean) for kind, clean, _ in choices]
+        data, hidden = {"scope": modality}, bool(modality)
+        classified = board.classifications(means[0].tasks)
+        counts = [*(len(mean.tasks) for mean in means), *(len(classified) for _ in plain)]
+        rows.append(Row([f"{modality or 'Datasets'}, number of tasks", *counts], "counts", data, hidden))
+        order = [row for row in board.rows if any(row in mean.rows for mean in means)]
+        for row in sorted(order, key=lambda row: -(means[0].rows.get(row, {}).get("value") or 0)):
+            cells = [scored(mean.rows.get(row), row == mean.best(board.encoders)) for mean in means]
+            values = [board.plain_mean(row, metric, classified) for metric in plain]
+            cells += [Cell(number(value), value=value) for value in values]
+            rows.append(Row([board.label(row), *cells], board.role(row), data, hidden))
     lead = (
-        "Mean over kinds of task of the mean over datasets, with its 95 % interval, each over the datasets that every "
-        "encoder of the column answered; their number stands in the first row. A dot marks the best encoder of a "
-        "column. Ensemble and oracle are made of the teachers; the oracle is chosen on these test sets and flatters."
+        "Mean over kinds of task of the mean over tasks, with its 95 % interval, each over the tasks that every "
+        "encoder of the column has; their number is in the first row. Accuracy and balanced accuracy are means "
+        "without an interval. A dot marks the best encoder of a column. Ensemble and oracle are composed of the "
+        "teachers; the oracle is selected on these test sets and is optimistic."
     )
-    return section("leaderboard", "Leaderboard", lead, _filters(board), content, _missing(board))
+    choice = Filters({
+        "modality": ("Modality", {modality: modality for modality in board.modalities}),
+        "kind": ("Kind of task", {kind: kind_label(kind) for kind in board.kinds}),
+    })  # fmt: skip
+    missing = [
+        f"{board.label(row)} has no result on {', '.join(own)}" for row, own in board.mean().missing.items() if own
+    ]
+    table = Table("Leaderboard: mean of the primary metrics", columns, rows, anchor="board")
+    excluded = [Notes("Excluded from the means over all kinds, since an encoder lacks them:", missing)]
+    return Section("leaderboard", "Leaderboard", lead, [choice, table, *(excluded if missing else [])])
 
 
-def results_section(board: Board) -> str:
-    """Every dataset: the headline metric of every encoder with its interval."""
-    columns = ["Dataset", "Task", "Modality", "n", *board.rows]
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
+def results_section(board: Leaderboard) -> Section:
+    """Every task: the primary metric of every encoder with its interval, and accuracy beside balanced accuracy."""
     rows = []
     for name, task in board.all_tasks.items():
-        chance = task["chance"].get(task["headline"]) if task.get("chance") else None
-        small = metric_name(task["headline"]) + (f", chance {number(chance)}" if chance is not None else "")
-        shown = f"{text(kind_name(task['kind']))}<small>{text(small)}</small>"
-        values = [value_of(board.summary, name, row) for row in board.rows if row not in MADE_HERE]
-        best = max((value for value in values if value is not None), default=None)
-        cells = "".join(_result(board, name, row, best) for row in board.rows)
-        rows.append(
-            f'<tr data-modality="{text(modality_of(task))}" data-kind="{text(task["kind"])}">'
-            f'<th scope="row">{text(task_name(task, name))}'
-            f"<small>{text(task['title'])}</small></th><td>{shown}</td><td>{text(modality_of(task))}</td>"
-            f'<td data-value="{sample_count(task)}">{sample_count(task)}</td>{cells}</tr>'
-        )
-    caption = "Headline metric of every encoder on every dataset"
-    content = (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table class="sortable board" '
-        f'id="results"><caption>{caption}</caption><thead><tr>{head}</tr></thead>\n<tbody>{"".join(rows)}</tbody></table></div>'
-    )
-    lead = "Value on all held-out samples and 95 % interval. † = the encoder was trained on this data; a dot = best."
-    return section("results", "Dataset by dataset", lead, content)
-
-
-def modalities_table(board: Board) -> str:
-    """A heat table: mean of every encoder on every modality."""
-    means = {modality: board.mean(modality) for modality in board.modalities}
-    columns = [modality for modality, mean in means.items() if mean.rows]
-    if not columns:
-        return ""
-    rows = []
-    for row in board.rows:
-        cells = []
-        for modality in columns:
-            mean = means[modality]
-            best = mean.best(other for other in board.rows if other not in MADE_HERE)
-            cells.append(shade(mean.rows[row]["value"] if row in mean.rows else None, row == best))
-        name = text(label(row, board.student))
-        rows.append([f'<span class="{role(board.summary, row)}">{name}</span>', *cells])
-    heads = ["Encoder", *(f"{modality} ({len(means[modality].tasks)})" for modality in columns)]
-    return table("Mean by modality (number of tasks)", heads, rows, "heat")
-
-
-def best_teachers_section(board: Board) -> str:
-    """The teacher one would ask for each modality, if one knew, against the student."""
-    rows = []
-    for modality, best, mean in best_teachers(board):
-        ours = mean.rows.get(board.student)
-        rows.append(
-            [
-                text(modality),
-                text(best),
-                scored(mean.rows[best]),
-                scored(ours) if ours else '<span class="none">–</span>',
-                compared(mean.differences.get(best)),
-                str(len(mean.tasks)),
-            ]
-        )
-    if not rows:
-        return ""
+        chance = (task.get("chance") or {}).get(task["primary_metric"])
+        metric = metric_label(task["primary_metric"]) + (f", chance {number(chance)}" if chance is not None else "")
+        values = [found["value"] or 0 for row in board.encoders if (found := board.metric(name, row))]
+        cells = [_result(board, name, row, max(values, default=None)) for row in board.rows]
+        rows.append(Row(
+            [Cell(board.task_label(name), task["title"]), Cell(kind_label(task["kind"]), metric), modality_of(task),
+             sample_counts(task)[0], *cells],
+            data={"modality": modality_of(task), "kind": task["kind"]},
+        ))  # fmt: skip
     lead = (
-        "The single best teacher of each modality, chosen on these same test sets, which flatters it. "
-        "A student that keeps up with it needs nobody to choose."
+        "Value on all held-out samples and 95 % interval. † = the encoder was trained on data of the same source; a "
+        "dot marks the best encoder."
+    )
+    columns = [Column(name) for name in ("Dataset", "Task", "Modality", "n", *map(board.label, board.rows))]
+    table = Table("Primary metric of every encoder on every task", columns, rows, anchor="results")
+    return Section("results", "Results of each task", lead, [table])
+
+
+def best_teachers_section(board: Leaderboard) -> Section:
+    """The best teacher of each modality against the student."""
+    rows = [
+        Row([modality, best, scored(mean.rows[best]), scored(mean.rows.get(board.student)),
+             compared(mean.differences.get(best)), len(mean.tasks)])
+        for modality, best, mean in board.best_teachers()
+    ]  # fmt: skip
+    lead = (
+        "The best single teacher of each modality, selected on these same test sets, which is optimistic for it. A "
+        "student at this level replaces the choice of a specialist."
     )
     columns = ["Modality", "Best teacher", "its mean", "student", "student minus teacher", "tasks"]
-    return section("best", "Best teacher of each modality", lead, table("Best teacher", columns, rows, "differences"))
+    tables = [Table("Best teacher", [Column(name) for name in columns], rows)] if rows else []
+    return Section("best", "Best teacher of each modality", lead, tables)
 
 
-def best_teachers(board: Board) -> list[tuple[str, str, Mean]]:
-    """Modality, best teacher and the means there, where there is a teacher at all."""
-    found = []
-    for modality in board.modalities:
-        mean = board.mean(modality)
-        best = mean.best(board.teachers)
-        if best is not None:
-            found.append((modality, best, mean))
-    return found
-
-
-def wins_section(board: Board) -> str:
-    """How often the student is ahead of, level with and behind each rival, beyond its interval."""
-    rows = []
-    for rival in board.rivals:
-        clean = board.clean_against(rival)
-        dirty = len(clean) < len(board.tasks)
-        wins = outcomes(board, rival, list(board.tasks))
-        rows.append(
-            [
-                text(label(rival, board.student)),
-                *(str(count) for count in wins),
-                compared(board.mean().differences.get(rival)),
-                " / ".join(map(str, outcomes(board, rival, clean)[:3])) if dirty else '<span class="none">same</span>',
-                compared(board.mean_of(clean).differences.get(rival)) if dirty else '<span class="none">same</span>',
-            ]
-        )
-    if not rows:
-        return ""
-    count = len(board.tasks)
+def wins_section(board: Leaderboard) -> Section:
+    """On how many tasks the interval of the paired difference lies above, around and below zero."""
+    rows, tasks = [], list(board.tasks)
+    for row in board.others:
+        clean = board.clean_against(row)
+        wins, ties, losses, unknown = board.outcomes(row, tasks)
+        of_clean: list[Cell | str | int] = ["same", "same"]
+        if len(clean) < len(tasks):
+            outcomes = " / ".join(map(str, board.outcomes(row, clean)[:3]))
+            of_clean = [outcomes, compared(board.mean_of(clean).differences.get(row))]
+        mean = compared(board.mean().differences.get(row))
+        rows.append(Row([board.label(row), wins, ties, losses, unknown, mean, *of_clean], board.role(row)))
     lead = (
-        f"Over {count} tasks: a win where the whole 95 % interval of the paired difference lies above zero, a loss "
-        "where it lies below, else a tie. About one in forty would be a win, and as many a loss, by chance alone. "
-        "Clean = without datasets that the student or this rival was trained on."
+        f"Over {len(tasks)} tasks: a win where the whole 95 % interval of the paired difference lies above zero, a "
+        "loss where it lies below, else a tie. About one in forty is a win, and as many a loss, by chance alone. "
+        "Clean = without datasets that the student or this encoder was trained on."
     )
-    columns = ["Rival", "wins", "ties", "losses", "unknown", "mean difference", "clean: w / t / l", "clean: difference"]
-    return section("wins", "Win, tie, loss", lead, table("Student against each rival", columns, rows, "differences"))
+    columns = ["Encoder", "wins", "ties", "losses", "unknown", "mean difference", "clean: w / t / l", "clean: mean"]
+    tables = [Table("Student against each encoder", [Column(name) for name in columns], rows)] if rows else []
+    return Section("wins", "Win, tie, loss", lead, tables)
 
 
-def outcomes(board: Board, rival: str, tasks: Sequence[str]) -> tuple[int, int, int, int]:
-    """Wins, ties, losses, and tasks without an interval."""
-    tones = [tone(difference_of(board.summary, task, rival)) for task in tasks]
-    return tones.count("ahead"), tones.count("level"), tones.count("behind"), tones.count("unknown")
+def differences_table(board: Leaderboard) -> Table:
+    """Student minus every other row, on the mean and on each task."""
+    columns = [Column(name) for name in ("Task", *map(board.label, board.others))]
+    mean = [compared(board.mean().differences.get(row)) for row in board.others]
+    rows = [Row([Cell("All tasks", f"mean of {len(board.mean().tasks)}"), *mean])]
+    for name, task in board.tasks.items():
+        cells = [compared(board.difference(name, row)) for row in board.others]
+        rows.append(Row([Cell(board.task_label(name), kind_label(task["kind"])), *cells]))
+    return Table("Student minus each encoder", columns, rows)
 
 
-def difference_of(summary: dict[str, Any], task: str, rival: str) -> Metric | None:
-    """Student minus rival in the headline metric of a task."""
-    found = summary["tasks"][task]["differences"].get(rival)
-    return found.get(summary["tasks"][task]["headline"]) if found else None
-
-
-def tone(found: Metric | None) -> str:
-    """Where the interval of a difference lies."""
-    if found is None or found["low"] is None or found["high"] is None:
-        return "unknown"
-    return "ahead" if found["low"] > 0 else "behind" if found["high"] < 0 else "level"
-
-
-def scored(metric: Metric, best: bool = False) -> str:
-    """A value with its interval as HTML."""
-    dot = ' <b aria-label="best">●</b>' if best else ""
-    inside = "no interval" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
-    return f"{number(metric['value'])}{dot}<small>{inside}</small>"
-
-
-def compared(found: Metric | None) -> str:
-    """A difference with interval and p as HTML."""
-    if found is None or found["difference"] is None:
-        return '<span class="none">–</span>'
-    inside = "no interval" if found["low"] is None else f"{signed(found['low'])} to {signed(found['high'])}"
-    own = f'<span class="{tone(found)}">{signed(found["difference"])}</span>'
-    return f"{own}<small>{inside}, {text(p_value(found['p']))}</small>"
-
-
-def _body(board: Board, modality: str, columns: Sequence[Column]) -> str:
-    means = [board.mean(modality, own.kind, own.clean) for own in columns]
-    order = sorted(
-        (row for row in board.rows if any(row in mean.rows for mean in means)),
-        key=lambda row: -(means[0].rows.get(row, {}).get("value") or 0),
-    )
-    several = list(zip(columns, means, strict=True))
-    counts = "".join(f"<td{own.attributes()}>{len(mean.tasks)}</td>" for own, mean in several)
-    lines = [f'<tr class="counts"><th scope="row">{text(modality or "Datasets")}, number of tasks</th>{counts}</tr>']
-    for row in order:
-        cells = ""
-        for own, mean in several:
-            best = mean.best(other for other in board.rows if other not in MADE_HERE)
-            metric = mean.rows.get(row)
-            shown = scored(metric, row == best) if metric else '<span class="none">–</span>'
-            cells += f'<td{own.attributes()} data-value="{metric["value"] if metric else ""}">{shown}</td>'
-        name = text(label(row, board.student))
-        lines.append(f'<tr class="{role(board.summary, row)}"><th scope="row">{name}</th>{cells}</tr>')
-    hidden = " hidden" if modality else ""
-    return f'\n<tbody data-scope="{text(modality)}"{hidden}>{"".join(lines)}</tbody>'
-
-
-def _result(board: Board, name: str, row: str, best: float | None) -> str:
-    cell = board.summary["tasks"][name]["rows"].get(row)
-    reason = board.marks(name).get(row)
-    mark = MARK.format(reason=text(reason)) if reason else ""
-    if cell is None:
-        return '<td data-value=""><span class="none">–</span></td>'
-    metric = cell["metrics"].get(board.summary["tasks"][name]["headline"])
-    if cell["undefined"] or metric is None or metric["value"] is None:
-        reason = undefined_reason(cell, board.summary["tasks"][name]["headline"])
-        return f'<td data-value=""><small>{text(reason)}</small>{mark}</td>'
-    shown = scored(metric, row not in (ENSEMBLE, ORACLE) and metric["value"] == best)
-    return f'<td class="{role(board.summary, row)}" data-value="{metric["value"]}">{mark}{shown}</td>'
-
-
-def undefined_reason(cell: dict[str, Any], metric: str) -> str:
-    """Why a cell has no number for a metric."""
-    reason = cell["undefined"] or cell.get("extras", {}).get("undefined_metrics", {}).get(metric)
-    return f"undefined: {reason}" if reason else "undefined on these samples"
-
-
-def _filters(board: Board) -> str:
-    """Choices of modality and kind; shown by the script, since they do nothing without it."""
-    chosen = ""
-    for name, title, values in (
-        ("modality", "Modality", {modality: modality for modality in board.modalities}),
-        ("kind", "Kind of task", {kind: kind_name(kind) for kind in board.kinds}),
-    ):
-        options = "".join(f'<option value="{text(value)}">{text(shown)}</option>' for value, shown in values.items())
-        chosen += f'<label>{title} <select name="{name}"><option value="">all</option>{options}</select></label>'
-    return f'<div class="filters" id="filters" hidden>{chosen}<span role="status" id="shown"></span></div>'
-
-
-def _missing(board: Board) -> str:
-    """Which encoders keep which tasks out of the common subset."""
-    lines = [
-        f"<li>{text(label(row, board.student))} did not answer {text(', '.join(own))}</li>"
-        for row, own in board.mean().missing.items()
-        if own
-    ]
-    left = '<p class="quiet">Left out of the means over all kinds, since not every encoder answered:</p>'
-    return f'{left}<ul class="quiet">{"".join(lines)}</ul>' if lines else ""
-
-
-# Section: Every metric of every encoder on every task, folded away: other recalls, areas, controls of questions,
-# labels.
-
-
-def metrics_section(board: Board) -> str:
-    """A table for each task that has more than its headline metric, to be opened."""
-    opened = [
-        details(f"{task_name(task, name)} · {kind_name(task['kind'])}", _table(board, name, task))
-        for name, task in board.all_tasks.items()
-        if len(_metrics(board, task)) > 1
-    ]
-    lead = "What else was measured on each dataset, with 95 % intervals, and what chance gives where that is known."
-    return section("metrics", "All metrics", lead, *opened)
-
-
-def _table(board: Board, name: str, task: Task) -> str:
-    metrics = _metrics(board, task)
-    rows = []
-    for row in board.rows:
-        cell = task["rows"].get(row)
-        if cell is None:
+def modalities_tables(board: Leaderboard) -> list[Table]:
+    """Heat tables: the mean of every encoder on every modality, and its score on each modality within a task."""
+    tables = []
+    means = {modality: board.mean(modality) for modality in board.modalities if board.mean(modality).rows}
+    if len(means) > 1:
+        rows = [
+            Row([board.label(row), *(heat(mean.rows.get(row), row == mean.best(board.encoders))
+                                     for mean in means.values())], board.role(row))
+            for row in board.rows
+        ]  # fmt: skip
+        columns = [Column("Encoder"), *(Column(f"{name} ({len(mean.tasks)})") for name, mean in means.items())]
+        tables.append(Table("Mean by modality (number of tasks)", columns, rows, "heat"))
+    for name, task in board.tasks.items():
+        found = {row: own["by_modality"] for row, own in task["rows"].items() if own.get("by_modality")}
+        places = sorted({modality for own in found.values() for modality in own})
+        if len(places) < 2:
             continue
-        found = [cell["metrics"].get(metric) for metric in metrics]
-        shown = [
-            scored(own)
-            if own and own["value"] is not None
-            else f"<small>{text(undefined_reason(cell, metric))}</small>"
-            for own, metric in zip(found, metrics, strict=True)
+        scores = {row: [own.get(place, {}).get("score") for place in places] for row, own in found.items()}
+        best = [
+            max((scores[row][k] or 0 for row in found if row not in COMPOSED), default=0) for k in range(len(places))
         ]
-        rows.append([text(label(row, board.student)), *shown])
-    chances = [task.get("chance", {}).get(metric) for metric in metrics]
-    if any(chance is not None for chance in chances):
-        rows.append(["chance", *(number(chance) for chance in chances)])
-    return table(f"{task_name(task, name)}: {task['title']}", ["Encoder", *map(metric_name, metrics)], rows)
+        rows = [
+            Row([board.label(row), *(heat({"value": score, "low": None}, score == best[k] and row not in COMPOSED)
+                                     for k, score in enumerate(scores[row]))], board.role(row))
+            for row in board.rows if row in found
+        ]  # fmt: skip
+        counts = next(iter(found.values()))
+        heads = [Column("Encoder"), *(Column(f"{place} ({counts.get(place, {}).get('n', 0)})") for place in places)]
+        measure = "recall of the caption" if task["kind"] == "retrieval" else "share of correct answers"
+        tables.append(Table(f"{board.task_label(name)}, {kind_label(task['kind'])}: {measure} by modality", heads, rows,
+                            "heat"))  # fmt: skip
+    return tables
 
 
-def _metrics(board: Board, task: Task) -> list[str]:
-    """Headline first, the others in their own order; all that any row has."""
-    found = [metric for row in board.rows for metric in (task["rows"].get(row) or {}).get("metrics", {})]
-    return list(dict.fromkeys([task["headline"], *found]))
+def metrics_section(board: Leaderboard) -> Section:
+    """A table for each task that has more than its primary metric, to be opened."""
+    folds = []
+    for name, task in board.all_tasks.items():
+        found = [metric for row in board.rows for metric in (board.result(name, row) or {}).get("metrics", {})]
+        metrics = list(dict.fromkeys([task["primary_metric"], *found]))
+        if len(metrics) < 2:
+            continue
+        rows = [
+            Row([board.label(row), *(scored(board.metric(name, row, own)) if board.metric(name, row, own)
+                                     else Cell("–", board.reason(name, row, own)) for own in metrics)], board.role(row))
+            for row in board.rows if board.result(name, row)
+        ]  # fmt: skip
+        chances = [(task.get("chance") or {}).get(metric) for metric in metrics]
+        if any(chance is not None for chance in chances):
+            rows.append(Row(["chance", *(Cell(number(chance), value=chance) for chance in chances)]))
+        label = f"{board.task_label(name)} · {kind_label(task['kind'])}"
+        columns = [Column("Encoder"), *(Column(metric_label(metric)) for metric in metrics)]
+        folds.append(Fold(label, [Table(f"{label}: {task['title']}", columns, rows)]))
+    lead = "All measured metrics of each task, with 95 % intervals, and chance where it is known."
+    return Section("metrics", "All metrics", lead, folds)
+
+
+def contamination_section(board: Leaderboard) -> Section:
+    """Which encoder was trained on data of which dataset, as far as is known."""
+    marked = {
+        (row, str(task.get("dataset", "")), reason)
+        for name, task in board.all_tasks.items()
+        for row, reason in board.marks(name).items()
+        if row not in COMPOSED
+    }
+    lead = (
+        "Marked with † above. A mark means that training data and test set share a source, not that test images were "
+        "seen; without a mark no overlap is known."
+    )
+    rows = [[board.label(row), dataset, reason] for row, dataset, reason in sorted(marked)]
+    tables = [Table.of("Marks of contamination", ["Encoder", "Dataset", "Reason"], rows)] if rows else []
+    return Section("contamination", "Trained on the test set's source", lead, tables)
+
+
+def skipped_section(board: Leaderboard) -> Section:
+    """Datasets and tasks without results, and unreadable images."""
+    left_out = {**board.summary.get("skipped_datasets", {}), **board.summary.get("skipped", {})}
+    rows = [[name, reason] for name, reason in left_out.items()]
+    tables: list[Block] = [Table.of("Skipped datasets and tasks", ["Left out", "Reason"], rows)] if rows else []
+    unreadable = [f"{name}: {reason}" for name, reason in board.summary.get("unreadable", {}).items()]
+    if unreadable:
+        tables.append(Fold(f"Images that could not be read ({len(unreadable)})", [Notes("", unreadable)]))
+    return Section("skipped", "Not evaluated", "What is not among the numbers above, and why.", tables)
+
+
+def datasets_section(board: Leaderboard, datasheet: str) -> Section:
+    """What each dataset is, who may use it, its splits and what they share."""
+    split = board.summary["settings"].get("split", "test")
+    rows, counts, notes = [], [], []
+    for name, own in board.summary.get("datasets", {}).items():
+        splits = own.get("splits")
+        if not splits:
+            continue
+        held_out = splits["counts"].get(split, {"pairs": 0, "groups": 0})
+        shared = [f"{splits['shared_groups']} groups"] if splits["shared_groups"] else []
+        shared += [f"{splits['shared_images']} identical images"] if splits["shared_images"] else []
+        unchecked = "not checked for identical images" if splits["shared_images"] is None else ""
+        rows.append([
+            Cell(name, str(own.get("title", ""))),
+            *(str(own.get(key, "")) for key in ("modality", "task", "license", "tier")),
+            Cell(str(held_out["pairs"]), f"from {held_out['groups']} sources", held_out["pairs"]),
+            Cell(", ".join(shared) or "nothing", unchecked, role="behind" if shared else ""),
+        ])  # fmt: skip
+        counts += [
+            [name, part, own["pairs"], own["groups"],
+             ", ".join(f"{modality or 'none'} {n}" for modality, n in own.get("modalities", {}).items())]
+            for part, own in ((part, splits["counts"][part]) for part in SPLITS if part in splits["counts"])
+        ]  # fmt: skip
+        notes += [f"{name}: {note}" for note in own.get("notes") or []]
+    lead = (
+        "Images of one source (patient, case, slide or what else the dataset names as group) are trained on or held "
+        "out as a whole, and the intervals draw sources, not images; an image without a source is one of its own. "
+        "What is shared with training makes scores too high. Tier A is open, B needs a registration, C credentials and "
+        "an agreement."
+    )
+    columns = ["Dataset", "modality", "task", "licence", "tier", "held out", "shared with training"]
+    blocks: list[Block] = []
+    if rows:
+        by_split = Table.of("Samples by split", ["Dataset", "split", "samples", "sources", "modalities"], counts)
+        blocks = [Table.of("Datasets evaluated on", columns, rows), Fold("Samples by split", [by_split])]
+    blocks += [Notes("Notes:", notes)] if notes else []
+    blocks += [Fold("Datasheet of the pairs", [Code(datasheet)])] if datasheet else []
+    return Section("data", "Datasets", lead, blocks)
+
+
+def provenance_section(board: Leaderboard, settings: dict[str, str], stages: Any) -> Section:
+    """Encoders, versions, durations, the lock file and the settings of each command."""
+    summary = board.summary
+    encoders = [
+        [name, str(own.get("source", "")), str(own.get("fingerprint", ""))[:12]]
+        for name, own in summary.get("encoders", {}).items()
+    ]
+    versions = [[name, str(version)] for name, version in summary.get("versions", {}).items()]
+    tables = [
+        Table.of("Encoders", ["Name", "loaded from", "weights"], encoders),
+        Table.of("Versions", ["Package", "version"], versions),
+    ]
+    timed = {name: own for name, own in stages.items() if isinstance(own, dict)} if isinstance(stages, dict) else {}
+    if timed:
+        seconds = [
+            [name, f"{own['seconds']:g} s" if own.get("seconds") is not None else "–"] for name, own in timed.items()
+        ]
+        tables.append(Table.of("Time of each stage", ["Stage", "time"], seconds))
+    failures = [
+        f"{name}: {line}" for name, own in summary.get("encoders", {}).items() for line in own.get("failures", [])
+    ]
+    file = board.results / LOCK
+    lock = file.read_text(encoding="utf-8") if file.is_file() else ""
+    lead = "Weights and versions behind every number; the settings of each command, seeds included, are below."
+    if lock:
+        lead = f"Weights, data, settings and versions behind every number are in {LOCK} beside the results."
+    blocks: list[Block] = [
+        Grid(tables),
+        *([Notes("Failures:", failures)] if failures else []),
+        *([Fold(LOCK, [Code(lock)])] if lock else []),
+        *(Fold(f"mmkd {name} --config settings.yaml", [Code(own)]) for name, own in settings.items()),
+    ]
+    return Section("provenance", "How this was made", lead, blocks)
+
+
+def scored(metric: Metric | None, best: bool = False) -> Cell:
+    """A value with its interval."""
+    if metric is None or metric["value"] is None:
+        return NONE
+    inside = "no interval" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
+    return Cell(number(metric["value"]), inside, metric["value"], best=best)
+
+
+def compared(found: Metric | None) -> Cell:
+    """A difference with interval and p, colored where the interval excludes zero."""
+    if found is None or found["difference"] is None:
+        return NONE
+    inside = between(found).partition("(")[2].rstrip(")")
+    return Cell(signed(found["difference"]), f"{inside}, {p_value(found['p'])}", found["difference"], tone(found))
+
+
+def heat(metric: Metric | None, best: bool) -> Cell:
+    """A value on a tint that grows with it."""
+    if metric is None or metric["value"] is None:
+        return NONE
+    inside = "" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
+    return Cell(number(metric["value"]), inside, metric["value"], best=best, tint=metric["value"])
+
+
+def _result(board: Leaderboard, name: str, row: str, best: float | None) -> Cell:
+    """The primary metric of a row on a task, or why there is none."""
+    metric, warning = board.metric(name, row), board.marks(name).get(row, "")
+    if metric is None:
+        return Cell("–", board.reason(name, row) if board.result(name, row) else "", warning=warning)
+    cell = scored(metric, row not in COMPOSED and metric["value"] == best)
+    accuracy = board.metric(name, row, "accuracy")
+    beside = accuracy is not None and board.all_tasks[name]["primary_metric"] != "accuracy"
+    note = f"{cell.note}; accuracy {number(accuracy['value'])}" if accuracy and beside else cell.note
+    return Cell(cell.text, note, cell.value, board.role(row), cell.best, warning)

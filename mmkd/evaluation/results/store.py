@@ -56,7 +56,7 @@ class CellFolder:
             "name": task.name,
             "title": task.title,
             "kind": task.kind,
-            "headline": task.headline,
+            "primary_metric": task.headline,
             "frames": {
                 name: {"n": len(frame.units), "groups": frame.groups, "resampling": frame.resampling}
                 for name, frame in task.frames.items()

@@ -23,7 +23,7 @@ from mmkd.training.tracking import git_state
 PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")
 
 BRIEF = (
-    *("title", "kind", "headline", "frames"),
+    *("title", "kind", "primary_metric", "frames"),
     *("chance", "classes", "class_counts", "pool", "train", "left_out"),
     *("dataset", "modality", "variant"),
 )
@@ -176,7 +176,7 @@ def win_tie_loss(tasks: Summaries) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for task in tasks.values():
         for rival, metrics in task["differences"].items():
-            bounds = metrics.get(task["headline"]) or {}
+            bounds = metrics.get(task["primary_metric"]) or {}
             low, high = bounds.get("low"), bounds.get("high")
             if low is None or high is None:
                 continue
@@ -225,7 +225,7 @@ def _rows(tasks: Iterable[dict[str, Any]]) -> list[str]:
 
 def _value(task: dict[str, Any], row: str) -> float | None:
     metrics = task["rows"].get(row, {}).get("metrics") or {}
-    return metrics.get(task["headline"], {}).get("value")
+    return metrics.get(task["primary_metric"], {}).get("value")
 
 
 def _bounds(replicates: Floats) -> dict[str, float]:

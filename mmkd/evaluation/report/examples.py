@@ -1,0 +1,192 @@
+"""Held-out images with the student's predictions, chosen by a fixed rule that does not use the results.
+
+The rule: modalities in turn, inside each one by the hash of the pair's id. Thumbnails are small JPEG data URIs, so that
+the page stays one file.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.numpy
+from PIL import Image
+
+from mmkd.data.archives import ArchivedFile
+from mmkd.data.folder import PairFolder
+from mmkd.data.images import UnreadableImage, open_image
+from mmkd.evaluation.report.leaderboard import Leaderboard
+from mmkd.evaluation.tasks.task import Outputs
+from mmkd.files import read_json
+from mmkd.pages.page import Section, number
+
+SHOWN_IMAGES, SHOWN_CAPTIONS, SHOWN_ANSWERS = 16, 4, 3
+THUMBNAIL_SIDE, JPEG_QUALITY = 224, 78
+LONGEST_CAPTION = 220
+
+TASKS = ("retrieval", "zeroshot-label", "zeroshot-modality")
+
+TEMPLATE = "evaluation/report/examples.html.j2"
+
+GRADES = "✓ belong together, ≈ same label but another image, ✗ neither."
+
+Grade = Literal["right", "near", "wrong"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction of the student.
+
+    Attributes:
+        text: a caption or a class; empty for an image.
+        score: its score.
+        grade: whether it is correct.
+        image: a data URI, empty where the image cannot be read or there is none.
+    """
+
+    text: str
+    score: str
+    grade: Grade
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image or a caption with the student's first predictions.
+
+    Attributes:
+        query: the caption, or the modality of the image.
+        answers: best first.
+        image: data URI of the image; empty for a caption or where it cannot be read.
+        own: what is correct, where no answer is.
+    """
+
+    query: str
+    answers: list[Answer]
+    image: str = ""
+    own: str = ""
+
+
+class Examples:
+    """Examples from one task and one folder of pairs."""
+
+    def __init__(self, board: Leaderboard, folder: PairFolder, name: str) -> None:
+        """Read what the task asks and the student's outputs."""
+        self.task: dict[str, Any] = read_json(board.results / "tasks" / f"{name}.json")
+        stored = safetensors.numpy.load_file(board.results / "cells" / board.student / f"{name}.safetensors")
+        self.outputs: Outputs = {
+            key.removeprefix("outputs."): array for key, array in stored.items() if key.startswith("outputs.")
+        }
+        self.folder = folder
+        self.pairs = {pair.id: pair for pair in folder.pairs}
+        self._thumbnails: dict[str, str] = {}
+
+    def images(self) -> list[Example]:
+        """Images with the first captions or classes."""
+        shown = spread(self.task["ids"], self.task["modalities"]["image"], SHOWN_IMAGES)
+        return [self._image(position) for position in shown]
+
+    def captions(self) -> list[Example]:
+        """Captions of a retrieval task with the first images."""
+        task, found = self.task, []
+        for position in spread(task["captions"], task["modalities"]["caption"], SHOWN_CAPTIONS):
+            right, label = set(task["right_images"][position]), task["labels"]["caption"][position]
+            pairs = zip(
+                self.outputs["caption.top"][position], self.outputs["caption.top_scores"][position], strict=True
+            )
+            answers = [
+                Answer("", number(float(score)), _grade(int(k) in right, label, task["labels"]["image"][k]),
+                       self._thumbnail(task["ids"][k]))
+                for k, score in pairs
+            ]  # fmt: skip
+            found.append(Example(shorten(task["captions"][position]), answers))
+        return found
+
+    def _image(self, position: int) -> Example:
+        task, id = self.task, self.task["ids"][position]
+        pair = self.pairs.get(id)
+        if task["kind"] == "retrieval":
+            right, label = set(task["right_captions"][position]), task["labels"]["image"][position]
+            pairs = zip(self.outputs["image.top"][position], self.outputs["image.top_scores"][position], strict=True)
+            answers = [
+                Answer(shorten(task["captions"][k]), number(float(score)),
+                       _grade(int(k) in right, label, task["labels"]["caption"][k]))
+                for k, score in list(pairs)[:SHOWN_ANSWERS]
+            ]  # fmt: skip
+            own = pair.caption if pair else ""
+        else:
+            scores, target = self.outputs["image.scores"][position], task["targets"][position]
+            best = sorted(range(len(scores)), key=lambda k: (-scores[k], k))[:SHOWN_ANSWERS]
+            answers = [
+                Answer(task["classes"][k], number(float(scores[k])), "right" if k == target else "wrong") for k in best
+            ]
+            own = task["classes"][target]
+        if any(answer.grade == "right" for answer in answers):
+            own = ""
+        return Example(pair.modality if pair else "", answers, self._thumbnail(id), shorten(own))
+
+    def _thumbnail(self, id: str) -> str:
+        if id not in self._thumbnails:
+            pair = self.pairs.get(id)
+            self._thumbnails[id] = thumbnail(self.folder.image_path(pair)) if pair else ""
+        return self._thumbnails[id]
+
+
+def examples_sections(board: Leaderboard, folder: PairFolder) -> list[Section]:
+    """Images with the student's answers, and captions with the images it finds; none without such a task."""
+    name = next((name for name in TASKS if name in board.tasks), "")
+    if not name or board.metric(name, board.student) is None:
+        return []
+    examples = Examples(board, folder, name)
+    retrieval = examples.task["kind"] == "retrieval"
+    what = f"{len(examples.task['captions' if retrieval else 'classes'])} {'captions' if retrieval else 'classes'}"
+    lead = (
+        f"The student's first {SHOWN_ANSWERS} of {what} for held-out images, chosen by a fixed rule that does not use "
+        f"the results.{' ' + GRADES if retrieval else ''}"
+    )
+    sections = [Section("images", "Predictions on held-out images", lead, template=TEMPLATE, content=examples.images())]
+    if retrieval:
+        lead = f"The first five of {len(examples.task['ids'])} held-out images for a caption, with cosines. {GRADES}"
+        sections.append(Section("captions", "Search by caption", lead, template=TEMPLATE, content=examples.captions()))
+    return sections
+
+
+def spread(keys: Sequence[str], modalities: Sequence[str], count: int) -> list[int]:
+    """Positions of up to ``count`` keys: modalities in turn, inside each by hash; results are not used."""
+    by_modality: dict[str, list[int]] = defaultdict(list)
+    for position in sorted(range(len(keys)), key=lambda k: hashlib.sha256(keys[k].encode()).hexdigest()):
+        by_modality[modalities[position]].append(position)
+    queues = [by_modality[modality] for modality in sorted(by_modality)]
+    turns = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]
+    return turns[:count]
+
+
+def thumbnail(path: Path | ArchivedFile) -> str:
+    """A JPEG data URI of at most 224 pixels a side; empty if the image cannot be read."""
+    try:
+        image = open_image(path)
+    except UnreadableImage:
+        return ""
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def shorten(caption: str) -> str:
+    """At most 220 characters, cut at a word."""
+    if len(caption) <= LONGEST_CAPTION:
+        return caption
+    return caption[:LONGEST_CAPTION].rsplit(" ", 1)[0][:LONGEST_CAPTION] + " …"
+
+
+def _grade(right: bool, label: str, other: str) -> Grade:
+    if right:
+        return "right"
+    return "near" if label and label == other else "wrong"

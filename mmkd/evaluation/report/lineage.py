@@ -1,0 +1,112 @@
+"""Sections on how the student was trained: loss curves, alignment and screening, read from what the stages wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from mmkd.pages.charts import Chart, Series, lines, moving_mean
+from mmkd.pages.page import Block, Fold, Grid, Section, Table, number
+
+NOT_LOSSES = (
+    *("step", "epoch", "learning_rate", "lr", "samples_per_second", "tokens_per_second", "useful_tokens"),
+    *("data_time", "mfu", "memory_gb", "gradient_norm", "logit_scale", "interactive_logit_scale", "skipped"),
+)
+NOT_LOSSES_PREFIX = "teacher_use/"
+COSINES = {
+    "same_sample_cross_teacher": "same sample, two teachers",
+    "different_sample_same_teacher": "two samples, same teacher",
+    "image_text": "image and its caption",
+}
+MOST_LINES = 30
+MOST_POINTS = 400
+
+
+def training_section(logs: dict[str, Path | None]) -> Section:
+    """Loss curves of the trainings whose logs are there."""
+    blocks: list[Block] = []
+    for title, path in logs.items():
+        curves = read_log(path) if path and path.is_file() else {}
+        if "loss" not in curves:
+            continue
+        parts = [_curve(name, points, 130) for name, points in curves.items() if name != "loss"]
+        folded = [Fold(f"Parts of the loss ({len(parts)})", [Grid(parts)])] if len(parts) > 1 else []
+        blocks.append(Grid([_curve(f"{title}: loss", curves["loss"], 220)]))
+        blocks += folded
+    lead = "Every step faint, a moving mean bold. The parts of the loss are shown before their weights."
+    return Section("training", "Training", lead, blocks)
+
+
+def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Losses of a ``log.jsonl`` by name, ``(step, value)``.
+
+    Values that are not finite and a last line that was cut off are left out.
+    """
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            continue
+        for name, value in entry.items():
+            if name in NOT_LOSSES or name.startswith(NOT_LOSSES_PREFIX):
+                continue
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                curves[name].append((entry["step"], float(value)))
+    return dict(curves)
+
+
+def teachers_section(aligned: Any, screened: Any) -> Section:
+    """Cosines before and after alignment, and what screening kept."""
+    tables = []
+    if isinstance(aligned, dict) and isinstance(aligned.get("before"), dict) and isinstance(aligned.get("after"), dict):
+        rows = [
+            [name, number(before, 3), number(after, 3)]
+            for (name, before), (_, after) in zip(_cosines(aligned["before"]), _cosines(aligned["after"]), strict=False)
+        ]
+        tables.append(Table.of("Mean cosines before and after alignment", ["Between", "before", "after"], rows))
+    if isinstance(screened, dict) and (counts := _flatten(screened)):
+        tables.append(Table.of("Screening: pairs that each teacher agrees with", ["Count", "value"], counts))
+    lead = (
+        "Alignment brings the teachers' features into one space: the same sample of two teachers should come together "
+        "and different samples stay apart. Screening keeps the training pairs that enough teachers agree with."
+    )
+    return Section("teachers", "Alignment and screening of the teachers", lead, [Grid(tables)] if tables else [])
+
+
+def _curve(caption: str, points: list[tuple[float, float]], height: int) -> Chart:
+    stride = max(1, len(points) // MOST_POINTS)
+    kept = [*range(0, len(points) - 1, stride), len(points) - 1]
+    mean = moving_mean([value for _, value in points])
+    series = [
+        Series("", "student", [points[k] for k in kept], faint=True),
+        Series("moving mean", "student", [(points[k][0], mean[k]) for k in kept]),
+    ]
+    return lines(caption, "step", series, height=height, ends="at the last step")
+
+
+def _cosines(side: dict[str, Any]) -> list[tuple[str, float | None]]:
+    """Named cosines of one side of the alignment report, in a fixed order."""
+    found: list[tuple[str, float | None]] = []
+    for key, title in COSINES.items():
+        values = side.get(key)
+        for name, value in sorted(values.items()) if isinstance(values, dict) else []:
+            found.append((f"{title}: {name}", value if isinstance(value, (int, float)) else None))
+    return found
+
+
+def _flatten(report: dict[str, Any], prefix: str = "") -> list[list[str]]:
+    """Numbers and short strings of a nested report as rows of text."""
+    rows: list[list[str]] = []
+    for key, value in report.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            rows += _flatten(value, f"{name}: ")
+        elif isinstance(value, (int, float, str)):
+            rows.append([name, f"{value:.4g}" if isinstance(value, float) else str(value)])
+    return rows[:MOST_LINES]
