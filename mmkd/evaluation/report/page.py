@@ -112,7 +112,7 @@ def _datasheet(pairs: Path | None) -> str:
 def _settings(inputs: ReportInputs) -> dict[str, str]:
     """The resolved settings that stages left beside what they wrote, by command."""
     outputs = {
-        "curate": inputs.pairs / "manifest.jsonl" if inputs.pairs else None,
+        "curate": inputs.pairs / "manifest.arrow" if inputs.pairs else None,
         "pretrain": inputs.stage1_log,
         "screen": inputs.screen_report,
         "align": inputs.align_report,
