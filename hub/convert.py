@@ -17,26 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from huggingface_hub import constants
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
-
-from mmkd.command.settings import nearest, run, setting
-from mmkd.encoders.authors_checkpoint import from_authors, infer_config, listed, require_same_keys, to_authors
-from mmkd.encoders.weights import quiet_transformers, read_state_dict, require_hub
-from mmkd.files import atomic_folder, atomic_write_bytes, fingerprint, read_json, refuse_existing
-from mmkd.student.folder import conversion_provenance, write_provenance
-from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
+from mmkd.command.settings import check_arguments, run, setting
 
 TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
-CONTEXT = 256  # tokens, as published
-ROUNDING = 64  # rows that a word embedding may have more than its tokenizer has words
-JOINT = ("projection_dim", "text_projection_hidden", "text_pooling", "logit_scale_init_value")
-FORMER = ("_name_or_path", "gradient_checkpointing", "position_embedding_type", "torch_dtype")
 
 
 @dataclass(kw_only=True)
@@ -52,6 +35,30 @@ class ConvertSettings:
     tokenizer: str = setting(TOKENIZER, "folder or Hub id of the text tower's tokenizer")
     overwrite: bool = setting(False, "replace an existing output")
     quiet: bool = setting(False, "print problems only")
+
+
+if __name__ == "__main__":
+    check_arguments(ConvertSettings)  # before the imports that take seconds
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
+
+from mmkd.command.settings import nearest
+from mmkd.encoders.authors_checkpoint import from_authors, infer_config, listed, require_same_keys, to_authors
+from mmkd.encoders.weights import quiet_transformers, read_state_dict, require_hub
+from mmkd.files import atomic_folder, atomic_write_bytes, fingerprint, read_json, refuse_existing
+from mmkd.student.folder import conversion_provenance, write_provenance
+from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
+
+CONTEXT = 256  # tokens, as published
+ROUNDING = 64  # rows that a word embedding may have more than its tokenizer has words
+JOINT = ("projection_dim", "text_projection_hidden", "text_pooling", "logit_scale_init_value")
+FORMER = ("_name_or_path", "gradient_checkpointing", "position_embedding_type", "torch_dtype")
 
 
 def main(settings: ConvertSettings) -> None:

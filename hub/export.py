@@ -16,17 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from mmkd.command.settings import run, setting
-from mmkd.data.folder import open_pairs
+from mmkd.command.settings import check_arguments, run, setting
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
-from mmkd.exporting.folder import quantize_export, require_exportable, write_export
-from mmkd.files import atomic_folder, refuse_existing, write_json
-from mmkd.student.folder import load_student
-from modeling_mmkd import MMKDClipModel
-
-NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "int8": ("onnx", "onnxscript", "onnxruntime")}
 
 
 @dataclass
@@ -43,6 +34,20 @@ class ExportSettings:
     seed: int = setting(SEED, "of the bootstrap")
     quiet: bool = setting(False, "print nothing")
     overwrite: bool = setting(False, "replace OUTPUT")
+
+
+if __name__ == "__main__":
+    check_arguments(ExportSettings)  # before the imports that take seconds
+
+import torch
+
+from mmkd.data.folder import open_pairs
+from mmkd.exporting.folder import quantize_export, require_exportable, write_export
+from mmkd.files import atomic_folder, refuse_existing, write_json
+from mmkd.student.folder import load_student
+from modeling_mmkd import MMKDClipModel
+
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "int8": ("onnx", "onnxscript", "onnxruntime")}
 
 
 def main(settings: ExportSettings) -> None:

@@ -16,15 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
-
-from mmkd.command.settings import run, setting
-from mmkd.publishing.datasets import features_publication, pairs_publication
-from mmkd.publishing.model import adapter_publication, model_publication
-from mmkd.publishing.publication import Publication, kind_of, parse_size
-from mmkd.publishing.upload import Uploaded, require_token, upload
-
-SHOWN_FILES = 40
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -43,6 +35,19 @@ class PushSettings:
     overwrite_card: bool = setting(False, "also replace a card that was edited on the Hub")
     dry_run: bool = setting(False, "show card and files, touch no network")
     quiet: bool = setting(False, "no progress bars")
+
+
+if __name__ == "__main__":
+    check_arguments(PushSettings)  # before the imports that take seconds
+
+from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
+
+from mmkd.publishing.datasets import features_publication, pairs_publication
+from mmkd.publishing.model import adapter_publication, model_publication
+from mmkd.publishing.publication import Publication, kind_of, parse_size
+from mmkd.publishing.upload import Uploaded, require_token, upload
+
+SHOWN_FILES = 40
 
 
 def main(settings: PushSettings) -> None:

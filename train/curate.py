@@ -18,13 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkd.command.settings import run, setting
-from mmkd.curation.lists import CurationRules, curate
-from mmkd.curation.packaged import write_packaged
-from mmkd.curation.rules import NearMode, StreamRules, read_rules
-from mmkd.curation.sources import kind_of_source
-from mmkd.curation.stream import curate_stream
-from mmkd.files import refuse_existing
+from mmkd.command.settings import check_arguments, run, setting
+from mmkd.curation.rules import NearMode
 
 
 @dataclass
@@ -64,6 +59,16 @@ class CurateSettings:
     quiet: bool = setting(False, "no progress bar")
     overwrite: bool = setting(False, "replace OUTPUT")
 
+
+if __name__ == "__main__":
+    check_arguments(CurateSettings)  # before the imports that take seconds
+
+from mmkd.curation.lists import CurationRules, curate
+from mmkd.curation.packaged import write_packaged
+from mmkd.curation.rules import StreamRules, read_rules
+from mmkd.curation.sources import kind_of_source
+from mmkd.curation.stream import curate_stream
+from mmkd.files import refuse_existing
 
 LIST_SETTINGS = (
     "source", "output", "table", "form", "preset", "max_pairs", "short_side", "jpeg_quality", "minimum_side",

@@ -15,31 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkd.command.settings import run, setting
-from mmkd.command.stages import Stage, StageRunner
-from mmkd.data.folder import open_pairs, write_manifest
-from mmkd.evaluation.tasks.zeroshot import slug
-from mmkd.files import fingerprint, write_json
-from mmkd.miniature.data import deal, with_noise, write_table
-from mmkd.miniature.plan import (
-    ABLATIONS,
-    ENSEMBLE,
-    GENERALISTS,
-    ORACLE,
-    QUARTER,
-    QUICK,
-    RIVALS,
-    SPECIALISTS,
-    STAGE1,
-    TEACHER,
-    Plan,
-    Rival,
-)
-from mmkd.miniature.report import Report
-
-QUICK_ROWS = 300  # of each collection
-SEED = 42  # of splits and wrong captions
-CLEAN, STANDARDIZER = "clean", "phi-s"
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -69,6 +45,35 @@ class MiniatureSettings:
     align: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
     distill: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
     eval: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
+
+
+if __name__ == "__main__":
+    check_arguments(MiniatureSettings)  # before the imports that take seconds
+
+from mmkd.command.stages import Stage, StageRunner
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.evaluation.tasks.zeroshot import slug
+from mmkd.files import fingerprint, write_json
+from mmkd.miniature.data import deal, with_noise, write_table
+from mmkd.miniature.plan import (
+    ABLATIONS,
+    ENSEMBLE,
+    GENERALISTS,
+    ORACLE,
+    QUARTER,
+    QUICK,
+    RIVALS,
+    SPECIALISTS,
+    STAGE1,
+    TEACHER,
+    Plan,
+    Rival,
+)
+from mmkd.miniature.report import Report
+
+QUICK_ROWS = 300  # of each collection
+SEED = 42  # of splits and wrong captions
+CLEAN, STANDARDIZER = "clean", "phi-s"
 
 
 def main(settings: MiniatureSettings) -> None:

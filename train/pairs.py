@@ -17,16 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
-from mmkd.command.settings import run, setting
-from mmkd.data.folder import open_pairs
-from mmkd.data.images import read_image_bytes
-from mmkd.data.inspection import count_pairs, faults, write_parquet, write_webdataset
-from mmkd.files import atomic_folder, atomic_write_bytes, refuse_existing
-
-SHOWN_FAULTS = 20
-SHOWN_CAPTION = 80
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -87,6 +78,20 @@ ACTIONS = {
     "verify": VerifySettings,
     "export": ExportSettings,
 }
+
+
+if __name__ == "__main__":
+    check_arguments(ACTIONS)  # before the imports that take seconds
+
+from tqdm import tqdm
+
+from mmkd.data.folder import open_pairs
+from mmkd.data.images import read_image_bytes
+from mmkd.data.inspection import count_pairs, faults, write_parquet, write_webdataset
+from mmkd.files import atomic_folder, atomic_write_bytes, refuse_existing
+
+SHOWN_FAULTS = 20
+SHOWN_CAPTION = 80
 
 
 @singledispatch

@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.command.settings import run, setting
-from mmkd.command.stages import Stage, StageRunner
-from mmkd.data.folder import open_pairs
-from mmkd.data.splits import partition
-from mmkd.evaluation.suite import SUITE, collect_samples, tasks_for
-from mmkd.files import refuse_existing
-
-SEEDED = ("curate", "pretrain", "align", "distill", "eval")
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -47,6 +40,18 @@ class PipelineSettings:
     align: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
     distill: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
     eval: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
+
+
+if __name__ == "__main__":
+    check_arguments(PipelineSettings)  # before the imports that take seconds
+
+from mmkd.command.stages import Stage, StageRunner
+from mmkd.data.folder import open_pairs
+from mmkd.data.splits import partition
+from mmkd.evaluation.suite import SUITE, collect_samples, tasks_for
+from mmkd.files import refuse_existing
+
+SEEDED = ("curate", "pretrain", "align", "distill", "eval")
 
 
 def main(settings: PipelineSettings) -> None:

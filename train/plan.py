@@ -10,15 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig
-
-from mmkd.command.settings import run, setting
-from mmkd.files import write_json
-from mmkd.training.planning import GPU_MEMORY, Assumptions, Estimate, ModelSize, Stage, estimate, measure
-from modeling_mmkd import MMKDClipConfig, MMKDClipModel
+from mmkd.command.settings import check_arguments, run, setting
 
 PAPER = "paper"
-EXTRACTED_AT_ONCE = 256
 
 
 @dataclass(kw_only=True)
@@ -26,7 +20,7 @@ class PlanSettings:
     """Estimate memory, time and cost of each stage."""
 
     gpus: int = setting(8, "how many, over all machines")
-    gpu: str = setting("h100", f"which: {', '.join(GPU_MEMORY)}")
+    gpu: str = setting("h100", "name of a GPU, such as b200, h100, a100, l40s or rtx-4090")
     model: str = setting(PAPER, "folder of a student, or paper: ViT-B/16 and BERT-base")
     pairs: int = setting(2_900_000, "of the training split")
     teachers: int = setting(9, "to extract; each is taken to cost what the student's forward pass costs")
@@ -59,8 +53,18 @@ class PlanSettings:
                 f"--efficiency {self.efficiency} must be above 0 and at most 1, --price {self.price} and --teachers "
                 f"{self.teachers} at least 0"
             )
-        if self.gpu not in GPU_MEMORY:
-            raise ValueError(f"--gpu {self.gpu} is not known; give one of {', '.join(GPU_MEMORY)}")
+
+
+if __name__ == "__main__":
+    check_arguments(PlanSettings)  # before the imports that take seconds
+
+from transformers import AutoConfig
+
+from mmkd.files import write_json
+from mmkd.training.planning import Assumptions, Estimate, ModelSize, Stage, estimate, measure
+from modeling_mmkd import MMKDClipConfig, MMKDClipModel
+
+EXTRACTED_AT_ONCE = 256
 
 
 def main(settings: PlanSettings) -> None:

@@ -16,20 +16,8 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
-from mmkd.command.settings import nearest, run, setting
-from mmkd.data.images import UnreadableImage
-from mmkd.data.splits import hashed
-from mmkd.data.table import SPLITS, Pair
-from mmkd.evaluation.datasets.catalog import CATALOG, catalog, compared_with, find_manifests, load_suite, own_catalog
-from mmkd.evaluation.datasets.dataset import Collection, open_collection
-from mmkd.evaluation.datasets.manifest import ASKED, VARIABLE, Absent, Manifest, locate, read_manifest
-from mmkd.files import atomic_write_text
-
-COLUMNS = ("id", "task", "modality", "tier", "license", "data")
-SHOWN = 10
-SEED = 42
+from mmkd.command.settings import check_arguments, run, setting
+from mmkd.evaluation.datasets.catalog import catalog
 
 
 @dataclass
@@ -81,6 +69,25 @@ ACTIONS = {
     "check": CheckSettings,
     "add": AddSettings,
 }
+
+
+if __name__ == "__main__":
+    check_arguments(ACTIONS)  # before the imports that take seconds
+
+from tqdm import tqdm
+
+from mmkd.command.settings import nearest
+from mmkd.data.images import UnreadableImage
+from mmkd.data.splits import hashed
+from mmkd.data.table import SPLITS, Pair
+from mmkd.evaluation.datasets.catalog import CATALOG, compared_with, find_manifests, load_suite, own_catalog
+from mmkd.evaluation.datasets.dataset import Collection, open_collection
+from mmkd.evaluation.datasets.manifest import ASKED, VARIABLE, Absent, Manifest, locate, read_manifest
+from mmkd.files import atomic_write_text
+
+COLUMNS = ("id", "task", "modality", "tier", "license", "data")
+SHOWN = 10
+SEED = 42
 
 
 @singledispatch

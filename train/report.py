@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmkd.command.settings import run, setting
-from mmkd.evaluation.report.page import ReportInputs, write_report
-from mmkd.files import refuse_existing
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -24,6 +22,13 @@ class ReportSettings:
     stages: Path | None = setting(None, "stages.json of the pipeline, for the time each stage took")
     quiet: bool = setting(False, "do not print the location of the page")
     overwrite: bool = setting(False, "replace OUTPUT")
+
+
+if __name__ == "__main__":
+    check_arguments(ReportSettings)  # before the imports that take seconds
+
+from mmkd.evaluation.report.page import ReportInputs, write_report
+from mmkd.files import refuse_existing
 
 
 def main(settings: ReportSettings) -> None:

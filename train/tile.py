@@ -21,22 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
-
-from mmkd.command.settings import run, setting
-from mmkd.distributed import chosen_device
-from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.zoo import load_encoder
-from mmkd.evaluation.embeddings.encoders import encoder_fingerprint, named_sources
-from mmkd.evaluation.slides.bags import slide_name
-from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Slide, read_tile, tile_corners
-from mmkd.files import atomic_write_bytes, write_json
-
-SKIPPED_FILE = "skipped.json"
-BATCHES_AHEAD = 2
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -56,6 +41,26 @@ class TileSettings:
     workers: int = setting(4, "threads that read tiles")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     quiet: bool = setting(False, "no progress bar")
+
+
+if __name__ == "__main__":
+    check_arguments(TileSettings)  # before the imports that take seconds
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from mmkd.distributed import chosen_device
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.zoo import load_encoder
+from mmkd.evaluation.embeddings.encoders import encoder_fingerprint, named_sources
+from mmkd.evaluation.slides.bags import slide_name
+from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Slide, read_tile, tile_corners
+from mmkd.files import atomic_write_bytes, write_json
+
+SKIPPED_FILE = "skipped.json"
+BATCHES_AHEAD = 2
 
 
 def main(settings: TileSettings) -> None:

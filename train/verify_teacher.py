@@ -14,17 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mmkd.command.settings import nearest, run, setting
-from mmkd.data.features.published import PublishedFeatures
-from mmkd.data.folder import open_pairs
-from mmkd.data.images import open_image
-from mmkd.data.published import META_FILE
-from mmkd.distributed import chosen_device
-from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.zoo import find_row, load_encoder
-from mmkd.files import write_json
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -39,6 +29,22 @@ class VerifySettings:
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     output: Path | None = setting(None, "JSON file for the result")
     quiet: bool = setting(False, "print the verdict only")
+
+
+if __name__ == "__main__":
+    check_arguments(VerifySettings)  # before the imports that take seconds
+
+import torch
+
+from mmkd.command.settings import nearest
+from mmkd.data.features.published import PublishedFeatures
+from mmkd.data.folder import open_pairs
+from mmkd.data.images import open_image
+from mmkd.data.published import META_FILE
+from mmkd.distributed import chosen_device
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.zoo import find_row, load_encoder
+from mmkd.files import write_json
 
 
 def main(settings: VerifySettings) -> None:

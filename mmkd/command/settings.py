@@ -110,15 +110,15 @@ def parse(command: type[T] | Mapping[str, type[T]], argv: Sequence[str] | None =
         FileNotFoundError: a YAML file does not exist.
         SystemExit: ``--help`` or ``--check`` was given.
     """
-    settings_class, arguments = _action(command, list(sys.argv[1:] if argv is None else argv))
-    values = given_values(settings_class, arguments)
+    settings_class, arguments, action = _action(command, list(sys.argv[1:] if argv is None else argv))
+    values = given_values(settings_class, arguments, action)
     for field in dataclasses.fields(settings_class):
         if _is_required(field) and field.name not in values:
             raise ValueError(f"--{field.name} is required: {field.metadata.get('help') or 'see --help'}")
     return typing.cast(T, settings_class(**values))
 
 
-def given_values(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
+def given_values(settings_class: type, argv: Sequence[str], action: str = "") -> dict[str, Any]:
     """What a command line gives, by name and of the right type, with the defaults of mappings.
 
     A mapping in a later ``--config`` is merged into that of an earlier one; ``--key`` overrides every file.
@@ -128,7 +128,7 @@ def given_values(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: a YAML file does not exist.
         SystemExit: ``--help`` or ``--check`` was given, the latter with nothing wrong.
     """
-    app, hints = _app(settings_class), typing.get_type_hints(settings_class)
+    app, hints = _app(settings_class, action), typing.get_type_hints(settings_class)
     if {"--help", "-h"} & set(argv):
         text = io.StringIO()
         app.help_print([], console=Console(file=text, width=max(120, shutil.get_terminal_size().columns)))
@@ -240,7 +240,7 @@ def ignore_broken_pipe() -> Iterator[None]:
         raise
 
 
-def _app(settings_class: type) -> App:
+def _app(settings_class: type, action: str) -> App:
     """The command line of a settings class, as cyclopts reads it and prints its help."""
     hints = typing.get_type_hints(settings_class)
     parameters = [_parameter(field, hints[field.name]) for field in dataclasses.fields(settings_class)]
@@ -256,7 +256,7 @@ def _app(settings_class: type) -> App:
     signature = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
     settings.__signature__ = signature  # type: ignore[attr-defined]
     app = App(
-        name=_program(),
+        name=f"{_program()} {action}".strip(),
         help=inspect.cleandoc(settings_class.__doc__ or ""),
         help_flags=(),
         version_flags=(),
@@ -336,10 +336,10 @@ def _packaged(path: Path) -> Path:
     raise FileNotFoundError(f"--config {path}: no such file{nearest(str(path), known)}; packaged: {', '.join(known)}")
 
 
-def _action(command: Command, argv: list[str]) -> tuple[type, list[str]]:
-    """The settings class that the first argument names where a command has several actions, and the other arguments."""
+def _action(command: Command, argv: list[str]) -> tuple[type, list[str], str]:
+    """The settings class, its arguments and, where a command has several actions, the one that comes first."""
     if not isinstance(command, Mapping):
-        return command, argv
+        return command, argv, ""
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print(f"usage: {_program()} ACTION [--key value ...]\n")
@@ -348,7 +348,7 @@ def _action(command: Command, argv: list[str]) -> tuple[type, list[str]]:
         raise SystemExit(0)
     if name not in command:
         raise ValueError(f"unknown action {name!r}{nearest(name, command)}; allowed: {', '.join(command)}")
-    return command[name], argv[1:]
+    return command[name], argv[1:], name
 
 
 def _from_process(read: Callable[[], T]) -> T:

@@ -102,7 +102,7 @@ def test_the_command_prints_figures_assumptions_and_warnings(tmp_path, capsys):
 
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match=r"--gpu h1000 is not known; give one of .*h100"):
-        PlanSettings(gpu="h1000")
+        main(PlanSettings(gpu="h1000"))
     with pytest.raises(ValueError, match="--gpus is 0"):
         PlanSettings(gpus=0)
     with pytest.raises(ValueError, match=r"--efficiency 1\.5"):
