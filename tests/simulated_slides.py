@@ -4,13 +4,13 @@ import h5py
 import numpy as np
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
 
 WIDTH, INFORMED_SHARE = 16, 0.3
 
 
-class SlideCollection(Collection):
+class SlideDataset(Dataset):
     """Slides with bags under a root."""
 
     def __init__(self, manifest, pairs, root, facts=None):

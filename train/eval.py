@@ -27,7 +27,7 @@ from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import named_sources
 from mmkd.evaluation.report.page import ReportInputs, write_report
 from mmkd.evaluation.results.summary import lock_of, versions
-from mmkd.evaluation.run import evaluate_datasets, evaluate_pairs
+from mmkd.evaluation.run import evaluate
 from mmkd.evaluation.settings import EvalSettings, check
 from mmkd.evaluation.watch import STUDENT, watch
 from mmkd.files import write_json
@@ -44,7 +44,7 @@ def main(settings: EvalSettings) -> None:
         sources = named_sources(settings.encoders)
         check(settings, sources)
         join_group()
-        evaluate(settings, sources)
+        run_once(settings, sources)
         return
     sources = named_sources([f"{STUDENT}={settings.watch}", *settings.encoders])
     check(settings, sources)
@@ -53,15 +53,15 @@ def main(settings: EvalSettings) -> None:
     def evaluated(student: Path, output: Path) -> dict[str, Any]:
         encoders = [f"{STUDENT}={student}", *settings.encoders]
         own = dataclasses.replace(settings, encoders=encoders, output=output, cache=settings.embeddings)
-        summary = evaluate(own, {**sources, STUDENT: str(student)})
-        if settings.cache is None and rank() == 0:  # nobody asks a checkpoint twice, and there are many
+        summary = run_once(own, {**sources, STUDENT: str(student)})
+        if settings.cache is None and rank() == 0:  # each checkpoint is evaluated once, and there are many
             shutil.rmtree(settings.embeddings / STUDENT, ignore_errors=True)
         return summary
 
     watch(settings.watch, settings.output, evaluated, settings.poll_seconds, settings.quiet)
 
 
-def evaluate(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
+def run_once(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
     """One evaluation into one folder; the summary on the first process, nothing on the others."""
     torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
 
@@ -72,8 +72,7 @@ def evaluate(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
         encoder.provenance["precision"] = settings.precision
         return with_frozen_towers(encoder, settings.cache_frozen_towers, settings.quiet)
 
-    by = evaluate_pairs if settings.pairs is not None else evaluate_datasets
-    summary = by(settings, sources, load)
+    summary = evaluate(settings, sources, load)
     if rank() == 0:
         summary |= {"settings": resolved(settings), "versions": versions()}
         save_settings(settings, settings.output / "settings.yaml")
@@ -100,16 +99,15 @@ def print_summary(summary: dict[str, Any]) -> None:
             beside = cell["metrics"].get("accuracy") if task["primary_metric"] == "balanced_accuracy" else None
             accuracy = f"  accuracy {_shown(beside)}" if beside else ""
             print(f"  {row:<{width}}  {_shown(metric) + accuracy if metric else cell['undefined']}")
-    if "means" in summary:
-        block = summary["means"]["all"]["overall"]
-        print(f"\nmean of {block['n']} tasks that every encoder has")
-        width = max(map(len, block["rows"]), default=0)
-        for row, metric in block["rows"].items():
-            print(f"  {row:<{width}}  {_shown(metric)}")
+    block = summary["means"]["all"]["overall"]
+    print(f"\nmean of {block['n']} tasks that every encoder has")
+    width = max(map(len, block["rows"]), default=0)
+    for row, metric in block["rows"].items():
+        print(f"  {row:<{width}}  {_shown(metric)}")
     for name, encoder in summary["encoders"].items():
         for failure in encoder["failures"]:
             print(f"\n{name}: {failure}")
-    for name, reason in {**summary["skipped"], **summary.get("skipped_datasets", {})}.items():
+    for name, reason in {**summary["skipped"], **summary["skipped_datasets"]}.items():
         print(f"\n{name}: left out, {reason}")
     if summary["unreadable"]:
         print(f"\n{len(summary['unreadable'])} images could not be read and are left out")

@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
 from mmkd.command.stages import Stage, StageRunner
 from mmkd.data.folder import open_pairs, write_manifest
-from mmkd.evaluation.tasks.zeroshot import slug
+from mmkd.evaluation.datasets.pairs import slug
 from mmkd.files import fingerprint, write_json
 from mmkd.miniature.data import deal, with_noise, write_table
 from mmkd.miniature.plan import (

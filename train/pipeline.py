@@ -48,7 +48,10 @@ if __name__ == "__main__":
 from mmkd.command.stages import Stage, StageRunner
 from mmkd.data.folder import open_pairs
 from mmkd.data.splits import partition
-from mmkd.evaluation.suite import SUITE, collect_samples, tasks_for
+from mmkd.evaluation.datasets.dataset import split_samples
+from mmkd.evaluation.datasets.pairs import PROBED, PairsDataset
+from mmkd.evaluation.suite import SUITE, tasks_for
+from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.files import refuse_existing
 
 SEEDED = ("curate", "pretrain", "align", "distill", "eval")
@@ -99,7 +102,8 @@ def require_questions(pairs: Path, split: str) -> None:
         ValueError: fewer than two training pairs, or held-out ones that allow no task.
     """
     folder = open_pairs(pairs)
-    samples = collect_samples(folder.pairs, split, {pair.id: pair.sha256 for pair in folder.pairs}, {})
+    digests = {pair.id: pair.sha256 for pair in folder.pairs}
+    samples = split_samples(PairsDataset(folder, split), split, digests)
     if not samples.held_out:
         groups = len({pair.group or pair.id for pair in folder.pairs})
         raise ValueError(
@@ -111,7 +115,7 @@ def require_questions(pairs: Path, split: str) -> None:
             f"{len(samples.train)} of the {len(folder.pairs)} pairs of {pairs} can be trained on; add images, two are "
             "the least"
         )
-    tasks, reasons = tasks_for(samples, list(SUITE))
+    tasks, reasons = tasks_for(samples, list(SUITE), TaskOptions(probe_curve=False, probe_images=PROBED))
     if not tasks:
         raise ValueError(
             f"the {len(samples.held_out)} {split} pairs of {pairs} are too few or too much alike to evaluate on: "

@@ -81,7 +81,7 @@ from mmkd.data.images import UnreadableImage
 from mmkd.data.splits import hashed
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.catalog import CATALOG, compared_with, find_manifests, load_suite, own_catalog
-from mmkd.evaluation.datasets.dataset import Collection, open_collection
+from mmkd.evaluation.datasets.dataset import Dataset, open_dataset
 from mmkd.evaluation.datasets.manifest import ASKED, VARIABLE, Absent, Manifest, locate, read_manifest
 from mmkd.files import atomic_write_text
 
@@ -151,7 +151,7 @@ def check(settings: CheckSettings) -> None:
     more = 0
     for manifest in find_manifests(settings.datasets, settings.catalog):
         try:
-            collection = open_collection(manifest, settings.data)
+            collection = open_dataset(manifest, settings.data)
         except Absent as error:
             print(f"{manifest.id}: SKIPPED, {error}")
             continue
@@ -238,7 +238,7 @@ def _stated(manifest: Manifest, *keys: str) -> str:
     return next((f"{counts[key]:,}" for key in keys if key in counts), "")
 
 
-def _counts(collection: Collection) -> str:
+def _counts(collection: Dataset) -> str:
     splits = Counter(pair.split for pair in collection.pairs)
     parts = [f"{splits[split]:,} {split}" for split in SPLITS if splits[split]]
     groups = len({pair.group for pair in collection.pairs if pair.group})
@@ -247,7 +247,7 @@ def _counts(collection: Collection) -> str:
     return ", ".join(parts)
 
 
-def _classes(collection: Collection) -> list[str]:
+def _classes(collection: Dataset) -> list[str]:
     """Images of each class in each split."""
     found = {split: Counter[str]() for split in SPLITS}
     for pair in collection.pairs:
@@ -258,7 +258,7 @@ def _classes(collection: Collection) -> list[str]:
     ]
 
 
-def _image_faults(collection: Collection, settings: CheckSettings) -> list[str]:
+def _image_faults(collection: Dataset, settings: CheckSettings) -> list[str]:
     """Images that cannot be read; where all are read, also equal images in different splits."""
     pairs = list({pair.image: pair for pair in collection.pairs}.values())
     if not settings.all:

@@ -8,19 +8,19 @@ from typing import Literal
 
 from mmkd.command.settings import nearest, setting
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
-from mmkd.evaluation.suite import SUITE
 
 STAGE1 = "stage1"
+TASK_KINDS = ("zeroshot", "retrieval", "probe", "vqa", "diagnosis", "survival")
 PAIRS_KINDS = ("zeroshot", "retrieval", "probe", "vqa")
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass
 class EvalSettings:
-    """Evaluate encoders side by side: on held-out pairs, on the datasets of a suite, or as a student is trained.
+    """Compare encoders on held-out pairs, on the datasets of a suite, or while a student is trained.
 
     The first encoder is the student, the others are its teachers unless they are named as baselines. Exactly one of
-    pairs, suite and datasets says what is evaluated on.
+    pairs, suite and datasets is required.
     """
 
     encoders: list[str] = setting(
@@ -29,30 +29,31 @@ class EvalSettings:
     )
     pairs: Path | None = setting(None, "folder of pairs")
     suite: str | None = setting(None, "name of a list of datasets; `mmkd datasets ls` shows them")
-    datasets: list[str] = setting(factory=list, help="manifests of datasets, or ids of the registry")
+    datasets: list[str] = setting(factory=list, help="manifests of datasets, or ids of the catalog")
     data: Path | None = setting(None, "where the data of suite and datasets lie: ${DATA} in their manifests")
     output: Path = setting(Path("results"), "folder of cells and summary.json; what is there already is kept")
     cache: Path | None = setting(None, "folder of embeddings, by default OUTPUT/embeddings; may be shared")
     split: Literal["train", "validation", "test"] = setting("test", "which pairs are evaluated on")
-    tasks: list[str] = setting(factory=list, help=f"kinds of task, by default all: {', '.join(SUITE)}")
-    probe_on: Literal["pooled", "joint"] = setting(
-        "pooled", "(suite, datasets) image vectors that are learnt from: before the projection, or in the common space"
+    tasks: list[str] = setting(factory=list, help=f"kinds of task, by default all: {', '.join(TASK_KINDS)}")
+    probe_on: Literal["pooled", "joint"] | None = setting(
+        None,
+        "image vectors of the probes, before the projection or in the joint space; by default pooled, of pairs joint",
     )
     probe_search: Literal["sweep", "fast"] = setting(
-        "sweep", "(suite, datasets) a probe's C by 13 fits on the validation images, or dim * classes / 100"
+        "sweep", "a probe's C by 13 fits on the validation images, or dim * classes / 100"
     )
-    probe_curve: bool = setting(True, "(suite, datasets) probe few images and parts of the training set, too")
+    probe_curve: bool | None = setting(
+        None, "probe few images and parts of the training set, too; by default true, of pairs false"
+    )
     auroc_on: Literal["margin", "softmax"] = setting(
-        "margin", "(suite, datasets) AUROC ranks by the margin over the other classes, or by softmax of the scores"
+        "margin", "AUROC ranks by the margin over the other classes, or by softmax of the scores"
     )
     questions: Path | None = setting(None, "(pairs) JSON in the form of VQA-RAD, its images in images/ beside it")
     within: Literal["modality", "source"] = setting(
-        "modality", "(pairs) labels are told apart within modalities and over all, or within each collection"
+        "modality", "(pairs) classify labels within modalities and over all, or within each source"
     )
-    captioned: list[str] = setting(
-        factory=list, help="(pairs) collections whose captions are retrieved, by default all"
-    )
-    baselines: list[str] = setting(factory=lambda: [STAGE1], help="encoders shown beside, but no teachers")
+    captioned: list[str] = setting(factory=list, help="(pairs) sources whose captions are retrieved, by default all")
+    baselines: list[str] = setting(factory=lambda: [STAGE1], help="baseline encoders")
     replicates: int = setting(REPLICATES, "bootstrap replicates")
     batch_size: int = setting(32, "images or texts embedded at a time")
     precision: Precision = setting("float32", "in which encoders compute; tf32 and bfloat16 are faster on GPUs")
@@ -61,14 +62,14 @@ class EvalSettings:
         None, "(pairs) folder for tower outputs of models of ours; those that share towers encode with them once"
     )
     watch: Path | None = setting(None, "output of a training: evaluate its checkpoints as they appear, as the student")
-    poll_seconds: float = setting(30.0, "(watch) time between two looks")
+    poll_seconds: float = setting(30.0, "(watch) polling interval [s]")
     seed: int = setting(SEED, "seed of the bootstrap")
     quiet: bool = setting(False, "no progress bars")
 
     @property
     def kinds(self) -> list[str]:
-        """Kinds of task that are asked for."""
-        return self.tasks or (list(PAIRS_KINDS) if self.pairs is not None else list(SUITE))
+        """The requested kinds of task."""
+        return self.tasks or list(PAIRS_KINDS if self.pairs is not None else TASK_KINDS)
 
     @property
     def embeddings(self) -> Path:
@@ -89,10 +90,10 @@ def check(settings: EvalSettings, sources: dict[str, str]) -> None:
     given = [name for name in ("pairs", "suite", "datasets") if getattr(settings, name)]
     if len(given) != 1:
         raise ValueError(f"give one of --pairs, --suite and --datasets; {' and '.join(given) or 'none'} came")
-    _refuse_unread(settings, given[0])
+    _refuse_unused(settings, given[0])
     for kind in settings.tasks:
-        if kind not in SUITE:
-            raise ValueError(f"unknown task {kind!r}{nearest(kind, SUITE)}; known: {', '.join(SUITE)}")
+        if kind not in TASK_KINDS:
+            raise ValueError(f"unknown task {kind!r}{nearest(kind, TASK_KINDS)}; known: {', '.join(TASK_KINDS)}")
     for name in settings.baselines:
         if name != STAGE1 and name not in sources:
             raise ValueError(
@@ -105,11 +106,10 @@ def check(settings: EvalSettings, sources: dict[str, str]) -> None:
         )
 
 
-def _refuse_unread(settings: EvalSettings, given: str) -> None:
-    """Settings that the chosen data would leave unread."""
+def _refuse_unused(settings: EvalSettings, given: str) -> None:
+    """Refuse settings that have no effect on the chosen data."""
     of_pairs = ("questions", "captioned", "cache_frozen_towers")
-    unread = ("data",) if given == "pairs" else of_pairs
-    for name in unread:
+    for name in ("data",) if given == "pairs" else of_pairs:
         if getattr(settings, name):
             belongs = "--suite or --datasets" if given == "pairs" else "--pairs"
             raise ValueError(f"--{name} belongs to {belongs}; leave it out with --{given}")

@@ -1,8 +1,8 @@
 """The task types, and all encoders on one task side by side.
 
-Three kinds of rows: encoders as they are; the teachers' ensemble, in which each has the same say; and the oracle, the
-teacher that does best on each modality. The oracle is chosen on the test set and so flatters: it is the mark a single
-student is measured against when nobody tells it which specialist to ask.
+Three kinds of rows: encoders as they are; the teachers' ensemble, with equal weights; and the oracle, the teacher that
+does best on each modality. The oracle is optimistic: it is selected on the test set, and serves as the bound for a
+single student that has to answer without a choice among specialists.
 """
 
 from __future__ import annotations
@@ -10,60 +10,43 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.embeddings.cache import Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import Cell, CellFolder, fingerprint_of
 from mmkd.evaluation.slides import diagnosis, survival
 from mmkd.evaluation.tasks import linear_probe, retrieval, zeroshot
-from mmkd.evaluation.tasks.task import Outputs, Samples, Task, best_by_modality
-from mmkd.evaluation.vqa import tasks as vqa_tasks
+from mmkd.evaluation.tasks.task import Outputs, Task, TaskOptions, best_by_modality
+from mmkd.evaluation.vqa import tasks as vqa
 
-SUITE: dict[str, Callable[[Samples], tuple[list[Any], dict[str, str]]]] = {
+SUITE: dict[str, Callable[[Samples, TaskOptions], tuple[list[Any], dict[str, str]]]] = {
     "zeroshot": zeroshot.tasks,
     "retrieval": retrieval.tasks,
     "probe": linear_probe.tasks,
-    "vqa": vqa_tasks.tasks,
+    "vqa": vqa.tasks,
     "diagnosis": diagnosis.tasks,
     "survival": survival.tasks,
 }
 
 
-def tasks_for(samples: Samples, kinds: list[str]) -> tuple[list[Task], dict[str, str]]:
-    """All tasks of these kinds that the pairs allow, and the reasons why others are not there."""
+def tasks_for(samples: Samples, kinds: Sequence[str], options: TaskOptions) -> tuple[list[Task], dict[str, str]]:
+    """All tasks of these kinds that a dataset allows, and the reasons why others are left out."""
     found: list[Task] = []
-    skipped: dict[str, str] = {}
+    views, skipped = samples.dataset.views(samples, kinds)
     for kind in kinds:
-        tasks, reasons = SUITE[kind](samples)
-        found += tasks
-        skipped |= reasons
+        for view in views:
+            if kind in view.manifest.kinds:
+                tasks, reasons = SUITE[kind](view, options)
+                found += tasks
+                skipped |= reasons
     return found, skipped
 
 
-def texts_for(pairs: list[Pair]) -> list[str]:
-    """All captions and prompts that any task may ask an encoder to embed."""
-    captions = {pair.caption for pair in pairs if pair.caption.strip()}
-    return sorted(captions | set(zeroshot.prompt_texts(pairs)))
-
-
-def dataset_texts(collection: Collection, split: str) -> list[str]:
-    """All sentences that a task may ask of a dataset: held-out captions, questions, and those about its classes."""
-    captions = {pair.caption for pair in collection.pairs if pair.split == split and pair.caption.strip()}
-    prompts = {text for own in collection.manifest.prompts().values() for text in own}
-    beyond = {*zeroshot.manifest_texts(collection.manifest), *vqa_tasks.texts(collection.questions)}
-    return sorted(captions | prompts | beyond)
-
-
-def collect_samples(pairs: Sequence[Pair], split: str, digests: dict[str, str], unreadable: dict[str, str]) -> Samples:
-    """The readable pairs by use; the held-out split is never trained on, whichever it is."""
-    by_split: dict[str, list[Pair]] = {"train": [], "validation": [], "test": []}
-    for pair in pairs:
-        if pair.id not in unreadable:
-            by_split[pair.split].append(pair)
-    held_out, by_split[split] = by_split[split], []
-    return Samples(held_out, by_split["train"], by_split["validation"], digests)
+def texts_of(dataset: Dataset, split: str, options: TaskOptions) -> list[str]:
+    """All sentences that the tasks of a dataset need: held-out captions, questions, and those about its classes."""
+    captions = {pair.caption for pair in dataset.pairs if pair.split == split and pair.caption.strip()}
+    return sorted(captions | dataset.prompts() | vqa.texts(dataset.questions, options))
 
 
 def run_task(
@@ -72,10 +55,10 @@ def run_task(
     """Every cell of a task: each encoder, the teachers' ensemble and the best teacher of each modality.
 
     Args:
-        task: what is asked.
+        task: the column.
         samples: the pairs behind it.
         encoders: all of them, embedded.
-        teachers: names of those that make up ensemble and oracle; both need two with sound vectors.
+        teachers: names of those that make up ensemble and oracle; both need two with finite vectors.
         folder: where cells are kept.
 
     Returns:
@@ -103,7 +86,7 @@ def run_task(
         return composed, {"chosen": chosen}
 
     cells[ENSEMBLE], _ = folder.cell(task, ENSEMBLE, made_from, ensemble)
-    if not task.asks_modality:
+    if not task.manifest.target_is_modality:  # a choice by modality would reveal the answer
         cells[ORACLE], _ = folder.cell(task, ORACLE, made_from, oracle)
     return cells
 

@@ -21,12 +21,13 @@ from torch import Tensor
 from mmkd.data.folder import open_pairs
 from mmkd.encoders.encoder import BATCH_SIZE, DualEncoder
 from mmkd.encoders.zoo import load_encoder
-from mmkd.evaluation.embeddings.embed import FolderImages
+from mmkd.evaluation.datasets.dataset import split_samples
+from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.embeddings.encoders import DatasetInputs, embed_everything
 from mmkd.evaluation.results.store import CellFolder
 from mmkd.evaluation.results.summary import task_summary
-from mmkd.evaluation.suite import collect_samples, run_task, tasks_for
-from mmkd.evaluation.tasks.zeroshot import prompt_texts
+from mmkd.evaluation.suite import run_task, tasks_for
+from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.exporting.folder import tower_bytes
 from mmkd.exporting.towers import OUTPUTS, examples, towers
 from mmkd.exporting.usage import Encoder, load_tower
@@ -117,9 +118,8 @@ def zero_shot(
     Raises:
         ValueError: the pairs allow no zero-shot task; the message says why.
     """
-    folder = open_pairs(pairs, split)
-    images, names = FolderImages(folder), {str(path): name for name, path in exports.items()}
-    inputs = DatasetInputs.of("", images, lambda: images, prompt_texts(folder.pairs), quiet)
+    dataset, names = PairsDataset(open_pairs(pairs, split), split), {str(path): name for name, path in exports.items()}
+    inputs = DatasetInputs.of("pairs", dataset, lambda: dataset, sorted(dataset.prompts()), quiet)
 
     def load(place: str) -> DualEncoder:
         return ExportedEncoder(Path(place), names[place]) if place in names else load_encoder(place)
@@ -127,9 +127,9 @@ def zero_shot(
     with tempfile.TemporaryDirectory(prefix="mmkd-compare-") as temporary:
         sources = {MODEL: str(source), **{name: str(path) for name, path in exports.items()}}
         known = embed_everything(sources, [inputs], load, Path(temporary) / "embeddings", BATCH_SIZE, quiet)
-        embedded = [each.embedded(inputs, folder.pairs, images) for each in known]
-        samples = collect_samples(folder.pairs, split, inputs.digests, embedded[0].unreadable)
-        tasks, skipped = tasks_for(samples, ["zeroshot"])
+        embedded = [each.embedded(inputs, dataset.pairs, dataset) for each in known]
+        samples = split_samples(dataset, split, inputs.digests, embedded[0].unreadable)
+        tasks, skipped = tasks_for(samples, ["zeroshot"], TaskOptions())
         if not tasks:
             raise ValueError(f"--pairs {pairs} allow no zero-shot task: {'; '.join(skipped.values())}")
         cells = CellFolder(Path(temporary), samples.held_out, replicates, seed)

@@ -21,7 +21,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa
 
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Frame, frame, replicate, replicate_weights
-from mmkd.evaluation.tasks.classes import softmax
+from mmkd.evaluation.tasks.classification import softmax
 
 AGREEMENT = 1e-9
 

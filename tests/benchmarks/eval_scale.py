@@ -35,7 +35,7 @@ from simulated_slides import KINDS, QUESTIONS, SLIDES, Slides, asked, write_bags
 from simulated_suite import SIZES, Simulated, write_cache
 
 from mmkd.evaluation.datasets.catalog import load_suite
-from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.embeddings.cache import Shard
 from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
@@ -43,7 +43,7 @@ from mmkd.evaluation.run import SuiteRun, image_pairs, inputs_of
 from mmkd.evaluation.settings import EvalSettings
 
 
-def reading(known: EncoderRecord, inputs: DatasetInputs, collection: Collection) -> tuple[float, float]:
+def reading(known: EncoderRecord, inputs: DatasetInputs, collection: Dataset) -> tuple[float, float]:
     """Seconds for the joint matrix of all images: a vector for each key stacked, and ours."""
     times: dict[str, list[float]] = {"each": [], "ours": []}
     for _ in range(5):
@@ -64,7 +64,7 @@ def reading(known: EncoderRecord, inputs: DatasetInputs, collection: Collection)
     return statistics.median(times["each"]), statistics.median(times["ours"])
 
 
-def collection_of(manifest: Manifest, share: float, folder: Path) -> Collection:
+def collection_of(manifest: Manifest, share: float, folder: Path) -> Dataset:
     """A dataset with simulated pairs, smaller by ``share``; slides have their bags in ``folder``."""
     if manifest.id in QUESTIONS:
         return asked(manifest, share)
@@ -74,7 +74,7 @@ def collection_of(manifest: Manifest, share: float, folder: Path) -> Collection:
     return Simulated(manifest, learnt, max(tested, 4 * len(manifest.classes)))
 
 
-def write(known: Sequence[EncoderRecord], inputs: DatasetInputs, collection: Collection, tiles: int) -> int:
+def write(known: Sequence[EncoderRecord], inputs: DatasetInputs, collection: Dataset, tiles: int) -> int:
     """What all encoders have of a dataset; returns the bytes."""
     written = sum(write_cache(own, k, inputs, collection) for k, own in enumerate(known))
     if isinstance(collection, Slides):

@@ -11,11 +11,13 @@ from functools import partial
 from statistics import NormalDist
 
 import numpy as np
+from simulated_suite import Simulated
 
 from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.dataset import Samples
+from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
 from mmkd.evaluation.tasks.retrieval import Retrieval
-from mmkd.evaluation.tasks.task import Samples
 
 SHARED, OWN = 1.0, 0.5  # spread of what both directions share, and of what each has for itself
 BARS = (0.5, 0.0, -0.5)  # a pair above them has its answer first, among five, among ten
@@ -30,7 +32,8 @@ def main() -> None:
     given = parser.parse_args()
     names = [f"p{k}" for k in range(given.pairs)]
     pairs = [Pair(name, name, f"{k * 7919 % given.pairs:09d}", "CT", split="test") for k, name in enumerate(names)]
-    task = Retrieval(Samples(pairs, [], [], dict(zip(names, names, strict=True))))
+    manifest = Manifest("pairs", "retrieval", "CT", {}, "CC0-1.0")
+    task = Retrieval(Samples(manifest, pairs, [], [], dict(zip(names, names, strict=True)), Simulated(manifest, 0, 0)))
     captions = [names.index(pair.id) for pair in task.holders["caption"]]
     spread = float(np.hypot(SHARED, OWN))
     truth = float(np.mean([1 - NormalDist(0, spread).cdf(bar) for bar in BARS]))

@@ -7,7 +7,7 @@ import numpy as np
 from simulated_suite import JOINT, POOLED, Simulated
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
 
@@ -48,7 +48,7 @@ def asked(manifest: Manifest, share: float) -> Simulated:
     return collection
 
 
-class Slides(Collection):
+class Slides(Dataset):
     """Slides of a cohort or of classes, with their outcomes and bags in ``root``."""
 
     def __init__(self, manifest: Manifest, share: float, root: Path) -> None:

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.embeddings.cache import SHARD_SIZE, Shard, shards_of
 from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
@@ -58,7 +58,7 @@ SIZES = {
 }
 
 
-class Simulated(Collection):
+class Simulated(Dataset):
     """Pairs of a dataset's size; two images to a patient, every class as often as every other."""
 
     def __init__(self, manifest: Manifest, learnt: int, tested: int) -> None:
@@ -87,7 +87,7 @@ class Simulated(Collection):
         return pair.id
 
 
-def write_cache(known: EncoderRecord, number: int, inputs: DatasetInputs, collection: Collection) -> int:
+def write_cache(known: EncoderRecord, number: int, inputs: DatasetInputs, collection: Dataset) -> int:
     """Write an encoder's shards: images stand near the mean direction of their class; returns the bytes."""
     joint_noise, pooled_noise = noise_of(number)
     classes = list(collection.manifest.classes) or [""]

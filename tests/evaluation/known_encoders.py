@@ -15,7 +15,7 @@ import numpy as np
 
 from mmkd.data.images import UnreadableImage
 from mmkd.evaluation.datasets.catalog import load_suite
-from mmkd.evaluation.datasets.dataset import open_collection
+from mmkd.evaluation.datasets.dataset import open_dataset
 from mmkd.evaluation.datasets.manifest import Absent
 from mmkd.evaluation.vqa.statements import choices
 
@@ -60,7 +60,7 @@ class Told(Random):
             for name, sentences in manifest.prompts().items():
                 self.named |= dict.fromkeys(sentences, f"{manifest.id} {name}")
             try:
-                collection = open_collection(manifest)
+                collection = open_dataset(manifest)
             except Absent:
                 continue
             answers = defaultdict(list)

@@ -10,7 +10,6 @@ or where the variable DATA says.
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from known_encoders import DIM
 from offline_page import page
 
 from mmkd.evaluation.datasets.catalog import find_manifests
-from mmkd.evaluation.datasets.dataset import open_collection
+from mmkd.evaluation.datasets.dataset import open_dataset, split_samples
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.slides.cohort import read_cohort
 from mmkd.evaluation.slides.survival import RIDGE, standardised
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED, difference, interval, replicate
 from mmkd.evaluation.statistics.survival import Outcomes, concordance
-from mmkd.evaluation.suite import collect_samples, dataset_texts, tasks_for
+from mmkd.evaluation.suite import tasks_for, texts_of
+from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.files import atomic_write_text, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,10 +125,10 @@ def looked(cell: Path, metrics: dict[str, Any]) -> dict[str, Any]:
 def coverage(dataset: str) -> dict[str, Any]:
     """Zero-shot classification by many random encoders: their mean, and how many intervals hold chance."""
     manifest = find_manifests([dataset])[0]
-    collection = open_collection(manifest)
-    samples = collect_samples(collection.pairs, "test", {pair.id: pair.id for pair in collection.pairs}, {})
-    (task,), _ = tasks_for(replace(samples, manifest=manifest, collection=collection), ["zeroshot"])
-    keys = [[pair.id for pair in samples.held_out], dataset_texts(collection, "test")]
+    collection = open_dataset(manifest)
+    samples = split_samples(collection, "test", {pair.id: pair.id for pair in collection.pairs})
+    (task,), _ = tasks_for(samples, ["zeroshot"], TaskOptions())
+    keys = [[pair.id for pair in samples.held_out], texts_of(collection, "test", TaskOptions())]
     chance, values, held = task.description["chance"][task.headline], [], 0
     for seed in range(DRAWS):
         generator = np.random.default_rng(seed)
@@ -154,7 +154,7 @@ def over_folds(description: dict[str, Any], risks: Any) -> float:
 
 def ceiling(description: dict[str, Any], place: Path) -> float:
     """Concordance of the simulated hazard itself: no model can be expected to do better."""
-    collection = open_collection(find_manifests([str(place / "manifest.yaml")])[0])
+    collection = open_dataset(find_manifests([str(place / "manifest.yaml")])[0])
     known = {pair.group: float(collection.facts[pair.id]["risk"]) for pair in collection.pairs}
     risks = np.array([known[case] for case in description["ids"]])
     return over_folds(description, lambda train, test: risks[test])
@@ -164,7 +164,7 @@ def reference(description: dict[str, Any], dataset: str) -> float:
     """What scikit-survival's Cox model gives of the same covariates on the same folds."""
     from sksurv.linear_model import CoxPHSurvivalAnalysis
 
-    cohort = read_cohort(open_collection(find_manifests([dataset])[0]), None)
+    cohort = read_cohort(open_dataset(find_manifests([dataset])[0]), None)
     outcomes = list(zip(cohort.outcomes.event, cohort.outcomes.time, strict=True))
     answers = np.array(outcomes, dtype=[("event", bool), ("time", float)])
 

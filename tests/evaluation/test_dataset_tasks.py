@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_dataset import make_samples
 from sklearn.metrics import roc_auc_score
 
 from mmkd.data.table import Pair
@@ -10,10 +11,11 @@ from mmkd.evaluation.embeddings.cache import Table, Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.results.store import CellFolder
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
+from mmkd.evaluation.suite import tasks_for
 from mmkd.evaluation.tasks import linear_probe, retrieval, zeroshot
-from mmkd.evaluation.tasks.task import Samples
-from mmkd.evaluation.tasks.zeroshot import negative_prompts
+from mmkd.evaluation.tasks.task import TaskOptions
 
+OPTIONS = TaskOptions()
 CLASSES = {"benign": ["benign lesion"], "malignant": ["malignant tumour", "cancer"], "normal": []}
 
 
@@ -21,7 +23,7 @@ def manifest(task="classification", classes=CLASSES, **others):
     return Manifest("busi", task, "ultrasound", {"imagefolder": "x"}, "CC-BY-4.0", classes=classes, **others)
 
 
-def dataset(asked, counts=(90, 60, 150), seed=0, label=None, **settings):
+def dataset(asked, counts=(90, 60, 150), seed=0, label=None):
     """Train, validation and test pairs with labels dealt in turn, two images a patient."""
     names, pairs, start = list(asked.classes), [], 0
     for split, count in zip(("train", "validation", "test"), counts, strict=True):
@@ -31,10 +33,8 @@ def dataset(asked, counts=(90, 60, 150), seed=0, label=None, **settings):
             pairs.append(Pair(f"p{k}", f"{k}.png", caption, "ultrasound", own, f"g{k // 2}", split))
         start += count
     by_split = {split: [p for p in pairs if p.split == split] for split in ("train", "validation", "test")}
-    digests = {p.id: p.image for p in pairs}
-    return Samples(
-        by_split["test"], by_split["train"], by_split["validation"], digests, manifest=asked, **settings
-    ), np.random.default_rng(seed)
+    samples = make_samples(asked, by_split["test"], by_split["train"], by_split["validation"])
+    return samples, np.random.default_rng(seed)
 
 
 def unit(matrix):
@@ -54,7 +54,7 @@ def encoder(data, generator, knows, dim=24, width=40):
     images = unit(unit(generator.normal(size=(len(pairs), dim))) + knows * shows @ directions)
     pooled = unit(generator.normal(size=(len(pairs), width))) + knows * shows @ wide
     texts = {}
-    for sign, prompts in ((1, asked.prompts()), (-1, negative_prompts(asked))):
+    for sign, prompts in ((1, asked.prompts()), (-1, asked.negative_prompts())):
         for direction, sentences in zip(directions, prompts.values(), strict=True):
             texts |= dict.fromkeys(sentences, unit(generator.normal(size=(1, dim)) * 0.05 + sign * direction)[0])
     captions = unit(generator.normal(size=(len(pairs), dim)) + knows * 100 * images)
@@ -87,7 +87,7 @@ def test_random_vectors_are_at_chance_within_the_interval_and_an_oracle_is_near_
     data, generator = dataset(manifest(asked), counts=(90, 60, 300), label=label)
     noise, oracle = encoder(data, generator, 0.0), encoder(data, generator, 3.0)
     for build in KINDS[asked]:
-        found, skipped = build(data)
+        found, skipped = build(data, OPTIONS)
         assert found and not skipped
         for task in found:
             points, intervals = judged(task, noise)
@@ -107,24 +107,24 @@ def test_random_vectors_are_at_chance_within_the_interval_and_an_oracle_is_near_
 
 def test_tasks_are_named_after_the_dataset_and_fit_what_it_asks():
     data, _ = dataset(manifest(title="BUSI"))
-    names = {build: [task.name for task in build(data)[0]] for build in (zeroshot.tasks, linear_probe.tasks)}
+    names = {build: [task.name for task in build(data, OPTIONS)[0]] for build in (zeroshot.tasks, linear_probe.tasks)}
     assert list(names.values()) == [["zeroshot-busi"], ["probe-busi", "probe-busi-shots"]]
-    task = linear_probe.tasks(data)[0][1]
-    assert (task.dataset, task.modality, task.variant) == ("busi", "ultrasound", "shots")
+    task = linear_probe.tasks(data, OPTIONS)[0][1]
+    assert (task.manifest.dataset, task.manifest.modality, task.variant) == ("busi", "ultrasound", "shots")
     for asked in ("vqa", "survival", "diagnosis", "retrieval"):
         other, _ = dataset(manifest(asked))
-        assert zeroshot.tasks(other) == linear_probe.tasks(other) == ([], {})
-    assert retrieval.tasks(data) == ([], {})
+        assert tasks_for(other, ["zeroshot", "probe"], OPTIONS) == ([], {})
+    assert tasks_for(data, ["retrieval"], OPTIONS) == ([], {})
 
 
 def test_the_manifest_chooses_the_headline_and_a_wrong_one_is_refused():
     data, _ = dataset(manifest(headline="macro_auroc"))
-    assert zeroshot.tasks(data)[0][0].headline == "macro_auroc"
+    assert zeroshot.tasks(data, OPTIONS)[0][0].headline == "macro_auroc"
     data, _ = dataset(manifest("ordinal"))
-    assert zeroshot.tasks(data)[0][0].headline == "quadratic_kappa"
+    assert zeroshot.tasks(data, OPTIONS)[0][0].headline == "quadratic_kappa"
     data, _ = dataset(manifest(headline="acuracy"))
     with pytest.raises(ValueError, match=r"busi: headline is 'acuracy'.*accuracy"):
-        zeroshot.tasks(data)
+        zeroshot.tasks(data, OPTIONS)
 
 
 @pytest.mark.parametrize("asked", ["classification", "multilabel"])
@@ -132,22 +132,22 @@ def test_a_label_that_the_manifest_does_not_know_is_refused(asked):
     data, _ = dataset(manifest(asked), label=lambda k: "malignnt" if k == 200 else "benign")
     for build in (zeroshot.tasks, linear_probe.tasks):
         with pytest.raises(ValueError, match=r"busi: image p200 has the label 'malignnt'.*malignant"):
-            build(data)
+            build(data, OPTIONS)
 
 
 def test_classes_that_no_test_image_has_may_be_answered_and_are_named():
     data, generator = dataset(manifest(), label=lambda k: list(CLASSES)[k % 2])
-    task = zeroshot.tasks(data)[0][0]
+    task = zeroshot.tasks(data, OPTIONS)[0][0]
     points, _ = judged(task, encoder(data, generator, 3.0))
     assert task.classes == list(CLASSES) and task.description["absent"] == ["normal"]
     assert points["macro_auroc"] > 0.95 and points["balanced_accuracy"] > 0.95
-    assert linear_probe.tasks(data)[0][0].description["left_out"] == []
+    assert linear_probe.tasks(data, OPTIONS)[0][0].description["left_out"] == []
 
 
 def test_a_test_set_of_one_class_has_undefined_metrics_with_their_reason(tmp_path):
     data, generator = dataset(manifest("ordinal"), label=lambda k: list(CLASSES)[k % 3] if k < 150 else "benign")
     embedded = encoder(data, generator, 1.0)
-    for task in [*zeroshot.tasks(data)[0], *linear_probe.tasks(data)[0]]:
+    for task in [*zeroshot.tasks(data, OPTIONS)[0], *linear_probe.tasks(data, OPTIONS)[0]]:
         folder = CellFolder(tmp_path, data.held_out, 100, 42)
         cell, _ = folder.cell(task, "e", [], lambda task=task: (task.outputs(embedded), {}))
         reasons = cell["extras"]["undefined_metrics"]
@@ -164,7 +164,7 @@ def test_vectors_that_are_not_finite_give_no_numbers(tmp_path):
         for vectors in (embedded.images, embedded.pooled):
             vectors["p160"] = vectors["p160"] * np.nan
         folder = CellFolder(tmp_path, data.held_out, 100, 42)
-        for task in [*zeroshot.tasks(data)[0], *linear_probe.tasks(data)[0]]:
+        for task in [*zeroshot.tasks(data, OPTIONS)[0], *linear_probe.tasks(data, OPTIONS)[0]]:
             cell, _ = folder.cell(task, "e", [asked], lambda task=task, e=embedded: (task.outputs(e), {}))
             assert "not finite" in cell["undefined"] and cell["metrics"] == {}
 
@@ -172,8 +172,8 @@ def test_vectors_that_are_not_finite_give_no_numbers(tmp_path):
 def test_areas_rank_by_margin_or_by_probability_as_recorded():
     data, generator = dataset(manifest())
     embedded = encoder(data, generator, 0.5)
-    margin = zeroshot.tasks(data)[0][0]
-    soft = zeroshot.tasks(Samples(**{**vars(data), "auroc_on": "softmax"}))[0][0]
+    margin = zeroshot.tasks(data, OPTIONS)[0][0]
+    soft = zeroshot.tasks(data, TaskOptions(auroc_on="softmax"))[0][0]
     assert (margin.description["auroc_on"], soft.description["auroc_on"]) == ("margin", "softmax")
     scores = margin.outputs(embedded)["image.scores"]
     shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
@@ -209,7 +209,7 @@ def test_acc_and_auc_of_medmnist_are_its_own(kind):
     names = list(classes)  # most images are of the first class: accuracy is not balanced accuracy
     data, generator = dataset(asked, label=binary if kind == "multi-label" else lambda k: names[k % 7 % len(names)])
     embedded = encoder(data, generator, 0.3)
-    for task in (zeroshot.tasks(data)[0][0], linear_probe.tasks(data)[0][0]):
+    for task in (zeroshot.tasks(data, OPTIONS)[0][0], linear_probe.tasks(data, OPTIONS)[0][0]):
         scores = task.outputs(embedded)["image.scores"]
         if kind == "multi-label":
             true, probability = task.positive, 1 / (1 + np.exp(-scores))
@@ -225,16 +225,16 @@ def test_acc_and_auc_of_medmnist_are_its_own(kind):
 def test_findings_are_told_by_a_pair_of_prompt_sets():
     asked = manifest("multilabel")
     data, generator = dataset(asked, label=binary)
-    assert "an ultrasound image showing no cancer" in zeroshot.manifest_texts(asked)
-    assert zeroshot.manifest_texts(manifest()) == []
+    assert "an ultrasound image showing no cancer" in data.dataset.prompts()
+    assert not any(" no " in text for text in dataset(manifest())[0].dataset.prompts())
     embedded = encoder(data, generator, 0.6)
-    task = zeroshot.tasks(data)[0][0]
+    task = zeroshot.tasks(data, OPTIONS)[0][0]
     images = embedded.image_matrix(task.pairs)
     points, _ = judged(task, embedded)
     for column, label in enumerate(asked.classes):
         there, absent = (
             images @ zeroshot.class_vector(embedded.text_matrix(prompts[label]))
-            for prompts in (asked.prompts(), negative_prompts(asked))
+            for prompts in (asked.prompts(), asked.negative_prompts())
         )
         expected = roc_auc_score(task.positive[:, column], there - absent)
         assert points[f"auroc: {label}"] == pytest.approx(expected, abs=1e-3)
@@ -243,11 +243,11 @@ def test_findings_are_told_by_a_pair_of_prompt_sets():
 def test_a_finding_that_no_image_shows_is_undefined_with_its_reason():
     data, generator = dataset(manifest("multilabel"), label=lambda k: ("benign", "", "benign|malignant")[k % 3])
     embedded = encoder(data, generator, 1.0)
-    task = zeroshot.tasks(data)[0][0]
+    task = zeroshot.tasks(data, OPTIONS)[0][0]
     points, _ = judged(task, embedded)
     assert np.isnan(points["auroc: normal"]) and points["macro_auroc"] > 0.5
     assert "0 of 150 images" in task.extras(task.outputs(embedded))["undefined_metrics"]["auroc: normal"]
-    probe = linear_probe.tasks(data)[0][0]
+    probe = linear_probe.tasks(data, OPTIONS)[0][0]
     assert probe.labels == ["benign", "malignant"] and probe.description["left_out"] == ["normal"]
 
 
@@ -257,20 +257,20 @@ def test_probes_learn_from_pooled_or_joint_vectors():
     embedded.pooled = encoder(data, generator, 3.0).pooled
     values = {}
     for kind in ("pooled", "joint"):
-        task = linear_probe.tasks(Samples(**{**vars(data), "probe_on": kind}))[0][0]
+        task = linear_probe.tasks(data, TaskOptions(probe_on=kind))[0][0]
         values[kind] = judged(task, embedded)[0]["balanced_accuracy"]
         assert task.description["probe_on"] == kind
     assert values["pooled"] > 0.95 > 0.6 > values["joint"]
     with pytest.raises(Undefined, match="150 of 300 images"):
         for pair in data.held_out:
             embedded.pooled[pair.id] = embedded.pooled[pair.id] * np.nan
-        linear_probe.tasks(data)[0][0].outputs(embedded)
+        linear_probe.tasks(data, OPTIONS)[0][0].outputs(embedded)
 
 
 def test_retrieval_of_a_dataset_is_that_of_open_clip_where_positives_are_unique():
     data, generator = dataset(manifest("retrieval"), counts=(0, 0, 300))
     embedded = encoder(data, generator, 0.002)
-    (task,), _ = retrieval.tasks(data)
+    (task,), _ = retrieval.tasks(data, OPTIONS)
     points, _ = judged(task, embedded)
     images = embedded.image_matrix(task.pairs)
     texts = embedded.text_matrix([pair.caption for pair in task.pairs])
@@ -292,7 +292,7 @@ def test_retrieval_of_a_dataset_is_that_of_open_clip_where_positives_are_unique(
         np.mean([points[f"{d}_recall@{k}"] for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)])
     )
     lonely, _ = dataset(manifest("retrieval"), counts=(0, 0, 1))
-    assert "2 are needed" in retrieval.tasks(lonely)[1]["retrieval-busi"]
+    assert "2 are needed" in retrieval.tasks(lonely, OPTIONS)[1]["retrieval-busi"]
 
 
 def test_retrieval_with_several_captions_of_an_image_is_that_of_clip_benchmark():
@@ -306,7 +306,7 @@ def test_retrieval_with_several_captions_of_an_image_is_that_of_clip_benchmark()
         pairs.append(replace(data.held_out[k], id=f"pair{number}", caption=f"caption {number}"))
         embedded.images[f"pair{number}"], embedded.texts[f"caption {number}"] = images[k], texts[number]
     digests = {pair.id: f"image{k}" for pair, k in zip(pairs, owner.tolist(), strict=True)}
-    (task,), _ = retrieval.tasks(replace(data, held_out=pairs, digests=digests))
+    (task,), _ = retrieval.tasks(replace(data, held_out=pairs, digests=digests), OPTIONS)
     assert task.description["pool"] == {"images": 60, "captions": len(owner)}
     points, _ = judged(task, embedded)
     # CLIP-benchmark's recall_at_k: whether any positive is among the first k of all distinct texts or images.
@@ -321,7 +321,7 @@ def test_retrieval_with_several_captions_of_an_image_is_that_of_clip_benchmark()
 def test_zero_shot_of_a_dataset_is_that_of_clip_benchmark():
     data, generator = dataset(manifest())
     embedded = encoder(data, generator, 0.3)
-    task = zeroshot.tasks(data)[0][0]
+    task = zeroshot.tasks(data, OPTIONS)[0][0]
     for text, vector in embedded.texts.items():  # the sentences of a class do not say the same
         embedded.texts[text] = unit(vector[None] + 0.3 * generator.normal(size=(1, 24)))[0]
     weights = []
@@ -337,7 +337,7 @@ def test_zero_shot_of_a_dataset_is_that_of_clip_benchmark():
 
 def test_retrieval_is_the_same_whether_vectors_are_read_at_once_or_in_stretches(monkeypatch):
     data, _ = dataset(manifest("retrieval"), counts=(0, 0, 60))
-    (task,), _ = retrieval.tasks(data)
+    (task,), _ = retrieval.tasks(data, OPTIONS)
     members = [tabled(task, seed) for seed in range(2)]
     whole = [task.outputs(members[0]), task.ensemble(members, [])]
     monkeypatch.setattr(retrieval, "WHOLE", 7)

@@ -9,17 +9,18 @@ pytest.importorskip("h5py", reason="bags are HDF5 files")
 pytest.importorskip("sklearn", reason="logistic regression")
 
 from fake_encoder import FakeEncoder
-from simulated_slides import SlideCollection, slide_manifest, slide_pairs, write_bag
+from simulated_slides import SlideDataset, slide_manifest, slide_pairs, write_bag
 from sklearn.metrics import cohen_kappa_score
 from torch.nn import functional
 
+from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.embeddings.cache import Content, Undefined
 from mmkd.evaluation.embeddings.embed import Embedded, embed, read_embedded
 from mmkd.evaluation.slides import diagnosis
 from mmkd.evaluation.slides.attention import train_attention
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
-from mmkd.evaluation.tasks.task import Samples
+from mmkd.evaluation.tasks.task import TaskOptions
 
 CLASSES = {"luad": ["lung adenocarcinoma"], "lusc": ["squamous cell carcinoma of the lung"]}
 WIDTH = 12
@@ -40,9 +41,8 @@ def slides(tmp_path_factory):
         tiles[:30] += axes[list(CLASSES).index(label)] - axes[2]
         write_bag(root / "oracle" / f"{name}.h5", tiles @ generator_mix(), proj=tiles)
         write_bag(root / "random" / f"{name}.h5", generator.normal(size=(20, WIDTH)))
-    collection = SlideCollection(manifest, pairs, root)
-    held_out, train = pairs[24:], pairs[:24]
-    return Samples(held_out, train, [], {p.id: p.id for p in pairs}, manifest=manifest, collection=collection)
+    digests = {p.id: p.id for p in pairs}
+    return Samples(manifest, pairs[24:], pairs[:24], [], digests, SlideDataset(manifest, pairs, root))
 
 
 def generator_mix():
@@ -58,7 +58,7 @@ def encoder(name, slides):
 
 def test_oracles_stand_near_one_and_random_bags_near_chance(slides, monkeypatch):
     monkeypatch.setattr(diagnosis, "SEEDS", 2)
-    found, skipped = diagnosis.tasks(slides)
+    found, skipped = diagnosis.tasks(slides, TaskOptions())
     names = ["diagnosis-slides", "diagnosis-slides-ratio", "diagnosis-slides-mil", "diagnosis-slides-mean"]
     assert [task.name for task in found] == names and not skipped
     assert [task.variant for task in found] == ["", "ratio", "mil", "mean"]
@@ -76,10 +76,10 @@ def test_oracles_stand_near_one_and_random_bags_near_chance(slides, monkeypatch)
 
 def test_the_manifest_chooses_the_headline_of_all_ways_to_answer(slides):
     chosen = replace(slides, manifest=replace(slides.manifest, headline="macro_auroc"))
-    assert [task.headline for task in diagnosis.tasks(chosen)[0]] == ["macro_auroc"] * 4
+    assert [task.headline for task in diagnosis.tasks(chosen, TaskOptions())[0]] == ["macro_auroc"] * 4
     wrong = replace(slides, manifest=replace(slides.manifest, headline="auroc"))
     with pytest.raises(ValueError, match=r"headline is 'auroc'.*allowed: accuracy, balanced_accuracy"):
-        diagnosis.tasks(wrong)
+        diagnosis.tasks(wrong, TaskOptions())
 
 
 def test_a_tumour_of_few_tiles_orders_slides_better_than_it_answers(slides, tmp_path):
@@ -89,8 +89,8 @@ def test_a_tumour_of_few_tiles_orders_slides_better_than_it_answers(slides, tmp_
         if pair.label == "lusc":
             tiles[:10] += axes[1] - axes[0]
         write_bag(tmp_path / "few" / f"{pair.id.removeprefix('slides:')}.h5", tiles, proj=tiles)
-    few = replace(slides, collection=SlideCollection(slides.manifest, slides.held_out, tmp_path))
-    for task in diagnosis.tasks(few)[0][:2]:
+    few = replace(slides, dataset=SlideDataset(slides.manifest, slides.held_out, tmp_path))
+    for task in diagnosis.tasks(few, TaskOptions())[0][:2]:
         points, _ = replicate(partial(task.metrics, task.outputs(encoder("few", few))), task.frames, 2, 0)
         assert points["macro_auroc"] > 0.95 and points["balanced_accuracy"] == 0.5
 
@@ -128,22 +128,23 @@ def test_kappa_is_that_of_scikit_learn():
 
 
 def test_what_cannot_be_asked_says_why(slides):
-    assert diagnosis.tasks(replace(slides, manifest=None)) == ([], {})
     one_class = replace(slides, held_out=[p for p in slides.held_out if p.label == "luad"])
-    assert "1 class (luad)" in diagnosis.tasks(one_class)[1]["diagnosis-slides"]
-    found, skipped = diagnosis.tasks(replace(slides, train=[p for p in slides.train if p.label == "luad"]))
+    assert "1 class (luad)" in diagnosis.tasks(one_class, TaskOptions())[1]["diagnosis-slides"]
+    found, skipped = diagnosis.tasks(
+        replace(slides, train=[p for p in slides.train if p.label == "luad"]), TaskOptions()
+    )
     assert len(found) == 2 and skipped["diagnosis-slides-mil"] == "no training slide of lusc"
     with pytest.raises(ValueError, match="1 cases lie in training and held-out slides: case12"):
-        diagnosis.tasks(replace(slides, train=[*slides.train, slides.held_out[0]]))
+        diagnosis.tasks(replace(slides, train=[*slides.train, slides.held_out[0]]), TaskOptions())
     with pytest.raises(ValueError, match=r"labels benign are not among its classes .luad, lusc."):
-        diagnosis.tasks(replace(slides, train=[replace(slides.train[0], label="benign")]))
+        diagnosis.tasks(replace(slides, train=[replace(slides.train[0], label="benign")]), TaskOptions())
     with pytest.raises(Undefined, match="no bags of clip in"):
-        diagnosis.tasks(slides)[0][2].outputs(encoder("clip", slides))
+        diagnosis.tasks(slides, TaskOptions())[0][2].outputs(encoder("clip", slides))
 
 
 def test_of_slides_only_sentences_are_embedded(slides, tmp_path):
     texts = sorted({text for own in slides.manifest.prompts().values() for text in own})
     content = Content.of([], {}, texts)
-    embed(FakeEncoder("fake"), "f", content, slides.collection, texts, tmp_path, quiet=True)
+    embed(FakeEncoder("fake"), "f", content, slides.dataset, texts, tmp_path, quiet=True)
     found = read_embedded("fake", "f", {}, content, [], texts, tmp_path)
     assert found.text_matrix(texts).shape == (len(texts), 41) and not found.unreadable

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from fake_dataset import make_samples
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -11,7 +12,7 @@ from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.tasks import linear_probe
 from mmkd.evaluation.tasks.learning_curve import settings_of
 from mmkd.evaluation.tasks.logistic_regression import Sweep, log_loss, probe, search_exponent
-from mmkd.evaluation.tasks.task import Samples
+from mmkd.evaluation.tasks.task import TaskOptions
 
 
 def made_up(counts, classes=4, dim=16, seed=0, apart=0.9):
@@ -101,8 +102,7 @@ def test_the_curve_learns_from_nested_sets_and_rises():
         [Pair(f"{split}{k}", "x", "", "CT", names[t], "", split) for k, t in enumerate(own)]
         for split, own in zip(("train", "test"), targets, strict=True)
     ]
-    samples = Samples(pairs[1], pairs[0], [], {}, manifest=asked, probe_search="fast")
-    fast, task = linear_probe.tasks(samples)[0]
+    fast, task = linear_probe.tasks(make_samples(asked, pairs[1], pairs[0]), TaskOptions(probe_search="fast"))[0]
     assert fast.description["search"] == "fast" and task.name == "probe-set-shots"
     sets = {(setting, seed): set(rows.tolist()) for setting, seed, rows in task.index_sets()}
     for seed in range(5):

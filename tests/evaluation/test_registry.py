@@ -25,10 +25,8 @@ from mmkd.evaluation.datasets.catalog import (
 from mmkd.evaluation.datasets.manifest import ASKED, HEADLINES, make_manifest, read_manifest
 from mmkd.evaluation.slides.diagnosis import SlideTask
 from mmkd.evaluation.slides.survival import Survival
-from mmkd.evaluation.tasks.classes import MultiLabel
+from mmkd.evaluation.tasks.classification import Classification, MultiLabel
 from mmkd.evaluation.tasks.retrieval import Retrieval
-from mmkd.evaluation.tasks.task import Classification
-from mmkd.evaluation.tasks.zeroshot import negative_prompts
 from mmkd.evaluation.vqa.answer_head import VisualQuestions
 from mmkd.train import registry
 
@@ -163,7 +161,7 @@ def test_the_headline_is_that_of_the_task_unless_a_manifest_names_another():
 
 def test_findings_are_negated_in_plain_words():
     asked = catalog()["chestmnist"]
-    negatives = negative_prompts(asked)
+    negatives = asked.negative_prompts()
     assert "radiograph without lung nodule" in negatives["nodule"]
     assert "an X-ray image showing no enlarged heart" in negatives["cardiomegaly"]
     for name, sentences in asked.prompts().items():

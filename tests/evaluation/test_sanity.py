@@ -5,15 +5,15 @@ from functools import partial
 
 import numpy as np
 import pytest
+from fake_dataset import make_samples
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.dataset import Collection
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
 from mmkd.evaluation.suite import tasks_for
-from mmkd.evaluation.tasks.task import Samples
+from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.evaluation.vqa import co_attention
 
 pytest.importorskip("sklearn", reason="the probe is scikit-learn's")
@@ -21,16 +21,6 @@ pytest.importorskip("sklearn", reason="the probe is scikit-learn's")
 DIM, COUNT, REPLICATES = 24, 360, 200
 GRADES = {"none": ["no retinopathy"], "mild": ["mild retinopathy"], "severe": ["severe retinopathy"]}
 KINDS = ["zeroshot", "probe", "retrieval"]
-
-
-class Shapes(Collection):
-    """A dataset of which only vectors exist."""
-
-    def image(self, pair):
-        raise AssertionError("no task may open images: they are embedded")
-
-    def digest(self, pair):
-        return pair.sha256
 
 
 class Told(dict):
@@ -82,9 +72,8 @@ def dataset(task, classes=None):
             ("which eye?", ("left", "right")[sides[k, 1]]),
         ):
             questions.append(Question(f"h{k}", text, answer, text.startswith("is"), "test" if k % 3 else "train"))
-    collection = Shapes(manifest, pairs, questions)
     parts = [[pair for pair in pairs if pair.split == split] for split in ("test", "train", "validation")]
-    return Samples(*parts, {p.id: p.sha256 for p in pairs}, questions, manifest=manifest, collection=collection)
+    return make_samples(manifest, *parts, {p.id: p.sha256 for p in pairs}, questions)
 
 
 def unit(key):
@@ -106,7 +95,7 @@ def oracle(samples):
         if manifest.task == "retrieval":
             return unit(pair.caption)
         if manifest.task == "vqa":
-            answers = [q.answer for q in samples.questions if q.sha256 == pair.sha256]
+            answers = [q.answer for q in samples.dataset.questions if q.sha256 == pair.sha256]
             return signed("retinopathy", "yes" in answers) + signed("right", "right" in answers)
         return sum(signed(name, name in pair.label.split("|")) for name in manifest.classes)
 
@@ -153,7 +142,7 @@ WORLDS = {
 def test_random_is_at_chance_and_an_oracle_near_one(kind):
     classes, expected = WORLDS[kind]
     samples = dataset(kind, classes)
-    found, _ = tasks_for(samples, KINDS)
+    found, _ = tasks_for(samples, KINDS, TaskOptions())
     assert expected <= {task.name for task in found}
     blind, seeing = [random_encoder(samples, seed) for seed in range(3)], oracle(samples)
     for task in found:
@@ -171,7 +160,7 @@ def test_random_is_at_chance_and_an_oracle_near_one(kind):
 def test_answers_of_random_vectors_come_from_the_question(monkeypatch):
     monkeypatch.setattr(co_attention, "EPOCHS", 6)
     samples = dataset("vqa")
-    found, _ = tasks_for(samples, ["vqa"])
+    found, _ = tasks_for(samples, ["vqa"], TaskOptions())
     assert {"vqa-toy", "vqa-toy-meter", "vqa-toy-disjoint", "vqa-toy-meter-disjoint", "vqa-toy-zeroshot"} == {
         task.name for task in found
     }

@@ -5,7 +5,7 @@ pytest.importorskip("h5py", reason="bags are HDF5 files")
 
 from simulated_slides import (
     WIDTH,
-    SlideCollection,
+    SlideDataset,
     exponential_cohort,
     risk_tiles,
     slide_manifest,
@@ -13,6 +13,7 @@ from simulated_slides import (
     write_bag,
 )
 
+from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.embeddings.cache import Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.slides import attention as attention_mil
@@ -20,7 +21,7 @@ from mmkd.evaluation.slides import survival
 from mmkd.evaluation.slides.cohort import read_cohort, stratified_folds
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
 from mmkd.evaluation.statistics.survival import Outcomes, concordance
-from mmkd.evaluation.tasks.task import Samples
+from mmkd.evaluation.tasks.task import TaskOptions
 
 CASES, SLIDES = 100, 134
 
@@ -42,15 +43,15 @@ def cohort(tmp_path_factory):
         age = f"{60 + 10 * risk[k]:.1f}" if k % 10 else ""
         facts[slide] = {"time": str(time[k]), "event": str(int(event[k])), "age": age, "sex": "mf"[k % 2]}
     pairs = slide_pairs(slides, [slide[:7] for slide in slides])
-    collection = SlideCollection(slide_manifest("survival"), pairs, root, facts)
-    samples = Samples(pairs, [], [], {}, manifest=collection.manifest, collection=collection)
+    collection = SlideDataset(slide_manifest("survival"), pairs, root, facts)
+    samples = Samples(collection.manifest, pairs, [], [], {}, collection)
     ceiling = concordance(Outcomes(time, event), risk, np.ones((1, CASES)))[0]
     return samples, ceiling
 
 
 @pytest.fixture(scope="module")
 def tasks(cohort):
-    found, skipped = survival.tasks(cohort[0])
+    found, skipped = survival.tasks(cohort[0], TaskOptions())
     assert not skipped
     return {task.variant: task for task in found}
 
@@ -117,36 +118,35 @@ def test_what_cannot_be_answered_says_why(cohort, tasks):
     with pytest.raises(Undefined, match="no bags of clip"):
         tasks["mil-nll"].outputs(Embedded("clip", "f"))
     assert tasks[""].evidence(Embedded("oracle", "f")) != tasks[""].evidence(Embedded("random", "f"))
-    assert survival.tasks(Samples([], [], [], {})) == ([], {})
 
 
 def changed(cohort, **facts):
     """The cohort with other facts of all slides, or with those of the first slide alone if ``first`` is given."""
     samples, _ = cohort
-    own = samples.collection
+    own = samples.dataset
     first = facts.pop("first", {})
     changed_facts = {slide: {**known, **facts} for slide, known in own.facts.items()}
     changed_facts[own.pairs[0].id].update(first)
-    collection = SlideCollection(own.manifest, own.pairs, own.root, changed_facts)
-    return Samples(samples.held_out, [], [], {}, manifest=own.manifest, collection=collection)
+    collection = SlideDataset(own.manifest, own.pairs, own.root, changed_facts)
+    return Samples(own.manifest, samples.held_out, [], [], {}, collection)
 
 
 def test_cohorts_that_tell_nothing_are_undefined_or_refused(cohort):
-    censored = survival.tasks(changed(cohort, event="0"))[0]
+    censored = survival.tasks(changed(cohort, event="0"), TaskOptions())[0]
     for task in censored:
         with pytest.raises(Undefined, match=f"all {CASES} cases are censored"):
             task.outputs(Embedded("oracle", "f"))
     with pytest.raises(ValueError, match="slides of case case000 disagree"):
-        survival.tasks(changed(cohort, first={"time": "123"}))
+        survival.tasks(changed(cohort, first={"time": "123"}), TaskOptions())
     with pytest.raises(ValueError, match=r"event 'perhaps' is none of 1, 1.0, true"):
-        survival.tasks(changed(cohort, event="perhaps"))
+        survival.tasks(changed(cohort, event="perhaps"), TaskOptions())
     with pytest.raises(ValueError, match="time '-1' is no number from 0 on"):
-        survival.tasks(changed(cohort, time="-1"))
-    at_once = survival.tasks(changed(cohort, time="0"))[0][0]
+        survival.tasks(changed(cohort, time="-1"), TaskOptions())
+    at_once = survival.tasks(changed(cohort, time="0"), TaskOptions())[0][0]
     extras = at_once.extras(at_once.outputs(Embedded("oracle", "f")))
     assert list(extras["undefined_metrics"]) == ["c_index_uno"]
-    assert survival.tasks(changed(cohort, time=""))[1]["survival-slides"].startswith("no case has both")
-    found, skipped = survival.tasks(changed(cohort, age="", sex=""))
+    assert survival.tasks(changed(cohort, time=""), TaskOptions())[1]["survival-slides"].startswith("no case has both")
+    found, skipped = survival.tasks(changed(cohort, age="", sex=""), TaskOptions())
     assert len(found) == 3 and "no covariates" in skipped["survival-slides-clinical"]
 
 
@@ -164,7 +164,7 @@ def test_the_real_tables_covariates_give_what_scikit_survival_gives(shared_data)
         row["slide_id"]: row | {"time": row["survival_months"], "event": str(int(float(row["censorship"]) == 0))}
         for row in rows
     }
-    collection = SlideCollection(slide_manifest("survival"), pairs, None, facts)
+    collection = SlideDataset(slide_manifest("survival"), pairs, None, facts)
     own = read_cohort(collection, None)
     assert "age" in own.names and "is_female" in own.names
     x = np.nan_to_num(survival.standardised(own.covariates, np.arange(len(own.cases))))

@@ -2,6 +2,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from fake_dataset import make_samples, pairs_samples, pairs_tasks
 from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs
 
 from mmkd.data.prompts import label_prompts, modality_prompts
@@ -12,14 +13,8 @@ from mmkd.evaluation.results.summary import split_summary
 from mmkd.evaluation.statistics import ranks as ranks_module
 from mmkd.evaluation.statistics.bootstrap import replicate
 from mmkd.evaluation.statistics.ranks import Answers, search, search_both
-from mmkd.evaluation.suite import texts_for
-from mmkd.evaluation.tasks import linear_probe, retrieval, zeroshot
-from mmkd.evaluation.tasks.task import Samples, best_by_modality
-
-
-def samples(held_out, train=(), validation=()):
-    everything = [*held_out, *train, *validation]
-    return Samples(list(held_out), list(train), list(validation), {pair.id: pair.image for pair in everything})
+from mmkd.evaluation.tasks import retrieval, zeroshot
+from mmkd.evaluation.tasks.task import best_by_modality
 
 
 def random_embedding(data, dim=16, seed=0):
@@ -30,7 +25,10 @@ def random_embedding(data, dim=16, seed=0):
         return dict(zip(keys, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), strict=True))
 
     pairs = [*data.held_out, *data.train, *data.validation]
-    return Embedded("random", "f", images=unit([p.id for p in pairs]), texts=unit(texts_for(data.held_out)))
+    tasks, _ = pairs_tasks(data, "zeroshot")
+    texts = {pair.caption for pair in data.held_out}
+    texts |= {text for task in tasks for own in task.prompts.values() for text in own}
+    return Embedded("random", "f", images=unit([p.id for p in pairs]), texts=unit(sorted(texts)))
 
 
 def value(task, outputs, metric):
@@ -44,13 +42,13 @@ def test_class_vector_is_the_unit_mean():
 
 
 def test_zeroshot_tasks_follow_what_the_pairs_hold():
-    found, skipped = zeroshot.tasks(samples(make_pairs(24)))
+    found, skipped = pairs_tasks(pairs_samples(make_pairs(24)), "zeroshot")
     names = ["zeroshot-modality", "zeroshot-label", "zeroshot-label-ct", "zeroshot-label-mri", "zeroshot-label-x-ray"]
     assert [task.name for task in found] == names and not skipped
     one = [Pair(str(k), "x", "c", "CT", LABELS[k % 2]) for k in range(6)]
-    found, skipped = zeroshot.tasks(samples(one))
+    found, skipped = pairs_tasks(pairs_samples(one), "zeroshot")
     assert [task.name for task in found] == ["zeroshot-label"] and "1 modality" in skipped["zeroshot-modality"]
-    found, skipped = zeroshot.tasks(samples([Pair(str(k), "x", "c", "CT", "cyst") for k in range(6)]))
+    found, skipped = pairs_tasks(pairs_samples([Pair(str(k), "x", "c", "CT", "cyst") for k in range(6)]), "zeroshot")
     assert found == [] and set(skipped) == {"zeroshot-modality", "zeroshot-label"}
 
 
@@ -62,23 +60,23 @@ def test_pairs_without_a_group_are_counted_as_groups_of_their_own():
 
 def test_labels_that_repeat_the_modality_are_asked_once():
     pairs = [Pair(str(k), "x", "c", MODALITIES[k % 3], MODALITIES[k % 3]) for k in range(6)]
-    found, skipped = zeroshot.tasks(samples(pairs))
+    found, skipped = pairs_tasks(pairs_samples(pairs), "zeroshot")
     assert [task.name for task in found] == ["zeroshot-modality"] and "zeroshot-label" in skipped
 
 
 def test_an_unknown_modality_is_no_answer():
     pairs = [Pair(str(k), "x", "c", ("CT", "unknown")[k % 2], LABELS[k % 4 // 2]) for k in range(24)]
-    found, skipped = zeroshot.tasks(samples(pairs))
+    found, skipped = pairs_tasks(pairs_samples(pairs), "zeroshot")
     assert [task.name for task in found] == ["zeroshot-label", "zeroshot-label-ct"]
     assert "1 modality" in skipped["zeroshot-modality"]
-    assert not any("unknown" in text for text in zeroshot.prompt_texts(pairs))
-    _, skipped = linear_probe.tasks(samples(pairs, train=pairs))
+    assert not any("unknown" in text for text in pairs_samples(pairs).dataset.prompts())
+    _, skipped = pairs_tasks(pairs_samples(pairs, train=pairs), "probe")
     assert "1 modality" in skipped["probe-modality"]
 
 
 def test_modalities_that_differ_in_letters_only_have_tasks_of_their_own():
     pairs = [Pair(str(k), "x", "c", ("MRI", "mri", "m" * 300)[k % 3], LABELS[k // 3 % 2]) for k in range(24)]
-    names = [task.name for task in zeroshot.tasks(samples(pairs))[0]]
+    names = [task.name for task in pairs_tasks(pairs_samples(pairs), "zeroshot")[0]]
     assert len(names) == len(set(names)) == 5
     assert max(map(len, names)) < 80
 
@@ -89,7 +87,7 @@ def test_a_label_of_two_modalities_is_described_in_both():
         Pair("2", "x", "", "X-ray", "normal"),
         Pair("3", "x", "", "OCT", "drusen"),
     ]
-    task = next(task for task in zeroshot.tasks(samples(pairs))[0] if task.name == "zeroshot-label")
+    task = next(task for task in pairs_tasks(pairs_samples(pairs), "zeroshot")[0] if task.name == "zeroshot-label")
     assert set(task.prompts["normal"]) == set(label_prompts("normal", "OCT") + label_prompts("normal", "X-ray"))
 
 
@@ -107,13 +105,13 @@ def test_words_of_a_modality_decide_its_sentences():
 
 
 def test_random_vectors_are_at_chance():
-    data = samples(make_pairs(240), make_pairs(120, "train", 240))
+    data = pairs_samples(make_pairs(240), make_pairs(120, "train", 240))
     embedded = random_embedding(data)
-    for task in zeroshot.tasks(data)[0] + linear_probe.tasks(data)[0]:
+    for task in pairs_tasks(data, "zeroshot")[0] + pairs_tasks(data, "probe")[0]:
         chance = 1 / len(task.classes)
         assert abs(value(task, task.outputs(embedded), "balanced_accuracy") - chance) < 0.25
         assert abs(value(task, task.outputs(embedded), "macro_auroc") - 0.5) < 0.2
-    task = retrieval.tasks(data)[0][0]
+    task = pairs_tasks(data, "retrieval")[0][0]
     outputs = task.outputs(embedded)
     for key in ("image_to_text_recall@10", "text_to_image_recall@10"):
         assert abs(value(task, outputs, key) - task.description["chance"][key]) < 0.05
@@ -131,11 +129,10 @@ def test_retrieval_counts_identical_captions_and_images_as_right():
     )
     assert to_text.tolist() == [[0, 2], [0], [1]]
     assert to_image.tolist() == [[0, 1], [2], [0]]
-    digests = {pair.id: pair.image for pair in pairs}
-    task = retrieval.Retrieval(Samples(pairs[::-1], [], [], digests))
+    task = retrieval.Retrieval(make_samples(None, pairs[::-1]))
     assert [pair.id for pair in task.pairs] == ["d", "c", "b"] and task.right_images.tolist() == [[1, 2], [0], [2]]
     assert [pair.id for pair in task.holders["caption"]] == ["c", "d", "b"]
-    lost = retrieval.Retrieval(Samples(pairs, [], [], dict.fromkeys("abcd", "missing")))
+    lost = retrieval.Retrieval(make_samples(None, pairs, digests=dict.fromkeys("abcd", "missing")))
     assert lost.description["pool"] == {"images": 4, "captions": 3}  # what cannot be read is not the same for that
 
 
@@ -186,7 +183,7 @@ def test_an_encoder_that_says_the_same_of_everything_gains_nothing():
 def test_an_image_and_its_caption_are_drawn_together():
     """Else a mean over both directions would look as certain as if each had images of its own."""
     pairs = [Pair(f"p{k}", f"{k}.png", f"caption {(7 * k) % 50}", "CT", split="test") for k in range(50)]
-    task = retrieval.tasks(samples(pairs))[0][0]
+    task = pairs_tasks(pairs_samples(pairs), "retrieval")[0][0]
     right = np.random.default_rng(0).random(50) < 0.5
     captions = right[[pairs.index(pair) for pair in task.holders["caption"]]]
     outputs = {"image.rank": np.where(right, 1.0, 40.0), "caption.rank": np.where(captions, 1.0, 40.0)}
@@ -210,9 +207,9 @@ def test_spread_is_that_of_the_similarity_matrix():
 
 
 def test_ensemble_of_one_encoder_twice_is_that_encoder():
-    data = samples(make_pairs(48), make_pairs(48, "train", 48))
+    data = pairs_samples(make_pairs(48), make_pairs(48, "train", 48))
     embedded = random_embedding(data)
-    for task in zeroshot.tasks(data)[0] + retrieval.tasks(data)[0] + linear_probe.tasks(data)[0]:
+    for task in pairs_tasks(data, "zeroshot")[0] + pairs_tasks(data, "retrieval")[0] + pairs_tasks(data, "probe")[0]:
         alone = task.outputs(embedded)
         both = task.ensemble([embedded, embedded], [alone, alone])
         for key in alone:
@@ -221,8 +218,8 @@ def test_ensemble_of_one_encoder_twice_is_that_encoder():
 
 
 def test_oracle_takes_each_modality_from_its_best_encoder():
-    data = samples(make_pairs(48))
-    task = retrieval.tasks(data)[0][0]
+    data = pairs_samples(make_pairs(48))
+    task = pairs_tasks(data, "retrieval")[0][0]
     rank = {name: np.full(48, 20.0) for name in ("a", "b")}
     rank["a"][np.array(task.modalities["image"]) == "CT"] = 1.0
     rank["b"][np.array(task.modalities["image"]) == "MRI"] = 2.0
@@ -243,8 +240,8 @@ def test_probe_equals_a_plain_scikit_learn_sweep():
     features = (generator.normal(size=(400, 12)) + 0.8 * np.eye(3, 12)[targets]).astype(np.float32)
     parts = np.split(np.arange(400), [150, 250])
     pairs = [Pair(str(k), str(k), "c", "CT", LABELS[t], split="test") for k, t in enumerate(targets)]
-    data = samples(*([pairs[k] for k in part] for part in (parts[2], parts[0], parts[1])))
-    task = linear_probe.tasks(data)[0][0]
+    data = pairs_samples(*([pairs[k] for k in part] for part in (parts[2], parts[0], parts[1])))
+    task = pairs_tasks(data, "probe")[0][0]
     embedded = Embedded("e", "f", images={str(k): row for k, row in enumerate(features)})
     found = value(task, task.outputs(embedded), "accuracy")
     scaler = StandardScaler().fit(features[parts[0]])
@@ -264,8 +261,8 @@ def test_probe_leaves_out_small_and_unseen_classes():
         Pair("t-f", "t-f", "c", "CT", "effusion")
     ]
     held_out = [Pair(f"h{k}", f"h{k}", "c", "CT", LABELS[k % 4]) for k in range(12)]
-    data = samples(held_out, train)
-    found, skipped = linear_probe.tasks(data)
+    data = pairs_samples(held_out, train)
+    found, skipped = pairs_tasks(data, "probe")
     assert [task.name for task in found] == ["probe-label"] and list(skipped) == ["probe-modality"]
     assert found[0].description["left_out"] == ["effusion", "healthy"] and len(found[0].pairs) == 6
     embedded = random_embedding(data)
@@ -273,16 +270,16 @@ def test_probe_leaves_out_small_and_unseen_classes():
     embedded.images["h0"] = embedded.images["h0"] * np.nan
     with pytest.raises(Undefined, match="not finite, of 1 of 26 images"):
         found[0].outputs(embedded)
-    found, skipped = linear_probe.tasks(samples(held_out, train[:4]))
+    found, skipped = pairs_tasks(pairs_samples(held_out, train[:4]), "probe")
     assert found == [] and "at least 5 training images" in skipped["probe-label"]
 
 
 def test_no_captions_or_one_caption_means_no_retrieval():
     for caption in ("", "the same"):
-        found, skipped = retrieval.tasks(samples([Pair(str(k), str(k), caption) for k in range(6)]))
+        found, skipped = pairs_tasks(pairs_samples([Pair(str(k), str(k), caption) for k in range(6)]), "retrieval")
         assert found == [] and f"{int(bool(caption))} distinct caption" in skipped["retrieval"]
-    alone = Samples([Pair("a", "a", "one"), Pair("b", "a", "two")], [], [], {"a": "same", "b": "same"})
-    assert retrieval.tasks(alone)[1]["retrieval"].startswith("1 distinct image with a caption")
+    alone = make_samples(None, [Pair("a", "a", "one"), Pair("b", "a", "two")])
+    assert pairs_tasks(alone, "retrieval")[1]["retrieval"].startswith("1 distinct image with a caption")
 
 
 def test_fake_encoder_reads_its_pixels():

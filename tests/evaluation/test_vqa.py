@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fake_dataset import pairs_samples, pairs_tasks
 from PIL import Image
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.questions import Question, normalise, question_texts, read_questions, stated_split
 from mmkd.evaluation.embeddings.embed import Embedded
-from mmkd.evaluation.tasks.task import Samples
-from mmkd.evaluation.vqa.answer_head import fused, tasks
+from mmkd.evaluation.vqa.answer_head import fused
 
 COLORS, DIM = ("red", "green", "blue"), 16
 
@@ -33,7 +33,13 @@ def world(count=120):
     texts = {"which color?": np.eye(1, DIM, 8), "is it an image?": np.eye(1, DIM, 9)}
     embedded = Embedded("e", "f", images=images, texts={t: v[0].astype(np.float32) for t, v in texts.items()})
     parts = {s: [p for p in pairs if p.split == s] for s in ("train", "validation", "test")}
-    return Samples(parts["test"], parts["train"], parts["validation"], {}, questions), embedded
+    return pairs_samples(parts["test"], parts["train"], parts["validation"], {}, questions), embedded
+
+
+def tasks(samples, questions=None):
+    if questions is not None:
+        samples = pairs_samples(samples.held_out, samples.train, samples.validation, {}, questions)
+    return pairs_tasks(samples, "vqa")
 
 
 def test_the_head_looks_at_the_image_and_the_controls_do_not():
@@ -52,8 +58,8 @@ def test_the_head_looks_at_the_image_and_the_controls_do_not():
 def test_answers_come_from_training_and_validation_only():
     samples, embedded = world()
     unseen = samples.held_out[0].sha256
-    questions = [replace(q, answer="purple") if q.sha256 == unseen else q for q in samples.questions]
-    (task,), _ = tasks(replace(samples, questions=questions))
+    questions = [replace(q, answer="purple") if q.sha256 == unseen else q for q in samples.dataset.questions]
+    (task,), _ = tasks(samples, questions)
     assert "purple" not in task.answers
     assert task.description["unanswerable"] == pytest.approx(2 / len(task.pairs))
     right = task.sample_scores(task.outputs(embedded))["image"]
@@ -69,7 +75,7 @@ def test_vectors_that_are_not_finite_are_told():
 
 def test_accuracy_over_questions_that_nobody_asks_has_its_reason():
     samples, embedded = world()
-    (task,), _ = tasks(replace(samples, questions=[replace(q, closed=True) for q in samples.questions]))
+    (task,), _ = tasks(samples, [replace(q, closed=True) for q in samples.dataset.questions])
     outputs = task.outputs(embedded)
     ones = {"image": np.ones((1, len(task.pairs)))}
     undefined = [name for name, values in task.metrics(outputs, ones).items() if np.isnan(values[0])]
@@ -79,9 +85,7 @@ def test_accuracy_over_questions_that_nobody_asks_has_its_reason():
 
 def test_no_questions_no_task():
     samples, _ = world()
-    assert tasks(replace(samples, questions=[]))[1] == {
-        "vqa": "no questions were given; name them with --questions FILE"
-    }
+    assert tasks(samples, [])[1] == {"vqa": "no questions were given; name them with --questions FILE"}
     assert "0 held-out questions" in tasks(replace(samples, held_out=[]))[1]["vqa"]
 
 

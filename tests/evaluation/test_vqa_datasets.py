@@ -11,13 +11,13 @@ from tiny_model import save_tiny
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder, NoTokens
 from mmkd.encoders.zoo import load_encoder
-from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question, read_questions
 from mmkd.evaluation.embeddings.cache import Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.embeddings.tokens import TokenSource, at_most_a_map
-from mmkd.evaluation.tasks.task import Samples
+from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.evaluation.vqa import co_attention
 from mmkd.evaluation.vqa.statements import choices
 from mmkd.evaluation.vqa.tasks import tasks, texts
@@ -28,7 +28,7 @@ COLOR, BRIGHT, RED = "what color is the image?", "is the image colorful?", "is t
 ALL = ("vqa-toy", "vqa-toy-meter", "vqa-toy-disjoint", "vqa-toy-meter-disjoint", "vqa-toy-zeroshot")
 
 
-class ColorImages(Collection):
+class ColorImages(Dataset):
     """Images of one color each."""
 
     def image(self, pair):
@@ -95,8 +95,8 @@ def world(cache, count=120, tokens=True, stated=True):
         questions += [Question("h1", COLOR, names[1], False, "test"), Question("h0", RED, "yes", True, "test")]
     collection, encoder = ColorImages(MANIFEST, pairs, questions), ColorEncoder(tokens)
     digests = {pair.id: pair.sha256 for pair in pairs}
-    samples = Samples([], pairs, [], digests, manifest=MANIFEST, collection=collection)
-    own = texts(questions)
+    samples = Samples(MANIFEST, [], pairs, [], digests, collection)
+    own = sorted(texts(questions, TaskOptions()))
     embedded = Embedded("e", "f", texts=dict(zip(own, encoder.encode_texts(own).numpy(), strict=True)))
     vectors = encoder.encode_images([collection.image(pair) for pair in pairs]).numpy()
     embedded.images = dict(zip([pair.id for pair in pairs], vectors, strict=True))
@@ -112,9 +112,9 @@ def values(task, outputs):
 def test_a_dataset_is_answered_by_three_heads_on_two_splits(tmp_path, monkeypatch):
     monkeypatch.setattr(co_attention, "EPOCHS", 6)
     samples, embedded, encoder = world(tmp_path)
-    found, skipped = tasks(samples)
+    found, skipped = tasks(samples, TaskOptions())
     assert not skipped and tuple(task.name for task in found) == ALL
-    assert {(task.dataset, task.modality, task.kind) for task in found} == {("toy", "MRI", "vqa")}
+    assert {(task.manifest.dataset, task.manifest.modality, task.kind) for task in found} == {("toy", "MRI", "vqa")}
     assert [task.variant for task in found] == ["", "meter", "disjoint", "meter-disjoint", "zeroshot"]
     for task in found[:4]:
         outputs = task.outputs(embedded)
@@ -133,7 +133,7 @@ def test_a_dataset_is_answered_by_three_heads_on_two_splits(tmp_path, monkeypatc
 
 def test_the_official_split_is_kept_and_says_what_it_shares(tmp_path):
     samples, _, _ = world(tmp_path)
-    official, _, disjoint, *_ = tasks(samples)[0]
+    official, _, disjoint, *_ = tasks(samples, TaskOptions())[0]
     assert official.description["split"] == "official" and official.description["shared_images"] > 20
     assert official.description["questions_about_shared_images"] > 20
     assert disjoint.description["shared_images"] == 0
@@ -148,7 +148,7 @@ def test_the_official_split_is_kept_and_says_what_it_shares(tmp_path):
 def test_a_split_by_group_keeps_groups_whole(tmp_path):
     samples, _, _ = world(tmp_path)
     pairs = [replace(pair, group=f"g{k // 5}") for k, pair in enumerate(samples.train)]
-    disjoint = tasks(replace(samples, train=pairs))[0][2]
+    disjoint = tasks(replace(samples, train=pairs), TaskOptions())[0][2]
     groups = {split: {pair.group for pair, _ in own} for split, own in disjoint.questions.items()}
     assert not groups["test"] & (groups["train"] | groups["validation"])
     assert disjoint.frames["image"].groups == len(groups["test"])
@@ -156,14 +156,14 @@ def test_a_split_by_group_keeps_groups_whole(tmp_path):
 
 def test_without_a_stated_split_images_are_dealt_out(tmp_path):
     samples, _, _ = world(tmp_path, stated=False)
-    assert [task.name for task in tasks(samples)[0]] == [ALL[2], ALL[3], ALL[4]]
+    assert [task.name for task in tasks(samples, TaskOptions())[0]] == [ALL[2], ALL[3], ALL[4]]
 
 
 def test_answering_without_training(tmp_path):
     samples, embedded, _ = world(tmp_path)
-    asked = [q for q in samples.collection.questions if q.text == RED]
-    samples.collection.questions = [replace(q, split="test") for q in asked[:-3]] + asked[-3:]
-    task = tasks(samples)[0][-1]
+    asked = [q for q in samples.dataset.questions if q.text == RED]
+    samples.dataset.questions = [replace(q, split="test") for q in asked[:-3]] + asked[-3:]
+    task = tasks(samples, TaskOptions())[0][-1]
     told = values(task, task.outputs(embedded))
     assert told["yes_no_auroc"] == 1 and told["question_only_accuracy"] < 1
     assert list(task.extras({})["undefined_metrics"]) == [name for name in told if np.isnan(told[name])]
@@ -171,7 +171,7 @@ def test_answering_without_training(tmp_path):
     assert "yes_no_auroc" in task.extras({})["undefined_metrics"]
     assert task.description["statements"][0] == ["the image is red", "the image is not red"]
     nothing = Embedded("e", "f", images=embedded.images)
-    for own in tasks(samples)[0]:
+    for own in tasks(samples, TaskOptions())[0]:
         with pytest.raises(Undefined):
             own.outputs(nothing)
 
@@ -179,14 +179,13 @@ def test_answering_without_training(tmp_path):
 def test_encoders_without_tokens_say_so(tmp_path):
     samples, embedded, _ = world(tmp_path, tokens=False)
     with pytest.raises(Undefined, match=r"colors \(ColorEncoder\) gives no sequences"):
-        tasks(samples)[0][1].outputs(embedded)
+        tasks(samples, TaskOptions())[0][1].outputs(embedded)
 
 
 def test_other_manifests_and_missing_images(tmp_path):
     samples, _, _ = world(tmp_path)
-    assert tasks(replace(samples, manifest=replace(MANIFEST, task="survival"))) == ([], {})
     gone = replace(samples, train=[])
-    assert tasks(gone)[1] == {"vqa-toy": "0 of its 362 questions are about an image that can be read"}
+    assert tasks(gone, TaskOptions())[1] == {"vqa-toy": "0 of its 362 questions are about an image that can be read"}
 
 
 @pytest.mark.parametrize(

@@ -187,13 +187,13 @@ def test_marks_of_contamination_and_means_without(data, tmp_path, monkeypatch):
 
 
 def test_a_store_of_features_answers_what_it_can(data, tmp_path):
-    from mmkd.evaluation.datasets.dataset import open_collection
+    from mmkd.evaluation.datasets.dataset import open_dataset
     from mmkd.evaluation.datasets.manifest import read_manifest
 
     pairs = [
         pair
         for name in ("lungs", "notes")
-        for pair in open_collection(read_manifest(data / f"{name}.yaml"), data).pairs
+        for pair in open_dataset(read_manifest(data / f"{name}.yaml"), data).pairs
         if pair.id != "lungs:images/3.png"
     ]
     writer = FeatureWriter(tmp_path / "store", "good", "float32")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -25,11 +27,11 @@ from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.datasets.source import Reading, Sample, group_of
 from mmkd.evaluation.datasets.tables import read_bags, read_csv, read_imagefolder, read_question_files
 
-# Section: A dataset opened for evaluation: pairs, their images wherever these lie, questions, bags of slides.
+ABOUT = ("title", "task", "modality", "license", "tier", "citation")
 
 
-class Collection(ABC):
-    """What a manifest describes, as it lies on this machine.
+class Dataset(ABC):
+    """A dataset opened for evaluation: pairs, their images, questions about them, bags of slides.
 
     Attributes:
         manifest: its description.
@@ -49,6 +51,26 @@ class Collection(ABC):
         self.facts: dict[str, dict[str, str]] = {}
         self.notes: list[str] = []
 
+    @property
+    def listed(self) -> Sequence[Pair]:
+        """All pairs of the source, also those that no task reads."""
+        return self.pairs
+
+    def prompts(self) -> set[str]:
+        """Every sentence about its classes."""
+        found = {text for own in self.manifest.prompts().values() for text in own}
+        if self.manifest.task == "multilabel":
+            found |= {text for own in self.manifest.negative_prompts().values() for text in own}
+        return found
+
+    def views(self, samples: Samples, kinds: Sequence[str]) -> tuple[list[Samples], dict[str, str]]:
+        """The samples of each manifest that tasks of these kinds follow, and why there are no others."""
+        return ([samples] if set(kinds) & set(self.manifest.kinds) else []), {}
+
+    def summary(self) -> dict[str, Any]:
+        """What results state about the dataset; plain JSON values."""
+        return {key: getattr(self.manifest, key) for key in ABOUT}
+
     @abstractmethod
     def image(self, pair: Pair) -> Image.Image:
         """The image of a pair.
@@ -60,6 +82,43 @@ class Collection(ABC):
     @abstractmethod
     def digest(self, pair: Pair) -> str:
         """A hash of the stored image; equal images have equal ones. ``"missing"`` where it cannot be read."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The readable pairs of a dataset, or of one view of it, by use.
+
+    Attributes:
+        manifest: what the tasks follow.
+        held_out: the pairs of the evaluation.
+        train: for training heads.
+        validation: for choosing their hyperparameters.
+        digests: pair id -> hash of the image file; equal images are positives of each other's captions.
+        dataset: that the pairs belong to.
+    """
+
+    manifest: Manifest
+    held_out: list[Pair]
+    train: list[Pair]
+    validation: list[Pair]
+    digests: dict[str, str]
+    dataset: Dataset
+
+    def where(self, keep: Callable[[Pair], bool]) -> Samples:
+        """The samples that satisfy a condition."""
+        parts = (list(filter(keep, part)) for part in (self.held_out, self.train, self.validation))
+        held_out, train, validation = parts
+        return replace(self, held_out=held_out, train=train, validation=validation)
+
+
+def split_samples(dataset: Dataset, split: str, digests: dict[str, str], unreadable: Container[str] = ()) -> Samples:
+    """The readable pairs by use; the held-out split is never trained on, whichever it is."""
+    by_split: dict[str, list[Pair]] = {name: [] for name in SPLITS}
+    for pair in dataset.pairs:
+        if pair.id not in unreadable:
+            by_split[pair.split].append(pair)
+    held_out, by_split[split] = by_split[split], []
+    return Samples(dataset.manifest, held_out, by_split["train"], by_split["validation"], digests, dataset)
 
 
 READERS: dict[str, Callable[[Manifest, Sequence[Path]], Reading]] = {
@@ -78,7 +137,7 @@ SHOWN = 5
 SEED = 42
 
 
-class OpenCollection(Collection):
+class ManifestDataset(Dataset):
     """A collection whose images lie in the store its source came with."""
 
     def __init__(self, manifest: Manifest, pairs: Sequence[Pair], reading: Reading) -> None:
@@ -88,15 +147,15 @@ class OpenCollection(Collection):
         self.root = reading.root
 
     def image(self, pair: Pair) -> Image.Image:
-        """See `Collection`."""
+        """See `Dataset`."""
         return self._store.image(pair.image)
 
     def digest(self, pair: Pair) -> str:
-        """See `Collection`."""
+        """See `Dataset`."""
         return self._store.digest(pair.image)
 
 
-def open_collection(manifest: Manifest, data: Path | None = None) -> Collection:
+def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
     """Open the dataset a manifest describes.
 
     Args:
@@ -126,7 +185,7 @@ def open_collection(manifest: Manifest, data: Path | None = None) -> Collection:
         raise Absent(f"{error}; {where_to_get(manifest)}") from error
     except ValueError as error:
         raise ValueError(f"{manifest.id}: {error}") from None
-    collection = OpenCollection(manifest, _pairs(manifest, reading.samples, splits), reading)
+    collection = ManifestDataset(manifest, _pairs(manifest, reading.samples, splits), reading)
     if kind == "bags":
         samples = zip(collection.pairs, reading.samples, strict=True)
         collection.facts = {pair.id: sample.facts for pair, sample in samples}
@@ -296,7 +355,7 @@ def _notes(manifest: Manifest, pairs: Sequence[Pair]) -> list[str]:
     return notes
 
 
-def _check_counts(manifest: Manifest, collection: Collection) -> None:
+def _check_counts(manifest: Manifest, collection: Dataset) -> None:
     """Counts as the manifest expects them.
 
     Raises:

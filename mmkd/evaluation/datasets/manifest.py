@@ -28,6 +28,18 @@ HEADLINES: dict[str, str] = {  # the metric that stands for a dataset whose mani
     "diagnosis": "balanced_accuracy",
 }
 
+KINDS: dict[str, tuple[str, ...]] = {  # the kinds of task that a dataset is evaluated by
+    "classification": ("zeroshot", "probe"),
+    "multilabel": ("zeroshot", "probe"),
+    "ordinal": ("zeroshot", "probe"),
+    "retrieval": ("retrieval",),
+    "vqa": ("vqa",),
+    "diagnosis": ("diagnosis",),
+    "survival": ("survival",),
+}
+
+ARTICLE = re.compile(r"^(an?|the) ")
+
 HELD_OUT, DEALT = "held-out", "dealt"  # in place of the column of the split
 
 COUNTS = (
@@ -101,11 +113,42 @@ class Manifest:
         """The headline metric: the manifest's own, else that of its task."""
         return self.headline or HEADLINES[self.task]
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of task that the dataset is evaluated by."""
+        return KINDS[self.task]
+
+    @property
+    def dataset(self) -> str:
+        """The dataset that this describes."""
+        return self.id
+
+    @property
+    def target_is_modality(self) -> bool:
+        """Whether the classes are the modalities of the images."""
+        return False
+
     def prompts(self) -> dict[str, list[str]]:
         """Sentences of every class, in the order of ``classes``: each phrase in each template."""
         templates = self.templates or self.modality
         return {
             name: [text for phrase in phrases or [name] for text in label_prompts(phrase, templates)]
+            for name, phrases in self.classes.items()
+        }
+
+    def negative_prompts(self) -> dict[str, list[str]]:
+        """Sentences that negate each class, in the templates of `prompts`.
+
+        "radiograph of a lung nodule" becomes "radiograph without lung nodule", elsewhere "a lung nodule" "no lung
+        nodule".
+        """
+        templates = self.templates or self.modality
+        return {
+            name: [
+                text.replace(" of no ", " without ")
+                for phrase in phrases or [name]
+                for text in label_prompts(f"no {ARTICLE.sub('', phrase)}", templates)
+            ]
             for name, phrases in self.classes.items()
         }
 
@@ -215,7 +258,7 @@ def source_kind(manifest: Manifest) -> str:
 
 
 def locate(manifest: Manifest, data: Path | None = None) -> list[Path]:
-    """Where the files of a manifest lie; see `open_collection`.
+    """Where the files of a manifest lie; see `open_dataset`.
 
     Raises:
         Absent: some are not there, or there is no folder for ``${DATA}``.

@@ -8,7 +8,6 @@ precision and read back before use, so that a warm and a cold cache give the sam
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mmkd.data.folder import PairFolder
-from mmkd.data.images import UnreadableImage, open_image, read_image_bytes
+from mmkd.data.images import UnreadableImage
 from mmkd.data.table import Pair
 from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.frozen import FrozenEncoder
+from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.embeddings.cache import (
     Content,
     Rows,
@@ -169,7 +168,7 @@ def _image_shard(
     encoder: DualEncoder, source: ImageSource, batch_size: int
 ) -> Callable[[Sequence[Pair], Callable[[int], Any]], Shard]:
     def run(pairs: Sequence[Pair], done: Callable[[int], Any]) -> Shard:
-        if isinstance(encoder, FrozenEncoder) and isinstance(source, FolderImages):
+        if isinstance(encoder, FrozenEncoder) and isinstance(source, PairsDataset):
             projected, outputs, unreadable = encoder.encode_pairs_and_pooled(source.folder, pairs)
             done(len(pairs))
             return Shard(projected.numpy(), outputs.numpy(), unreadable, [])
@@ -248,30 +247,6 @@ class ImageSource(Protocol):
 
     def digest(self, pair: Pair) -> str:
         """A hash of the stored image; ``"missing"`` where it cannot be read."""
-
-
-class FolderImages:
-    """Images of a folder of pairs."""
-
-    def __init__(self, folder: PairFolder) -> None:
-        """Take the folder; nothing is read yet."""
-        self.folder = folder
-
-    @property
-    def pairs(self) -> Sequence[Pair]:
-        """See `ImageSource`."""
-        return self.folder.pairs
-
-    def image(self, pair: Pair) -> Image.Image:
-        """See `ImageSource`."""
-        return open_image(self.folder.image_path(pair))
-
-    def digest(self, pair: Pair) -> str:
-        """See `ImageSource`; SHA-256 of the file."""
-        try:
-            return hashlib.sha256(read_image_bytes(self.folder.image_path(pair))).hexdigest()
-        except ValueError:
-            return "missing"
 
 
 def image_digests(source: ImageSource, quiet: bool = False) -> dict[str, str]:

@@ -63,9 +63,10 @@ class CellFolder:
             },
             "modalities": task.modalities,
             **task.description,
+            "dataset": task.manifest.dataset,
+            "modality": task.manifest.modality,
+            "variant": task.variant,
         }
-        if task.dataset:
-            description |= {"dataset": task.dataset, "modality": task.modality, "variant": task.variant}
         write_json(self.path / "tasks" / f"{task.name}.json", description)
         return description
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.embeddings.cache import Undefined, Vectors
 
 FEATURE_NAMES = ("features", "feats", "patch_embeddings", "embeddings")
@@ -235,9 +235,9 @@ def slide_of(pair: Pair) -> str:
     return slide_name(pair.image or pair.id)
 
 
-def bags_of(collection: Collection | None) -> BagFolder | None:
-    """The bags that a dataset brings, if it is one of slides."""
-    return BagFolder(collection.root) if collection is not None and collection.root is not None else None
+def bags_of(dataset: Dataset) -> BagFolder | None:
+    """The bags of a dataset of slides; None for any other."""
+    return BagFolder(dataset.root) if dataset.root is not None else None
 
 
 def listed(names: Sequence[str]) -> str:

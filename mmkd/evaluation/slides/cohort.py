@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.dataset import Collection
+from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.slides.bags import listed, slide_of
 from mmkd.evaluation.statistics.metrics import Floats, Integers
 from mmkd.evaluation.statistics.survival import Booleans, Outcomes
@@ -54,7 +54,7 @@ class Cohort:
     left_out: dict[str, int]
 
 
-def read_cohort(collection: Collection, available: set[str] | None) -> Cohort:
+def read_cohort(collection: Dataset, available: set[str] | None) -> Cohort:
     """The cases of a dataset.
 
     Args:

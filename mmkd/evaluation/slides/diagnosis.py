@@ -21,16 +21,17 @@ import torch
 from torch.nn import functional
 
 from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.embeddings.cache import Vectors
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.slides.attention import train_attention
 from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of, listed, slide_of
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics
-from mmkd.evaluation.statistics.metrics import Floats, Integers
-from mmkd.evaluation.tasks.classes import name_after
+from mmkd.evaluation.statistics.metrics import Floats
+from mmkd.evaluation.tasks.classification import Classification
 from mmkd.evaluation.tasks.logistic_regression import log_mean, probe
-from mmkd.evaluation.tasks.task import Classification, Outputs, Samples
+from mmkd.evaluation.tasks.task import Outputs, TaskOptions
 from mmkd.evaluation.tasks.zeroshot import class_vector, standardise
 
 TOP, ANSWER = (1, 5, 10, 50, 100), 50
@@ -51,13 +52,9 @@ class SlideTask(Classification):
             variant: which of the ways to answer.
             title: for people.
         """
-        manifest = samples.manifest
-        assert manifest is not None
-        classes = list(manifest.classes)
-        super().__init__("", title, samples.held_out, [pair.label for pair in samples.held_out], classes)
+        classes, chance = list(samples.manifest.classes), {"kappa": 0.0, "quadratic_kappa": 0.0}
+        super().__init__(samples.manifest, title, samples.held_out, classes, variant, chance=chance)
         self.train, self.validation, self.bags = samples.train, samples.validation, bags
-        self.description["chance"] |= {"kappa": 0.0, "quadratic_kappa": 0.0}
-        name_after(self, manifest, variant)
         self.description |= {"slides": {"train": len(self.train), "validation": len(self.validation)}}
 
     @property
@@ -84,25 +81,14 @@ class SlideTask(Classification):
             "quadratic_kappa": metrics.quadratic_kappa(self.targets, answers, weights["image"]),
         }
 
-    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
-        """The headline alone."""
-        if self.headline == "balanced_accuracy":
-            return super().headline_metric(outputs, weights)
-        return {self.headline: self.metrics(outputs, weights)[self.headline]}
-
-    def targets_of(self, pairs: Sequence[Pair]) -> Integers:
-        """Number of each slide's class."""
-        return np.array([self.classes.index(pair.label) for pair in pairs], dtype=np.int64)
-
 
 class TopTiles(SlideTask):
     """Zero-shot: the tiles most like a class speak for the slide; or the share of tiles that are most like it."""
 
     def __init__(self, samples: Samples, bags: BagFolder, variant: str = "") -> None:
         """Fix slides and sentences; variant ``ratio`` counts tiles."""
-        title = "Which class do most tiles show?" if variant else "Which class do the most telling tiles show?"
-        super().__init__(samples, bags, variant, title)
-        assert samples.manifest is not None
+        way = "share of tiles" if variant else "top tiles"
+        super().__init__(samples, bags, variant, f"Zero-shot slide classification, {way}")
         self.train, self.validation = [], []
         self.prompts = samples.manifest.prompts()
         self.description |= {"prompts": self.prompts, "slides": {}, "top": list(TOP), "answered_by": ANSWER}
@@ -147,7 +133,7 @@ class AttentionDiagnosis(TrainedTask):
 
     def __init__(self, samples: Samples, bags: BagFolder) -> None:
         """Fix the slides."""
-        super().__init__(samples, bags, "mil", "Which class, by attention over tiles?")
+        super().__init__(samples, bags, "mil", "Slide classification, gated attention")
         self.description["seeds"] = SEEDS
 
     def outputs(self, embedded: Embedded) -> Outputs:
@@ -176,7 +162,7 @@ class MeanTile(TrainedTask):
 
     def __init__(self, samples: Samples, bags: BagFolder) -> None:
         """Fix the slides."""
-        super().__init__(samples, bags, "mean", "Which class, by the mean tile?")
+        super().__init__(samples, bags, "mean", "Slide classification, mean tile")
         complete = {pair.label for pair in self.validation} == set(self.classes)
         self.search = "sweep" if complete else "fast"
         self.description["search"] = self.search
@@ -189,15 +175,13 @@ class MeanTile(TrainedTask):
         return probe(parts, self.targets_of(self.train), self.targets_of(self.validation), self.search)
 
 
-def tasks(samples: Samples) -> tuple[list[SlideTask], dict[str, str]]:
-    """The ways to answer that this dataset allows, and why the others are not there.
+def tasks(samples: Samples, options: TaskOptions) -> tuple[list[SlideTask], dict[str, str]]:
+    """The methods that the dataset allows, and why others are left out.
 
     Raises:
         ValueError: a case lies in training and held-out slides, or a label is not among the manifest's classes.
     """
-    manifest, bags = samples.manifest, bags_of(samples.collection)
-    if manifest is None or manifest.task != "diagnosis":
-        return [], {}
+    manifest, bags = samples.manifest, bags_of(samples.dataset)
     name = f"diagnosis-{manifest.id}"
     if bags is None:
         return [], {name: "its source holds no bags of slides"}
@@ -215,7 +199,6 @@ def tasks(samples: Samples) -> tuple[list[SlideTask], dict[str, str]]:
 
 def check(samples: Samples) -> None:
     """Raise where labels are not the manifest's or cases lie on both sides."""
-    assert samples.manifest is not None
     learnt = [*samples.train, *samples.validation]
     strange = sorted({pair.label for pair in [*learnt, *samples.held_out]} - set(samples.manifest.classes))
     if strange:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.embeddings.cache import Undefined, Vectors
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.slides.attention import train_attention
@@ -39,8 +40,7 @@ from mmkd.evaluation.statistics.survival import (
     plain_cox,
     time_bins,
 )
-from mmkd.evaluation.tasks.classes import name_after
-from mmkd.evaluation.tasks.task import Outputs, Samples, Task
+from mmkd.evaluation.tasks.task import Outputs, Task, TaskOptions
 
 FOLDS, INNER, FEWEST_DEATHS = 5, 5, 10
 SEED = 0
@@ -60,7 +60,6 @@ class Survival(Task):
     """Order cases by risk; the frame ``image`` holds cases."""
 
     kind, headline = "survival", "c_index"
-    title = "Who dies first?"
 
     def __init__(self, samples: Samples, cohort: Cohort, variant: str, title: str) -> None:
         """Fix cases and folds.
@@ -71,23 +70,22 @@ class Survival(Task):
             variant: which of the ways to answer.
             title: for people.
         """
-        manifest = samples.manifest
-        assert manifest is not None
-        self.title = title
+        super().__init__(samples.manifest, f"Survival prediction (C-index), {title}", variant)
         self.cohort, self.outcomes = cohort, cohort.outcomes
         self.folds = stratified_folds(self.outcomes.event, FOLDS, SEED)
         self.frames = {"image": frame(["died" if e else "censored" for e in self.outcomes.event], cohort.cases)}
         self.holders = {"image": cohort.holders}
-        self.description = {
-            "ids": cohort.cases,
-            "slides": sum(map(len, cohort.slides)),
-            "time": self.outcomes.time.tolist(),
-            "event": self.outcomes.event.tolist(),
-            "folds": self.folds.tolist(),
-            "left_out": cohort.left_out,
-            "chance": {"c_index": 0.5, "c_index_uno": 0.5},
-        }
-        name_after(self, manifest, variant)
+        self.describe(
+            {
+                "ids": cohort.cases,
+                "slides": sum(map(len, cohort.slides)),
+                "time": self.outcomes.time.tolist(),
+                "event": self.outcomes.event.tolist(),
+                "folds": self.folds.tolist(),
+                "left_out": cohort.left_out,
+                "chance": {"c_index": 0.5, "c_index_uno": 0.5},
+            }
+        )
 
     def outputs(self, embedded: Embedded) -> Outputs:
         """``image.risk`` ``(n,)`` by the fold that has not seen the case, and what the fit of each fold has chosen."""
@@ -237,33 +235,29 @@ class ClinicalCox(Survival):
         return in_units_of(features[train] @ b, features[test] @ b), {}
 
 
-def tasks(samples: Samples) -> tuple[list[Survival], dict[str, str]]:
-    """The ways to answer that this dataset allows, and why the others are not there.
+def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Survival], dict[str, str]]:
+    """The methods that the dataset allows, and why others are left out.
 
     Raises:
         ValueError: slides of one case disagree about its time or event, or these are no numbers.
     """
-    manifest, collection = samples.manifest, samples.collection
-    if manifest is None or manifest.task != "survival":
-        return [], {}
-    name = f"survival-{manifest.id}"
-    bags = bags_of(collection)
-    if collection is None or bags is None:
+    dataset, name, bags = samples.dataset, f"survival-{samples.manifest.id}", bags_of(samples.dataset)
+    if bags is None:
         return [], {name: "its source holds no bags of slides"}
     found: list[Survival] = []
     skipped = {}
-    cohort = read_cohort(collection, bags.slides())
+    cohort = read_cohort(dataset, bags.slides())
     if cohort.cases:
         found += [
-            MeanCox(samples, cohort, bags, "", "Who dies first, by the mean tile?"),
-            AttentionSurvival(samples, cohort, bags, "mil-cox", "Who dies first, by attention and partial likelihood?"),
-            AttentionSurvival(samples, cohort, bags, "mil-nll", "Who dies first, by attention and discrete hazards?"),
+            MeanCox(samples, cohort, bags, "", "Cox on the mean tile"),
+            AttentionSurvival(samples, cohort, bags, "mil-cox", "attention and partial likelihood"),
+            AttentionSurvival(samples, cohort, bags, "mil-nll", "attention and discrete hazards"),
         ]
     else:
         skipped[name] = f"no case has both an outcome and a bag of any encoder in {bags.root}"
-    everyone = read_cohort(collection, None)
+    everyone = read_cohort(dataset, None)
     if everyone.cases and everyone.names:
-        found.append(ClinicalCox(samples, everyone, "clinical", "Who dies first, by clinical covariates alone?"))
+        found.append(ClinicalCox(samples, everyone, "clinical", "clinical covariates alone"))
         found[-1].description["covariates"] = everyone.names
     else:
         skipped[f"{name}-clinical"] = "its table holds no covariates such as age or sex"

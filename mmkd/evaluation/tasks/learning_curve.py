@@ -13,35 +13,37 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics
 from mmkd.evaluation.statistics.metrics import Floats, Integers
-from mmkd.evaluation.tasks.classes import DatasetClasses
+from mmkd.evaluation.tasks.classification import Classification
 from mmkd.evaluation.tasks.logistic_regression import Sweep, fast_exponent, probed_features
-from mmkd.evaluation.tasks.task import Outputs, Samples
+from mmkd.evaluation.tasks.task import Outputs
 
 SHOTS = (1, 2, 4, 8, 16, 32)
 FRACTIONS = (0.01, 0.1)
 SEEDS = 5
 
 
-class ProbeCurve(DatasetClasses):
-    """``image.answers`` is ``(n, settings * seeds + 1)``: classes as answered after learning from each index set."""
+class ProbeCurve(Classification):
+    """``image.answers`` is ``(n, settings * seeds + 1)``: predicted classes after training on each index set."""
 
     kind = "probe"
 
-    def __init__(self, samples: Samples, manifest: Manifest, classes: list[str]):
-        """Fix images, settings and index sets; arguments as of `DatasetProbe`."""
-        held_out, self.train = (
-            [pair for pair in pairs if pair.label in classes] for pairs in (samples.held_out, samples.train)
-        )
-        title = f"How much does a probe learn from few images, in {manifest.title or manifest.id}?"
-        super().__init__("", title, held_out, [pair.label for pair in held_out], classes)
-        self.train_targets = np.array([classes.index(pair.label) for pair in self.train], dtype=np.int64)
-        self.probe_on = samples.probe_on
-        self.follow(manifest, variant="shots")
+    def __init__(self, samples: Samples, classes: list[str], probe_on: str) -> None:
+        """Fix images, settings and index sets.
+
+        Args:
+            samples: of the dataset; pairs of other classes are left out.
+            classes: those with training images.
+            probe_on: vectors that are trained on, ``joint`` or ``pooled``.
+        """
+        own = samples.where(lambda pair: pair.label in classes)
+        super().__init__(samples.manifest, "Learning curve of a linear probe", own.held_out, classes, "shots")
+        self.train, self.probe_on = own.train, probe_on
+        self.train_targets = self.targets_of(self.train)
         self.takes = settings_of([Counter(self.train_targets.tolist())[k] for k in range(len(classes))])
         self.headline = _metric(list(self.takes)[-1])
         self.description["chance"] = {_metric(setting): 1 / len(classes) for setting in [*self.takes, "100%"]}
@@ -80,21 +82,19 @@ class ProbeCurve(DatasetClasses):
         return {"image.answers": np.stack(votes).argmax(axis=0).astype(np.int16)}
 
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
-        """Balanced accuracy of each setting, the mean over its seeds."""
+        """Balanced accuracy and accuracy of each setting, means over its seeds."""
         values: dict[str, list[Floats]] = {}
         for (setting, _, _), answers in zip(self.index_sets(), outputs["image.answers"].T, strict=True):
-            own = metrics.balanced_accuracy(self.targets, answers.astype(np.int64), weights["image"])
-            values.setdefault(_metric(setting), []).append(self._where_defined("balanced_accuracy", own))
+            own = self._measured(answers, weights["image"])
+            values.setdefault(_metric(setting), []).append(own["balanced_accuracy"])
+            values.setdefault(f"accuracy@{setting}", []).append(own["accuracy"])
         return {name: np.mean(own, axis=0) for name, own in values.items()}
 
     def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """The setting with most images, the whole training set aside."""
         columns = [k for k, (setting, _, _) in enumerate(self.index_sets()) if _metric(setting) == self.headline]
-        each = [
-            metrics.balanced_accuracy(self.targets, outputs["image.answers"][:, k].astype(np.int64), weights["image"])
-            for k in columns
-        ]
-        return {self.headline: self._where_defined("balanced_accuracy", np.mean(each, axis=0))}
+        each = [self._measured(outputs["image.answers"][:, k], weights["image"]) for k in columns]
+        return {self.headline: np.mean([own["balanced_accuracy"] for own in each], axis=0)}
 
     def extras(self, outputs: Outputs) -> dict[str, Any]:
         """The curve: images learnt from and balanced accuracy of each seed, by setting."""
@@ -102,8 +102,7 @@ class ProbeCurve(DatasetClasses):
         ones = np.ones((1, len(self.targets)))
         for (setting, _, rows), answers in zip(self.index_sets(), outputs["image.answers"].T, strict=True):
             own = curve.setdefault(setting, {"images": len(rows), "seeds": []})
-            value = metrics.balanced_accuracy(self.targets, answers.astype(np.int64), ones)[0]
-            own["seeds"].append(float(value))
+            own["seeds"].append(float(metrics.balanced_accuracy(self.targets, answers.astype(np.int64), ones)[0]))
         return {"curve": curve, **super().extras(outputs)}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
@@ -112,9 +111,12 @@ class ProbeCurve(DatasetClasses):
 
     def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
         """The true class and the answer after learning from all training images."""
-        answers = outputs["image.answers"][:, -1]
-        true, answered = ([self.classes[k] for k in own.tolist()] for own in (self.targets, answers))
-        return {"image": (true, answered)}
+        return {"image": self._named(self.targets, outputs["image.answers"][:, -1])}
+
+    def _measured(self, answers: Integers, weights: Floats) -> Metrics:
+        measures = {"balanced_accuracy": metrics.balanced_accuracy, "accuracy": metrics.accuracy}
+        found = {name: own(self.targets, answers.astype(np.int64), weights) for name, own in measures.items()}
+        return self._where_defined(found)
 
     def _order(self, seed: int, k: int) -> Integers:
         """Rows of the training images of a class in the order of a seed, as many as any setting takes."""

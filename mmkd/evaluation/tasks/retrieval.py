@@ -3,20 +3,19 @@
 The pools hold every distinct caption and every distinct image once, however many captions an image has. Right for an
 image are all captions of it and of its identical copies, right for a caption all its images. The rank of a query is
 that of its best right answer, counting wrong answers only; wrong answers that tie with it count one half each, so that
-an encoder that says the same of everything gains nothing.
+an encoder with the same vector for everything gains nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import comb
 from typing import Any
 
 import numpy as np
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.datasets.source import MISSING
 from mmkd.evaluation.embeddings.cache import Vectors
 from mmkd.evaluation.embeddings.embed import Embedded
@@ -24,11 +23,9 @@ from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, frame, subframe
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.statistics.ranks import Answers, search_both
-from mmkd.evaluation.tasks.classes import name_after
-from mmkd.evaluation.tasks.task import Outputs, Samples, Task
+from mmkd.evaluation.tasks.task import Outputs, Task, TaskOptions, task_name
 
-RECALLS = (1, 5, 10)
-DATASET_RECALLS = (1, 5, 10, 50, 200)
+RECALLS, MEAN_OF = (1, 5, 10, 50, 200), (1, 5, 10)
 DIRECTIONS = (("image_to_text", "image"), ("text_to_image", "caption"))
 WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them in stretches
 
@@ -36,17 +33,11 @@ WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them i
 class Retrieval(Task):
     """Find the caption of an image and the images of a caption."""
 
-    name, kind, headline = "retrieval", "retrieval", "mean_recall"
-    title = "Which caption, which image?"
+    kind, headline = "retrieval", "mean_recall"
 
-    def __init__(self, samples: Samples, recalls: Sequence[int] = RECALLS):
-        """Fix pool and right answers from the held-out pairs that have a caption.
-
-        Args:
-            samples: the pairs.
-            recalls: ranks that recall is taken at, beside the 1, 5 and 10 whose mean is the headline.
-        """
-        self.recalls = sorted({*RECALLS, *recalls})
+    def __init__(self, samples: Samples) -> None:
+        """Fix pool and right answers from the held-out pairs that have a caption."""
+        super().__init__(samples.manifest, "Image-text retrieval")
         captioned, contents = captioned_pairs(samples)
         first: dict[str, Pair] = {}
         for pair, content in zip(captioned, contents, strict=True):
@@ -59,20 +50,22 @@ class Retrieval(Task):
         whole = frame([pair.modality for pair in self.pairs], [pair.group for pair in self.pairs])
         # A caption is drawn with its image: the two directions err together, and so must their replicates.
         self.frames = {"image": whole, "caption": subframe(whole, holders)}
-        to_text = random_recalls(self.right_captions, len(self.captions), self.recalls)
-        to_image = random_recalls(self.right_images, len(self.pairs), self.recalls)
-        chance = {f"image_to_text_recall@{k}": to_text[k] for k in self.recalls}
-        chance |= {f"text_to_image_recall@{k}": to_image[k] for k in self.recalls}
-        self.description = {
-            "ids": [pair.id for pair in self.pairs],
-            "captions": self.captions,
-            "labels": {name: [pair.label for pair in own] for name, own in self.holders.items()},
-            "right_captions": self.right_captions.tolist(),
-            "right_images": self.right_images.tolist(),
-            "pool": {"images": len(self.pairs), "captions": len(self.captions)},
-            "chance": chance
-            | {"mean_recall": float(np.mean([*map(to_text.get, RECALLS), *map(to_image.get, RECALLS)]))},
-        }
+        to_text = random_recalls(self.right_captions, len(self.captions))
+        to_image = random_recalls(self.right_images, len(self.pairs))
+        chance = {f"image_to_text_recall@{k}": to_text[k] for k in RECALLS}
+        chance |= {f"text_to_image_recall@{k}": to_image[k] for k in RECALLS}
+        chance["mean_recall"] = float(np.mean([*map(to_text.get, MEAN_OF), *map(to_image.get, MEAN_OF)]))
+        self.describe(
+            {
+                "ids": [pair.id for pair in self.pairs],
+                "captions": self.captions,
+                "labels": {name: [pair.label for pair in own] for name, own in self.holders.items()},
+                "right_captions": self.right_captions.tolist(),
+                "right_images": self.right_images.tolist(),
+                "pool": {"images": len(self.pairs), "captions": len(self.captions)},
+                "chance": chance,
+            }
+        )
 
     def outputs(self, embedded: Embedded) -> Outputs:
         """``image.rank``, ``caption.rank`` and the first answers with their similarities, both ways."""
@@ -102,11 +95,11 @@ class Retrieval(Task):
             f"{direction}_median_rank": metrics.median_rank(outputs[f"{key}.rank"], weights[key])
             for direction, key in DIRECTIONS
         }
-        return {**self._recalls(outputs, weights, self.recalls), **ranks}
+        return {**self._recalls(outputs, weights, RECALLS), **ranks}
 
     def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """The mean recall alone, without the sorting that medians need."""
-        return {self.headline: self._recalls(outputs, weights, RECALLS)[self.headline]}
+        return {self.headline: self._recalls(outputs, weights, MEAN_OF)[self.headline]}
 
     def _recalls(self, outputs: Outputs, weights: dict[str, Floats], recalls: Sequence[int]) -> Metrics:
         found = {
@@ -114,44 +107,24 @@ class Retrieval(Task):
             for direction, key in DIRECTIONS
             for k in recalls
         }
-        mean = np.mean([found[f"{direction}_recall@{k}"] for direction, _ in DIRECTIONS for k in RECALLS], axis=0)
+        mean = np.mean([found[f"{direction}_recall@{k}"] for direction, _ in DIRECTIONS for k in MEAN_OF], axis=0)
         return {"mean_recall": mean, **found}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """Mean over 1, 5 and 10 of whether the answer stands that high."""
         ranks = {key: outputs[f"{key}.rank"] for key in self.frames}
-        return {key: np.mean([rank <= k for k in RECALLS], axis=0) for key, rank in ranks.items()}
+        return {key: np.mean([rank <= k for k in MEAN_OF], axis=0) for key, rank in ranks.items()}
 
 
-def tasks(samples: Samples) -> tuple[list[Retrieval], dict[str, str]]:
-    """Retrieval if there are at least two distinct captions and images, else the reason why not.
-
-    Where tasks follow a manifest there is one if that asks for retrieval, ``retrieval-ID``.
-    """
-    if samples.manifest is not None:
-        return _dataset_tasks(samples, samples.manifest)
-    if samples.captioned:
-        held_out = [pair for pair in samples.held_out if pair.source in samples.captioned]
-        samples = replace(samples, held_out=held_out)
+def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Retrieval], dict[str, str]]:
+    """Retrieval if there are at least two distinct captions and images, else the reason why not."""
     if reason := _too_few(samples):
-        return [], {"retrieval": reason}
+        return [], {task_name("retrieval", samples.manifest): reason}
     return [Retrieval(samples)], {}
 
 
-def _dataset_tasks(samples: Samples, manifest: Manifest) -> tuple[list[Retrieval], dict[str, str]]:
-    if manifest.task != "retrieval":
-        return [], {}
-    name = f"retrieval-{manifest.id}"
-    if reason := _too_few(samples):
-        return [], {name: reason}
-    task = Retrieval(samples, DATASET_RECALLS)
-    name_after(task, manifest)
-    task.title = f"Which caption, which image, in {manifest.title or manifest.id}?"
-    return [task], {}
-
-
 def _too_few(samples: Samples) -> str:
-    """Why nothing can be looked for among the held-out pairs; empty where something can."""
+    """Why nothing can be retrieved among the held-out pairs; empty where something can."""
     captioned, contents = captioned_pairs(samples)
     captions = {pair.caption for pair in captioned}
     for what, count in (("caption", len(captions)), ("image with a caption", len(set(contents)))):

@@ -9,24 +9,23 @@ An answer that no training question had cannot be given and counts as wrong.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmkd.data.table import SPLITS, Pair
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.embeddings.cache import Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, frame
 from mmkd.evaluation.statistics.metrics import Floats
-from mmkd.evaluation.tasks.task import Outputs, Samples, Task
+from mmkd.evaluation.tasks.task import Outputs, Task
 
 HIDDEN, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 256, 30, 64, 1e-3, 1e-2, 0
 
@@ -34,16 +33,26 @@ HIDDEN, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 256, 30, 64, 1e-
 class VisualQuestions(Task):
     """Answer questions about held-out images."""
 
-    name, kind, headline = "vqa", "vqa", "accuracy"
-    title = "Which answer, of those seen in training?"
+    kind, headline = "vqa", "accuracy"
 
-    def __init__(self, questions: dict[str, list[tuple[Pair, Question]]], facts: dict[str, Any] | None = None) -> None:
-        """Fix the questions of each split and the answers there are.
+    title = "Visual question answering"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        questions: dict[str, list[tuple[Pair, Question]]],
+        facts: dict[str, Any],
+        variant: str = "",
+    ) -> None:
+        """Fix the questions of each split and the answers seen in training.
 
         Args:
+            manifest: of the dataset.
             questions: ``train``, ``validation`` and ``test`` questions with the pair that holds their image.
-            facts: what else its description shall say.
+            facts: further entries of the description.
+            variant: which of several tasks of this kind.
         """
+        super().__init__(manifest, self.title, variant)
         self.questions = questions
         known = sorted({question.answer for split in ("train", "validation") for _, question in questions[split]})
         self.answers = {answer: number for number, answer in enumerate(known)}
@@ -55,16 +64,18 @@ class VisualQuestions(Task):
         self.holders = {"image": self.pairs}
         common = Counter(question.answer for _, question in questions["train"]).most_common(1)[0][0]
         guess = float(np.mean(self.targets == self.answers[common]))
-        self.description: dict[str, Any] = {
-            "ids": [pair.id for pair in self.pairs],
-            "questions": {split: len(own) for split, own in questions.items()},
-            "images": {split: len({pair.id for pair, _ in own}) for split, own in questions.items()},
-            "answers": len(known),
-            "unanswerable": float(np.mean(self.targets < 0)),
-            "closed": int(self.closed.sum()),
-            "chance": {"accuracy": guess},
-            **(facts or {}),
-        }
+        self.describe(
+            {
+                "ids": [pair.id for pair in self.pairs],
+                "questions": {split: len(own) for split, own in questions.items()},
+                "images": {split: len({pair.id for pair, _ in own}) for split, own in questions.items()},
+                "answers": len(known),
+                "unanswerable": float(np.mean(self.targets < 0)),
+                "closed": int(self.closed.sum()),
+                "chance": {"accuracy": guess},
+                **facts,
+            }
+        )
 
     def outputs(self, embedded: Embedded) -> Outputs:
         """``image.answers`` probabilities `(n, answers)`, and those of both controls.
@@ -128,20 +139,6 @@ class VisualQuestions(Task):
         return torch.from_numpy(image), torch.from_numpy(embedded.text_matrix([q.text for _, q in own]))
 
 
-def tasks(samples: Samples) -> tuple[list[VisualQuestions], dict[str, str]]:
-    """The task if there are questions about training and about held-out images, else the reason why not."""
-    if not samples.questions:
-        return [], {"vqa": "no questions were given; name them with --questions FILE"}
-    by_split = {"train": samples.train, "validation": samples.validation, "test": samples.held_out}
-    asked: dict[str, list[tuple[Pair, Question]]] = {}
-    for split, pairs in by_split.items():
-        holders = {pair.sha256: pair for pair in pairs if pair.sha256}
-        asked[split] = [(holders[q.sha256], q) for q in samples.questions if q.sha256 in holders]
-    if len(asked["train"]) < 2 or not asked["test"]:
-        return [], {"vqa": f"{len(asked['train'])} training and {len(asked['test'])} held-out questions have an image"}
-    return [VisualQuestions(asked)], {}
-
-
 def fused(image: Tensor, text: Tensor) -> Tensor:
     """``[v, q, v * q, |v - q|]``: `(n, dim)` twice to `(n, 4 dim)`, each block scaled to entries of about unit size."""
     scale = image.shape[1] ** 0.5
@@ -190,89 +187,3 @@ def _probabilities(head: nn.Module, image: Tensor, text: Tensor) -> Any:
 def _groups(pairs: Sequence[Pair]) -> list[str]:
     """A group for each sample: questions about one image belong together."""
     return [pair.group or pair.id for pair in pairs]
-
-
-# Section: Who trains on which questions: as the dataset states it, and dealt out so that no image stands on both sides.
-#
-# Some well-known datasets ask test questions about images that training questions are about, too. Their official split
-# is kept, since others report on it, and says how many images it shares; beside it stands a split by image.
-
-
-TEST, VALIDATION = 0.2, 0.1
-
-Asked = dict[str, list[tuple[Pair, Question]]]
-
-
-@dataclass(frozen=True)
-class QuestionSplit:
-    """Questions of each split with the pair that holds their image.
-
-    Attributes:
-        variant: empty for the split as stated, else ``disjoint``.
-        questions: by split.
-        facts: what a reader has to know of it; plain JSON values.
-    """
-
-    variant: str
-    questions: Asked
-    facts: dict[str, Any]
-
-
-def question_splits(samples: Samples) -> tuple[list[QuestionSplit], str]:
-    """The official split, where questions state one, and the one by image; else the reason why not.
-
-    Args:
-        samples: of a dataset whose images can be read; its questions are those of the collection.
-    """
-    collection = samples.collection
-    questions = collection.questions if collection is not None else []
-    pairs = [*samples.train, *samples.validation, *samples.held_out]
-    holders = {samples.digests.get(pair.id, pair.sha256): pair for pair in pairs}
-    asked = [(holders[question.sha256], question) for question in questions if question.sha256 in holders]
-    if len(asked) < 3:
-        return [], f"{len(asked)} of its {len(questions)} questions are about an image that can be read"
-    found = [_disjoint(asked)]
-    if any(question.split for _, question in asked):
-        found.insert(0, _official(asked))
-    usable = [split for split in found if len(split.questions["train"]) > 1 and split.questions["test"]]
-    return usable, "" if usable else f"no split of its {len(asked)} questions has both training and test questions"
-
-
-def _official(asked: list[tuple[Pair, Question]]) -> QuestionSplit:
-    """What questions state; a tenth of the training images validates where nothing does."""
-    parts: Asked = {split: [] for split in SPLITS}
-    for pair, question in asked:
-        parts[question.split or "train"].append((pair, question))
-    stated = bool(parts["validation"])
-    if not stated:
-        training = parts["train"]
-        parts["train"] = [(p, q) for p, q in training if _place(p, "validation") >= VALIDATION]
-        parts["validation"] = [(p, q) for p, q in training if _place(p, "validation") < VALIDATION]
-    return QuestionSplit("", parts, {"split": "official", "validation": _told(stated)} | _shared(parts))
-
-
-def _disjoint(asked: list[tuple[Pair, Question]]) -> QuestionSplit:
-    parts: Asked = {split: [] for split in SPLITS}
-    for pair, question in asked:
-        place = _place(pair, "split")
-        name = "test" if place < TEST else "validation" if place < TEST + VALIDATION else "train"
-        parts[name].append((pair, question))
-    facts = {"split": f"by group or image: {TEST:.0%} test, {VALIDATION:.0%} validation, by hash"}
-    return QuestionSplit("disjoint", parts, facts | _shared(parts))
-
-
-def _shared(parts: Asked) -> dict[str, Any]:
-    """How many test images, and questions about them, training or validation has seen."""
-    seen = {pair.id for split in ("train", "validation") for pair, _ in parts[split]}
-    shared = [pair.id for pair, _ in parts["test"] if pair.id in seen]
-    return {"shared_images": len(set(shared)), "questions_about_shared_images": len(shared)}
-
-
-def _told(stated: bool) -> str:
-    return "as stated" if stated else f"{VALIDATION:.0%} of the training images, by hash"
-
-
-def _place(pair: Pair, salt: str) -> float:
-    """A number from 0 to 1 that depends on the group alone, or on the image where it has none."""
-    key = pair.group or pair.sha256 or pair.id
-    return int(hashlib.sha256(f"{salt} {key}".encode()).hexdigest()[:12], 16) / 16**12

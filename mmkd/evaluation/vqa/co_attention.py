@@ -159,7 +159,7 @@ def _rate(step: int, steps: int) -> float:
 class MeterQuestions(VisualQuestions):
     """Answer questions by a head that reads image and question token by token; splits and controls are the same."""
 
-    title = "Which answer, of those seen in training, reading patches and words?"
+    title = "Visual question answering, co-attention over tokens"
 
     def outputs(self, embedded: Embedded) -> Outputs:
         """See `VisualQuestions.outputs`.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.embeddings.cache import Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
@@ -222,16 +223,17 @@ class StatementQuestions(Task):
     """Answer closed questions by statements."""
 
     kind, headline = "vqa", "accuracy"
-    title = "Which statement answers the closed question, without training?"
 
-    def __init__(self, turned: Turned, left_out: int, facts: dict[str, Any]) -> None:
+    def __init__(self, manifest: Manifest, turned: Turned, left_out: int, facts: dict[str, Any]) -> None:
         """Fix the questions.
 
         Args:
+            manifest: of the dataset.
             turned: test questions that could be turned into statements.
             left_out: closed test questions that could not.
-            facts: what else its description shall say.
+            facts: further entries of the description.
         """
+        super().__init__(manifest, "Zero-shot visual question answering by statements", "zeroshot")
         self.turned = turned
         self.pairs = [pair for pair, _, _ in turned]
         self.targets = np.array([own.index(question.answer) for _, question, own in turned])
@@ -240,17 +242,19 @@ class StatementQuestions(Task):
         self.frames = {"image": frame(kinds, [pair.group or pair.id for pair in self.pairs])}
         self.holders = {"image": self.pairs}
         sizes = np.array([len(own.answers) for _, _, own in turned])
-        self.description: dict[str, Any] = {
-            "ids": [pair.id for pair in self.pairs],
-            "statements": [list(own.statements) for _, _, own in turned],
-            "targets": self.targets.tolist(),
-            "questions": {"test": len(turned)},
-            "yes_no": int(self.yes_no.sum()),
-            "left_out": left_out,
-            "unanswerable": float(np.mean(self.targets < 0)),
-            "chance": {"accuracy": float(np.mean((self.targets >= 0) / sizes)), "yes_no_auroc": 0.5},
-            **facts,
-        }
+        self.describe(
+            {
+                "ids": [pair.id for pair in self.pairs],
+                "statements": [list(own.statements) for _, _, own in turned],
+                "targets": self.targets.tolist(),
+                "questions": {"test": len(turned)},
+                "yes_no": int(self.yes_no.sum()),
+                "left_out": left_out,
+                "unanswerable": float(np.mean(self.targets < 0)),
+                "chance": {"accuracy": float(np.mean((self.targets >= 0) / sizes)), "yes_no_auroc": 0.5},
+                **facts,
+            }
+        )
 
     def outputs(self, embedded: Embedded) -> Outputs:
         """``image.scores`` cosines `(n, choices)`, and those of both controls.

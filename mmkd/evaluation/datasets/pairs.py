@@ -1,0 +1,298 @@
+"""A folder of pairs as a dataset: manifests of its tasks are derived from what the pairs hold.
+
+One dataset, several views of it: the images classified by modality, by label, by label within each modality or each
+source; their captions retrieved; questions about them answered. Every view is a manifest with samples of its own, and
+all share one embedding of images and texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from mmkd.data.folder import PairFolder, open_pairs
+from mmkd.data.images import open_image, read_image_bytes
+from mmkd.data.prompts import label_prompts, modality_prompts
+from mmkd.data.table import UNKNOWN, Pair
+from mmkd.evaluation.datasets.dataset import Dataset, Samples
+from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.questions import Question
+from mmkd.evaluation.datasets.source import MISSING
+
+NAME = "pairs"
+PROBED = 5  # training images of a class that is probed
+Reasons = dict[str, str]
+
+
+@dataclass(frozen=True)
+class View(Manifest):
+    """A derived manifest; ``id`` is what follows the kind in the name of its task.
+
+    Attributes:
+        kind: of the one task that it describes.
+        sentences: of every class.
+        target_is_modality: the classes are the modalities of the images.
+    """
+
+    kind: str = ""
+    sentences: dict[str, list[str]] = field(default_factory=dict)
+    target_is_modality: bool = False  # type: ignore[assignment]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """See `Manifest`."""
+        return (self.kind,)
+
+    @property
+    def dataset(self) -> str:
+        """See `Manifest`."""
+        return NAME
+
+    def prompts(self) -> dict[str, list[str]]:
+        """See `Manifest`."""
+        return self.sentences
+
+
+class PairsDataset(Dataset):
+    """The pairs of a folder, those of one split held out.
+
+    Attributes:
+        folder: the pairs that are embedded.
+    """
+
+    def __init__(
+        self,
+        folder: PairFolder,
+        split: str,
+        within: Literal["modality", "source"] = "modality",
+        captioned: Sequence[str] = (),
+        questions: Sequence[Question] = (),
+        listed: Sequence[Pair] | None = None,
+    ) -> None:
+        """Keep the pairs; no image is read yet.
+
+        Args:
+            folder: the pairs that are embedded.
+            split: held out.
+            within: labels are classified within a modality (and over all) or within a source.
+            captioned: sources whose captions are retrieved, all if empty.
+            questions: about any of the images.
+            listed: all pairs of the folder, if ``folder`` holds a part of them.
+        """
+        licenses = ", ".join(sorted({pair.license for pair in folder.pairs if pair.license}))
+        super().__init__(View(NAME, "classification", "", {NAME: ""}, licenses, "Pairs"), folder.pairs, questions)
+        self.folder, self.split, self.within, self.captioned = folder, split, within, list(captioned)
+        self._listed = folder.pairs if listed is None else listed
+
+    @property
+    def listed(self) -> Sequence[Pair]:
+        """See `Dataset`."""
+        return self._listed
+
+    def image(self, pair: Pair) -> Image.Image:
+        """See `Dataset`."""
+        return open_image(self.folder.image_path(pair))
+
+    def digest(self, pair: Pair) -> str:
+        """See `Dataset`; SHA-256 of the file."""
+        try:
+            return hashlib.sha256(read_image_bytes(self.folder.image_path(pair))).hexdigest()
+        except ValueError:
+            return MISSING
+
+    def prompts(self) -> set[str]:
+        """Every sentence about the classes of the held-out pairs."""
+        pairs = [pair for pair in self.pairs if pair.split == self.split]
+        modalities = {known_modality(pair) for pair in pairs} - {""}
+        found = {text for modality in modalities for text in modality_prompts(modality)}
+        labels = {(pair.label, pair.modality) for pair in pairs if pair.label}
+        return found | {text for label, modality in labels for text in label_prompts(label, modality)}
+
+    def views(self, samples: Samples, kinds: Sequence[str]) -> tuple[list[Samples], Reasons]:
+        """The views of these kinds that the pairs allow, and why others are left out."""
+        makers = {
+            "zeroshot": self._zeroshot,
+            "retrieval": self._retrieval,
+            "probe": self._probe,
+            "vqa": self._questions,
+        }
+        found: list[Samples] = []
+        skipped: Reasons = {}
+        for kind in kinds:
+            views, reasons = makers[kind](samples) if kind in makers else ([], {})
+            found += views
+            skipped |= reasons
+        return found, skipped
+
+    def summary(self) -> dict[str, Any]:
+        """See `Dataset`."""
+        return super().summary() | {"task": NAME}
+
+    def _zeroshot(self, samples: Samples) -> tuple[list[Samples], Reasons]:
+        """By modality, by label, and by label within each modality; or within each source."""
+        found: list[Samples] = []
+        skipped: Reasons = {}
+        pairs = [pair for pair in samples.held_out if known_modality(pair)]
+        modalities = sorted({pair.modality for pair in pairs})
+        if len(modalities) >= 2:
+            view = _view(
+                "zeroshot",
+                "modality",
+                "modality",
+                classes={modality: [] for modality in modalities},
+                sentences={modality: modality_prompts(modality) for modality in modalities},
+                target_is_modality=True,
+            )
+            found.append(replace(samples, manifest=view, held_out=_relabelled(pairs, known_modality)))
+        else:
+            skipped["zeroshot-modality"] = f"{len(modalities)} modality among the held-out images; 2 are needed"
+        labelled = [pair for pair in samples.held_out if pair.label]
+        labels = {pair.label for pair in labelled}
+        if self.within == "source":
+            for source in sorted({pair.source for pair in labelled}):
+                inside = [pair for pair in labelled if pair.source == source]
+                found += _labels(samples, slug(source), f"label within {source}", "", inside)
+            return found, skipped
+        if len(labels) < 2:
+            skipped["zeroshot-label"] = f"{len(labels)} label among the held-out images; 2 are needed"
+        elif all(pair.label == pair.modality for pair in labelled):
+            skipped["zeroshot-label"] = "labels are the modalities"
+        else:
+            found += _labels(samples, "label", "label", "", labelled)
+        if len({pair.modality for pair in labelled}) >= 2:
+            for modality in modalities:
+                inside = [pair for pair in labelled if pair.modality == modality]
+                name = f"label-{slug(modality)}"
+                if name in [view.manifest.id for view in found]:  # "MRI" beside "mri"
+                    name += f"-{len(found)}"
+                found += _labels(samples, name, f"label within {modality}", modality, inside)
+        return found, skipped
+
+    def _retrieval(self, samples: Samples) -> tuple[list[Samples], Reasons]:
+        """The captions of all pairs, or of some sources."""
+        view = _view("retrieval", "", "captions", task="retrieval")
+        held_out = [pair for pair in samples.held_out if not self.captioned or pair.source in self.captioned]
+        return [replace(samples, manifest=view, held_out=held_out)], {}
+
+    def _probe(self, samples: Samples) -> tuple[list[Samples], Reasons]:
+        """By modality and by label, or by label within each source, where there are enough training images."""
+        found: list[Samples] = []
+        skipped: Reasons = {}
+        if self.within == "source":
+            for source in sorted({pair.source for pair in samples.held_out}):
+                own = samples.where(lambda pair, source=source: pair.source == source)
+                found += _probed(own, slug(source), f"label within {source}", _label)[0]
+            return found, skipped
+        fields: tuple[tuple[str, Callable[[Pair], str]], ...] = (("modality", known_modality), ("label", _label))
+        for name, class_of in fields:
+            views, tested = _probed(samples, name, name, class_of)
+            if tested < 2:
+                skipped[f"probe-{name}"] = (
+                    f"{tested} {name} with at least {PROBED} training images among the held-out ones; 2 are needed"
+                )
+            elif name == "label" and all(pair.label in ("", pair.modality) for pair in samples.held_out):
+                skipped["probe-label"] = "labels are the modalities"
+            else:
+                found += views
+        return found, skipped
+
+    def _questions(self, samples: Samples) -> tuple[list[Samples], Reasons]:
+        """The questions about the pairs' original images."""
+        if not self.questions:
+            return [], {"vqa": "no questions were given; name them with --questions FILE"}
+        view = _view("vqa", "", "questions", task="vqa")
+        pairs = [*samples.train, *samples.validation, *samples.held_out]
+        return [replace(samples, manifest=view, digests={pair.id: pair.sha256 for pair in pairs if pair.sha256})], {}
+
+
+def open_pairs_dataset(
+    path: Path,
+    split: str,
+    trains: bool,
+    within: Literal["modality", "source"] = "modality",
+    captioned: Sequence[str] = (),
+    questions: Sequence[Question] = (),
+) -> PairsDataset:
+    """Open a folder of pairs; see `PairsDataset`.
+
+    Args:
+        path: the folder.
+        split: held out.
+        trains: a task learns from the pairs of the other splits, so that these are embedded, too.
+        within: see `PairsDataset`.
+        captioned: see `PairsDataset`.
+        questions: see `PairsDataset`.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: no pair is in the split.
+    """
+    folder = open_pairs(path)
+    listed = folder.pairs
+    held_out = [pair for pair in listed if pair.split == split]
+    if not held_out:
+        raise ValueError(f"{path} holds {len(listed)} pairs, none of them in split {split!r}")
+    folder.pairs = listed if trains else held_out
+    return PairsDataset(folder, split, within, captioned, questions, listed)
+
+
+def known_modality(pair: Pair) -> str:
+    """The modality of a pair, empty where its source does not state it: "unknown" is not a class."""
+    return "" if pair.modality == UNKNOWN else pair.modality
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: letters and digits, the rest hyphens, cut at 40 characters."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())[:40]
+
+
+def _view(kind: str, id: str, title: str, task: str = "classification", modality: str = "", **values: Any) -> View:
+    return View(id, task, modality, {NAME: ""}, "", title, kind=kind, **values)  # type: ignore[arg-type]
+
+
+def _labels(samples: Samples, name: str, title: str, modality: str, pairs: Sequence[Pair]) -> list[Samples]:
+    """The view of labelled pairs by label; none where they have one label alone."""
+    labels = sorted({pair.label for pair in pairs})
+    if len(labels) < 2:
+        return []
+    seen = sorted({(pair.label, pair.modality) for pair in pairs})
+    view = _view(
+        "zeroshot",
+        name,
+        title,
+        modality=modality,
+        classes={label: [] for label in labels},
+        sentences={
+            label: [text for known, own in seen if known == label for text in label_prompts(label, own)]
+            for label in labels
+        },
+    )
+    return [replace(samples, manifest=view, held_out=list(pairs))]
+
+
+def _probed(samples: Samples, name: str, title: str, class_of: Callable[[Pair], str]) -> tuple[list[Samples], int]:
+    """The view of all pairs by class, if two classes with enough training images are held out; and their number."""
+    counts = Counter(class_of(pair) for pair in samples.train)
+    tested = {own for pair in samples.held_out if (own := class_of(pair)) and counts[own] >= PROBED}
+    if len(tested) < 2:
+        return [], len(tested)
+    known = samples.where(lambda pair: bool(class_of(pair)))
+    parts = {part: _relabelled(getattr(known, part), class_of) for part in ("held_out", "train", "validation")}
+    classes = sorted({pair.label for part in parts.values() for pair in part})
+    is_modality = class_of is known_modality
+    view = _view("probe", name, title, classes={label: [] for label in classes}, target_is_modality=is_modality)
+    return [replace(samples, manifest=view, **parts)], len(tested)
+
+
+def _relabelled(pairs: Sequence[Pair], class_of: Callable[[Pair], str]) -> list[Pair]:
+    return [replace(pair, label=class_of(pair)) for pair in pairs]
+
+
+def _label(pair: Pair) -> str:
+    return pair.label

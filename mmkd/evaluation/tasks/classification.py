@@ -1,0 +1,288 @@
+"""Classification of images, by one class each or by several findings: what zero-shot and probing share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmkd.command.settings import nearest
+from mmkd.data.table import Pair
+from mmkd.evaluation.datasets.manifest import HEADLINES, Manifest
+from mmkd.evaluation.statistics import metrics
+from mmkd.evaluation.statistics.bootstrap import Metrics, frame
+from mmkd.evaluation.statistics.metrics import Floats, Integers
+from mmkd.evaluation.tasks.task import Outputs, Scores, Task
+
+SEPARATOR = "|"
+DEFINED_FOR_ONE_CLASS = {"accuracy", "medmnist_acc"}
+
+
+class Classification(Task):
+    """Assign one of several classes, or grades, to each image; ``image.scores`` is ``(n, classes)``."""
+
+    headline = "balanced_accuracy"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        title: str,
+        pairs: Sequence[Pair],
+        classes: Sequence[str],
+        variant: str = "",
+        auroc_on: Scores = "margin",
+        chance: dict[str, float] | None = None,
+    ) -> None:
+        """Fix images, classes and what is resampled.
+
+        Args:
+            manifest: of the dataset.
+            title: for people.
+            pairs: the images; the label of each is its class.
+            classes: the possible answers.
+            variant: which of several tasks of this kind.
+            auroc_on: AUROC ranks by the margin over the other classes, or by softmax probabilities of the scores.
+            chance: of further metrics.
+
+        Raises:
+            ValueError: a label is not a class of the manifest, or its primary metric is not one of this task.
+        """
+        super().__init__(manifest, title, variant)
+        self.pairs, self.classes, self.auroc_on = list(pairs), list(classes), auroc_on
+        names = class_names(manifest, self.pairs)
+        self.targets: Integers = np.array([self.classes.index(name) for name in names], dtype=np.int64)
+        self.frames = {"image": frame(names, [pair.group for pair in self.pairs])}
+        self.holders = {"image": self.pairs}
+        self.ordinal, self.medmnist = manifest.task == "ordinal", "medmnist" in manifest.source
+        if self.ordinal:
+            self.headline = HEADLINES["ordinal"]
+        counts, guess = np.bincount(self.targets, minlength=len(self.classes)), 1 / len(self.classes)
+        share = counts[counts > 0] / len(self.pairs)
+        self.describe(
+            {
+                "ids": [pair.id for pair in self.pairs],
+                "classes": self.classes,
+                "targets": self.targets.tolist(),
+                "class_counts": counts.tolist(),
+                "chance": {
+                    "accuracy": guess,
+                    "balanced_accuracy": guess,
+                    "macro_f1": float((2 * share * guess / (share + guess)).mean()),
+                    "macro_auroc": 0.5,
+                    **({"quadratic_kappa": 0.0} if self.ordinal else {}),
+                    **({"medmnist_acc": guess, "medmnist_auc": 0.5} if self.medmnist else {}),
+                    **(chance or {}),
+                },
+                "auroc_on": auroc_on,
+                "absent": [name for name, count in zip(self.classes, counts, strict=True) if not count],
+            }
+        )
+
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Balanced accuracy, accuracy, macro-F1 and macro one-versus-rest AUROC.
+
+        Grades have quadratic kappa, and MedMNIST's sets its own ACC and AUC. If all images are of one class, nothing
+        but accuracy is defined; `extras` gives the reason.
+        """
+        scores, image = outputs["image.scores"].astype(np.float64), weights["image"]
+        answers = scores.argmax(axis=1)
+        ranked = softmax(scores) if self.auroc_on == "softmax" else metrics.margins(scores)
+        found = {
+            "balanced_accuracy": metrics.balanced_accuracy(self.targets, answers, image),
+            "accuracy": metrics.accuracy(self.targets, answers, image),
+            "macro_f1": metrics.macro_f1(self.targets, answers, image),
+            "macro_auroc": metrics.macro_auroc(self.targets, ranked, image),
+        }
+        if self.ordinal:
+            found["quadratic_kappa"] = metrics.quadratic_kappa(self.targets, answers, image)
+        if self.medmnist:
+            found["medmnist_acc"] = found["accuracy"]
+            found["medmnist_auc"] = metrics.macro_auroc(self.targets, softmax(scores), image)
+        return self._where_defined(found)
+
+    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """The primary metric alone, without the sorting that AUROC needs."""
+        measures = {"balanced_accuracy": metrics.balanced_accuracy, "quadratic_kappa": metrics.quadratic_kappa}
+        if self.headline not in measures:
+            return super().headline_metric(outputs, weights)
+        answers = outputs["image.scores"].argmax(axis=1)
+        return self._where_defined({self.headline: measures[self.headline](self.targets, answers, weights["image"])})
+
+    def extras(self, outputs: Outputs) -> dict[str, Any]:
+        """Why metrics are undefined, if they are."""
+        if not self._one_class:
+            return {}
+        only = self.classes[int(self.targets[0])]
+        names = set(self.metrics(outputs, {"image": np.ones((1, len(self.targets)))})) - DEFINED_FOR_ONE_CLASS
+        reason = f"all {len(self.targets)} images are of one class, {only!r}; at least two are needed"
+        return {"undefined_metrics": dict.fromkeys(sorted(names), reason)}
+
+    def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
+        """1 where the answer is right."""
+        return {"image": (outputs["image.scores"].argmax(axis=1) == self.targets).astype(np.float64)}
+
+    def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
+        """The true class and the one with the highest score."""
+        return {"image": self._named(self.targets, outputs["image.scores"].argmax(axis=1))}
+
+    def targets_of(self, pairs: Sequence[Pair]) -> Integers:
+        """Number of the class of each pair, ``(n,)``."""
+        return np.array([self.classes.index(pair.label) for pair in pairs], dtype=np.int64)
+
+    def _named(self, targets: Integers, answers: Integers) -> tuple[list[str], list[str]]:
+        return [self.classes[k] for k in targets.tolist()], [self.classes[k] for k in answers.tolist()]
+
+    @property
+    def _one_class(self) -> bool:
+        return len(set(self.targets.tolist())) < 2
+
+    def _where_defined(self, found: Metrics) -> Metrics:
+        if not self._one_class:
+            return found
+        return {
+            name: values if name in DEFINED_FOR_ONE_CLASS else np.full_like(values, np.nan)
+            for name, values in found.items()
+        }
+
+
+class MultiLabel(Task):
+    """Which findings an image shows; ``image.scores`` is ``(n, labels)``, with a threshold of zero."""
+
+    headline = "macro_auroc"
+
+    def __init__(self, manifest: Manifest, title: str, pairs: Sequence[Pair], labels: Sequence[str]) -> None:
+        """Fix images, labels and what is resampled: groups, within images with and without any finding.
+
+        Args:
+            manifest: of the dataset.
+            title: for people.
+            pairs: the images.
+            labels: those of the manifest that are predicted.
+        """
+        super().__init__(manifest, title)
+        self.pairs, self.labels = list(pairs), list(labels)
+        self.positive: NDArray[np.bool_] = self.findings(pairs)
+        any_finding = np.any(self.positive, axis=1).tolist()
+        strata = ["finding" if own else "none" for own in any_finding]
+        self.frames = {"image": frame(strata, [pair.group for pair in pairs])}
+        self.holders = {"image": self.pairs}
+        self.medmnist = "medmnist" in manifest.source
+        counts = self.positive.sum(axis=0)
+        prevalence = {
+            f"average_precision: {label}": float(share)
+            for label, share in zip(labels, counts / len(pairs), strict=True)
+        }
+        present = [share for share in prevalence.values() if share > 0]
+        self.describe(
+            {
+                "ids": [pair.id for pair in pairs],
+                "labels": self.labels,
+                "class_counts": counts.tolist(),
+                "undefined_labels": {
+                    label: f"{count} of {len(pairs)} images show it; AUROC needs some that do and some that do not"
+                    for label, count in zip(labels, counts.tolist(), strict=True)
+                    if count in (0, len(pairs))
+                },
+                "chance": {
+                    "macro_auroc": 0.5,
+                    **({"mean_average_precision": float(np.mean(present))} if present else {}),
+                    "label_accuracy": 0.5,
+                    **{f"auroc: {label}": 0.5 for label in labels},
+                    **prevalence,
+                },
+            }
+        )
+
+    def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """Macro AUROC, mean average precision, share of correct labels, and both areas of every label.
+
+        MedMNIST's ACC is the share of correct labels at a probability of one half, which is a score of zero, and its
+        AUC the mean over labels; its sets have these names, too.
+        """
+        scores, image = outputs["image.scores"].astype(np.float64), weights["image"]
+        areas = metrics.label_aurocs(self.positive, scores, image)
+        precisions = metrics.label_precisions(self.positive, scores, image)
+        found = {
+            "macro_auroc": metrics.label_mean(areas),
+            "mean_average_precision": metrics.label_mean(precisions),
+            "label_accuracy": metrics.weighted_mean(self.sample_scores(outputs)["image"], image),
+        }
+        if self.medmnist:
+            found |= {"medmnist_acc": found["label_accuracy"], "medmnist_auc": found["macro_auroc"]}
+        for position, label in enumerate(self.labels):
+            found[f"auroc: {label}"] = areas[:, position]
+            found[f"average_precision: {label}"] = precisions[:, position]
+        return found
+
+    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+        """The primary metric alone, without precisions where it is the mean area."""
+        if self.headline != "macro_auroc":
+            return super().headline_metric(outputs, weights)
+        scores = outputs["image.scores"].astype(np.float64)
+        return {self.headline: metrics.label_mean(metrics.label_aurocs(self.positive, scores, weights["image"]))}
+
+    def extras(self, outputs: Outputs) -> dict[str, Any]:
+        """Why metrics of a label are undefined, if they are."""
+        reasons = self.description["undefined_labels"]
+        found = {f"auroc: {label}": reason for label, reason in reasons.items()}
+        if len(reasons) == len(self.labels):
+            found["macro_auroc"] = "no label has images that show it and images that do not"
+        return {"undefined_metrics": found} if found else {}
+
+    def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
+        """Share of an image's labels that are correct."""
+        return {"image": ((outputs["image.scores"] > 0) == self.positive).mean(axis=1)}
+
+    def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
+        """The true and the predicted findings, joined by ``|``."""
+        true, answered = (
+            [SEPARATOR.join(label for label, shown in zip(self.labels, row, strict=True) if shown) for row in rows]
+            for rows in (self.positive.tolist(), (outputs["image.scores"] > 0).tolist())
+        )
+        return {"image": (true, answered)}
+
+    def findings(self, pairs: Sequence[Pair]) -> NDArray[np.bool_]:
+        """Which of the task's labels each pair has, ``(n, labels)``."""
+        columns = [list(self.manifest.classes).index(label) for label in self.labels]
+        return label_sets(self.manifest, pairs)[:, columns]
+
+
+def softmax(scores: Floats) -> Floats:
+    """Probabilities ``(n, classes)`` of scores ``(n, classes)``."""
+    return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+
+
+def class_names(manifest: Manifest, pairs: Sequence[Pair]) -> list[str]:
+    """The class of every pair.
+
+    Raises:
+        ValueError: a label is empty or not a class of the manifest.
+    """
+    for pair in pairs:
+        _check(manifest, pair, pair.label)
+    return [pair.label for pair in pairs]
+
+
+def label_sets(manifest: Manifest, pairs: Sequence[Pair]) -> NDArray[np.bool_]:
+    """Which labels every pair has, ``(n, labels)`` in the manifest's order; an empty label means none.
+
+    Raises:
+        ValueError: a label is not one of the manifest's.
+    """
+    position = {name: k for k, name in enumerate(manifest.classes)}
+    found = np.zeros((len(pairs), len(position)), dtype=bool)
+    for row, pair in enumerate(pairs):
+        for name in pair.label.split(SEPARATOR) if pair.label else []:
+            _check(manifest, pair, name)
+            found[row, position[name]] = True
+    return found
+
+
+def _check(manifest: Manifest, pair: Pair, label: str) -> None:
+    if label not in manifest.classes:
+        raise ValueError(
+            f"{manifest.id}: image {pair.id} has the label {label!r}{nearest(label, manifest.classes)}; "
+            f"the classes of the manifest are {', '.join(manifest.classes)}"
+        )
