@@ -278,7 +278,7 @@ def test_no_captions_or_one_caption_means_no_retrieval():
     for caption in ("", "the same"):
         found, skipped = pairs_tasks(pairs_samples([Pair(str(k), str(k), caption) for k in range(6)]), "retrieval")
         assert found == [] and f"{int(bool(caption))} distinct caption" in skipped["retrieval"]
-    alone = make_samples(None, [Pair("a", "a", "one"), Pair("b", "a", "two")])
+    alone = pairs_samples([Pair("a", "a", "one"), Pair("b", "a", "two")])
     assert pairs_tasks(alone, "retrieval")[1]["retrieval"].startswith("1 distinct image with a caption")
 
 

@@ -115,9 +115,10 @@ class Classification(Task):
         if not self._one_class:
             return {}
         only = self.classes[int(self.targets[0])]
-        names = set(self.metrics(outputs, {"image": np.ones((1, len(self.targets)))})) - DEFINED_FOR_ONE_CLASS
+        names = self.metrics(outputs, {"image": np.ones((1, len(self.targets)))})
+        undefined = sorted(name for name in names if name.partition("@")[0] not in DEFINED_FOR_ONE_CLASS)
         reason = f"all {len(self.targets)} images are of one class, {only!r}; at least two are needed"
-        return {"undefined_metrics": dict.fromkeys(sorted(names), reason)}
+        return {"undefined_metrics": dict.fromkeys(undefined, reason)}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """1 where the answer is right."""

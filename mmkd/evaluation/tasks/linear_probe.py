@@ -110,7 +110,8 @@ def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Any], dict[str, 
     if not samples.train or not samples.held_out:
         return [], {name: f"no readable image {'to learn from' if samples.held_out else 'held out'}"}
     if manifest.task == "multilabel":
-        counts = label_sets(manifest, samples.train).sum(axis=0).tolist()
+        shown, _, _ = (label_sets(manifest, own) for own in (samples.train, samples.validation, samples.held_out))
+        counts = shown.sum(axis=0).tolist()
         labels = [own for own, count in zip(manifest.classes, counts, strict=True) if 0 < count < len(samples.train)]
         if not labels:
             return [], {name: "no finding that some training images show and others do not"}
