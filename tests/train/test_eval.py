@@ -133,7 +133,8 @@ def test_unreadable_images_are_counted_and_the_run_goes_on(tmp_path, capsys):
     folder = write_pairs(tmp_path / "pairs", make_pairs(24), unreadable=("p3", "p7"))
     (folder / "images/9.png").unlink()
     summary = evaluate(folder, tmp_path / "results", ("student", "ct"))
-    assert set(summary["unreadable"]) == {"p3", "p7", "p9"} and summary["unreadable"]["p9"] == "missing"
+    assert set(summary["unreadable"]) == {"pairs/p3", "pairs/p7", "pairs/p9"}
+    assert summary["unreadable"]["pairs/p9"] == "missing"
     assert summary["tasks"]["zeroshot-modality"]["frames"]["image"]["n"] == 21
     assert "3 images could not be read" in capsys.readouterr().out
 

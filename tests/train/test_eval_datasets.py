@@ -218,7 +218,7 @@ def test_a_store_of_features_answers_what_it_can(data, tmp_path):
         ({"pairs": Path("pairs")}, "pairs and datasets came"),
         ({"questions": Path("q.json")}, "--questions belongs to --pairs"),
         ({"cache_frozen_towers": Path("towers")}, "--cache_frozen_towers belongs to --pairs"),
-        ({"names": ("gone",)}, "none of the 1 datasets is there"),
+        ({"names": ("gone",)}, "none of the 1 datasets is on this machine"),
     ],
 )
 def test_wrong_settings(data, tmp_path, settings, message):
