@@ -49,8 +49,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
 
 from mmkd.command.settings import nearest
-from mmkd.encoders.authors_checkpoint import from_authors, infer_config, listed, require_same_keys, to_authors
-from mmkd.encoders.weights import quiet_transformers, read_state_dict, require_hub
+from mmkd.encoders.authors_checkpoint import from_authors, infer_config, to_authors
+from mmkd.encoders.weights import listed, quiet_transformers, read_state_dict, require_hub, require_same_keys
 from mmkd.files import atomic_folder, atomic_write_bytes, fingerprint, read_json, refuse_existing
 from mmkd.student.folder import conversion_provenance, write_provenance
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor

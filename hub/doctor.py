@@ -76,7 +76,7 @@ if __name__ == "__main__":
 
 
 if TYPE_CHECKING:
-    from mmkd.encoders.row import TeacherRow
+    from mmkd.encoders.spec import TeacherSpec
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -267,7 +267,7 @@ def _access(name: str, repo: str, repo_type: str) -> Finding:
     return Finding(part, "ok", f"{repo} can be had")
 
 
-def _cached(rows: Sequence[TeacherRow]) -> Finding:
+def _cached(rows: Sequence[TeacherSpec]) -> Finding:
     """Without the Hub: which teachers its cache holds something of."""
     cache, part = Path(constants.HF_HUB_CACHE), "teachers in the cache"
     found = [row.name for row in rows if (cache / f"{row.repo_type}s--{row.weights.replace('/', '--')}").is_dir()]

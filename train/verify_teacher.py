@@ -43,7 +43,7 @@ from mmkd.data.images import open_image
 from mmkd.data.published import META_FILE
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.zoo import find_row, load_encoder
+from mmkd.encoders.zoo import find_spec, load_encoder
 from mmkd.files import write_json
 
 
@@ -60,7 +60,7 @@ def main(settings: VerifySettings) -> None:
             "https://github.com/wangshansong1/MMKD-CLIP)"
         )
     published = PublishedFeatures(settings.demo, "raw")
-    name = settings.published_name or find_row(settings.teacher).name
+    name = settings.published_name or find_spec(settings.teacher).name
     if name not in published.dims:
         raise ValueError(
             f"{settings.demo} holds no features of {name!r}{nearest(name, published.dims)}; it has: "

@@ -1,8 +1,8 @@
-"""The authors' checkpoint keys and ours, both ways: pure functions from state dictionary to state dictionary.
+"""Conversion between the authors' checkpoint keys and those of `MMKDClipModel`, in both directions.
 
 The published form is open_clip's: a fused attention input, projections stored as (width, dim), a scalar scale. Every
-key is accounted for in both directions; a key that is unknown or missing is an error that lists it, because weights
-left random by a prefix that did not match are the commonest way to a wrong number.
+key is accounted for in both directions; an unknown or missing key is an error that lists it, because weights left
+random by a prefix that did not match are the most common cause of wrong figures.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkd.encoders.weights import listed, require_same_keys
 from modeling_mmkd import MMKDClipConfig
 
 HEAD_WIDTH = 64  # of the published model, in both towers
-PREFIXES = ("module.", "_orig_mod.")
-BUFFERS = {"text_encoder.transformer.embeddings.position_ids"}  # saved by transformers before 4.31; holds no weight
-SHOWN = 12
+BUFFERS = {"text_encoder.transformer.embeddings.position_ids"}  # saved by transformers before 4.31, no weight
 
 BLOCK = {
     "ln_1.weight": "layer_norm1.weight",
@@ -50,7 +49,7 @@ PROJECTION = {
 }
 POSITIONS = "visual.positional_embedding"
 _EMBEDDINGS = TEXT_PREFIX[0] + "embeddings."
-MEASURED = {  # (part, size): the tensor that tells it, and the axis
+MEASURED = {  # (part, size): the tensor and the axis that have this size
     ("vision", "hidden_size"): ("visual.conv1.weight", 0),
     ("vision", "num_channels"): ("visual.conv1.weight", 1),
     ("vision", "patch_size"): ("visual.conv1.weight", 2),
@@ -65,34 +64,8 @@ MEASURED = {  # (part, size): the tensor that tells it, and the axis
 }
 
 
-def unwrap(checkpoint: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint without training envelope and prefixes.
-
-    Args:
-        checkpoint: what the file held: a state dictionary, or a dictionary with one under ``state_dict``.
-
-    Raises:
-        ValueError: there are no named tensors in it, or two keys differ by their prefix only.
-    """
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if (
-        not isinstance(state, Mapping)
-        or not state
-        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
-    ):
-        raise ValueError("it holds no state dictionary: names and tensors, alone or under 'state_dict', are expected")
-    plain: dict[str, Tensor] = {}
-    for key, value in state.items():
-        while key.startswith(PREFIXES):
-            key = key[key.index(".") + 1 :]
-        if key in plain:
-            raise ValueError(f"{key!r} stands in it twice, with and without a prefix")
-        plain[key] = value
-    return plain
-
-
 def from_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, split and transpose the authors' tensors into ours; unknown keys are an error.
+    """Rename, split and transpose the authors' tensors into those of `MMKDClipModel`; unknown keys are an error.
 
     Args:
         state: keys ``visual.*``, ``text_encoder.*`` and ``logit_scale``, without prefixes (`unwrap`).
@@ -116,7 +89,7 @@ def from_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back, bit for bit: our tensors under the authors' names, fused and transposed as they store them.
+    """The inverse of `from_authors`, bit for bit: the authors' names, fused and transposed as they store the tensors.
 
     Raises:
         ValueError: a key of a tower that the authors' form cannot hold.
@@ -157,34 +130,16 @@ def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-def require_same_keys(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        ValueError: keys are missing or unexpected, or a tensor has another shape; the message lists them.
-    """
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if state[key].shape != expected[key].shape
-    ]
-    faults = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    found = [f"{len(keys)} {fault}: {listed(keys)}" for fault, keys in faults if keys]
-    if found:
-        raise ValueError(f"{what} does not fit the model; " + "; ".join(found))
-
-
 def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None) -> MMKDClipConfig:
     """Read the sizes off the authors' tensors; heads are 64 wide, as in the published model.
 
     Args:
         state: without prefixes (`unwrap`).
-        sizes: what is known about the model, instead of what the tensors tell: values for ``vision`` and ``text``, and
-            of `MMKDClipConfig`. What nothing tells is then transformers' default.
+        sizes: sizes that take precedence over those of the tensors: values for ``vision`` and ``text``, and of
+            `MMKDClipConfig`. Sizes that neither states are then transformers' defaults.
 
     Raises:
-        ValueError: without ``sizes``, a tensor that tells a size is missing; or a width is not a multiple of 64.
+        ValueError: without ``sizes``, a tensor that shows a size is missing; or a width is not a multiple of 64.
     """
     absent = sorted({POSITIONS, *(key for key, _ in MEASURED.values())} - state.keys())
     if absent and sizes is None:
@@ -206,14 +161,8 @@ def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = 
     return MMKDClipConfig(vision_config=vision, text_config=text, **(measured["model"] | joint))
 
 
-def listed(keys: list[str]) -> str:
-    """The first keys of a list, and how many more there are."""
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(keys[:SHOWN]) + more
-
-
 def _renamed(key: str, value: Tensor) -> dict[str, Tensor] | None:
-    """Our tensors for one of the authors', or None when the key is not of their form."""
+    """The tensors of `MMKDClipModel` for one of the authors', or None when the key is not of their form."""
     block = re.fullmatch(r"visual\.transformer\.resblocks\.(\d+)\.(.+)", key)
     if key == "logit_scale":
         return {key: value.reshape(-1)}
@@ -236,7 +185,7 @@ def _renamed(key: str, value: Tensor) -> dict[str, Tensor] | None:
 
 
 def _measured(state: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
-    """Sizes by part of the model, as far as the tensors are there that tell them."""
+    """Sizes by part of the model, as far as the tensors that show them are there."""
     measured: dict[str, dict[str, int]] = {"vision": {}, "text": {}, "model": {}}
     for (part, name), (key, axis) in MEASURED.items():
         if key in state and state[key].ndim > axis:

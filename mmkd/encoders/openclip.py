@@ -1,14 +1,15 @@
 """Teachers in open_clip's form: a folder with ``open_clip_config.json``, or an architecture's name and one weight file.
 
 The model is built here from its configuration and loaded strictly, instead of through ``open_clip.create_model``, which
-asks the Hub for the text tower's configuration even when weights lie in a folder, and falls back to default
-preprocessing without a word when the configuration states none.
+downloads the text tower's configuration even when the weights are in a folder, and silently falls back to default
+preprocessing when the configuration states none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from mmkd.command.settings import nearest
 from mmkd.encoders.encoder import DualEncoder, FastSquare, NoTokens, with_input_of
-from mmkd.encoders.row import TeacherRow, describe
+from mmkd.encoders.spec import TeacherSpec, describe
 from mmkd.encoders.weights import TOKENIZER_FILES, companion, fetch, first_file, load_strictly, read_state_dict
 from mmkd.files import read_json
 
@@ -63,11 +64,11 @@ class OpenClipEncoder(DualEncoder):
         return self.model.encode_image(torch.stack(prepared).to(self.device))
 
     def image_and_pooled(self, prepared: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """See `DualEncoder`; a ResNet's attention pool ends in the common space, nothing stands before it."""
+        """See `DualEncoder`; a ResNet's attention pool ends in the shared space without a projection."""
         visual = self.model.visual
         projection = getattr(visual, "proj", None)
         if isinstance(projection, nn.Parameter):
-            visual.proj = None  # a ViT that projects by a matrix gives what it would have projected
+            visual.proj = None  # without its matrix a ViT returns the features before the projection
             try:
                 pooled = self.image_features(prepared)
             finally:
@@ -79,11 +80,8 @@ class OpenClipEncoder(DualEncoder):
         return self.image_features(prepared), None
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """See `DualEncoder`; a BERT tower reads no column that is padding in every text of the batch."""
-        tokens = self.tokenizer(texts)
-        if self.padding is not None:
-            tokens = tokens[:, : int((tokens != self.padding).sum(dim=1).max())]
-        return self.model.encode_text(tokens.to(self.device))
+        """See `DualEncoder`."""
+        return self.model.encode_text(self._tokens(texts))
 
     def image_token_features(self, prepared: list[Tensor]) -> Tensor:
         """See `DualEncoder`."""
@@ -94,69 +92,87 @@ class OpenClipEncoder(DualEncoder):
 
     def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """See `DualEncoder`."""
-        tokens = self.tokenizer(texts).to(self.device)
+        tokens = self._tokens(texts)
         if self.padding is not None:
-            tokens = tokens[:, : int((tokens != self.padding).sum(dim=1).max())]
             mask = tokens != self.padding
             return self.model.text.transformer(input_ids=tokens, attention_mask=mask).last_hidden_state, mask
         if not hasattr(self.model, "transformer"):
-            raise NoTokens(f"{self.name}: the text tower of {type(self.model).__name__} does not give token by token")
+            raise NoTokens(f"{self.name}: the text tower of {type(self.model).__name__} gives no token sequence")
         found = self.model.forward_intermediates(
             text=tokens, text_indices=1, intermediates_only=True, normalize_intermediates=True
         )
         return found["text_intermediates"][-1], tokens != 0
 
+    def _tokens(self, texts: list[str]) -> Tensor:
+        """Tokens (batch, tokens) without the columns that are padding in every text, where these may be left out."""
+        tokens = self.tokenizer(texts)
+        if self.padding is not None:
+            tokens = tokens[:, : int((tokens != self.padding).sum(dim=1).max())]
+        return tokens.to(self.device)
 
-def load(row: TeacherRow, device: str) -> OpenClipEncoder:
+
+def load(spec: TeacherSpec, device: str) -> OpenClipEncoder:
     """Load a teacher of this form.
 
     Raises:
         FileNotFoundError: weights, or the text tower's configuration or tokenizer, are not there.
         ValueError: an unknown architecture, keys that do not fit, or a folder that does not state its preprocessing.
     """
-    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+    from open_clip.transform import merge_preprocess_dict
 
-    weights, config, stated = _find(row)
+    weights, config, stated = _find(spec)
     text_config = config["text_cfg"]
-    if row.context:
-        text_config["context_length"] = row.context
+    if spec.context:
+        text_config["context_length"] = spec.context
     context = text_config.get("context_length", 77)
     tokenizer, tokenizer_name = _tokenizer(weights.parent, text_config, context)
     model = _build(weights.parent, config)
     load_strictly(model, _renamed(read_state_dict(weights), model), str(weights))
-    size = model.visual.image_size
-    preprocess = PreprocessCfg(**{**merge_preprocess_dict({}, stated), "size": size})
+    transform = clip_transform({**merge_preprocess_dict({}, stated), "size": model.visual.image_size})
     provenance = describe(
-        row,
+        spec,
         [weights],
         ["open_clip_torch", "timm"],
-        preprocessing=f"open_clip {preprocess}",
+        preprocessing=transform.description,
         tokenizer=tokenizer_name,
         context=context,
         pooling=text_config.get("hf_pooler_type") or text_config.get("pool_type", "argmax"),
+        logit_scale=model.logit_scale,
     )
-    transform = image_transform_v2(preprocess, is_train=False)
     trims = "hf_model_name" in text_config and not text_config.get("tokenizer_mode")
     padding = model.text.config.pad_token_id if trims else None
     model = model.eval().to(device)
-    encoder = OpenClipEncoder(row.name, config["embed_dim"], provenance, model, transform, tokenizer, padding)
-    encoder.fast_prepare = fast_square(preprocess)
+    encoder = OpenClipEncoder(spec.name, config["embed_dim"], provenance, model, transform.exact, tokenizer, padding)
+    encoder.fast_prepare = transform.fast
     return encoder
 
 
-def fast_square(preprocess: Any) -> FastSquare | None:
-    """The fast form of a ``PreprocessCfg``, if it is of the usual kind."""
-    height, width = preprocess.size if isinstance(preprocess.size, (tuple, list)) else (preprocess.size,) * 2
-    usual = height == width and preprocess.interpolation == "bicubic" and preprocess.resize_mode == "shortest"
-    return FastSquare(height, preprocess.mean, preprocess.std, "round") if usual else None
+@dataclass(frozen=True)
+class ClipTransform:
+    """open_clip's evaluation preprocessing: the exact transform, its fast form if there is one, and its description."""
+
+    exact: Callable[[Image.Image], Tensor]
+    fast: FastSquare | None
+    description: str
 
 
-def _find(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+def clip_transform(options: Mapping[str, Any]) -> ClipTransform:
+    """The preprocessing of open_clip's ``PreprocessCfg(**options)``."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    config = PreprocessCfg(**options)
+    height, width = config.size if isinstance(config.size, (tuple, list)) else (config.size,) * 2
+    usual = height == width and config.interpolation == "bicubic" and config.resize_mode == "shortest"
+    fast = FastSquare(height, config.mean, config.std, "round") if usual else None
+    return ClipTransform(image_transform_v2(config, is_train=False), fast, f"open_clip {config}")
+
+
+def _find(spec: TeacherSpec) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The weight file, the model's configuration, and the preprocessing as stated with the weights."""
-    if row.architecture:
-        return find_by_architecture(row)
-    files = row.files or WEIGHT_FILES
-    folder = _fetch(row, files)
+    if spec.architecture:
+        return find_by_architecture(spec)
+    files = spec.files or WEIGHT_FILES
+    folder = _fetch(spec, files)
     config = read_json(first_file(folder, [CONFIG_FILE]))
     stated = config.get("preprocess_cfg") or {}
     if "model_cfg" not in config or not {"mean", "std"} <= set(stated):
@@ -164,11 +180,11 @@ def _find(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     return first_file(folder, files), deepcopy(config["model_cfg"]), stated
 
 
-def find_by_architecture(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The weight file, configuration and preprocessing of an architecture that open_clip knows by name.
+def find_by_architecture(spec: TeacherSpec) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The weight file, configuration and preprocessing of one of open_clip's named architectures.
 
     Args:
-        row: with the architecture; its weights are a file, a folder, a Hub id, or a tag of open_clip's.
+        spec: with the architecture; its weights are a file, a folder, a Hub id, or a tag of open_clip's.
 
     Raises:
         FileNotFoundError: the weights are not there, or the Hub cannot be reached; the message says what to do.
@@ -176,34 +192,34 @@ def find_by_architecture(row: TeacherRow) -> tuple[Path, dict[str, Any], dict[st
     """
     import open_clip
 
-    config = open_clip.get_model_config(row.architecture)
+    config = open_clip.get_model_config(spec.architecture)
     if config is None:
         known = open_clip.list_models()
         raise ValueError(
-            f"open_clip has no architecture {row.architecture!r}{nearest(row.architecture, known)}; "
-            f"`open_clip.list_models()` lists the {len(known)} it has"
+            f"open_clip has no architecture {spec.architecture!r}{nearest(spec.architecture, known)}; "
+            f"`open_clip.list_models()` lists all {len(known)}"
         )
-    stated = {"mean": tuple(row.mean), "std": tuple(row.std)}
-    if Path(row.weights).is_file():
-        return Path(row.weights), config, stated
-    tag = open_clip.get_pretrained_cfg(row.architecture, row.weights)
+    stated = {"mean": tuple(spec.mean), "std": tuple(spec.std)}
+    if Path(spec.weights).is_file():
+        return Path(spec.weights), config, stated
+    tag = open_clip.get_pretrained_cfg(spec.architecture, spec.weights)
     if tag:
         config["quick_gelu"] = tag.get("quick_gelu", config.get("quick_gelu", False))
         repository, _, file = tag["hf_hub"].rpartition("/")
         names = [file] if file else WEIGHT_FILES
         return first_file(fetch(repository, [], names), names), config, {**stated, **tag}
-    if not Path(row.weights).is_dir() and row.weights.count("/") != 1:
-        tags = open_clip.list_pretrained_tags_by_model(row.architecture)
+    if not Path(spec.weights).is_dir() and spec.weights.count("/") != 1:
+        tags = open_clip.list_pretrained_tags_by_model(spec.architecture)
         raise ValueError(
-            f"{row.weights!r} is no file, folder, Hub id or tag of {row.architecture}; tags: {', '.join(tags)}"
+            f"{spec.weights!r} is no file, folder, Hub id or tag of {spec.architecture}; tags: {', '.join(tags)}"
         )
-    files = row.files or WEIGHT_FILES
-    return first_file(_fetch(row, files), files), config, stated
+    files = spec.files or WEIGHT_FILES
+    return first_file(_fetch(spec, files), files), config, stated
 
 
-def _fetch(row: TeacherRow, files: Sequence[str]) -> Path:
+def _fetch(spec: TeacherSpec, files: Sequence[str]) -> Path:
     wanted = [CONFIG_FILE, "config.json", *TOKENIZER_FILES]
-    return fetch(row.weights, wanted, files, revision=row.revision, repo_type=row.repo_type, gated=row.gated)
+    return fetch(spec.weights, wanted, files, revision=spec.revision, repo_type=spec.repo_type, gated=spec.gated)
 
 
 def _tokenizer(folder: Path, text_config: dict[str, Any], context: int) -> tuple[Any, str]:
@@ -211,9 +227,10 @@ def _tokenizer(folder: Path, text_config: dict[str, Any], context: int) -> tuple
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     name = text_config.get("hf_tokenizer_name")
-    options = text_config.get("tokenizer_kwargs") or {}
+    options = dict(text_config.get("tokenizer_kwargs") or {})
     if not name:
         return SimpleTokenizer(context_length=context, **options), "open_clip byte-pair encoding"
+    options["trust_remote_code"] = False
     own = any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json"))
     source = folder if own else companion(folder, name, ["config.json", *TOKENIZER_FILES])
     mode = text_config.get("tokenizer_mode")
@@ -236,7 +253,7 @@ def _build(folder: Path, model_config: dict[str, Any]) -> Any:
 
 
 def _renamed(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Names of the older layout (text tower at the top) and a scale of another shape, as the model has them."""
+    """A state dict of the older layout (text tower at the top, another shape of the scale) in the model's form."""
     from open_clip.model import convert_to_custom_text_state_dict
 
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):

@@ -1,10 +1,10 @@
 """A teacher of any kind: a Python function that returns an object with ``encode_images`` and ``encode_texts``.
 
-The object may also have ``image_tokens`` and ``text_tokens``, which give sequences to heads that read these: of images
-(n, tokens, width), of texts the same and which tokens are no padding, (n, tokens).
+The object may also have ``image_tokens`` and ``text_tokens`` for heads that read token sequences: (n, tokens, width) of
+images, the same and a padding mask (n, tokens) of texts; and ``logit_scale``, the logarithm of its trained factor.
 
-The row names it (``form: python``, ``weights: module.function``); it is called with the device. Naming it is what
-allows its code to run: nothing else that a row says does.
+The specification names the function (``form: python``, ``weights: module.function``), which is called with the device.
+Naming it allows its code to run; no other key of a specification runs code, ``trust_remote_code`` apart.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.row import TeacherRow, describe
+from mmkd.encoders.spec import TeacherSpec, describe
 
 
 class Encodes(Protocol):
-    """What the function has to return; features are (n, dim) tensors or arrays of any length."""
+    """The object that the function returns; features are (n, dim) tensors or arrays of any length."""
 
     def encode_images(self, images: Sequence[Image.Image]) -> Any:
         """Features of images."""
@@ -34,10 +34,10 @@ class Encodes(Protocol):
 
 
 class PythonEncoder(DualEncoder):
-    """Somebody's own encoder behind our interface."""
+    """A user's own encoder behind the interface of `DualEncoder`."""
 
     def __init__(self, name: str, dim: int, provenance: dict[str, Any], encodes: Encodes) -> None:
-        """Wrap it; a dim of 0 is found out."""
+        """Wrap the object; with a dim of 0, it encodes one text to find the width."""
         super().__init__(name, dim, provenance)
         self.encodes = encodes
         if not dim:
@@ -65,24 +65,33 @@ class PythonEncoder(DualEncoder):
         return torch.as_tensor(tokens), torch.as_tensor(mask)
 
 
-def load(row: TeacherRow, device: str) -> PythonEncoder:
+def load(spec: TeacherSpec, device: str) -> PythonEncoder:
     """Import the function, from the working directory too, and call it with ``device``.
 
     Raises:
         ValueError: there is no such module or function, or it returns something else.
     """
-    module_name, _, function_name = row.weights.rpartition(".")
+    module_name, _, function_name = spec.weights.rpartition(".")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
         function = vars(module)[function_name]
     except (ImportError, KeyError, ValueError) as error:
-        raise ValueError(f"{row.weights!r} is not module.function, or cannot be imported: {error}") from error
+        raise ValueError(f"{spec.weights!r} is not module.function, or cannot be imported: {error}") from error
     encodes = function(device)
     if not hasattr(encodes, "encode_images") or not hasattr(encodes, "encode_texts"):
-        raise ValueError(f"{row.weights}() returned {type(encodes).__name__} without encode_images and encode_texts")
+        raise ValueError(f"{spec.weights}() returned {type(encodes).__name__} without encode_images and encode_texts")
     code = [Path(module.__file__)] if module.__file__ else []
     own = "the function's own"
-    provenance = describe(row, code, [], preprocessing=own, tokenizer=own, context=row.context, pooling=own)
-    return PythonEncoder(row.name, row.dim, provenance, encodes)
+    scale = getattr(encodes, "logit_scale", None)
+    provenance = describe(
+        spec,
+        code,
+        preprocessing=own,
+        tokenizer=own,
+        context=spec.context,
+        pooling=own,
+        logit_scale=None if scale is None else torch.as_tensor(scale),
+    )
+    return PythonEncoder(spec.name, spec.dim, provenance, encodes)

@@ -1,7 +1,8 @@
-"""Weights from a folder or the Hub, read without running code and loaded without leaving a key unaccounted for.
+"""Weights from a folder or the Hub, read without running code and loaded with every key accounted for.
 
-A state dict whose prefix does not match leaves random weights behind a loader that does not look; every loader here
-goes through `load_strictly`, which makes that an error. Only the files a loader needs are downloaded.
+A state dict whose prefix does not match leaves random weights behind a loader that is not strict. Every loader here
+goes through `load_strictly`, or through `load_transformers` where transformers renames keys of older releases; both
+raise the same error. Only the files that a loader needs are downloaded.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmkd.encoders.authors_checkpoint import listed, require_same_keys, unwrap
-
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,7 +33,10 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
-STRAY_BUFFERS = ("position_ids", "relative_position_index")
+STRAY_BUFFERS = ("position_ids", "relative_position_index")  # saved by older releases, derived by newer ones
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
+SHOWN = 12  # keys that an error lists
+HUB_TIMEOUT_SECONDS = 5
 
 
 def fetch(
@@ -50,11 +52,11 @@ def fetch(
 
     Args:
         source: a folder, or a Hub id.
-        patterns: names or patterns of the small files that are wanted, as far as they exist.
-        weights: names of weight files, the first that exists is enough.
+        patterns: names or patterns of the small files, downloaded as far as they exist.
+        weights: names of weight files; the first that exists is downloaded.
         revision: a commit, tag or branch on the Hub.
         repo_type: ``model`` or ``dataset``.
-        gated: whether access has to be asked for, said in the error.
+        gated: whether the Hub grants access on request only, for the error.
 
     Raises:
         FileNotFoundError: no such folder or repository, no network, or no access; or none of ``weights`` is there.
@@ -68,10 +70,10 @@ def fetch(
 
 
 def companion(folder: Path, hub_id: str, patterns: Sequence[str]) -> Path:
-    """The folder of a second repository a model builds on: a sub-folder with its name, or the Hub.
+    """The folder of a second repository that a model builds on: a sub-folder with its name, or the Hub's cache.
 
     Args:
-        folder: where the weights lie; ``folder/NAME`` is looked at first, NAME being the last part of the id.
+        folder: of the weights; ``folder/NAME`` comes first, NAME being the last part of the id.
         hub_id: the Hub repository, or a folder.
         patterns: files needed from it.
 
@@ -101,7 +103,7 @@ def first_file(folder: Path, names: Iterable[str]) -> Path:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from safetensors or a torch file, out of a training envelope and without wrappers' prefixes.
+    """Tensors by name from a safetensors or torch file, without training envelope and wrappers' prefixes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -116,11 +118,37 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_tensors(path: Path) -> Any:
-    """What a safetensors or torch file holds; nothing in it is executed.
+def unwrap(checkpoint: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint without training envelope and prefixes.
+
+    Args:
+        checkpoint: what the file held: a state dictionary, or a dictionary with one under ``state_dict``.
 
     Raises:
-        ValueError: it cannot be read so; the message says what it seems to be and what to do.
+        ValueError: there are no named tensors in it, or two keys differ by their prefix only.
+    """
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else None
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    ):
+        raise ValueError("it holds no state dictionary: names and tensors, alone or under 'state_dict', are expected")
+    plain: dict[str, Tensor] = {}
+    for key, value in state.items():
+        while key.startswith(WRAPPERS):
+            key = key[key.index(".") + 1 :]
+        if key in plain:
+            raise ValueError(f"{key!r} stands in it twice, with and without a prefix")
+        plain[key] = value
+    return plain
+
+
+def read_tensors(path: Path) -> Any:
+    """The content of a safetensors or torch file; nothing in it is executed.
+
+    Raises:
+        ValueError: it cannot be read; the message says what it seems to be and what to do.
     """
     try:
         if path.suffix == ".safetensors":
@@ -134,16 +162,16 @@ def read_tensors(path: Path) -> Any:
         raise ValueError(f"{path}: cannot be read as weights: {_diagnosis(path, str(error))}") from error
 
 
-def _diagnosis(path: Path, said: str) -> str:
-    """What a file that is no weights seems to be, and what to do.
+def _diagnosis(path: Path, message: str) -> str:
+    """What an unreadable weight file seems to be, and what to do.
 
     Args:
         path: the file.
-        said: the reader's message; torch's advice in it to run the file's code is not passed on.
+        message: of the reader; torch's advice in it to run the file's code is not passed on.
     """
     with path.open("rb") as file:
         start = file.read(512)
-    allowed = "safetensors, or a torch file of nothing but tensors, is wanted"
+    allowed = "safetensors or a torch file of tensors alone is required"
     if not start:
         return f"the file is empty; {allowed}: download it again"
     if start.startswith(b"version https://git-lfs"):
@@ -152,7 +180,7 @@ def _diagnosis(path: Path, said: str) -> str:
         return f"it is a web page, as a failed download leaves it; {allowed}: download it again"
     if re.fullmatch(rb"[\t\n\r -~\x80-\xff]+", start):
         return f"it is text; {allowed}"
-    if blocked := re.search(r"GLOBAL (\S+)", said):
+    if blocked := re.search(r"GLOBAL (\S+)", message):
         return (
             f"it holds {blocked[1]}, which only running its code would restore; {allowed}: where the file is trusted, "
             "save its tensors alone with torch.save(model.state_dict(), FILE)"
@@ -162,7 +190,7 @@ def _diagnosis(path: Path, said: str) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Load or save without transformers' progress bars and key reports: bars are ours, and so is the check of keys."""
+    """Load or save without transformers' progress bars and key reports, which the loaders here replace."""
     from transformers.utils import logging
 
     verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -177,27 +205,47 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load every tensor into its place; buffers that libraries once stored and now derive are the only ones left out.
+    """Load a state dict strictly; only buffers that older libraries stored and newer ones derive are left out.
 
     Args:
-        module: takes the weights; left in evaluation mode.
+        module: the model; left in evaluation mode.
         state: tensors by the module's own names.
         source: where they come from, for the error.
 
     Raises:
         ValueError: keys are missing or unexpected, or shapes differ; the message lists them.
     """
-    wanted = module.state_dict()
-    given = {key: value for key, value in state.items() if key in wanted or not is_stray(key)}
-    require_same_keys(given, wanted, source)
+    expected = module.state_dict()
+    given = {key: value for key, value in state.items() if key in expected or not is_stray(key)}
+    require_same_keys(given, expected, source)
     module.load_state_dict(given)
     module.eval()
 
 
-def load_transformers(model_class: Any, source: str, folder: Path | None = None, **options: Any) -> Any:
-    """A transformers model in fp32 and evaluation mode, with every key of its weights accounted for.
+def require_same_keys(state: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Compare names and shapes.
 
-    transformers renames keys of older releases, and initializes anew what it does not find; here that is an error.
+    Raises:
+        ValueError: keys are missing or unexpected, or a tensor has another shape; the message lists them.
+    """
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & state.keys())
+        if state[key].shape != expected[key].shape
+    ]
+    _refuse_misfits(expected.keys() - state.keys(), state.keys() - expected.keys(), shapes, what)
+
+
+def listed(keys: list[str]) -> str:
+    """The first keys of a list, and how many more there are."""
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return ", ".join(keys[:SHOWN]) + more
+
+
+def load_transformers(model_class: Any, source: str, folder: Path | None = None, **options: Any) -> Any:
+    """A transformers model in fp32 and evaluation mode, loaded strictly.
+
+    transformers renames keys of older releases, and initializes missing weights at random; here that is an error.
 
     Args:
         model_class: a class with ``from_pretrained``.
@@ -209,32 +257,36 @@ def load_transformers(model_class: Any, source: str, folder: Path | None = None,
         ValueError: keys are missing or unexpected, or shapes differ; the message lists them. Or the file is damaged.
     """
     model, info = read_transformers(model_class, source, folder, ignore_mismatched_sizes=True, **options)
-    faults = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(key for key in info["unexpected_keys"] if not is_stray(key)),
-        "of another shape": [f"{key} {tuple(a)} instead of {tuple(b)}" for key, a, b in info["mismatched_keys"]],
-    }
-    found = [f"{len(keys)} {fault}: {listed(keys)}" for fault, keys in faults.items() if keys]
-    if found:
-        raise ValueError(f"{source} does not fit the model; " + "; ".join(found))
+    unexpected = (key for key in info["unexpected_keys"] if not is_stray(key))
+    shapes = [f"{key} {tuple(a)} instead of {tuple(b)}" for key, a, b in info["mismatched_keys"]]
+    _refuse_misfits(info["missing_keys"], unexpected, shapes, source)
     return model.eval()
 
 
 def read_transformers(model_class: Any, source: str, folder: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A transformers model in fp32 and what transformers says about its keys, without a bar.
+    """A transformers model in fp32 and transformers' report about its keys, without a progress bar.
 
     Raises:
         ValueError: a weight file is damaged, or holds more than tensors.
     """
     try:
         with quiet_transformers():
+            options = {"trust_remote_code": False, **options}
             return model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
     except SafetensorError as error:
         raise ValueError(f"{source} is truncated or no safetensors file: {error}") from error
-    except Exception:  # torch's unpickler raises anything: where it is the file's fault, `read_tensors` says so better
+    except Exception:  # torch's unpickler raises anything: where the file is broken, `read_tensors` raises a better one
         for path in sorted(folder.glob("*.bin")) if folder else ():
             read_tensors(path)
         raise
+
+
+def _refuse_misfits(missing: Iterable[str], unexpected: Iterable[str], shapes: list[str], what: str) -> None:
+    """Raise a ValueError that lists the keys of a state dictionary that do not fit, if there are any."""
+    faults = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": shapes}
+    found = [f"{len(keys)} {fault}: {listed(keys)}" for fault, keys in faults.items() if keys]
+    if found:
+        raise ValueError(f"{what} does not fit the model; " + "; ".join(found))
 
 
 def is_stray(key: str) -> bool:
@@ -245,12 +297,12 @@ def is_stray(key: str) -> bool:
 def _download(
     source: str, patterns: list[str], weights: Sequence[str], revision: str | None, repo_type: str, gated: bool
 ) -> Path:
-    """The files of a Hub repository in its cache; offline what the cache holds."""
+    """The files of a Hub repository in its cache; offline those that the cache holds."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     where = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{source}"
-    asked = f"ask for access at {where}, then `hf auth login`"
+    access = f"request access at {where}, then run `hf auth login`"
     try:
         folder = snapshot_download(source, allow_patterns=patterns, revision=revision, repo_type=repo_type)
         for name in weights:
@@ -262,11 +314,11 @@ def _download(
     except HFValidationError as error:
         raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (owner/name)") from error
     except GatedRepoError as error:
-        raise FileNotFoundError(f"{source} is gated: {asked}") from error
+        raise FileNotFoundError(f"{source} is gated: {access}") from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{source} is not on the Hub, or is private: {asked}") from error
+        raise FileNotFoundError(f"{source} is not on the Hub, or is private: {access}") from error
     except OSError as error:
-        hint = f" (gated: {asked})" if gated else ""
+        hint = f" (gated: {access})" if gated else ""
         kind = " --repo-type dataset" if repo_type == "dataset" else ""
         raise FileNotFoundError(
             f"{source} is no folder here and not in the Hub's cache, and the Hub cannot be reached{hint}. Where there "
@@ -277,14 +329,8 @@ def _download(
     return Path(folder)
 
 
-# Section: Whether the Hub answers, asked once and briefly.
-
-
-HUB_TIMEOUT_SECONDS = 5
-
-
 def require_hub() -> None:
-    """Look once, because the Hub's client retries for most of a minute where there is no network.
+    """Check that the Hub answers, once and briefly: its client retries for most of a minute where there is no network.
 
     Raises:
         OSError: the Hub does not answer, or fails.

@@ -1,7 +1,7 @@
-"""The nine teachers of the paper as rows, and the one function that loads any dual encoder by name, folder or row.
+"""The teachers by name, and the one function that loads any dual encoder by name, folder, Hub id or specification.
 
-Names are the authors' spelling in ``available_clips``. What a row infers or does not know stands in its note, goes into
-the provenance of every feature made with it, and can be changed by a YAML row of one's own.
+The first nine are the paper's, under the authors' spelling in ``available_clips``. Inferred and open points of a
+specification are in its note, go into the provenance of every feature made with it, and can be changed by a YAML file.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from mmkd.data.published import META_FILE, read_published
 from mmkd.encoders import hfclip, medclip, openclip, pmcclip
 from mmkd.encoders import python as python_form
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.row import UNDECLARED, TeacherRow, announce, read_row
+from mmkd.encoders.spec import UNDECLARED, TeacherSpec, announce, read_spec
 from mmkd.encoders.weights import fetch
 from mmkd.files import read_json
 
 BIOMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
-
-OPENAI = "openai"  # tag of open_clip's where none is given
-
 PUBMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
+OPENAI = "openai"  # the tag of open_clip's weights where none is given
+# Of a teacher's provenance, what a student's provenance keeps.
+KEPT_METADATA = ("teacher", "form", "weights", "revision", "fingerprint", "license", "note")
 
 TEACHERS = {
-    "BMCA": TeacherRow(
+    "BMCA": TeacherSpec(
         name="BMCA",
         form="openclip",
         weights="BIOMEDICA/BMC_CLIP_CF",
@@ -40,7 +40,7 @@ TEACHERS = {
         gated=True,
         note="preprocessing inferred: OpenAI's; gate unknown",
     ),
-    "BiomedCLIP": TeacherRow(
+    "BiomedCLIP": TeacherSpec(
         name="BiomedCLIP",
         form="openclip",
         weights="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
@@ -48,7 +48,7 @@ TEACHERS = {
         context=256,
         license="MIT",
     ),
-    "UniMedCLIP": TeacherRow(
+    "UniMedCLIP": TeacherSpec(
         name="UniMedCLIP",
         form="unimed",
         weights="UzairK/unimed-clip-vit-b16",
@@ -58,7 +58,7 @@ TEACHERS = {
         context=256,
         license="CC BY-NC 4.0",
     ),
-    "QuiltNet": TeacherRow(
+    "QuiltNet": TeacherSpec(
         name="QuiltNet",
         form="openclip",
         weights="wisdomik/QuiltNet-B-32",
@@ -66,7 +66,7 @@ TEACHERS = {
         license="MIT",
         note="which of QuiltNet-B-32, -B-16 and -B-16-PMB the authors used is unknown",
     ),
-    "GenMedClip": TeacherRow(
+    "GenMedClip": TeacherSpec(
         name="GenMedClip",
         form="openclip",
         weights="wisdomik/GenMedClip",
@@ -74,8 +74,8 @@ TEACHERS = {
         license="MIT",
         note="which of GenMedClip, -B-32 and -B-16-PMB the authors used is inferred",
     ),
-    "PLIP": TeacherRow(name="PLIP", form="hfclip", weights="vinid/plip", dim=512, context=77),
-    "PUBMEDCLIP": TeacherRow(
+    "PLIP": TeacherSpec(name="PLIP", form="hfclip", weights="vinid/plip", dim=512, context=77),
+    "PUBMEDCLIP": TeacherSpec(
         name="PUBMEDCLIP",
         form="hfclip",
         weights="flaviagiammarino/pubmed-clip-vit-base-patch32",
@@ -83,7 +83,7 @@ TEACHERS = {
         context=77,
         license="MIT",
     ),
-    "PMCCLIP": TeacherRow(
+    "PMCCLIP": TeacherSpec(
         name="PMCCLIP",
         form="pmcclip",
         weights="axiong/pmc_oa",
@@ -94,7 +94,7 @@ TEACHERS = {
         license="not declared for the weights; code MIT",
         note="32 heads in the attention pool by the training configuration, 8 in a public port",
     ),
-    "MedCLIP": TeacherRow(
+    "MedCLIP": TeacherSpec(
         name="MedCLIP",
         form="medclip",
         weights="https://storage.googleapis.com/pytrial/medclip-vit-pretrained.zip",
@@ -109,7 +109,7 @@ TEACHERS = {
     ),
 }
 
-LOADERS: dict[str, Callable[[TeacherRow, str], DualEncoder]] = {
+LOADERS: dict[str, Callable[[TeacherSpec, str], DualEncoder]] = {
     "openclip": openclip.load,
     "hfclip": hfclip.load,
     "ours": hfclip.load,
@@ -124,102 +124,85 @@ def load_encoder(name_or_path: str, device: str = "cpu", weights: Path | None = 
     """Load a teacher, a student or any other dual encoder.
 
     Args:
-        name_or_path: a teacher's name in any case; a folder of ours or of transformers or open_clip; a Hub id
+        name_or_path: a teacher's name in any case; a folder of `MMKDClipModel`, transformers or open_clip; a Hub id
             (``owner/name``); ``open_clip:ARCHITECTURE[:PRETRAINED]``, a tag or a file, by default OpenAI's weights (a
-            slash does for the second colon); ``python:module.function``; or a YAML row.
-        device: where it shall run.
-        weights: a local folder or file instead of the row's weights.
+            slash may stand for the second colon); ``python:module.function``; or a YAML file.
+        device: for the model.
+        weights: a local folder or file instead of the specification's weights.
 
     Raises:
         FileNotFoundError: weights are not there, or the Hub cannot be reached; the message says what to do.
         ValueError: an unknown name (with the known ones), or weights that do not fit the model.
     """
-    row = find_row(name_or_path)
+    spec = find_spec(name_or_path)
     if weights is not None:
-        row = dataclasses.replace(row, weights=str(weights))
-    encoder = LOADERS[row.form](row, device)
-    if row.dim and encoder.dim != row.dim:
-        raise ValueError(f"{row.name} is {encoder.dim} wide, but its row says dim {row.dim}; are these its weights?")
+        spec = dataclasses.replace(spec, weights=str(weights))
+    encoder = LOADERS[spec.form](spec, device)
+    if spec.dim and encoder.dim != spec.dim:
+        raise ValueError(
+            f"{spec.name} is {encoder.dim} wide, but its specification states dim {spec.dim}; are these its weights?"
+        )
     announce(encoder.provenance)
     return encoder
 
 
-def find_row(name_or_path: str) -> TeacherRow:
-    """The row that a name, folder, Hub id or YAML file stands for; see `load_encoder`.
+def find_spec(name_or_path: str) -> TeacherSpec:
+    """The specification of a name, folder, Hub id or YAML file; see `load_encoder`.
 
     Raises:
-        FileNotFoundError: it looks like a path and is not there.
+        FileNotFoundError: a path that is not there.
         ValueError: an unknown name; the message lists the known ones.
     """
-    by_name = {name.lower(): row for name, row in TEACHERS.items()}
-    if name_or_path.lower() in by_name:
-        return by_name[name_or_path.lower()]
+    specs = {name.lower(): spec for name, spec in TEACHERS.items()}
+    if name_or_path.lower() in specs:
+        return specs[name_or_path.lower()]
     path = Path(name_or_path)
     prefix, colon, rest = name_or_path.partition(":")
     if colon and prefix == "open_clip":
         architecture, _, pretrained = re.sub("[:/]", "\0", rest, count=1).partition("\0")
         pretrained = pretrained or OPENAI
-        return TeacherRow(
-            folder_name(f"{architecture}-{Path(pretrained).stem}"), "openclip", pretrained, architecture=architecture
-        )
+        name = folder_name(f"{architecture}-{Path(pretrained).stem}")
+        return TeacherSpec(name, "openclip", pretrained, architecture=architecture)
     if colon and prefix == "python":
-        return TeacherRow(rest, "python", rest)
+        return TeacherSpec(rest, "python", rest)
     if path.suffix in (".yaml", ".yml"):
-        return read_row(path)
+        return read_spec(path)
     if path.is_dir():
-        return _row_of_folder(path.resolve().name, str(path), path)
+        return _spec_of_folder(path.resolve().name, str(path), path)
     if path.is_absolute() or name_or_path.startswith(".") or path.exists() or name_or_path.count("/") > 1:
-        raise FileNotFoundError(f"{name_or_path}: no such folder, and no YAML row of a teacher")
+        raise FileNotFoundError(f"{name_or_path}: no such folder, and no YAML file of a teacher")
     if "/" in name_or_path:
-        return _row_of_folder(path.name, name_or_path, fetch(name_or_path, ["config.json", openclip.CONFIG_FILE]))
+        return _spec_of_folder(path.name, name_or_path, fetch(name_or_path, ["config.json", openclip.CONFIG_FILE]))
     raise ValueError(
-        f"unknown encoder {name_or_path!r}{nearest(name_or_path.lower(), by_name)}; known: {', '.join(TEACHERS)}; or "
-        f"give a folder, a Hub id (owner/name), open_clip:ARCHITECTURE[:PRETRAINED], or a YAML row"
+        f"unknown encoder {name_or_path!r}{nearest(name_or_path.lower(), specs)}; known: {', '.join(TEACHERS)}; or "
+        f"give a folder, a Hub id (owner/name), open_clip:ARCHITECTURE[:PRETRAINED], or a YAML file"
     )
 
 
 def named_sources(sources: list[str]) -> dict[str, str]:
-    """Sources by the name of their store: what stands before ``=``, else the row's name.
+    """Sources by the name of their feature store: the name before ``=``, else that of the specification.
 
     Raises:
         ValueError: none is given, or two have one name.
     """
     if not sources:
         raise ValueError(f"no teacher is named; known: {', '.join(TEACHERS)}")
-    return by_name(sources, lambda source: find_row(source).name, "teacher")
-
-
-def _row_of_folder(name: str, weights: str, folder: Path) -> TeacherRow:
-    """A row for a folder that says itself what it is."""
-    if (folder / openclip.CONFIG_FILE).is_file():
-        return TeacherRow(name, "openclip", weights)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds neither config.json nor {openclip.CONFIG_FILE}: its form is not known; write a YAML row "
-            "that states it"
-        )
-    config: dict[str, Any] = read_json(folder / "config.json")
-    if config.get("model_type") == "mmkd_clip":
-        return TeacherRow(name, "ours", weights, license=OWN_MODEL if Path(weights).is_dir() else UNDECLARED)
-    return TeacherRow(name, "hfclip", weights)
-
-
-# Section: Encoders as they are named on the command line: a source, or ``NAME=SOURCE``.
+    return by_name(sources, lambda source: find_spec(source).name, "teacher")
 
 
 def by_name(
     entries: Sequence[str], name_of: Callable[[str], str], what: str, taken: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Sources by name, in the order given.
+    """Encoders of the command line by name, in the order given: each a source, or ``NAME=SOURCE``.
 
     Args:
-        entries: each a source, or a name, ``=`` and a source.
-        name_of: the name of a source that was given none.
-        what: what they are, for messages.
-        taken: names that stand for something else.
+        entries: of the command line.
+        name_of: the name of a source without one.
+        what: the kind of entry, for messages.
+        taken: names that are reserved.
 
     Raises:
-        ValueError: an entry has no name or no source, two have one name, or a name is taken.
+        ValueError: an entry has no name or no source, two have one name, or a name is reserved.
     """
     named: dict[str, str] = {}
     for entry in entries:
@@ -240,14 +223,11 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
 
 
-TEACHER_FACTS = ("teacher", "form", "weights", "revision", "fingerprint", "license", "note")
-
-
 def teachers_of(folders: Iterable[Path | None], names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The teachers behind folders of features, raw or aligned, each once.
+    """The metadata of the teachers of feature stores, raw or aligned, each teacher once.
 
     Args:
-        folders: of one store or of several, or the authors' published folder; None is passed over.
+        folders: of one store or of several, or the authors' published folder; None is skipped.
         names: only these, by default all.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -259,10 +239,10 @@ def teachers_of(folders: Iterable[Path | None], names: Sequence[str] = ()) -> li
 
 
 def store_teacher(meta: dict[str, Any]) -> dict[str, Any]:
-    """The teacher of a store by its ``meta.json``; aligned stores carry that of the raw ones."""
+    """The teacher's metadata in a store's ``meta.json``; aligned stores carry that of the raw ones."""
     provenance = meta.get("provenance") or {}
-    facts = {"teacher": meta.get("teacher"), **provenance, **(provenance.get("raw") or {})}
-    return {"license": UNSTATED} | {key: facts[key] for key in TEACHER_FACTS if facts.get(key)}
+    metadata = {"teacher": meta.get("teacher"), **provenance, **(provenance.get("raw") or {})}
+    return {"license": UNSTATED} | {key: metadata[key] for key in KEPT_METADATA if metadata.get(key)}
 
 
 def _teachers_in(folder: Path) -> list[dict[str, Any]]:
@@ -273,8 +253,24 @@ def _teachers_in(folder: Path) -> list[dict[str, Any]]:
 
 
 def _published_teachers(folder: Path) -> list[dict[str, Any]]:
-    """The teachers that the authors' list names, as far as they are known here."""
+    """The teachers in the authors' list, with the metadata of those that are known here."""
     used = {name for sample in read_published(folder) for name in sample.teachers}
-    known = {name: row for name, row in TEACHERS.items() if name in used}
-    facts = {name: {"weights": row.weights, "license": row.license, "note": row.note} for name, row in known.items()}
-    return [{"teacher": name, **facts.get(name, {"license": UNSTATED})} for name in sorted(used)]
+    metadata = {
+        name: {"weights": spec.weights, "license": spec.license, "note": spec.note} for name, spec in TEACHERS.items()
+    }
+    return [{"teacher": name, **metadata.get(name, {"license": UNSTATED})} for name in sorted(used)]
+
+
+def _spec_of_folder(name: str, weights: str, folder: Path) -> TeacherSpec:
+    """The specification of a folder by its configuration file."""
+    if (folder / openclip.CONFIG_FILE).is_file():
+        return TeacherSpec(name, "openclip", weights)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds neither config.json nor {openclip.CONFIG_FILE}: its form is unknown; write a YAML file "
+            "that states it"
+        )
+    config: dict[str, Any] = read_json(folder / "config.json")
+    if config.get("model_type") == "mmkd_clip":
+        return TeacherSpec(name, "ours", weights, license=OWN_MODEL if Path(weights).is_dir() else UNDECLARED)
+    return TeacherSpec(name, "hfclip", weights)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
+from mmkd.encoders.spec import installed_versions
 from mmkd.exporting.towers import OUTPUTS, examples, quiet_tracing, save_onnx, towers, trace
 from mmkd.exporting.usage import load_tower
 from mmkd.files import atomic_write_text, read_json, write_json
-from mmkd.student.folder import installed_versions
 from modeling_mmkd import MMKDClipModel
 
 Form = Literal["onnx", "exported-program"]

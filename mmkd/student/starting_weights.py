@@ -27,11 +27,11 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mmkd.command.settings import nearest
-from mmkd.encoders.authors_checkpoint import from_authors, listed
+from mmkd.encoders.authors_checkpoint import from_authors
 from mmkd.encoders.hfclip import CONFIG_FILES, WEIGHT_FILES
 from mmkd.encoders.openclip import find_by_architecture
-from mmkd.encoders.row import TeacherRow
-from mmkd.encoders.weights import fetch, first_file, load_transformers, read_state_dict, read_transformers
+from mmkd.encoders.spec import TeacherSpec
+from mmkd.encoders.weights import fetch, first_file, listed, load_transformers, read_state_dict, read_transformers
 from mmkd.files import extract_zip, read_json
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 from modeling_mmkd.configuration_mmkd import position_limit
@@ -199,8 +199,8 @@ def _open_clip(name: str) -> VisionStart:
         raise ValueError(
             f"open_clip:{architecture} has no OpenAI-style ViT; take one such as ViT-B-16, or a timm: name"
         )
-    row = TeacherRow(architecture, "openclip", pretrained, architecture=architecture)
-    weights, sizes, stated = find_by_architecture(row)
+    spec = TeacherSpec(architecture, "openclip", pretrained, architecture=architecture)
+    weights, sizes, stated = find_by_architecture(spec)
     visual = {key: value for key, value in read_state_dict(weights).items() if key.startswith("visual.")}
     visual.pop("visual.proj", None)
     state = {key.removeprefix("vision_model."): value.float() for key, value in from_authors(visual).items()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from mmkd.encoders.authors_checkpoint import require_same_keys
+from mmkd.encoders.weights import load_strictly
 from mmkd.student.folder import load_student
 from mmkd.student.starting_weights import TextStart, VisionStart, resize_timm, start_text, start_vision
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
@@ -68,8 +68,7 @@ def build_model(
     model = MMKDClipModel(config)
     for tower, start, name in ((model.vision_model, eyes, vision), (model.text_model, words, text)):
         if start.state is not None:
-            require_same_keys(start.state, tower.state_dict(), name)
-            tower.load_state_dict(start.state)
+            load_strictly(tower, start.state, name)
     side = {"height": eyes.image_size, "width": eyes.image_size}
     pixels = CLIPImageProcessorPil(
         size={"shortest_edge": eyes.image_size}, crop_size=side, image_mean=eyes.mean, image_std=eyes.std

@@ -19,8 +19,8 @@ import torch
 
 from mmkd.command.settings import nearest
 from mmkd.distributed import world_size
+from mmkd.encoders.spec import installed_versions
 from mmkd.files import write_json
-from mmkd.student.folder import installed_versions
 
 AUTO, NONE = "auto", "none"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")

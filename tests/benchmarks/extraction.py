@@ -41,7 +41,7 @@ from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import Job
-from mmkd.encoders.openclip import fast_square
+from mmkd.encoders.openclip import clip_transform
 from mmkd.train import extract
 from mmkd.train.extract import ExtractSettings
 
@@ -57,12 +57,9 @@ class TinyTeacher(DualEncoder):
 
     def __init__(self) -> None:
         """Draw the map."""
-        from open_clip.transform import PreprocessCfg, image_transform_v2
-
         super().__init__("tiny", 64, {"preprocessing": "open_clip"}, 64)
-        preprocess = PreprocessCfg(size=IMAGE_SIZE)
-        self.transform = image_transform_v2(preprocess, is_train=False)
-        self.fast_prepare = fast_square(preprocess)
+        transform = clip_transform({"size": IMAGE_SIZE})
+        self.transform, self.fast_prepare = transform.exact, transform.fast
         self.weight = torch.randn(3 * 49, 64, generator=torch.Generator().manual_seed(0))
 
     def prepare(self, image: Image.Image) -> Tensor:

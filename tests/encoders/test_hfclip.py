@@ -63,6 +63,7 @@ def test_equals_transformers(plip, images):
     torch.testing.assert_close(pooled, expected, atol=1e-5, rtol=1e-5)
     assert encoder.provenance["files"] == ["pytorch_model.bin"]
     assert encoder.provenance["license"] == "not declared"
+    assert encoder.provenance["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), abs=1e-4)
     assert "mean (0.5, 0.4, 0.3)" in encoder.provenance["preprocessing"]
 
 
@@ -125,6 +126,7 @@ def test_a_folder_of_ours_by_path(ours, images):
     torch.testing.assert_close(projected, joint, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_texts(TEXTS), output.text_embeds, atol=1e-5, rtol=0)
     assert (encoder.name, encoder.dim) == ("student", 24)
+    assert encoder.provenance["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), abs=1e-4)
 
 
 def test_a_damaged_folder_of_ours(ours):

@@ -70,6 +70,7 @@ def test_images_equal_the_formula(medclip, images):
     encoder = load_encoder("MedCLIP", weights=folder)
     torch.testing.assert_close(encoder.encode_images(images), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_images_and_pooled(images)[1], pooled, atol=1e-5, rtol=1e-5)
+    assert encoder.provenance["logit_scale"] == pytest.approx(np.exp(2.6), abs=1e-4)
 
 
 def test_texts_average_layers_and_their_own_tokens(medclip):

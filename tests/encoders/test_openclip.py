@@ -67,6 +67,8 @@ def test_equals_open_clip(quiltnet, images):
     torch.testing.assert_close(encoder.encode_images(images), image, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_texts(TEXTS), text, atol=1e-5, rtol=0)
     assert encoder.provenance["context"] == 20
+    scale = torch.load(quiltnet / WEIGHTS, weights_only=True)["logit_scale"].exp().item()
+    assert encoder.provenance["logit_scale"] == pytest.approx(scale, abs=1e-4)
     assert str(MEAN) in encoder.provenance["preprocessing"]
 
 
@@ -103,9 +105,9 @@ def test_bmca_is_an_architecture_and_a_wrapped_checkpoint(tmp_path, images, monk
     named = load_encoder(f"open_clip:tiny-bmca/{tmp_path / 'BMC_CLIP_CF.pt'}")
     assert named.name == "tiny-bmca-BMC_CLIP_CF"
     torch.testing.assert_close(named.encode_images(images), encoder.encode_images(images))
-    colon = zoo.find_row(f"open_clip:tiny-bmca:{tmp_path / 'BMC_CLIP_CF.pt'}")
-    assert colon == zoo.find_row(f"open_clip:tiny-bmca/{tmp_path / 'BMC_CLIP_CF.pt'}")
-    assert zoo.find_row("open_clip:ViT-B-32").weights == "openai"
+    colon = zoo.find_spec(f"open_clip:tiny-bmca:{tmp_path / 'BMC_CLIP_CF.pt'}")
+    assert colon == zoo.find_spec(f"open_clip:tiny-bmca/{tmp_path / 'BMC_CLIP_CF.pt'}")
+    assert zoo.find_spec("open_clip:ViT-B-32").weights == "openai"
 
 
 def test_what_is_projected_comes_along(quiltnet, biomedclip, images):

@@ -79,7 +79,9 @@ def test_images_equal_the_formula(pmcclip, images, heads):
     state = torch.load(pmcclip / IMAGE_FILE, weights_only=True)
     pixels = (torch.rand(2, 3, 64, 64) - MEAN) / STD
     with torch.no_grad():
-        torch.testing.assert_close(encoder.vision(pixels), image_tower(state, pixels, heads), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            encoder.towers.image(pixels), image_tower(state, pixels, heads), atol=1e-5, rtol=1e-5
+        )
         from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
         cropped = [center_crop(resize(image, 64, interpolation=3), 64) for image in images]

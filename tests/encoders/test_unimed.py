@@ -36,6 +36,7 @@ def test_equals_the_model_it_was_written_from(unimed, images):
     torch.testing.assert_close(found, output.text_embeds, atol=1e-5, rtol=0)
     assert encoder.provenance["license"] == "CC BY-NC 4.0"
     assert encoder.provenance["context"] == 256
+    assert encoder.provenance["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), abs=1e-4)
 
 
 @pytest.mark.parametrize(

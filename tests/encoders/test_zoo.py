@@ -1,3 +1,4 @@
+import functools
 import logging
 import sys
 
@@ -7,10 +8,10 @@ import torch
 from PIL import Image
 
 from mmkd.data.licenses import is_open
-from mmkd.encoders import row as rows
+from mmkd.encoders import spec as specs
 from mmkd.encoders.encoder import NoTokens
 from mmkd.encoders.weights import fetch, read_state_dict
-from mmkd.encoders.zoo import LOADERS, TEACHERS, find_row, load_encoder, named_sources
+from mmkd.encoders.zoo import LOADERS, TEACHERS, find_spec, load_encoder, named_sources
 
 FUNCTION = """
 import numpy as np
@@ -64,7 +65,7 @@ def test_nine_teachers_by_the_authors_names():
     assert list(TEACHERS) == names
     for name, row in TEACHERS.items():
         assert row.name == name and row.form in LOADERS and row.dim in (512, 768) and row.license
-        assert find_row(name.lower()) is row and find_row(name.upper()) is row
+        assert find_spec(name.lower()) is row and find_spec(name.upper()) is row
 
 
 def test_unknown_names_answer_with_the_known_ones():
@@ -79,11 +80,11 @@ def test_folders_say_what_they_are(tmp_path):
     with pytest.raises(ValueError, match=r"neither config.json nor open_clip_config.json"):
         load_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    assert find_row(str(tmp_path)).form == "hfclip"
+    assert find_spec(str(tmp_path)).form == "hfclip"
     (tmp_path / "config.json").write_text('{"model_type": "mmkd_clip"}')
-    assert find_row(str(tmp_path)).form == "ours"
+    assert find_spec(str(tmp_path)).form == "ours"
     (tmp_path / "open_clip_config.json").write_text("{}")
-    assert find_row(str(tmp_path)).form == "openclip"
+    assert find_spec(str(tmp_path)).form == "openclip"
 
 
 def test_a_teacher_of_ones_own_in_five_lines(mine):
@@ -97,6 +98,7 @@ def test_a_teacher_of_ones_own_in_five_lines(mine):
     assert load_encoder("python:own_teacher.build").dim == 4
     with pytest.raises(NoTokens, match=r"mine .* gives no sequences"):
         encoder.text_token_features(["a"])
+    assert encoder.provenance["logit_scale"] is None
     encoder.encodes.image_tokens = lambda images: [[[1.0, 2.0]]] * len(images)
     encoder.encodes.text_tokens = lambda texts: ([[[len(text)], [0]] for text in texts], [[True, False]] * len(texts))
     assert encoder.image_token_features([Image.new("RGB", (2, 2))] * 3).shape == (3, 1, 2)
@@ -128,7 +130,7 @@ def test_rows_that_cannot_work(mine, text, said):
 def test_offline_without_weights_says_what_to_do(cache):
     with pytest.raises(FileNotFoundError, match=r"vinid/plip.*`hf download vinid/plip"):
         load_encoder("PLIP")
-    with pytest.raises(FileNotFoundError, match=r"gated: ask for access at https://huggingface.co/BIOMEDICA"):
+    with pytest.raises(FileNotFoundError, match=r"gated: request access at https://huggingface.co/BIOMEDICA"):
         load_encoder("BMCA")
     with pytest.raises(FileNotFoundError, match=r"--repo-type dataset"):
         load_encoder("PMCCLIP")
@@ -145,14 +147,16 @@ def test_the_hub_cache_is_enough_offline(cache):
 
 def test_the_commit_that_was_read_is_recorded(cache, mine):
     snapshot = cache("owner/model", ["weights.bin"])
-    row = rows.TeacherRow("x", "ours", "owner/model", revision="main")
-    assert rows.describe(row, [snapshot / "weights.bin"], [])["revision"] == "0" * 40
+    row = specs.TeacherSpec("x", "ours", "owner/model", revision="main")
+    unknown = {"preprocessing": "", "tokenizer": "", "context": 0, "pooling": "", "logit_scale": None}
+    describe = functools.partial(specs.describe, row, **unknown)
+    assert describe([snapshot / "weights.bin"])["revision"] == "0" * 40
     (mine / "weights.bin").write_bytes(b"")
-    assert rows.describe(row, [mine / "weights.bin"], [])["revision"] == "main"
+    assert describe([mine / "weights.bin"])["revision"] == "main"
 
 
 def test_licenses_are_said_once_and_loudly(mine, caplog, monkeypatch):
-    monkeypatch.setattr(rows, "_announced", set())
+    monkeypatch.setattr(specs, "_announced", set())
     (mine / "row.yaml").write_text("name: mine\nform: python\nweights: own_teacher.build\nlicense: CC BY-NC 4.0\n")
     with caplog.at_level(logging.WARNING):
         load_encoder(str(mine / "row.yaml"))

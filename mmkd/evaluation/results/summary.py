@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from mmkd.data.table import SPLITS, Pair
+from mmkd.encoders.spec import installed_versions
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import Cell, CellFolder
 from mmkd.evaluation.statistics.bootstrap import Metrics, difference, interval, plain_values
 from mmkd.evaluation.statistics.metrics import Floats
-from mmkd.student.folder import installed_versions
 from mmkd.training.tracking import git_state
 
 PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from authors_form import HEADS_OF_64, TINY, is_scale, reference, state_of
 
-from mmkd.encoders.authors_checkpoint import from_authors, infer_config, listed, require_same_keys, to_authors, unwrap
+from mmkd.encoders.authors_checkpoint import from_authors, infer_config, to_authors
+from mmkd.encoders.weights import listed, require_same_keys, unwrap
 from modeling_mmkd import MMKDClipModel
 
 
