@@ -1,29 +1,31 @@
-"""Floating-point operations of a training step, by formula, and the peaks of the devices they are held against.
+"""Floating-point operations of a training step, counted by torch, and the peaks of the devices they are compared with.
 
-A transformer layer of width d and feed-forward width f takes, forward and for n tokens,
+`torch.utils.flop_counter.FlopCounterMode` counts the products of a forward pass on the meta device, where nothing is
+computed: two operations are one multiplication and one addition. For a transformer layer of width d and feed-forward
+width f that gives, for n tokens, n (8 d^2 + 4 d f) + 4 n^2 d: the projections of attention, the feed-forward block, and
+the products of attention itself. A text's operations are therefore a n + b n^2, and two counts give a and b. (On a CPU
+the counter misses fused attention: an image of the published student then counts 33.7 GFLOP instead of 35.1.)
 
-    n (8 d^2 + 4 d f) + 4 n^2 d
-
-operations: the four projections of attention, the two of the feed-forward block, and the two products of attention
-itself. Two of them are one multiplication and one addition. A ViT adds ``2 n p^2 3 d`` for its patches. Other image
-towers are counted by torch's counter. Training a tower costs its forward pass, another for the gradient of its
-activations if anything in it learns, and another for the share of its weights that learn: three when all do. What is
-computed twice to save memory is not counted twice, so that the share of the peak (MFU, Chowdhery et al. 2022) says how
-fast the model trains, and padding counts for nothing.
+Training a tower costs its forward pass, another for the gradient of its activations if any of its weights are trained,
+and another for the share of its weights that are trained: three if all are. Recomputation that saves memory is not
+counted, so that the share of the peak (MFU, Chowdhery et al. 2022) measures how fast the model trains, and padding does
+not count.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-COUNTED_SIDE = 224
-CHANNELS = 3
+from modeling_mmkd.modeling_mmkd import build_tower
+
+COUNTED_SIDE = 224  # pixels, for image towers of any size
+COUNTED_TOKENS = (16, 32)
 # Dense peaks in TFLOP/s: bf16 (fp16 where there is no bf16), and fp32 outside tensor cores. Makers' data sheets.
 PEAKS = {
     "B200": (2250.0, 75.0),
@@ -54,9 +56,9 @@ class StepCost:
         image: forward pass of one image.
         token: forward pass of a text, for each token.
         token_pair: forward pass of a text, for each pair of its tokens.
-        image_passes: forward passes that training an image costs; 3 when the whole tower learns.
+        image_passes: forward passes that training an image costs; 3 when the whole tower is trained.
         text_passes: the same for a text.
-        counted_side: side in pixels for which an image was counted; None where the formula knows the tower's own.
+        counted_side: side in pixels for which an image was counted; None where the tower has a fixed size.
     """
 
     image: float
@@ -67,7 +69,7 @@ class StepCost:
     counted_side: int | None = None
 
     def at_side(self, side: int) -> StepCost:
-        """The cost for images of another side; that of a convolutional tower grows with the area."""
+        """The cost for images of another side; that of a tower of any size grows with the area."""
         if self.counted_side is None:
             return self
         return replace(self, image=self.image * (side / self.counted_side) ** 2, counted_side=side)
@@ -86,26 +88,32 @@ class StepCost:
 
 
 def step_cost(model: nn.Module) -> StepCost | None:
-    """The cost of training a model as its parameters say what learns; None where a tower's sizes are not known."""
+    """The cost of training a model, given which of its parameters are trained; None for a model without two towers."""
     config = getattr(model, "config", None)
     vision, text = getattr(config, "vision_config", None), getattr(config, "text_config", None)
-    layers = _encoder_sizes(text)
-    if vision is None or layers is None:
+    if vision is None or text is None:
         return None
-    depth, width, hidden = layers
-    image = _vit_cost(vision)
+    own_side = getattr(vision, "image_size", None)
+    side = own_side if isinstance(own_side, int) else COUNTED_SIDE
+    pixels = torch.zeros(1, getattr(vision, "num_channels", 3), side, side, device="meta")
+    short, long = COUNTED_TOKENS
+    few, many = (
+        _forward_cost(text, input_ids=torch.ones(1, tokens, dtype=torch.long, device="meta"))
+        for tokens in COUNTED_TOKENS
+    )
+    token_pair = (many / long - few / short) / (long - short)
     return StepCost(
-        image=_counted_cost(model.get_submodule("vision_model")) if image is None else image,
-        token=depth * (8 * width**2 + 4 * width * hidden),
-        token_pair=depth * 4 * width,
+        image=_forward_cost(vision, pixel_values=pixels),
+        token=few / short - token_pair * short,
+        token_pair=token_pair,
         image_passes=_passes(model.get_submodule("vision_model")),
         text_passes=_passes(model.get_submodule("text_model")),
-        counted_side=COUNTED_SIDE if image is None else None,
+        counted_side=None if isinstance(own_side, int) else COUNTED_SIDE,
     )
 
 
 def peak_flops(device: str, precision: str) -> float | None:
-    """Operations a second of a device at its best, None where its name is not known.
+    """Peak operations a second of a device, None for an unknown name.
 
     Args:
         device: a name that holds one of `PEAKS`, such as ``NVIDIA H100 80GB HBM3``.
@@ -121,38 +129,14 @@ def peak_flops(device: str, precision: str) -> float | None:
 def _passes(tower: nn.Module) -> float:
     """Forward passes that training a tower costs."""
     total = sum(parameter.numel() for parameter in tower.parameters())
-    learning = sum(parameter.numel() for parameter in tower.parameters() if parameter.requires_grad)
-    return 1 + (1 + learning / total if learning else 0)
+    trained = sum(parameter.numel() for parameter in tower.parameters() if parameter.requires_grad)
+    return 1 + (1 + trained / total if trained else 0)
 
 
-def _encoder_sizes(config: Any) -> tuple[int, int, int] | None:
-    """Layers, width and feed-forward width of a transformer, None for anything else."""
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size")
-    sizes = [size for name in names if isinstance(size := getattr(config, name, None), int)]
-    return (sizes[0], sizes[1], sizes[2]) if len(sizes) == len(names) else None
-
-
-def _vit_cost(config: Any) -> float | None:
-    """Operations of one image through a ViT, None for another tower."""
-    layers, side, patch = (
-        _encoder_sizes(config),
-        getattr(config, "image_size", None),
-        getattr(config, "patch_size", None),
-    )
-    if layers is None or not isinstance(side, int) or not isinstance(patch, int):
-        return None
-    depth, width, hidden = layers
-    patches = (side // patch) ** 2
-    tokens = patches + 1
-    layer = tokens * (8 * width**2 + 4 * width * hidden) + 4 * tokens**2 * width
-    return depth * layer + 2 * patches * CHANNELS * patch**2 * width
-
-
-def _counted_cost(tower: nn.Module) -> float:
-    """Operations of one image of 224 pixels through any tower, counted on a copy that holds no numbers."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    twin = copy.deepcopy(tower).to("meta").eval()
+def _forward_cost(config: Any, **inputs: torch.Tensor) -> float:
+    """Operations of a forward pass through the tower of a configuration, counted on the meta device."""
+    with torch.device("meta"):
+        tower = build_tower(config).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(torch.zeros(1, CHANNELS, COUNTED_SIDE, COUNTED_SIDE, device="meta"))
+        tower(**inputs)
     return float(counter.get_total_flops())

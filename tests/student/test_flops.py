@@ -1,4 +1,4 @@
-"""The cost of a step: the formula against torch's own counter, frozen parts, peaks."""
+"""The cost of a step: against the formula written out and eager counts on the CPU, frozen parts, peaks."""
 
 import pytest
 import torch
@@ -37,6 +37,13 @@ def test_formula_is_what_torch_counts():
         )
 
 
+def test_a_layer_costs_what_the_formula_says():
+    cost, (layers, width, hidden), tokens = step_cost(model()), (3, 32, 80), 17
+    assert cost.token == layers * (8 * width**2 + 4 * width * hidden)
+    assert cost.token_pair == layers * 4 * width
+    assert cost.image == cost.token * tokens + cost.token_pair * tokens**2 + 2 * 16 * 3 * 8**2 * width
+
+
 def test_the_paper_s_student():
     with torch.device("meta"):
         cost = step_cost(MMKDClipModel(MMKDClipConfig()))
@@ -44,6 +51,8 @@ def test_the_paper_s_student():
     assert cost.token * 256 + cost.token_pair * 256**2 == pytest.approx(45.9e9, rel=2e-3)
     assert cost.of([256, 10]) == 3 * (2 * cost.image + cost.token * 266 + cost.token_pair * (256**2 + 100))
     assert "3 x 35.13 GFLOP" in cost.formula()
+    # README's table counts on a CPU, where the counter misses fused attention, and includes the projection.
+    assert cost.image - 12 * 4 * 197**2 * 768 + 2 * 768 * 512 == pytest.approx(33.70e9, abs=5e6)
 
 
 def test_what_is_frozen_costs_its_forward_pass():
