@@ -1,10 +1,11 @@
-"""The student's features of a batch of pairs: pixels normalized where the model is, captions in chunks of like length.
+"""The student's features of a training batch, with gradients; `mmkd.encoders` has the interface for inference.
 
-Padding every caption to the longest of a large batch makes two thirds of the text tower's work padding. `Collate` hands
-over each batch with its longest captions first; here the text tower takes it in a few runs of neighbouring rows, each
-padded to its own longest. The features are the same to rounding, and so is the loss: no row depends on another, and
-nothing is moved between batches, whose members are each other's negatives. The number of runs depends on the number of
-rows alone, so that processes that share a sharded model call its layers equally often.
+Pixels are normalized on the model's device, and captions are encoded in chunks of similar length: padding every caption
+to the longest of a large batch makes two thirds of the text tower's work padding. `Collate` sorts each batch by caption
+length, longest first; the text tower takes it in a few runs of neighbouring rows, each padded to its own longest. The
+features are the same to rounding, and so is the loss: no row depends on another, and nothing is moved between batches,
+whose members are each other's negatives. The number of runs depends on the number of rows alone, so that processes that
+share a sharded model call its layers equally often.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOST_CHUNKS = 16
-LEAST_ROWS = 8  # of a chunk on average: below, a chunk costs more to start than its padding would
+LEAST_ROWS = 8  # of a chunk on average: a smaller chunk costs more to start than its padding
 
 
 @dataclass(frozen=True)
 class PixelStatistics:
-    """Mean and standard deviation of each channel, of values from 0 to 1; a loader would make lists of tuples."""
+    """Mean and standard deviation of each channel, of values from 0 to 1; loaders would turn bare tuples into lists."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -36,12 +37,12 @@ def embed(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Run the student on a batch of pairs.
 
     Args:
-        model: takes ``pixel_values``, ``input_ids`` with ``attention_mask``, or all three, and gives ``image_embeds``
+        model: takes ``pixel_values``, ``input_ids`` with ``attention_mask``, or all three, and returns ``image_embeds``
             and ``text_embeds``.
         batch: ``pixel_values`` (rows, 3, size, size), normalized, or uint8 beside ``pixel_statistics``; ``input_ids``
             and ``attention_mask`` (rows, tokens); ``text_lengths``, a list with the tokens of each row, without which
-            the captions are taken in one run. Or ``pooled_images`` and ``pooled_texts`` (rows, width), what frozen
-            towers gave before: then only the projections are run.
+            the captions are taken in one run. Or ``pooled_images`` and ``pooled_texts`` (rows, width), stored outputs
+            of frozen towers: then only the projections are run.
 
     Returns:
         Unit-norm ``image`` and ``text`` features (rows, dim), in fp32.
@@ -98,7 +99,7 @@ def text_chunks(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def padding_free_share(lengths: Sequence[int], micro_batch_size: int | None = None) -> float:
-    """Tokens that captions have, of the tokens that the text tower processes for a batch.
+    """The share of caption tokens in all tokens that the text tower processes for a batch.
 
     Args:
         lengths: tokens of each row, descending.
@@ -111,7 +112,7 @@ def padding_free_share(lengths: Sequence[int], micro_batch_size: int | None = No
 
 
 def _best_bounds(lengths: np.ndarray, count: int) -> list[int]:
-    """Where to cut rows of descending length into `count` runs so that the sum of rows x longest is smallest.
+    """The bounds of `count` runs of rows of descending length with the smallest sum of rows x longest.
 
     Cuts lie between different lengths, of which there are at most as many as the context has tokens; the best cuts for
     k runs follow from those for k - 1. With fewer different lengths than runs, runs of equal rows are halved.
@@ -138,7 +139,7 @@ def _best_bounds(lengths: np.ndarray, count: int) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _scale_and_shift(statistics: PixelStatistics, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and summand (1, 3, 1, 1) that normalize values of 0-255; kept, since making them waits for the device."""
+    """Factor and summand (1, 3, 1, 1) that normalize values of 0-255; cached: creating them waits for the device."""
     mean, std = (
         torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (statistics.mean, statistics.std)
     )

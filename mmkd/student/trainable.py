@@ -1,4 +1,9 @@
-"""Which parts of a model learn, in which mode they run while others do, and how they compute."""
+"""Trainable and frozen parts of a model, its mode during training, how it computes, and low-rank adapters.
+
+Adapters (LoRA, DoRA) are peft's. They are inside the model's own layers, so that an objective trains the model
+unchanged, and are saved as a folder of peft's with a few megabytes. ``logit_scale`` is a bare parameter, which no
+adapter can hold: it stays as it was unless the merged model is kept.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,10 @@ from mmkd.command.settings import setting
 from modeling_mmkd import MMKDClipModel
 
 _FIRST_LAYERS = re.compile(r"(?P<tower>[\w.]+)\[:(?P<count>\d+)\]")
+BATCH_NORMALIZATION = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+TOWERS = ("vision_model", "text_model")
+PROJECTIONS = ("visual_projection", "text_projection")
+QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv", "query_proj", "value_proj")
 
 
 @dataclass(kw_only=True)
@@ -22,20 +31,20 @@ class ModelSettings:
     """How a model is trained, whatever it is trained for."""
 
     freeze: list[str] = setting(
-        factory=list, help="what does not learn: vision_model, text_model.embeddings, text_model[:4]"
+        factory=list, help="frozen modules: vision_model, text_model.embeddings, text_model[:4]"
     )
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
     attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = setting(
-        None, "how towers attend, by default as torch does it best; flash needs its package, a GPU and bf16"
+        None, "attention implementation, by default torch's choice; flash needs its package, a GPU and bf16"
     )
     compile: bool = setting(False, "compile the towers: minutes at the start, then faster steps; not the same bytes")
 
 
 def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> None:
-    """Freeze, recompute, attend and compile as the settings say.
+    """Apply the settings to a model: frozen parts, gradient checkpointing, attention and compilation.
 
     Raises:
-        ValueError: a part that the model does not have, or a way of attending that it or this machine does not.
+        ValueError: a part that the model does not have, or an attention that it or this machine does not support.
     """
     freeze(model, settings.freeze)
     if settings.gradient_checkpointing:
@@ -43,12 +52,12 @@ def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> None:
     if settings.attention is not None:
         set_attention(model, settings.attention)
     if settings.compile:
-        for tower in ("vision_model", "text_model"):
+        for tower in TOWERS:
             model.get_submodule(tower).compile(dynamic=True)  # in place, so that no name in a checkpoint changes
 
 
 def freeze(model: nn.Module, parts: list[str]) -> None:
-    """Stop parts of a model from learning; what is wholly frozen also costs no backward pass.
+    """Freeze parts of a model; a tower that is frozen as a whole also costs no backward pass.
 
     Args:
         model: the model.
@@ -56,7 +65,7 @@ def freeze(model: nn.Module, parts: list[str]) -> None:
             ``text_model[:4]``: everything before the tower's list of layers, and its first four layers.
 
     Raises:
-        ValueError: a part that the model does not have; the message names what it has.
+        ValueError: a part that the model does not have; the message lists its parts, or nothing is left to train.
     """
     for part in parts:
         match = _FIRST_LAYERS.fullmatch(part)
@@ -99,8 +108,8 @@ def layers_of(model: nn.Module, tower: str) -> tuple[list[str], list[list[str]]]
 def set_training_mode(module: nn.Module, dropout: float) -> None:
     """Training mode, but batch normalization keeps its statistics and frozen parts run as in evaluation.
 
-    Batch statistics would make a result depend on how a batch is shared out among processes, and are poor in the small
-    batches of fine-tuning; the scale and shift still learn.
+    Batch statistics would make a result depend on how a batch is split among processes, and are poor in the small
+    batches of fine-tuning; scale and shift are still trained.
 
     Args:
         module: the objective.
@@ -110,7 +119,7 @@ def set_training_mode(module: nn.Module, dropout: float) -> None:
     for child in module.modules():
         parameters = list(child.parameters())
         frozen = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-        if frozen or isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if frozen or isinstance(child, BATCH_NORMALIZATION):
             child.eval()
         elif isinstance(child, nn.Dropout):
             child.p = dropout
@@ -125,10 +134,10 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 
 def set_attention(model: PreTrainedModel, attention: str) -> None:
-    """Choose how the towers attend.
+    """Set the attention implementation of both towers.
 
     Raises:
-        ValueError: a tower or this machine cannot attend that way.
+        ValueError: a tower or this machine does not support it.
     """
     if attention.startswith("flash") and not torch.cuda.is_available():
         raise ValueError(f"--attention {attention} needs a GPU; --attention sdpa works everywhere")
@@ -136,10 +145,10 @@ def set_attention(model: PreTrainedModel, attention: str) -> None:
         model.set_attn_implementation(attention)
     except (ValueError, ImportError) as error:
         raise ValueError(f"--attention {attention}: {error}") from None
-    for name in ("vision_model", "text_model"):
+    for name in TOWERS:
         chosen = getattr(model.get_submodule(name).config, "_attn_implementation", None)
         if chosen != attention:
-            raise ValueError(f"--attention {attention}: the {name} stays with {chosen}; leave the option out")
+            raise ValueError(f"--attention {attention}: the {name} keeps {chosen}; leave the option out")
 
 
 def _first_layers(model: nn.Module, tower: str, count: int) -> list[str]:
@@ -150,21 +159,6 @@ def _first_layers(model: nn.Module, tower: str, count: int) -> list[str]:
         have = f"{len(layers[1])} layers" if layers else "no list of layers"
         raise ValueError(f"--freeze {tower}[:{count}]: {tower} has {have}")
     return layers[0] + [name for layer in layers[1][:count] for name in layer]
-
-
-# Section: Low-rank adapters (LoRA, DoRA) on both towers and the projections, through peft.
-#
-# The adapters sit inside the model's own layers, so an objective trains the model as it is; what is saved is a folder
-# of
-# peft's with a few megabytes. ``logit_scale`` is a bare parameter, which no adapter can hold: it stays as it was unless
-# the merged model is kept.
-
-
-TOWERS = ("vision_model", "text_model")
-
-PROJECTIONS = ("visual_projection", "text_projection")
-
-QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv", "query_proj", "value_proj")
 
 
 def add_adapter(
@@ -192,7 +186,7 @@ def add_adapter(
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=adapter_targets(model, targets), use_dora=kind == "dora"
     )
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that is deprecated there
+    with warnings.catch_warnings():  # peft 0.21 uses a name that is deprecated in transformers 5.23
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         return get_peft_model(model, config)
 

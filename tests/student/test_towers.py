@@ -332,7 +332,7 @@ def test_a_model_that_is_neither_clip_nor_ours(bert):
 
 def test_a_tokenizer_that_exceeds_the_embedding_is_refused(bert):
     BertTokenizer(vocab={f"w{n}": n for n in range(9)}).save_pretrained(bert)
-    with pytest.raises(ValueError, match=r"has \d+ words, its text tower 7 embeddings"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, its text tower 7 embeddings"):
         build_model("random:tiny", str(bert), 16)
 
 
