@@ -34,24 +34,28 @@ def leaderboard_section(board: Leaderboard) -> Section:
             (kind, clean, f"{kind_label(kind).capitalize()}{', clean †' if clean else ''}")
             for kind in (board.kinds if several else [])
         ]
-    columns = [Column("Encoder")]
+    first = 1 + marked  # columns of all kinds; accuracy and balanced accuracy are behind them
+    plain = ("balanced_accuracy", "accuracy") if board.classifications(list(board.tasks)) else ()
+    columns = []
     for kind, clean, name in choices:
         alone = bool(kind and clean)
         columns.append(Column(name, {"kind": kind} | ({"alone": ""} if alone else {}), alone))
-    plain = ("balanced_accuracy", "accuracy") if board.classifications(list(board.tasks)) else ()
-    columns += [Column(f"{metric_label(metric).capitalize()}, classification", {"kind": ""}) for metric in plain]
+    columns[first:first] = [
+        Column(f"{metric_label(metric).capitalize()}, classification", {"kind": ""}) for metric in plain
+    ]
     rows = []
     for modality in ("", *board.modalities):
         means = [board.mean(modality, kind, clean) for kind, clean, _ in choices]
         data, hidden = {"scope": modality}, bool(modality)
         classified = board.classifications(means[0].tasks)
-        counts = [*(len(mean.tasks) for mean in means), *(len(classified) for _ in plain)]
+        counts = [len(mean.tasks) for mean in means]
+        counts[first:first] = [len(classified) for _ in plain]
         rows.append(Row([f"{modality or 'Datasets'}, number of tasks", *counts], "counts", data, hidden))
         order = [row for row in board.rows if any(row in mean.rows for mean in means)]
         for row in sorted(order, key=lambda row: -(means[0].rows.get(row, {}).get("value") or 0)):
             cells = [scored(mean.rows.get(row), row == mean.best(board.encoders)) for mean in means]
             values = [board.plain_mean(row, metric, classified) for metric in plain]
-            cells += [Cell(number(value), value=value) for value in values]
+            cells[first:first] = [Cell(number(value), value=value) for value in values]
             rows.append(Row([board.label(row), *cells], board.role(row), data, hidden))
     lead = (
         "Mean over kinds of task of the mean over tasks, with its 95 % interval, each over the tasks that every "
@@ -66,7 +70,7 @@ def leaderboard_section(board: Leaderboard) -> Section:
     missing = [
         f"{board.label(row)} has no result on {', '.join(own)}" for row, own in board.mean().missing.items() if own
     ]
-    table = Table("Leaderboard: mean of the primary metrics", columns, rows, anchor="board")
+    table = Table("Leaderboard: mean of the primary metrics", [Column("Encoder"), *columns], rows, anchor="board")
     excluded = [Notes("Excluded from the means over all kinds, since an encoder lacks them:", missing)]
     return Section("leaderboard", "Leaderboard", lead, [choice, table, *(excluded if missing else [])])
 
