@@ -1,7 +1,12 @@
-"""Captions: cleaned where there is one, and made of the facts in the list where there is none.
+"""Captions: decoded and cleaned, split by panel, with identifiers removed, or made from label and modality.
 
-The sentences made here repeat the label and the modality and add nothing. Their wording varies, because a text tower
-that sees one template learns the template.
+PubMed Central's captions carry what its XML left behind: entities, tags around references and italics, and formulas as
+whole LaTeX documents. Tags go and their text stays; formulas become Unicode through pylatexenc; panel letters stay.
+Where a collection has no captions, a sentence repeats the label and the modality and adds nothing; the sentences vary,
+because a text tower that sees one template learns the template.
+
+Identifiers are searched by patterns. Published captions seldom hold any; reports and notes do. Names without a title,
+places and rare diseases are not found: de-identify such texts with a tool made for it before they are curated.
 """
 
 from __future__ import annotations
@@ -46,13 +51,13 @@ def clean_text(text: str) -> str:
     return " ".join(normal.split())
 
 
-def caption_from_facts(label: str, modality: str, key: str) -> str:
-    """A sentence that states the label and the modality, or an empty one where neither is known.
+def caption_from_labels(label: str, modality: str, key: str) -> str:
+    """A sentence that states the label and the modality, or an empty one where there is neither.
 
     Args:
         label: may be empty.
         modality: may be empty or ``unknown``.
-        key: chooses the wording; the same key always gives the same one.
+        key: selects the sentence; the same key always gives the same one.
     """
     known_modality = "" if modality.lower() == UNKNOWN else modality
     if label and known_modality and label.casefold() != known_modality.casefold():
@@ -66,13 +71,6 @@ def caption_from_facts(label: str, modality: str, key: str) -> str:
     choice = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % len(templates)
     sentence = templates[choice].format(label=label, modality=known_modality)
     return sentence[0].upper() + sentence[1:]
-
-
-# Section: Captions as running text: encodings found out, XML and LaTeX remains undone, panel letters kept.
-#
-# PubMed Central's captions carry what its XML left behind: entities, tags around references and italics, and formulas
-# as
-# whole LaTeX documents. Tags go and their text stays; formulas become Unicode through pylatexenc.
 
 
 TAG = re.compile(r"</?[A-Za-z][\w:.-]*(?:\s[^<>]{0,2000})?/?>|<!--.{0,2000}?-->", re.DOTALL)
@@ -94,8 +92,8 @@ PUBLICATION_LANGUAGES = (
 )  # fmt: skip
 
 
-class WrongCaption(ValueError):
-    """A caption that is no text; ``reason`` says how it is counted."""
+class CaptionError(ValueError):
+    """A caption that is not text; ``reason`` is the name under which the sample is counted."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -106,10 +104,10 @@ def decode_caption(data: str | bytes | None) -> tuple[str, bool]:
     """A caption as text, and whether its encoding had to be guessed.
 
     Raises:
-        WrongCaption: there is none, or its bytes are no text.
+        CaptionError: there is none, or its bytes are not text.
     """
     if data is None:
-        raise WrongCaption("no_caption")
+        raise CaptionError("no_caption")
     if isinstance(data, str):
         return data, False
     guessed = False
@@ -121,9 +119,9 @@ def decode_caption(data: str | bytes | None) -> tuple[str, bool]:
         try:
             text = data.decode("utf-16" if wide else "cp1252")
         except UnicodeDecodeError as error:
-            raise WrongCaption("caption_not_text") from error
+            raise CaptionError("caption_not_text") from error
     if BINARY.search(text):
-        raise WrongCaption("caption_not_text")
+        raise CaptionError("caption_not_text")
     return text, guessed
 
 
@@ -144,7 +142,7 @@ def language_of(text: str, wanted: tuple[str, ...] = ()) -> str:
     """The most likely language of a caption among those of publication and those wanted, as an ISO 639-1 code.
 
     Raises:
-        ValueError: a wanted language is not known.
+        ValueError: a wanted language is unknown.
     """
     return str(_identifier(wanted).classify(text)[0])
 
@@ -171,9 +169,6 @@ def _latex_reader() -> Any:
     return LatexNodes2Text(math_mode="text", keep_comments=True)
 
 
-# Section: Compound captions by panel, and the sentences of an article that mention a figure: settings, off by default.
-
-
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 MARK = re.compile(r"(?:(?<=^)|(?<=[\s.;:,]))[(\[]([A-Za-z](?:\s?(?:[-–,&]|and)\s?[A-Za-z])*)[)\]]:?\s+")
@@ -186,10 +181,10 @@ FEWEST_PANELS = 2
 
 
 def split_panels(caption: str) -> list[str]:
-    """One caption for each panel of a compound one; a list of the caption alone where it names no panels.
+    """One caption for each panel of a compound caption, or the caption alone where it names no panels.
 
     Panels are marked ``(A)``, ``(b)``, ``(A, B)`` or ``(a-c)`` before their text and must begin with the first letter
-    and go on in order. What stands before the first mark belongs to all of them.
+    and go on in order. The text before the first mark belongs to all of them.
 
     >>> split_panels("CT of the chest. (A) Axial view. (B) Coronal view.")
     ['CT of the chest. (A) Axial view.', 'CT of the chest. (B) Coronal view.']
@@ -238,13 +233,6 @@ def _letters(mark: str) -> list[int]:
     if len(numbers) == 2 and re.search(r"[-–]", mark):
         return list(range(numbers[0], numbers[1] + 1))
     return numbers
-
-
-# Section: Obvious identifiers of people, taken out of captions: a net with wide meshes, no de-identification.
-#
-# Published captions seldom hold any; reports and notes of one's own do. What a pattern can find is replaced by its kind
-# in square brackets. Names without a title, places and rare diseases are not found: have such texts de-identified by a
-# tool made for it before they are curated.
 
 
 MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"

@@ -1,4 +1,9 @@
-"""Training pairs compared with test sets: the same image, nearly the same image, or the same article."""
+"""Training pairs compared with test sets: the same image, nearly the same image, or the same article.
+
+A test set is a folder of pairs (its test and validation splits), a folder with ``labels.csv``, a list of article
+numbers or SHA-256 sums (``.txt``), a dataset manifest of an evaluation catalog (``.yaml``), whose images are read
+wherever its source is on this disk, or a folder of all these. Sets that are not here are reported as not compared.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +19,26 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mmkd.curation.duplicates import Marks, bit_counts, stretches
-from mmkd.curation.labels import LABELS_FILE, read_rows
+from mmkd.curation.duplicates import Fingerprints, bit_ranges
 from mmkd.curation.pictures import prepare_picture
+from mmkd.curation.readers import ARTICLE, LABELS_FILE, list_rows
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import UnreadableImage, read_image_bytes
 from mmkd.data.published import META_FILE
+from mmkd.data.readers import IMAGE_SUFFIXES, find_file
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import TABLE_FILE, map_table
 
 
 def find_in_test_sets(
-    parts: Sequence[Path], marks: Marks, bounds: np.ndarray, exclusions: Exclusions, distance: int
+    parts: Sequence[Path], prints: Fingerprints, bounds: np.ndarray, exclusions: Exclusions, distance: int
 ) -> dict[int, tuple[str, str]]:
     """Which pairs are in a test set.
 
     Args:
         parts: Arrow files of the parts.
-        marks: of the n pairs of all parts.
+        prints: of the n pairs of all parts.
         bounds: (parts + 1,) the rows of each part.
         exclusions: the test sets.
         distance: bits of 64 in which perceptual hashes of near images may differ.
@@ -52,7 +58,7 @@ def find_in_test_sets(
             for row, value in enumerate(table[column].to_pylist() if names else ()):
                 if value in names:
                     found.setdefault(int(bounds[number]) + row, (reason, names[value]))
-    nearest = near_test_image(marks.perceptual, exclusions.hashes, distance)
+    nearest = near_test_image(prints.perceptual, exclusions.hashes, distance)
     for row in np.flatnonzero(nearest >= 0).tolist():
         found.setdefault(row, ("in_test_set_near_image", exclusions.hash_sets[nearest[row]]))
     return found
@@ -65,30 +71,19 @@ def near_test_image(hashes: np.ndarray, tests: np.ndarray, distance: int) -> np.
         return nearest
     unique, where = np.unique(hashes, return_inverse=True)
     found = np.full(len(unique), -1)
-    for keys, test_keys in zip(stretches(unique, distance), stretches(tests, distance), strict=True):
+    for keys, test_keys in zip(bit_ranges(unique, distance), bit_ranges(tests, distance), strict=True):
         order = np.argsort(test_keys, kind="stable")
         first = np.searchsorted(test_keys[order], keys, "left")
         last = np.searchsorted(test_keys[order], keys, "right")
         for step in range(int((last - first).max(initial=0))):
             rows = np.flatnonzero((first + step < last) & (found < 0))
             images = order[first[rows] + step]
-            near = bit_counts(unique[rows] ^ tests[images]) <= distance
+            near = np.bitwise_count(unique[rows] ^ tests[images]) <= distance
             found[rows[near]] = images[near]
     return np.asarray(found[where])
 
 
-# Section: Evaluation sets that training data must not contain: images by hash, exact and near, and articles by number.
-#
-# Named are folders of pairs (test and validation splits), folders of such folders, lists of article numbers or SHA-256
-# sums (``.txt``), and the dataset manifests of an evaluation catalog (``.yaml``), whose images are read wherever the
-# manifest's source is on this disk. What is not here cannot be compared, and is reported as such.
-
-
-ARTICLE = re.compile(r"PMC\d+")
-
 SHA256 = re.compile(r"[0-9a-f]{64}")
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 CHUNK = 32
 
@@ -130,7 +125,7 @@ def read_exclusions(manifests: Sequence[Path], pool: Executor | None = None) -> 
     for name, path in _sets(manifests):
         images, articles, note = _contents(path)
         unreadable = 0
-        read = pool.map(marks_of, images, chunksize=CHUNK) if pool else map(marks_of, images)
+        read = pool.map(fingerprints_of, images, chunksize=CHUNK) if pool else map(fingerprints_of, images)
         for digest, hash in read:
             unreadable += hash is None
             if digest:
@@ -148,8 +143,8 @@ def read_exclusions(manifests: Sequence[Path], pool: Executor | None = None) -> 
     return found
 
 
-def fingerprints(manifests: Sequence[Path]) -> dict[str, str]:
-    """For each named set a sum over its lists, to notice that it has changed; images are not read.
+def checksums(manifests: Sequence[Path]) -> dict[str, str]:
+    """For each named set a checksum of its lists, to notice that it has changed; images are not read.
 
     Raises:
         FileNotFoundError: one of them does not exist.
@@ -166,7 +161,7 @@ def fingerprints(manifests: Sequence[Path]) -> dict[str, str]:
     return sums
 
 
-def marks_of(image: Path | ArchivedFile) -> tuple[str, int | None]:
+def fingerprints_of(image: Path | ArchivedFile) -> tuple[str, int | None]:
     """SHA-256 and perceptual hash of an image file; empty and None where it cannot be read."""
     try:
         data = read_image_bytes(image)
@@ -209,14 +204,16 @@ def _contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str], str]:
     if path.suffix in (".yaml", ".yml"):
         return _catalog_contents(path)
     if (path / LABELS_FILE).is_file() and not (path / TABLE_FILE).is_file():
-        rows = [row for row in read_rows(path) if meaning_of(row.split) != "train"]
-        inside = [path / row.file for row in rows if (path / row.file).resolve().is_relative_to(path.resolve())]
-        return list(inside), _articles(value for row in rows for value in (row.group, row.file)), ""
+        rows = [values for _, values in list_rows(path) if isinstance(values, dict)]
+        held_out = [row for row in rows if row["file"] and meaning_of(row.get("split", "")) != "train"]
+        found = (find_file(path, row["file"]) for row in held_out)
+        texts = (text for row in held_out for text in (row.get("group", ""), row["file"]))
+        return [file for file in found if file], _articles(texts), ""
     folder = open_pairs(path)
-    held_out = [pair for pair in folder.pairs if pair.split != "train"] or list(folder.pairs)
-    digests = [pair.sha256 for pair in held_out if pair.sha256]
-    images = [folder.image_path(pair) for pair in held_out]
-    return images, [*_articles(v for p in held_out for v in (p.group, p.image)), *digests], ""
+    pairs = [pair for pair in folder.pairs if pair.split != "train"] or list(folder.pairs)
+    digests = [pair.sha256 for pair in pairs if pair.sha256]
+    images = [folder.image_path(pair) for pair in pairs]
+    return images, [*_articles(v for p in pairs for v in (p.group, p.image)), *digests], ""
 
 
 def _catalog_contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str], str]:
@@ -235,7 +232,7 @@ def _catalog_contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str],
     if _is_collection(there[0]):
         return _contents(there[0])
     root = there[0] if there[0].is_dir() else there[0].parent
-    images: list[Path | ArchivedFile] = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS]
+    images: list[Path | ArchivedFile] = [p for p in sorted(root.rglob("*")) if p.suffix.lower()[1:] in IMAGE_SUFFIXES]
     return images, _articles(str(image) for image in images), ""
 
 

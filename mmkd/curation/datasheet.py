@@ -1,124 +1,25 @@
-"""What a curation kept and dropped: ``report.json`` and ``dropped.jsonl`` for machines, ``README.md`` for people."""
+"""The datasheet of a folder of pairs: ``report.json`` for machines, ``README.md`` and ``charts/`` for people.
+
+Everything is counted from the columns of the manifest and from the account of the run (`mmkd.curation.stream`).
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
-from mmkd.data.table import SPLITS, TABLE_FILE, Pair, PairTable
+from mmkd.data.table import SPLITS, TABLE_FILE, PairTable
 from mmkd.files import atomic_write_text, write_json
 from mmkd.pages.charts import Chart, bars
 from mmkd.pages.page import Notes, Page, Section, Table, write_page
 
 MOST_LINES = 40
 
-
-@dataclass(frozen=True)
-class CurationReport:
-    """The account of a curation: ``read`` rows are the kept pairs and the dropped rows together.
-
-    Attributes:
-        read: rows of the collection.
-        pairs: what was kept.
-        dropped: place in the list -> (reason, file).
-        split_counts: rows moved, dealt and carved, see `mmkd.data.splits.assign_splits`.
-        unknown_splits: split names that were treated as none, with their counts.
-    """
-
-    read: int
-    pairs: list[Pair]
-    dropped: dict[str, tuple[str, str]]
-    split_counts: dict[str, int]
-    unknown_splits: dict[str, int]
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Dropped rows by reason."""
-        return dict(sorted(Counter(reason for reason, _ in self.dropped.values()).items()))
-
-    def summary(self) -> dict[str, Any]:
-        """All counts as JSON values."""
-        return {
-            "read": self.read,
-            "kept": len(self.pairs),
-            "dropped": self.reasons,
-            "splits": {split: sum(pair.split == split for pair in self.pairs) for split in SPLITS},
-            "groups": len({pair.group or pair.id for pair in self.pairs}),
-            "rows_of_groups_in_several_splits": self.split_counts["moved"],
-            "rows_split_by_hash": self.split_counts["dealt"],
-            "rows_given_to_an_empty_split": self.split_counts["carved"],
-            "unknown_split_names": self.unknown_splits,
-            "modalities": _counts(pair.modality for pair in self.pairs),
-            "labels": _counts(pair.label for pair in self.pairs),
-            "licenses": _counts(pair.license or "not stated" for pair in self.pairs),
-        }
-
-
-def write_datasheet(folder: Path, report: CurationReport, name: str) -> None:
-    """Write ``report.json``, ``dropped.jsonl`` and ``README.md``.
-
-    Args:
-        folder: where.
-        report: the account.
-        name: title of the datasheet.
-    """
-    lines = [
-        json.dumps({"row": place, "file": file, "reason": reason}, ensure_ascii=False) + "\n"
-        for place, (reason, file) in report.dropped.items()
-    ]
-    atomic_write_text(folder / "dropped.jsonl", "".join(lines))
-    write_json(folder / "report.json", report.summary())
-    write_page(folder / PAGE_FILE, _datasheet(report, name))
-
-
-def _datasheet(report: CurationReport, name: str) -> Page:
-    summary = report.summary()
-    words = [len(pair.caption.split()) for pair in report.pairs]
-    counts = report.split_counts
-    groups = (
-        f"Groups (patients, cases, specimens) are never cut: {summary['groups']} in all, an image without a group is "
-        "one of its own. The dataset's own split is followed where it gives one; "
-        f"{counts['dealt']} rows had none and were assigned by the hash of their group, {counts['moved']} moved "
-        f"because their group was given several splits, and {counts['carved']} were given to a split that was empty."
-    )
-    ignored = [
-        f"Split name {split!r} ({count} rows) is not known and was ignored."
-        for split, count in report.unknown_splits.items()
-    ]
-    duplicates = (
-        "Exact duplicates were removed by the SHA-256 of the image file, the held-out copy being kept; near duplicates "
-        "were not searched. See ATTRIBUTION.md where the dataset has one."
-    )
-    contents = {"modality": summary["modalities"], "label": summary["labels"], "license": summary["licenses"]}
-    return Page(
-        f"{name}: {summary['kept']} image-text pairs",
-        [
-            Section("splits", "Splits", groups, [
-                count_table("split", summary["splits"]),
-                *([Notes("Ignored:", ignored)] if ignored else []),
-            ]),
-            Section("contents", "Contents", duplicates, [count_table(title, own) for title, own in contents.items()]),
-            *([Section("dropped", "Dropped", "", [count_table("dropped because", report.reasons)])]
-              if report.dropped else []),
-        ],
-        [
-            f"{report.read} rows were read, {summary['kept']} kept and {len(report.dropped)} dropped. Captions have "
-            f"{min(words)} to {max(words)} words, {median(words):g} in the middle."
-        ],
-    )  # fmt: skip
-
-
-def _counts(values: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(value for value in values if value).items()))
-
+COLUMNS = ("split", "modality", "label", "license", "panel_type")
 
 REPORT_FILE, PAGE_FILE = "report.json", "README.md"
 
@@ -130,21 +31,18 @@ CHARTS = {"modality": "modalities", "caption_words": "caption words", "short_sid
 
 
 def count_columns(table: PairTable) -> dict[str, Any]:
-    """Counts of a manifest's pairs by split, modality, licence, panel type, caption length and image size."""
+    """Counts of a manifest's pairs by `COLUMNS`, caption length and image size; pairs without a group are one each."""
     import pyarrow.compute as pc
 
     counts: dict[str, Any] = {"pairs": len(table)}
-    for name, column in (
-        ("split", "split"),
-        ("modality", "modality"),
-        ("license", "license"),
-        ("panel_type", "panel_type"),
-    ):
-        entries = pc.value_counts(table.column(column)).to_pylist() if len(table) else []
+    for name in COLUMNS:
+        entries = pc.value_counts(table.column(name)).to_pylist()
         named = {entry["values"] or "not stated": entry["counts"] for entry in entries}
         counts[name] = dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))
+    counts["split"] = {split: counts["split"][split] for split in SPLITS if split in counts["split"]}
     groups = table.column("group")
-    counts["groups"] = int(pc.count_distinct(groups).as_py()) if len(table) else 0
+    alone = int(pc.sum(pc.equal(groups, "")).as_py() or 0)
+    counts["groups"] = int(pc.count_distinct(groups).as_py()) + alone - bool(alone)
     spaces = pc.count_substring(table.column("caption"), " ").to_numpy() + 1
     width, height = (table.column(side).to_numpy() for side in ("width", "height"))
     counts["caption_words"] = _histogram(spaces, WORD_EDGES)
@@ -201,32 +99,61 @@ def _histogram(values: np.ndarray, edges: tuple[int, ...]) -> dict[str, int]:
 def _page(title: str, source: str, report: dict[str, Any], settings: dict[str, Any], charts: list[Chart]) -> Page:
     contents, added = report["contents"], report["added_by_splitting"]
     split = f", {added:,} pairs added by splitting compound captions" if added else ""
-    rules = {**settings["rules"]["sample"], **{k: own for k, own in settings["rules"].items() if k != "sample"}}
     tables = [
-        count_table(name, report[key]) for name, key in (("dropped because", "dropped"), ("fixed", "mended"))
+        count_table(name, report[key]) for name, key in (("dropped because", "dropped"), ("fixed", "fixed"))
         if report[key]
     ]  # fmt: skip
-    columns = ("split", "modality", "license", "panel_type", "caption_words", "short_side")
+    rules = [f"{name}: {_shown(value)}" for name, value in settings["rules"].items()]
+    columns = (*(name for name in COLUMNS if name != "split"), "caption_words", "short_side")
     return Page(
         f"{title}: {report['kept']:,} image-text pairs",
         [
             *([Section("dropped", "Dropped and fixed", "", tables)] if tables else []),
+            Section("splits", "Splits", _split_sentence(report["splits"], contents["groups"]), [
+                count_table("split", contents["split"]), *_ignored(report)
+            ]),
             Section("contents", "Contents", "", [
                 *charts, *(count_table(name.replace("_", " "), contents[name]) for name in columns)
             ]),
             Section("excluded", "Test sets kept out", "", [_test_sets(report["test_sets"])]),
-            Section("rules", "Rules", "", [Notes("", [f"{name}: {_shown(value)}" for name, value in rules.items()])]),
+            Section("rules", "Rules", "", [Notes("", rules)]),
             Section("files", "Files", "manifest.arrow has a row for each pair (pyarrow, pandas, polars and datasets "
                     "read it); its image is named shards/NUMBER.tar@OFFSET+SIZE. The shards are WebDataset tars of "
-                    "ID.jpg or .png, .txt and .json."),
+                    "ID.jpg or .png, .txt and .json; dropped.jsonl lists every dropped sample with its reason."),
         ],
         [
             f"Curated from {source}: {report['read']:,} samples read{split}, {report['kept']:,} pairs kept, "
             f"{sum(report['dropped'].values()):,} dropped.",
             f"{contents['groups']:,} groups (articles, patients); captions have {contents['caption_words_median']:g} "
-            "words in the middle.",
+            "words at the median.",
         ],
     )  # fmt: skip
+
+
+def _split_sentence(splits: dict[str, int], groups: int) -> str:
+    return (
+        f"Groups (patients, cases, articles) are never cut: {groups:,} in all, an image without a group is one of its "
+        f"own. The source's own split is followed where it states one ({splits['stated']:,} pairs); "
+        f"{splits['assigned']:,} had none and were assigned by the hash of the group, stratified by class, "
+        f"{splits['moved']:,} moved because their group was given several splits, and {splits['filled']:,} were given "
+        f"to a split that was empty. {splits['groups_joined']:,} groups were assigned together with another because "
+        f"they have near images; the source itself states different splits for {splits['near_images_across_splits']:,} "
+        "pairs and images near them."
+    )
+
+
+def _ignored(report: dict[str, Any]) -> list[Notes]:
+    """Names of splits that were ignored, and labels and modalities that were written in another spelling."""
+    lines = [
+        f"split name {name!r} ({count:,} pairs) is unknown and was ignored"
+        for name, count in report["unknown_splits"].items()
+    ]
+    lines += [
+        f"{column} {value!r} was written {spelt!r}"
+        for column, values in report["merged_spellings"].items()
+        for value, spelt in values.items()
+    ]
+    return [Notes("Spellings", lines)] if lines else []
 
 
 def _shown(value: Any) -> str:
@@ -237,7 +164,7 @@ def _shown(value: Any) -> str:
 
 def _test_sets(sets: dict[str, Any]) -> Notes:
     return Notes(
-        "contamination.jsonl lists the pairs that were dropped for them." if sets else
+        "dropped.jsonl lists the pairs that were dropped for them (test_set)." if sets else
         "None was named (--exclude_manifests).",
         [
             f"{name}: " + (f"not compared, {own['skipped']}" if "skipped" in own else f"{own['images']:,} images, "

@@ -1,10 +1,11 @@
-"""Equal and nearly equal pairs among millions, in memory of some 250 bytes a pair and in an order-free way.
+"""Equal and nearly equal pairs among millions, in memory of some 250 bytes a pair and independent of any order.
 
-Exact: the first of equal hashes stays. Near: candidate pairs share a stretch of bits, found by sorting one key array at
-a time; each candidate is then measured, and of every connected set the first pair stays. With distance d, two hashes of
-64 bits that differ in at most d bits are equal in one of d + 1 stretches, so that none is missed; captions share one of
-16 MinHash bands, which finds 99.98 % of those of similarity 0.8. In a bucket of many alike every pair is compared with
-the thousand that follow it.
+Exact: of equal SHA-256 sums one stays. Near: candidate pairs share a range of bits, found by sorting one key array at a
+time; each candidate is then measured. With distance d, two hashes of 64 bits that differ in at most d bits are equal in
+one of d + 1 ranges, so that none is missed. Captions are compared by 64 MinHash values of their three-word shingles
+(datasketch), of which 16 bits each are kept: four of them read as one integer are a band, so that a row of 128 bytes is
+16 ready-made keys for locality-sensitive hashing; near captions share one band, which finds 99.98 % of those of
+similarity 0.8. In a bucket of many alike every pair is compared with the thousand that follow it.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Marks:
-    """Marks of n pairs in their order.
+class Fingerprints:
+    """Fixed-width fingerprints of n pairs in their order.
 
     Attributes:
         sample: (n,) int64, the same for captions of one image's panels.
-        digest: (n, 2) uint64, of the image file.
-        perceptual: (n,) uint64.
-        signature: (n, 64) uint16.
+        digest: (n, 2) uint64, the first half of the SHA-256 of the image file.
+        perceptual: (n,) uint64, ImageHash's 64-bit perceptual hash.
+        signature: (n, 64) uint16, of the caption, see `caption_signature`.
         key: (n,) int64, hash of the source's key.
+        stated: (n,) int8, the split that the source states: 0 none, 1 train, 2 validation, 3 test.
     """
 
     sample: np.ndarray
@@ -43,30 +45,30 @@ class Marks:
     perceptual: np.ndarray
     signature: np.ndarray
     key: np.ndarray
+    stated: np.ndarray
 
 
-def repeats(keys: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Which rows (n,) repeat a key, (n,) or (n, k), that an earlier row of another sample has."""
+def first_of_equals(keys: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """For each of n rows the row (n,) that stays of equal keys, (n,) or (n, k): of the lowest rank, then the first."""
     rows = keys[:, None] if keys.ndim == 1 else keys
-    order = np.lexsort(rows.T[::-1])
+    order = np.lexsort((ranks, *rows.T[::-1]))
     ordered = rows[order]
     new = np.ones(len(keys), dtype=bool)
     new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    first = order[new][np.cumsum(new) - 1]  # lexsort is stable: the first of a run came first
-    repeated = np.zeros(len(keys), dtype=bool)
-    repeated[order] = samples[order] != samples[first]
-    return repeated
+    first = np.empty(len(keys), dtype=np.int64)
+    first[order] = order[new][np.cumsum(new) - 1]  # lexsort is stable: the first of equals came first
+    return first
 
 
-def near_repeats(
-    marks: Marks, rows: np.ndarray, mode: NearMode, distance: int, caption_similarity: float
+def near_components(
+    prints: Fingerprints, rows: np.ndarray, mode: NearMode, distance: int, caption_similarity: float
 ) -> np.ndarray:
-    """Which of some pairs (m,) are nearly an earlier one of them, of another sample.
+    """The connected set (m,) to which each of some pairs belongs, where nearly equal ones are connected.
 
     Args:
-        marks: of n pairs.
+        prints: of n pairs.
         rows: (m,) the pairs to compare, ascending.
-        mode: what must be near: both, image or caption; off for none.
+        mode: what must be near: both, image or caption; off connects none.
         distance: bits in which perceptual hashes of near images may differ.
         caption_similarity: from which captions are near.
     """
@@ -75,19 +77,15 @@ def near_repeats(
 
     count = len(rows)
     if mode == "off" or count < 2:
-        return np.zeros(count, dtype=bool)
+        return np.arange(count)
     edges: list[np.ndarray] = [np.zeros((2, 0), dtype=np.int32)]
-    for keys in _keys(marks, rows, mode, distance):
+    for keys in _keys(prints, rows, mode, distance):
         for left, right in candidates(keys):
-            near = _near(marks, rows[left], rows[right], mode, distance, caption_similarity)
+            near = _near(prints, rows[left], rows[right], mode, distance, caption_similarity)
             edges.append(np.stack([left[near], right[near]]).astype(np.int32))
     left, right = np.concatenate(edges, axis=1)
     graph = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
-    _, component = connected_components(graph, directed=False)
-    first = np.full(component.max() + 1, count)
-    np.minimum.at(first, component, np.arange(count))
-    samples = marks.sample[rows]
-    return np.asarray(samples != samples[first[component]])
+    return np.asarray(connected_components(graph, directed=False)[1])
 
 
 def candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -105,24 +103,24 @@ def candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield order[piece], order[piece + step]
 
 
-def stretches(hashes: np.ndarray, distance: int) -> Iterator[np.ndarray]:
-    """The ``distance + 1`` stretches of 64-bit hashes (n,), each as keys (n,)."""
+def bit_ranges(hashes: np.ndarray, distance: int) -> Iterator[np.ndarray]:
+    """The ``distance + 1`` ranges of bits of 64-bit hashes (n,), each as keys (n,)."""
     edges = np.linspace(0, HASH_BITS, distance + 2).round().astype(int)
     for low, high in itertools.pairwise(edges):
         mask = np.uint64((1 << int(high - low)) - 1)
         yield (hashes >> np.uint64(low)) & mask
 
 
-def _keys(marks: Marks, rows: np.ndarray, mode: NearMode, distance: int) -> Iterator[np.ndarray]:
+def _keys(prints: Fingerprints, rows: np.ndarray, mode: NearMode, distance: int) -> Iterator[np.ndarray]:
     """Key arrays (m,) one after another; a near pair has an equal key in one of them."""
-    captions = bands(marks.signature)
+    captions = bands(prints.signature)
     if mode == "caption":
         yield from (captions[rows, band] for band in range(BANDS))
     elif mode == "image":
-        yield from stretches(marks.perceptual[rows], distance)
+        yield from bit_ranges(prints.perceptual[rows], distance)
     else:
-        for stretch in stretches(marks.perceptual[rows], distance):
-            yield from (_mixed(stretch, captions[rows, band]) for band in range(BANDS))
+        for bits in bit_ranges(prints.perceptual[rows], distance):
+            yield from (_mixed(bits, captions[rows, band]) for band in range(BANDS))
 
 
 def _mixed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -132,22 +130,15 @@ def _mixed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _near(
-    marks: Marks, left: np.ndarray, right: np.ndarray, mode: NearMode, distance: int, caption_similarity: float
+    prints: Fingerprints, left: np.ndarray, right: np.ndarray, mode: NearMode, distance: int, caption_similarity: float
 ) -> np.ndarray:
-    near = marks.sample[left] != marks.sample[right]
+    near = prints.sample[left] != prints.sample[right]
     if mode in ("both", "image"):
-        near &= hamming(marks.perceptual, left, right) <= distance
+        near &= hamming(prints.perceptual, left, right) <= distance
     if mode in ("both", "caption"):
         rows = np.flatnonzero(near)
-        near[rows] = similarity(marks.signature, left[rows], right[rows]) >= caption_similarity
+        near[rows] = similarity(prints.signature, left[rows], right[rows]) >= caption_similarity
     return near
-
-
-# Section: Fixed-width marks of a pair by which equal and nearly equal ones are found without holding the pairs.
-#
-# Exact: the first half of the SHA-256 of the original file. Near: ImageHash's 64-bit perceptual hash, and 64 MinHash
-# values of the caption's three-word shingles (datasketch), of which 16 bits each are kept: four of them read as one
-# integer are a band, so that a row of 128 bytes is 16 ready-made keys for locality-sensitive hashing.
 
 
 PERMUTATIONS, BANDS = 64, 16
@@ -189,21 +180,7 @@ def similarity(signatures: np.ndarray, left: np.ndarray, right: np.ndarray) -> n
 
 def hamming(hashes: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Differing bits (m,) between rows ``left`` and ``right`` of hashes (n,) uint64."""
-    return bit_counts(hashes[left] ^ hashes[right])
-
-
-def bit_counts(values: np.ndarray) -> np.ndarray:
-    """Set bits (m,) of values (m,) uint64."""
-    words = np.ascontiguousarray(values).view("<u2").reshape(-1, 4)
-    return np.asarray(_bit_table()[words].sum(axis=1, dtype=np.int64))
-
-
-@cache
-def _bit_table() -> np.ndarray:
-    counts = np.zeros(1 << 16, dtype=np.uint8)
-    for bit in range(16):
-        counts += (np.arange(1 << 16) >> bit & 1).astype(np.uint8)
-    return counts
+    return np.bitwise_count(hashes[left] ^ hashes[right])
 
 
 @cache

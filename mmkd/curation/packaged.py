@@ -2,38 +2,36 @@
 
 scikit-image brings an immunohistochemistry field, two retina images and a quantitative phase image; nilearn the MNI152
 T1, gray matter and white matter templates; pydicom a CT, an MR, two ultrasound files and a bone scan. They are cut into
-tiles and slices and written as an ordinary collection (``labels.csv``, ``ATTRIBUTION.md``), which curation reads like
-any other. Captions name modality, organ, plane, level and stain as the packages and file headers state them, or what
-was measured in the tile; nothing is diagnosed.
+tiles and slices that curation reads like any other collection. Captions name modality, organ, plane, level and stain as
+the packages and file headers state them, or what was measured in the tile; nothing is diagnosed.
 
 Held-out pairs are kept apart by place, not by chance:
 
 - a flat image is cut into tiles that do not overlap, and whole columns (or rows) of tiles are held out; the frames of
-  the ultrasound loop are cut at the same columns, so that no place is trained on in one frame and tested in another;
+  the ultrasound loop are cut at the same columns, so that no place is in the training set in one frame and in the test
+  set in another;
 - a volume is cut into slabs with gaps of 8 mm between them, whose slices are left out; the same slabs are held out of
   T1, gray matter and white matter, which show the same brain. The template is symmetric, so sagittal slices come from
   one side alone. Slices of different planes cross in single lines of voxels.
 
-So few source images show that the pipeline works; they are no medical result.
+So few source images show that the pipeline works; they are not a clinical result.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mmkd.curation.labels import LABELS_FILE
-from mmkd.curation.packaged_images import PackagedImage, flat_images, package_file
-
-COLUMNS = ("file", "modality", "label", "caption", "group", "split", "license", "source")
+from mmkd.curation.packaged_images import IMPORT_NAMES, PackagedImage, flat_images, package_file
+from mmkd.curation.samples import RawSample
 
 TEMPLATES = (
     "{facts}, {detail}.",
@@ -44,40 +42,44 @@ TEMPLATES = (
 )
 
 
-def write_packaged(folder: Path) -> None:
-    """Write the packaged images as a collection.
-
-    Args:
-        folder: created; gets ``images/``, ``labels.csv`` and ``ATTRIBUTION.md``.
+def read_packaged() -> Iterator[RawSample]:
+    """The packaged images as samples, each a PNG.
 
     Raises:
         ValueError: a package is not installed or lacks a file.
     """
-    (folder / "images").mkdir(parents=True)
-    images = list(chain(flat_images(), brain_slices()))
-    with (folder / LABELS_FILE).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for image in images:
-            path = f"images/{image.name}.png"
-            Image.fromarray(image.pixels).save(folder / path, compress_level=1)
-            source = f"{image.package} {image.file}"
-            row = (
-                path,
-                image.modality,
-                image.label,
-                caption_of(image),
-                image.group,
-                image.split,
-                image.license,
-                source,
-            )
-            writer.writerow(row)
-    (folder / "ATTRIBUTION.md").write_text(_attribution(images), encoding="utf-8")
+    for image in packaged_images():
+        name = f"images/{image.name}.png"
+        metadata = {
+            "modality": image.modality,
+            "label": image.label,
+            "group": image.group,
+            "split": image.split,
+            "license": image.license,
+            "source": f"{image.package} {image.file}",
+        }
+        yield RawSample(name, name, caption_of(image), metadata, partial(_png, image.pixels), "png")
+
+
+def packaged_images() -> Iterator[PackagedImage]:
+    """Tiles of all flat images, then slices of all volumes."""
+    return chain(flat_images(), brain_slices())
+
+
+def packaged_versions() -> str:
+    """The installed versions of the packages that bring the images.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    try:
+        return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in IMPORT_NAMES)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(f'the packaged images need {error.name}: pip install "mmkd-clip[demo]"') from error
 
 
 def caption_of(image: PackagedImage) -> str:
-    """A sentence of one of the image's facts and one of its details; its name chooses the wording."""
+    """A sentence of one of the image's facts and one of its details, selected by its name."""
     digest = hashlib.sha256(image.name.encode()).digest()
     template = TEMPLATES[digest[0] % len(TEMPLATES)]
     facts, detail = image.facts[digest[1] % len(image.facts)], image.details[digest[2] % len(image.details)]
@@ -86,8 +88,15 @@ def caption_of(image: PackagedImage) -> str:
     return template.format(facts=facts, detail=detail)
 
 
-def _attribution(images: Sequence[PackagedImage]) -> str:
-    """Where every image comes from, and how held-out images were kept apart."""
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def packaged_attribution() -> str:
+    """Where every image comes from, and how held-out images are kept apart, as Markdown."""
+    images = list(packaged_images())
     lines = [
         "# Biomedical images that arrive with Python packages",
         "",
@@ -103,16 +112,10 @@ def _attribution(images: Sequence[PackagedImage]) -> str:
         "Flat images were cut into tiles that do not overlap, and whole columns or rows of tiles are held out. Volumes",
         "were cut into slabs with 8 mm left out between them; the same slabs are held out of all three brain maps.",
         "Slices of different planes still cross in a line of voxels.",
-        "Captions state what the packages, file headers and coordinates say, or what was measured in the tile.",
+        "Captions state what the packages, file headers and coordinates state, or what was measured in the tile.",
         "",
     ]
     return "\n".join(lines)
-
-
-# Section: Slices of the MNI152 templates that arrive with nilearn; see `mmkd.curation.packaged` for what is held out
-# and why.
-#
-# Coordinates are millimetres of MNI space, whose origin is the anterior commissure: +x right, +y anterior, +z superior.
 
 
 FILE = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
@@ -163,7 +166,10 @@ PLANES = (
 
 
 def brain_slices() -> Iterator[PackagedImage]:
-    """Slices of all maps and planes.
+    """Slices of the MNI152 templates of nilearn, all maps and planes.
+
+    Coordinates are millimetres of MNI space, whose origin is the anterior commissure: +x right, +y anterior, +z
+    superior.
 
     Raises:
         ValueError: nilearn is not installed.

@@ -207,9 +207,6 @@ def _run(position: int, count: int) -> str:
     return "validation" if position >= count - test - validation else "train"
 
 
-# Section: What the packaged sources share: one image with its facts, and where a package keeps its files.
-
-
 IMPORT_NAMES = {"scikit-image": "skimage", "nilearn": "nilearn", "pydicom": "pydicom"}
 
 

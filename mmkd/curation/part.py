@@ -1,8 +1,9 @@
 """One unit's work: a shard of the source judged sample by sample and written as a part of the output.
 
-A part is three files: a tar with the kept images, captions and facts, an Arrow table with their rows and marks, and a
-JSON with all counts, written last. A unit whose JSON is there is done; a killed one leaves partial files that the next
-run writes over. Parts know nothing of each other, hence any number of processes and machines writes the same ones.
+A part is three files: a tar with the kept images, captions and metadata, an Arrow table with their rows and
+fingerprints, and a JSON with all counts, written last. A unit whose JSON exists is done; a killed one leaves partial
+files that the next run overwrites. Parts are independent of each other, so that any number of processes and machines
+writes the same ones. Splits are decided for all parts together, so they stand in the manifest and not in the tars.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.curation.captions import (
-    WrongCaption,
-    caption_from_facts,
+    CaptionError,
+    caption_from_labels,
     clean_caption,
+    clean_text,
     decode_caption,
     language_of,
     mention_sentences,
@@ -26,18 +28,20 @@ from mmkd.curation.captions import (
 )
 from mmkd.curation.duplicates import SIGNATURE_BYTES, caption_signature, short_hash
 from mmkd.curation.pictures import Picture, prepare_picture
-from mmkd.curation.rules import StreamRules
-from mmkd.curation.samples import Facts, Fragment, Item, RawSample, Refused, WrongFacts, decode_facts
+from mmkd.curation.rules import Rules
+from mmkd.curation.samples import Fragment, Item, Metadata, MetadataError, RawSample, Refused, decode_metadata
 from mmkd.data.archives import BLOCK, ArchiveWriter
 from mmkd.data.images import UnreadableImage
-from mmkd.data.splits import hashed, meaning_of
+from mmkd.data.splits import meaning_of
+from mmkd.data.table import SPLITS, UNKNOWN
 from mmkd.files import write_json
 
 ID_LENGTH = 24
 ACCEPTED_AS = {"jpg": ("jpg", "jpeg"), "png": ("png",)}
+STATED = ("", *SPLITS)  # the split that a source states, by the number that stands for it
 
 
-class Dropped(Exception):
+class DroppedError(Exception):
     """A sample that goes, under a reason."""
 
     def __init__(self, reason: str) -> None:
@@ -48,14 +52,15 @@ class Dropped(Exception):
 class PartWriter:
     """Judges the samples of a unit and writes its part."""
 
-    def __init__(self, folder: Path, number: int, rules: StreamRules) -> None:
+    def __init__(self, folder: Path, number: int, rules: Rules) -> None:
         """Write part ``number`` into ``folder``."""
         self.rules, self.number = rules, number
         self.base = folder / f"{number:06d}"
         self.reasons: Counter[str] = Counter()
-        self.mended: Counter[str] = Counter()
+        self.fixed: Counter[str] = Counter()
         self.rows: list[dict[str, Any]] = []
-        self.dropped: list[tuple[str, str]] = []
+        self.unknown_splits: Counter[str] = Counter()
+        self.dropped: list[dict[str, str]] = []
         self.fragments: list[Fragment] = []
         self.read = 0
 
@@ -79,8 +84,9 @@ class PartWriter:
             "kept": len(self.rows),
             "samples": len({row["sample"] for row in self.rows}),
             "dropped": dict(sorted(self.reasons.items())),
-            "mended": dict(sorted(self.mended.items())),
+            "fixed": dict(sorted(self.fixed.items())),
             "fragments": [[f.key, f.place, sorted(f.members)] for f in self.fragments],
+            "unknown_splits": dict(sorted((+self.unknown_splits).items())),
             "listed": self.dropped,
         }
         write_json(self.base.with_suffix(".json"), counts)
@@ -91,103 +97,101 @@ class PartWriter:
         if isinstance(item, Fragment):
             self.fragments.append(item)
         elif isinstance(item, Refused):
-            self._drop(item.place, item.reason)
+            self._drop(item.place, item.key, item.reason)
         else:
             try:
                 self._keep(item)
-            except (Dropped, WrongFacts, WrongCaption, UnreadableImage) as error:
-                self._drop(item.place, error.reason)
+            except (DroppedError, MetadataError, CaptionError, UnreadableImage) as error:
+                self._drop(item.place, item.key, error.reason)
 
-    def _drop(self, place: str, reason: str) -> None:
+    def _drop(self, place: str, key: str, reason: str) -> None:
         self.reasons[reason] += 1
-        if self.rules.list_dropped:
-            self.dropped.append((place, reason))
+        self.dropped.append(dropped_row(place, key, reason))
 
     def _keep(self, sample: RawSample) -> None:
-        """Cheapest question first: an image is read only when nothing else speaks against it."""
-        facts = decode_facts(sample.facts, self.rules.sample.fields)
-        modality, reason = self.rules.sample.judge(sample.key, facts)
+        """Cheapest check first: an image is read only when nothing else speaks against it."""
+        rules = self.rules
+        metadata = decode_metadata(sample.metadata, rules.fields)
+        modality, reason = rules.judge(sample.key, metadata)
         if reason:
-            raise Dropped(reason)
-        captions, notes = self._captions(sample, facts, modality)
+            raise DroppedError(reason)
+        modality, label = clean_text(modality) or UNKNOWN, clean_text(metadata.text("label"))
+        captions, fixed = self._captions(sample, metadata, modality, label)
         data = sample.read_image()
         if not data:
-            raise Dropped("empty_image")
-        rules = self.rules
-        picture = prepare_picture(data, rules.sample.minimum_side, rules.short_side, rules.jpeg_quality)
+            raise DroppedError("empty_image")
+        picture = prepare_picture(data, rules.minimum_side, rules.short_side, rules.jpeg_quality)
         if sample.image_suffix and sample.image_suffix not in ACCEPTED_AS.get(_suffix_of(data), (sample.image_suffix,)):
-            notes["wrong_extension"] += 1
-        self.mended.update(notes)
-        digest = hashlib.sha256(data).hexdigest()
+            fixed["wrong_extension"] += 1
+        self.fixed.update(fixed)
+        split = metadata.text("split")
+        self.unknown_splits[split] += bool(split) and not meaning_of(split)
+        row = {
+            "modality": modality,
+            "label": label,
+            "group": clean_text(metadata.text("group") or metadata.text("article_accession_id")),
+            "source": metadata.text("source"),
+            "license": metadata.text("article_license") or metadata.text("license"),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "key": sample.key,
+            "article": metadata.text("article_accession_id"),
+            "panel_type": metadata.text("image_panel_type"),
+            "labels": metadata.values("image_secondary_label"),
+        }
         for caption in captions:
-            self.rows.append(self._store(sample, facts, modality, caption, picture, digest))
+            self.rows.append(
+                self._store(sample, row, caption, picture) | {"stated_split": STATED.index(meaning_of(split))}
+            )
 
-    def _captions(self, sample: RawSample, facts: Facts, modality: str) -> tuple[list[str], Counter[str]]:
-        """The captions of a sample, one or one for each panel, and what had to be mended."""
-        notes: Counter[str] = Counter()
-        label = facts.text("label")
-        if sample.caption is None and label:
-            text, guessed = caption_from_facts(label, modality, sample.key), False
+    def _captions(
+        self, sample: RawSample, metadata: Metadata, modality: str, label: str
+    ) -> tuple[list[str], Counter[str]]:
+        """The captions of a sample, one or one for each panel, and counts of what was fixed in them."""
+        fixed: Counter[str] = Counter()
+        if sample.caption is None:
+            text, guessed = caption_from_labels(label, modality, sample.key), False
         else:
             text, guessed = decode_caption(sample.caption)
-        notes["encoding_guessed"] += guessed
-        cleaned = clean_caption(text)
-        if not cleaned:
-            raise Dropped("no_caption")
-        captions = split_panels(cleaned) if self.rules.split_panels else [cleaned]
+            text = clean_caption(text)
+        fixed["encoding_guessed"] += guessed
+        if not text:
+            raise DroppedError("no_caption")
+        captions = split_panels(text) if self.rules.split_panels else [text]
         if self.rules.mentions:
-            more = mention_sentences(facts.context(), facts.text("image_cluster_id"), self.rules.mentions)
+            more = mention_sentences(metadata.context(), metadata.text("image_cluster_id"), self.rules.mentions)
             captions = [" ".join([caption, *more]) for caption in captions]
-            notes["mentions_added"] += bool(more)
+            fixed["mentions_added"] += bool(more)
         if self.rules.scrub:
             scrubbed = [scrub_identifiers(caption) for caption in captions]
             captions = [caption for caption, _ in scrubbed]
-            notes["identifiers_replaced"] += sum(count for _, count in scrubbed)
+            fixed["identifiers_replaced"] += sum(count for _, count in scrubbed)
         captions = list(dict.fromkeys(captions))
-        notes["captions_split"] += len(captions) > 1
+        fixed["captions_split"] += len(captions) > 1
         self._check(captions)
-        return captions, +notes
+        return captions, +fixed
 
     def _check(self, captions: list[str]) -> None:
-        rules = self.rules.sample
+        rules = self.rules
         for caption in captions:
             words = len(caption.split())
             if words < rules.minimum_words:
-                raise Dropped("caption_too_short")
+                raise DroppedError("caption_too_short")
             if words > rules.maximum_words:
-                raise Dropped("caption_too_long")
+                raise DroppedError("caption_too_long")
         if rules.languages and language_of(" ".join(captions), rules.languages) not in rules.languages:
-            raise Dropped("language")
+            raise DroppedError("language")
 
-    def _store(
-        self, sample: RawSample, facts: Facts, modality: str, caption: str, picture: Picture, digest: str
-    ) -> dict[str, Any]:
+    def _store(self, sample: RawSample, values: dict[str, Any], caption: str, picture: Picture) -> dict[str, Any]:
         """Write one pair and return its row."""
-        id = hashlib.sha256(f"{digest}\n{caption}".encode()).hexdigest()[:ID_LENGTH]
-        article = facts.text("article_accession_id")
-        row: dict[str, Any] = {
-            "id": id,
-            "caption": caption,
-            "modality": modality,
-            "label": facts.text("label"),
-            "group": facts.text("group") or article,
-            "split": "",
-            "source": facts.text("source"),
-            "license": facts.text("article_license") or facts.text("license"),
-            "width": picture.width,
-            "height": picture.height,
-            "sha256": digest,
-            "key": sample.key,
-            "article": article,
-            "panel_type": facts.text("image_panel_type"),
-            "labels": facts.values("image_secondary_label"),
-        }
-        row["split"] = self._split(facts.text("split"), row["group"] or digest)
-        text = json.dumps({name: value for name, value in row.items() if name != "caption"}, ensure_ascii=False)
+        id = sample.id or hashlib.sha256(f"{values['sha256']}\n{caption}".encode()).hexdigest()[:ID_LENGTH]
+        stored = {"id": id, **values, "width": picture.width, "height": picture.height}
         image = self._tar.add(f"{id}.{picture.suffix}", picture.content)
-        self._tar.add(f"{id}.json", text.encode())
+        self._tar.add(f"{id}.json", json.dumps(stored, ensure_ascii=False).encode())
         end = self._tar.add(f"{id}.txt", caption.encode())
-        return row | {
+        return stored | {
+            "caption": caption,
+            "teachers": sample.teachers,
+            "place": sample.place,
             "offset": image.offset,
             "size": image.size,
             "start": image.offset - BLOCK,
@@ -198,25 +202,23 @@ class PartWriter:
             "key_hash": short_hash(sample.key),
         }
 
-    def _split(self, stated: str, group: str) -> str:
-        """The source's split, else by the hash of the group."""
-        if meaning_of(stated):
-            return meaning_of(stated)
-        place = int(hashed(self.rules.seed, f"split:{group}")[:8], 16) / 16**8
-        if place < self.rules.test_share:
-            return "test"
-        return "validation" if place < self.rules.test_share + self.rules.validation_share else "train"
+
+def dropped_row(place: str, key: str, reason: str, test_set: str = "") -> dict[str, str]:
+    """One line of ``dropped.jsonl``."""
+    row = {"row": place, "key": key, "reason": reason, "test_set": test_set}
+    return {name: value for name, value in row.items() if value}
 
 
 def row_schema() -> Any:
-    """Columns of a part: those of the manifest, then where the pair lies in the part's tar, and its marks."""
+    """Columns of a part: those of the manifest, then where the pair lies in the part's tar, and its fingerprints."""
     import pyarrow as pa
 
-    texts = ("id", "caption", "modality", "label", "group", "split", "source", "license")
+    texts = ("id", "caption", "modality", "label", "group", "source", "license", "sha256", "key", "article",
+             "panel_type", "place")  # fmt: skip
     return pa.schema([
         *((name, pa.string()) for name in texts),
-        ("width", pa.int32()), ("height", pa.int32()), ("sha256", pa.string()),
-        ("key", pa.string()), ("article", pa.string()), ("panel_type", pa.string()), ("labels", pa.list_(pa.string())),
+        ("width", pa.int32()), ("height", pa.int32()), ("teachers", pa.list_(pa.string())),
+        ("labels", pa.list_(pa.string())), ("stated_split", pa.int8()),
         ("offset", pa.int64()), ("size", pa.int64()), ("start", pa.int64()), ("end", pa.int64()),
         ("sample", pa.int64()), ("perceptual", pa.uint64()), ("signature", pa.binary(SIGNATURE_BYTES)),
         ("key_hash", pa.int64()),

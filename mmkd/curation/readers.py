@@ -1,167 +1,46 @@
-"""WebDataset tars read by offsets: only what a sample turns out to need is read, images of dropped ones never are.
+"""Rows and members of every form as samples: what the columns and names of a collection mean.
 
-Members are grouped by name whatever their order. What is missing when a tar ends is handed on as fragments, so that a
-sample cut in two by a shard's end is whole again when all shards have been read.
+Columns and keys have different names in every dataset; the names in use are tried in turn (`NAMES`). Images of lists
+lie beside the list or in a usual folder beside it (`FOLDERS`), and never outside. The members of a tar are grouped by
+name whatever their order; what is missing when a tar ends is passed on as fragments, so that a sample cut in two by the
+end of a shard is whole again when all shards are read.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from mmkd.curation.labels import read_rows
-from mmkd.curation.samples import IMAGE_SUFFIXES, Fragment, Item, RawSample, Refused, kind_of
-from mmkd.data.archives import ArchivedFile, DamagedArchive, Member, members
+from mmkd.curation.samples import Fragment, Item, RawSample, Refused, kind_of
+from mmkd.data.archives import ArchivedFile, DamagedArchive
 from mmkd.data.images import read_image_bytes
-from mmkd.data.readers import is_inside
+from mmkd.data.published import META_FILE, PublishedSample, read_published
+from mmkd.data.readers import (
+    IMAGE_SUFFIXES,
+    TarMember,
+    find_file,
+    is_empty,
+    is_inside,
+    json_lines,
+    list_files,
+    parquet_rows,
+    parse_json_object,
+    read_csv,
+    tar_members,
+)
 from mmkd.data.splits import meaning_of
+from mmkd.files import read_json
 
-MOST_FRAGMENT_BYTES = 256 << 20
+LABELS_FILE = "labels.csv"
 
-LARGEST_TEXT = 64 << 20
+TEXT_COLUMNS = ("caption", "label", "modality")
 
-Parts = dict[str, tuple[str, Member]]
+LIST_COLUMNS = ("file", *TEXT_COLUMNS, "group", "split", "license", "source")
 
-
-def read_tar(path: Path) -> Iterator[Item]:
-    """The samples of one tar in the order in which they become complete, then what is left over."""
-    reader = _TarReader(path)
-    try:
-        for member in members(path):
-            yield from reader.take(member)
-    except DamagedArchive:
-        yield Refused(path.name, "damaged_shard")
-    yield from reader.leftovers()
-
-
-class _TarReader:
-    """Members waiting for the rest of their sample."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.waiting: dict[str, Parts] = {}
-        self.finished: set[str] = set()
-        self.repeated: set[str] = set()
-        self.has_facts = False
-
-    def take(self, member: Member) -> Iterator[Item]:
-        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        place = f"{self.path.name}:{name}"
-        folder, _, base = name.rpartition("/")
-        stem, dot, suffix = base.rpartition(".")
-        suffix = suffix.lower()
-        kind = kind_of(suffix)
-        if ("/" in name or "\\" in name or ":" in name) and not is_inside(name):
-            yield Refused(place, "path_outside")
-        elif not member.plain:
-            yield Refused(place, "link_in_archive")
-        elif kind and not (stem and dot):
-            yield Refused(place, "no_key")
-        elif kind and not base.startswith("._"):  # macOS puts such beside every file
-            key = f"{folder}/{stem}" if folder else stem
-            yield from self._add(key, kind, suffix, member)
-
-    def _add(self, key: str, kind: str, suffix: str, member: Member) -> Iterator[Item]:
-        parts = self.waiting.setdefault(key, {})
-        if key in self.finished or kind in parts:
-            if key not in self.repeated:
-                self.repeated.add(key)
-                yield Refused(f"{self.path.name}:{key}", "duplicate_key")
-            if not parts:
-                del self.waiting[key]
-            return
-        parts[kind] = suffix, member
-        self.has_facts = self.has_facts or kind == "facts"
-        if len(parts) == 3:
-            self.finished.add(key)
-            yield self._sample(key, self.waiting.pop(key))
-
-    def leftovers(self) -> Iterator[Item]:
-        """Tars without any JSON hold images and captions alone; elsewhere a sample without all three is a fragment."""
-        room = MOST_FRAGMENT_BYTES
-        for key, parts in self.waiting.items():
-            if not self.has_facts and len(parts) == 2:
-                yield self._sample(key, parts)
-                continue
-            room -= sum(member.size for _, member in parts.values())
-            place = f"{self.path.name}:{key}"
-            if room < 0:
-                missing = next(kind for kind in ("image", "caption", "facts") if kind not in parts)
-                yield Refused(place, f"no_{missing}")
-            else:
-                yield Fragment(key, place, {kind: (s, self._read(m)) for kind, (s, m) in parts.items()})
-
-    def _sample(self, key: str, parts: Parts) -> RawSample:
-        suffix, image = parts["image"]
-        return RawSample(
-            key=key,
-            place=f"{self.path.name}:{key}",
-            caption=self._text(parts.get("caption")),
-            facts=self._text(parts.get("facts")),
-            read_image=partial(self._read, image),
-            image_suffix=suffix,
-        )
-
-    def _text(self, part: tuple[str, Member] | None) -> bytes | None:
-        if part is None:
-            return None
-        return self._read(part[1]) if part[1].size <= LARGEST_TEXT else b""
-
-    def _read(self, member: Member) -> bytes:
-        return ArchivedFile(self.path, member.offset, member.size).read_bytes()
-
-
-# Section: Parquet files with image bytes, as the Hub's image datasets store them, and rows of any dataset in that form.
-
-
-BATCH_ROWS = 64
-
-
-def read_parquet(path: Path) -> Iterator[Item]:
-    """The samples of a Parquet file: an image column of bytes or ``{bytes, path}``, and captions by any usual name."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        for number, batch in enumerate(file.iter_batches(BATCH_ROWS)):
-            for row, values in enumerate(batch.to_pylist()):
-                yield sample_of_row(values, f"{path.name}:{number * BATCH_ROWS + row}")
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the disk, not the file
-            raise
-        yield Refused(path.name, "damaged_shard")
-
-
-def sample_of_row(row: Mapping[str, Any], place: str) -> Item:
-    """A row with image bytes as a sample."""
-    image, caption = first_of(row, "image"), first_of(row, "caption")
-    name = ""
-    if isinstance(image, Mapping):
-        name, image = str(image.get("path") or ""), image.get("bytes")
-    if image is None:
-        return Refused(place, "no_image")
-    if not isinstance(image, bytes) or not isinstance(caption, (str, bytes, type(None))):
-        return Refused(place, "wrong_type")
-    key = str(first_of(row, "key") or name or place)
-    facts = facts_of(row, f"{key} {name}")
-    if isinstance(facts.get("label"), int):
-        facts["label"] = str(facts["label"])
-    suffix = name.rpartition(".")[2].lower() if "." in name else ""
-    return RawSample(key, place, caption, facts, lambda: image, suffix)
-
-
-# Section: Collections that list images in text: JSON lines as PMC-OA and ROCO have them, ``labels.csv``, folders of
-# classes.
-#
-# JSON lines name things differently everywhere; the names in use are tried in turn. Images lie beside the list or in a
-# folder beside it, and never outside.
-
+SHOWN_COLUMNS, SHOWN_LETTERS = 12, 40
 
 NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "image_path", "img", "img_path", "imgpath", "file_name", "filename", "filepath", "path", "file"),
@@ -179,93 +58,258 @@ FOLDERS = ("", "images", "image", "figures", "caption_T060_filtered_top4_sep_v0_
 
 ARTICLE = re.compile(r"PMC\d+")
 
+MOST_FRAGMENT_BYTES = 256 << 20
 
-def read_json_listing(path: Path, start: int, stop: int) -> Iterator[Item]:
-    """The samples of the lines between two bytes of a JSON-lines file."""
-    with path.open("rb") as file:
-        file.seek(start)
-        while file.tell() < stop:
-            position = file.tell()
-            line = file.readline()
-            if line.strip():
-                yield _from_line(path, f"{path.name}@{position}", line)
+LARGEST_TEXT = 64 << 20
+
+ListRow = tuple[str, "dict[str, Any] | str"]  # place, and the values by column or why there are none
 
 
-def read_labels_listing(folder: Path, start: int, stop: int) -> Iterator[Item]:
-    """Rows ``start`` to ``stop`` of a folder with ``labels.csv`` or the authors' ``meta.jsonl``."""
-    for row in read_rows(folder)[start:stop]:
-        if row.malformed or not row.file:
-            yield Refused(row.place, "malformed_row" if row.malformed else "no_file_named")
+def list_rows(folder: Path, table: Path | None = None) -> list[ListRow]:
+    """The rows of a folder with ``labels.csv`` or the authors' ``meta.jsonl``, in their order.
+
+    Args:
+        folder: the folder of the images.
+        table: a list in the form of ``labels.csv`` that lies elsewhere.
+
+    Raises:
+        FileNotFoundError: the table does not exist.
+        ValueError: the list lacks a needed column, is broken or empty.
+    """
+    path = table or (folder / LABELS_FILE if (folder / LABELS_FILE).is_file() else folder / META_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"--table {path}: no such file")
+    status = path.stat()
+    rows = _rows_of(path, status.st_mtime_ns, status.st_size)
+    if not rows:
+        raise ValueError(f"{path} lists no images")
+    return rows
+
+
+def read_list(folder: Path, table: Path | None, start: int, stop: int) -> Iterator[Item]:
+    """The samples of rows ``start`` to ``stop``, see `list_rows`."""
+    for place, values in list_rows(folder, table)[start:stop]:
+        if isinstance(values, str):
+            yield Refused(place, values)
             continue
-        names = ("modality", "label", "group", "split", "license", "source")
-        facts = {name: getattr(row, name) or None for name in names}
-        yield _listed(folder, row.place, row.id or row.file, row.file, row.caption or None, facts)
+        if isinstance(values.get("published"), PublishedSample):
+            values = _published_values(folder, values["published"])
+        if not values["file"]:
+            yield Refused(place, "no_file_named")
+            continue
+        caption = values.get("caption") or None
+        yield _listed(folder, place, values["file"], values["file"], caption, values)
+
+
+def read_json_lines(path: Path, start: int, stop: int, line: int) -> Iterator[Item]:
+    """The samples of the lines between two bytes of a JSON-lines file, the first of which has the number ``line``."""
+    for number, content in json_lines(path, start, stop, line):
+        place = f"{path.name}:{number}"
+        try:
+            row = parse_json_object(content, place)
+        except ValueError:
+            yield Refused(place, "invalid_json")
+        except TypeError:
+            yield Refused(place, "wrong_type")
+        else:
+            yield _sample_of_line(path.parent, row, place)
 
 
 def read_image_folder(folder: Path, start: int, stop: int) -> Iterator[Item]:
-    """Images ``start`` to ``stop`` of a tree in which a folder's name is the label, below train and test or not.
+    """Images ``start`` to ``stop`` of a tree in which a folder's name is the label; folders above it may name splits.
 
     A text beside an image, ``x.txt`` for ``x.jpg``, is its caption.
     """
-    files = list_files(folder)
-    for path in files[start:stop]:
+    for path in list_files(folder)[start:stop]:
         if path.suffix.lower()[1:] not in IMAGE_SUFFIXES:
             continue
-        relative = path.relative_to(folder)
-        parts = list(relative.parts[:-1])
-        split = next((part for part in parts if meaning_of(part)), "")
-        labels = [part for part in parts if part != split]
+        name = path.relative_to(folder).as_posix()
+        folders = name.split("/")[:-1]
+        split = next((part for part in folders if meaning_of(part)), "")
+        labels = [part for part in folders if part != split]
         text = path.with_suffix(".txt")
         caption = text.read_bytes() if text.is_file() and not text.is_symlink() else None
-        facts = {"label": labels[-1] if labels else None, "split": split or None}
-        yield _listed(folder, relative.as_posix(), relative.as_posix(), relative.as_posix(), caption, facts)
+        yield _listed(folder, name, name, name, caption, {"label": labels[-1] if labels else None, "split": split})
 
 
-def list_files(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden, in the order of their names; linked folders are not entered."""
-    found = [Path(root, name) for root, _, names in os.walk(folder) for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def first_of(row: Mapping[str, Any], meaning: str) -> Any:
-    """The value under the first name in use for an image, a caption, a key or an article."""
-    return next((row[name] for name in NAMES[meaning] if row.get(name) not in (None, "")), None)
-
-
-def facts_of(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What a row says beside image and caption; an article's number is looked for in the key where none is given."""
-    facts = {name: row[name] for name in KEPT if name in row}
-    found = ARTICLE.search(key)
-    return facts | {"article_accession_id": first_of(row, "article") or (found[0] if found else None)}
-
-
-def _from_line(path: Path, place: str, line: bytes) -> Item:
+def read_parquet(path: Path) -> Iterator[Item]:
+    """The samples of a Parquet file: an image column of bytes or ``{bytes, path}``, and captions by any usual name."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return Refused(place, "invalid_json")
-    if not isinstance(row, dict):
+        for number, (_, _, values) in enumerate(parquet_rows(path)):
+            yield sample_of_row(values, f"{path.name}:{number}")
+    except ValueError:
+        yield Refused(path.name, "damaged_shard")
+
+
+def sample_of_row(row: Mapping[str, Any], place: str) -> Item:
+    """A row with image bytes as a sample."""
+    image, caption = _first(row, "image"), _first(row, "caption")
+    name = ""
+    if isinstance(image, Mapping):
+        name, image = str(image.get("path") or ""), image.get("bytes")
+    if image is None:
+        return Refused(place, "no_image")
+    if not isinstance(image, bytes) or not isinstance(caption, (str, bytes, type(None))):
         return Refused(place, "wrong_type")
-    image, caption = first_of(row, "image"), first_of(row, "caption")
+    key = str(_first(row, "key") or name or place)
+    metadata = _metadata(row, f"{key} {name}")
+    if isinstance(metadata.get("label"), int):
+        metadata["label"] = str(metadata["label"])
+    suffix = name.rpartition(".")[2].lower() if "." in name else ""
+    return RawSample(key, place, caption, metadata, lambda: image, suffix)
+
+
+def read_tar(path: Path) -> Iterator[Item]:
+    """The samples of one tar in the order in which they become complete, then what is left over."""
+    reader = _TarReader(path)
+    try:
+        for member in tar_members(path):
+            yield from reader.take(member)
+    except DamagedArchive:
+        yield Refused(path.name, "damaged_shard")
+    yield from reader.leftovers()
+
+
+class _TarReader:
+    """Members waiting for the rest of their sample."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: dict[str, dict[str, tuple[str, ArchivedFile]]] = {}
+        self.finished: set[str] = set()
+        self.repeated: set[str] = set()
+        self.has_metadata = False
+
+    def take(self, member: TarMember) -> Iterator[Item]:
+        kind = kind_of(member.suffix)
+        if member.fault and (kind or member.fault != "no_key"):
+            yield Refused(f"{self.path.name}:{member.key}", member.fault)
+        elif kind:
+            yield from self._add(member, kind)
+
+    def _add(self, member: TarMember, kind: str) -> Iterator[Item]:
+        key = member.key
+        parts = self.waiting.setdefault(key, {})
+        if key in self.finished or kind in parts:
+            if key not in self.repeated:
+                self.repeated.add(key)
+                yield Refused(f"{self.path.name}:{key}", "duplicate_key")
+            if not parts:
+                del self.waiting[key]
+            return
+        parts[kind] = member.suffix, member.file
+        self.has_metadata = self.has_metadata or kind == "metadata"
+        if len(parts) == 3:
+            self.finished.add(key)
+            yield self._sample(key, self.waiting.pop(key))
+
+    def leftovers(self) -> Iterator[Item]:
+        """Tars without any JSON hold images and captions alone; elsewhere a sample without all three is a fragment."""
+        room = MOST_FRAGMENT_BYTES
+        for key, parts in self.waiting.items():
+            if not self.has_metadata and len(parts) == 2:
+                yield self._sample(key, parts)
+                continue
+            room -= sum(file.size for _, file in parts.values())
+            place = f"{self.path.name}:{key}"
+            if room < 0:
+                missing = next(kind for kind in ("image", "caption", "metadata") if kind not in parts)
+                yield Refused(place, f"no_{missing}")
+            else:
+                yield Fragment(key, place, {kind: (s, file.read_bytes()) for kind, (s, file) in parts.items()})
+
+    def _sample(self, key: str, parts: dict[str, tuple[str, ArchivedFile]]) -> RawSample:
+        suffix, image = parts["image"]
+        texts = {kind: self._text(parts.get(kind)) for kind in ("caption", "metadata")}
+        return RawSample(key, f"{self.path.name}:{key}", **texts, read_image=image.read_bytes, image_suffix=suffix)
+
+    def _text(self, part: tuple[str, ArchivedFile] | None) -> bytes | None:
+        if part is None:
+            return None
+        return part[1].read_bytes() if part[1].size <= LARGEST_TEXT else b""
+
+
+@lru_cache(maxsize=1)
+def _rows_of(path: Path, _modified: int, _size: int) -> list[ListRow]:
+    """The rows of a list; those read last are kept, because a list is worked off in several units."""
+    if path.name == META_FILE:
+        return [(f"{META_FILE}:{n}", {"published": sample}) for n, sample in enumerate(read_published(path.parent), 1)]
+    table = read_csv(path)
+    columns = [name.lower() for name in table.columns]
+    _check_columns(path, columns)
+    rows: list[ListRow] = []
+    for row in table.rows:
+        cells = ("" if is_empty(cell) else cell for cell in row.cells.values())
+        values = dict(zip((name.lower() for name in row.cells), cells, strict=True))
+        rows.append((f"{path.name}:{row.line}", "malformed_row" if any(row.extra) else values))
+    return rows
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    if "file" not in columns or not any(column in columns for column in TEXT_COLUMNS):
+        shown = [" ".join(column.split())[:SHOWN_LETTERS] for column in columns[:SHOWN_COLUMNS]]
+        raise ValueError(
+            f"{path} has the columns {', '.join(shown) or '(none)'}; needed are file and at least one of "
+            f"{', '.join(TEXT_COLUMNS)}, optional are group, split, license and source"
+        )
+    twice = sorted({column for column in columns if columns.count(column) > 1 and column in LIST_COLUMNS})
+    if twice:
+        raise ValueError(f"{path} has the column {', '.join(twice)} more than once")
+
+
+def _published_values(folder: Path, sample: PublishedSample) -> dict[str, Any]:
+    """A published sample with the modality, article and licence of the JSON beside its image, if that can be read."""
+    beside = Path(sample.image).with_suffix(".json")
+    try:
+        stated = read_json(folder / beside) if is_inside(sample.image) else {}
+    except (OSError, ValueError):
+        stated = {}
+    stated = stated if isinstance(stated, dict) else {}
+    modalities = stated.get("image_secondary_label")
+    article = str(stated.get("article_accession_id") or "")
+    return {
+        "file": sample.image,
+        "caption": sample.caption,
+        "modality": str(modalities[0]) if isinstance(modalities, list) and modalities else "",
+        "group": article or sample.id,
+        "license": str(stated.get("article_license") or ""),
+        "article_accession_id": article,
+        "published": sample,
+    }
+
+
+def _sample_of_line(folder: Path, row: dict[str, Any], place: str) -> Item:
+    image, caption = _first(row, "image"), _first(row, "caption")
     if isinstance(image, list) and image:
         image = image[0]
     if image is None:
         return Refused(place, "no_file_named")
     if not isinstance(image, str) or not isinstance(caption, (str, type(None))):
         return Refused(place, "wrong_type")
-    key = str(first_of(row, "key") or image)
-    return _listed(path.parent, place, key, image, caption, facts_of(row, f"{key} {image}"))
+    key = str(_first(row, "key") or image)
+    return _listed(folder, place, key, image, caption, _metadata(row, f"{key} {image}"))
 
 
 def _listed(
-    root: Path, place: str, key: str, image: str, caption: str | bytes | None, facts: dict[str, Any]
+    root: Path, place: str, key: str, image: str, caption: str | bytes | None, metadata: dict[str, Any]
 ) -> RawSample | Refused:
-    image = image.replace("\\", "/")
-    if not is_inside(image):
-        return Refused(place, "path_outside")
-    candidates = [root / folder / image for folder in FOLDERS]
-    path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
-    if not path.resolve().is_relative_to(root.resolve()):
-        return Refused(place, "path_outside")
+    """A sample whose image is a file that a list or a folder names."""
+    path = find_file(root, image, FOLDERS)
+    if path is None:
+        return Refused(place, "path_outside", key)
+    published = metadata.pop("published", None)
+    id, teachers = (published.id, published.teachers) if published else ("", None)
     suffix = path.suffix.lower()[1:]
-    return RawSample(key, place, caption, facts, partial(read_image_bytes, path), suffix)
+    return RawSample(key, place, caption, metadata, partial(read_image_bytes, path), suffix, id, teachers)
+
+
+def _first(row: Mapping[str, Any], meaning: str) -> Any:
+    """The value under the first name in use for an image, a caption, a key or an article."""
+    return next((row[name] for name in NAMES[meaning] if row.get(name) not in (None, "")), None)
+
+
+def _metadata(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The other fields of a row; an article's number is searched in the key where none is given."""
+    kept = {name: row[name] for name in KEPT if name in row}
+    found = ARTICLE.search(key)
+    return kept | {"article_accession_id": _first(row, "article") or (found[0] if found else None)}

@@ -1,7 +1,8 @@
 """What is kept and what is dropped: rules read from YAML, each drop under its name.
 
-Modalities, licence families and the paper's choices are data files beside this one; a file of your own goes in their
-place. A condition names a field of the sample's JSON: ``any`` asks for one of the listed values, ``only`` for no other.
+Modalities, licence families and the presets are data files beside this one: ``paper.yaml`` for WebDataset tars,
+``list.yaml`` for labelled images, ``any.yaml`` for all else; a file of your own replaces them. A condition names a
+field of the sample's metadata: ``any`` requires one of the listed values, ``only`` allows no other.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import re
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
-from mmkd.curation.samples import Facts
+from mmkd.curation.samples import Metadata
 from mmkd.data.images import JPEG_QUALITY, check_quality
+from mmkd.data.table import UNKNOWN
+
+NearMode = Literal["off", "both", "image", "caption"]
 
 HERE = Path(__file__).parent
 
-PRESETS = ("paper", "any")
+PRESETS = ("paper", "list", "any")
 
 LICENSE_FAMILIES = ("commercial", "noncommercial", "other")
 
@@ -42,16 +46,16 @@ class Condition:
     only: tuple[str, ...] = ()
     name: str = DEFAULT_REASON
 
-    def holds(self, facts: Facts) -> bool:
+    def holds(self, metadata: Metadata) -> bool:
         """Whether a sample meets the condition."""
-        values = [value.casefold() for value in facts.values(self.field)]
+        values = [value.casefold() for value in metadata.values(self.field)]
         one = not self.any or any(value in self.any for value in values)
         return one and (not self.only or (bool(values) and all(value in self.only for value in values)))
 
 
 @dataclass(frozen=True)
-class SampleRules:
-    """Rules for facts and captions, as their YAML file gives them.
+class Rules:
+    """Everything that decides what a curation writes: with equal rules and sources two runs write equal bytes.
 
     Attributes:
         licenses: families of ``licenses.yaml`` or single licences; empty for any.
@@ -63,90 +67,133 @@ class SampleRules:
         minimum_side: images with a shorter side in pixels are dropped.
         minimum_words: shorter captions are dropped.
         maximum_words: longer captions are dropped.
+        near_duplicates: drop a pair of which another has nearly the same image and caption (both), image or caption.
+        validation_share: share of the groups (patients, articles) held out for validation where the source gives none.
+        test_share: the same for testing.
+        short_side: larger images are stored with this shorter side in pixels; 0 keeps their bytes.
+        jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.images.encode`.
+        split_panels: one pair for each panel that a compound caption names.
+        mentions: sentences of the article that mention the figure, added to the caption; 0 for none.
+        scrub: replace obvious identifiers of people in captions.
+        image_distance: bits of 64 in which perceptual hashes of near images may differ.
+        caption_similarity: Jaccard similarity of three-word shingles from which captions are near.
+        max_pairs: maximum number of pairs, 0 for all; whole groups, in proportion to split, modality and label.
+        seed: of splits and of the choice of ``max_pairs``.
     """
 
     licenses: tuple[str, ...] = ()
     panel_types: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
-    modalities: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    modalities: dict[str, tuple[int, ...]] = field(default_factory=dict)
     keep: tuple[Condition, ...] = ()
     drop: tuple[Condition, ...] = ()
     minimum_side: int = 8
     minimum_words: int = 1
     maximum_words: int = 1000
+    near_duplicates: NearMode = "both"
+    validation_share: float = 0.0
+    test_share: float = 0.0
+    short_side: int = 0
+    jpeg_quality: int = JPEG_QUALITY
+    split_panels: bool = False
+    mentions: int = 0
+    scrub: bool = False
+    image_distance: int = 4
+    caption_similarity: float = 0.8
+    max_pairs: int = 0
+    seed: int = 42
 
     def __post_init__(self) -> None:
-        """Refuse what would drop everything or mean nothing."""
-        for name, allowed in (("panel_types", PANEL_TYPES),):
-            wrong = [value for value in getattr(self, name) if value not in allowed]
-            if wrong:
-                raise ValueError(f"{name}: {wrong[0]!r} is not known; allowed: {', '.join(allowed)}")
+        """Refuse values that would drop everything or have no meaning, before anything is read."""
+        wrong = [value for value in self.panel_types if value not in PANEL_TYPES]
+        if wrong:
+            raise ValueError(f"panel_types: {wrong[0]!r} is unknown; allowed: {', '.join(PANEL_TYPES)}")
+        if self.near_duplicates not in get_args(NearMode):
+            raise ValueError(f"near_duplicates is {self.near_duplicates!r}; allowed: {', '.join(get_args(NearMode))}")
         if not 1 <= self.minimum_words <= self.maximum_words or self.minimum_side < 1:
             raise ValueError(
                 "minimum_side must be 1 or more and 1 <= minimum_words <= maximum_words; got "
                 f"{self.minimum_side}, {self.minimum_words}, {self.maximum_words}"
             )
+        if min(self.short_side, self.mentions, self.max_pairs) < 0:
+            raise ValueError("short_side, mentions and max_pairs must be 0 or more")
+        check_quality(self.jpeg_quality)
+        if not 0 <= self.image_distance <= 7:
+            raise ValueError(f"image_distance is {self.image_distance}; allowed: 0 to 7 of 64 bits")
+        if not 0.5 <= self.caption_similarity <= 1:
+            raise ValueError(f"caption_similarity is {self.caption_similarity}; allowed: 0.5 to 1")
+        if min(self.validation_share, self.test_share) < 0 or self.validation_share + self.test_share >= 1:
+            raise ValueError("validation_share and test_share must be 0 or more and together less than 1")
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Fields of the JSON that conditions look at."""
+        """Fields of the metadata that conditions name."""
         return tuple(sorted({condition.field for condition in (*self.keep, *self.drop)}))
 
-    def judge(self, key: str, facts: Facts) -> tuple[str, str]:
+    def judge(self, key: str, metadata: Metadata) -> tuple[str, str]:
         """Modality and an empty string for a sample that stays, an empty modality and the reason for one that goes."""
-        if self.licenses and not set(_license_names(key, facts)) & set(self.licenses):
+        if self.licenses and not set(_license_names(key, metadata)) & set(self.licenses):
             return "", "license"
-        if self.panel_types and facts.text("image_panel_type") not in self.panel_types:
+        if self.panel_types and metadata.text("image_panel_type") not in self.panel_types:
             return "", "panel_type"
-        modality = self._modality(facts)
+        modality = self._modality(metadata)
         if not modality:
             return "", "modality"
-        if not all(condition.holds(facts) for condition in self.keep):
+        if not all(condition.holds(metadata) for condition in self.keep):
             return "", "keep_rule"
-        dropped = next((condition.name for condition in self.drop if condition.holds(facts)), "")
+        dropped = next((condition.name for condition in self.drop if condition.holds(metadata)), "")
         return (modality, "") if not dropped else ("", dropped)
 
-    def _modality(self, facts: Facts) -> str:
-        labels = [label.casefold() for label in facts.values("image_secondary_label")]
-        stated = facts.text("modality")
+    def as_dict(self) -> dict[str, Any]:
+        """All values as JSON types."""
+        return dataclasses.asdict(self)
+
+    def _modality(self, metadata: Metadata) -> str:
+        labels = [label.casefold() for label in metadata.values("image_secondary_label")]
+        stated = metadata.text("modality")
         if not self.modalities:
-            return stated or next(iter(labels), "") or "unknown"
+            return stated or next(iter(labels), "") or UNKNOWN
         named = next((label for label in (*labels, stated.casefold()) if label in self.modalities), "")
-        return named or ("" if labels else _cluster_map(_frozen(self.modalities)).get(facts.text("image_label_id"), ""))
+        return named or (
+            "" if labels else _cluster_map(_frozen(self.modalities)).get(metadata.text("image_label_id"), "")
+        )
 
 
-def read_rules(preset: str, changes: dict[str, Any]) -> SampleRules:
+def read_rules(preset: str, **changes: Any) -> Rules:
     """The rules of a preset or a YAML file, with single values changed.
 
     Args:
-        preset: paper, any, or a file.
-        changes: field -> value that takes the place of the file's.
+        preset: paper, list, any, or a file.
+        changes: field -> value that replaces the file's.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an unknown key or a value of the wrong type; the message says which.
+        ValueError: an unknown key or a value of the wrong type; the message names it.
     """
     path = HERE / f"{preset}.yaml" if preset in PRESETS else Path(preset)
-    values = _yaml(path, f"--preset {preset}: neither {' nor '.join(PRESETS)} nor a file") | changes
-    known = [field.name for field in dataclasses.fields(SampleRules)]
+    values = _yaml(path, f"--preset {preset}: neither {', '.join(PRESETS)} nor a file") | changes
+    known = {field.name: field for field in dataclasses.fields(Rules)}
     wrong = [key for key in values if key not in known]
     if wrong:
-        raise ValueError(f"{path}: {wrong[0]!r} is not known; allowed: {', '.join(known)}")
-    lists = {key: _texts(path, key, values.get(key)) for key in ("licenses", "panel_types", "languages")}
-    numbers = {key: values[key] for key in ("minimum_side", "minimum_words", "maximum_words") if key in values}
-    for key, value in numbers.items():
-        if not isinstance(value, int):
-            raise ValueError(f"{path}: {key} must be a whole number, not {value!r}")
-    licenses = (value if value in LICENSE_FAMILIES else plain_license(value) for value in lists.pop("licenses"))
-    return SampleRules(
-        licenses=tuple(licenses),
-        panel_types=lists["panel_types"],
-        languages=lists["languages"],
-        modalities=_modalities(path, values.get("modalities")),
-        keep=_conditions(path, "keep", values.get("keep")),
-        drop=_conditions(path, "drop", values.get("drop")),
-        **numbers,
-    )
+        raise ValueError(f"{path}: {wrong[0]!r} is unknown; allowed: {', '.join(known)}")
+    read: dict[str, Any] = {}
+    for key, value in values.items():
+        default = known[key].default
+        if key == "near_duplicates" and value is False:  # YAML reads off as false
+            value = "off"
+        if key == "modalities":
+            read[key] = _modalities(path, value)
+        elif key in ("keep", "drop"):
+            read[key] = _conditions(path, key, value)
+        elif isinstance(default, tuple):
+            read[key] = _texts(path, key, value)
+        else:
+            allowed = (int, float) if isinstance(default, float) else type(default)
+            if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(default, bool)):
+                raise ValueError(f"{path}: {key} must be of type {type(default).__name__}, not {value!r}")
+            read[key] = float(value) if isinstance(default, float) else value
+    licenses = (name if name in LICENSE_FAMILIES else plain_license(name) for name in read.get("licenses", ()))
+    return Rules(**read | {"licenses": tuple(licenses)})
 
 
 def plain_license(name: str) -> str:
@@ -160,9 +207,9 @@ def license_family(name: str) -> str:
     return next((family for family, names in families.items() if plain_license(name) in names), "other")
 
 
-def _license_names(key: str, facts: Facts) -> tuple[str, ...]:
+def _license_names(key: str, metadata: Metadata) -> tuple[str, ...]:
     """The licence and its family; where none is stated, the family that BIOMEDICA's key names."""
-    stated = facts.text("article_license") or facts.text("license")
+    stated = metadata.text("article_license") or metadata.text("license")
     if stated:
         return _plain_and_family(stated)
     subset = KEY_SUBSET.search(key)
@@ -224,62 +271,3 @@ def _yaml(path: Path, missing: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines")
     return values
-
-
-# Section: Everything that decides what a curation writes; two runs with equal values and sources write equal bytes.
-
-
-NearMode = Literal["off", "both", "image", "caption"]
-
-
-@dataclass(frozen=True)
-class StreamRules:
-    """Rules for samples, and what is done with those that stay.
-
-    Attributes:
-        sample: which samples stay.
-        short_side: larger images are stored with this shorter side in pixels; 0 keeps their bytes.
-        jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.images.encode`.
-        split_panels: one pair for each panel that a compound caption names.
-        mentions: sentences of the article that mention the figure, added to the caption; 0 for none.
-        scrub: replace obvious identifiers of people in captions.
-        near_duplicates: drop a pair of which another has nearly the same image and caption (both), image or caption.
-        image_distance: bits of 64 in which perceptual hashes of near images may differ.
-        caption_similarity: Jaccard similarity of three-word shingles from which captions are near.
-        validation_share: part of the groups (articles) held out for validation where a source gives no split.
-        test_share: the same for testing.
-        max_pairs: most pairs to keep, 0 for all.
-        list_dropped: write ``dropped.jsonl`` with the place and reason of every dropped sample.
-        seed: of splits and of the choice of ``max_pairs``.
-    """
-
-    sample: SampleRules = field(default_factory=SampleRules)
-    short_side: int = 0
-    jpeg_quality: int = JPEG_QUALITY
-    split_panels: bool = False
-    mentions: int = 0
-    scrub: bool = False
-    near_duplicates: NearMode = "both"
-    image_distance: int = 4
-    caption_similarity: float = 0.8
-    validation_share: float = 0.0
-    test_share: float = 0.0
-    max_pairs: int = 0
-    list_dropped: bool = False
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range, before anything is read."""
-        if min(self.short_side, self.mentions, self.max_pairs) < 0:
-            raise ValueError("short_side, mentions and max_pairs must be 0 or more")
-        check_quality(self.jpeg_quality)
-        if not 0 <= self.image_distance <= 7:
-            raise ValueError(f"image_distance is {self.image_distance}; allowed: 0 to 7 of 64 bits")
-        if not 0.5 <= self.caption_similarity <= 1:
-            raise ValueError(f"caption_similarity is {self.caption_similarity}; allowed: 0.5 to 1")
-        if min(self.validation_share, self.test_share) < 0 or self.validation_share + self.test_share >= 1:
-            raise ValueError("validation_share and test_share must be 0 or more and together less than 1")
-
-    def as_dict(self) -> dict[str, Any]:
-        """All values as JSON types."""
-        return dataclasses.asdict(self)

@@ -1,34 +1,41 @@
-"""A source cut into units of work: one tar, one Parquet file, ten thousand lines of a list; each is read on its own.
+"""A source cut into units of work: one tar, one Parquet file, some thousand rows of a list; each is read on its own.
 
-The order of units is the order of the output, and depends on names alone.
+The order of units is the order of the output, and depends on names alone. Tars of a repository on the Hub are fetched
+one by one, when they are read, and deleted; other repositories are streamed by `datasets`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from mmkd.curation.labels import LABELS_FILE, read_rows
+from mmkd.curation.packaged import packaged_attribution, packaged_versions, read_packaged
 from mmkd.curation.readers import (
-    list_files,
+    LABELS_FILE,
+    list_rows,
     read_image_folder,
-    read_json_listing,
-    read_labels_listing,
+    read_json_lines,
+    read_list,
     read_parquet,
     read_tar,
     sample_of_row,
 )
-from mmkd.curation.samples import IMAGE_SUFFIXES, Item
+from mmkd.curation.samples import Item
 from mmkd.data.published import META_FILE
+from mmkd.data.readers import HUB_PREFIX, IMAGE_SUFFIXES, hub_errors, list_files, open_hub_dataset, parse_hub_address
 
-UNIT_ROWS = 10_000
+PACKAGED = "packaged"
 
-FOUND_SHOWN = 5
+ATTRIBUTION_FILE = "ATTRIBUTION.md"
+
+UNIT_ROWS = 2_000
+
+SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,9 @@ class Unit:
         path: a file, a folder or an address on the Hub.
         start: first row or byte, for lists.
         stop: row or byte after the last.
-        size: bytes, to notice that a source has changed.
+        line: number of the first line, for JSON lines.
+        table: list of the images, where it lies elsewhere.
+        state: size in bytes or checksum of the list, to notice that a source has changed.
     """
 
     number: int
@@ -49,7 +58,9 @@ class Unit:
     path: str
     start: int = 0
     stop: int = 0
-    size: int = 0
+    line: int = 1
+    table: str = ""
+    state: str = ""
 
     def read(self, scratch: Path) -> Iterator[Item]:
         """The unit's samples; files from the Hub pass through ``scratch``."""
@@ -59,213 +70,181 @@ class Unit:
         if self.kind == "parquet":
             return read_parquet(path)
         if self.kind == "jsonl":
-            return read_json_listing(path, self.start, self.stop)
-        if self.kind == "labels":
-            return read_labels_listing(path, self.start, self.stop)
+            return read_json_lines(path, self.start, self.stop, self.line)
+        if self.kind == "list":
+            return read_list(path, Path(self.table) if self.table else None, self.start, self.stop)
         if self.kind == "images":
             return read_image_folder(path, self.start, self.stop)
+        if self.kind == PACKAGED:
+            return read_packaged()
         if self.kind == "hub_tar":
-            return read_hub_tar(self.path, scratch / f"{self.number:06d}")
-        return read_hub_stream(self.path, self.start, self.stop)
+            return _read_hub_tar(self.path, scratch / f"{self.number:06d}")
+        return _read_hub_stream(self.path, self.start, self.stop)
 
 
-def plan_units(source: str) -> list[Unit]:
+def plan_units(source: str, table: Path | None = None) -> list[Unit]:
     """The units of a source, in order.
 
     Args:
         source: a file or folder of tars, Parquet files, JSON lines or images, a folder with ``labels.csv`` or the
-            authors' ``meta.jsonl``, or ``hf://datasets/OWNER/NAME``.
+            authors' ``meta.jsonl``, ``hf://datasets/OWNER/NAME``, or ``packaged``.
+        table: a list in the form of ``labels.csv`` of images in the folder ``source``.
 
     Raises:
         FileNotFoundError: there is nothing of that kind.
         PermissionError: a gated repository to which this account has no access.
-        ValueError: a list is broken.
+        ValueError: a list is broken, or a list is given for a source that has none.
     """
-    if source.startswith(HUB_PREFIX):
-        found: list[dict[str, Any]] = hub_units(source)
+    if table is not None and (source == PACKAGED or not Path(source).is_dir()):
+        raise ValueError(f"--table {table} lists images in a folder; --source {source} is none")
+    if source == PACKAGED:
+        found: list[dict[str, Any]] = [{"kind": PACKAGED, "path": PACKAGED, "state": packaged_versions()}]
+    elif source.startswith(HUB_PREFIX):
+        found = _hub_units(source)
     else:
-        found = _local_units(Path(source))
+        found = _local_units(Path(source), table)
     return [Unit(number, **values) for number, values in enumerate(found)]
 
 
-def kind_of_source(source: str) -> str:
-    """``tar`` for WebDataset tars, on disk or on the Hub's BIOMEDICA, else another word."""
+def checksum_of(units: list[Unit]) -> str:
+    """Equal for sources of equal names, sizes and lists, wherever they lie."""
+    described = [str(asdict(unit) | {"path": Path(unit.path).name, "table": ""}) for unit in units]
+    return hashlib.sha256("\n".join(described).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def preset_of(source: str, table: Path | None = None) -> str:
+    """The rules for a source: ``paper`` for WebDataset tars, ``list`` for labelled images, ``any`` for all else."""
     if source.startswith(HUB_PREFIX):
-        return "tar" if "biomedica" in source.lower() else "hub"
+        return "paper" if "biomedica" in source.lower() else "any"
     path = Path(source)
-    if path.suffix == ".tar" or (path.is_dir() and _holds(path, ".tar")):
-        return "tar"
-    if (path / LABELS_FILE).is_file() or (path / META_FILE).is_file():
+    if source == PACKAGED or table is not None or _is_list(path):
         return "list"
-    return "other"
+    suffix = path.suffix.lower()[1:] if path.is_file() else _suffix_of_folder(path)
+    return "paper" if suffix == "tar" else "list" if suffix in IMAGE_SUFFIXES else "any"
 
 
-def _local_units(path: Path) -> list[dict[str, Any]]:
+def attribution(source: str) -> str | None:
+    """The text that says where the images of a source come from, None where it has none."""
+    if source == PACKAGED:
+        return packaged_attribution()
+    file = Path(source) / ATTRIBUTION_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _is_list(path: Path) -> bool:
+    return (path / LABELS_FILE).is_file() or (path / META_FILE).is_file()
+
+
+def _local_units(path: Path, table: Path | None) -> list[dict[str, Any]]:
     if path.is_file():
         units = _file_units(path)
     elif not path.is_dir():
         raise FileNotFoundError(f"--source {path}: no such folder or file")
-    elif (path / LABELS_FILE).is_file() or (path / META_FILE).is_file():
-        units = _ranges("labels", path, len(read_rows(path)))
+    elif table is not None or _is_list(path):
+        list_file = table or (path / LABELS_FILE if (path / LABELS_FILE).is_file() else path / META_FILE)
+        rows = len(list_rows(path, table))
+        state = hashlib.sha256(list_file.read_bytes()).hexdigest()
+        units = _ranges("list", path, rows, table=str(table or ""), state=state)
     else:
+        suffix = _suffix_of_folder(path)
         files = list_files(path)
-        wanted = next((s for s in (".tar", ".parquet", ".jsonl") if any(f.suffix.lower() == s for f in files)), None)
-        units = [unit for file in files if file.suffix.lower() == wanted for unit in _file_units(file)]
-        if wanted is None and any(file.suffix.lower()[1:] in IMAGE_SUFFIXES for file in files):
-            units = _ranges("images", path, len(files))
+        if suffix in IMAGE_SUFFIXES:
+            units = _ranges("images", path, len(files), state=str(len(files)))
+        else:
+            units = [unit for file in files if file.suffix.lower()[1:] == suffix for unit in _file_units(file)]
     if not units:
         raise FileNotFoundError(_nothing(path))
     return units
 
 
+def _suffix_of_folder(folder: Path) -> str:
+    """The kind of file that a folder is read for: tars before Parquet before JSON lines before images."""
+    suffixes = {name.rpartition(".")[2].lower() for _, _, files in os.walk(folder) for name in files if "." in name}
+    return next((s for s in ("tar", "parquet", "jsonl", *sorted(IMAGE_SUFFIXES)) if s in suffixes), "")
+
+
 def _file_units(path: Path) -> list[dict[str, Any]]:
     suffix = path.suffix.lower()
     if suffix in (".tar", ".parquet"):
-        return [{"kind": suffix[1:], "path": str(path), "size": path.stat().st_size}]
+        return [{"kind": suffix[1:], "path": str(path), "state": str(path.stat().st_size)}]
     return _line_units(path) if suffix == ".jsonl" else []
 
 
 def _line_units(path: Path) -> list[dict[str, Any]]:
-    """Stretches of whole lines, by byte, so that each is read without reading those before."""
-    units, start, lines, position = [], 0, 0, 0
+    """Ranges of whole lines, by byte, so that each is read without reading those before."""
+    units: list[dict[str, Any]] = []
+    start = position = first = 0
+    size = path.stat().st_size
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             position += len(line)
-            lines += 1
-            if lines % UNIT_ROWS == 0:
-                units.append((start, position))
-                start = position
-    if position > start:
-        units.append((start, position))
-    return [{"kind": "jsonl", "path": str(path), "start": a, "stop": b, "size": b - a} for a, b in units]
+            if number % UNIT_ROWS == 0 or position == size:
+                units.append({"start": start, "stop": position, "line": first + 1})
+                start, first = position, number
+    return [unit | {"kind": "jsonl", "path": str(path), "state": str(size)} for unit in units]
 
 
-def _ranges(kind: str, path: Path, rows: int) -> list[dict[str, Any]]:
+def _ranges(kind: str, path: Path, rows: int, **more: str) -> list[dict[str, Any]]:
     starts = range(0, rows, UNIT_ROWS)
     return [
-        {"kind": kind, "path": str(path), "start": start, "stop": min(rows, start + UNIT_ROWS), "size": rows}
+        {"kind": kind, "path": str(path), "start": start, "stop": min(rows, start + UNIT_ROWS), **more}
         for start in starts
     ]
 
 
-def _holds(folder: Path, suffix: str) -> bool:
-    return any(name.endswith(suffix) for _, _, files in os.walk(folder) for name in files)
-
-
 def _nothing(path: Path) -> str:
     found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [path.name]
-    shown = ", ".join(found[:FOUND_SHOWN]) + (
-        f" and {len(found) - FOUND_SHOWN} more" if len(found) > FOUND_SHOWN else ""
+    more = f" and {len(found) - SHOWN_NAMES} more" if len(found) > SHOWN_NAMES else ""
+    return (
+        f"--source {path} holds no tars, Parquet files, JSON lines or images, and neither {LABELS_FILE} nor "
+        f"{META_FILE} (found: {', '.join(found[:SHOWN_NAMES]) or 'nothing'}{more}). List its images in {LABELS_FILE} "
+        "with a column file and at least one of caption, label, modality"
     )
-    kinds = f"tars, Parquet files, JSON lines, images or {LABELS_FILE}"
-    return f"--source {path} holds no {kinds} (found: {shown or 'nothing'})"
 
 
-# Section: Datasets on the Hugging Face Hub: tars fetched one by one and forgotten, everything else streamed by
-# `datasets`.
-#
-# A BIOMEDICA tar is some ten gigabytes; a process has one at a time on its disk. Nothing is fetched before it is
-# needed.
-
-
-HUB_PREFIX = "hf://"
-
-FORM = "hf://datasets/OWNER/NAME, with @REVISION and a folder after it if you like"
-
-
-def hub_units(source: str) -> list[dict[str, Any]]:
+def _hub_units(source: str) -> list[dict[str, Any]]:
     """The tars of a dataset repository, or where it has none the shards that `datasets` streams.
 
     Raises:
         ValueError: the address has another form.
-        PermissionError: the repository is gated and this account has no access; the message says how to get it.
+        PermissionError: the repository is gated and this account has no access; the message gives the remedy.
         FileNotFoundError: there is no such repository, or the Hub cannot be reached.
     """
-    repository, revision, folder = parse_address(source)
-    listed = _listed(repository, revision)
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    repository, revision, folder = parse_hub_address(source)
+    with hub_errors(repository):
+        tree = HfApi().list_repo_tree(repository, recursive=True, revision=revision, repo_type="dataset")
+        listed = [(entry.path, entry.size) for entry in tree if isinstance(entry, RepoFile)]
     inside = f"{folder}/" if folder else ""
     tars = sorted((name, size) for name, size in listed if name.endswith(".tar") and name.startswith(inside))
     if tars:
         prefix = f"{HUB_PREFIX}datasets/{repository}@{revision or 'main'}/"
-        return [{"kind": "hub_tar", "path": prefix + name, "size": size} for name, size in tars]
-    count = _stream(source).num_shards
+        return [{"kind": "hub_tar", "path": prefix + name, "state": str(size)} for name, size in tars]
+    count = _hub_stream(source).num_shards
     return [{"kind": "hub_stream", "path": source, "start": n, "stop": count} for n in range(count)]
 
 
-def parse_address(source: str) -> tuple[str, str | None, str]:
-    """Repository, revision and folder of ``hf://datasets/OWNER/NAME[@REVISION][/FOLDER]``.
-
-    Raises:
-        ValueError: another form.
-    """
-    parts = source.removeprefix(HUB_PREFIX).strip("/").split("/")
-    if len(parts) < 3 or parts[0] != "datasets" or not all(parts):
-        raise ValueError(f"--source {source}: write {FORM}")
-    name, _, revision = parts[2].partition("@")
-    return f"{parts[1]}/{name}", revision or None, "/".join(parts[3:])
-
-
-def read_hub_tar(address: str, scratch: Path) -> Iterator[Item]:
+def _read_hub_tar(address: str, scratch: Path) -> Iterator[Item]:
     """The samples of one tar on the Hub, which lies in ``scratch`` as long as it is read."""
     from huggingface_hub import hf_hub_download
 
-    repository, revision, name = parse_address(address)
+    repository, revision, name = parse_hub_address(address)
     scratch.mkdir(parents=True, exist_ok=True)
     try:
-        with _explained(repository):
+        with hub_errors(repository):
             path = hf_hub_download(repository, name, repo_type="dataset", revision=revision, local_dir=scratch)
         yield from read_tar(Path(path))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def read_hub_stream(source: str, shard: int, shards: int) -> Iterator[Item]:
-    """The samples of one of a dataset's shards, images as bytes."""
-    for number, row in enumerate(_stream(source).shard(num_shards=shards, index=shard)):
+def _read_hub_stream(source: str, shard: int, shards: int) -> Iterator[Item]:
+    for number, row in enumerate(_hub_stream(source).shard(num_shards=shards, index=shard)):
         yield sample_of_row(row, f"{source}:{shard}:{number}")
 
 
-def _stream(source: str) -> Any:
-    from datasets import Image, load_dataset
-
-    repository, revision, folder = parse_address(source)
-    with _explained(repository):
-        stream = load_dataset(repository, data_dir=folder or None, revision=revision, split="train", streaming=True)
-        for name, feature in (stream.features or {}).items():
-            if isinstance(feature, Image):
-                stream = stream.cast_column(name, Image(decode=False))
-        return stream
-
-
-def _listed(repository: str, revision: str | None) -> list[tuple[str, int]]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    with _explained(repository):
-        tree = HfApi().list_repo_tree(repository, recursive=True, revision=revision, repo_type="dataset")
-        return [(entry.path, entry.size) for entry in tree if isinstance(entry, RepoFile)]
-
-
-@contextlib.contextmanager
-def _explained(repository: str) -> Iterator[None]:
-    """Errors of the Hub as one line that says what to do."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    transport_error = cast(type[Exception], HfHubHTTPError.__bases__[0])  # whichever HTTP library the client uses
-    page = f"https://huggingface.co/datasets/{repository}"
-    try:
-        yield
-    except GatedRepoError:
-        raise PermissionError(
-            f"{repository} is gated: open {page}, accept its terms while logged in, make a token with read access at "
-            "https://huggingface.co/settings/tokens and run `hf auth login`; then give the same command again"
-        ) from None
-    except RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"{repository} is not on the Hub, or is private and `hf auth login` has not been run ({page})"
-        ) from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, transport_error, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"the Hub could not be reached for {repository} ({type(error).__name__}); check the network and "
-            "HF_HUB_OFFLINE, or download the files and give their folder as --source"
-        ) from None
+def _hub_stream(source: str) -> Any:
+    repository, revision, folder = parse_hub_address(source)
+    return open_hub_dataset(repository, data_dir=folder or None, revision=revision, split="train", streaming=True)

@@ -1,8 +1,9 @@
-"""A whole curation: units worked off by any number of processes and machines, then judged together and written.
+"""A whole curation: units processed by any number of processes and machines, then judged together and written.
 
-Parts are collected in ``OUTPUT.parts`` beside the output. What is there is kept when a run is killed and taken up by
-the next; with ``--shard i/n`` machines that share the folder divide the units, and the same command without it writes
-the output. The output depends on the source and the settings alone.
+Parts are collected in ``OUTPUT.parts`` beside the output. They stay when a run is killed, and the next run continues
+with them; with ``--shard i/n`` machines that share the folder divide the units, and the same command without it writes
+the output. The output depends on the source and the rules alone. Samples cut in two by the end of a shard are made
+whole from the fragments that the parts keep.
 """
 
 from __future__ import annotations
@@ -18,70 +19,85 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from mmkd.curation.contamination import fingerprints, read_exclusions
+from mmkd.curation.contamination import checksums, read_exclusions
 from mmkd.curation.datasheet import write_sheet
-from mmkd.curation.merge import Verdicts, decide, dropped_rows, reason_counts, write_manifest_table, write_shard
+from mmkd.curation.decisions import Decisions, decide
+from mmkd.curation.merge import dropped_rows, reason_counts, write_merged_manifest, write_shard
 from mmkd.curation.part import PartWriter
-from mmkd.curation.rules import StreamRules
+from mmkd.curation.rules import Rules
 from mmkd.curation.samples import Item, RawSample, Refused
-from mmkd.curation.sources import Unit, plan_units
+from mmkd.curation.sources import ATTRIBUTION_FILE, PACKAGED, Unit, attribution, checksum_of, plan_units
 from mmkd.data.archives import ArchivedFile, members
 from mmkd.data.table import VERSION
-from mmkd.files import read_json, refuse_existing, remove, rename_folder, write_json
+from mmkd.files import (
+    atomic_write_lines,
+    atomic_write_text,
+    read_json,
+    refuse_existing,
+    remove,
+    rename_folder,
+    write_json,
+)
 
 SETTINGS_FILE, REPORT_FILE = "settings.json", "report.json"
 
 AHEAD = 2
 
+KINDS = ("image", "caption", "metadata")
+
 Task = tuple[Any, ...]
 
 
-def curate_stream(
+def curate(
     source: str,
     output: Path,
-    rules: StreamRules,
+    rules: Rules,
     *,
+    table: Path | None = None,
     workers: int = 1,
     shard: tuple[int, int] = (1, 1),
     exclude: Sequence[Path] = (),
     quiet: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any] | None:
-    """Curate a source into a folder of pairs with images in tars.
+    """Curate a source into a folder of pairs.
 
     Args:
         source: see `mmkd.curation.sources.plan_units`.
         output: the folder to write; parts lie beside it in ``OUTPUT.parts`` until it is complete.
         rules: what is kept and how.
+        table: a list of the images in the folder ``source``, where it does not lie there as ``labels.csv``.
         workers: processes on this machine.
-        shard: (i, n): work off every n-th unit from the i-th on and stop there, unless n is 1.
+        shard: (i, n): process every n-th unit from the i-th on and stop there, unless n is 1.
         exclude: evaluation sets that the output must not contain.
         quiet: no progress bars.
-        overwrite: begin anew and replace ``output``.
+        overwrite: start again and replace ``output``.
 
     Returns:
-        The report, None where units of other shards are still to be worked off.
+        The report, None where units of other shards are missing.
 
     Raises:
         FileNotFoundError: the source or an evaluation set does not exist.
-        FileExistsError: ``output``, or parts made with other settings, are there.
-        ValueError: nothing is left of the source.
+        FileExistsError: ``output``, or parts made with other settings, exist.
+        ValueError: nothing is left of the source, or a rule cannot apply to it.
         OSError: the source cannot be read or the output not written; what is done stays for the next run.
     """
-    name = source if "://" in source else Path(source).name  # a path of this machine is nobody else's business
-    settings = {"version": VERSION, "source": name, "rules": rules.as_dict(), "exclude": fingerprints(exclude)}
-    settings = json.loads(json.dumps(settings))
+    name = source if "://" in source else Path(source).name  # paths of this machine stay private
+    units = plan_units(source, table)
+    _refuse_rules_without_effect(units, rules)
+    settings = {"version": VERSION, "source": name, "units": checksum_of(units), "rules": rules.as_dict()}
+    settings = json.loads(json.dumps(settings | {"exclude": checksums(exclude)}))
     if not overwrite and (output / SETTINGS_FILE).is_file() and read_json(output / SETTINGS_FILE) == settings:
         report: dict[str, Any] = read_json(output / REPORT_FILE)
         return report
     refuse_existing(output, overwrite)
-    units = plan_units(source)
     parts = output.with_name(f"{output.name}.parts")
     _open_parts(parts, settings, units, overwrite)
     number, total = shard
@@ -90,11 +106,24 @@ def curate_stream(
     _work(_work_unit, tasks, workers, partial(tqdm, total=len(tasks), desc="curate", unit="shard", disable=quiet))
     if total > 1 or not all(_is_done(parts, unit) for unit in units):
         return None
-    return _finish(parts, len(units), output, name, settings, rules, exclude, workers, quiet)
+    return _finish(parts, len(units), output, source, settings, rules, exclude, workers, quiet)
+
+
+def _refuse_rules_without_effect(units: list[Unit], rules: Rules) -> None:
+    """Refuse rules for fields that no sample of a source has.
+
+    Raises:
+        ValueError: with the option to leave out.
+    """
+    kinds = {unit.kind for unit in units}
+    if rules.mentions and not kinds & {"tar", "hub_tar"}:
+        raise ValueError("--mentions: articles (image_context) come with WebDataset tars only; leave it out here")
+    if rules.panel_types and kinds <= {"list", "images", PACKAGED}:
+        raise ValueError("--panel_types: lists and folders of images state no type of panel; leave it out here")
 
 
 def _open_parts(parts: Path, settings: dict[str, Any], units: list[Unit], overwrite: bool) -> None:
-    """Make the folder of parts, or see that the one there belongs to this run."""
+    """Make the folder of parts, or check that the existing one belongs to this run."""
     wanted = settings | {"units": [asdict(unit) for unit in units]}
     file = parts / SETTINGS_FILE
     if file.is_file() and read_json(file) == wanted:
@@ -103,7 +132,7 @@ def _open_parts(parts: Path, settings: dict[str, Any], units: list[Unit], overwr
         if not overwrite:
             raise FileExistsError(
                 f"{parts} holds parts of a run with other settings or another state of the source; "
-                "give the old settings to go on with it, or begin anew with --overwrite true"
+                "give the old settings to resume it, or start again with --overwrite true"
             )
         remove(parts)
     parts.mkdir(parents=True, exist_ok=True)
@@ -114,7 +143,7 @@ def _is_done(parts: Path, unit: Unit) -> bool:
     return (parts / f"{unit.number:06d}.json").is_file()
 
 
-def _work_unit(unit: Unit, parts: Path, rules: StreamRules) -> None:
+def _work_unit(unit: Unit, parts: Path, rules: Rules) -> None:
     """Write one unit's part; runs in worker processes."""
     PartWriter(parts, unit.number, rules).write(unit.read(parts / "scratch"))
 
@@ -148,8 +177,8 @@ def _collect(waiting: dict[Any, int], results: list[Any], progress: tqdm) -> Non
             results[waiting.pop(future)] = _counted(future.result(), progress)
         except BrokenProcessPool as error:
             raise OSError(
-                "a worker process was killed, perhaps for want of memory; finished shards stay, run the same command "
-                "again, with fewer --workers if it happens again"
+                "a worker process was killed, perhaps for lack of memory; finished shards stay: run the same command "
+                "again to resume, with fewer --workers if it happens again"
             ) from error
 
 
@@ -159,7 +188,7 @@ def _counted(result: Any, progress: tqdm) -> Any:
 
 
 def _quiet_on_interrupt() -> None:
-    """^C reaches every process of a terminal; the first one says what there is to say."""
+    """^C reaches every process of a terminal; only the first one prints."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
@@ -169,7 +198,7 @@ def _finish(
     output: Path,
     source: str,
     settings: dict[str, Any],
-    rules: StreamRules,
+    rules: Rules,
     exclude: Sequence[Path],
     workers: int,
     quiet: bool,
@@ -179,28 +208,34 @@ def _finish(
     files = [parts / f"{number:06d}.arrow" for number in range(count + 1)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet_on_interrupt) as pool:
         exclusions = read_exclusions(exclude, pool if workers > 1 else None)
-    verdicts = decide(files, rules, exclusions)
-    folder = parts / f"output-{verdicts.fingerprint()[:16]}"
+    decisions = decide(files, rules, exclusions)
+    account = _account(parts, count, joined, decisions) | {"test_sets": exclusions.report}
+    if not account["kept"]:
+        shutil.rmtree(parts, ignore_errors=True)
+        raise ValueError(
+            f"nothing is left of the {account['read']} samples of {settings['source']}; dropped: {account['dropped']}"
+        )
+    folder = parts / f"output-{decisions.fingerprint()[:16]}"
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    tasks = [(file, folder / "shards" / f"{n:06d}.tar", verdicts.kept(n)) for n, file in enumerate(files)]
+    tasks = [(file, folder / "shards" / f"{n:06d}.tar", decisions.kept(n)) for n, file in enumerate(files)]
     filled = [task for task in tasks if task[2].any()]
-    if not filled:
-        reasons = _account(parts, count, joined, verdicts)["dropped"]
-        raise ValueError(f"nothing is left of {source}; dropped: {reasons}. Other rules need --overwrite true")
     bar = partial(tqdm, total=len(filled), desc="write", unit="shard", disable=quiet)
     written = dict(zip((task[0] for task in filled), _work(write_shard, filled, workers, bar), strict=True))
     offsets = [written.get(file, np.zeros(0, np.int64)) for file in files]
-    write_manifest_table(files, verdicts, offsets, folder, source)
-    account = _account(parts, count, joined, verdicts) | {"test_sets": exclusions.report}
-    _write_lists(folder, files, verdicts, rules, _listed(parts, count))
-    report = write_sheet(folder, output.name, source, account, settings)
+    write_merged_manifest(files, decisions, offsets, folder, settings["source"])
+    dropped = chain(_dropped_in_parts(parts, count), dropped_rows(files, decisions))
+    atomic_write_lines(folder / "dropped.jsonl", (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
+    origin = attribution(source)
+    if origin is not None:
+        atomic_write_text(folder / ATTRIBUTION_FILE, origin)
+    report = write_sheet(folder, output.name, settings["source"], account, settings)
     write_json(folder / SETTINGS_FILE, settings)
     rename_folder(folder, output)
     shutil.rmtree(parts, ignore_errors=True)
     return report
 
 
-def _account(parts: Path, count: int, joined: dict[str, Any], verdicts: Verdicts) -> dict[str, Any]:
+def _account(parts: Path, count: int, joined: dict[str, Any], decisions: Decisions) -> dict[str, Any]:
     """Counts of all parts together: read + added by splitting = kept + dropped."""
     own = [read_json(parts / f"{number:06d}.json") for number in range(count)]
     every = [*own, joined]
@@ -208,43 +243,23 @@ def _account(parts: Path, count: int, joined: dict[str, Any], verdicts: Verdicts
     return {
         "read": sum(part["read"] for part in every),
         "added_by_splitting": rows - sum(part["samples"] for part in every),
-        "kept": int((verdicts.reasons == 0).sum()),
-        "dropped": reason_counts(*(part["dropped"] for part in every), verdicts.counts()),
-        "mended": reason_counts(*(part["mended"] for part in every)),
+        "kept": int((decisions.reasons == 0).sum()),
+        "dropped": reason_counts(*(part["dropped"] for part in every), decisions.counts()),
+        "fixed": reason_counts(*(part["fixed"] for part in every)),
         "joined_across_shards": joined["samples"],
+        "splits": decisions.split_counts,
+        "unknown_splits": reason_counts(*(part["unknown_splits"] for part in every)),
+        "merged_spellings": decisions.spellings,
     }
 
 
-def _listed(parts: Path, count: int) -> Iterator[dict[str, str]]:
+def _dropped_in_parts(parts: Path, count: int) -> Iterator[dict[str, str]]:
     for number in range(count + 1):
-        for place, reason in read_json(parts / f"{number:06d}.json")["listed"]:
-            yield {"row": place, "reason": reason}
-
-
-def _write_lists(
-    folder: Path, files: Sequence[Path], verdicts: Verdicts, rules: StreamRules, listed: Iterator[dict[str, str]]
-) -> None:
-    """``contamination.jsonl``, and every dropped sample in ``dropped.jsonl`` if that is asked for."""
-    with (folder / "contamination.jsonl").open("w", encoding="utf-8") as file:
-        for row in dropped_rows(files, verdicts):
-            if "test_set" in row:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if rules.list_dropped:
-        with (folder / "dropped.jsonl").open("w", encoding="utf-8") as file:
-            for line in listed:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            for row in dropped_rows(files, verdicts):
-                file.write(json.dumps({"row": row["key"], "reason": row["reason"]}, ensure_ascii=False) + "\n")
-
-
-# Section: Samples cut in two by the end of a shard, made whole from the fragments that the parts kept.
-
-
-KINDS = ("image", "caption", "facts")
+        yield from read_json(parts / f"{number:06d}.json")["listed"]
 
 
 def joined_samples(parts: Path, count: int) -> Iterator[Item]:
-    """What the fragments of all parts make together: whole samples, and what is missing of the others.
+    """Samples that the fragments of all parts make together, and what is missing of the others.
 
     Args:
         parts: the folder of parts.
@@ -270,20 +285,20 @@ class _FragmentFiles:
 
     def __init__(self, parts: Path) -> None:
         self.parts = parts
-        self.known: dict[int, dict[tuple[int, str], tuple[str, ArchivedFile]]] = {}
+        self.found: dict[int, dict[tuple[int, str], tuple[str, ArchivedFile]]] = {}
 
     def sample(self, key: str, place: str, where: dict[str, tuple[int, int]]) -> RawSample:
-        found = {kind: self._in_part(part)[number, kind] for kind, (part, number) in where.items()}
-        caption, facts = found["caption"][1].read_bytes(), found["facts"][1].read_bytes()
-        suffix, image = found["image"]
-        return RawSample(key, place, caption, facts, image.read_bytes, suffix)
+        own = {kind: self._in_part(part)[number, kind] for kind, (part, number) in where.items()}
+        caption, metadata = own["caption"][1].read_bytes(), own["metadata"][1].read_bytes()
+        suffix, image = own["image"]
+        return RawSample(key, place, caption, metadata, image.read_bytes, suffix)
 
     def _in_part(self, part: int) -> dict[tuple[int, str], tuple[str, ArchivedFile]]:
-        if part not in self.known:
+        if part not in self.found:
             archive = self.parts / f"{part:06d}.fragments.tar"
-            self.known[part] = {}
+            self.found[part] = {}
             for member in members(archive):
                 number, kind, suffix = member.name.split(".")
                 file = ArchivedFile(archive, member.offset, member.size)
-                self.known[part][int(number), kind] = suffix, file
-        return self.known[part]
+                self.found[part][int(number), kind] = suffix, file
+        return self.found[part]

@@ -1,9 +1,9 @@
-"""Who is trained on, who is held out: whole groups, by the collection's own split first and by hash where it has none.
+"""Train, validation and test: whole groups, by the collection's own split first and by hash where it has none.
 
 A group (patient, case, specimen) is never cut. Names such as ``dev`` or ``testing`` mean train, validation or test.
-Groups without a split are dealt out, about 60 % train, 15 % validation, 25 % test, by a seeded hash and so that every
-stratum (modality and label) has about these shares. A collection that comes without train, test or validation gives
-groups to the missing one from its largest, so that even six images in two groups can be trained on and tested.
+Groups without a split are assigned by the hash of the group, stratified by class: about 60 % train, 15 % validation and
+25 % test of every stratum (modality and label). A collection that comes without train, test or validation gives groups
+to the missing one from its largest, so that even six images in two groups can be trained on and tested.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ def meaning_of(name: str) -> str:
 
 
 def assign_splits(
-    groups: Sequence[str], given: Sequence[str], strata: Sequence[Hashable], seed: int
+    groups: Sequence[str],
+    given: Sequence[str],
+    strata: Sequence[Hashable],
+    seed: int,
+    shares: tuple[float, float] = (VALIDATION_SHARE, TEST_SHARE),
 ) -> tuple[list[str], dict[str, int]]:
     """One split for each of n rows, the same for all rows of a group.
 
@@ -43,11 +47,14 @@ def assign_splits(
         groups: the group of each row; rows that belong together share one.
         given: train, validation or test for each row, or an empty string.
         strata: the stratum of each row; a group belongs to that of its first row.
-        seed: of the order in which groups are dealt out.
+        seed: of the order in which groups are assigned.
+        shares: of the groups without a split that are held out for validation and test; a split of share 0 stays empty
+            where the collection gives it no rows.
 
     Returns:
         The splits, and counts of rows that were ``moved`` (their group was given several splits, of which the most
-        frequent is kept, of equals the held-out one), ``dealt`` (no split given) or ``carved`` (given to an empty one).
+        frequent is kept, of equals the held-out one), ``assigned`` (no split given) or ``filled`` (given to a split
+        that was empty).
     """
     votes: dict[str, Counter[str]] = defaultdict(Counter)
     for group, split in zip(groups, given, strict=True):
@@ -55,20 +62,20 @@ def assign_splits(
     chosen = {group: _majority(counts) for group, counts in votes.items()}
     order = _in_turn(groups, strata, seed, none_late=False)
     undecided = [group for group in order if not chosen[group]]
-    dealt = dict(zip(undecided, _deal(len(undecided)), strict=True))
-    chosen |= dealt
-    carved = _fill_empty(chosen, order)
+    assigned = dict(zip(undecided, _by_shares(len(undecided), shares), strict=True))
+    chosen |= assigned
+    filled = _fill_empty(chosen, order, shares)
     splits = [chosen[group] for group in groups]
     counts = {
-        "moved": sum(bool(old) and old != chosen[g] and g not in carved for g, old in zip(groups, given, strict=True)),
-        "dealt": sum(group in dealt for group in groups),
-        "carved": sum(group in carved for group in groups),
+        "moved": sum(bool(old) and old != chosen[g] and g not in filled for g, old in zip(groups, given, strict=True)),
+        "assigned": sum(group in assigned for group in groups),
+        "filled": sum(group in filled for group in groups),
     }
     return splits, counts
 
 
 def subsample(strata: Sequence[Hashable], groups: Sequence[str], maximum: int, seed: int) -> list[int]:
-    """At most ``maximum`` of n rows: whole groups, each stratum in proportion and none forgotten while there is room.
+    """At most ``maximum`` of n rows: whole groups, each stratum in proportion and at least once while there is room.
 
     Of a group that alone would take more than a quarter of ``maximum`` a part is kept, evenly from its rows, so that a
     few huge groups (slides, volumes) leave room for each other.
@@ -122,38 +129,33 @@ def _majority(counts: Counter[str]) -> str:
     return SPLITS[max(named)[1]] if named else ""
 
 
-def _deal(n: int) -> list[str]:
+def _by_shares(n: int, shares: tuple[float, float]) -> list[str]:
     """Splits of n groups in hash order: train first, for one group has to be learnt from before any is tested."""
-    test = max(1, round(TEST_SHARE * n)) if n > 1 else 0
-    validation = max(1, round(VALIDATION_SHARE * n)) if n >= FEWEST_GROUPS_FOR_VALIDATION else 0
+    test = max(1, round(shares[1] * n)) if shares[1] and n > 1 else 0
+    validation = max(1, round(shares[0] * n)) if shares[0] and n >= FEWEST_GROUPS_FOR_VALIDATION else 0
     return ["train"] * (n - test - validation) + ["validation"] * validation + ["test"] * test
 
 
-def _fill_empty(chosen: dict[str, str], order: list[str]) -> set[str]:
+def _fill_empty(chosen: dict[str, str], order: list[str], shares: tuple[float, float]) -> set[str]:
     """Give groups of the largest split to an empty one; returns the groups that changed sides."""
-    carved: set[str] = set()
-    for split, share in (("train", 0.6), ("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
+    filled: set[str] = set()
+    for split, share in (("train", 1 - sum(shares)), ("test", shares[1]), ("validation", shares[0])):
         sizes = Counter(chosen.values())
         largest = max(SPLITS, key=lambda name: sizes[name])
         needed = FEWEST_GROUPS_FOR_VALIDATION if split == "validation" else 2
-        if sizes[split] or sizes[largest] < needed:
+        if sizes[split] or sizes[largest] < needed or not share:
             continue
         given = [group for group in order if chosen[group] == largest][-max(1, round(share * sizes[largest])) :]
         chosen.update(dict.fromkeys(given, split))
-        carved.update(given)
-    return carved
-
-
-# Section: Who sees what: the training pairs shared out among specialists, each with its own modalities.
-#
-# Where there are too few modalities the labels are shared out, and where there are too few labels the groups.
+        filled.update(given)
+    return filled
 
 
 FEWEST_PAIRS = 8
 
 
 def partition(pairs: Sequence[Pair], count: int) -> dict[str, dict[str, Any]]:
-    """Share training pairs out among ``count`` specialists.
+    """Divide training pairs among ``count`` specialists: by modality, else by label, else by group.
 
     Args:
         pairs: the training pairs.
@@ -167,7 +169,7 @@ def partition(pairs: Sequence[Pair], count: int) -> dict[str, dict[str, Any]]:
         ValueError: fewer than one specialist, or no pairs.
     """
     if count < 1 or not pairs:
-        raise ValueError(f"cannot share {len(pairs)} training pairs out among {count} specialists")
+        raise ValueError(f"cannot divide {len(pairs)} training pairs among {count} specialists")
     for field, values in (("modalities", [p.modality for p in pairs]), ("labels", [p.label for p in pairs])):
         shares = _balanced(Counter(value for value in values if value), count)
         if len(shares) == count and min(sum(share.values()) for share in shares) >= FEWEST_PAIRS:

@@ -168,11 +168,11 @@ def _loop(source: Path, output: Path, decode_first: bool) -> int:
 
 def ours(source: Path, output: Path) -> int:
     """The same by this project, in this process and on one core."""
-    from mmkd.curation.rules import StreamRules, read_rules
-    from mmkd.curation.stream import curate_stream
+    from mmkd.curation.rules import read_rules
+    from mmkd.curation.stream import curate
 
     shutil.rmtree(output, ignore_errors=True)
-    report = curate_stream(str(source), output, StreamRules(read_rules("paper", {})), quiet=True)
+    report = curate(str(source), output, read_rules("paper"), quiet=True)
     return int(report["kept"]) if report else 0
 
 

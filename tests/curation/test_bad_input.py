@@ -11,8 +11,8 @@ import pytest
 from biomedica_form import caption, facts, key, picture, sample, write_tar
 from PIL import Image
 
-from mmkd.curation.rules import StreamRules, read_rules
-from mmkd.curation.stream import curate_stream
+from mmkd.curation.rules import read_rules
+from mmkd.curation.stream import curate
 from mmkd.data.archives import members
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import read_image_bytes
@@ -99,9 +99,7 @@ def outcome(tmp_path_factory):
     whole.write_bytes(whole.read_bytes()[: last.offset + 10])
     (root / "s" / "2.tar").write_bytes(b"no tar")
     before = sorted(root.rglob("*"))
-    report = curate_stream(
-        str(root / "s"), root / "pairs", StreamRules(read_rules("paper", {}), list_dropped=True), quiet=True
-    )
+    report = curate(str(root / "s"), root / "pairs", read_rules("paper"), quiet=True)
     assert [path for path in sorted(root.rglob("*")) if root / "pairs" not in (path, *path.parents)] == before
     return report, root / "pairs"
 
@@ -111,7 +109,7 @@ def test_every_reason_is_counted(outcome):
     expected = {}
     for name in CASES:
         expected[name.strip()] = expected.get(name.strip(), 0) + EXPECTED.get(name.strip(), 1)
-    expected |= {"damaged_shard": 2, "no_facts": 1}  # the second is cut in the JSON of its last sample
+    expected |= {"damaged_shard": 2, "no_metadata": 1}  # the second is cut in the JSON of its last sample
     assert report["dropped"] == expected
     assert report["read"] == report["kept"] + sum(report["dropped"].values())
 
@@ -123,7 +121,7 @@ def test_the_good_ones_stay_whole(outcome):
     expected = [caption(0).decode(), caption(64).decode(), caption(68).decode(), "Läsion der Lunge", "odd key",
                 caption(76).decode(), caption(80).decode()]  # fmt: skip
     assert captions == expected
-    assert report["mended"] == {"encoding_guessed": 1, "wrong_extension": 1}
+    assert report["fixed"] == {"encoding_guessed": 1, "wrong_extension": 1}
     for pair in folder.pairs:
         Image.open(io.BytesIO(read_image_bytes(folder.image_path(pair)))).verify()
     names = {member.name for tar in (output / "shards").glob("*.tar") for member in members(tar)}

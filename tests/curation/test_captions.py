@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from mmkd.curation import captions as identifiers
-from mmkd.curation import captions as panels
+from mmkd.curation import captions
 from mmkd.curation.captions import (
-    WrongCaption,
+    CaptionError,
+    caption_from_labels,
     clean_caption,
+    clean_text,
     decode_caption,
     language_of,
     mention_sentences,
@@ -29,7 +30,7 @@ def test_encodings(data, text, guessed):
 
 @pytest.mark.parametrize("data", [None, b"\x00\x01", b"\x81\x8d\xff", b"\xff\xd8\xff\xe0\x00\x10JFIF"])
 def test_no_text(data):
-    with pytest.raises(WrongCaption):
+    with pytest.raises(CaptionError):
         decode_caption(data)
 
 
@@ -118,10 +119,25 @@ def test_what_is_no_identifier_stays(text):
 
 
 def test_examples_in_docstrings():
-    for module in (identifiers, panels):
-        assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(captions).failed == 0
 
 
 def test_languages():
     assert language_of("Computed tomography of the chest shows a nodule in the left lower lobe.") == "en"
     assert language_of("La tomografía abdominal muestra masas en las glándulas suprarrenales.") == "es"
+
+
+def test_captions_state_the_facts_and_no_more():
+    sentences = {caption_from_labels("polyp", "endoscopy", str(key)) for key in range(100)}
+    assert len(sentences) >= 4
+    assert all("polyp" in sentence.lower() and "endoscopy" in sentence.lower() for sentence in sentences)
+    assert caption_from_labels("polyp", "endoscopy", "7") == caption_from_labels("polyp", "endoscopy", "7")
+    assert "unknown" not in caption_from_labels("polyp", "unknown", "1").lower()
+    assert caption_from_labels("CT", "ct", "1").lower().count("ct") == 1
+    assert "OCT" in caption_from_labels("", "OCT", "1")
+    assert caption_from_labels("", "unknown", "1") == caption_from_labels("", "", "1") == ""
+    assert caption_from_labels("{modality}", "CT", "1").count("{modality}") == 1
+
+
+def test_clean_text():
+    assert clean_text(" a\n\tb \x00\x07 e\u0301 日本 \u00a0🙂 ") == "a b é 日本 🙂"

@@ -12,19 +12,17 @@ from PIL import Image
 
 from mmkd.curation.contamination import near_test_image
 from mmkd.curation.duplicates import (
-    Marks,
-    bit_counts,
+    Fingerprints,
     candidates,
     caption_signature,
+    first_of_equals,
     hamming,
-    near_repeats,
-    repeats,
+    near_components,
     similarity,
 )
-from mmkd.curation.lists import CurationRules, curate
 from mmkd.curation.pictures import prepare_picture
-from mmkd.curation.rules import StreamRules, read_rules
-from mmkd.curation.stream import curate_stream
+from mmkd.curation.rules import read_rules
+from mmkd.curation.stream import curate
 from mmkd.data.folder import open_pairs
 
 RNG = np.random.default_rng(0)
@@ -35,17 +33,16 @@ def signature(text):
 
 
 def test_bits():
-    values = RNG.integers(0, 1 << 63, 100, dtype=np.uint64)
-    assert bit_counts(values).tolist() == [int(value).bit_count() for value in values]
     assert hamming(np.array([0, 7], np.uint64), np.array([0]), np.array([1])).tolist() == [3]
 
 
-def test_repeats_keep_the_first_and_panels_of_one_image():
-    keys, samples = np.array([5, 3, 5, 3, 5, 9]), np.array([0, 1, 0, 2, 3, 4])
-    assert repeats(keys, samples).tolist() == [False, False, False, True, True, False]
+def test_the_first_of_equals_and_of_the_lowest_rank_stays():
+    keys = np.array([5, 3, 5, 3, 5, 9])
+    assert first_of_equals(keys, np.zeros(6)).tolist() == [0, 1, 0, 1, 0, 5]
+    assert first_of_equals(keys, np.array([2, 0, 1, 0, 1, 0])).tolist() == [2, 1, 2, 1, 2, 5]
     pairs = np.array([[1, 2], [1, 3], [1, 2]], np.uint64)
-    assert repeats(pairs, np.arange(3)).tolist() == [False, False, True]
-    assert repeats(np.zeros((0, 2), np.uint64), np.zeros(0)).tolist() == []
+    assert first_of_equals(pairs, np.zeros(3)).tolist() == [0, 1, 0]
+    assert first_of_equals(np.zeros((0, 2), np.uint64), np.zeros(0)).tolist() == []
 
 
 def test_candidates_are_all_pairs_of_equal_keys():
@@ -58,7 +55,7 @@ def test_candidates_are_all_pairs_of_equal_keys():
 
 @pytest.mark.parametrize("mode", ["image", "caption", "both"])
 @pytest.mark.parametrize("distance", [0, 3])
-def test_near_repeats_against_all_comparisons(mode, distance):
+def test_near_components_against_all_comparisons(mode, distance):
     count = 300
     base = RNG.integers(0, 1 << 63, 60, dtype=np.uint64)
     chosen = RNG.integers(0, 60, count)
@@ -70,7 +67,8 @@ def test_near_repeats_against_all_comparisons(mode, distance):
     texts = [" ".join(RNG.choice(words, 60)) for _ in range(40)]
     captions = [texts[number] + RNG.choice([" end", " stop", ""]) for number in chosen % 40]
     signatures = np.stack([signature(text) for text in captions])
-    marks = Marks(np.arange(count), np.zeros((count, 2), np.uint64), hashes, signatures, np.arange(count))
+    digests, none = np.zeros((count, 2), np.uint64), np.zeros(count, np.int8)
+    prints = Fingerprints(np.arange(count), digests, hashes, signatures, np.arange(count), none)
     parent = list(range(count))
 
     def root(row):
@@ -84,10 +82,11 @@ def test_near_repeats_against_all_comparisons(mode, distance):
         if {"image": image, "caption": text, "both": image and text}[mode]:
             low, high = sorted((root(a), root(b)))
             parent[high] = low
-    expected = [root(row) != row for row in range(count)]
-    assert near_repeats(marks, np.arange(count), mode, distance, 0.8).tolist() == expected
-    assert 0 < sum(expected) < count
-    assert not near_repeats(marks, np.arange(count), "off", distance, 0.8).any()
+    expected = [root(row) for row in range(count)]
+    component = near_components(prints, np.arange(count), mode, distance, 0.8)
+    assert first_of_equals(component, none).tolist() == expected
+    assert 1 < len(set(expected)) < count
+    assert len(set(near_components(prints, np.arange(count), "off", distance, 0.8))) == count
 
 
 def test_signatures_estimate_the_jaccard_similarity():
@@ -137,13 +136,13 @@ def test_duplicates_across_shards(tmp_path):
     key_again = [(name.replace(key(112), key(4)), data) for name, data in sample(112)]
     write_tar(tmp_path / "s" / "0.tar", [m for number in (0, 4, 8) for m in sample(number)])
     write_tar(tmp_path / "s" / "1.tar", [*again, *near, *other_words, *key_again, *sample(16)])
-    rules = StreamRules(read_rules("paper", {}))
-    report = curate_stream(str(tmp_path / "s"), tmp_path / "pairs", rules, quiet=True)
+    rules = read_rules("paper")
+    report = curate(str(tmp_path / "s"), tmp_path / "pairs", rules, quiet=True)
     assert report["dropped"] == {"duplicate": 1, "duplicate_key": 1, "near_duplicate": 1}
     kept = [pair.caption for pair in open_pairs(tmp_path / "pairs").pairs]
     assert kept == [caption(number).decode() for number in (0, 4, 8, 108, 16)]
-    rules = StreamRules(read_rules("paper", {}), near_duplicates="image")
-    report = curate_stream(str(tmp_path / "s"), tmp_path / "by-image", rules, quiet=True)
+    rules = read_rules("paper", near_duplicates="image")
+    report = curate(str(tmp_path / "s"), tmp_path / "by-image", rules, quiet=True)
     assert report["dropped"] == {"duplicate": 1, "duplicate_key": 1, "near_duplicate": 2}
 
 
@@ -158,7 +157,7 @@ def test_set(tmp_path_factory):
         (source / name).write_bytes(data)
     rows = ["a.jpg,x,g1,test", "b.jpg,x,g2,test", "c.jpg,x,PMC1005,validation", "d.jpg,x,g4,train"]
     (source / "labels.csv").write_text("\n".join(["file,label,group,split", *rows]) + "\n")
-    curate(source, folder / "catalog" / "pairs", CurationRules(), quiet=True)
+    curate(str(source), folder / "catalog" / "pairs", read_rules("list", validation_share=0.0), quiet=True)
     return folder
 
 
@@ -177,29 +176,30 @@ def test_test_sets_are_kept_out(test_set, tmp_path, form, monkeypatch):
         "yaml": [catalog / "there.yaml", catalog / "absent.yaml"],
         "folder of sets": [catalog],
     }[form]
-    rules = StreamRules(read_rules("paper", {}))
-    report = curate_stream(str(source), tmp_path / "pairs", rules, exclude=named, quiet=True)
+    rules = read_rules("paper")
+    report = curate(str(source), tmp_path / "pairs", rules, exclude=named, quiet=True)
     assert report["dropped"] == {
         "in_test_set_article": 1, "in_test_set_image": 1, "in_test_set_near_image": 1, "modality": 12,
     }  # fmt: skip
     assert report["kept"] == 9
     assert ("skipped" in str(report["test_sets"])) == (form in ("yaml", "folder of sets"))
 
-    rows = [json.loads(line) for line in (tmp_path / "pairs" / "contamination.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "pairs" / "dropped.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "test_set" in row]
     assert [(row["key"], row["reason"]) for row in rows] == [
         (key(0), "in_test_set_image"), (key(4), "in_test_set_near_image"), (key(16), "in_test_set_article"),
     ]  # fmt: skip
-    assert all(row["test_set"] for row in rows)
+    assert all(row["row"].endswith(f":{row['key']}") for row in rows)
 
 
 def test_lists_of_articles_and_what_does_not_exist(tmp_path):
     source = write_source(tmp_path / "s", shards=1)
     (tmp_path / "articles.txt").write_text("PMC1000\nPMC1002 and nothing else\n")
-    rules = StreamRules(read_rules("paper", {}))
-    report = curate_stream(str(source), tmp_path / "pairs", rules, exclude=[tmp_path / "articles.txt"], quiet=True)
+    rules = read_rules("paper")
+    report = curate(str(source), tmp_path / "pairs", rules, exclude=[tmp_path / "articles.txt"], quiet=True)
     assert report["dropped"] == {"in_test_set_article": 4, "modality": 6}
     with pytest.raises(FileNotFoundError, match="exclude_manifests"):
-        curate_stream(str(source), tmp_path / "other", rules, exclude=[tmp_path / "none"], quiet=True)
+        curate(str(source), tmp_path / "other", rules, exclude=[tmp_path / "none"], quiet=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no folders of pairs"):
-        curate_stream(str(source), tmp_path / "other", rules, exclude=[tmp_path / "empty"], quiet=True)
+        curate(str(source), tmp_path / "other", rules, exclude=[tmp_path / "empty"], quiet=True)

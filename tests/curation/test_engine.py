@@ -12,16 +12,14 @@ import pytest
 from biomedica_form import caption, key, picture, sample, write_source, write_tar
 
 from mmkd.curation import stream as engine
-from mmkd.curation.rules import StreamRules, read_rules
-from mmkd.curation.stream import curate_stream
+from mmkd.curation.rules import read_rules
+from mmkd.curation.stream import curate
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import open_image, read_image_bytes
 
-PAPER = read_rules("paper", {})
-
 
 def rules(**changes):
-    return StreamRules(PAPER, **changes)
+    return read_rules("paper", **changes)
 
 
 def contents(folder):
@@ -40,7 +38,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "pairs"
-    report = curate_stream(str(source), output, rules(), quiet=True)
+    report = curate(str(source), output, rules(), quiet=True)
     assert adds_up(report)
     return output
 
@@ -61,34 +59,34 @@ def test_pairs_in_the_order_of_the_source(undisturbed):
 
 
 def test_two_processes_write_the_same_bytes(source, undisturbed, tmp_path):
-    curate_stream(str(source), tmp_path / "pairs", rules(), workers=2, quiet=True)
+    curate(str(source), tmp_path / "pairs", rules(), workers=2, quiet=True)
     assert contents(tmp_path / "pairs") == contents(undisturbed)
 
 
 def test_machines_share_the_units_in_any_order(source, undisturbed, tmp_path):
     for number in (3, 1, 2):
-        assert curate_stream(str(source), tmp_path / "pairs", rules(), shard=(number, 3), quiet=True) is None
+        assert curate(str(source), tmp_path / "pairs", rules(), shard=(number, 3), quiet=True) is None
     assert not (tmp_path / "pairs").exists()
-    curate_stream(str(source), tmp_path / "pairs", rules(), quiet=True)
+    curate(str(source), tmp_path / "pairs", rules(), quiet=True)
     assert contents(tmp_path / "pairs") == contents(undisturbed)
 
 
 def test_again_does_nothing_and_other_settings_are_refused(source, tmp_path, monkeypatch):
     output = tmp_path / "pairs"
-    first = curate_stream(str(source), output, rules(), quiet=True)
+    first = curate(str(source), output, rules(), quiet=True)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     monkeypatch.setattr(engine, "_work", None)
-    assert curate_stream(str(source), output, rules(), quiet=True) == first
+    assert curate(str(source), output, rules(), quiet=True) == first
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     with pytest.raises(FileExistsError, match="overwrite"):
-        curate_stream(str(source), output, rules(seed=1), quiet=True)
+        curate(str(source), output, rules(seed=1), quiet=True)
 
 
 def test_parts_of_other_settings_are_not_mixed_in(source, tmp_path):
-    curate_stream(str(source), tmp_path / "pairs", rules(), shard=(1, 2), quiet=True)
+    curate(str(source), tmp_path / "pairs", rules(), shard=(1, 2), quiet=True)
     with pytest.raises(FileExistsError, match="other settings"):
-        curate_stream(str(source), tmp_path / "pairs", rules(seed=1), quiet=True)
-    report = curate_stream(str(source), tmp_path / "pairs", rules(seed=1), quiet=True, overwrite=True)
+        curate(str(source), tmp_path / "pairs", rules(seed=1), quiet=True)
+    report = curate(str(source), tmp_path / "pairs", rules(seed=1), quiet=True, overwrite=True)
     assert report["kept"] == 30
 
 
@@ -101,7 +99,6 @@ def test_killed_at_any_moment(source, undisturbed, tmp_path, moment):
         "from pathlib import Path\n"
         "from mmkd.curation import part, stream as engine\n"
         "from mmkd.curation.rules import read_rules\n"
-        "from mmkd.curation.rules import StreamRules\n"
         f"module, name = (part, 'write_rows') if {moment!r} == 'curate' else (engine, 'write_shard')\n"
         "own, calls = getattr(module, name), []\n"
         "def slow(*arguments):\n"
@@ -111,7 +108,7 @@ def test_killed_at_any_moment(source, undisturbed, tmp_path, moment):
         "        time.sleep(60)\n"
         "    return own(*arguments)\n"
         "setattr(module, name, slow)\n"
-        "engine.curate_stream(sys.argv[1], Path(sys.argv[2]), StreamRules(read_rules('paper', {})), quiet=True)\n"
+        "engine.curate(sys.argv[1], Path(sys.argv[2]), read_rules('paper'), quiet=True)\n"
     )
     mark = tmp_path / "mark"
     run = subprocess.Popen(
@@ -134,7 +131,7 @@ def test_killed_at_any_moment(source, undisturbed, tmp_path, moment):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "_work_unit", counted)
-        curate_stream(str(source), tmp_path / "pairs", rules(), quiet=True)
+        curate(str(source), tmp_path / "pairs", rules(), quiet=True)
     assert seen == ([2, 3, 4] if moment == "curate" else [])
     assert contents(tmp_path / "pairs") == contents(undisturbed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mark", "pairs", "run.py"]
@@ -144,7 +141,7 @@ def test_samples_cut_in_two_by_a_shard_and_in_any_order(tmp_path):
     whole = [member for number in (0, 4, 8) for member in sample(number)]
     write_tar(tmp_path / "s" / "0.tar", [*whole[:3], whole[3], whole[8], whole[6]])
     write_tar(tmp_path / "s" / "1.tar", [whole[7], whole[5], whole[4], sample(12)[0]])
-    report = curate_stream(str(tmp_path / "s"), tmp_path / "pairs", rules(), quiet=True)
+    report = curate(str(tmp_path / "s"), tmp_path / "pairs", rules(), quiet=True)
     assert (report["kept"], report["joined_across_shards"], report["dropped"]) == (3, 2, {"no_caption": 1})
     assert adds_up(report)
     folder = open_pairs(tmp_path / "pairs")
@@ -154,13 +151,13 @@ def test_samples_cut_in_two_by_a_shard_and_in_any_order(tmp_path):
 def test_tars_without_json(tmp_path):
     members = [member for number in range(4) for member in sample(number)[:2]]
     write_tar(tmp_path / "s" / "0.tar", members)
-    report = curate_stream(str(tmp_path / "s"), tmp_path / "pairs", StreamRules(read_rules("any", {})), quiet=True)
+    report = curate(str(tmp_path / "s"), tmp_path / "pairs", read_rules("any"), quiet=True)
     assert report["kept"] == 4
 
 
 def test_held_out_articles_stay_whole(source, tmp_path):
     chosen = rules(validation_share=0.2, test_share=0.2)
-    report = curate_stream(str(source), tmp_path / "pairs", chosen, quiet=True)
+    report = curate(str(source), tmp_path / "pairs", chosen, quiet=True)
     assert set(report["contents"]["split"]) == {"train", "validation", "test"}
     splits = {}
     for pair in open_pairs(tmp_path / "pairs").pairs:
@@ -171,10 +168,10 @@ def test_settings_of_captions_and_sizes(source, tmp_path):
     members = [*sample(0), (f"{key(2)}.jpg", picture(2, 400, 300)), sample(2)[2]]
     members.append((f"{key(2)}.txt", b"Two views of Mr. Smith. (A) From the left. (B) From the right."))
     write_tar(tmp_path / "s" / "0.tar", members)
-    chosen = rules(split_panels=True, scrub=True, short_side=64, list_dropped=True)
-    report = curate_stream(str(tmp_path / "s"), tmp_path / "pairs", chosen, quiet=True)
+    chosen = rules(split_panels=True, scrub=True, short_side=64)
+    report = curate(str(tmp_path / "s"), tmp_path / "pairs", chosen, quiet=True)
     assert (report["read"], report["added_by_splitting"], report["kept"]) == (2, 1, 3)
-    assert report["mended"] == {"captions_split": 1, "identifiers_replaced": 2}
+    assert report["fixed"] == {"captions_split": 1, "identifiers_replaced": 2}
     folder = open_pairs(tmp_path / "pairs")
     assert [pair.caption for pair in folder.pairs[1:]] == [
         "Two views of [name]. (A) From the left.",
@@ -187,13 +184,13 @@ def test_settings_of_captions_and_sizes(source, tmp_path):
 def test_nothing_left_and_no_source(tmp_path):
     write_tar(tmp_path / "s" / "0.tar", sample(1))
     with pytest.raises(ValueError, match=r"nothing is left of s.*modality"):
-        curate_stream(str(tmp_path / "s"), tmp_path / "pairs", rules(), quiet=True)
+        curate(str(tmp_path / "s"), tmp_path / "pairs", rules(), quiet=True)
     assert not (tmp_path / "pairs").exists()
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        curate_stream(str(tmp_path / "none"), tmp_path / "pairs", rules(), quiet=True)
+        curate(str(tmp_path / "none"), tmp_path / "pairs", rules(), quiet=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no tars"):
-        curate_stream(str(tmp_path / "empty"), tmp_path / "pairs", rules(), quiet=True)
+        curate(str(tmp_path / "empty"), tmp_path / "pairs", rules(), quiet=True)
     for wrong in ({"image_distance": 9}, {"test_share": 1.0}, {"caption_similarity": 0.1}, {"mentions": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0]):
             rules(**wrong)
@@ -210,7 +207,7 @@ def test_published_samples_all_stay(shared_data, tmp_path):
         members += [(f"{base}.jpg", path.read_bytes()), (f"{base}.json", path.with_suffix(".json").read_bytes())]
         members.append((f"{base}.txt", pair.caption.encode()))
     write_tar(tmp_path / "s" / "0.tar", members)
-    report = curate_stream(str(tmp_path / "s"), tmp_path / "pairs", rules(mentions=0), quiet=True)
+    report = curate(str(tmp_path / "s"), tmp_path / "pairs", rules(mentions=0), quiet=True)
     assert (report["kept"], report["dropped"]) == (8, {})
     kept = open_pairs(tmp_path / "pairs").pairs
     assert [pair.caption for pair in kept] == [pair.caption for pair in pairs.pairs]

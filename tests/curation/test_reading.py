@@ -13,8 +13,8 @@ import torch
 from biomedica_form import write_source
 
 from mmkd.command import settings
-from mmkd.curation.rules import StreamRules, read_rules
-from mmkd.curation.stream import curate_stream
+from mmkd.curation.rules import read_rules
+from mmkd.curation.stream import curate
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import PairTable
 from mmkd.training.batches import PairBatches
@@ -24,8 +24,8 @@ from mmkd.training.dataset import GlobalBatchSampler, PairDataset
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     root = tmp_path_factory.mktemp("reading")
-    rules = StreamRules(read_rules("paper", {}), validation_share=0.3)
-    curate_stream(str(write_source(root / "s", shards=4)), root / "pairs", rules, quiet=True)
+    rules = read_rules("paper", validation_share=0.3)
+    curate(str(write_source(root / "s", shards=4)), root / "pairs", rules, quiet=True)
     return root / "pairs"
 
 
@@ -116,7 +116,7 @@ def test_the_pairs_command(pairs, tmp_path, capsys, monkeypatch):
     assert "24 images open and have their size, 24 are the original files" in told("verify", pairs, "--quiet", "false")
     told("export", "webdataset", "--pairs", pairs, "--output", tmp_path / "tars", "--shard_pairs", 10, "--quiet")
     assert sorted(path.name for path in (tmp_path / "tars").iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
-    again = curate_stream(str(tmp_path / "tars"), tmp_path / "again", StreamRules(read_rules("any", {})), quiet=True)
+    again = curate(str(tmp_path / "tars"), tmp_path / "again", read_rules("any"), quiet=True)
     assert again["kept"] == 24
     assert [p.sha256 for p in open_pairs(tmp_path / "again").pairs] == [p.sha256 for p in open_pairs(pairs).pairs]
     told("export", "manifest", "--pairs", pairs, "--output", tmp_path / "rows.parquet", "--quiet")

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from biomedica_form import write_source
 from PIL import Image
 
 from mmkd.data.folder import open_pairs
@@ -34,8 +35,10 @@ def test_six_images(source, tmp_path):
     assert "6 pairs (train 3, validation 1, test 2); dropped: none" in done.stdout
     assert len(open_pairs(tmp_path / "pairs").pairs) == 6
     again = curate("--source", source, "--output", tmp_path / "pairs")
-    assert (again.returncode, again.stderr.count("\n")) == (1, 1)
-    assert "--overwrite true" in again.stderr
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    other = curate("--source", source, "--output", tmp_path / "pairs", "--max_pairs", 4)
+    assert (other.returncode, other.stderr.count("\n")) == (1, 1)
+    assert "--overwrite true" in other.stderr
     replaced = curate("--source", source, "--output", tmp_path / "pairs", "--overwrite", "--max_pairs", 4, "--quiet")
     assert (replaced.returncode, replaced.stdout, replaced.stderr) == (0, "", "")
     assert len(open_pairs(tmp_path / "pairs").pairs) == 4
@@ -47,6 +50,7 @@ def test_six_images(source, tmp_path):
         (["--source", "nowhere"], "no such folder"),
         (["--source", "source", "--max_pair", "3"], "did you mean 'max_pairs'"),
         (["--source", "source", "--minimum_side", "0"], "minimum_side"),
+        (["--source", "source", "--mentions", "2"], "--mentions"),
     ],
 )
 def test_errors_are_one_line(source, tmp_path, arguments, message):
@@ -58,7 +62,7 @@ def test_errors_are_one_line(source, tmp_path, arguments, message):
     assert not (tmp_path / "pairs").exists()
 
 
-def test_a_disk_that_takes_no_more_leaves_nothing(source, tmp_path):
+def test_a_disk_that_takes_no_more_leaves_no_output(source, tmp_path):
     def small_files_only():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
@@ -66,7 +70,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing(source, tmp_path):
     assert done.returncode == 1
     assert ": error: " in done.stderr
     assert "File too large" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.parts", "source"]
 
 
 def test_output_that_cannot_be_written(source, tmp_path):
@@ -83,3 +87,41 @@ def test_packaged(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(open_pairs(tmp_path / "pairs").pairs) > 400
     assert (tmp_path / "pairs" / "ATTRIBUTION.md").is_file()
+
+
+@pytest.fixture
+def tars(tmp_path):
+    return write_source(tmp_path / "tars", shards=2)
+
+
+def test_tars_follow_the_paper_unless_told_otherwise(tars, tmp_path):
+    done = curate("--source", tars, "--output", "pairs", "--maximum_words", 300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "pairs: 12 pairs (train 12); dropped: modality 12" in done.stdout
+    again = curate("--source", tars, "--output", "pairs", "--maximum_words", 300, cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    other = curate("--source", tars, "--output", "pairs", "--preset", "any", cwd=tmp_path)
+    assert (other.returncode, other.stderr.count("\n")) == (1, 1)
+    assert "--overwrite true" in other.stderr
+    shard = curate("--source", tars, "--output", "half", "--shard", "1/2", cwd=tmp_path)
+    assert "shard 1/2 is done" in shard.stdout
+    assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shard", "3/2"], "--shard 3/2 must be i/n"),
+        (["--preset", "papre"], "neither paper, list, any nor a file"),
+        (["--panel_types", "both"], "panel_types"),
+        (["--image_distance", "20"], "image_distance"),
+        (["--near_duplicates", "some"], "near_duplicates"),
+        (["--exclude_manifests", "nowhere"], "no such file"),
+    ],
+)
+def test_wrong_rules_are_one_line(tars, tmp_path, arguments, message):
+    done = curate("--source", tars, "--output", "pairs", *arguments, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tars"]

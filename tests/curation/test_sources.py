@@ -7,19 +7,18 @@ import pyarrow.parquet as pq
 import pytest
 from biomedica_form import picture, sample, write_tar
 
-from mmkd.curation import sources as hub
-from mmkd.curation import sources as units
-from mmkd.curation.rules import StreamRules, read_rules
-from mmkd.curation.sources import kind_of_source, plan_units
-from mmkd.curation.stream import curate_stream
+from mmkd.curation import sources
+from mmkd.curation.rules import read_rules
+from mmkd.curation.sources import plan_units, preset_of
+from mmkd.curation.stream import curate
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import read_image_bytes
 
-ANY = StreamRules(read_rules("any", {}), list_dropped=True)
+ANY = read_rules("any", validation_share=0.0, test_share=0.0)
 
 
 def curated(source, output):
-    report = curate_stream(str(source), output, ANY, quiet=True)
+    report = curate(str(source), output, ANY, quiet=True)
     assert report["read"] == report["kept"] + sum(report["dropped"].values())
     folder = open_pairs(output)
     return report, folder, [read_image_bytes(folder.image_path(pair)) for pair in folder.pairs]
@@ -46,7 +45,7 @@ def test_parquet(tmp_path, form):
 
 
 def test_json_lines_of_pmc_oa_and_roco(tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "UNIT_ROWS", 2)
+    monkeypatch.setattr(sources, "UNIT_ROWS", 2)
     source = tmp_path / "s"
     (source / "images").mkdir(parents=True)
     for number in range(4):
@@ -92,35 +91,29 @@ def test_folders_of_classes(tmp_path):
     assert stored[2] == picture(0)
 
 
-def test_lists_and_the_published_folder(tmp_path, shared_data):
-    source = tmp_path / "s"
-    source.mkdir()
-    for number in range(3):
-        (source / f"{number}.jpg").write_bytes(picture(number))
-    rows = ["0.jpg,CT,x,first,g1,test", "1.jpg,CT,x,,g2,", "../2.jpg,CT,x,,,", "2.jpg,CT,x,a,b,c,too,many"]
-    (source / "labels.csv").write_text("\n".join(["file,modality,label,caption,group,split", *rows]) + "\n")
-    report, folder, _ = curated(source, tmp_path / "pairs")
-    assert report["dropped"] == {"malformed_row": 1, "path_outside": 1}
-    assert [(pair.split, pair.group) for pair in folder.pairs] == [("test", "g1"), ("train", "g2")]
-    report, folder, _ = curated(shared_data / "mmkd_clip_official" / "MMKDCLIP_DATA", tmp_path / "published")
-    assert report["kept"] == 8
-    assert {pair.license for pair in folder.pairs} == {"CC BY"}
+def test_presets_and_units(tmp_path):
+    write_tar(tmp_path / "tars" / "deep" / "0.tar", sample(0))
+    (tmp_path / "classes" / "a").mkdir(parents=True)
+    (tmp_path / "classes" / "a" / "x.JPG").write_bytes(picture(0))
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "x.jsonl").write_text("{}\n\n{}")
+    expected = {
+        "tars": "paper", "tars/deep/0.tar": "paper", "classes": "list", "classes/a/x.JPG": "list", "lines": "any",
+    }  # fmt: skip
+    assert {name: preset_of(str(tmp_path / name)) for name in expected} == expected
+    assert preset_of("hf://datasets/BIOMEDICA/biomedica_webdataset_24M") == "paper"
+    assert preset_of("hf://datasets/axiong/pmc_oa") == "any"
+    assert preset_of("packaged") == preset_of(str(tmp_path / "lines"), tmp_path / "table.csv") == "list"
+    assert [unit.kind for unit in plan_units(str(tmp_path / "tars/deep/0.tar"))] == ["tar"]
+    assert [(unit.start, unit.stop) for unit in plan_units(str(tmp_path / "lines"))] == [(0, 6)]
 
 
-def test_kinds(tmp_path):
-    write_tar(tmp_path / "deep" / "er" / "0.tar", sample(0))
-    assert kind_of_source(str(tmp_path)) == "tar"
-    assert kind_of_source("hf://datasets/BIOMEDICA/biomedica_webdataset_24M") == "tar"
-    assert kind_of_source("hf://datasets/axiong/pmc_oa") == "hub"
-    assert [unit.kind for unit in plan_units(str(tmp_path / "deep" / "er" / "0.tar"))] == ["tar"]
-
-
-def test_addresses_of_the_hub():
-    assert hub.parse_address("hf://datasets/a/b@main/c/d") == ("a/b", "main", "c/d")
-    assert hub.parse_address("hf://datasets/a/b") == ("a/b", None, "")
-    for wrong in ("hf://a/b", "hf://datasets/a", "hf://datasets/a//b", "hf://models/a/b"):
-        with pytest.raises(ValueError, match="OWNER/NAME"):
-            hub.parse_address(wrong)
+def test_groups_without_a_split_are_held_out_in_every_form(tmp_path):
+    (tmp_path / "s").mkdir()
+    rows = {"image": [picture(n) for n in range(12)], "text": [f"caption {n}" for n in range(12)]}
+    pq.write_table(pa.table(rows), tmp_path / "s" / "a.parquet")
+    report = curate(str(tmp_path / "s"), tmp_path / "pairs", read_rules("any", near_duplicates="off"), quiet=True)
+    assert report["contents"]["split"] == {"train": 7, "validation": 2, "test": 3}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +133,7 @@ def test_errors_of_the_hub_say_what_to_do(monkeypatch, tmp_path, name, kind, mes
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", refuse)
     with pytest.raises(kind, match=message) as told:
-        curate_stream("hf://datasets/BIOMEDICA/biomedica_webdataset_24M", tmp_path / "pairs", ANY, quiet=True)
+        curate("hf://datasets/BIOMEDICA/biomedica_webdataset_24M", tmp_path / "pairs", ANY, quiet=True)
     assert "BIOMEDICA/biomedica_webdataset_24M" in str(told.value)
     assert not any(tmp_path.iterdir())
 
