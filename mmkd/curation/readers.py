@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.curation.samples import Fragment, Item, RawSample, Refused, kind_of
-from mmkd.data.archives import ArchivedFile, DamagedArchive
+from mmkd.data.archives import ArchivedFile, DamagedArchiveError
 from mmkd.data.images import read_image_bytes
 from mmkd.data.published import META_FILE, PublishedSample, read_published
 from mmkd.data.readers import (
@@ -165,7 +165,7 @@ def read_tar(path: Path) -> Iterator[Item]:
     try:
         for member in tar_members(path):
             yield from reader.take(member)
-    except DamagedArchive:
+    except DamagedArchiveError:
         yield Refused(path.name, "damaged_shard")
     yield from reader.leftovers()
 

@@ -2,7 +2,7 @@
 
 A reader that knows where a member lies needs one ``pread`` for it, in any order and from any process, so that the
 shards people stream with WebDataset are random-access stores as well. Nothing is ever extracted: a member's name is
-only a key, and names that leave their folder, links and devices are reported by name instead of followed.
+only a key, and links and devices are reported by name instead of followed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 BLOCK = 512
 END_BYTES = 10_240  # tar pads with zero blocks to a multiple of this
-LARGEST_EXTENDED_HEADER = 1 << 20
+LARGEST_HEADER = 1 << 20
 LARGEST_MEMBER = 1 << 30
 MOST_OPEN = 64
-EXTENDED, FOLDER, PLAIN = b"xgLK", b"5", (b"0", b"\0", b"7")
 REFERENCE = re.compile(r"(.+\.tar)@(\d+)\+(\d+)")
 
 
@@ -35,7 +35,7 @@ class Member:
     plain: bool = True
 
 
-class DamagedArchive(ValueError):
+class DamagedArchiveError(ValueError):
     """A tar file that is cut off or holds no header where one must be; what came before is good."""
 
 
@@ -72,30 +72,39 @@ def archived_file(root: Path, image: str) -> ArchivedFile | None:
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The members of an uncompressed tar file in their order, without reading their contents.
-
-    Long names (GNU and pax) are resolved by the standard library; folders are passed over.
+    """The members of an uncompressed tar file in their order, without reading their contents; folders are passed over.
 
     Raises:
-        DamagedArchive: the file is cut off, or is no tar file from some point on.
+        DamagedArchiveError: the file is cut off, or is no tar file from some point on; what came before is good.
     """
     end = path.stat().st_size
     with path.open("rb", buffering=0) as file:
-        descriptor, offset = file.fileno(), 0
-        while offset < end:
-            block = os.pread(descriptor, BLOCK, offset)
-            if len(block) == BLOCK and not block.strip(b"\0"):
-                return
-            if len(block) < BLOCK or not _is_header(block):
-                raise DamagedArchive(f"{path} has no tar header at byte {offset}")
-            kind = block[156:157]
-            member = _extended(file, block, offset) if kind in EXTENDED else _plain(block, offset)
-            if member.offset + member.size > end:
-                raise DamagedArchive(f"{path} ends inside {member.name!r}")
-            offset = member.offset + -(-member.size // BLOCK) * BLOCK
-            if kind != FOLDER:
-                yield member
-    raise DamagedArchive(f"{path} ends without the two empty blocks of a whole tar file")
+        try:
+            archive = tarfile.TarFile(fileobj=cast(IO[bytes], _Headers(file)), errors="surrogateescape")
+            while (entry := archive.next()) is not None:
+                if entry.size < 0 or entry.offset_data + entry.size > end:
+                    raise DamagedArchiveError(f"{path} ends inside {entry.name!r}, which states {entry.size} bytes")
+                archive.members = []  # or the list of all members stays in memory
+                if not entry.isdir():
+                    plain = entry.isreg() and not entry.issparse()
+                    yield Member(entry.name, entry.offset_data, entry.size if plain else 0, plain)
+        except (tarfile.TarError, ValueError, RecursionError) as error:
+            raise DamagedArchiveError(f"{path} is damaged or is no tar file: {error}") from error
+        if os.pread(file.fileno(), BLOCK, archive.offset) != bytes(BLOCK):
+            raise DamagedArchiveError(f"{path} ends without the empty blocks of a whole tar file")
+
+
+class _Headers:
+    """A file as `tarfile` reads it, in which no header may claim more than a mebibyte."""
+
+    def __init__(self, file: RawIOBase | BinaryIO) -> None:
+        self.name, self.mode = getattr(file, "name", ""), "rb"
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LARGEST_HEADER:
+            raise DamagedArchiveError(f"a tar header states {size} bytes")
+        return cast(bytes, self._read(size))
 
 
 class ArchiveWriter:
@@ -122,59 +131,6 @@ class ArchiveWriter:
         self._file.write(bytes(2 * BLOCK + -(self._offset + 2 * BLOCK) % END_BYTES))
         self._file.flush()
         os.fsync(self._file.fileno())
-
-
-def _is_header(block: bytes) -> bool:
-    """Whether the checksum of a header is right."""
-    try:
-        stated = int(block[148:156].split(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        return False
-    return stated == 256 + sum(block[:148]) + sum(block[156:])
-
-
-def _plain(block: bytes, offset: int) -> Member:
-    name, prefix = _text(block[:100]), b""
-    if block[257:263] == b"ustar\0":
-        prefix = _text(block[345:500])
-    full = (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
-    is_plain = block[156:157] in PLAIN
-    return Member(full, offset + BLOCK, _size(block) if is_plain else 0, is_plain)
-
-
-def _extended(file: BinaryIO, block: bytes, offset: int) -> Member:
-    """A member with GNU or pax headers before it, resolved by the standard library."""
-    if _size(block) > LARGEST_EXTENDED_HEADER:
-        raise DamagedArchive(f"{file.name} has a header of {_size(block)} bytes at byte {offset}")
-    file.seek(offset)
-    try:
-        with tarfile.TarFile.open(fileobj=file, mode="r:", errors="surrogateescape") as archive:
-            entry = archive.next()
-    except (tarfile.TarError, ValueError, RecursionError) as error:
-        raise DamagedArchive(f"{file.name} has a broken extended header at byte {offset}: {error}") from error
-    if entry is None:
-        raise DamagedArchive(f"{file.name} ends after the extended header at byte {offset}")
-    is_plain = entry.isreg() and not entry.issparse()
-    return Member(entry.name, entry.offset_data, entry.size if entry.isreg() else 0, is_plain)
-
-
-def _text(field: bytes) -> bytes:
-    return field.split(b"\0", 1)[0]
-
-
-def _size(block: bytes) -> int:
-    """The size field: octal digits, or a binary number where its first bit is set."""
-    field = block[124:136]
-    if field[0] in (0x80, 0xFF):
-        size = int.from_bytes(field[1:], "big")
-    else:
-        try:
-            size = int(_text(field).strip() or b"0", 8)
-        except ValueError as error:
-            raise DamagedArchive(f"a tar header has the size {field!r}") from error
-    if size < 0:
-        raise DamagedArchive(f"a tar header has the size {size}")
-    return size
 
 
 class _Descriptors(threading.local):

@@ -223,7 +223,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     """The members of a tar in their order; folders and the ``._`` files of macOS are passed over.
 
     Raises:
-        DamagedArchive: the tar is cut off or damaged; what came before is good.
+        DamagedArchiveError: the tar is cut off or damaged; what came before is good.
     """
     for member in members(path):
         name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from biomedica_form import write_tar
 
-from mmkd.data.archives import ArchivedFile, ArchiveWriter, DamagedArchive, archived_file, members
+from mmkd.data.archives import ArchivedFile, ArchiveWriter, DamagedArchiveError, archived_file, members
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -40,7 +40,7 @@ def test_what_comes_before_the_damage_is_found(tmp_path, end):
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"x" * 1000), ("b.jpg", b"y" * 1000)])
     path.write_bytes(path.read_bytes()[:end])
     found = []
-    with pytest.raises(DamagedArchive):
+    with pytest.raises(DamagedArchiveError):
         found.extend(member.name for member in members(path))
     assert list(_before_damage(path)) == (["a.jpg"] if end >= 512 + 1024 else [])
 
@@ -49,7 +49,7 @@ def _before_damage(path):
     try:
         for member in members(path):
             yield member.name
-    except DamagedArchive:
+    except DamagedArchiveError:
         return
 
 
@@ -57,7 +57,7 @@ def _before_damage(path):
 def test_what_is_no_tar(tmp_path, data):
     path = tmp_path / "a.tar"
     path.write_bytes(data)
-    with pytest.raises(DamagedArchive):
+    with pytest.raises(DamagedArchiveError):
         list(members(path))
 
 
@@ -69,7 +69,7 @@ def test_a_header_that_claims_too_much_is_refused(tmp_path):
     for header in (info, long):
         path = tmp_path / "a.tar"
         path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
-        with pytest.raises(DamagedArchive):
+        with pytest.raises(DamagedArchiveError):
             list(members(path))
 
 
