@@ -67,6 +67,7 @@ if __name__ == "__main__":
 
 from mmkd.curation.sources import preset_of
 from mmkd.curation.stream import curate
+from mmkd.data.table import SPLITS
 
 
 def main(settings: CurateSettings) -> None:
@@ -91,7 +92,8 @@ def main(settings: CurateSettings) -> None:
             f"{settings.output}.parts: shard {settings.shard} is done; after all are, run the command without --shard"
         )
         return
-    splits = ", ".join(f"{split} {count}" for split, count in report["contents"]["split"].items())
+    counts = report["contents"]["split"]
+    splits = ", ".join(f"{split} {counts[split]}" for split in SPLITS if split in counts)
     dropped = ", ".join(f"{reason} {count}" for reason, count in report["dropped"].items()) or "none"
     print(f"{settings.output}: {report['kept']} pairs ({splits}); dropped: {dropped}")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.data.table import SPLITS, TABLE_FILE, PairTable
+from mmkd.data.table import TABLE_FILE, PairTable
 from mmkd.files import atomic_write_text, write_json
 from mmkd.pages.charts import Chart, bars
 from mmkd.pages.page import Notes, Page, Section, Table, write_page
@@ -39,7 +39,6 @@ def count_columns(table: PairTable) -> dict[str, Any]:
         entries = pc.value_counts(table.column(name)).to_pylist()
         named = {entry["values"] or "not stated": entry["counts"] for entry in entries}
         counts[name] = dict(sorted(named.items(), key=lambda item: (-item[1], item[0])))
-    counts["split"] = {split: counts["split"][split] for split in SPLITS if split in counts["split"]}
     groups = table.column("group")
     alone = int(pc.sum(pc.equal(groups, "")).as_py() or 0)
     counts["groups"] = int(pc.count_distinct(groups).as_py()) + alone - bool(alone)
