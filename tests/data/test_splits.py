@@ -19,7 +19,7 @@ def test_large_collections_come_near_the_shares():
     splits, counts = assign_splits(groups, [""] * 2000, ["x"] * 2000, seed=1)
     sizes = Counter(splits)
     assert (sizes["train"], sizes["validation"], sizes["test"]) == (1200, 300, 500)
-    assert counts == {"moved": 0, "dealt": 2000, "carved": 0}
+    assert counts == {"moved": 0, "assigned": 2000, "filled": 0}
     assert all(splits[2 * pair] == splits[2 * pair + 1] for pair in range(1000))
     assert assign_splits(groups, [""] * 2000, ["x"] * 2000, seed=1)[0] == splits
     assert assign_splits(groups, [""] * 2000, ["x"] * 2000, seed=2)[0] != splits
@@ -65,7 +65,7 @@ def test_given_splits_are_kept_and_missing_ones_filled():
     groups = [str(number) for number in range(20)]
     splits, counts = assign_splits(groups, ["train"] * 12 + ["test"] * 8, ["x"] * 20, 0)
     assert splits[12:] == ["test"] * 8
-    assert Counter(splits)["validation"] == counts["carved"] == 2
+    assert Counter(splits)["validation"] == counts["filled"] == 2
     splits, counts = assign_splits(groups, ["train"] * 20, ["x"] * 20, 0)
     assert Counter(splits) == {"train": 13, "test": 5, "validation": 2}
     splits, counts = assign_splits(groups, ["test"] * 20, ["x"] * 20, 0)
@@ -79,7 +79,7 @@ def test_a_group_in_several_splits_is_forced_into_one():
     given = ["train", "train", "test", "train", "test", "validation", "train", "", "test"]
     splits, counts = assign_splits(groups, given, ["x"] * 9, 0)
     assert splits == ["train", "train", "train", "test", "test", "validation", "train", "test", "test"]
-    assert counts == {"moved": 2, "dealt": 0, "carved": 0}
+    assert counts == {"moved": 2, "assigned": 0, "filled": 0}
 
 
 def test_subsample_is_proportional_and_forgets_no_stratum():
