@@ -1,13 +1,15 @@
-"""The authors' checkpoint to a ``from_pretrained`` folder, and such a folder back to their checkpoint.
+"""Convert the authors' checkpoint to a ``from_pretrained`` folder, and such a folder back to their checkpoint.
 
-Strict in both directions: every key and every shape is accounted for, and what was written is read back and compared
-bit for bit before it gets its name. Tensors keep their precision; where a checkpoint mixes several, all take the widest
-of them. The authors' form does not state the number of heads: 64-wide ones are assumed unless ``--config`` says.
+    mmkd convert --checkpoint mmkd_clip.pt --output mmkd-clip
+    mmkd convert --checkpoint mmkd-clip --to open_clip --output back.pt
+
+Strict in both directions: every key and shape is accounted for, and the written tensors are read back and compared bit
+for bit before the output gets its name. Tensors keep their precision; where a checkpoint mixes several, all take the
+widest. The authors' form does not state the number of heads: they are 64 wide unless ``--config`` states it.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import io
 import shutil
@@ -24,17 +26,17 @@ TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 
 @dataclass(kw_only=True)
 class ConvertSettings:
-    """Turn the authors' checkpoint into a folder for from_pretrained, or such a folder into their checkpoint."""
+    """Convert the authors' checkpoint to a folder for from_pretrained, or such a folder to their checkpoint."""
 
-    checkpoint: Path = setting(help="the authors' file (.pt or .safetensors); with --to open_clip a folder of ours")
+    checkpoint: Path = setting(help="the authors' file (.pt or .safetensors); with --to open_clip a model folder")
     output: Path = setting(help="folder to write; with --to open_clip the file to write")
-    to: Literal["transformers", "open_clip"] = setting("transformers", "form to write")
+    to: Literal["transformers", "open_clip"] = setting("transformers", "format to write")
     config: Path | None = setting(
-        None, "JSON with sizes (vision, text, projection_dim) or a config.json; by default read off the tensors"
+        None, "JSON with sizes (vision, text, projection_dim) or a config.json; by default derived from the tensors"
     )
     tokenizer: str = setting(TOKENIZER, "folder or Hub id of the text tower's tokenizer")
     overwrite: bool = setting(False, "replace an existing output")
-    quiet: bool = setting(False, "print problems only")
+    quiet: bool = setting(False, "print warnings only")
 
 
 if __name__ == "__main__":
@@ -43,26 +45,31 @@ if __name__ == "__main__":
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
 
 from mmkd.command.settings import nearest
-from mmkd.encoders.authors_checkpoint import from_authors, infer_config, to_authors
+from mmkd.encoders.authors_checkpoint import (
+    empty_model,
+    from_authors,
+    infer_config,
+    one_precision,
+    require_same_bits,
+    to_authors,
+)
 from mmkd.encoders.weights import listed, quiet_transformers, read_state_dict, require_hub, require_same_keys
 from mmkd.files import atomic_folder, atomic_write_bytes, fingerprint, read_json, refuse_existing
-from mmkd.student.folder import conversion_provenance, write_provenance
-from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
+from mmkd.student.folder import conversion_provenance, read_weights, write_provenance
+from modeling_mmkd import MMKDClipConfig, MMKDClipProcessor
 
 CONTEXT = 256  # tokens, as published
-ROUNDING = 64  # rows that a word embedding may have more than its tokenizer has words
+ROUNDING = 64  # rows that a word embedding may have more than its tokenizer has tokens
 JOINT = ("projection_dim", "text_projection_hidden", "text_pooling", "logit_scale_init_value")
 FORMER = ("_name_or_path", "gradient_checkpointing", "position_embedding_type", "torch_dtype")
 
 
 def main(settings: ConvertSettings) -> None:
-    """Convert in the direction that is asked for."""
+    """Convert in the requested direction."""
     refuse_existing(settings.output, settings.overwrite)
     if not settings.checkpoint.exists():
         raise FileNotFoundError(f"--checkpoint {settings.checkpoint}: no such file or folder")
@@ -76,11 +83,11 @@ def main(settings: ConvertSettings) -> None:
 
 
 def write_folder(settings: ConvertSettings) -> None:
-    """Write model, image processor and, if it can be had, tokenizer.
+    """Write model, image processor and, if available, tokenizer.
 
     Raises:
         ValueError: not a checkpoint of the authors' form, or it does not fit ``--config``.
-        FileNotFoundError: ``--config`` is not there.
+        FileNotFoundError: there is no ``--config``.
     """
     if settings.checkpoint.is_dir():
         raise ValueError(f"--checkpoint {settings.checkpoint} is a folder; only --to open_clip reads folders")
@@ -103,20 +110,20 @@ def write_folder(settings: ConvertSettings) -> None:
         else:
             pixels.save_pretrained(folder)
             shutil.copy(inspect.getfile(MMKDClipProcessor), folder)
-        require_same_bits(read_folder(folder), state)
+        require_same_bits(read_weights(folder), state)
         write_provenance(folder, conversion_provenance(settings.checkpoint.name, fingerprint([settings.checkpoint])))
     if problem:
-        _tell_missing_tokenizer(settings, problem, config)
+        _warn_of_missing_tokenizer(settings, problem, config)
 
 
 def write_checkpoint(settings: ConvertSettings) -> None:
     """Write a folder's tensors as the authors store them: ``{"epoch", "name", "state_dict"}``.
 
     Raises:
-        ValueError: the folder is not a model of ours, or one that the authors' form cannot hold.
+        ValueError: the folder is not a model of this package, or one that the authors' form cannot hold.
     """
     if settings.config is not None:
-        raise ValueError("--config belongs to --to transformers: a folder states its own sizes")
+        raise ValueError("--config belongs to --to transformers; a folder states its own sizes")
     if settings.output.is_dir():
         raise ValueError(f"--output {settings.output} is a folder; --to open_clip writes a file")
     if not (settings.checkpoint / "config.json").is_file():
@@ -125,7 +132,7 @@ def write_checkpoint(settings: ConvertSettings) -> None:
         )
     try:
         config = MMKDClipConfig.from_pretrained(settings.checkpoint)
-        state = read_folder(settings.checkpoint)
+        state = read_weights(settings.checkpoint)
         require_same_keys(state, empty_model(config).state_dict(), "model.safetensors")
         authors = to_authors(state)
         if config.text_pooling != "cls":
@@ -139,11 +146,11 @@ def write_checkpoint(settings: ConvertSettings) -> None:
 
 
 def read_config(path: Path, state: Mapping[str, Tensor]) -> MMKDClipConfig:
-    """A configuration from JSON: sizes as the authors name them, or the ``config.json`` of a model of ours.
+    """A configuration from JSON: sizes as the authors name them, or the ``config.json`` of a model folder.
 
     Args:
-        path: ``{"vision": {...}, "text": {...}, "projection_dim": ...}``, where absent sizes are read off the tensors;
-            or what `MMKDClipConfig.save_pretrained` writes.
+        path: ``{"vision": {...}, "text": {...}, "projection_dim": ...}``, where the tensors give absent sizes; or what
+            `MMKDClipConfig.save_pretrained` writes.
         state: the authors' tensors, without prefixes.
 
     Raises:
@@ -167,85 +174,23 @@ def read_config(path: Path, state: Mapping[str, Tensor]) -> MMKDClipConfig:
     try:
         return MMKDClipConfig.from_dict(given) if is_ours else infer_config(state, given)
     except (TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{path} holds a size that is no number: {' '.join(str(error).split())}") from error
-
-
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a ``from_pretrained`` folder in the precision they are stored in.
-
-    Raises:
-        ValueError: there are none, or a file of theirs is missing or damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    state: dict[str, Tensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"no {name} in it")
-        try:
-            state |= load_file(folder / name)
-        except SafetensorError as error:
-            raise ValueError(f"{name} is damaged: {error}") from error
-    return state
-
-
-def empty_model(config: MMKDClipConfig) -> MMKDClipModel:
-    """The model without memory for its weights: names and shapes.
-
-    Raises:
-        ValueError: the vision tower is of a kind that the authors' form does not hold.
-    """
-    if config.vision_config.model_type != "clip_vision_model":
-        kind = config.vision_config.model_type
-        raise ValueError(f"the vision tower is a {kind}; the authors' form holds a clip_vision_model only")
-    with torch.device("meta"):
-        return MMKDClipModel(config)
-
-
-def one_precision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, all in the widest precision among them.
-
-    Raises:
-        ValueError: tensors that are not floating-point numbers.
-    """
-    others = [f"{key} ({value.dtype})" for key, value in state.items() if not value.is_floating_point()]
-    if others:
-        raise ValueError(f"weights must be floating-point numbers, these are not: {listed(others)}")
-    widest = functools.reduce(torch.promote_types, {value.dtype for value in state.values()})
-    return {key: value.to(widest) for key, value in state.items()}
-
-
-def require_same_bits(written: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Compare tensors byte by byte, so that NaN equals itself.
-
-    Raises:
-        ValueError: a tensor changed.
-    """
-    require_same_keys(written, state, "what was written")
-    changed = [
-        key
-        for key, value in state.items()
-        if value.dtype != written[key].dtype
-        or not torch.equal(value.contiguous().view(torch.uint8), written[key].contiguous().view(torch.uint8))
-    ]
-    if changed:
-        raise ValueError(f"{len(changed)} tensors changed when written: {listed(changed)}; is the disk sound?")
+        raise ValueError(f"{path} holds a size that is not a number: {' '.join(str(error).split())}") from error
 
 
 def find_tokenizer(name: str, text_config: PreTrainedConfig) -> tuple[Any, str]:
     """The tokenizer with the model's context, or None and why it cannot be used.
 
     Args:
-        name: a folder or Hub id; the Hub is asked only for what its cache does not hold.
+        name: a folder or Hub id; the Hub is used only for what its cache does not hold.
         text_config: of the tower that the tokenizer must fit.
     """
     try:
         tokenizer = _load_tokenizer(name)
     except (OSError, ValueError, ImportError) as error:
-        return None, f"{name} cannot be had ({_on_one_line(error)})"
-    words, rows = len(tokenizer), text_config.vocab_size
-    if not 0 <= rows - words < ROUNDING:
-        return None, f"{name} has {words} words, the model {rows}"
+        return None, f"{name} is not available ({_on_one_line(error)})"
+    tokens, rows = len(tokenizer), text_config.vocab_size
+    if not 0 <= rows - tokens < ROUNDING:
+        return None, f"{name} has {tokens} tokens, the model {rows}"
     if tokenizer.pad_token_id != text_config.pad_token_id:
         return None, f"{name} pads with {tokenizer.pad_token_id}, the model expects {text_config.pad_token_id}"
     tokenizer.model_max_length = min(CONTEXT, text_config.max_position_embeddings)
@@ -262,11 +207,11 @@ def _load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def _tell_missing_tokenizer(settings: ConvertSettings, problem: str, config: MMKDClipConfig) -> None:
+def _warn_of_missing_tokenizer(settings: ConvertSettings, problem: str, config: MMKDClipConfig) -> None:
     context = min(CONTEXT, config.text_config.max_position_embeddings)
     print(
         f"WARNING: {settings.output} has NO TOKENIZER: {problem}.\nThe model is complete and images work; texts need "
-        f'the tokenizer the model was trained with. Where it can be had:\n  python -c "from transformers import '
+        f'the tokenizer that the model was trained with. Where it is available:\n  python -c "from transformers import '
         f"AutoTokenizer; AutoTokenizer.from_pretrained('NAME', model_max_length={context})"
         f".save_pretrained('{settings.output}')\"\nor convert again with --tokenizer FOLDER.",
         file=sys.stderr,

@@ -3,9 +3,10 @@
     mmkd export mmkd-clip --format onnx --output mmkd-clip-onnx
     mmkd export mmkd-clip --format int8 --output mmkd-clip-int8 --pairs pairs
 
-The folder that is written carries the processor and ``usage.py``, which works without this package. What the export
-costs and gains is measured beside the model in the same run, printed, and written to ``comparison.json``; ``--pairs``
-adds zero-shot accuracy with paired intervals.
+The folder holds the processor and ``usage.py``, which works without this package. The export is compared with the model
+in the same run (size, speed, cosine similarity), which is printed and written to ``comparison.json``; ``--pairs`` adds
+zero-shot accuracy with paired intervals. A ``.pt2`` file (``exported-program``) can run code when it is loaded: load
+only those that you trust.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main(settings: ExportSettings) -> None:
 
     Raises:
         FileExistsError: OUTPUT exists.
-        FileNotFoundError: model or pairs are not there.
+        FileNotFoundError: model or pairs do not exist.
         ModuleNotFoundError: a package of the extra ``export`` is not installed.
         ValueError: the model cannot be exported, or its export differs from it.
     """
@@ -83,7 +84,7 @@ def main(settings: ExportSettings) -> None:
 
 
 def check(settings: ExportSettings) -> None:
-    """Raise on what cannot work before anything is loaded."""
+    """Raise on invalid settings before anything is loaded."""
     refuse_existing(settings.output, settings.overwrite)
     if settings.repeats < 0 or settings.replicates < 100:
         raise ValueError(
@@ -96,8 +97,8 @@ def check(settings: ExportSettings) -> None:
 
 
 def compare(settings: ExportSettings, model: MMKDClipModel, processor: Any, exports: dict[str, Path]) -> dict[str, Any]:
-    """Times, sizes, agreement and, where there are pairs, accuracy."""
-    from mmkd.exporting.comparison import agreement, measure, zero_shot  # here, because it loads the evaluation
+    """Times, sizes, cosine similarity and, where there are pairs, accuracy."""
+    from mmkd.exporting.comparison import lowest_cosines, measure, zero_shot  # here, because it loads the evaluation
 
     comparison: dict[str, Any] = {}
     side = int(processor.image_processor.crop_size["height"])
@@ -107,7 +108,7 @@ def compare(settings: ExportSettings, model: MMKDClipModel, processor: Any, expo
             "threads": torch.get_num_threads(),
             "repeats": settings.repeats,
             "rows": measure(model, size, exports, side, settings.repeats),
-            "lowest_cosine": agreement(exports[settings.format], model, side),
+            "lowest_cosine": lowest_cosines(exports[settings.format], model, side),
         }
     if settings.pairs is not None:
         comparison["zero_shot"] = zero_shot(
@@ -125,6 +126,8 @@ def compare(settings: ExportSettings, model: MMKDClipModel, processor: Any, expo
 def show(settings: ExportSettings, comparison: dict[str, Any]) -> None:
     """Print the comparison."""
     print(f"{settings.output}: both towers as {settings.format}; usage.py shows how to use them")
+    if settings.format == "exported-program":
+        print("a .pt2 file can run code when it is loaded: load only those that you trust")
     if "rows" in comparison:
         print(f"\nmilliseconds an item, median of {comparison['repeats']} alternated runs, threads: ", end="")
         print(comparison["threads"])
@@ -133,14 +136,14 @@ def show(settings: ExportSettings, comparison: dict[str, Any]) -> None:
             times = [row[f"{tower}_ms"][batch] for tower in ("image", "text") for batch in ("1", "16")]
             print(f"{name:<18}{row['megabytes']:>8.1f}" + "".join(f"{value:>18.2f}" for value in times))
         lowest = ", ".join(f"{tower} {value:.4f}" for tower, value in comparison["lowest_cosine"].items())
-        print(f"lowest cosine to the model on random inputs: {lowest}")
+        print(f"lowest cosine similarity to the model on random inputs: {lowest}")
     for name, task in comparison.get("zero_shot", {}).items():
         frame = task["frames"]["image"]
         print(f"\n{name}: {frame['n']} images in {frame['groups']} groups")
         for row, cell in task["rows"].items():
             print(f"  {row:<18}" + "  ".join(_scores(cell["metrics"])))
-        for rival, metrics in task["differences"].items():
-            print(f"  {settings.format} - {rival}: " + "  ".join(_differences(metrics)))
+        for other, metrics in task["differences"].items():
+            print(f"  {settings.format} - {other}: " + "  ".join(_differences(metrics)))
 
 
 def _scores(metrics: dict[str, Any]) -> list[str]:

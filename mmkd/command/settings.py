@@ -297,7 +297,7 @@ def _tokens(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
     tokens: list[str] = []
     for argument in argv:
         previous = tokens[-1] if tokens else ""
-        is_flag = previous.startswith("--") and hints.get(previous[2:].replace("-", "_")) is bool
+        is_flag = previous.startswith("--") and hints.get(previous[2:].replace("-", "_")) in (bool, bool | None)
         if is_flag and argument.lower() in BOOLEANS:
             tokens[-1] = f"{previous}={argument}"
         else:

@@ -1,7 +1,7 @@
-"""What a licence, as its owner words it, forbids: enough to name the strictest of many, not legal advice.
+"""The restrictions of a licence by its name: enough to find the strictest of many, not legal advice.
 
-Licences are read by their words, since they come from model cards, manifests and package metadata in every spelling.
-What is not recognised counts as forbidding, because a restriction that is overlooked is the dearer mistake.
+Licences are recognised by their words, since model cards, manifests and package metadata spell them in many ways. A
+licence that is not recognised counts as restrictive: to overlook a restriction is the worse mistake.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ UNDECLARED = ("", "unknown", "none", "not declared", "not stated", "undeclared",
 
 @dataclass(frozen=True)
 class Terms:
-    """How strict a licence is and what it forbids.
+    """How strict a licence is.
 
     Attributes:
-        strictness: 0 for licences that ask for no more than credit; the higher, the stricter.
-        forbids: in words, the end of the sentence "it forbids ...".
+        strictness: 0 for licences that require credit at most; the higher, the stricter.
+        restrictions: in words.
     """
 
     strictness: int
-    forbids: str
+    restrictions: str
 
 
-OPEN = Terms(0, "nothing but leaving out its credits")
+OPEN = Terms(0, "none (credit required at most)")
 
-SHARE_ALIKE = Terms(1, "passing on what is made from it under other terms")
+SHARE_ALIKE = Terms(1, "derivatives keep the licence")
 
-USE_LIST = Terms(2, "the uses that it lists")
+USE_LIST = Terms(2, "uses that the licence excludes")
 
-NO_DERIVATIVES = Terms(3, "sharing what is made from it")
+NO_DERIVATIVES = Terms(3, "no derivatives")
 
-NON_COMMERCIAL = Terms(4, "commercial use")
+NON_COMMERCIAL = Terms(4, "no commercial use")
 
-NON_COMMERCIAL_NO_DERIVATIVES = Terms(5, "commercial use, and sharing what is made from it")
+NON_COMMERCIAL_NO_DERIVATIVES = Terms(5, "no commercial use, no derivatives")
 
-UNREAD = Terms(6, "what its text says, which is not known here: read it before any use")
+UNREAD = Terms(6, "not recognised: read the licence before any use")
 
-NONE_DECLARED = Terms(7, "every use that its owners have not allowed, since none is declared: ask them")
+NONE_DECLARED = Terms(7, "no licence declared: ask the owners before any use")
 
 HUB_IDS = {
     "apache 2 0": "apache-2.0",
@@ -100,7 +100,5 @@ def _plain(license: str) -> str:
     """Lower case, words and digits only: ``CC-BY-NC 4.0`` becomes ``cc by nc 4 0``."""
     return " ".join(re.findall(r"[a-z]+[0-9]*|[0-9]+", license.lower()))
 
-
-UNSTATED, OTHERS = "not stated", "others"
 
 UNSTATED, OTHERS = "not stated", "others"

@@ -7,6 +7,7 @@ random by a prefix that did not match are the most common cause of wrong figures
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmkd.encoders.weights import listed, require_same_keys
-from modeling_mmkd import MMKDClipConfig
+from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 HEAD_WIDTH = 64  # of the published model, in both towers
 BUFFERS = {"text_encoder.transformer.embeddings.position_ids"}  # saved by transformers before 4.31, no weight
@@ -128,6 +129,49 @@ def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if unknown:
         raise ValueError(f"the authors' form holds an OpenAI-style ViT only; it has no place for {listed(unknown)}")
     return theirs
+
+
+def require_same_bits(written: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Compare tensors byte by byte, so that NaN equals itself.
+
+    Raises:
+        ValueError: a tensor changed.
+    """
+    require_same_keys(written, state, "what was written")
+    changed = [
+        key
+        for key, value in state.items()
+        if value.dtype != written[key].dtype
+        or not torch.equal(value.contiguous().view(torch.uint8), written[key].contiguous().view(torch.uint8))
+    ]
+    if changed:
+        raise ValueError(f"{len(changed)} tensors changed when written: {listed(changed)}; is the disk sound?")
+
+
+def one_precision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, all in the widest precision among them.
+
+    Raises:
+        ValueError: tensors that are not floating-point numbers.
+    """
+    others = [f"{key} ({value.dtype})" for key, value in state.items() if not value.is_floating_point()]
+    if others:
+        raise ValueError(f"weights must be floating-point numbers, these are not: {listed(others)}")
+    widest = functools.reduce(torch.promote_types, {value.dtype for value in state.values()})
+    return {key: value.to(widest) for key, value in state.items()}
+
+
+def empty_model(config: MMKDClipConfig) -> MMKDClipModel:
+    """The model without memory for its weights: names and shapes.
+
+    Raises:
+        ValueError: the vision tower is of a kind that the authors' form does not hold.
+    """
+    if config.vision_config.model_type != "clip_vision_model":
+        kind = config.vision_config.model_type
+        raise ValueError(f"the vision tower is a {kind}; the authors' form holds a clip_vision_model only")
+    with torch.device("meta"):
+        return MMKDClipModel(config)
 
 
 def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None) -> MMKDClipConfig:

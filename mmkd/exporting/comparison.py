@@ -1,20 +1,20 @@
-"""What an export costs and gains, side by side in one run: milliseconds, megabytes and zero-shot accuracy.
+"""An export compared with its model in one run: milliseconds, megabytes, cosine similarity and zero-shot accuracy.
 
-Times are medians of alternated runs on the same inputs and threads, so that another load on the machine falls on all
-rows alike. Accuracy is that of the zero-shot tasks of ``mmkd eval``, with paired differences to the model.
+Times are medians of alternated runs on the same inputs and threads, so that other load on the machine affects all rows
+alike. Accuracy is that of the zero-shot tasks of ``mmkd eval``, with paired differences to the model.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -28,25 +28,24 @@ from mmkd.evaluation.results.store import CellFolder
 from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
-from mmkd.exporting.folder import tower_bytes
-from mmkd.exporting.towers import OUTPUTS, examples, towers
-from mmkd.exporting.usage import Encoder, load_tower
+from mmkd.exporting.folder import DESCRIPTION, OUTPUTS, compare_towers, examples, tower_bytes, towers
+from mmkd.exporting.usage import Encoder, Tower, load_tower
 from mmkd.files import read_json
 from modeling_mmkd import MMKDClipModel
 
 MODEL = "model"
 BATCHES = (1, 16)
-TOKENS = 16
+COMPARED, TOKENS = 16, 16
 WARM_UPS = 2
 
 
 class ExportedEncoder(DualEncoder):
-    """An exported folder as an encoder, images and texts prepared by its own ``usage.py``."""
+    """An exported folder as an encoder; its own ``usage.py`` prepares images and texts."""
 
     def __init__(self, folder: Path, name: str) -> None:
         """Load the towers."""
         self._encoder = Encoder(folder, threads=torch.get_num_threads())
-        super().__init__(name, self._encoder.facts["dim"], {"export": self._encoder.facts})
+        super().__init__(name, self._encoder.metadata["dim"], {"export": self._encoder.metadata})
 
     def image_features(self, images: list[Image.Image]) -> Tensor:
         """See `DualEncoder`."""
@@ -72,33 +71,32 @@ def measure(
     Returns:
         row -> ``megabytes``, and ``image_ms`` and ``text_ms`` by batch size, for one item of the batch.
     """
+    files = {name: tower_files(folder) for name, folder in exports.items()}
     rows: dict[str, Any] = {MODEL: {"megabytes": model_bytes / 1e6}}
     for name, folder in exports.items():
-        description = read_json(folder / "export.json")
-        sizes = {tower: tower_bytes(folder, description[tower]["file"]) for tower in OUTPUTS}
-        rows[name] = {"megabytes": sum(sizes.values()) / 1e6}
-        rows[name] |= {f"{tower}_megabytes": size / 1e6 for tower, size in sizes.items()}
+        sizes = {tower: tower_bytes(folder, file) / 1e6 for tower, file in files[name].items()}
+        rows[name] = {"megabytes": sum(sizes.values()), **{f"{tower}_megabytes": size for tower, size in sizes.items()}}
     for tower, module in towers(model).items():
-        sides: dict[str, Callable[[dict[str, Tensor]], Any]] = {MODEL: _inferring(module)}
+        runs: dict[str, Tower] = {MODEL: _on_arrays(module)}
         for name, folder in exports.items():
-            file = folder / read_json(folder / "export.json")[tower]["file"]
-            sides[name] = _on_arrays(load_tower(file, torch.get_num_threads()))
+            runs[name] = load_tower(folder / files[name][tower], torch.get_num_threads())
         for batch in BATCHES:
-            inputs = examples(model, side, batch, TOKENS)[tower]
-            for name, milliseconds in _alternated(sides, inputs, repeats).items():
+            inputs = {key: value.numpy() for key, value in examples(model, side, batch, TOKENS)[tower].items()}
+            for name, milliseconds in _alternated(runs, inputs, repeats).items():
                 rows[name].setdefault(f"{tower}_ms", {})[str(batch)] = milliseconds / batch
     return rows
 
 
-def agreement(folder: Path, model: MMKDClipModel, side: int, batch: int = 16) -> dict[str, float]:
-    """Lowest cosine between an export and the model over random inputs, by tower."""
-    description, lowest = read_json(folder / "export.json"), {}
-    for name, tower in towers(model).items():
-        inputs = examples(model, side, batch, TOKENS, seed=1)[name]
-        exported = load_tower(folder / description[name]["file"])
-        found = exported({key: value.numpy() for key, value in inputs.items()})
-        lowest[name] = float((found * _inferring(tower)(inputs).numpy()).sum(axis=1).min())
-    return lowest
+def lowest_cosines(folder: Path, model: MMKDClipModel, side: int) -> dict[str, float]:
+    """Lowest cosine similarity between an export and the model on random inputs, by tower."""
+    found = compare_towers(folder, tower_files(folder), model, side, [(COMPARED, TOKENS)])
+    return {tower: cosine for tower, (_, cosine) in found.items()}
+
+
+def tower_files(folder: Path) -> dict[str, str]:
+    """Names of the towers' files in an exported folder."""
+    description = read_json(folder / DESCRIPTION)
+    return {tower: description[tower]["file"] for tower in OUTPUTS}
 
 
 def zero_shot(
@@ -108,15 +106,15 @@ def zero_shot(
 
     Args:
         source: the model's folder.
-        exports: name -> exported folder; the last one is set against all others.
+        exports: name -> exported folder; the last one is compared with all others.
         pairs: folder of pairs.
         split: which of them.
         replicates: of the bootstrap.
-        seed: likewise.
+        seed: of the bootstrap.
         quiet: no progress bars.
 
     Raises:
-        ValueError: the pairs allow no zero-shot task; the message says why.
+        ValueError: the pairs allow no zero-shot task; the message holds the reasons.
     """
     dataset, names = PairsDataset(open_pairs(pairs, split), split), {str(path): name for name, path in exports.items()}
     inputs = DatasetInputs.of("pairs", dataset, lambda: dataset, sorted(dataset.prompts()), quiet)
@@ -141,13 +139,11 @@ def zero_shot(
         }
 
 
-def _alternated(
-    sides: dict[str, Callable[[dict[str, Tensor]], Any]], inputs: dict[str, Tensor], repeats: int
-) -> dict[str, float]:
-    """Median milliseconds of each side."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+def _alternated(runs: dict[str, Tower], inputs: dict[str, NDArray[Any]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each run."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(WARM_UPS + repeats):
-        for name, run in sides.items():
+        for name, run in runs.items():
             begin = time.perf_counter()
             run(inputs)
             if turn >= WARM_UPS:
@@ -155,13 +151,9 @@ def _alternated(
     return {name: median(values) for name, values in times.items()}
 
 
-def _inferring(module: torch.nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
-    def run(inputs: dict[str, Tensor]) -> Tensor:
+def _on_arrays(module: torch.nn.Module) -> Tower:
+    def run(inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return module(**inputs)
+            return module(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()
 
     return run
-
-
-def _on_arrays(tower: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Tensor]], np.ndarray]:
-    return lambda inputs: tower({name: value.numpy() for name, value in inputs.items()})

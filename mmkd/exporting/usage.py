@@ -1,10 +1,12 @@
-"""Images and texts to unit vectors with the two towers in this folder; needs neither torch (ONNX) nor mmkd-clip.
+"""Images and texts to unit vectors with the two towers in this folder; without mmkd-clip, and with ONNX without torch.
 
     pip install numpy pillow tokenizers onnxruntime        # torch instead of onnxruntime where the towers end in .pt2
     python usage.py picture.png "an MRI of the brain" "a chest radiograph"
 
 In code: ``Encoder(folder).encode_images([PIL images])`` and ``.encode_texts([...])``; their products are cosine
-similarities. What the towers were made from and how pixels and texts are prepared stands in ``export.json``.
+similarities. ``export.json`` states how pixels and texts are prepared and which versions made the towers.
+
+A ``.pt2`` file can run code when it is loaded: load only those that you trust. An ``.onnx`` file holds a graph alone.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class Encoder:
     """The two towers of an exported folder.
 
     Attributes:
-        facts: ``export.json``.
-        scale: what cosine similarities are multiplied by before a softmax.
+        metadata: ``export.json``.
+        scale: factor of cosine similarities before a softmax.
     """
 
     def __init__(self, folder: Path | str, threads: int = 0) -> None:
@@ -40,11 +42,11 @@ class Encoder:
             threads: of ONNX Runtime; 0 for as many as there are cores.
         """
         folder = Path(folder)
-        self.facts: dict[str, Any] = json.loads((folder / "export.json").read_text(encoding="utf-8"))
-        self.scale = float(self.facts["logit_scale"])
-        self._image = load_tower(folder / self.facts["image"]["file"], threads)
-        self._text = load_tower(folder / self.facts["text"]["file"], threads)
-        text = self.facts["text"]
+        self.metadata: dict[str, Any] = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        self.scale = float(self.metadata["logit_scale"])
+        self._image = load_tower(folder / self.metadata["image"]["file"], threads)
+        self._text = load_tower(folder / self.metadata["text"]["file"], threads)
+        text = self.metadata["text"]
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(text["context"])
         self._tokenizer.enable_padding(pad_id=text["pad_id"], pad_token=text["pad_token"])
@@ -54,21 +56,21 @@ class Encoder:
         return self._image({"pixel_values": np.stack([self.pixels(image) for image in images])})
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Texts to unit vectors, (n, dim); what exceeds the context is cut off."""
+        """Texts to unit vectors, (n, dim); texts longer than the context are truncated."""
         return self._text(self.tokens(texts))
 
     def pixels(self, image: Image.Image) -> NDArray[np.float32]:
         """An image as (3, side, side): shortest side to ``size``, bicubic; central square; normalized."""
-        facts = self.facts["image"]
+        image_metadata = self.metadata["image"]
         image = image.convert("RGB")
         width, height = image.size
-        short, side = facts["size"], facts["side"]
+        short, side = image_metadata["size"], image_metadata["side"]
         long = int(short * max(width, height) / min(width, height))
         target = (short, long) if width <= height else (long, short)
-        resized = np.asarray(image.resize(target, Image.Resampling(facts["resample"])))
+        resized = np.asarray(image.resize(target, Image.Resampling(image_metadata["resample"])))
         top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
         cropped = resized[top : top + side, left : left + side].astype(np.float32) * np.float32(1 / 255)
-        mean, std = np.array(facts["mean"], dtype=np.float32), np.array(facts["std"], dtype=np.float32)
+        mean, std = (np.array(image_metadata[key], dtype=np.float32) for key in ("mean", "std"))
         return ((cropped - mean) / std).transpose(2, 0, 1)
 
     def tokens(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
@@ -82,7 +84,7 @@ class Encoder:
 
 
 def load_tower(path: Path, threads: int = 0) -> Tower:
-    """A tower from an ``.onnx`` or ``.pt2`` file, as a function of named arrays."""
+    """A tower from an ``.onnx`` or ``.pt2`` file, as a function of named arrays; a ``.pt2`` file can run code."""
     if path.suffix == ".pt2":
         return _load_program(path)
     import onnxruntime

@@ -1,16 +1,18 @@
-"""What is known of a model, from its folder to the words and rows of its card.
+"""Model and dataset cards: what a folder states, filled into the templates ``model_card.md`` and ``dataset_card.md``.
 
-Nothing is guessed: what a folder does not say stands in the card as not stated. Values that come from files are made
-fit for a table; folders are reduced to their last name, so that the card tells nothing of the machine.
+Nothing is guessed: a card calls "not stated" whatever the folder does not state. Text that comes from files is escaped
+for Markdown tables, and folders are reduced to their last name, so that no path of this machine is published.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from mmkd.data.licenses import NONE_DECLARED, OPEN, OTHERS, UNSTATED, hub_id, strictest, terms
 from mmkd.files import read_json
@@ -24,29 +26,152 @@ STAGES = {
     "finetune": "Fine-tuning (`mmkd finetune`)",
     "convert": "Conversion of the authors' checkpoint (`mmkd convert`)",
 }
+TAGS = ("mmkd-clip", "clip", "biomedical", "medical-imaging", "vision-language", "zero-shot")
+MINIMUM_TRANSFORMERS = "5.8"
+SHOWN_SOURCES = 5
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+ESCAPED = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "`": "'", "[": "&#91;", "*": "&#42;"})
 Row = dict[str, Any]
+Component = tuple[str, str]
 
 
-def cell(value: Any) -> str:
-    """A value as it may stand in a Markdown table: one line, without anything a renderer would act on."""
-    text = " ".join(str(value).split())
-    for character, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("`", "'"), ("[", "&#91;")):
-        text = text.replace(character, safe)
-    return text
+@dataclass(frozen=True)
+class Scores:
+    """An evaluation as a card shows it.
+
+    Attributes:
+        rows: of the table, one for each task: cells by column, escaped.
+        index: entries of the ``model-index``.
+        on: what was evaluated on: a split of pairs, or the test images of datasets.
+        checks: shared groups and images.
+    """
+
+    rows: list[dict[str, str]]
+    index: list[EvalResult]
+    on: str
+    checks: str
 
 
-def chain(provenance: Row) -> Iterator[Row]:
-    """The provenance of a model, and of every model it started from."""
+def escape(value: Any) -> str:
+    """A value for a Markdown table: one line, without characters that a renderer interprets."""
+    return " ".join(str(value).split()).translate(ESCAPED)
+
+
+def model_card(
+    template: str,
+    folder: Path,
+    repo: str,
+    provenance: Row,
+    license: str | None,
+    sizes: dict[str, str],
+    recipe: str,
+    scores: Scores | None = None,
+    base: str | None = None,
+) -> str:
+    """The card of a model, or of an adapter where ``base`` is given.
+
+    Args:
+        template: Jinja.
+        folder: of the model, with its processor.
+        repo: ``user/name``.
+        provenance: ``provenance.json`` of the folder; empty where it has none.
+        license: under which the publisher offers the weights, or None.
+        sizes: rows of the table of sizes, escaped.
+        recipe: from `recipe_yaml`.
+        scores: of the evaluation, or None.
+        base: Hub id of the adapter's model.
+    """
+    facts = provenance_facts(provenance)
+    starts = [row for link in lineage(provenance) for row in link.get("started_from") or ()]
+    bases = [row["weights"] for row in starts if not row.get("provenance")]
+    data = ModelCardData(
+        language="en",
+        license=_card_license(license),
+        library_name="peft" if base else "transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=[
+            *TAGS,
+            *(["knowledge-distillation"] if facts["teachers"] else []),
+            *([f"base_model:adapter:{base}"] if base else []),
+        ],
+        model_name=repo.split("/")[1],
+        base_model=base or [name for name in bases if name.count("/") == 1 and ":" not in name] or None,
+        eval_results=scores.index if scores is not None and scores.index else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        name=repo.split("/")[1],
+        repo=repo,
+        base=base,
+        sizes=sizes,
+        recipe=recipe,
+        scores=scores,
+        image_size=image_size(folder),
+        license_statement=license_statement(components(provenance), license, "the weights"),
+        transformers_version=MINIMUM_TRANSFORMERS,
+        **facts,
+    )
+    return str(card.content)
+
+
+def dataset_card(
+    template: str,
+    repo: str,
+    license: str | None,
+    parts: list[Component],
+    count: int,
+    data_file: str | None,
+    **facts: Any,
+) -> str:
+    """The card of pairs (``data_file`` is their manifest) or of features (None).
+
+    Args:
+        template: Jinja.
+        repo: ``user/name``.
+        license: under which the publisher offers the dataset, or None.
+        parts: what it was made from, with licences.
+        count: of the pairs.
+        data_file: what `datasets` loads.
+        facts: further values of the template, escaped.
+    """
+    shared = {hub_id(name) for _, name in parts}
+    alike = next(iter(shared)) if len(shared) == 1 and data_file else None
+    configs = [{"config_name": "default", "data_files": [{"split": "all", "path": data_file}]}]
+    data = DatasetCardData(
+        language="en",
+        license=_card_license(license) or alike,
+        pretty_name=repo.split("/")[1],
+        task_categories=["zero-shot-image-classification"],
+        size_categories=next((label for limit, label in SIZES if count < limit), "n>10M"),
+        tags=["mmkd-clip", "biomedical", "image-text-pairs" if data_file else "feature-extraction"],
+        **({"configs": configs} if data_file else {"viewer": False}),
+    )
+    card = DatasetCard.from_template(
+        data,
+        template_str=template,
+        name=repo.split("/")[1],
+        repo=repo,
+        count=count,
+        data_file=data_file,
+        license_statement=license_statement(parts, license, "this dataset" if data_file else "these features"),
+        **facts,
+    )
+    return str(card.content)
+
+
+def lineage(provenance: Row) -> Iterator[Row]:
+    """The provenance of a model, and of every model that it started from."""
     yield provenance
     for start in provenance.get("started_from") or ():
         if start.get("provenance"):
-            yield from chain(start["provenance"])
+            yield from lineage(start["provenance"])
 
 
-def components(provenance: Row) -> list[tuple[str, str]]:
+def components(provenance: Row) -> list[Component]:
     """Everything with a licence that went into a model: name and licence."""
-    found: list[tuple[str, str]] = []
-    for link in chain(provenance):
+    found: list[Component] = []
+    for link in lineage(provenance):
         found += [(f"teacher {row['teacher']}", row["license"]) for row in link.get("teachers") or ()]
         found += [(row["weights"], row["license"]) for row in link.get("started_from") or ()]
         licenses = (link.get("data") or {}).get("licenses") or {}
@@ -54,96 +179,99 @@ def components(provenance: Row) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def teacher_rows(provenance: Row) -> list[Row]:
-    """Rows of the table of teachers."""
-    rows = [row for link in chain(provenance) for row in link.get("teachers") or ()]
-    return [
+def provenance_facts(provenance: Row) -> Row:
+    """Teachers, starting weights and data of a model and its predecessors, as the template takes them."""
+    links = list(lineage(provenance))
+    data = [
         {
-            "name": cell(row["teacher"]),
-            "weights": cell(row.get("weights", UNSTATED)),
-            "license": cell(row["license"]),
-            "forbids": terms(row["license"]).forbids,
+            "title": STAGES.get(link.get("stage", ""), escape(link.get("stage", "a stage"))),
+            "pairs": link["data"]["pairs"],
+            "groups": link["data"]["groups"],
+            "licenses": count_rows(link["data"]["licenses"], licensed=True),
+            "sources": count_rows(link["data"]["sources"]),
+            "modalities": count_rows(link["data"]["modalities"]),
         }
-        for row in rows
+        for link in links
+        if link.get("data")
     ]
+    sources = [row["name"] for stage in data for row in stage["sources"][:SHOWN_SOURCES] if row["name"] != UNSTATED]
+    stage = provenance.get("stage", "")
+    return {
+        "stage": stage,
+        "stage_title": STAGES.get(stage, ""),
+        "teachers": [teacher_row(row) for link in links for row in link.get("teachers") or ()],
+        "starts": [
+            {"name": escape(row["weights"]), **license_row(row["license"])}
+            for link in links
+            for row in link.get("started_from") or ()
+        ],
+        "data": data,
+        "sources": list(dict.fromkeys(sources)),
+        "versions": ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items()),
+    }
 
 
-def teacher_notes(provenance: Row) -> list[str]:
-    """What is inferred or unknown of teachers."""
-    rows = [row for link in chain(provenance) for row in link.get("teachers") or ()]
-    return [f"{cell(row['teacher'])}: {cell(row['note'])}" for row in rows if row.get("note")]
+def teacher_row(teacher: Row) -> Row:
+    """A row of the table of teachers."""
+    return {
+        "name": escape(teacher["teacher"]),
+        "weights": escape(teacher.get("weights", UNSTATED)),
+        "note": escape(teacher.get("note") or ""),
+        **license_row(teacher["license"]),
+    }
 
 
-def start_rows(provenance: Row) -> list[Row]:
-    """Rows of the table of starting weights; a model of the publisher's own is told by what it started from."""
-    rows = [row for link in chain(provenance) for row in link.get("started_from") or ()]
+def license_row(license: str) -> Row:
+    """A licence and its restrictions as columns of a table."""
+    return {"license": escape(license), "restrictions": "" if license == OTHERS else terms(license).restrictions}
+
+
+def count_rows(counts: dict[str, int], licensed: bool = False) -> list[Row]:
+    """Rows of a table of counts; ``licensed`` where the names are licences."""
     return [
-        {"name": cell(row["weights"]), "license": cell(row["license"]), "forbids": terms(row["license"]).forbids}
-        for row in rows
+        {"name": escape(name), "count": count, **(license_row(name) if licensed else {})}
+        for name, count in counts.items()
     ]
 
 
-def data_rows(provenance: Row) -> list[Row]:
-    """What each stage was trained on."""
-    stages = []
-    for link in chain(provenance):
-        data = link.get("data")
-        if data:
-            licenses = [row | {"forbids": terms(row["raw"]).forbids} for row in _counted(data["licenses"])]
-            stages.append(
-                {
-                    "title": STAGES.get(link.get("stage", ""), cell(link.get("stage", "a stage"))),
-                    "pairs": data["pairs"],
-                    "groups": data["groups"],
-                    "licenses": licenses,
-                    "sources": _counted(data["sources"]),
-                    "modalities": _counted(data["modalities"]),
-                }
-            )
-    return stages
-
-
-def license_statement(parts: list[tuple[str, str]], license: str | None) -> str:
-    """What the strictest of the licences forbids, whose it is, and what the publisher has chosen."""
-    chosen = f"The publisher offers the weights under `{license}`." if license else "The publisher states no licence."
+def license_statement(parts: list[Component], license: str | None, what: str) -> str:
+    """The publisher's licence, the strictest of the licences involved, and whose it is."""
+    offered = (
+        f"The publisher offers {what} under `{escape(license)}`." if license else "The publisher states no licence."
+    )
     if not parts:
-        return f"{chosen} The folder does not say what the model was made from, so nothing is known of other licences."
+        return f"{offered} The folder does not state what went into it, so other licences are unknown."
     undeclared = [part for part in parts if terms(part[1]) == NONE_DECLARED]
     declared = [part for part in parts if part not in undeclared]
     worst = strictest(name for _, name in declared)
-    said = [chosen]
+    sentences = [offered]
     if undeclared:
-        said.append(f"No licence is declared for {_listed(undeclared)}: their owners have allowed no use, so ask them.")
-    if worst == OPEN:
-        said.append("All other licences of what went into it ask for no more than credit." if declared else "")
-    else:
-        owners = [part for part in declared if terms(part[1]) == worst]
-        said.append(f"The strictest declared licence forbids {worst.forbids}; it is that of {_listed(owners)}.")
+        sentences.append(f"No licence is declared for {_listed(undeclared)}: ask the owners before any use.")
+    if declared and worst == OPEN:
+        sentences.append("All declared licences involved require credit at most.")
+    elif declared:
+        owners = _listed([part for part in declared if terms(part[1]) == worst])
+        sentences.append(f"The strictest declared licence is that of {owners}: {worst.restrictions}.")
     if undeclared or worst != OPEN:
-        said.append(
-            "Whether a model is bound by the licences of what it learned from is not settled everywhere: decide on "
-            "advice of your own, not on this card."
+        sentences.append(
+            "Whether a model is bound by the licences of its teachers and training data is not settled everywhere: "
+            "take legal advice; this card is none."
         )
-    return " ".join(filter(None, said))
+    return " ".join(sentences)
 
 
-def license_conflict(parts: list[tuple[str, str]], license: str | None) -> str | None:
-    """A warning when the publisher offers more than the strictest of the licences gives."""
+def license_conflict(parts: list[Component], license: str | None) -> str | None:
+    """A warning where the publisher offers more than the strictest licence involved."""
     worst = strictest(name for _, name in parts)
     if license is None:
         return "no licence is given; choose one with --license, or the Hub shows none"
     if worst == OPEN or terms(license).strictness >= worst.strictness:
         return None
-    return f"--license {license} offers more than what went into the model: the strictest forbids {worst.forbids}"
-
-
-def card_license(license: str | None) -> str | None:
-    """The licence as the metadata of a card spells it."""
-    return hub_id(license) or license if license else None
+    return f"--license {license} offers more than the strictest licence involved ({worst.restrictions})"
 
 
 def recipe_yaml(folder: Path) -> str:
-    """The resolved settings that make the recipe, as YAML, folders by their last name; empty if there are none.
+    """The resolved settings of a run as YAML, folders by their last name; empty where the folder holds none.
 
     Raises:
         ValueError: ``settings.yaml`` is not YAML of this form.
@@ -157,37 +285,25 @@ def recipe_yaml(folder: Path) -> str:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold `key: value` lines")
-    kept = {key: _placeless(key, value) for key, value in settings.items() if key not in NOT_THE_RECIPE}
+    kept = {key: _without_folders(key, value) for key, value in settings.items() if key not in NOT_THE_RECIPE}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).strip().replace("```", "'''")
 
 
-def _placeless(key: str, value: Any) -> Any:
-    """A setting without the folders of this machine; Hub ids (``owner/name``) stay."""
-    if isinstance(value, list):
-        return [_placeless(key, item) for item in value]
-    if isinstance(value, dict):
-        return {name: _placeless(key, item) for name, item in value.items()}
-    if not isinstance(value, str) or not ("/" in value or "\\" in value):
-        return value
-    kind, colon, rest = value.partition(":")
-    if colon and len(kind) > 1 and rest.count("/") > 1:
-        return f"{kind}:{Path(rest).name}"
-    is_place = key in FOLDER_SETTINGS or value.startswith((".", "~", "/")) or "\\" in value or value.count("/") > 1
-    return Path(value.replace("\\", "/")).name if is_place or Path(value).exists() else value
-
-
-def model_facts(folder: Path, parameters: int, dtypes: Iterable[str]) -> dict[str, str]:
+def model_sizes(folder: Path, parameters: int, dtypes: Iterable[str]) -> dict[str, str]:
     """Sizes of a model as rows of a table."""
     config = read_json(folder / "config.json")
     vision, text = config["vision_config"], config["text_config"]
-    eyes = vision.get("architecture") or f"{vision.get('model_type')}, {_layers(vision)}"
-    words = f"{text.get('model_type')}, {_layers(text)}, {config.get('text_pooling', 'cls')} pooling"
+    architecture = vision.get("architecture") or f"{vision.get('model_type')}, {_layers(vision)}"
+    path = folder / "tokenizer_config.json"
+    context = read_json(path).get("model_max_length", UNSTATED) if path.is_file() else UNSTATED
+    if isinstance(context, (int, float)) and context > 10**6:  # transformers' way to say that there is no limit
+        context = UNSTATED
     return {
         "parameters": f"{parameters / 1e6:.1f} million, {', '.join(sorted(set(dtypes)))}",
-        "image tower": cell(f"{eyes}, {image_size(folder)} pixels"),
-        "text tower": cell(words),
-        "context": f"{_context(folder)} tokens; longer texts are cut with a warning",
-        "embedding": f"{config['projection_dim']} dimensions, compare by cosine",
+        "image tower": escape(f"{architecture}, {image_size(folder)} pixels"),
+        "text tower": escape(f"{text.get('model_type')}, {_layers(text)}, {config.get('text_pooling', 'cls')} pooling"),
+        "context": f"{context} tokens; longer texts are truncated with a warning",
+        "embedding": f"{config['projection_dim']} dimensions, compared by cosine similarity",
     }
 
 
@@ -201,20 +317,30 @@ def image_size(folder: Path) -> int | str:
     return UNSTATED
 
 
-def _context(folder: Path) -> int | str:
-    path = folder / "tokenizer_config.json"
-    limit = read_json(path).get("model_max_length", UNSTATED) if path.is_file() else UNSTATED
-    return UNSTATED if isinstance(limit, (int, float)) and limit > 10**6 else limit
+def _card_license(license: str | None) -> str | None:
+    """The licence as the Hub spells it."""
+    return hub_id(license) or license if license else None
 
 
-def _listed(parts: list[tuple[str, str]]) -> str:
-    return ", ".join(f"{cell(part)} ({cell(name)})" for part, name in parts)
+def _without_folders(key: str, value: Any) -> Any:
+    """A setting without the folders of this machine; Hub ids (``owner/name``) stay."""
+    if isinstance(value, list):
+        return [_without_folders(key, item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_folders(key, item) for name, item in value.items()}
+    if not isinstance(value, str) or not ("/" in value or "\\" in value):
+        return value
+    kind, colon, rest = value.partition(":")
+    if colon and len(kind) > 1 and rest.count("/") > 1:
+        return f"{kind}:{Path(rest).name}"
+    is_place = key in FOLDER_SETTINGS or value.startswith((".", "~", "/")) or "\\" in value or value.count("/") > 1
+    return Path(value.replace("\\", "/")).name if is_place or Path(value).exists() else value
+
+
+def _listed(parts: list[Component]) -> str:
+    return ", ".join(f"{escape(part)} ({escape(name)})" for part, name in parts)
 
 
 def _layers(config: Row) -> str:
     layers = config.get("num_hidden_layers", config.get("n_layers", "?"))
     return f"{layers} layers of {config.get('hidden_size', '?')}"
-
-
-def _counted(counts: dict[str, int]) -> list[Row]:
-    return [{"name": cell(name), "raw": name, "count": count} for name, count in counts.items()]

@@ -1,19 +1,18 @@
 """Scores with their intervals, from the results of an evaluation to a card: a table and the Hub's ``model-index``.
 
-Results are taken only if they were made with the very weights that are published, by the fingerprint that the
-evaluation kept. The index has no word for an interval, so it stands in the metric's name and, as numbers, in its
-arguments.
+Only results of the published weights are accepted, by the fingerprint that the evaluation stores. The index has no
+field for an interval, so it is in the metric's name and, as numbers, in its arguments.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
 from mmkd.files import fingerprint, read_json
+from mmkd.publishing.card import Scores, escape
 
 TASK_TYPES = {
     "zeroshot": "zero-shot-image-classification",
@@ -21,24 +20,7 @@ TASK_TYPES = {
     "retrieval": "image-text-retrieval",
     "vqa": "visual-question-answering",
 }
-WORDS = {"zeroshot": "zero-shot", "probe": "linear probe"}
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a card says of an evaluation.
-
-    Attributes:
-        rows: of the table, one for each task: cells by column.
-        index: entries of the ``model-index``.
-        on: what was evaluated on, in words: a split of pairs, or the test images of datasets.
-        checks: what is known of shared groups and images, in words.
-    """
-
-    rows: list[dict[str, str]]
-    index: list[EvalResult]
-    on: str
-    checks: str
+KINDS = {"zeroshot": "zero-shot", "probe": "linear probe"}
 
 
 def read_scores(results: Path, weights: list[Path]) -> Scores:
@@ -50,7 +32,7 @@ def read_scores(results: Path, weights: list[Path]) -> Scores:
 
     Raises:
         FileNotFoundError: there is no ``summary.json``.
-        ValueError: it is of another form, or none of its encoders has these weights.
+        ValueError: it is not of this form, or no encoder in it has these weights.
     """
     path = results / "summary.json"
     if not path.is_file():
@@ -63,19 +45,19 @@ def read_scores(results: Path, weights: list[Path]) -> Scores:
         split = settings["split"] if pairs else "test"
         rows, index, datasets = [], [], set()
         for key, task in summary["tasks"].items():
-            cell = task["rows"].get(name, {})
-            if cell.get("metrics"):
+            result = task["rows"].get(name, {})
+            if result.get("metrics"):
                 dataset = pairs or task["dataset"]
                 datasets.add(dataset)
-                rows.append(_table_row(task, cell, summary, name))
-                index += _index_entries(key, task, cell, dataset, split)
-        on = f"the {split} split of {', '.join(f'`{name}`' for name in sorted(datasets))}"
+                rows.append(_table_row(task, result, summary, name))
+                index += _index_entries(key, task, result, dataset, split)
+        on = f"the {split} split of {', '.join(f'`{escape(name)}`' for name in sorted(datasets))}"
         return Scores(rows, index, on, _checks(summary.get("splits", {})))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what `mmkd eval` writes ({error!r}); evaluate again") from error
 
 
-def shown(metric: dict[str, float | None]) -> str:
+def with_interval(metric: dict[str, float | None]) -> str:
     """``0.713 [0.655, 0.768]``, or the value alone where there is no interval."""
     if metric["value"] is None:
         return "undefined"
@@ -97,37 +79,39 @@ def _own_row(summary: dict[str, Any], weights: list[Path], results: Path) -> str
     return summary["student"] if summary["student"] in names else names[0]
 
 
-def _table_row(task: dict[str, Any], cell: dict[str, Any], summary: dict[str, Any], name: str) -> dict[str, str]:
-    headline, frame = task["primary_metric"], _frame(task)
+def _table_row(task: dict[str, Any], result: dict[str, Any], summary: dict[str, Any], name: str) -> dict[str, str]:
+    metric, units = task["primary_metric"], _units(task)
     best = summary["overall"].get("best_teacher") if name == summary["student"] else None
-    rival = task["differences"].get(best, {}).get(headline) if best else None
+    difference = task["differences"].get(best, {}).get(metric) if best else None
     return {
-        "task": task["title"],
-        "kind": WORDS.get(task["kind"], task["kind"]),
-        "metric": headline.replace("_", " "),
-        "score": shown(cell["metrics"][headline]),
-        "chance": f"{task['chance'][headline]:.3f}" if headline in task.get("chance", {}) else "",
-        "images": f"{frame['n']} in {frame['groups']} groups",
-        "difference": f"{_signed(rival)} ({best})" if rival else "",
+        "task": escape(task["title"]),
+        "kind": KINDS.get(task["kind"], task["kind"]),
+        "metric": metric.replace("_", " "),
+        "score": with_interval(result["metrics"][metric]),
+        "chance": f"{task['chance'][metric]:.3f}" if metric in task.get("chance", {}) else "",
+        "images": f"{units['n']} in {units['groups']} groups",
+        "difference": f"{_signed(difference)} ({escape(best)})" if difference else "",
     }
 
 
-def _frame(task: dict[str, Any]) -> dict[str, Any]:
+def _units(task: dict[str, Any]) -> dict[str, Any]:
     """Counts of a task's images, or of the questions, cases or captions that it has instead."""
-    frames: dict[str, dict[str, Any]] = task["frames"]
-    return frames["image"] if "image" in frames else next(iter(frames.values()))
+    units: dict[str, dict[str, Any]] = task["frames"]
+    return units["image"] if "image" in units else next(iter(units.values()))
 
 
-def _signed(rival: dict[str, float | None]) -> str:
+def _signed(difference: dict[str, float | None]) -> str:
     """``+0.041 [+0.006, +0.075]`` of a paired difference."""
-    if any(rival[key] is None for key in ("difference", "low", "high")):
+    if any(difference[key] is None for key in ("difference", "low", "high")):
         return "undefined"
-    return f"{rival['difference']:+.3f} [{rival['low']:+.3f}, {rival['high']:+.3f}]"
+    return f"{difference['difference']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
 
 
-def _index_entries(key: str, task: dict[str, Any], cell: dict[str, Any], dataset: str, split: str) -> list[EvalResult]:
-    """One entry for each metric; the index tells tasks apart by the dataset's configuration, so that is the task."""
-    frame = _frame(task)
+def _index_entries(
+    key: str, task: dict[str, Any], result: dict[str, Any], dataset: str, split: str
+) -> list[EvalResult]:
+    """One entry for each metric; the task is the dataset's configuration, by which the index distinguishes entries."""
+    images, groups = _units(task)["n"], _units(task)["groups"]
     return [
         EvalResult(
             task_type=TASK_TYPES.get(task["kind"], task["kind"]),
@@ -137,16 +121,16 @@ def _index_entries(key: str, task: dict[str, Any], cell: dict[str, Any], dataset
             dataset_config=key,
             dataset_split=split,
             metric_type=metric,
-            metric_name=f"{metric.replace('_', ' ')}: {shown(value)}, 95 % interval over {frame['groups']} groups",
+            metric_name=f"{metric.replace('_', ' ')}: {with_interval(value)}, 95 % interval over {groups} groups",
             metric_value=round(value["value"], 4),
             metric_args={
                 "confidence": 0.95,
                 **{side: round(value[side], 4) for side in ("low", "high") if value[side] is not None},
-                "images": frame["n"],
-                "groups": frame["groups"],
+                "images": images,
+                "groups": groups,
             },
         )
-        for metric, value in cell["metrics"].items()
+        for metric, value in result["metrics"].items()
         if value["value"] is not None
     ]
 

@@ -1,8 +1,8 @@
-"""A publication to the Hub with its own client, patiently, and with errors that say what to do.
+"""Upload of a publication by ``HfApi.upload_folder``, with retries and errors that state what to do.
 
-The client uploads only what changed and goes on where it was cut off; here are added the retries of the calls that it
-makes once (creating a repository, committing), the check that a repository meant to be private is, and the care for a
-card that somebody edited on the Hub. A token is read where the client keeps it, and never shown.
+The library uploads only what changed and resumes where it was cut off. Added here: retries of the calls that it makes
+once, the check that a repository meant to be private is private, and a card edited on the Hub stays. The token is read
+where the library keeps it, and never shown.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,27 +20,35 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from mmkd.publishing.publication import CARD_FILE, Publication, gather
+from mmkd.publishing.publication import CARD_FILE, Publication
 
 T = TypeVar("T")
 WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)
 LONGEST_WAIT_SECONDS = 300.0
-PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
+RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
 MARK = "<!-- written by mmkd push, "
 # The base of all errors of whichever HTTP library the installed client uses.
 TransportError = cast(type[Exception], HfHubHTTPError.__bases__[0])
+ADVICE = {
+    401: (PermissionError, "The token is not valid: `hf auth login`, or set another HF_TOKEN"),
+    403: (PermissionError, "The token may not write to {repo}; it needs write access there"),
+    404: (FileNotFoundError, "There is no {repo} that this token may see, or no such owner"),
+    409: (OSError, "{repo} is being changed by somebody else; run the same command again"),
+    412: (OSError, "{repo} is being changed by somebody else; run the same command again"),
+    429: (OSError, "The Hub allows no more requests for now; run the same command again later"),
+}
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """What an upload did.
+    """What an upload changed.
 
     Attributes:
         url: of the repository.
-        changed: files that are new or another now.
-        removed: files that an earlier upload left and this one took away.
-        unchanged: files that were there already.
-        card_kept: the card on the Hub was edited by hand and stayed.
+        changed: files that are new or different.
+        removed: files of an earlier upload that this one removed.
+        unchanged: number of files that were there already.
+        card_kept: the card was edited on the Hub and stays.
     """
 
     url: str
@@ -50,66 +59,66 @@ class Uploaded:
 
 
 def upload(
-    publication: Publication, repo: str, private: bool, message: str, overwrite_card: bool, tell: Callable[[str], None]
+    publication: Publication,
+    repo: str,
+    private: bool,
+    message: str,
+    overwrite_card: bool,
+    notify: Callable[[str], None],
 ) -> Uploaded:
-    """Create the repository where it is not there, and bring it to what the publication holds.
+    """Create the repository where it does not exist, and upload the staging folder.
 
     Args:
-        publication: what to upload.
+        publication: what to upload; its card gets a last line by which a later upload recognises edits.
         repo: ``user/name``.
         private: only its owners may see it.
         message: of the commit.
         overwrite_card: also replace a card that was edited on the Hub.
-        tell: gets a line for every wait.
+        notify: gets a line for every retry.
 
     Raises:
         PermissionError: no token, or one that may not do this.
-        ValueError: the repository is there and public, but was to be private.
+        ValueError: the repository exists and is public, but ``private`` is set.
         OSError: the Hub does not answer, or refuses for another reason.
     """
     token = require_token()
     api = HfApi(token=token)
     place: dict[str, Any] = {"repo_id": repo, "repo_type": publication.repo_type}
-    patient = _Patience(token, repo, tell)
-    user = patient.call("asking who you are", lambda: api.whoami())["name"]
-    patient.user = user
-    create = "creating the repository"
-    url = patient.call(create, lambda: api.create_repo(**place, private=private or None, exist_ok=True))
-    info = patient.call("looking at the repository", lambda: api.repo_info(**place))
-    if private and not info.private:
-        raise ValueError(f"{repo} is there and public; make it private in its settings, or choose another --repo")
-    before = _oids(patient.call("listing the repository", lambda: _tree(api, place)))
-    with tempfile.TemporaryDirectory(prefix="mmkd-push-") as temporary:
-        folder = Path(temporary)
-        marked = Publication(**{**vars(publication), "card": with_mark(publication.card)})
-        gather(marked, folder)
-        kept = (
-            CARD_FILE in before and not overwrite_card and patient.call("reading the card", lambda: _edited(api, place))
+
+    def retried(action: Callable[[], T]) -> T:
+        return with_retries(action, repo, token, notify)
+
+    url = retried(partial(api.create_repo, **place, private=private or None, exist_ok=True))
+    if private and not retried(partial(api.repo_info, **place)).private:
+        raise ValueError(f"{repo} exists and is public; make it private in its settings, or choose another --repo")
+    before = retried(partial(_files, api, place))
+    kept = CARD_FILE in before and not overwrite_card and retried(partial(_card_is_edited, api, place))
+    card = publication.staged / CARD_FILE
+    card.write_text(with_mark(publication.card), encoding="utf-8")
+    retried(
+        partial(
+            api.upload_folder,
+            **place,
+            folder_path=publication.staged,
+            commit_message=message,
+            ignore_patterns=[CARD_FILE] if kept else None,
+            delete_patterns=publication.replaces,
         )
-        patient.call(
-            "uploading",
-            lambda: api.upload_folder(
-                **place,
-                folder_path=folder,
-                commit_message=message,
-                ignore_patterns=[CARD_FILE] if kept else None,
-                delete_patterns=publication.owned,
-            ),
-        )
-    after = _oids(patient.call("listing the repository", lambda: _tree(api, place)))
-    changed = sorted(path for path, oid in after.items() if before.get(path) != oid)
+    )
+    after = retried(partial(_files, api, place))
+    changed = sorted(path for path, blob in after.items() if before.get(path) != blob)
     return Uploaded(str(url), changed, sorted(before.keys() - after), len(after) - len(changed), kept)
 
 
 def require_token() -> str:
-    """The user's token, where the Hub's client keeps it.
+    """The user's token, where the library keeps it.
 
     Raises:
         PermissionError: there is none.
-        ConnectionError: the client was told to stay offline.
+        ConnectionError: the library is set to stay offline.
     """
     if constants.HF_HUB_OFFLINE:
-        raise ConnectionError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or look with --dry-run")
+        raise ConnectionError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or use --dry-run")
     token = get_token()
     if not token:
         raise PermissionError(
@@ -119,76 +128,58 @@ def require_token() -> str:
     return token
 
 
+def with_retries(action: Callable[[], T], repo: str, token: str, notify: Callable[[str], None]) -> T:
+    """The action's value; failures that may pass are retried after growing waits, or as long as the Hub requests.
+
+    Raises:
+        PermissionError: the Hub refuses this token.
+        OSError: it does not answer, or refuses for another reason.
+    """
+    for wait in (*WAITS_SECONDS, None):
+        try:
+            return action()
+        except (TransportError, ConnectionError, RuntimeError, ValueError) as error:
+            cause = _http_cause(error)
+            if cause is None and isinstance(error, RuntimeError):  # the library's native uploader
+                cause = ConnectionError(f"{error} {error.__cause__ or ''}")
+            if cause is None:
+                raise
+            if wait is None or (isinstance(cause, HfHubHTTPError) and _status(cause) not in RETRIED):
+                raise _explained(cause, repo, token) from None
+            pause = min(max(wait, _requested_wait(cause)), LONGEST_WAIT_SECONDS)
+            notify(f"{_short(cause, token)}; trying again in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
 def with_mark(card: str) -> str:
-    """A card with a last line that tells whether it was edited since."""
+    """A card with a last line that shows whether it was edited since."""
     text = card.rstrip("\n") + "\n"
     return f"{text}\n{MARK}{_digest(text)} -->\n"
 
 
 def is_edited(card: str) -> bool:
-    """Whether a card is another than `with_mark` wrote."""
+    """Whether a card differs from what `with_mark` wrote."""
     text, mark, rest = card.rpartition(MARK)
     return not mark or rest.strip() != f"{_digest(text)} -->"
 
 
-def hidden(text: str, token: str) -> str:
-    """A text without the token."""
-    return text.replace(token, "***") if token else text
+def _explained(error: BaseException, repo: str, token: str) -> OSError:
+    """The error as one line that states what to do."""
+    status, short = _status(error), _short(error, token)
+    if status in ADVICE:
+        kind, advice = ADVICE[status]
+        return kind(f"{short}. {advice.format(repo=repo)}")
+    if status is not None and status < 500:
+        return OSError(f"{short}. The Hub refuses what was sent")
+    return ConnectionError(f"{short}. {constants.ENDPOINT} cannot be used now; run the same command again to resume")
 
 
-class _Patience:
-    """Repeats what fails for a passing reason, and says in the user's words what fails for good."""
-
-    def __init__(self, token: str, repo: str, tell: Callable[[str], None]) -> None:
-        self.token, self.repo, self.tell, self.user = token, repo, tell, ""
-
-    def call(self, what: str, action: Callable[[], T]) -> T:
-        """The action's value.
-
-        Raises:
-            PermissionError: the Hub refuses this token.
-            OSError: it does not answer or refuses for another reason.
-        """
-        for wait in (*WAITS_SECONDS, None):
-            try:
-                return action()
-            except (TransportError, ConnectionError, RuntimeError, ValueError) as error:
-                cause = _http_cause(error)
-                if cause is None and isinstance(error, RuntimeError):  # the client's native uploader
-                    cause = ConnectionError(f"{error} {error.__cause__ or ''}")
-                if cause is None:
-                    raise
-                if wait is None or not _is_passing(cause):
-                    raise self._explained(what, cause) from None
-                pause = min(max(wait, _asked_wait(cause)), LONGEST_WAIT_SECONDS)
-                self.tell(f"{what}: {self._short(cause)}; again in {pause:g} s")
-                time.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _explained(self, what: str, error: BaseException) -> OSError:
-        status = _status(error)
-        own = f"{what}: {self._short(error)}"
-        if status == 401:
-            return PermissionError(f"{own}. The token is not valid: `hf auth login`, or set another HF_TOKEN")
-        if status == 403:
-            who = f" of {self.user}" if self.user else ""
-            return PermissionError(f"{own}. The token{who} may not write to {self.repo}; it needs write access there")
-        if status == 404:
-            return FileNotFoundError(f"{own}. There is no {self.repo} that this token may see, or no such owner")
-        if status in (409, 412):
-            return OSError(f"{own}. Somebody else is changing {self.repo}; run the same command again")
-        if status == 429:
-            return OSError(f"{own}. The Hub allows no more requests for now; run the same command again later")
-        if status is not None and status < 500:
-            return OSError(f"{own}. The Hub refuses what was sent")
-        again = "what is up stays there, and the same command goes on"
-        return ConnectionError(f"{own}. {constants.ENDPOINT} cannot be used now; {again}")
-
-    def _short(self, error: BaseException) -> str:
-        """The error on one line, without the token."""
-        status = _status(error)
-        said = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0] or type(error).__name__
-        return hidden(f"HTTP {status}, {said}" if status else f"{said}", self.token)[:300]
+def _short(error: BaseException, token: str) -> str:
+    """The error on one line, without the token."""
+    status = _status(error)
+    text = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+    return (f"HTTP {status}, {text}" if status else f"{text}").replace(token, "***")[:300]
 
 
 def _http_cause(error: BaseException | None) -> BaseException | None:
@@ -200,17 +191,12 @@ def _http_cause(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def _is_passing(error: BaseException) -> bool:
-    return not isinstance(error, HfHubHTTPError) or _status(error) in PASSING
-
-
 def _status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _asked_wait(error: BaseException) -> float:
-    """Seconds that the Hub asks to wait."""
+def _requested_wait(error: BaseException) -> float:
+    """Seconds to wait that the Hub requests."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     try:
         return float(headers.get("Retry-After", 0))
@@ -218,20 +204,18 @@ def _asked_wait(error: BaseException) -> float:
         return 0.0
 
 
-def _tree(api: HfApi, place: dict[str, Any]) -> list[Any]:
-    return list(api.list_repo_tree(**place, recursive=True))
-
-
-def _oids(tree: list[Any]) -> dict[str, str]:
+def _files(api: HfApi, place: dict[str, Any]) -> dict[str, str]:
+    """The git hash of each file of a repository."""
+    tree = api.list_repo_tree(**place, recursive=True)
     return {entry.path: entry.blob_id for entry in tree if isinstance(entry, RepoFile)}
 
 
-def _edited(api: HfApi, place: dict[str, Any]) -> bool:
+def _card_is_edited(api: HfApi, place: dict[str, Any]) -> bool:
     """Whether the card on the Hub was edited by hand."""
     with tempfile.TemporaryDirectory(prefix="mmkd-card-") as temporary:
         try:
             path = api.hf_hub_download(**place, filename=CARD_FILE, local_dir=temporary)
-        except LocalEntryNotFoundError as error:  # nobody answered: it may be there
+        except LocalEntryNotFoundError as error:  # no answer: the card may be there
             raise ConnectionError(f"the card cannot be read ({error})") from error
         except EntryNotFoundError:
             return False

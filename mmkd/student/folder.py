@@ -12,16 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mmkd.data.folder import PairFolder
 from mmkd.data.licenses import OTHERS, UNSTATED
 from mmkd.data.table import in_columns
 from mmkd.encoders.hfclip import CONFIG_FILES
 from mmkd.encoders.spec import installed_versions
-from mmkd.encoders.weights import fetch, load_transformers, quiet_transformers
+from mmkd.encoders.weights import fetch, load_transformers, quiet_transformers, read_tensors
 from mmkd.files import read_json, write_json
 from modeling_mmkd import MMKDClipModel, MMKDClipProcessor
 
 PROVENANCE_FILE = "provenance.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MOST_VALUES = 40  # values of a column that are listed by name
 PACKAGES = ("mmkd-clip", "torch", "transformers")
 PACKAGED_LICENSES = {
@@ -52,6 +55,32 @@ def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance:
         processor.save_pretrained(folder)
     if provenance is not None:
         write_provenance(folder, provenance)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model.
+
+    Raises:
+        FileNotFoundError: there are none, or one that the index names is missing.
+    """
+    index = folder / INDEX_FILE
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
+    for name in names:
+        if not (folder / name).is_file():
+            pickled = " (pickled weights are not read; load the model and save it with save_pretrained)"
+            also = pickled if any(folder.glob("*.bin")) else ""
+            raise FileNotFoundError(f"{folder} has no {name}{also}; is the folder complete?")
+    return [folder / name for name in names]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model in the precision they are stored in.
+
+    Raises:
+        FileNotFoundError: there are none, or one that the index names is missing.
+        ValueError: a file is damaged.
+    """
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path).items()}
 
 
 def training_provenance(

@@ -15,8 +15,7 @@ from PIL import Image
 
 from mmkd.command.cli import main as cli
 from mmkd.command.settings import parse
-from mmkd.exporting.folder import require_exportable
-from mmkd.exporting.towers import examples, towers
+from mmkd.exporting.folder import examples, require_exportable, towers
 from mmkd.exporting.usage import Encoder, load_tower
 from mmkd.hub import export
 from mmkd.student.folder import save_student
@@ -212,7 +211,7 @@ def test_a_missing_package_names_the_extra(vit, tmp_path, capsys, monkeypatch):
 def test_a_processor_that_cannot_be_written_down_is_refused(vit, tmp_path):
     processor = MMKDClipProcessor.from_pretrained(vit)
     processor.image_processor.crop_size = {"height": 32, "width": 48}
-    with pytest.raises(ValueError, match="only CLIP's square way"):
+    with pytest.raises(ValueError, match="only CLIP's square crop"):
         require_exportable(processor, Path("model"))
 
 

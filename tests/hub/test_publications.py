@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 
@@ -14,15 +15,22 @@ from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import Pair
 from mmkd.hub.push import PushSettings, check_repo, make_publication
 from mmkd.publishing.card import license_conflict, recipe_yaml
-from mmkd.publishing.publication import gather, parse_size
+from mmkd.publishing.model import parse_size
 from mmkd.train import eval as evaluation
 
 
-def publication(folder, *arguments):
-    return make_publication(parse(PushSettings, [str(folder), "--repo", "user/name", *map(str, arguments)]))
+@pytest.fixture
+def publication(tmp_path_factory):
+    """Stages a folder with the options of a command line."""
+
+    def stage(folder, *arguments):
+        settings = parse(PushSettings, [str(folder), "--repo", "user/name", *map(str, arguments)])
+        return make_publication(settings, tmp_path_factory.mktemp("staged"))
+
+    return stage
 
 
-def test_scores_stand_in_table_and_index_with_their_intervals(published_student, results):
+def test_scores_stand_in_table_and_index_with_their_intervals(published_student, results, publication):
     card = ModelCard(publication(published_student, "--results", results).card)
     summary = json.loads((results / "summary.json").read_text())
     metric = summary["tasks"]["zeroshot-modality"]["rows"]["ours"]["metrics"]["balanced_accuracy"]
@@ -37,7 +45,7 @@ def test_scores_stand_in_table_and_index_with_their_intervals(published_student,
     assert str(results.parent) not in card.content
 
 
-def test_scores_on_datasets_bear_their_names(published_student, tmp_path):
+def test_scores_on_datasets_bear_their_names(published_student, tmp_path, publication):
     for number in range(12):
         name = tmp_path / ("cat", "dog")[number % 2] / f"{number}.png"
         name.parent.mkdir(exist_ok=True)
@@ -54,7 +62,7 @@ def test_scores_on_datasets_bear_their_names(published_student, tmp_path):
     assert str(tmp_path) not in card.content
 
 
-def test_results_of_other_weights_are_refused(published_student, results, tmp_path):
+def test_results_of_other_weights_are_refused(published_student, results, tmp_path, publication):
     other = shutil.copytree(published_student, tmp_path / "other")
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -66,26 +74,30 @@ def test_results_of_other_weights_are_refused(published_student, results, tmp_pa
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [
-        ({}, ValueError, "holds nothing; it should hold a model"),
-        ({"notes.txt": "x"}, ValueError, "holds notes.txt; it should hold"),
-        ({"summary.json": "{}"}, ValueError, "push the model they are of, with --results"),
-        ({"meta.jsonl": "{}"}, ValueError, "theirs to publish"),
-        ({"adapter_config.json": "{}"}, ValueError, "is not what peft writes"),
+        ({}, ValueError, "holds nothing; expected a model"),
+        ({"notes.txt": "x"}, ValueError, "holds notes.txt; expected"),
+        ({"summary.json": "{}"}, ValueError, "push the evaluated model with --results"),
+        ({"meta.jsonl": "{}"}, ValueError, "which only the authors publish"),
+        ({"adapter_config.json": "{}"}, ValueError, "has no peft_type"),
         ({"config.json": '{"model_type": "clip"}'}, ValueError, "a model of type 'clip'"),
         ({"config.json": '{"model_type": "mmkd_clip"}'}, FileNotFoundError, "has no model.safetensors; is the folder"),
-        ({"config.json": '{"model_type": "mmkd_clip"}', "a.bin": ""}, FileNotFoundError, "pickled weights are not"),
+        (
+            {"config.json": '{"model_type": "mmkd_clip"}', "a.bin": ""},
+            FileNotFoundError,
+            "pickled weights are not read",
+        ),
         ({"config.json": "{"}, ValueError, "is not valid JSON"),
         ({"manifest.arrow": "{}"}, ValueError, "no whole Arrow file"),
     ],
 )
-def test_a_folder_that_holds_nothing_to_push_is_told_so(tmp_path, files, error, message):
+def test_a_folder_that_holds_nothing_to_push_is_told_so(tmp_path, files, error, message, publication):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(error, match=message):
         publication(tmp_path)
 
 
-def test_unfinished_and_missing_folders(tmp_path):
+def test_unfinished_and_missing_folders(tmp_path, publication):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         publication(tmp_path / "nowhere")
     (tmp_path / "student.partial").mkdir()
@@ -103,7 +115,7 @@ def test_unfinished_and_missing_folders(tmp_path):
         ("provenance.json", b"[]", "must hold a JSON object"),
     ],
 )
-def test_a_model_with_a_broken_file_names_it(published_student, tmp_path, name, change, message):
+def test_a_model_with_a_broken_file_names_it(published_student, tmp_path, name, change, message, publication):
     folder = shutil.copytree(published_student, tmp_path / "student")
     (folder / name).unlink()
     if change is not None:
@@ -112,7 +124,7 @@ def test_a_model_with_a_broken_file_names_it(published_student, tmp_path, name, 
         publication(folder)
 
 
-def test_options_of_another_kind_are_refused(published_student, published_pairs, results):
+def test_options_of_another_kind_are_refused(published_student, published_pairs, results, publication):
     with pytest.raises(ValueError, match="--results belongs to a model"):
         publication(published_pairs, "--results", results)
     with pytest.raises(ValueError, match="--images belongs to pairs"):
@@ -121,7 +133,7 @@ def test_options_of_another_kind_are_refused(published_student, published_pairs,
         publication(published_student, "--results", published_pairs)
 
 
-def test_images_in_archives_come_out_of_them(tmp_path):
+def test_images_in_archives_come_out_of_them(tmp_path, publication):
     tiny = io.BytesIO()
     Image.new("RGB", (4, 4)).save(tiny, "PNG")
     (tmp_path / "images" / "shards").mkdir(parents=True)
@@ -131,30 +143,58 @@ def test_images_in_archives_come_out_of_them(tmp_path):
         tar.addfile(member, io.BytesIO(tiny.getvalue()))
     image = f"shards/000000.tar@512+{member.size}"
     write_manifest(tmp_path, [Pair("p", image, "caption", license="CC0")])
-    gather(publication(tmp_path), tmp_path / "repository")
-    assert (tmp_path / "repository/images/shards/000000/512").read_bytes() == tiny.getvalue()
-    published = open_pairs(tmp_path / "repository")
+    staged = publication(tmp_path).staged
+    assert (staged / "images/shards/000000/512").read_bytes() == tiny.getvalue()
+    published = open_pairs(staged)
     assert published.image_path(published.pairs[0]).read_bytes() == tiny.getvalue()
-    assert not any("secret-name" in str(path) for path in (tmp_path / "repository").rglob("*"))
+    assert not any("secret-name" in str(path) for path in staged.rglob("*"))
 
 
-def test_a_store_without_a_shard_is_refused(published_features, tmp_path):
+def test_a_store_without_a_shard_is_refused(published_features, tmp_path, publication):
     folder = shutil.copytree(published_features, tmp_path / "features")
     (folder / "PLIP" / "shard-00001.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard-00001\.safetensors is missing"):
         publication(folder)
 
 
-def test_code_that_a_folder_lacks_comes_from_the_package(published_student, tmp_path):
+def test_code_that_a_folder_lacks_comes_from_the_package(published_student, tmp_path, publication):
     folder = shutil.copytree(published_student, tmp_path / "student")
     (folder / "modeling_mmkd.py").unlink()
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]
     (folder / "config.json").write_text(json.dumps(config))
-    items = publication(folder).items
-    items["config.json"].write(tmp_path / "config.json")
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_mmkd.MMKDClipModel"
-    assert items["modeling_mmkd.py"].size > 1000
+    made = publication(folder)
+    assert (
+        json.loads((made.staged / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_mmkd.MMKDClipModel"
+    )
+    assert made.sizes()["modeling_mmkd.py"] > 1000
+    assert "auto_map" not in json.loads((folder / "config.json").read_text()), "the folder itself is not changed"
+
+
+def test_large_files_are_linked_and_nothing_is_a_symlink(published_student, publication):
+    staged = publication(published_student).staged
+    assert (staged / "model.safetensors").samefile(published_student / "model.safetensors")
+    assert not any(path.is_symlink() for path in staged.rglob("*"))
+
+
+def test_without_hard_links_files_are_copied(published_student, publication, monkeypatch):
+    def refuse(*_):
+        raise OSError("another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    weights = publication(published_student).staged / "model.safetensors"
+    assert weights.read_bytes() == (published_student / "model.safetensors").read_bytes()
+    assert not weights.samefile(published_student / "model.safetensors")
+
+
+def test_text_of_files_cannot_act_in_a_card(published_student, tmp_path, publication):
+    folder = shutil.copytree(published_student, tmp_path / "student")
+    provenance = json.loads((folder / "provenance.json").read_text())
+    provenance["teachers"][0]["teacher"] = "a|b <script>x</script> [y](http://z) {{ 7 * 7 }}"
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    card = publication(folder).card
+    assert "| a&#124;b &lt;script&gt;x&lt;/script&gt; &#91;y](http://z) {{ 7 &#42; 7 }} | vinid/plip |" in card
+    assert "<script" not in card
 
 
 def test_settings_tell_no_folder_of_the_machine(tmp_path):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hub_commands import TOKEN, hub_environment, mmkd
 from huggingface_hub import DatasetCard, ModelCard
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.publishing.model import stage_weights
+from mmkd.student.folder import weight_files
 from modeling_mmkd import MMKDClipModel
 
 WITHOUT_PACKAGE = """
@@ -59,7 +61,7 @@ def test_a_dry_run_shows_card_and_files_and_touches_no_network(hub, published_st
     assert "secret" not in done.stdout
     for name in ("model.safetensors", "modeling_mmkd.py", "processor_config.json", "tokenizer.json", "provenance.json"):
         assert f"  {name}\n" in files
-    assert "stays here: log.jsonl, patients.txt, settings.yaml" in files
+    assert "not uploaded: log.jsonl, patients.txt, settings.yaml" in files
 
 
 def test_pushing_again_uploads_only_what_changed(hub, published_student, tmp_path):
@@ -76,13 +78,13 @@ def test_pushing_again_uploads_only_what_changed(hub, published_student, tmp_pat
     uploads, commits = hub.count("PUT", "/lfs/"), hub.count("POST", "/commit/")
     assert uploads and commits == 1
     again = mmkd(hub, tmp_path, *command)
-    assert f"0 files changed, {count} as they were" in again.stdout
+    assert f"0 files changed, {count} unchanged" in again.stdout
     assert (hub.count("PUT", "/lfs/"), hub.count("POST", "/commit/")) == (uploads, 1)
 
     settings = (student / "settings.yaml").read_text()
     (student / "settings.yaml").write_text(settings.replace("epochs: 1", "epochs: 7"))
     third = mmkd(hub, tmp_path, *command)
-    assert f"1 files changed (README.md), {count - 1} as they were" in third.stdout
+    assert f"1 files changed (README.md), {count - 1} unchanged" in third.stdout
     assert hub.count("PUT", "/lfs/") == uploads
     assert b"epochs: 7" in hub.repository("user/student").files["README.md"][0]
     assert not any(TOKEN in run.stdout + run.stderr for run in (first, again, third))
@@ -111,16 +113,12 @@ def test_what_was_pushed_loads_by_its_id_with_and_without_the_package(hub, publi
     assert f"removed {', '.join(sorted([*shards, 'model.safetensors.index.json']))}" in whole.stdout
 
 
-def test_shards_hold_the_same_numbers(hub, published_student, tmp_path):
-    from mmkd.publishing.publication import weight_items
-
-    items = weight_items(published_student, 100_000)
-    found = {}
-    for name, item in items.items():
-        item.write(tmp_path / name)
-        if name.endswith(".safetensors"):
-            with safe_open(tmp_path / name, "pt") as opened:
-                found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+def test_shards_hold_the_same_numbers(published_student, tmp_path):
+    files = weight_files(published_student)
+    stage_weights(published_student, files, tmp_path, 100_000)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1 and max(path.stat().st_size for path in shards[1:]) < 110_000
+    found = {name: tensor for path in shards for name, tensor in load_file(path).items()}
     expected = MMKDClipModel.from_pretrained(published_student).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -139,7 +137,7 @@ def test_a_private_repository_is_seen_with_a_token_alone(hub, published_student,
 def test_pairs_go_up_with_images_that_may_be_passed_on_and_come_down_as_they_were(hub, published_pairs, tmp_path):
     done = mmkd(hub, tmp_path, "push", published_pairs, "--repo", "user/pairs")
     assert done.returncode == 0, done.stderr
-    assert "look that none names a patient" in done.stderr
+    assert "check that none names a patient" in done.stderr
     files = hub.repository("user/pairs", "dataset").files
     assert {f"images/deep/{k}.png" for k in range(4)} <= set(files) and "dropped.jsonl" not in files
     card = DatasetCard(files["README.md"][0].decode())
@@ -159,8 +157,10 @@ def test_images_without_a_licence_stay_where_they_are(hub, published_pairs, tmp_
     pairs = open_pairs(published_pairs).pairs
     write_manifest(folder, [replace(pairs[0], license=""), *pairs[1:]])
     shown = mmkd(hub, tmp_path, "push", folder, "--repo", "user/pairs", "--dry-run")
-    assert "images stay here, since their licences restrict or say nothing: not stated (1 pairs)" in shown.stderr
-    assert "images/deep" not in shown.stdout and "stays here: dropped.jsonl, images" in shown.stdout
+    assert (
+        "images are not published, since licences restrict them or are not stated: not stated (1 pairs)" in shown.stderr
+    )
+    assert "images/deep" not in shown.stdout and "not uploaded: dropped.jsonl, images" in shown.stdout
     assert "The images themselves are not here" in shown.stdout
     forced = mmkd(hub, tmp_path, "push", folder, "--repo", "user/pairs", "--dry-run", "--images", "true")
     assert "images are published although" in forced.stderr and "images/deep/0.png" in forced.stdout
@@ -169,11 +169,11 @@ def test_images_without_a_licence_stay_where_they_are(hub, published_pairs, tmp_
 def test_features_go_up_with_their_teachers_licences(hub, published_features, tmp_path):
     done = mmkd(hub, tmp_path, "push", published_features, "--repo", "user/features", "--license", "mit")
     assert done.returncode == 0, done.stderr
-    assert "--license mit offers more than what went into the model" in done.stderr
+    assert "--license mit offers more than the strictest licence involved" in done.stderr
     files = hub.repository("user/features", "dataset").files
     card = files["README.md"][0].decode()
-    assert "| UniMedCLIP | owner/UniMedCLIP | 4 | 4 | float16 | CC BY-NC 4.0 | commercial use |" in card
-    assert "The strictest declared licence forbids commercial use; it is that of teacher UniMedCLIP" in card
+    assert "| UniMedCLIP | owner/UniMedCLIP | 4 | 4 | float16 | CC BY-NC 4.0 | no commercial use |" in card
+    assert "The strictest declared licence is that of teacher UniMedCLIP (CC BY-NC 4.0): no commercial use." in card
     for name, (data, _) in files.items():
         (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "down" / name).write_bytes(data)

@@ -32,8 +32,15 @@ with torch.inference_mode():
 """
 
 
-def publication(folder, *arguments):
-    return make_publication(parse(PushSettings, [str(folder), "--repo", "user/lungs", *map(str, arguments)]))
+@pytest.fixture
+def publication(tmp_path_factory):
+    """Stages a folder with the options of a command line."""
+
+    def stage(folder, *arguments):
+        settings = parse(PushSettings, [str(folder), "--repo", "user/lungs", *map(str, arguments)])
+        return make_publication(settings, tmp_path_factory.mktemp("staged"))
+
+    return stage
 
 
 def test_an_adapter_goes_up_and_is_loaded_onto_its_model(hub, published_student, published_adapter, tmp_path):
@@ -67,7 +74,7 @@ def test_an_adapter_goes_up_and_is_loaded_onto_its_model(hub, published_student,
     assert not torch.allclose(plain, expected, atol=1e-2)
 
 
-def test_the_card_of_an_adapter(published_adapter):
+def test_the_card_of_an_adapter(published_adapter, publication):
     made = publication(published_adapter, "--base_model", "user/student", "--license", "mit")
     card = ModelCard(made.card)
     assert (card.data.library_name, card.data.base_model) == ("peft", "user/student")
@@ -76,12 +83,12 @@ def test_the_card_of_an_adapter(published_adapter):
     for said in ("| adapter | LORA, rank 4, alpha 8 |", 'PeftModel.from_pretrained(model, "user/lungs")', "rank: 4"):
         assert said in card.text, said
     assert "| PLIP | vinid/plip | not declared |" in card.text, "its model's teachers are its own"
-    assert "| CC BY-NC 4.0 | 3 | commercial use |" in card.text
+    assert "| CC BY-NC 4.0 | 3 | no commercial use |" in card.text
     assert "secret" not in card.content and "published with this adapter" in card.text
     assert "--license mit offers more" in made.notes[0]
     assert re.search(r"reduced to \d+ pixels", made.card)
-    assert set(made.items) == {"adapter_config.json", "adapter_model.safetensors", "provenance.json"}
-    assert {"patients.txt", "processor_config.json"} <= set(made.left_out)
+    assert set(made.sizes()) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "provenance.json"}
+    assert {"patients.txt", "processor_config.json"} <= set(made.left_out(published_adapter))
 
 
 @pytest.mark.parametrize(
@@ -90,10 +97,12 @@ def test_the_card_of_an_adapter(published_adapter):
         ({}, "it was read from student.*--base_model user/name"),
         ({"base_model_name_or_path": "runs/base"}, "it was read from base"),
         ({"auto_mapping": {"base_model_class": "LlamaModel"}}, "an adapter of a LlamaModel; only those of an MMKDClip"),
-        ({"peft_type": None}, "is not what peft writes"),
+        ({"peft_type": None}, "has no peft_type"),
     ],
 )
-def test_an_adapter_of_an_unknown_or_another_model_is_refused(published_adapter, tmp_path, change, message):
+def test_an_adapter_of_an_unknown_or_another_model_is_refused(
+    published_adapter, tmp_path, change, message, publication
+):
     folder = shutil.copytree(published_adapter, tmp_path / "adapter")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -101,7 +110,9 @@ def test_an_adapter_of_an_unknown_or_another_model_is_refused(published_adapter,
         publication(folder)
 
 
-def test_what_belongs_to_others_and_what_is_broken_is_refused(published_adapter, published_student, tmp_path):
+def test_what_belongs_to_others_and_what_is_broken_is_refused(
+    published_adapter, published_student, tmp_path, publication
+):
     with pytest.raises(ValueError, match="--base_model belongs to an adapter"):
         publication(published_student, "--base_model", "user/student")
     with pytest.raises(ValueError, match="--base_model 'student' has no owner"):
@@ -114,13 +125,13 @@ def test_what_belongs_to_others_and_what_is_broken_is_refused(published_adapter,
         publication(folder, "--base_model", "user/student")
 
 
-def test_an_adapter_of_pefts_own_knows_its_model(published_adapter, tmp_path):
+def test_an_adapter_of_pefts_own_knows_its_model(published_adapter, tmp_path, publication):
     folder = tmp_path / "plain"
     folder.mkdir()
     shutil.copy(published_adapter / "adapter_model.safetensors", folder)
     config = json.loads((published_adapter / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "user/student"}))
     made = publication(folder)
-    assert set(made.items) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(made.sizes()) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert ModelCard(made.card).data.base_model == "user/student"
     assert "reduced to the model's size" in made.card and any("cannot name the data" in note for note in made.notes)

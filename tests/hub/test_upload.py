@@ -4,23 +4,27 @@ import pytest
 from hub_commands import TOKEN
 from huggingface_hub import constants
 
-from mmkd.publishing.publication import Publication, existing, made
+from mmkd.publishing.publication import Publication
 from mmkd.publishing.upload import is_edited, upload, with_mark
 
 # The Hub's client hands parts of files to its HTTP library in a way that the library wants another word for.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
+CARD = "---\nlanguage: en\n---\n# A card\n"
+
+
 @pytest.fixture
 def publication(tmp_path):
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"w" * 450_000)  # three parts
-    items = {"model.safetensors": existing(weights), "config.json": made("{}")}
-    return Publication("model", "---\nlanguage: en\n---\n# A card\n", items, owned=["model*.safetensors"])
+    (tmp_path / "model.safetensors").write_bytes(b"w" * 450_000)  # three parts
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text(CARD)
+    return Publication("model", tmp_path, replaces=["model*.safetensors"])
 
 
-def push(publication, told=None, private=False, overwrite_card=False):
-    lines = [] if told is None else told
+def push(publication, lines=None, private=False, overwrite_card=False):
+    (publication.staged / "README.md").write_text(CARD)  # each push stages anew
+    lines = [] if lines is None else lines
     return upload(publication, "user/model", private, "message", overwrite_card, lines.append)
 
 
@@ -36,7 +40,7 @@ def whole(hub):
 @pytest.mark.parametrize(
     ("method", "pattern", "status"),
     [
-        ("GET", "whoami", 503),
+        ("POST", "repos/create", 503),
         ("POST", "repos/create", 500),
         ("POST", "repos/create", "cut"),
         ("GET", "tree", 502),
@@ -73,20 +77,20 @@ def test_the_wait_that_the_hub_asks_for_is_kept(at_hub, publication):
     told = []
     push(publication, told)
     assert at_hub.waits == [17.0]
-    assert told == ["creating the repository: HTTP 429, planned 429; again in 17 s"]
+    assert told == ["HTTP 429, planned 429; trying again in 17 s"]
 
 
 @pytest.mark.parametrize(
     ("pattern", "status", "error", "message"),
     [
-        ("whoami", 401, PermissionError, "The token is not valid"),
-        ("repos/create", 403, PermissionError, "The token of user may not write to user/model"),
+        ("repos/create", 401, PermissionError, "The token is not valid"),
+        ("repos/create", 403, PermissionError, "The token may not write to user/model"),
         ("tree", 404, FileNotFoundError, "There is no user/model that this token may see"),
         ("preupload", 400, OSError, "The Hub refuses what was sent"),
-        ("/commit/", 409, OSError, "Somebody else is changing user/model"),
+        ("/commit/", 409, OSError, "user/model is being changed by somebody else"),
         ("repos/create", 429, OSError, "allows no more requests for now"),
-        ("repos/create", 500, ConnectionError, "the same command goes on"),
-        ("repos/create", "cut", ConnectionError, "the same command goes on"),
+        ("repos/create", 500, ConnectionError, "run the same command again to resume"),
+        ("repos/create", "cut", ConnectionError, "run the same command again to resume"),
     ],
 )
 def test_a_failure_that_stays_is_one_line_that_says_what_to_do(at_hub, publication, pattern, status, error, message):
@@ -110,7 +114,7 @@ def test_what_was_cut_off_goes_on_where_it_was(at_hub, publication):
 def test_a_public_repository_is_not_taken_for_a_private_one(at_hub, publication):
     push(publication)
     commits = at_hub.count("POST", "/commit/")
-    with pytest.raises(ValueError, match="user/model is there and public"):
+    with pytest.raises(ValueError, match="user/model exists and is public"):
         push(publication, private=True)
     assert at_hub.count("POST", "/commit/") == commits
 
@@ -131,7 +135,7 @@ def test_a_card_that_cannot_be_read_is_not_replaced(at_hub, publication):
     at_hub.fail("HEAD", "README.md", 503, times=99)
     at_hub.fail("GET", "README.md", 503, times=99)
     commits = at_hub.count("POST", "/commit/")
-    with pytest.raises(ConnectionError, match="reading the card"):
+    with pytest.raises(ConnectionError, match="the card cannot be read"):
         push(publication, overwrite_card=False)
     assert at_hub.count("POST", "/commit/") == commits
 
