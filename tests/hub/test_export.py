@@ -181,7 +181,7 @@ def test_the_comparison_is_printed(exported, capsys):
     ("arguments", "message"),
     [
         (["--format", "onnnx"], "did you mean 'onnx'"),
-        (["--format", "onnx", "--pairs", "nowhere"], "nowhere holds none of"),
+        (["--format", "onnx", "--pairs", "nowhere"], "nowhere holds neither"),
         (["--format", "onnx", "--repeats", "-1"], "must be at least 0"),
         (["--format", "onnx"], "no such folder"),
     ],
