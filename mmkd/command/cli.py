@@ -1,12 +1,13 @@
 """``mmkd NAME ...``: the recipes under one command, each the same module that ``accelerate launch -m`` runs.
 
-A recipe runs in this process, unless several are asked for (``mmkd distill --num_processes 8 ...``) or accelerate has
-been configured on this machine: then it starts through ``accelerate launch``. Without a GPU, several processes start
-through ``torchrun``, because ``accelerate launch --cpu`` stays with one.
+A recipe runs in this process, unless several processes are requested (``mmkd distill --num_processes 8 ...``) or
+accelerate is configured on this machine: then it starts through ``accelerate launch``. Without a GPU, several processes
+start through ``torchrun``, because ``accelerate launch --cpu`` starts one.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.resources
 import os
 import runpy
@@ -14,31 +15,31 @@ import sys
 from pathlib import Path
 
 from mmkd.command.launch import launch
-from mmkd.command.settings import COMMAND_VARIABLE, ignore_broken_pipe, nearest
+from mmkd.command.settings import COMMAND_VARIABLE, fail, ignore_broken_pipe, nearest
 
 RECIPES = {
-    "curate": ("mmkd.train.curate", "image-text pairs from tars, Parquet, lists, folders, the Hub or packaged images"),
+    "curate": ("mmkd.train.curate", "curate image-text pairs from tars, Parquet, lists, folders, the Hub or packages"),
     "pairs": ("mmkd.train.pairs", "folders of pairs: ls, show, stats, verify, export"),
-    "pretrain": ("mmkd.train.pretrain", "stage 1: contrastive pretraining of a student, or of a teacher of your own"),
-    "extract": ("mmkd.train.extract", "features of any teacher for every pair"),
-    "verify-teacher": ("mmkd.train.verify_teacher", "a teacher's features against those the authors published"),
-    "features": ("mmkd.train.features", "stores of features: ls, verify, merge, export, import"),
-    "screen": ("mmkd.train.screen", "which teachers agree with which pair"),
-    "align": ("mmkd.train.align", "the teachers' feature spaces brought into one"),
-    "distill": ("mmkd.train.distill", "stage 2: the student learns from all teachers' features"),
-    "finetune": ("mmkd.train.finetune", "a trained model on pairs of your own: by captions or labels, LoRA or in full"),
-    "tile": ("mmkd.train.tile", "whole slides to bags of a teacher's or student's features"),
-    "eval": ("mmkd.train.eval", "student, teachers and their ensemble side by side, with intervals"),
-    "datasets": ("mmkd.train.registry", "datasets to evaluate on: ls, show, check, add"),
-    "report": ("mmkd.train.report", "one self-contained HTML page from an evaluation"),
-    "plan": ("mmkd.train.plan", "memory, time and cost of each stage on GPUs of your choice"),
-    "pipeline": ("mmkd.train.pipeline", "the whole way from one YAML"),
-    "quickstart": ("mmkd.train.pipeline", "the whole way on real images in five minutes"),
-    "push": ("mmkd.hub.push", "a model, an adapter, features or pairs to the Hub, with a card of what is known"),
-    "export": ("mmkd.hub.export", "both towers for deployment: ONNX, torch.export or int8"),
-    "miniature": ("mmkd.train.miniature", "the paper's experiment on small collections of real images"),
-    "doctor": ("mmkd.hub.doctor", "what of this installation will not work, and why"),
-    "convert": ("mmkd.hub.convert", "the authors' checkpoint to a from_pretrained folder, and back"),
+    "pretrain": ("mmkd.train.pretrain", "stage 1: contrastive pretraining of a student or a teacher"),
+    "extract": ("mmkd.train.extract", "extract the features of teachers for every pair"),
+    "verify-teacher": ("mmkd.train.verify_teacher", "compare a teacher's features with those the authors published"),
+    "features": ("mmkd.train.features", "feature stores: ls, verify, merge, export, import"),
+    "screen": ("mmkd.train.screen", "filter pairs by teacher agreement"),
+    "align": ("mmkd.train.align", "align the teachers' features into a shared embedding space"),
+    "distill": ("mmkd.train.distill", "stage 2: distil the features of all teachers into the student"),
+    "finetune": ("mmkd.train.finetune", "fine-tune a model on captions or labels, with LoRA or in full"),
+    "tile": ("mmkd.train.tile", "extract the tile features of whole-slide images"),
+    "eval": ("mmkd.train.eval", "compare the student with its teachers, with 95 % confidence intervals"),
+    "datasets": ("mmkd.train.registry", "evaluation datasets: ls, show, check, add"),
+    "report": ("mmkd.train.report", "write one self-contained HTML page from an evaluation"),
+    "plan": ("mmkd.train.plan", "estimate memory, time and cost of each stage on GPUs"),
+    "pipeline": ("mmkd.train.pipeline", "the full pipeline from one YAML file"),
+    "quickstart": ("mmkd.train.pipeline", "the full pipeline on packaged real images, in five minutes"),
+    "push": ("mmkd.hub.push", "upload a model, adapter, features or pairs to the Hub, with a card"),
+    "export": ("mmkd.hub.export", "export both towers for deployment: ONNX, torch.export or int8"),
+    "miniature": ("mmkd.train.miniature", "the paper's experiment on small datasets of real images"),
+    "doctor": ("mmkd.hub.doctor", "diagnose the installation"),
+    "convert": ("mmkd.hub.convert", "convert the authors' checkpoint to a from_pretrained folder, and back"),
 }
 PIPELINES = {"quickstart": "quickstart.yaml", "miniature": "miniature.yaml"}
 DISTRIBUTED = ("pretrain", "extract", "align", "distill", "finetune", "eval")
@@ -79,47 +80,52 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _main(argv: list[str]) -> None:
+    if argv and argv[0] == "--version":
+        print(f"mmkd-clip {importlib.metadata.version('mmkd-clip')}")
+        return
     if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: mmkd COMMAND [--config FILE.yaml] [--key value ...]; `mmkd COMMAND --help` lists the settings\n")
         print("\n".join(f"  {name:<15}{description}" for name, (_, description) in RECIPES.items()))
         return
     name, arguments = argv[0], argv[1:]
     if name not in RECIPES:
-        print(
-            f"mmkd: error: unknown command {name!r}{nearest(name, RECIPES)}; known: {', '.join(RECIPES)}",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+        fail(2, f"unknown command {name!r}{nearest(name, RECIPES)}; allowed: {', '.join(RECIPES)}", "mmkd")
     launcher, arguments = split_launcher_options(arguments)
     if launcher and name not in DISTRIBUTED:
-        print(
-            f"mmkd {name}: error: {launcher[0]} belongs to {', '.join(DISTRIBUTED)}; {name} runs in one process",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+        allowed = ", ".join(DISTRIBUTED)
+        fail(2, f"{launcher[0]} is an option of {allowed}; {name} runs in one process", f"mmkd {name}")
     if name in PIPELINES:
         preset = importlib.resources.files("mmkd.train.configs") / PIPELINES[name]
         arguments = ["--config", str(preset), *arguments]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine severalfold
     module = RECIPES[name][0]
     if name in DISTRIBUTED and not _is_launched() and (launcher or _accelerate_is_configured()):
+        _run(name, [*arguments, "--check"])  # once, before several processes start
         command, environment = launch_command(module, launcher, arguments)
         raise SystemExit(launch(command, environment, module))
+    _run(name, arguments)
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    """Run a recipe in this process.
+
+    Raises:
+        SystemExit: with the recipe's exit code, or 1 where a package of an extra is missing.
+    """
     sys.argv = [f"mmkd {name}", *arguments]
     os.environ[COMMAND_VARIABLE] = name
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        runpy.run_module(RECIPES[name][0], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if ended.code or "--check" not in arguments:
+            raise
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(
-            f'mmkd {name}: error: {package} is not installed; run `pip install "mmkd-clip[{EXTRAS[package]}]"`',
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+        fail(1, f'{package} is not installed; run `pip install "mmkd-clip[{EXTRAS[package]}]"`')
     finally:
-        del os.environ[COMMAND_VARIABLE]
+        os.environ.pop(COMMAND_VARIABLE, None)
 
 
 def split_launcher_options(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -1,9 +1,9 @@
-"""A launcher of several processes, watched: a signal to `mmkd` reaches those whom it concerns.
+"""Start several processes, and stop them by a signal to `mmkd`.
 
-Schedulers, containers and users stop the process they know, which is `mmkd`. torchrun would answer SIGTERM by ending
-its processes after half a minute and report a failure; the training processes themselves save after the step at hand
-and exit with 0, whereupon the launcher does too. So requests to stop go to them, and all else to the launcher. It runs
-in a session of its own, since a scheduler that signals the whole group would reach the launcher as well.
+Schedulers, containers and users send their signal to `mmkd`. torchrun ends its processes half a minute after SIGTERM
+and reports a failure, whereas a training process saves after the current step and exits with 0, and the launcher with
+it. Requests to stop (SIGTERM, SIGUSR1) are therefore forwarded to the training processes, and other signals to the
+launcher. The launcher runs in a session of its own, out of reach of a signal to the whole process group.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 TO_THE_LAUNCHER = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
 
 
 def launch(command: Sequence[str], environment: Mapping[str, str], module: str) -> int:
-    """Run a launcher to its end; outside the main thread, where Python sets no handlers, signals act as they always do.
+    """Run a launcher to its end and forward signals; outside the main thread signals keep their usual effect.
 
     Args:
         command: of torchrun or ``accelerate launch``.
-        environment: what is set for it beside this process' own.
-        module: what its processes run, by which they are known.
+        environment: variables to set in addition to those of this process.
+        module: the module that its processes run, by which they are found.
 
     Returns:
         Its exit code.
     """
     launcher = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        asked = training_processes(launcher.pid, module) if number in SIGNALS else []
-        for process in asked or [launcher.pid]:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        training = training_processes(launcher.pid, module) if number in SIGNALS else []
+        for process in training or [launcher.pid]:
             _send(process, number)
 
     handled = (*SIGNALS, *TO_THE_LAUNCHER) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, pass_on) for number in handled}
+    before = {number: signal.signal(number, forward) for number in handled}
     try:
         return launcher.wait()
     finally:
@@ -48,7 +49,7 @@ def launch(command: Sequence[str], environment: Mapping[str, str], module: str) 
 
 
 def training_processes(launcher: int, module: str) -> list[int]:
-    """Numbers of the processes that a launcher has started to run a module, without those that these started."""
+    """Process ids of a launcher's direct children that run a module."""
     import psutil
 
     found = []
@@ -56,7 +57,7 @@ def training_processes(launcher: int, module: str) -> list[int]:
         try:
             if module in child.cmdline():
                 found.append(child.pid)
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # it has ended
             continue
     return found
 
@@ -66,20 +67,15 @@ def _send(process: int, number: int) -> None:
         os.kill(process, number)
 
 
-# Section: A request to stop, as schedulers send it: the run saves, exits with 0, and is queued again.
-
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-
-
 class StopRequest:
-    """While it is entered, SIGTERM and SIGUSR1 (Slurm's ``--signal``) only set `requested`.
+    """A request to stop, as schedulers send it: a context in which SIGTERM and SIGUSR1 only set `requested`.
 
-    Outside the main thread Python can set no handlers: signals then act as they always do.
+    The run saves, exits with 0, and is queued again. Outside the main thread Python sets no handlers, and signals keep
+    their usual effect.
     """
 
     def __init__(self, pass_on: Callable[[int], None] | None = None) -> None:
-        """Nothing is requested yet; ``pass_on`` hands a signal to whom else it concerns."""
+        """Nothing is requested yet; ``pass_on`` forwards the signal to other processes."""
         self.requested = False
         self._pass_on = pass_on
         self._before: dict[int, Any] = {}
@@ -103,7 +99,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Requests to stop wait until the block ends; a process that is started in it holds them until `let_through`."""
+    """Block requests to stop until the end of the block; a process started in it blocks them until `let_through`."""
     _mask("SIG_BLOCK")
     try:
         yield
@@ -112,7 +108,7 @@ def held_back() -> Iterator[None]:
 
 
 def let_through() -> None:
-    """Requests to stop reach this process again."""
+    """Unblock requests to stop in this process."""
     _mask("SIG_UNBLOCK")
 
 
