@@ -15,7 +15,7 @@ class SlideDataset(Dataset):
 
     def __init__(self, manifest, pairs, root, facts=None):
         super().__init__(manifest, pairs)
-        self.root, self.facts = root, facts or {}
+        self.root, self.metadata = root, facts or {}
 
     def image(self, pair):
         raise AssertionError("slides are read through their bags")
@@ -24,9 +24,11 @@ class SlideDataset(Dataset):
         return pair.id
 
 
-def slide_manifest(task, classes=None, headline=""):
+def slide_manifest(task, classes=None, primary_metric=""):
     """A manifest of slides."""
-    return Manifest("slides", task, "pathology", {"bags": "."}, "CC0-1.0", classes=classes or {}, headline=headline)
+    return Manifest(
+        "slides", task, "pathology", {"bags": "."}, "CC0-1.0", classes=classes or {}, primary_metric=primary_metric
+    )
 
 
 def write_bag(path, tiles, proj=None, **names):

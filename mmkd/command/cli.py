@@ -30,7 +30,7 @@ RECIPES = {
     "finetune": ("mmkd.train.finetune", "fine-tune a model on captions or labels, with LoRA or in full"),
     "tile": ("mmkd.train.tile", "extract the tile features of whole-slide images"),
     "eval": ("mmkd.train.eval", "compare the student with its teachers, with 95 % confidence intervals"),
-    "datasets": ("mmkd.train.registry", "evaluation datasets: ls, show, check, add"),
+    "datasets": ("mmkd.train.catalog", "evaluation datasets: ls, show, check, add"),
     "report": ("mmkd.train.report", "write one self-contained HTML page from an evaluation"),
     "plan": ("mmkd.train.plan", "estimate memory, time and cost of each stage on GPUs"),
     "pipeline": ("mmkd.train.pipeline", "the full pipeline from one YAML file"),

@@ -20,7 +20,7 @@ from mmkd.distributed import rank, wait_for_everyone, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.evaluation.datasets.catalog import contaminated, find_manifests, load_suite
 from mmkd.evaluation.datasets.dataset import Dataset, Samples, open_dataset, split_samples
-from mmkd.evaluation.datasets.manifest import Absent, Manifest
+from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, Manifest
 from mmkd.evaluation.datasets.pairs import PROBED, PairsDataset, open_pairs_dataset
 from mmkd.evaluation.datasets.questions import read_questions
 from mmkd.evaluation.embeddings.cache import Content
@@ -29,6 +29,7 @@ from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord, em
 from mmkd.evaluation.results.store import CellFolder, fingerprint_of
 from mmkd.evaluation.results.summary import Table, overall, split_summary, suite_means, task_summary
 from mmkd.evaluation.settings import EvalSettings
+from mmkd.evaluation.slides.cohort import read_cohort
 from mmkd.evaluation.suite import run_task, tasks_for, texts_of
 from mmkd.evaluation.tasks.task import Task, TaskOptions
 from mmkd.student.folder import read_provenance
@@ -60,7 +61,7 @@ class SuiteRun:
             for each in known
         }
 
-    def judge(self, inputs: DatasetInputs) -> None:
+    def evaluate(self, inputs: DatasetInputs) -> None:
         """Make the cells of every task on one dataset; its vectors leave memory afterwards."""
         dataset = inputs.open()
         assert isinstance(dataset, Dataset)
@@ -134,7 +135,7 @@ def evaluate(settings: EvalSettings, sources: dict[str, str], load: Load) -> dic
     run = SuiteRun(settings, known)
     hidden = settings.quiet or rank() > 0 or settings.pairs is not None
     for own in tqdm(inputs, desc="datasets", unit="dataset", disable=hidden):
-        run.judge(own)
+        run.evaluate(own)
     if rank() > 0:
         return {}
     if not run.tasks:
@@ -178,9 +179,11 @@ def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[
     for manifest in tqdm(manifests, desc="opening", unit="dataset", disable=settings.quiet or rank() > 0):
         try:
             opened = open_dataset(manifest, settings.data)
-        except Absent as error:
+        except DatasetNotFoundError as error:
             absent[manifest.id] = str(error)
             continue
+        if manifest.task == "survival":
+            read_cohort(opened, None)  # for its errors, before anything is embedded
         found.append(inputs_of(opened, partial(open_dataset, manifest, settings.data), settings.split, options))
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())

@@ -70,12 +70,12 @@ def run_task(
     outputs: dict[str, Outputs] = {}
     for embedded in encoders:
         name = embedded.name
-        made_of = [question, embedded.fingerprint, *_evidence(task, embedded)]
+        made_of = [question, embedded.fingerprint, *_extra_fingerprint(task, embedded)]
         cells[name], outputs[name] = folder.cell(task, name, made_of, _single(task, embedded))
     members = [e for e in encoders if e.name in teachers and cells[e.name]["undefined"] is None]
     if len(members) < 2:
         return cells
-    made_from = [question, [[member.name, member.fingerprint, *_evidence(task, member)] for member in members]]
+    made_from = [question, [[member.name, member.fingerprint, *_extra_fingerprint(task, member)] for member in members]]
     theirs = {member.name: outputs[member.name] for member in members}
 
     def ensemble() -> tuple[Outputs, Cell]:
@@ -91,9 +91,9 @@ def run_task(
     return cells
 
 
-def _evidence(task: Task, embedded: Embedded) -> list[Any]:
+def _extra_fingerprint(task: Task, embedded: Embedded) -> list[Any]:
     try:
-        return task.evidence(embedded)
+        return task.extra_fingerprint(embedded)
     except Undefined as reason:
         return [str(reason)]
 

@@ -139,7 +139,7 @@ def _students(folder: RunFolder, found: list[str], output: Path) -> Iterator[tup
 
 
 def _note(output: Path, name: str, summary: dict[str, Any]) -> None:
-    """Add a line with the overall score of every row and the headline of the student on every task."""
+    """Add a line with the overall score of every row and the primary metric of the student on every task."""
     student = {
         task: cell["metrics"].get(own["primary_metric"])
         for task, own in summary["tasks"].items()

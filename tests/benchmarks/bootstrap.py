@@ -20,7 +20,7 @@ import numpy as np
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
 
 from mmkd.evaluation.statistics import metrics
-from mmkd.evaluation.statistics.bootstrap import Frame, frame, replicate, replicate_weights
+from mmkd.evaluation.statistics.bootstrap import ResamplingUnits, replicate, replicate_weights, resampling_units
 from mmkd.evaluation.tasks.classification import softmax
 
 AGREEMENT = 1e-9
@@ -33,7 +33,7 @@ def made_up(samples: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     return targets, softmax(generator.normal(size=(samples, classes)) + 2 * np.eye(classes)[targets])
 
 
-def ours(targets: np.ndarray, scores: np.ndarray, sampling: Frame, replicates: int) -> dict[str, np.ndarray]:
+def ours(targets: np.ndarray, scores: np.ndarray, sampling: ResamplingUnits, replicates: int) -> dict[str, np.ndarray]:
     answers = scores.argmax(axis=1)
 
     def five(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -63,7 +63,7 @@ def scikit_learn(targets: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> d
     }
 
 
-def disagreement(targets: np.ndarray, scores: np.ndarray, sampling: Frame, replicates: int) -> float:
+def disagreement(targets: np.ndarray, scores: np.ndarray, sampling: ResamplingUnits, replicates: int) -> float:
     """Largest difference of both sides over the same draws."""
     found = ours(targets, scores, sampling, replicates)
     drawn = np.concatenate(list(replicate_weights(sampling, replicates, 42)))
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     targets, scores = made_up(arguments.samples, arguments.classes)
-    sampling = frame(list(map(str, targets)), [""] * len(targets))
+    sampling = resampling_units(list(map(str, targets)), [""] * len(targets))
     worst = disagreement(targets, scores, sampling, min(10, arguments.replicates))
     print(f"largest difference over the same draws {worst:.1e}")
     assert worst < AGREEMENT, "the sides differ"

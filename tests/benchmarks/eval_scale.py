@@ -1,4 +1,4 @@
-"""Minutes and gigabytes of an evaluation of the registry's datasets by ten encoders, from a warm cache.
+"""Minutes and gigabytes of an evaluation of the catalog's datasets by ten encoders, from a warm cache.
 
 ``python tests/benchmarks/eval_scale.py [--encoders 10] [--share 1.0] [--tasks zeroshot,retrieval] [--replicates 1000]``
 
@@ -123,7 +123,7 @@ def main() -> None:
             collection = collection_of(manifest, chosen.share, output)
             inputs = inputs_of(collection, lambda own=collection: own, "test")
             written += write(known, inputs, collection, chosen.tiles)
-            took = clock.time(lambda own=inputs: run.judge(own))
+            took = clock.time(lambda own=inputs: run.evaluate(own))
             images += len(image_pairs(collection))
             if manifest.id == largest and manifest.id in SIZES:
                 sides = reading(known[0], inputs, collection)

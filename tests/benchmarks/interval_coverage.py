@@ -34,7 +34,7 @@ def main() -> None:
     pairs = [Pair(name, name, f"{k * 7919 % given.pairs:09d}", "CT", split="test") for k, name in enumerate(names)]
     manifest = Manifest("pairs", "retrieval", "CT", {}, "CC0-1.0")
     task = Retrieval(Samples(manifest, pairs, [], [], dict(zip(names, names, strict=True)), Simulated(manifest, 0, 0)))
-    captions = [names.index(pair.id) for pair in task.holders["caption"]]
+    captions = [names.index(pair.id) for pair in task.sample_pairs["caption"]]
     spread = float(np.hypot(SHARED, OWN))
     truth = float(np.mean([1 - NormalDist(0, spread).cdf(bar) for bar in BARS]))
     generator, widths, held = np.random.default_rng(0), [], 0

@@ -146,7 +146,7 @@ def main() -> None:
         began = time.perf_counter()
         _, inputs = opened(arguments.pool)
         run = SuiteRun(settings, [known])
-        run.judge(inputs)
+        run.evaluate(inputs)
         found = run.summary()["tasks"]["retrieval-simulated"]["rows"]["student"]["metrics"]["mean_recall"]
         seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

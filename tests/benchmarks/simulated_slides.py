@@ -1,4 +1,4 @@
-"""Datasets of questions and of slides in the registry's sizes, with simulated vectors and small simulated bags."""
+"""Datasets of questions and of slides in the catalog's sizes, with simulated vectors and small simulated bags."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Slides(Dataset):
         super().__init__(manifest, pairs)
         self.root = root
         generator = np.random.default_rng(len(pairs))
-        self.facts = {
+        self.metadata = {
             name: {"time": f"{time:.2f}", "event": str(k % 3 // 2), "age": f"{age:.0f}"}
             for k, (name, time, age) in enumerate(
                 zip(names, generator.exponential(40, len(names)), generator.normal(62, 9, len(names)), strict=True)

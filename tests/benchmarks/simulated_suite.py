@@ -1,4 +1,4 @@
-"""Datasets of the registry's sizes with simulated embeddings: what the benchmarks of an evaluation judge."""
+"""Datasets of the catalog's sizes with simulated embeddings: what the benchmarks of an evaluation judge."""
 
 from collections.abc import Sequence
 from functools import lru_cache

@@ -16,7 +16,7 @@ import numpy as np
 from mmkd.data.images import UnreadableImage
 from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import open_dataset
-from mmkd.evaluation.datasets.manifest import Absent
+from mmkd.evaluation.datasets.manifest import DatasetNotFoundError
 from mmkd.evaluation.vqa.statements import choices
 
 DIM, SHORT, MOST_QUESTIONS = 512, 32, 16
@@ -61,7 +61,7 @@ class Told(Random):
                 self.named |= dict.fromkeys(sentences, f"{manifest.id} {name}")
             try:
                 collection = open_dataset(manifest)
-            except Absent:
+            except DatasetNotFoundError:
                 continue
             answers = defaultdict(list)
             for question in collection.questions:

@@ -255,7 +255,7 @@ def _names(found: dict[str, Any]) -> list[str]:
 
 
 def _rows(found: dict[str, Any], task: dict[str, Any], metric: str) -> list[str]:
-    """Student, teachers, ensemble, and the paired difference where the metric is the headline."""
+    """Student, teachers, ensemble, and the paired difference where the metric is the primary metric."""
     rows = [_cell(task["rows"][row][metric]) for row in (found["student"], *found["teachers"], "ensemble")]
     paired = task["differences"]["ensemble"]
     return [*rows, _cell({**paired, "value": paired["difference"]}) if metric == task["primary_metric"] else ""]

@@ -129,15 +129,15 @@ def coverage(dataset: str) -> dict[str, Any]:
     samples = split_samples(collection, "test", {pair.id: pair.id for pair in collection.pairs})
     (task,), _ = tasks_for(samples, ["zeroshot"], TaskOptions())
     keys = [[pair.id for pair in samples.held_out], texts_of(collection, "test", TaskOptions())]
-    chance, values, held = task.description["chance"][task.headline], [], 0
+    chance, values, held = task.description["chance"][task.primary_metric], [], 0
     for seed in range(DRAWS):
         generator = np.random.default_rng(seed)
         drawn = [generator.choice([-1.0, 1.0], (len(own), DIM)).astype(np.float32) / DIM**0.5 for own in keys]
         images, texts = (dict(zip(own, vectors, strict=True)) for own, vectors in zip(keys, drawn, strict=True))
         outputs = task.outputs(Embedded("random", "", images=images, texts=texts))
-        points, replicates = replicate(partial(task.headline_metric, outputs), task.frames, REPLICATES, SEED)
-        low, high = interval(replicates[task.headline])
-        values.append(float(points[task.headline]))
+        points, replicates = replicate(partial(task.primary_metric_values, outputs), task.frames, REPLICATES, SEED)
+        low, high = interval(replicates[task.primary_metric])
+        values.append(float(points[task.primary_metric]))
         held += low <= chance <= high
     return {"mean": float(np.mean(values)), "error": float(np.std(values, ddof=1) / DRAWS**0.5), "held": held}
 
@@ -155,7 +155,7 @@ def over_folds(description: dict[str, Any], risks: Any) -> float:
 def ceiling(description: dict[str, Any], place: Path) -> float:
     """Concordance of the simulated hazard itself: no model can be expected to do better."""
     collection = open_dataset(find_manifests([str(place / "manifest.yaml")])[0])
-    known = {pair.group: float(collection.facts[pair.id]["risk"]) for pair in collection.pairs}
+    known = {pair.group: float(collection.metadata[pair.id]["risk"]) for pair in collection.pairs}
     risks = np.array([known[case] for case in description["ids"]])
     return over_folds(description, lambda train, test: risks[test])
 

@@ -9,10 +9,10 @@ from mmkd.evaluation.statistics.bootstrap import (
     BY_GROUP,
     BY_IMAGE,
     difference,
-    frame,
     interval,
     replicate,
     replicate_weights,
+    resampling_units,
 )
 
 
@@ -25,7 +25,7 @@ def data(n=120, seed=0):
 
 def test_replicates_are_a_naive_loop_over_the_same_draws():
     targets, scores, groups = data()
-    sampling = frame(list(map(str, targets)), groups)
+    sampling = resampling_units(list(map(str, targets)), groups)
     _, found = replicate(
         lambda weights: {"auroc": metrics.macro_auroc(targets, scores, weights["image"])}, {"image": sampling}, 250, 42
     )
@@ -43,7 +43,7 @@ def _auroc(positive, scores):
 
 def test_groups_stay_whole_and_strata_keep_their_size():
     targets, _, groups = data()
-    sampling = frame(list(map(str, targets)), groups)
+    sampling = resampling_units(list(map(str, targets)), groups)
     assert sampling.resampling == BY_GROUP and sampling.groups == 21
     for weights in replicate_weights(sampling, 150, 1):
         for group in set(groups):
@@ -55,24 +55,24 @@ def test_groups_stay_whole_and_strata_keep_their_size():
 
 
 def test_the_same_seed_gives_the_same_draws():
-    sampling = frame(["a"] * 10 + ["b"] * 10, [""] * 20)
+    sampling = resampling_units(["a"] * 10 + ["b"] * 10, [""] * 20)
     one, two = (np.concatenate(list(replicate_weights(sampling, 130, 42))) for _ in range(2))
     assert one.shape == (130, 20) and (one == two).all()
     assert (one != np.concatenate(list(replicate_weights(sampling, 130, 43)))).any()
 
 
 def test_classes_of_one_group_are_pooled_so_that_they_vary():
-    sampling = frame(["a", "a", "b", "c", "c", "c"], ["1", "1", "2", "3", "4", "5"])
+    sampling = resampling_units(["a", "a", "b", "c", "c", "c"], ["1", "1", "2", "3", "4", "5"])
     weights = np.concatenate(list(replicate_weights(sampling, 200, 0)))
     assert (weights.std(axis=0) > 0).all()
-    lonely = frame(["a", "b", "b", "b"], ["1", "2", "3", "4"])
+    lonely = resampling_units(["a", "b", "b", "b"], ["1", "2", "3", "4"])
     assert len(set(lonely.strata.tolist())) == 1
 
 
 def test_one_group_alone_falls_back_to_images_and_says_so():
-    sampling = frame(["a", "a", "b", "b"], ["1"] * 4)
+    sampling = resampling_units(["a", "a", "b", "b"], ["1"] * 4)
     assert sampling.resampling == BY_IMAGE and sampling.groups == 1 and len(sampling.strata) == 4
-    single = frame(["a"], ["1"])
+    single = resampling_units(["a"], ["1"])
     points, found = replicate(lambda w: {"n": w["image"].sum(axis=1)}, {"image": single}, 100, 0)
     assert points["n"] == 1 and np.isnan(found["n"]).all()
 
@@ -82,7 +82,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for trial in range(200):
         right = (generator.random(80) < 0.7).astype(float)
-        sampling = frame(["a"] * 80, [""] * 80)
+        sampling = resampling_units(["a"] * 80, [""] * 80)
         _, found = replicate(
             lambda w, r=right: {"m": metrics.weighted_mean(r, w["image"])}, {"image": sampling}, 200, trial
         )
@@ -95,7 +95,7 @@ def test_pairing_is_tighter_than_two_intervals():
     generator = np.random.default_rng(0)
     hard = generator.normal(size=200)
     ours, theirs = ((hard + generator.normal(size=200) * 0.1 < shift).astype(float) for shift in (0.3, 0.0))
-    sampling = frame(["a"] * 200, [""] * 200)
+    sampling = resampling_units(["a"] * 200, [""] * 200)
 
     def metric(weights):
         return {k: metrics.weighted_mean(v, weights["image"]) for k, v in (("ours", ours), ("theirs", theirs))}
@@ -135,12 +135,12 @@ def test_five_metrics_are_those_of_scikit_learn_on_the_same_draws():
     benchmark = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(benchmark)
     targets, scores = benchmark.made_up(600, 9)
-    sampling = frame(list(map(str, targets)), [f"patient {k // 2}" for k in range(600)])
+    sampling = resampling_units(list(map(str, targets)), [f"patient {k // 2}" for k in range(600)])
     assert benchmark.disagreement(targets, scores, sampling, 25) < 1e-9
 
 
 def test_draws_are_the_same_whether_kept_or_made_anew_or_given_a_few_at_a_time(monkeypatch):
-    sampling = frame(["a"] * 10 + ["b"] * 30, [str(k // 2) for k in range(40)])
+    sampling = resampling_units(["a"] * 10 + ["b"] * 30, [str(k // 2) for k in range(40)])
     kept = list(replicate_weights(sampling, 130, 42))
     few = list(replicate_weights(sampling, 130, 42, at_once=7))
     assert [len(part) for part in kept] == [100, 30] and max(map(len, few)) == 7
@@ -150,7 +150,7 @@ def test_draws_are_the_same_whether_kept_or_made_anew_or_given_a_few_at_a_time(m
 
 
 def test_very_many_units_are_drawn_a_few_replicates_at_a_time(monkeypatch):
-    large, small = frame(["a"] * 60, [""] * 60), frame(["a"] * 6, [""] * 6)
+    large, small = resampling_units(["a"] * 60, [""] * 60), resampling_units(["a"] * 6, [""] * 6)
     monkeypatch.setattr(bootstrap, "CHUNK_ELEMENTS", 1000)
     assert [len(part) for part in replicate_weights(large, 40, 42)] == [16, 16, 8]
     seen = []

@@ -10,7 +10,8 @@ from mmkd.data.archives import ArchiveWriter
 from mmkd.data.images import UnreadableImage
 from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import open_dataset
-from mmkd.evaluation.datasets.manifest import Absent, make_manifest
+from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, make_manifest
+from mmkd.evaluation.slides.cohort import read_cohort
 
 CLASSES = {"cat": ["a cat"], "dog": ["a dog", "a hound"]}
 
@@ -191,10 +192,12 @@ def test_a_folder_of_images_is_named_as_seen_from_the_table(tmp_path):
 def test_absent_data_say_where_they_are_to_be_had(tmp_path, monkeypatch):
     monkeypatch.delenv("MMKD_DATA", raising=False)
     asked = manifest({"csv": "${DATA}/t/labels.csv"}, tier="B", register="https://example.org/data")
-    with pytest.raises(Absent, match=r"--data DIR or MMKD_DATA; register for it at https://example.org/data"):
+    with pytest.raises(
+        DatasetNotFoundError, match=r"--data DIR or MMKD_DATA; register for it at https://example.org/data"
+    ):
         open_dataset(asked)
     monkeypatch.setenv("MMKD_DATA", str(tmp_path))
-    with pytest.raises(Absent, match=r"not at .*/t/labels.csv; register for it"):
+    with pytest.raises(DatasetNotFoundError, match=r"not at .*/t/labels.csv; register for it"):
         open_dataset(asked)
 
 
@@ -213,7 +216,7 @@ def test_medmnist_arrays(tmp_path):
     assert [pair.label for pair in collection.pairs[:3]] == ["cat", "dog", "cat"]
     assert [pair.split for pair in collection.pairs[::6]] == ["train", "validation", "test"]
     assert np.asarray(collection.image(collection.pairs[1]))[0, :3, 0].tolist() == [16, 17, 18]
-    with pytest.raises(Absent, match=r"pets_224\.npz"):
+    with pytest.raises(DatasetNotFoundError, match=r"pets_224\.npz"):
         open_dataset(manifest(source | {"size": 224}), tmp_path)
     medmnist(tmp_path / "pets_64.npz", [[0, 1], [1, 1], [0, 0], [1, 0], [0, 0], [1, 1]], 64)
     several = open_dataset(manifest(source | {"size": 64}, task="multilabel"), tmp_path)
@@ -290,7 +293,9 @@ def test_a_name_of_the_hub_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     asked = manifest({"hf": "nobody/pets"}, register="https://example.org/pets")
-    with pytest.raises(Absent, match=r"nobody/pets could not be loaded from the Hub.*download it from https://example"):
+    with pytest.raises(
+        DatasetNotFoundError, match=r"nobody/pets could not be loaded from the Hub.*download it from https://example"
+    ):
         open_dataset(asked, tmp_path)
 
 
@@ -331,8 +336,8 @@ def test_slides_of_a_cohort(tmp_path):
     source = {"bags": "${DATA}/cohort", "time": "months", "censored": "censored"}
     cohort = open_dataset(manifest(source, task="survival", classes={}, expects={"n_cases": 2}), tmp_path)
     assert cohort.root == tmp_path / "cohort" and [pair.group for pair in cohort.pairs] == ["c1", "c1", "c2", "c2"]
-    assert [cohort.facts[pair.id]["event"] for pair in cohort.pairs] == ["0", "0", "1", ""]
-    assert cohort.facts[cohort.pairs[2].id]["time"] == "3" and {pair.split for pair in cohort.pairs} == {"test"}
+    assert [cohort.metadata[pair.id]["event"] for pair in cohort.pairs] == ["0", "0", "1", ""]
+    assert cohort.metadata[cohort.pairs[2].id]["time"] == "3" and {pair.split for pair in cohort.pairs} == {"test"}
     with pytest.raises(ValueError, match="no column 'event' for event"):
         open_dataset(manifest({"bags": "${DATA}/cohort", "time": "months"}, task="survival", classes={}), tmp_path)
     for row, match in {
@@ -342,7 +347,7 @@ def test_slides_of_a_cohort(tmp_path):
     }.items():
         table(tmp_path / "cohort", [*rows, row], "slide,case,months,censored")
         with pytest.raises(ValueError, match=match):
-            open_dataset(manifest(source, task="survival", classes={}), tmp_path)
+            read_cohort(open_dataset(manifest(source, task="survival", classes={}), tmp_path), None)
 
 
 def test_the_offline_suite_opens(shared_data):
@@ -351,7 +356,7 @@ def test_the_offline_suite_opens(shared_data):
     assert sum(question.split == "test" for question in opened["vqa-rad"].questions) == 451
     assert sum(pair.split == "test" for pair in opened["medpix2"].pairs) == 200
     assert {pair.modality for pair in opened["modality"].pairs} == {"any"}
-    events = [facts["event"] for facts in opened["tcga-blca-clinical"].facts.values()]
+    events = [facts["event"] for facts in opened["tcga-blca-clinical"].metadata.values()]
     assert len(events) == 437 and set(events) == {"0", "1"}
     for name in ("brain-mri-subset", "vqa-rad", "modality"):
         assert opened[name].image(opened[name].pairs[0]).mode == "RGB"

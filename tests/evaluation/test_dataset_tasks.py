@@ -91,15 +91,15 @@ def test_random_vectors_are_at_chance_within_the_interval_and_an_oracle_is_near_
         assert found and not skipped
         for task in found:
             points, intervals = judged(task, noise)
-            low, high = intervals[task.headline]
-            assert low - 0.02 <= task.description["chance"][task.headline] <= high + 0.02
+            low, high = intervals[task.primary_metric]
+            assert low - 0.02 <= task.description["chance"][task.primary_metric] <= high + 0.02
             points, _ = judged(task, oracle)
-            assert points[task.headline] > 0.97
+            assert points[task.primary_metric] > 0.97
             assert set(task.description["chance"]) <= set(points)
             both = task.ensemble([oracle, oracle], [task.outputs(oracle)] * 2)
-            assert points[task.headline] == pytest.approx(
+            assert points[task.primary_metric] == pytest.approx(
                 task.metrics(both, {name: np.ones((1, len(f.units))) for name, f in task.frames.items()})[
-                    task.headline
+                    task.primary_metric
                 ][0],
                 abs=1e-6,
             )
@@ -117,13 +117,13 @@ def test_tasks_are_named_after_the_dataset_and_fit_what_it_asks():
     assert tasks_for(data, ["retrieval"], OPTIONS) == ([], {})
 
 
-def test_the_manifest_chooses_the_headline_and_a_wrong_one_is_refused():
-    data, _ = dataset(manifest(headline="macro_auroc"))
-    assert zeroshot.tasks(data, OPTIONS)[0][0].headline == "macro_auroc"
+def test_the_manifest_chooses_the_primary_metric_and_a_wrong_one_is_refused():
+    data, _ = dataset(manifest(primary_metric="macro_auroc"))
+    assert zeroshot.tasks(data, OPTIONS)[0][0].primary_metric == "macro_auroc"
     data, _ = dataset(manifest("ordinal"))
-    assert zeroshot.tasks(data, OPTIONS)[0][0].headline == "quadratic_kappa"
-    data, _ = dataset(manifest(headline="acuracy"))
-    with pytest.raises(ValueError, match=r"busi: headline is 'acuracy'.*accuracy"):
+    assert zeroshot.tasks(data, OPTIONS)[0][0].primary_metric == "quadratic_kappa"
+    data, _ = dataset(manifest(primary_metric="acuracy"))
+    with pytest.raises(ValueError, match=r"busi: primary_metric is 'acuracy'.*accuracy"):
         zeroshot.tasks(data, OPTIONS)
 
 
@@ -152,7 +152,7 @@ def test_a_test_set_of_one_class_has_undefined_metrics_with_their_reason(tmp_pat
         cell, _ = folder.cell(task, "e", [], lambda task=task: (task.outputs(embedded), {}))
         reasons = cell["extras"]["undefined_metrics"]
         undefined = {name for name, own in cell["metrics"].items() if own["value"] is None}
-        assert task.headline in undefined == set(reasons)
+        assert task.primary_metric in undefined == set(reasons)
         assert all("one class, 'benign'" in reason for reason in reasons.values())
         assert undefined >= {name for name in cell["metrics"] if "auroc" in name or "balanced" in name}
 

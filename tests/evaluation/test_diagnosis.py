@@ -71,14 +71,14 @@ def test_oracles_stand_near_one_and_random_bags_near_chance(slides, monkeypatch)
         _, values = replicate(lambda w, t=task, o=outputs: t.metrics(o, w), task.frames, 300, 0)
         low, high = interval(values["macro_auroc"])
         assert low <= 0.5 <= high, task.name
-        assert task.headline_metric(outputs, {"image": np.ones((1, 40))}).keys() == {"balanced_accuracy"}
+        assert task.primary_metric_values(outputs, {"image": np.ones((1, 40))}).keys() == {"balanced_accuracy"}
 
 
-def test_the_manifest_chooses_the_headline_of_all_ways_to_answer(slides):
-    chosen = replace(slides, manifest=replace(slides.manifest, headline="macro_auroc"))
-    assert [task.headline for task in diagnosis.tasks(chosen, TaskOptions())[0]] == ["macro_auroc"] * 4
-    wrong = replace(slides, manifest=replace(slides.manifest, headline="auroc"))
-    with pytest.raises(ValueError, match=r"headline is 'auroc'.*allowed: accuracy, balanced_accuracy"):
+def test_the_manifest_chooses_the_primary_metric_of_all_ways_to_answer(slides):
+    chosen = replace(slides, manifest=replace(slides.manifest, primary_metric="macro_auroc"))
+    assert [task.primary_metric for task in diagnosis.tasks(chosen, TaskOptions())[0]] == ["macro_auroc"] * 4
+    wrong = replace(slides, manifest=replace(slides.manifest, primary_metric="auroc"))
+    with pytest.raises(ValueError, match=r"primary_metric is 'auroc'.*allowed: accuracy, balanced_accuracy"):
         diagnosis.tasks(wrong, TaskOptions())
 
 

@@ -121,7 +121,7 @@ def test_the_curve_learns_from_nested_sets_and_rises():
     ones = {"image": np.ones((1, 400))}
     found = task.metrics(outputs, ones)
     assert found["balanced_accuracy@8-shot"][0] == pytest.approx(np.mean(curve["8-shot"]["seeds"]))
-    assert found[task.headline][0] == task.headline_metric(outputs, ones)[task.headline][0]
+    assert found[task.primary_metric][0] == task.primary_metric_values(outputs, ones)[task.primary_metric][0]
     # With every image and one C it is the fast probe.
     answers = fast.outputs(embedded)["image.scores"].argmax(axis=1)
     assert np.mean(answers == outputs["image.answers"][:, -1]) > 0.99

@@ -117,7 +117,7 @@ def test_what_cannot_be_answered_says_why(cohort, tasks):
         tasks["mil-cox"].outputs(Embedded("partial", "f"))
     with pytest.raises(Undefined, match="no bags of clip"):
         tasks["mil-nll"].outputs(Embedded("clip", "f"))
-    assert tasks[""].evidence(Embedded("oracle", "f")) != tasks[""].evidence(Embedded("random", "f"))
+    assert tasks[""].extra_fingerprint(Embedded("oracle", "f")) != tasks[""].extra_fingerprint(Embedded("random", "f"))
 
 
 def changed(cohort, **facts):
@@ -125,7 +125,7 @@ def changed(cohort, **facts):
     samples, _ = cohort
     own = samples.dataset
     first = facts.pop("first", {})
-    changed_facts = {slide: {**known, **facts} for slide, known in own.facts.items()}
+    changed_facts = {slide: {**known, **facts} for slide, known in own.metadata.items()}
     changed_facts[own.pairs[0].id].update(first)
     collection = SlideDataset(own.manifest, own.pairs, own.root, changed_facts)
     return Samples(own.manifest, samples.held_out, [], [], {}, collection)

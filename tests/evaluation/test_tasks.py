@@ -131,7 +131,7 @@ def test_retrieval_counts_identical_captions_and_images_as_right():
     assert to_image.tolist() == [[0, 1], [2], [0]]
     task = retrieval.Retrieval(make_samples(None, pairs[::-1]))
     assert [pair.id for pair in task.pairs] == ["d", "c", "b"] and task.right_images.tolist() == [[1, 2], [0], [2]]
-    assert [pair.id for pair in task.holders["caption"]] == ["c", "d", "b"]
+    assert [pair.id for pair in task.sample_pairs["caption"]] == ["c", "d", "b"]
     lost = retrieval.Retrieval(make_samples(None, pairs, digests=dict.fromkeys("abcd", "missing")))
     assert lost.description["pool"] == {"images": 4, "captions": 3}  # what cannot be read is not the same for that
 
@@ -185,7 +185,7 @@ def test_an_image_and_its_caption_are_drawn_together():
     pairs = [Pair(f"p{k}", f"{k}.png", f"caption {(7 * k) % 50}", "CT", split="test") for k in range(50)]
     task = pairs_tasks(pairs_samples(pairs), "retrieval")[0][0]
     right = np.random.default_rng(0).random(50) < 0.5
-    captions = right[[pairs.index(pair) for pair in task.holders["caption"]]]
+    captions = right[[pairs.index(pair) for pair in task.sample_pairs["caption"]]]
     outputs = {"image.rank": np.where(right, 1.0, 40.0), "caption.rank": np.where(captions, 1.0, 40.0)}
     _, drawn = replicate(partial(task.metrics, outputs), task.frames, 50, 0)
     assert drawn["mean_recall"].std() > 0.03

@@ -42,17 +42,17 @@ def folder(tmp_path):
     return write_pairs(tmp_path / "pairs", pairs)
 
 
-def headline(summary, task, row):
+def primary_metric(summary, task, row):
     return summary["tasks"][task]["rows"][row]["metrics"][summary["tasks"][task]["primary_metric"]]
 
 
 def test_an_oracle_is_near_one_and_noise_at_chance(folder, tmp_path):
     summary = evaluate(folder, tmp_path / "results", ("student", "perfect", "random"))
     for name, task in summary["tasks"].items():
-        assert headline(summary, name, "perfect")["value"] > 0.99, name
+        assert primary_metric(summary, name, "perfect")["value"] > 0.99, name
         if task["frames"]["image"]["n"] < 48:
             continue
-        random = headline(summary, name, "random")
+        random = primary_metric(summary, name, "random")
         assert random["low"] - 0.05 <= task["chance"][task["primary_metric"]] <= random["high"] + 0.05, name
 
 
@@ -70,11 +70,15 @@ def test_rows_differences_and_overall(folder, tmp_path, capsys):
     } | {key: task["rows"]["oracle"]["chosen"][key] for key in ("image:X-ray", "caption:X-ray")}
     assert "oracle" not in summary["tasks"]["zeroshot-modality"]["rows"]
     found = task["differences"]["ct"]["mean_recall"]
-    expected = headline(summary, "retrieval", "student")["value"] - headline(summary, "retrieval", "ct")["value"]
+    expected = (
+        primary_metric(summary, "retrieval", "student")["value"] - primary_metric(summary, "retrieval", "ct")["value"]
+    )
     assert found["difference"] == pytest.approx(expected) and found["low"] > 0 and found["p"] < 0.05
     overall = summary["overall"]
     by_kind = [
-        np.mean([headline(summary, n, "student")["value"] for n, t in summary["tasks"].items() if t["kind"] == kind])
+        np.mean(
+            [primary_metric(summary, n, "student")["value"] for n, t in summary["tasks"].items() if t["kind"] == kind]
+        )
         for kind in kinds
     ]
     assert overall["rows"]["student"]["value"] == pytest.approx(np.mean(by_kind))

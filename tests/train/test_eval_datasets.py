@@ -94,7 +94,7 @@ def first(data, tmp_path_factory):
         return output, evaluate(data, output)
 
 
-def headline(summary, task, row):
+def primary_metric(summary, task, row):
     return summary["tasks"][task]["rows"][row]["metrics"][summary["tasks"][task]["primary_metric"]]["value"]
 
 
@@ -107,7 +107,7 @@ def test_tasks_rows_and_reasons(first):
     assert (task["dataset"], task["modality"], task["frames"]["image"]["n"]) == ("lungs", "CT", 47)
     assert "example.org/gone" in summary["skipped_datasets"]["gone"]
     assert list(summary["unreadable"]) == ["lungs/lungs:images/3.png"]
-    assert headline(summary, "zeroshot-lungs", "student") > headline(summary, "zeroshot-lungs", "weak")
+    assert primary_metric(summary, "zeroshot-lungs", "student") > primary_metric(summary, "zeroshot-lungs", "weak")
     assert summary["datasets"]["lungs"]["splits"]["counts"]["train"]["pairs"] == 48
 
 
@@ -117,7 +117,7 @@ def test_means_are_over_what_every_encoder_has(first):
     overall = summary["means"]["all"]["overall"]
     assert set(overall["tasks"]) == set(main) and overall["n"] == len(main)
     kinds = [
-        np.mean([headline(summary, n, "student") for n, t in main.items() if t["kind"] == kind])
+        np.mean([primary_metric(summary, n, "student") for n, t in main.items() if t["kind"] == kind])
         for kind in ("zeroshot", "probe", "retrieval")
     ]
     assert overall["rows"]["student"]["value"] == pytest.approx(np.mean(kinds))

@@ -21,7 +21,15 @@ from mmkd.command.settings import nearest
 from mmkd.data.splits import assign_splits, meaning_of
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.columns import read_hf, read_parquet
-from mmkd.evaluation.datasets.manifest import DEALT, HELD_OUT, Absent, Manifest, locate, source_kind, where_to_get
+from mmkd.evaluation.datasets.manifest import (
+    DEALT,
+    HELD_OUT,
+    DatasetNotFoundError,
+    Manifest,
+    locate,
+    source_kind,
+    where_to_get,
+)
 from mmkd.evaluation.datasets.packed import read_medmnist, read_wds
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.datasets.source import Reading, Sample, group_of
@@ -38,7 +46,7 @@ class Dataset(ABC):
         pairs: one for each image (or slide); the label is a class of the manifest, several are joined by ``|``.
         questions: about the images, for visual question answering.
         root: the folder that holds bags of features of slides; None where there are none.
-        facts: pair id -> further columns of its row, for slides: ``time``, ``event`` and what else the table has.
+        metadata: pair id -> further columns of its row, for slides: ``time``, ``event`` and what else the table has.
         notes: what limits an evaluation without forbidding it, such as a class without test images.
     """
 
@@ -48,7 +56,7 @@ class Dataset(ABC):
         self.pairs = pairs
         self.questions = list(questions)
         self.root: Path | None = None
-        self.facts: dict[str, dict[str, str]] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
         self.notes: list[str] = []
 
     @property
@@ -166,7 +174,7 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
         Its pairs, each in the split train, validation or test, with ``notes`` of what limits it.
 
     Raises:
-        Absent: it is not on this machine.
+        DatasetNotFoundError: it is not on this machine.
         ValueError: manifest and data disagree, or the data are broken; the message says in what and what to do.
     """
     paths = locate(manifest, data)
@@ -182,19 +190,15 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
         _refuse_repeats(manifest, reading.samples)
         splits = _splits(manifest, reading.samples)
     except FileNotFoundError as error:
-        raise Absent(f"{error}; {where_to_get(manifest)}") from error
+        raise DatasetNotFoundError(f"{error}; {where_to_get(manifest)}") from error
     except ValueError as error:
         raise ValueError(f"{manifest.id}: {error}") from None
     collection = ManifestDataset(manifest, _pairs(manifest, reading.samples, splits), reading)
     if kind == "bags":
         samples = zip(collection.pairs, reading.samples, strict=True)
-        collection.facts = {pair.id: sample.facts for pair, sample in samples}
+        collection.metadata = {pair.id: sample.metadata for pair, sample in samples}
     collection.notes = [*reading.notes, *_notes(manifest, collection.pairs)]
     _check_counts(manifest, collection)
-    if manifest.task == "survival":
-        from mmkd.evaluation.slides.cohort import read_cohort
-
-        read_cohort(collection, None)  # for its errors, before anything is embedded
     return collection
 
 

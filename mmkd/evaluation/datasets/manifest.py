@@ -18,7 +18,7 @@ Asked = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "
 
 ASKED: tuple[str, ...] = get_args(Asked)
 
-HEADLINES: dict[str, str] = {  # the metric that stands for a dataset whose manifest names none
+PRIMARY_METRICS: dict[str, str] = {  # the metric that stands for a dataset whose manifest names none
     "classification": "balanced_accuracy",
     "multilabel": "macro_auroc",
     "ordinal": "quadratic_kappa",
@@ -78,7 +78,7 @@ class Manifest:
         title: for people.
         classes: class as the data name it -> phrases that stand for it in sentences.
         templates: family of sentences (`prompts.FAMILIES`); empty = that of the modality.
-        headline: metric that stands for the dataset; empty = that of `HEADLINES`.
+        primary_metric: metric that stands for the dataset; empty = that of `PRIMARY_METRICS`.
         expects: counts that are publicly stated, such as ``n_test``; another count is an error.
         group: column of patient, case or slide.
         split: column of the split; ``held-out`` where all of it is for testing, ``dealt`` where a column
@@ -98,7 +98,7 @@ class Manifest:
     title: str = ""
     classes: dict[str, list[str]] = field(default_factory=dict)
     templates: str = ""
-    headline: str = ""
+    primary_metric: str = ""
     expects: dict[str, int] = field(default_factory=dict)
     group: str = ""
     split: str = ""
@@ -110,8 +110,8 @@ class Manifest:
 
     @property
     def measure(self) -> str:
-        """The headline metric: the manifest's own, else that of its task."""
-        return self.headline or HEADLINES[self.task]
+        """The primary metric: the manifest's own, else that of its task."""
+        return self.primary_metric or PRIMARY_METRICS[self.task]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -248,7 +248,7 @@ TIERS = {"A": "download it from", "B": "register for it at", "C": "it needs cred
 SHOWN = 5
 
 
-class Absent(Exception):
+class DatasetNotFoundError(Exception):
     """The data are not on this machine; the message says where they are to be had."""
 
 
@@ -261,14 +261,14 @@ def locate(manifest: Manifest, data: Path | None = None) -> list[Path]:
     """Where the files of a manifest lie; see `open_dataset`.
 
     Raises:
-        Absent: some are not there, or there is no folder for ``${DATA}``.
+        DatasetNotFoundError: some are not there, or there is no folder for ``${DATA}``.
     """
     kind = source_kind(manifest)
     folder = str(data) if data is not None else os.environ.get(VARIABLE, "")
     given = manifest.source[kind]
     texts = [str(text) for text in (given if isinstance(given, list) else [given])]
     if any(PLACE in text for text in texts) and not folder:
-        raise Absent(f"no folder of data is given: --data DIR or {VARIABLE}; {where_to_get(manifest)}")
+        raise DatasetNotFoundError(f"no folder of data is given: --data DIR or {VARIABLE}; {where_to_get(manifest)}")
     paths = [Path(text.replace(PLACE, folder)).expanduser() for text in texts]
     if kind == "medmnist":
         paths = [_sized(paths[0], manifest.source.get("size"))]
@@ -278,7 +278,7 @@ def locate(manifest: Manifest, data: Path | None = None) -> list[Path]:
         lacking = [] if table.is_file() else [table]
     is_hub_name = kind == "hf" and PLACE not in texts[0] and texts[0].count("/") == 1
     if lacking and not is_hub_name:
-        raise Absent(f"not at {', '.join(map(str, lacking[:SHOWN]))}; {where_to_get(manifest)}")
+        raise DatasetNotFoundError(f"not at {', '.join(map(str, lacking[:SHOWN]))}; {where_to_get(manifest)}")
     return paths
 
 

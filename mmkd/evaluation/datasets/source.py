@@ -32,7 +32,7 @@ class Sample:
         caption: a sentence about it.
         group: patient, case or slide.
         split: as it is called there; empty where none is given.
-        facts: further columns, of slides.
+        metadata: further columns, of slides.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Sample:
     caption: str = ""
     group: str = ""
     split: str = ""
-    facts: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 class Store:

@@ -107,13 +107,15 @@ def read_bags(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     renamed = {} if manifest.task != "survival" else _survival_columns(manifest, columns)
     samples = []
     for row in rows:
-        facts = row | {name: row[column] for name, column in renamed.items()}
-        censored = facts.pop("censored", None)
+        metadata = row | {name: row[column] for name, column in renamed.items()}
+        censored = metadata.pop("censored", None)
         if censored is not None:
-            facts["event"] = EVENT_OF_CENSORED.get(censored.strip().lower(), censored)
+            metadata["event"] = EVENT_OF_CENSORED.get(censored.strip().lower(), censored)
         labels = cut(manifest, row[label]) if label else []
         given = row[split] if split else ""
-        samples.append(Sample(row[slide], labels, group=row[case] if case else row[slide], split=given, facts=facts))
+        samples.append(
+            Sample(row[slide], labels, group=row[case] if case else row[slide], split=given, metadata=metadata)
+        )
     return Reading(samples, Store(), root=folder)
 
 

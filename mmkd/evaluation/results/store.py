@@ -24,7 +24,15 @@ import safetensors.numpy
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.embeddings.cache import Undefined
-from mmkd.evaluation.statistics.bootstrap import Frame, Metrics, frame, interval, plain, replicate, subframe
+from mmkd.evaluation.statistics.bootstrap import (
+    Metrics,
+    ResamplingUnits,
+    interval,
+    plain,
+    replicate,
+    resampling_units,
+    subset_units,
+)
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.task import Outputs, Task
 from mmkd.files import atomic_write_bytes, read_json, write_json
@@ -46,9 +54,9 @@ class CellFolder:
         self._position = {pair.id: position for position, pair in enumerate(held_out)}
 
     @cached_property
-    def _whole(self) -> Frame:
+    def _whole(self) -> ResamplingUnits:
         """Of all held-out pairs."""
-        return frame([pair.modality for pair in self._held_out], [pair.group for pair in self._held_out])
+        return resampling_units([pair.modality for pair in self._held_out], [pair.group for pair in self._held_out])
 
     def describe(self, task: Task) -> dict[str, Any]:
         """Write what the task asks to ``tasks/TASK.json`` and return it."""
@@ -56,7 +64,7 @@ class CellFolder:
             "name": task.name,
             "title": task.title,
             "kind": task.kind,
-            "primary_metric": task.headline,
+            "primary_metric": task.primary_metric,
             "frames": {
                 name: {"n": len(frame.units), "groups": frame.groups, "resampling": frame.resampling}
                 for name, frame in task.frames.items()
@@ -112,7 +120,7 @@ class CellFolder:
         return self._tensors(encoder, task, "replicates.")
 
     def together(self, encoder: str, task: str) -> Floats:
-        """The headline metric's replicates ``(replicates,)`` under the draws that all tasks share."""
+        """The primary metric's replicates ``(replicates,)`` under the draws that all tasks share."""
         (values,) = self._tensors(encoder, task, "together.").values()
         return values
 
@@ -127,9 +135,9 @@ class CellFolder:
         points, replicates = replicate(partial(task.metrics, outputs), task.frames, self.replicates, self.seed)
         shared = self._shared(task)
         if all(shared[name].same_draws(own) for name, own in task.frames.items()):
-            together = {task.headline: replicates[task.headline]}
+            together = {task.primary_metric: replicates[task.primary_metric]}
         else:
-            _, together = replicate(partial(task.headline_metric, outputs), shared, self.replicates, self.seed)
+            _, together = replicate(partial(task.primary_metric_values, outputs), shared, self.replicates, self.seed)
         metrics = {}
         for name, value in points.items():
             low, high = interval(replicates[name])
@@ -141,13 +149,13 @@ class CellFolder:
             cell["extras"] = extras
         return cell, replicates, together
 
-    def _shared(self, task: Task) -> dict[str, Frame]:
+    def _shared(self, task: Task) -> dict[str, ResamplingUnits]:
         """Frames on the draws of all held-out groups; the task's own where it asks of other samples than these."""
-        if any(pair.id not in self._position for pairs in task.holders.values() for pair in pairs):
+        if any(pair.id not in self._position for pairs in task.sample_pairs.values() for pair in pairs):
             return task.frames
         return {
-            name: subframe(self._whole, [self._position[pair.id] for pair in pairs])
-            for name, pairs in task.holders.items()
+            name: subset_units(self._whole, [self._position[pair.id] for pair in pairs])
+            for name, pairs in task.sample_pairs.items()
         }
 
     def _file(self, encoder: str, task: str, ending: str) -> Path:
@@ -203,7 +211,7 @@ def write_scores(path: Path, task: Task, outputs: Outputs) -> None:
         targets, predictions = answers.get(unit, (None, None))
         columns = {
             "frame": pyarrow.array([unit] * len(scores)).dictionary_encode(),
-            "id": pyarrow.array([pair.id for pair in task.holders[unit]]),
+            "id": pyarrow.array([pair.id for pair in task.sample_pairs[unit]]),
             "score": pyarrow.array(np.asarray(scores, dtype=np.float64)),
             "target": named(targets, len(scores)),
             "prediction": named(predictions, len(scores)),

@@ -105,7 +105,7 @@ def suite_means(tasks: Summaries, student: str, teachers: Sequence[str], replica
         tasks: summary of each task, of any variant; variants other than the main one are left out.
         student: its row.
         teachers: their rows.
-        replicates: from row and task to the headline metric's replicates ``(r,)``.
+        replicates: from row and task to the primary metric's replicates ``(r,)``.
 
     Returns:
         ``means`` over all and over clean tasks, ``best_teachers`` by modality, ``win_tie_loss`` by rival.

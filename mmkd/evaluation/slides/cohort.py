@@ -38,7 +38,7 @@ class Cohort:
     Attributes:
         cases: their names.
         slides: those of each case.
-        holders: a pair of each case.
+        sample_pairs: a pair of each case.
         outcomes: what happened to them.
         names: of the covariates.
         covariates: ``(n, covariates)``, NaN where not known.
@@ -47,7 +47,7 @@ class Cohort:
 
     cases: list[str]
     slides: list[list[str]]
-    holders: list[Pair]
+    sample_pairs: list[Pair]
     outcomes: Outcomes
     names: list[str]
     covariates: Floats
@@ -58,7 +58,7 @@ def read_cohort(collection: Dataset, available: set[str] | None) -> Cohort:
     """The cases of a dataset.
 
     Args:
-        collection: the dataset; its facts hold ``time`` and ``event`` of every slide.
+        collection: the dataset; its metadata hold ``time`` and ``event`` of every slide.
         available: slides that count; all if None.
 
     Raises:
@@ -70,7 +70,7 @@ def read_cohort(collection: Dataset, available: set[str] | None) -> Cohort:
     left_out = {"no time or event": 0, "no bag": 0}
     kept: dict[str, tuple[list[str], Pair, tuple[float, bool]]] = {}
     for case in sorted(pairs):
-        known = {outcome for pair in pairs[case] if (outcome := _outcome(pair, collection.facts.get(pair.id, {})))}
+        known = {outcome for pair in pairs[case] if (outcome := _outcome(pair, collection.metadata.get(pair.id, {})))}
         if len(known) > 1:
             told = "; ".join(f"time {time:g}, event {event:d}" for time, event in sorted(known))
             raise ValueError(f"{collection.manifest.id}: slides of case {case} disagree: {told}")
@@ -84,7 +84,7 @@ def read_cohort(collection: Dataset, available: set[str] | None) -> Cohort:
         np.array([outcome[1] for _, _, outcome in kept.values()], dtype=np.bool_),
     )
     holders = [pair for _, pair, _ in kept.values()]
-    names, covariates = _covariates([collection.facts.get(pair.id, {}) for pair in holders])
+    names, covariates = _covariates([collection.metadata.get(pair.id, {}) for pair in holders])
     return Cohort(
         list(kept), [slides for slides, _, _ in kept.values()], holders, outcomes, names, covariates, left_out
     )
@@ -106,9 +106,9 @@ def _counts(slide: str, available: set[str] | None) -> bool:
     return available is None or slide in available
 
 
-def _outcome(pair: Pair, facts: dict[str, str]) -> tuple[float, bool] | None:
+def _outcome(pair: Pair, metadata: dict[str, str]) -> tuple[float, bool] | None:
     """Time and event; None where the table leaves either empty."""
-    time, event = (str(facts.get(name, "")).strip() for name in ("time", "event"))
+    time, event = (str(metadata.get(name, "")).strip() for name in ("time", "event"))
     if not time or not event or time.lower() == "nan" or event.lower() == "nan":
         return None
     number = _number(time)

@@ -62,7 +62,7 @@ class SlideTask(Classification):
         """Slides whose bags are read."""
         return [*self.train, *self.validation, *self.pairs]
 
-    def evidence(self, embedded: Embedded) -> list[str]:
+    def extra_fingerprint(self, embedded: Embedded) -> list[str]:
         """A fingerprint of the bags that are read."""
         return [self.bags.open(embedded.name).fingerprint([slide_of(pair) for pair in self.used])]
 

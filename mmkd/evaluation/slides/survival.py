@@ -25,7 +25,7 @@ from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.slides.attention import train_attention
 from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of
 from mmkd.evaluation.slides.cohort import Cohort, read_cohort, stratified_folds
-from mmkd.evaluation.statistics.bootstrap import Metrics, frame, plain
+from mmkd.evaluation.statistics.bootstrap import Metrics, plain, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats, Integers
 from mmkd.evaluation.statistics.survival import (
     censoring_weights,
@@ -59,7 +59,7 @@ Chosen = dict[str, float]
 class Survival(Task):
     """Order cases by risk; the frame ``image`` holds cases."""
 
-    kind, headline = "survival", "c_index"
+    kind, primary_metric = "survival", "c_index"
 
     def __init__(self, samples: Samples, cohort: Cohort, variant: str, title: str) -> None:
         """Fix cases and folds.
@@ -73,8 +73,10 @@ class Survival(Task):
         super().__init__(samples.manifest, f"Survival prediction (C-index), {title}", variant)
         self.cohort, self.outcomes = cohort, cohort.outcomes
         self.folds = stratified_folds(self.outcomes.event, FOLDS, SEED)
-        self.frames = {"image": frame(["died" if e else "censored" for e in self.outcomes.event], cohort.cases)}
-        self.holders = {"image": cohort.holders}
+        self.frames = {
+            "image": resampling_units(["died" if e else "censored" for e in self.outcomes.event], cohort.cases)
+        }
+        self.sample_pairs = {"image": cohort.sample_pairs}
         self.describe(
             {
                 "ids": cohort.cases,
@@ -159,7 +161,7 @@ class BagSurvival(Survival):
         self.bags = bags
         self.slides = [slide for own in cohort.slides for slide in own]
 
-    def evidence(self, embedded: Embedded) -> list[str]:
+    def extra_fingerprint(self, embedded: Embedded) -> list[str]:
         """A fingerprint of the bags that are read."""
         return [self.bags.open(embedded.name).fingerprint(self.slides)]
 

@@ -36,7 +36,7 @@ Metrics = dict[str, Floats]
 
 
 @dataclass(frozen=True)
-class Frame:
+class ResamplingUnits:
     """What is resampled: the samples' strata and groups.
 
     Attributes:
@@ -51,12 +51,12 @@ class Frame:
     groups: int
     resampling: str
 
-    def same_draws(self, other: Frame) -> bool:
+    def same_draws(self, other: ResamplingUnits) -> bool:
         """Whether every replicate weighs samples as it does in another frame."""
         return np.array_equal(self.units, other.units) and np.array_equal(self.strata, other.strata)
 
 
-def frame(classes: Sequence[str], groups: Sequence[str]) -> Frame:
+def resampling_units(classes: Sequence[str], groups: Sequence[str]) -> ResamplingUnits:
     """Strata from classes, units from groups.
 
     Args:
@@ -74,16 +74,20 @@ def frame(classes: Sequence[str], groups: Sequence[str]) -> Frame:
     # A group that holds several classes counts where most of its samples are.
     counts = np.zeros((len(first), class_index.max() + 1), dtype=np.int64)
     np.add.at(counts, (units, class_index), 1)
-    return Frame(units.astype(np.int64), _pool_singles(counts.argmax(axis=1)), independent, resampling)
+    return ResamplingUnits(units.astype(np.int64), _pool_singles(counts.argmax(axis=1)), independent, resampling)
 
 
-def subframe(whole: Frame, samples: Sequence[int]) -> Frame:
+def subset_units(whole: ResamplingUnits, samples: Sequence[int]) -> ResamplingUnits:
     """The same units and draws as ``whole``, for some of its samples, given by position."""
     return replace(whole, units=whole.units[np.asarray(samples, dtype=np.int64)])
 
 
 def replicate_weights(
-    sampling: Frame, replicates: int = REPLICATES, seed: int = SEED, chunk: int | None = None, at_once: int = CHUNK
+    sampling: ResamplingUnits,
+    replicates: int = REPLICATES,
+    seed: int = SEED,
+    chunk: int | None = None,
+    at_once: int = CHUNK,
 ) -> Iterator[Floats]:
     """Weights of every sample, in chunks of up to 100 replicates ``(chunk, n)``.
 
@@ -130,7 +134,7 @@ def _kept_draws(strata: bytes, replicates: int, seed: int, chunk: int) -> list[N
     return list(draws(strata, replicates, seed, chunk))
 
 
-def chunk_size(frames: Iterable[Frame]) -> int:
+def chunk_size(frames: Iterable[ResamplingUnits]) -> int:
     """Replicates drawn at a time from frames that go together: 100, fewer where one has very many units."""
     return _held(len(sampling.strata) for sampling in frames)
 
@@ -140,7 +144,7 @@ def _held(counts: Iterable[int]) -> int:
 
 
 def replicate(
-    metrics: Callable[[dict[str, Floats]], Metrics], frames: dict[str, Frame], replicates: int, seed: int
+    metrics: Callable[[dict[str, Floats]], Metrics], frames: dict[str, ResamplingUnits], replicates: int, seed: int
 ) -> tuple[dict[str, float], Metrics]:
     """Point values on the full set, and replicates.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,56 +79,36 @@ def censoring_weights(reference: Outcomes, outcomes: Outcomes, horizon: float) -
     ``G`` is the Kaplan-Meier curve of censoring among the ``reference`` cases; deaths come before censorings of the
     same time.
     """
-    times, survival = kaplan_meier(Outcomes(reference.time, ~reference.event), deaths_first=reference.event)
-    position = np.searchsorted(times, outcomes.time, side="right") - 1
-    free = np.where(position >= 0, survival[np.maximum(position, 0)], 1.0)
+    time = np.where(reference.event, np.nextafter(reference.time, -np.inf), reference.time)
+    free = _survival_function(Outcomes(time, ~reference.event)).evaluate(outcomes.time)
     counted = outcomes.event & (outcomes.time < horizon) & (free > 0)
     return np.where(counted, 1 / np.square(np.where(free > 0, free, 1.0)), 0.0)
 
 
-def kaplan_meier(outcomes: Outcomes, deaths_first: Booleans | None = None) -> tuple[Floats, Floats]:
-    """Product-limit estimate of survival.
-
-    Args:
-        outcomes: of the cases.
-        deaths_first: cases that leave before the events of the same time happen, ``(n,)``.
-
-    Returns:
-        Distinct times in order, and the share that survives each.
-    """
-    times, position = np.unique(outcomes.time, return_inverse=True)
-    gone = np.bincount(position, minlength=len(times))
-    at_risk = len(outcomes) - np.cumsum(gone) + gone
-    if deaths_first is not None:
-        at_risk = at_risk - np.bincount(position, weights=deaths_first, minlength=len(times))
-    died = np.bincount(position, weights=outcomes.event, minlength=len(times))
-    return times, np.cumprod(1 - died / np.maximum(at_risk, 1))
+def kaplan_meier(outcomes: Outcomes) -> tuple[Floats, Floats]:
+    """Distinct times in order, and the product-limit estimate of the share that survives each."""
+    if not len(outcomes):
+        return np.zeros(0), np.zeros(0)
+    curve = _survival_function(outcomes)
+    return curve.quantiles, curve.probabilities
 
 
 def log_rank(outcomes: Outcomes, high: Booleans) -> tuple[float, float]:
     """Log-rank test between two groups: chi-square with one degree of freedom, and p; NaN where one group is empty."""
-    observed = expected = variance = 0.0
-    for time in np.unique(outcomes.time[outcomes.event]):
-        there = outcomes.time >= time
-        n, own = int(there.sum()), int((there & high).sum())
-        died = (outcomes.time == time) & outcomes.event
-        d = int(died.sum())
-        observed += int((died & high).sum())
-        expected += d * own / n
-        if n > 1:
-            variance += d * (own / n) * (1 - own / n) * (n - d) / (n - 1)
-    if variance <= 0:
+    from scipy.stats import CensoredData, logrank
+
+    if high.all() or not high.any() or not outcomes.event.any():
         return math.nan, math.nan
-    chi_square = (observed - expected) ** 2 / variance
-    return chi_square, math.erfc(math.sqrt(chi_square / 2))
+    groups = [CensoredData.right_censored(outcomes.time[own], ~outcomes.event[own]) for own in (high, ~high)]
+    with np.errstate(invalid="ignore", divide="ignore"):  # no variance where all deaths come when one case is left
+        found = logrank(*groups)
+    return float(found.statistic) ** 2, float(found.pvalue)
 
 
-# Section: Cox's model: the hazard of a case is ``h(t) exp(x b)``, fitted by its partial likelihood, Breslow's way
-# with ties.
-#
-# The elastic net is fitted by accelerated proximal gradient for several training sets at once: the matrix is multiplied
-# once, and each column of the coefficients sees its own cases. The penalty is chosen by the cross-validated partial
-# likelihood (Verweij and van Houwelingen, 1993), which needs no cut-off and no concordance.
+def _survival_function(outcomes: Outcomes) -> Any:
+    from scipy.stats import CensoredData, ecdf
+
+    return ecdf(CensoredData.right_censored(outcomes.time, ~outcomes.event)).sf
 
 
 MIXING, PENALTIES, SMALLEST = 0.5, 10, 0.05
@@ -136,7 +117,12 @@ STEPS, TOLERANCE = 300, 1e-5
 
 
 class CoxPath:
-    """Partial likelihoods of one cohort under several choices of its cases."""
+    """Cox's model, hazard ``h(t) exp(x b)``: partial likelihoods (Breslow's ties) under several choices of the cases.
+
+    The elastic net is fitted by accelerated proximal gradient for several training sets at once: the matrix is
+    multiplied once, and each column of the coefficients belongs to one choice. The penalty is chosen by the
+    cross-validated partial likelihood (Verweij and van Houwelingen, 1993), which needs no cut-off and no concordance.
+    """
 
     def __init__(self, features: Floats, outcomes: Outcomes, kept: Floats) -> None:
         """Sort by time once.

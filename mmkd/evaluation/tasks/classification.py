@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from mmkd.command.settings import nearest
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.manifest import HEADLINES, Manifest
+from mmkd.evaluation.datasets.manifest import PRIMARY_METRICS, Manifest
 from mmkd.evaluation.statistics import metrics
-from mmkd.evaluation.statistics.bootstrap import Metrics, frame
+from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats, Integers
 from mmkd.evaluation.tasks.task import Outputs, Scores, Task
 
@@ -23,7 +23,7 @@ DEFINED_FOR_ONE_CLASS = {"accuracy", "medmnist_acc"}
 class Classification(Task):
     """Assign one of several classes, or grades, to each image; ``image.scores`` is ``(n, classes)``."""
 
-    headline = "balanced_accuracy"
+    primary_metric = "balanced_accuracy"
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class Classification(Task):
         self.pairs, self.classes, self.auroc_on = list(pairs), list(classes), auroc_on
         names = class_names(manifest, self.pairs)
         self.targets: Integers = np.array([self.classes.index(name) for name in names], dtype=np.int64)
-        self.frames = {"image": frame(names, [pair.group for pair in self.pairs])}
-        self.holders = {"image": self.pairs}
+        self.frames = {"image": resampling_units(names, [pair.group for pair in self.pairs])}
+        self.sample_pairs = {"image": self.pairs}
         self.ordinal, self.medmnist = manifest.task == "ordinal", "medmnist" in manifest.source
         if self.ordinal:
-            self.headline = HEADLINES["ordinal"]
+            self.primary_metric = PRIMARY_METRICS["ordinal"]
         counts, guess = np.bincount(self.targets, minlength=len(self.classes)), 1 / len(self.classes)
         share = counts[counts > 0] / len(self.pairs)
         self.describe(
@@ -102,13 +102,15 @@ class Classification(Task):
             found["medmnist_auc"] = metrics.macro_auroc(self.targets, softmax(scores), image)
         return self._where_defined(found)
 
-    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+    def primary_metric_values(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """The primary metric alone, without the sorting that AUROC needs."""
         measures = {"balanced_accuracy": metrics.balanced_accuracy, "quadratic_kappa": metrics.quadratic_kappa}
-        if self.headline not in measures:
-            return super().headline_metric(outputs, weights)
+        if self.primary_metric not in measures:
+            return super().primary_metric_values(outputs, weights)
         answers = outputs["image.scores"].argmax(axis=1)
-        return self._where_defined({self.headline: measures[self.headline](self.targets, answers, weights["image"])})
+        return self._where_defined(
+            {self.primary_metric: measures[self.primary_metric](self.targets, answers, weights["image"])}
+        )
 
     def extras(self, outputs: Outputs) -> dict[str, Any]:
         """Why metrics are undefined, if they are."""
@@ -151,7 +153,7 @@ class Classification(Task):
 class MultiLabel(Task):
     """Which findings an image shows; ``image.scores`` is ``(n, labels)``, with a threshold of zero."""
 
-    headline = "macro_auroc"
+    primary_metric = "macro_auroc"
 
     def __init__(self, manifest: Manifest, title: str, pairs: Sequence[Pair], labels: Sequence[str]) -> None:
         """Fix images, labels and what is resampled: groups, within images with and without any finding.
@@ -167,8 +169,8 @@ class MultiLabel(Task):
         self.positive: NDArray[np.bool_] = self.findings(pairs)
         any_finding = np.any(self.positive, axis=1).tolist()
         strata = ["finding" if own else "none" for own in any_finding]
-        self.frames = {"image": frame(strata, [pair.group for pair in pairs])}
-        self.holders = {"image": self.pairs}
+        self.frames = {"image": resampling_units(strata, [pair.group for pair in pairs])}
+        self.sample_pairs = {"image": self.pairs}
         self.medmnist = "medmnist" in manifest.source
         counts = self.positive.sum(axis=0)
         prevalence = {
@@ -217,12 +219,12 @@ class MultiLabel(Task):
             found[f"average_precision: {label}"] = precisions[:, position]
         return found
 
-    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+    def primary_metric_values(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """The primary metric alone, without precisions where it is the mean area."""
-        if self.headline != "macro_auroc":
-            return super().headline_metric(outputs, weights)
+        if self.primary_metric != "macro_auroc":
+            return super().primary_metric_values(outputs, weights)
         scores = outputs["image.scores"].astype(np.float64)
-        return {self.headline: metrics.label_mean(metrics.label_aurocs(self.positive, scores, weights["image"]))}
+        return {self.primary_metric: metrics.label_mean(metrics.label_aurocs(self.positive, scores, weights["image"]))}
 
     def extras(self, outputs: Outputs) -> dict[str, Any]:
         """Why metrics of a label are undefined, if they are."""

@@ -45,7 +45,7 @@ class ProbeCurve(Classification):
         self.train, self.probe_on = own.train, probe_on
         self.train_targets = self.targets_of(self.train)
         self.takes = settings_of([Counter(self.train_targets.tolist())[k] for k in range(len(classes))])
-        self.headline = _metric(list(self.takes)[-1])
+        self.primary_metric = _metric(list(self.takes)[-1])
         self.description["chance"] = {_metric(setting): 1 / len(classes) for setting in [*self.takes, "100%"]}
         self.description |= {
             "train": len(self.train),
@@ -90,11 +90,11 @@ class ProbeCurve(Classification):
             values.setdefault(f"accuracy@{setting}", []).append(own["accuracy"])
         return {name: np.mean(own, axis=0) for name, own in values.items()}
 
-    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+    def primary_metric_values(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """The setting with most images, the whole training set aside."""
-        columns = [k for k, (setting, _, _) in enumerate(self.index_sets()) if _metric(setting) == self.headline]
+        columns = [k for k, (setting, _, _) in enumerate(self.index_sets()) if _metric(setting) == self.primary_metric]
         each = [self._measured(outputs["image.answers"][:, k], weights["image"]) for k in columns]
-        return {self.headline: np.mean([own["balanced_accuracy"] for own in each], axis=0)}
+        return {self.primary_metric: np.mean([own["balanced_accuracy"] for own in each], axis=0)}
 
     def extras(self, outputs: Outputs) -> dict[str, Any]:
         """The curve: images learnt from and balanced accuracy of each seed, by setting."""

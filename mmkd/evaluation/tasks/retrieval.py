@@ -20,7 +20,7 @@ from mmkd.evaluation.datasets.source import MISSING
 from mmkd.evaluation.embeddings.cache import Vectors
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics import metrics
-from mmkd.evaluation.statistics.bootstrap import Metrics, frame, subframe
+from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units, subset_units
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.statistics.ranks import Answers, search_both
 from mmkd.evaluation.tasks.task import Outputs, Task, TaskOptions, task_name
@@ -33,7 +33,7 @@ WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them i
 class Retrieval(Task):
     """Find the caption of an image and the images of a caption."""
 
-    kind, headline = "retrieval", "mean_recall"
+    kind, primary_metric = "retrieval", "mean_recall"
 
     def __init__(self, samples: Samples) -> None:
         """Fix pool and right answers from the held-out pairs that have a caption."""
@@ -46,10 +46,10 @@ class Retrieval(Task):
         self.captions = sorted({pair.caption for pair in captioned})
         self.right_captions, self.right_images = positives([p.caption for p in captioned], contents, self.captions)
         holders = self.right_images.values[self.right_images.starts[:-1]].tolist()  # the first image of each caption
-        self.holders = {"image": self.pairs, "caption": [self.pairs[k] for k in holders]}
-        whole = frame([pair.modality for pair in self.pairs], [pair.group for pair in self.pairs])
+        self.sample_pairs = {"image": self.pairs, "caption": [self.pairs[k] for k in holders]}
+        whole = resampling_units([pair.modality for pair in self.pairs], [pair.group for pair in self.pairs])
         # A caption is drawn with its image: the two directions err together, and so must their replicates.
-        self.frames = {"image": whole, "caption": subframe(whole, holders)}
+        self.frames = {"image": whole, "caption": subset_units(whole, holders)}
         to_text = random_recalls(self.right_captions, len(self.captions))
         to_image = random_recalls(self.right_images, len(self.pairs))
         chance = {f"image_to_text_recall@{k}": to_text[k] for k in RECALLS}
@@ -59,7 +59,7 @@ class Retrieval(Task):
             {
                 "ids": [pair.id for pair in self.pairs],
                 "captions": self.captions,
-                "labels": {name: [pair.label for pair in own] for name, own in self.holders.items()},
+                "labels": {name: [pair.label for pair in own] for name, own in self.sample_pairs.items()},
                 "right_captions": self.right_captions.tolist(),
                 "right_images": self.right_images.tolist(),
                 "pool": {"images": len(self.pairs), "captions": len(self.captions)},
@@ -97,9 +97,9 @@ class Retrieval(Task):
         }
         return {**self._recalls(outputs, weights, RECALLS), **ranks}
 
-    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+    def primary_metric_values(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """The mean recall alone, without the sorting that medians need."""
-        return {self.headline: self._recalls(outputs, weights, MEAN_OF)[self.headline]}
+        return {self.primary_metric: self._recalls(outputs, weights, MEAN_OF)[self.primary_metric]}
 
     def _recalls(self, outputs: Outputs, weights: dict[str, Floats], recalls: Sequence[int]) -> Metrics:
         found = {

@@ -21,7 +21,7 @@ from mmkd.command.settings import nearest
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.embeddings.embed import Embedded
-from mmkd.evaluation.statistics.bootstrap import Frame, Metrics
+from mmkd.evaluation.statistics.bootstrap import Metrics, ResamplingUnits
 from mmkd.evaluation.statistics.metrics import Floats
 
 Outputs = dict[str, NDArray[Any]]
@@ -56,20 +56,20 @@ class Task(ABC):
 
     Attributes:
         kind: the task type, a key of `suite.SUITE`.
-        headline: the metric that represents the task.
+        primary_metric: the metric that represents the task.
         manifest: of its dataset.
         variant: which of several tasks of this kind on the dataset; empty for the main one.
         name: file name of its cells, ``KIND-ID`` or ``KIND-ID-VARIANT``.
         title: for people.
         frames: what is resampled, by name; ``image`` always exists.
-        holders: the pair behind each sample of each frame.
+        sample_pairs: the pair behind each sample of each frame.
         description: everything a reader needs to reproduce or evaluate it; plain JSON values.
     """
 
     kind: str
-    headline: str
-    frames: dict[str, Frame]
-    holders: dict[str, list[Pair]]
+    primary_metric: str
+    frames: dict[str, ResamplingUnits]
+    sample_pairs: dict[str, list[Pair]]
     description: dict[str, Any]
 
     def __init__(self, manifest: Manifest, title: str, variant: str = "") -> None:
@@ -90,18 +90,18 @@ class Task(ABC):
             ValueError: the manifest's metric is not one of the main task.
         """
         self.description = description
-        named, known = self.manifest.headline, description["chance"]
+        named, known = self.manifest.primary_metric, description["chance"]
         if named in known:
-            self.headline = named
+            self.primary_metric = named
         elif named and not self.variant:
             raise ValueError(
-                f"{self.manifest.id}: headline is {named!r}{nearest(named, known)}; allowed: {', '.join(known)}"
+                f"{self.manifest.id}: primary_metric is {named!r}{nearest(named, known)}; allowed: {', '.join(known)}"
             )
 
     @property
     def modalities(self) -> dict[str, list[str]]:
         """Modality of each sample of each frame."""
-        return {name: [pair.modality for pair in pairs] for name, pairs in self.holders.items()}
+        return {name: [pair.modality for pair in pairs] for name, pairs in self.sample_pairs.items()}
 
     @abstractmethod
     def outputs(self, embedded: Embedded) -> Outputs:
@@ -111,7 +111,7 @@ class Task(ABC):
             Undefined: the encoder cannot answer.
         """
 
-    def evidence(self, embedded: Embedded) -> list[Any]:
+    def extra_fingerprint(self, embedded: Embedded) -> list[Any]:
         """Further inputs of an encoder's answers beside its weights and the pairs; plain JSON values."""
         return []
 
@@ -127,9 +127,9 @@ class Task(ABC):
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """Metric values ``(replicates,)`` under weights ``(replicates, n)`` of each frame."""
 
-    def headline_metric(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
+    def primary_metric_values(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """The primary metric alone."""
-        return {self.headline: self.metrics(outputs, weights)[self.headline]}
+        return {self.primary_metric: self.metrics(outputs, weights)[self.primary_metric]}
 
     @abstractmethod
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:

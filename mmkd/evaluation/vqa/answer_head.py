@@ -23,7 +23,7 @@ from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.embeddings.cache import Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics import metrics
-from mmkd.evaluation.statistics.bootstrap import Metrics, frame
+from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.task import Outputs, Task
 
@@ -33,7 +33,7 @@ HIDDEN, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 256, 30, 64, 1e-
 class VisualQuestions(Task):
     """Answer questions about held-out images."""
 
-    kind, headline = "vqa", "accuracy"
+    kind, primary_metric = "vqa", "accuracy"
 
     title = "Visual question answering"
 
@@ -41,7 +41,7 @@ class VisualQuestions(Task):
         self,
         manifest: Manifest,
         questions: dict[str, list[tuple[Pair, Question]]],
-        facts: dict[str, Any],
+        metadata: dict[str, Any],
         variant: str = "",
     ) -> None:
         """Fix the questions of each split and the answers seen in training.
@@ -49,7 +49,7 @@ class VisualQuestions(Task):
         Args:
             manifest: of the dataset.
             questions: ``train``, ``validation`` and ``test`` questions with the pair that holds their image.
-            facts: further entries of the description.
+            metadata: further entries of the description.
             variant: which of several tasks of this kind.
         """
         super().__init__(manifest, self.title, variant)
@@ -60,8 +60,8 @@ class VisualQuestions(Task):
         self.pairs = [pair for pair, _ in test]
         self.targets = np.array([self.answers.get(question.answer, -1) for _, question in test])
         self.closed = np.array([question.closed for _, question in test])
-        self.frames = {"image": frame(["closed" if c else "open" for c in self.closed], _groups(self.pairs))}
-        self.holders = {"image": self.pairs}
+        self.frames = {"image": resampling_units(["closed" if c else "open" for c in self.closed], _groups(self.pairs))}
+        self.sample_pairs = {"image": self.pairs}
         common = Counter(question.answer for _, question in questions["train"]).most_common(1)[0][0]
         guess = float(np.mean(self.targets == self.answers[common]))
         self.describe(
@@ -73,7 +73,7 @@ class VisualQuestions(Task):
                 "unanswerable": float(np.mean(self.targets < 0)),
                 "closed": int(self.closed.sum()),
                 "chance": {"accuracy": guess},
-                **facts,
+                **metadata,
             }
         )
 

@@ -21,7 +21,7 @@ from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.embeddings.cache import Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics import metrics
-from mmkd.evaluation.statistics.bootstrap import Metrics, frame
+from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.task import Outputs, Task
 
@@ -222,16 +222,16 @@ Turned = list[tuple[Pair, Question, Choices]]
 class StatementQuestions(Task):
     """Answer closed questions by statements."""
 
-    kind, headline = "vqa", "accuracy"
+    kind, primary_metric = "vqa", "accuracy"
 
-    def __init__(self, manifest: Manifest, turned: Turned, left_out: int, facts: dict[str, Any]) -> None:
+    def __init__(self, manifest: Manifest, turned: Turned, left_out: int, metadata: dict[str, Any]) -> None:
         """Fix the questions.
 
         Args:
             manifest: of the dataset.
             turned: test questions that could be turned into statements.
             left_out: closed test questions that could not.
-            facts: further entries of the description.
+            metadata: further entries of the description.
         """
         super().__init__(manifest, "Zero-shot visual question answering by statements", "zeroshot")
         self.turned = turned
@@ -239,8 +239,8 @@ class StatementQuestions(Task):
         self.targets = np.array([own.index(question.answer) for _, question, own in turned])
         self.yes_no = np.array([own.answers == ("yes", "no") for _, _, own in turned])
         kinds = ["yes or no" if is_yes_no else "choice" for is_yes_no in self.yes_no]
-        self.frames = {"image": frame(kinds, [pair.group or pair.id for pair in self.pairs])}
-        self.holders = {"image": self.pairs}
+        self.frames = {"image": resampling_units(kinds, [pair.group or pair.id for pair in self.pairs])}
+        self.sample_pairs = {"image": self.pairs}
         sizes = np.array([len(own.answers) for _, _, own in turned])
         self.describe(
             {
@@ -252,7 +252,7 @@ class StatementQuestions(Task):
                 "left_out": left_out,
                 "unanswerable": float(np.mean(self.targets < 0)),
                 "chance": {"accuracy": float(np.mean((self.targets >= 0) / sizes)), "yes_no_auroc": 0.5},
-                **facts,
+                **metadata,
             }
         )
 

@@ -34,12 +34,12 @@ class QuestionSplit:
     Attributes:
         variant: empty for the main split, else ``disjoint``.
         questions: by split.
-        facts: how the split was made; plain JSON values.
+        metadata: how the split was made; plain JSON values.
     """
 
     variant: str
     questions: dict[str, list[Placed]]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def is_usable(self) -> bool:
@@ -58,14 +58,14 @@ def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Task], dict[str,
         for head, made in TRAINED.items():
             if head in options.question_heads:
                 variant = "-".join(part for part in (head.removeprefix("vectors"), split.variant) if part)
-                found.append(made(manifest, split.questions, split.facts, variant))
+                found.append(made(manifest, split.questions, split.metadata, variant))
     if "zeroshot" not in options.question_heads:
         return found, {}
     turned, left_out = turn(splits[0].questions["test"])
     if len(turned) < 2:
         reason = f"{len(turned)} closed test questions can be turned into statements"
         return found, {task_name("vqa", manifest, "zeroshot"): reason}
-    found.append(StatementQuestions(manifest, turned, left_out, {"split": splits[0].facts["split"]}))
+    found.append(StatementQuestions(manifest, turned, left_out, {"split": splits[0].metadata["split"]}))
     return found, {}
 
 
@@ -131,8 +131,8 @@ def _disjoint(placed: list[Placed]) -> QuestionSplit:
         place = _place(pair, "split")
         name = "test" if place < TEST else "validation" if place < TEST + VALIDATION else "train"
         parts[name].append((pair, question))
-    facts = {"split": f"by group or image: {TEST:.0%} test, {VALIDATION:.0%} validation, by hash"}
-    return QuestionSplit("disjoint", parts, facts | _shared(parts))
+    metadata = {"split": f"by group or image: {TEST:.0%} test, {VALIDATION:.0%} validation, by hash"}
+    return QuestionSplit("disjoint", parts, metadata | _shared(parts))
 
 
 def _shared(parts: dict[str, list[Placed]]) -> dict[str, Any]:

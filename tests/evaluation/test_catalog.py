@@ -22,13 +22,13 @@ from mmkd.evaluation.datasets.catalog import (
     load_suite,
     suite_names,
 )
-from mmkd.evaluation.datasets.manifest import ASKED, HEADLINES, make_manifest, read_manifest
+from mmkd.evaluation.datasets.manifest import ASKED, PRIMARY_METRICS, make_manifest, read_manifest
 from mmkd.evaluation.slides.diagnosis import SlideTask
 from mmkd.evaluation.slides.survival import Survival
 from mmkd.evaluation.tasks.classification import Classification, MultiLabel
 from mmkd.evaluation.tasks.retrieval import Retrieval
 from mmkd.evaluation.vqa.answer_head import VisualQuestions
-from mmkd.train import registry
+from mmkd.train import catalog as command
 
 GOOD = {"id": "a", "task": "classification", "modality": "OCT", "license": "MIT", "source": {"csv": "a.csv"}}
 GOOD["classes"] = {"x": ["an x"], "y": []}
@@ -149,11 +149,20 @@ def test_counts_are_confirmed_and_agree():
     assert listed <= set(expects)
 
 
-def test_the_headline_is_that_of_the_task_unless_a_manifest_names_another():
-    assert set(HEADLINES) == set(ASKED)
-    assert MultiLabel.headline == HEADLINES["multilabel"] and Retrieval.headline == HEADLINES["retrieval"]
-    assert Classification.headline == HEADLINES["classification"] and VisualQuestions.headline == HEADLINES["vqa"]
-    assert SlideTask.headline == HEADLINES["diagnosis"] and Survival.headline == HEADLINES["survival"]
+def test_the_primary_metric_is_that_of_the_task_unless_a_manifest_names_another():
+    assert set(PRIMARY_METRICS) == set(ASKED)
+    assert (
+        MultiLabel.primary_metric == PRIMARY_METRICS["multilabel"]
+        and Retrieval.primary_metric == PRIMARY_METRICS["retrieval"]
+    )
+    assert (
+        Classification.primary_metric == PRIMARY_METRICS["classification"]
+        and VisualQuestions.primary_metric == PRIMARY_METRICS["vqa"]
+    )
+    assert (
+        SlideTask.primary_metric == PRIMARY_METRICS["diagnosis"]
+        and Survival.primary_metric == PRIMARY_METRICS["survival"]
+    )
     known = catalog()
     assert known["busi"].measure == "balanced_accuracy" and known["panda"].measure == "quadratic_kappa"
     assert known["retinamnist"].measure == "quadratic_kappa" and known["tcga-kirc"].measure == "c_index"
@@ -198,7 +207,7 @@ def test_contamination_as_publications_state_it():
 def run(capsys, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["mmkd datasets", *map(str, arguments)])
-        settings.run(registry.ACTIONS, registry.main)
+        settings.run(command.ACTIONS, command.main)
     return capsys.readouterr().out
 
 
@@ -206,7 +215,7 @@ def test_datasets_are_listed_and_shown(capsys, tmp_path):
     shown = run(capsys, "ls", "--suite", "paper58", "--modality", "oct", "--data", tmp_path)
     assert "4 datasets, 0 on this machine" in shown and "octdl" in shown
     shown = run(capsys, "show", "busi", "--data", tmp_path)
-    assert "headline metric: balanced_accuracy" in shown and "doi:10.1016/j.dib.2019.104863" in shown
+    assert "primary metric: balanced_accuracy" in shown and "doi:10.1016/j.dib.2019.104863" in shown
     assert "an ultrasound image showing normal breast tissue" in shown
     assert f"absent: not at {tmp_path}/busi; download it from https" in shown
     with pytest.raises(SystemExit):

@@ -82,7 +82,8 @@ from mmkd.data.splits import hashed
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.catalog import CATALOG, compared_with, find_manifests, load_suite, own_catalog
 from mmkd.evaluation.datasets.dataset import Dataset, open_dataset
-from mmkd.evaluation.datasets.manifest import ASKED, VARIABLE, Absent, Manifest, locate, read_manifest
+from mmkd.evaluation.datasets.manifest import ASKED, VARIABLE, DatasetNotFoundError, Manifest, locate, read_manifest
+from mmkd.evaluation.slides.cohort import read_cohort
 from mmkd.files import atomic_write_text
 
 COLUMNS = ("id", "task", "modality", "tier", "license", "data")
@@ -133,7 +134,7 @@ def show(settings: ShowSettings) -> None:
         path = Path(settings.dataset) if settings.dataset.endswith((".yaml", ".yml")) else None
         path = path or next((p for p in _files(settings.catalog) if p.stem == manifest.id), None)
         print(path.read_text(encoding="utf-8").rstrip() if path else f"id: {manifest.id}")
-        print(f"\nheadline metric: {manifest.measure}\npublished in: {manifest.citation or 'not stated'}")
+        print(f"\nprimary metric: {manifest.measure}\npublished in: {manifest.citation or 'not stated'}")
         for name, sentences in manifest.prompts().items():
             print(f"\n{name}")
             print("\n".join(f"  {sentence}" for sentence in sentences))
@@ -151,16 +152,18 @@ def check(settings: CheckSettings) -> None:
     more = 0
     for manifest in find_manifests(settings.datasets, settings.catalog):
         try:
-            collection = open_dataset(manifest, settings.data)
-        except Absent as error:
+            dataset = open_dataset(manifest, settings.data)
+            if manifest.task == "survival":
+                read_cohort(dataset, None)
+        except DatasetNotFoundError as error:
             print(f"{manifest.id}: SKIPPED, {error}")
             continue
         except ValueError as error:
             faults.append(str(error))
             continue
-        print("\n  ".join([f"{manifest.id}: {_counts(collection)}", *_classes(collection), *collection.notes]))
-        if collection.root is None:
-            found = _image_faults(collection, settings)
+        print("\n  ".join([f"{manifest.id}: {_counts(dataset)}", *_classes(dataset), *dataset.notes]))
+        if dataset.root is None:
+            found = _image_faults(dataset, settings)
             faults += [f"{manifest.id}: {fault}" for fault in found[:SHOWN]]
             more += len(found[SHOWN:])
     if faults:
@@ -205,21 +208,32 @@ def _whereabouts(manifest: Manifest, data: Path | None) -> str:
     """Where a dataset lies on this machine, or how it would get there."""
     try:
         return f"present: {', '.join(map(str, locate(manifest, data)))}"
-    except Absent as error:
+    except DatasetNotFoundError as error:
         return f"absent: {error}"
 
 
 def _presence(manifest: Manifest, data: Path | None) -> str:
     try:
         paths = locate(manifest, data)
-    except Absent:
+    except DatasetNotFoundError:
         return "absent"
     return "present" if paths[0].exists() else "Hub"
 
 
 def _markdown(manifests: list[Manifest]) -> list[str]:
     """A table in which the name of a dataset leads to where it is to be had."""
-    heads = ("dataset", "task", "modality", "classes", "all", "test", "compared with", "headline", "tier", "license")
+    heads = (
+        "dataset",
+        "task",
+        "modality",
+        "classes",
+        "all",
+        "test",
+        "compared with",
+        "primary metric",
+        "tier",
+        "license",
+    )
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---:|---:|---:|---|---|---|---|"]
     for manifest in sorted(manifests, key=lambda own: ASKED.index(own.task) if own.task in ASKED[3:] else 0):
         name = f"[{manifest.id}]({manifest.register})" if manifest.register else manifest.id
@@ -238,41 +252,41 @@ def _stated(manifest: Manifest, *keys: str) -> str:
     return next((f"{counts[key]:,}" for key in keys if key in counts), "")
 
 
-def _counts(collection: Dataset) -> str:
-    splits = Counter(pair.split for pair in collection.pairs)
+def _counts(dataset: Dataset) -> str:
+    splits = Counter(pair.split for pair in dataset.pairs)
     parts = [f"{splits[split]:,} {split}" for split in SPLITS if splits[split]]
-    groups = len({pair.group for pair in collection.pairs if pair.group})
+    groups = len({pair.group for pair in dataset.pairs if pair.group})
     parts += [f"{groups:,} groups"] if groups else []
-    parts += [f"{len(collection.questions):,} questions"] if collection.questions else []
+    parts += [f"{len(dataset.questions):,} questions"] if dataset.questions else []
     return ", ".join(parts)
 
 
-def _classes(collection: Dataset) -> list[str]:
+def _classes(dataset: Dataset) -> list[str]:
     """Images of each class in each split."""
     found = {split: Counter[str]() for split in SPLITS}
-    for pair in collection.pairs:
+    for pair in dataset.pairs:
         found[pair.split].update(label for label in pair.label.split("|") if label)
     return [
         f"{name}: {' / '.join(str(found[split][name]) for split in SPLITS)} ({', '.join(SPLITS)})"
-        for name in collection.manifest.classes
+        for name in dataset.manifest.classes
     ]
 
 
-def _image_faults(collection: Dataset, settings: CheckSettings) -> list[str]:
+def _image_faults(dataset: Dataset, settings: CheckSettings) -> list[str]:
     """Images that cannot be read; where all are read, also equal images in different splits."""
-    pairs = list({pair.image: pair for pair in collection.pairs}.values())
+    pairs = list({pair.image: pair for pair in dataset.pairs}.values())
     if not settings.all:
         pairs = sorted(pairs, key=lambda pair: hashed(SEED, pair.id))[: settings.images]
     faults: list[str] = []
     homes: dict[str, Pair] = {}
     shared: list[str] = []
-    for pair in tqdm(pairs, desc=collection.manifest.id, unit="image", disable=settings.quiet):
+    for pair in tqdm(pairs, desc=dataset.manifest.id, unit="image", disable=settings.quiet):
         try:
-            collection.image(pair)
+            dataset.image(pair)
         except UnreadableImage as error:
             faults.append(str(error))
             continue
-        first = homes.setdefault(collection.digest(pair), pair)
+        first = homes.setdefault(dataset.digest(pair), pair)
         if first.split != pair.split:
             shared.append(f"{first.image} ({first.split}) = {pair.image} ({pair.split})")
     if shared:
