@@ -22,7 +22,7 @@ from mmkd.alignment.report import alignment_page, alignment_report
 from mmkd.command.settings import run, save_settings, setting
 from mmkd.data.features.lookup import Features, TeacherFeatures, seen_pairs
 from mmkd.data.features.published import write_published
-from mmkd.data.features.store import SHARD_SIZE, ChunkedStore
+from mmkd.data.features.writer import SHARD_SIZE, FeatureWriter
 from mmkd.data.folder import open_pairs
 from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read_published
 from mmkd.data.table import Pair
@@ -122,18 +122,16 @@ def write(
 def write_stores(folder: Path, aligner: Aligner, features: TeacherFeatures, settings: AlignSettings) -> None:
     """One store for each teacher, with the weights and licences of the raw features carried on."""
     raw = {origin["teacher"]: origin for origin in teachers_of([settings.features])}
-    stores = {name: ChunkedStore(folder / name, name, aligner.width_of(name), "float16") for name in features.names}
+    writers = {name: FeatureWriter(folder / name, name) for name in features.names}
     for begin in range(0, len(features.ids), SHARD_SIZE):
         ids = features.ids[begin : begin + SHARD_SIZE]
-        fingerprints = {name: known for names, _, known in features.seen_as(ids) for name in names}
+        fingerprints = features.fingerprints(ids)
         for name, found in aligned(features, ids, aligner).items():
             mask = found["mask"]
-            known = [id for id, is_known in zip(ids, mask.tolist(), strict=True) if is_known]
-            stores[name].add(
-                known, fingerprints[name][mask.numpy()], found["image"][mask].cpu(), found["text"][mask].cpu()
-            )
-    for name, store in stores.items():
-        store.finish({"aligner": aligner.kind, "width_before": aligner.widths[name], "raw": raw.get(name, {})})
+            own = [id for id, present in zip(ids, mask.tolist(), strict=True) if present]
+            writers[name].add(own, found["image"][mask], found["text"][mask], fingerprints[name][1][mask.numpy()])
+    for name, writer in writers.items():
+        writer.finish({"aligner": aligner.kind, "width_before": aligner.widths[name], "raw": raw.get(name, {})})
 
 
 def published_samples(features: TeacherFeatures, settings: AlignSettings) -> list[PublishedSample]:

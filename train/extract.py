@@ -1,44 +1,38 @@
-"""Extract: every image and caption of a folder of pairs through one or more teachers, once and for all.
+"""Extract the features of every image and caption of a folder of pairs with one or more teachers, once.
 
     mmkd extract --teacher biomedclip,plip --pairs pairs --output features
     mmkd extract --num_processes 8 --teacher biomedclip --pairs pairs --output features
 
 Teachers named together share the decoding of images, and the preprocessing where theirs is the same; both run in
-threads beside the encoding. Processes share the shards of the work and do not talk: they may run on different machines
-with ``RANK`` and ``WORLD_SIZE`` set, start at different times and be killed; the same command goes on. Pairs added
-later are the only ones extracted when it is started again. A pair whose image or caption cannot be read is left out,
-counted, and listed in the store's ``skipped.jsonl``.
+threads beside the encoding. Processes share the shards and do not communicate: they may run on different machines with
+``RANK`` and ``WORLD_SIZE`` set, start at different times and be killed; run the same command again to resume. If pairs
+have been added since, only these are extracted. A pair whose image or caption cannot be read is left out, counted, and
+listed in the store's ``skipped.jsonl``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mmkd.command.settings import nearest, run, setting
-from mmkd.data.features.index import fingerprints_of, refuse_twice
-from mmkd.data.features.parts import SKIPPED_FILE, FeatureParts
-from mmkd.data.features.shards import FeatureType
-from mmkd.data.folder import PairFolder, ids_of, open_pairs
+from mmkd.data.features.index import fingerprints_of, refuse_repeated
+from mmkd.data.features.store import FeatureType
+from mmkd.data.features.writer import SKIPPED_FILE, FeatureExtraction
+from mmkd.data.folder import PairFolder, ids_of, open_pairs, pairs_at
+from mmkd.data.pixels import read_pixels
+from mmkd.data.table import Pair
 from mmkd.distributed import chosen_device, rank, world_size
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.extraction import (
-    BATCHES_AHEAD,
-    Job,
-    Shard,
-    pending_batches,
-    project,
-    read_ahead,
-    same_work,
-    share_of_cores,
-)
+from mmkd.encoders.extraction import FeatureTask, encode_shards, group_tasks, read_or_reason
 from mmkd.encoders.frozen import FrozenEncoder, with_frozen_towers
 from mmkd.encoders.zoo import load_encoder, named_sources
 
@@ -51,9 +45,9 @@ class ExtractSettings:
 
     teacher: list[str] = setting(help="names, folders, Hub ids or YAML rows, each may be given as NAME=SOURCE")
     pairs: Path = setting(help="folder of pairs")
-    output: Path = setting(help="folder that gets one store for each teacher; what is there already is kept")
+    output: Path = setting(help="folder that gets one feature store for each teacher; features that are there are kept")
     weights: dict[str, str] = setting(factory=dict, help="teacher -> local folder of its weights")
-    dtype: FeatureType = setting("float16", "how numbers are stored; int8 takes half the space, cosine above 0.9999")
+    dtype: FeatureType = setting("float16", "how numbers are stored")
     precision: Precision = setting("float32", "in which teachers compute; tf32 and bfloat16 are faster on GPUs")
     resize: Literal["exact", "fast"] = setting(
         "exact", "as the teacher's own code, or (usual preprocessing only) within one grey level in a fifth of the time"
@@ -63,13 +57,13 @@ class ExtractSettings:
     workers: int = setting(0, "threads that read and prepare images; 0 = this process' share of the cores")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one, another for each process")
     cache_frozen_towers: Path | None = setting(
-        None, "folder for tower outputs of models of ours; those that share towers encode with them once"
+        None, "folder for outputs of frozen towers; models of this package with the same towers run them once"
     )
     quiet: bool = setting(False, "no progress bar")
 
 
 def main(settings: ExtractSettings) -> None:
-    """Extract this process' shards, and close every store whose shards are all there.
+    """Extract this process' shards, and finish every store whose shards are all there.
 
     Raises:
         FileNotFoundError: pairs or weights are not there.
@@ -80,23 +74,21 @@ def main(settings: ExtractSettings) -> None:
     torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
     ids, fingerprints = ids_of(folder.pairs), fingerprints_of(folder.pairs)
-    refuse_twice(ids)
-    jobs = []
+    refuse_repeated(ids)
+    tasks = []
     for name, source in sources.items():
         encoder = load_teacher(name, source, settings)
         path = settings.output / name
-        parts = FeatureParts(path, name, ids, fingerprints, encoder.provenance, settings.dtype, settings.shard_size)
-        jobs.append(Job(encoder, parts))
-    for job in jobs:
-        if isinstance(job.encoder, FrozenEncoder):
-            project(job, folder)
-    for group in same_work([job for job in jobs if not isinstance(job.encoder, FrozenEncoder)]):
+        own = FeatureExtraction(path, name, ids, fingerprints, encoder.provenance, settings.dtype, settings.shard_size)
+        tasks.append(FeatureTask(encoder, own))
+    cached = [task for task in tasks if isinstance(task.encoder, FrozenEncoder)]
+    for group in [*([task] for task in cached), *group_tasks([task for task in tasks if task not in cached])]:
         extract(group, folder, settings)
-    for job in jobs:
-        skipped = job.parts.close()
+    for task in tasks:
+        skipped = task.extraction.close()
         if skipped is not None and not settings.quiet:
             count = len(ids) - len(skipped)
-            print(f"{job.parts.path}: {count} of {len(ids)} pairs{reasons(skipped)}")
+            print(f"{task.extraction.path}: {count} of {len(ids)} pairs{reasons(skipped)}")
 
 
 def check(settings: ExtractSettings) -> dict[str, str]:
@@ -118,7 +110,7 @@ def check(settings: ExtractSettings) -> dict[str, str]:
 
 
 def load_teacher(name: str, source: str, settings: ExtractSettings) -> DualEncoder:
-    """The teacher on this process' device, under the name of its store."""
+    """The teacher on this process' device, under the name of its feature store."""
     weights = settings.weights.get(name)
     device = chosen_device(settings.device)
     encoder = load_encoder(source, device, Path(weights) if weights else None)
@@ -136,25 +128,25 @@ def load_teacher(name: str, source: str, settings: ExtractSettings) -> DualEncod
     return encoder
 
 
-def extract(jobs: Sequence[Job], folder: PairFolder, settings: ExtractSettings) -> None:
+def extract(tasks: Sequence[FeatureTask], folder: PairFolder, settings: ExtractSettings) -> None:
     """Do this process' share of the shards that are missing."""
-    parts = jobs[0].parts
-    own = range(rank(), len(parts), world_size())
-    hidden = settings.quiet or rank() > 0
-    title = ", ".join(job.parts.name for job in jobs)
-    workers = settings.workers or share_of_cores()
-    ahead = BATCHES_AHEAD + -(-workers // settings.batch_size)
-    with (
-        tqdm(total=sum(len(parts.positions(k)) for k in own), desc=title, unit="pair", disable=hidden) as bar,
-        ThreadPoolExecutor(max_workers=workers) as readers,
-    ):
-        shard = Shard()
-        for batch in read_ahead(pending_batches(jobs, folder, own, settings.batch_size, bar), folder, readers, ahead):
-            shard.add(batch)
-            bar.update(len(batch.pairs))
-            if batch.last:
-                shard.write(batch)
-                shard = Shard()
+    extraction = tasks[0].extraction
+    own = range(rank(), len(extraction), world_size())
+    shards = ((shard, pairs_at(folder.pairs, extraction.positions(shard))) for shard in own)
+    total = sum(len(extraction.positions(shard)) for shard in own)
+    title = ", ".join(task.extraction.name for task in tasks)
+    with tqdm(total=total, desc=title, unit="pair", disable=settings.quiet or rank() > 0) as bar:
+        encoder = tasks[0].encoder
+        if isinstance(encoder, FrozenEncoder):
+            encoder.encode_shards(tasks[0], folder, shards, lambda joint, _: {"image": joint}, bar.update)
+        else:
+            read = partial(read_image, folder)
+            encode_shards(tasks, shards, read, settings.batch_size, settings.workers, bar.update)
+
+
+def read_image(folder: PairFolder, pair: Pair) -> Tensor | str:
+    """The pixels of a pair's image, or why it cannot be read."""
+    return read_or_reason(lambda: read_pixels(folder.image_path(pair)))
 
 
 def reasons(skipped: dict[str, str]) -> str:

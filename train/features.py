@@ -1,4 +1,4 @@
-"""Features: look at stores, check every byte, merge them, and go to and from the authors' folder form.
+"""Features: list feature stores, verify their checksums, merge them, and convert from and to the authors' folder.
 
     mmkd features ls features
     mmkd features verify features
@@ -6,7 +6,7 @@
     mmkd features export features --pairs screened --output MMKDCLIP_DATA
     mmkd features import MMKDCLIP_DATA --output features
 
-``merge`` brings stores of the same teachers together and packs small shards into full ones; ``export`` writes one
+``merge`` joins stores of the same teachers and packs small shards into full ones; ``export`` writes one
 ``clips_output.pt`` a pair, which the authors' code reads.
 """
 
@@ -20,59 +20,58 @@ from typing import Any
 from tqdm import tqdm
 
 from mmkd.command.settings import run, setting
-from mmkd.data.features.folders import describe_store, export_published, faults, import_published, merge, unfinished
-from mmkd.data.features.lookup import TeacherFeatures, store_paths
-from mmkd.data.features.published import FeatureKind
-from mmkd.data.features.shards import FeatureType
-from mmkd.data.features.store import FeatureStore
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.published import FeatureKind, Lookup, export_published, import_published
+from mmkd.data.features.store import FeatureStore, FeatureType, describe_store, faults, store_paths, unfinished
+from mmkd.data.features.writer import merge
 from mmkd.data.folder import open_pairs
 from mmkd.files import atomic_folder, refuse_existing
 
 
 @dataclass
 class ListSettings:
-    """List the stores of a folder."""
+    """List the feature stores of a folder."""
 
-    folder: Path = setting(help="a store, or a folder of stores", positional=True)
+    folder: Path = setting(help="a feature store, or a folder of them", positional=True)
 
 
 @dataclass
 class VerifySettings:
-    """Read every byte of the stores of a folder and compare with the checksums."""
+    """Compare all checksums of the feature stores of a folder."""
 
-    folder: Path = setting(help="a store, or a folder of stores", positional=True)
+    folder: Path = setting(help="a feature store, or a folder of them", positional=True)
     quiet: bool = setting(False, "no progress bar")
 
 
 @dataclass
 class MergeSettings:
-    """Bring stores of the same teachers together, each in full shards; a pair that several hold is taken once."""
+    """Merge feature stores of the same teachers, each into full shards; a pair that several hold is taken once."""
 
-    folders: list[Path] = setting(help="stores or folders of stores, with commas between", positional=True)
-    output: Path = setting(help="folder to write: one store for each teacher")
+    folders: list[Path] = setting(help="feature stores or folders of them, separated by commas", positional=True)
+    output: Path = setting(help="folder to write: one feature store for each teacher")
     overwrite: bool = setting(False, "replace OUTPUT")
-    quiet: bool = setting(False, "say nothing")
+    quiet: bool = setting(False, "print nothing")
 
 
 @dataclass
 class ExportSettings:
     """Write pairs and features in the authors' folder form."""
 
-    folder: Path = setting(help="folder of stores with raw features", positional=True)
-    pairs: Path = setting(help="folder of pairs; screened ones say which teachers are available")
+    folder: Path = setting(help="folder of feature stores with raw features", positional=True)
+    pairs: Path = setting(help="folder of pairs; screened ones list the available teachers")
     output: Path = setting(help="folder to write")
-    aligned: Path | None = setting(None, "folder of aligned stores, for clips_project_output.pt")
-    images: bool = setting(True, "copy images, so that the folder stands alone")
+    aligned: Path | None = setting(None, "folder of aligned features, for clips_project_output.pt")
+    images: bool = setting(True, "copy the images into the folder")
     overwrite: bool = setting(False, "replace OUTPUT")
     quiet: bool = setting(False, "no progress bar")
 
 
 @dataclass
 class ImportSettings:
-    """Turn the authors' folder into one store for each teacher."""
+    """Convert the authors' folder into one feature store for each teacher."""
 
     folder: Path = setting(help="the authors' folder, with meta.jsonl", positional=True)
-    output: Path = setting(help="folder to write: one store for each teacher")
+    output: Path = setting(help="folder to write: one feature store for each teacher")
     kind: FeatureKind = setting("raw", "raw = clips_output.pt | aligned = clips_project_output.pt")
     dtype: FeatureType = setting("float16", "how numbers are stored")
     overwrite: bool = setting(False, "replace OUTPUT")
@@ -96,7 +95,7 @@ def main(settings: Any) -> None:
 
 @main.register
 def list_stores(settings: ListSettings) -> None:
-    """Print a line for each store."""
+    """Print a line for each feature store."""
     rows = [describe_store(path) for path in stores_in(settings.folder)]
     wide = max([15, *(len(row["teacher"]) for row in rows)]) + 1
     print(f"{'teacher':<{wide}}{'pairs':>12}{'dim':>6} {'dtype':<10}{'shards':>7}{'GB':>9}  {'license':<14}weights")
@@ -107,66 +106,70 @@ def list_stores(settings: ListSettings) -> None:
             f"{size:>9}  {row['license']:<14}{row['weights']} {row['fingerprint'][:12]}"
         )
     for name, count in unfinished(settings.folder).items():
-        print(f"{name:<{wide}}unfinished: {count} shards are there; the same `mmkd extract` goes on")
+        print(f"{name:<{wide}}unfinished: {count} shards are there; run the same `mmkd extract` again to resume")
 
 
 @main.register
 def verify(settings: VerifySettings) -> None:
-    """Print what is wrong.
+    """Print that all checksums match.
 
     Raises:
-        ValueError: anything is.
+        ValueError: a file is missing or damaged, or does not belong to its store; the message lists all of them.
     """
     found: list[str] = []
     for path in stores_in(settings.folder):
         with tqdm(desc=path.name, unit="pair", disable=settings.quiet) as bar:
-            found += faults(path, bar.update)
+            found += map(str, faults(path, every_byte=True, progress=bar.update))
     if found:
-        raise ValueError("\n       ".join([f"{len(found)} faults; remove what is damaged and extract again:", *found]))
+        raise ValueError(
+            "\n       ".join([f"{len(found)} faults; remove the damaged files and extract again:", *found])
+        )
     if not settings.quiet:
-        print(f"{settings.folder}: every byte is as it was written")
+        print(f"{settings.folder}: checksums match")
 
 
 @main.register
 def merge_stores(settings: MergeSettings) -> None:
-    """Merge."""
+    """Merge feature stores."""
     refuse_existing(settings.output, settings.overwrite)
     with atomic_folder(settings.output, settings.overwrite) as output:
         counts = merge(settings.folders, output)
-    tell(counts, settings.output, settings.quiet)
+    print_counts(counts, settings.output, settings.quiet)
 
 
 @main.register
 def export(settings: ExportSettings) -> None:
-    """Export."""
+    """Write the authors' folder."""
     refuse_existing(settings.output, settings.overwrite)
-    pairs, raw = open_pairs(settings.pairs), TeacherFeatures.open(settings.folder)
-    aligned = None if settings.aligned is None else TeacherFeatures.open(settings.aligned, kind="aligned")
+    pairs = open_pairs(settings.pairs)
+    features: dict[FeatureKind, Lookup] = {"raw": TeacherFeatures.open(settings.folder).lookup}
+    if settings.aligned is not None:
+        features["aligned"] = TeacherFeatures.open(settings.aligned, kind="aligned").lookup
     with (
         tqdm(total=len(pairs.pairs), desc="export", unit="pair", disable=settings.quiet) as bar,
         atomic_folder(settings.output, settings.overwrite) as output,
     ):
-        written, left_out = export_published(pairs, output, raw, aligned, settings.images, bar.update)
+        written, left_out = export_published(pairs, output, features, settings.images, bar.update)
         if not written:
             raise ValueError(f"{settings.folder} has features for no pair of {settings.pairs}; nothing to export")
     if not settings.quiet:
-        print(f"{settings.output}: {written} pairs; {left_out} left out, no teacher has them")
+        print(f"{settings.output}: {written} pairs; {left_out} left out because no teacher has features of them")
 
 
 @main.register
 def import_folder(settings: ImportSettings) -> None:
-    """Import."""
+    """Read the authors' folder."""
     refuse_existing(settings.output, settings.overwrite)
     with (
         tqdm(desc="import", unit="pair", disable=settings.quiet) as bar,
         atomic_folder(settings.output, settings.overwrite) as output,
     ):
         counts = import_published(settings.folder, output, settings.kind, settings.dtype, bar.update)
-    tell(counts, settings.output, settings.quiet)
+    print_counts(counts, settings.output, settings.quiet)
 
 
 def stores_in(folder: Path) -> list[Path]:
-    """The finished stores of a folder.
+    """The finished feature stores of a folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -177,7 +180,7 @@ def stores_in(folder: Path) -> list[Path]:
     return paths
 
 
-def tell(counts: dict[str, int], output: Path, quiet: bool) -> None:
+def print_counts(counts: dict[str, int], output: Path, quiet: bool) -> None:
     """Print the pairs of each teacher."""
     for name, count in counts.items():
         if not quiet:

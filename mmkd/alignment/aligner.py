@@ -26,10 +26,6 @@ class Aligner(ABC):
     widths: dict[str, int]
     dim: int
 
-    def width_of(self, name: str) -> int:
-        """Width of a teacher's features after `transform`."""
-        return self.dim or self.widths[name]
-
     @abstractmethod
     def transform(self, name: str, features: Tensor, modality: Modality) -> Tensor:
         """Features `(n, width)` of one teacher and modality in the target space, `(n, dim)`, not unit-norm."""

@@ -16,7 +16,7 @@ from mmkd.alignment.autoencoder import AutoencoderAligner
 from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.data.features.lookup import MODALITIES, Features, Modality, TeacherFeatures, available_features
-from mmkd.data.features.store import SHARD_SIZE
+from mmkd.data.features.writer import SHARD_SIZE
 from mmkd.data.table import Pair
 from mmkd.files import read_json
 

@@ -62,6 +62,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, height, width) uint8 as an RGB image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
 def random_crop(pixels: Tensor, size: int, generator: np.random.Generator) -> Tensor:
     """A random rectangle of 90-100 % of the area, 3:4 to 4:3, resized to a square by antialiased bicubic interpolation.
 

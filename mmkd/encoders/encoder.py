@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmkd.data.images import to_rgb
+from mmkd.data.pixels import to_image, to_tensor
 
 BATCH_SIZE = 64
 
@@ -68,29 +69,33 @@ class DualEncoder(ABC):
         )
 
     def encode_images_and_pooled(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor | None]:
-        """Encode n images in one pass, into the common space and as they are before the projection into it.
+        """Encode n images of any size and mode; returns and raises as `encode_prepared_and_pooled`."""
+        return self.encode_prepared_and_pooled([self.prepare(to_rgb(image)) for image in images])
+
+    def encode_prepared(self, prepared: Sequence[Any]) -> Tensor:
+        """Encode n images that `prepare_any` has prepared; returns and raises as `encode_images`."""
+        return self._encode(prepared, lambda batch: self.image_features(list(batch)), "image")
+
+    def encode_prepared_and_pooled(self, prepared: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        """Encode n prepared images in one pass, into the common space and as they are before the projection into it.
 
         Returns:
-            (n, dim) as `encode_images`; and (n, width) float32 on the CPU, of any length, None where there is no
-            projection to stand before.
+            (n, dim) as `encode_images`; and (n, width) float32 on the CPU, of any length, None where the model has no
+            projection.
 
         Raises:
             ValueError: see `encode_images`.
         """
         before: list[Tensor] = []
 
-        def features(batch: Sequence[Image.Image]) -> Tensor:
-            joint, pooled = self.image_and_pooled([self.prepare(to_rgb(image)) for image in batch])
+        def features(batch: Sequence[Any]) -> Tensor:
+            joint, pooled = self.image_and_pooled(list(batch))
             if pooled is not None:
                 before.append(pooled.float().cpu())
             return joint
 
-        joint = self._encode(images, features, "image")
+        joint = self._encode(prepared, features, "image")
         return joint, torch.cat(before) if before else None
-
-    def encode_prepared(self, prepared: Sequence[Any]) -> Tensor:
-        """Encode n images that `prepare` has prepared; returns and raises as `encode_images`."""
-        return self._encode(prepared, lambda batch: self.image_features(list(batch)), "image")
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Encode n texts; what exceeds the context is cut off.
@@ -112,11 +117,11 @@ class DualEncoder(ABC):
         """One RGB image as `image_features` takes it, by default as it is; several threads may prepare at once."""
         return image
 
-    def prepare_pixels(self, pixels: Tensor) -> Any:
-        """The same of an image as (3, height, width) uint8."""
+    def prepare_any(self, image: Tensor | Image.Image) -> Any:
+        """`prepare`, or its fast form where that is chosen, of a Pillow image or (3, height, width) uint8."""
         if self.fast and self.fast_prepare is not None:
-            return self.fast_prepare(pixels)
-        return self.prepare(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+            return self.fast_prepare(to_tensor(to_rgb(image)) if isinstance(image, Image.Image) else image)
+        return self.prepare(to_rgb(image) if isinstance(image, Image.Image) else to_image(image))
 
     @abstractmethod
     def image_features(self, prepared: list[Any]) -> Tensor:

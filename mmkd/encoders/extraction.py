@@ -1,157 +1,236 @@
-"""TODO-DOC."""
+"""From images to shards of vectors, the one way for all that encodes many: teacher features, embeddings, tower outputs.
+
+Images are read, decoded and prepared by threads while the encoders compute, across the borders of shards; encoders that
+prepare alike share the work. What a shard holds depends on its images alone: its batches are always the same ones,
+however many threads and processes there are. Images that cannot be read are left out, with the reason.
+"""
+
+from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from tqdm import tqdm
+from PIL import Image
+from torch import Tensor
 
-from mmkd.data.features.parts import FeatureParts
-from mmkd.data.folder import PairFolder, pairs_at
+from mmkd.data.features.writer import FeatureExtraction
 from mmkd.data.images import UnreadableImage
-from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
-from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.frozen import FrozenEncoder
+
+BATCHES_AHEAD = 2
+MOST_WORKERS = 16
+
+Item = TypeVar("Item")
+Readable = Tensor | Image.Image
 
 
-@dataclass
-class Job:
-    """A teacher and what it has still to do."""
+class EncodingTask(ABC, Generic[Item]):
+    """What one encoder makes of the images of each shard, and where that is written.
 
-    encoder: DualEncoder
-    parts: FeatureParts
+    Attributes:
+        encoder: prepares the images.
+    """
+
+    def __init__(self, encoder: DualEncoder) -> None:
+        """Encode with this encoder."""
+        self.encoder = encoder
+
+    @abstractmethod
+    def has(self, shard: int) -> bool:
+        """Whether a shard is done."""
+
+    def refuses(self, item: Item) -> str:
+        """Why an item is left out whatever its image shows, empty for no reason."""
+        return ""
+
+    @abstractmethod
+    def encode(self, prepared: list[Any]) -> dict[str, Tensor]:
+        """Arrays of one batch of at least one prepared image, by name; an array that is absent counts as NaN."""
+
+    @abstractmethod
+    def write(self, shard: int, items: list[Item], arrays: dict[str, Tensor], skipped: list[tuple[Item, str]]) -> None:
+        """Write a shard.
+
+        Args:
+            shard: its number.
+            items: whose images could be read, n of them.
+            arrays: of n rows each; none if n is 0.
+            skipped: the others, with the reason.
+        """
 
 
-@dataclass
-class Batch:
-    """Pairs of one shard that go through the teachers together, their images being read meanwhile."""
+class FeatureTask(EncodingTask[Pair]):
+    """Image and caption features of a teacher, for one feature store."""
 
-    part: int
-    jobs: Sequence[Job]
-    pairs: Sequence[Pair]
-    last: bool
-    images: list[Future[dict[str, Any] | str]] = field(default_factory=list)
+    def __init__(self, encoder: DualEncoder, extraction: FeatureExtraction) -> None:
+        """Write into this store."""
+        super().__init__(encoder)
+        self.extraction = extraction
+
+    def has(self, shard: int) -> bool:
+        """See `EncodingTask`."""
+        return self.extraction.has(shard)
+
+    def refuses(self, item: Pair) -> str:
+        """See `EncodingTask`; JSON can hold halves of characters, tokenizers cannot."""
+        try:
+            item.caption.encode()
+            return ""
+        except UnicodeEncodeError:
+            return "caption"
+
+    def encode(self, prepared: list[Any]) -> dict[str, Tensor]:
+        """See `EncodingTask`."""
+        return {"image": self.encoder.encode_prepared(prepared)}
+
+    def write(self, shard: int, items: list[Pair], arrays: dict[str, Tensor], skipped: list[tuple[Pair, str]]) -> None:
+        """See `EncodingTask`; captions are encoded here."""
+        image = arrays.get("image", torch.zeros(0, self.encoder.dim))
+        text = self.encoder.encode_texts([pair.caption for pair in items])
+        self.extraction.write(shard, image, text, {pair.id: reason for pair, reason in skipped})
 
 
-def same_work(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs grouped by the pairs they still have to do, so that each group decodes them once."""
-    groups: list[list[Job]] = []
-    for job in jobs:
-        alike = [group for group in groups if group[0].parts.same_work(job.parts)]
-        alike[0].append(job) if alike else groups.append([job])
+def group_tasks(tasks: Sequence[FeatureTask]) -> list[list[FeatureTask]]:
+    """Tasks grouped by the pairs that are missing in their stores, so that each group decodes them once."""
+    groups: list[list[FeatureTask]] = []
+    for task in tasks:
+        own = task.extraction
+        for group in groups:
+            other = group[0].extraction
+            if own.size == other.size and own.missing.tolist() == other.missing.tolist():
+                group.append(task)
+                break
+        else:
+            groups.append([task])
     return groups
 
 
-def project(job: Job, folder: PairFolder) -> None:
-    """Do this process' share of the shards of a teacher whose towers' outputs are kept."""
-    assert isinstance(job.encoder, FrozenEncoder)
-    for part in range(rank(), len(job.parts), world_size()):
-        if job.parts.has(part):
-            continue
-        pairs = [folder.pairs[position] for position in job.parts.positions(part).tolist()]
-        skipped = {pair.id: "caption" for pair in pairs if not is_text(pair.caption)}
-        images, unreadable = job.encoder.encode_pairs(folder, [pair for pair in pairs if pair.id not in skipped])
-        skipped |= unreadable
-        captions = [pair.caption for pair in pairs if pair.id not in skipped]
-        job.parts.write(part, images, job.encoder.encode_texts(captions), skipped)
+def read_or_reason(read: Callable[[], Readable]) -> Readable | str:
+    """An image, or why it cannot be read."""
+    try:
+        return read()
+    except UnreadableImage as error:
+        return error.reason
+    except ValueError:
+        return "outside"  # of its folder
 
 
-class Shard:
-    """One shard in the making: the pairs that could be read, and each teacher's image features of them."""
+@dataclass
+class _Batch(Generic[Item]):
+    """Items of one shard that go through the encoders together, their images being read meanwhile."""
 
-    def __init__(self) -> None:
-        """Start empty."""
-        self.captions: list[str] = []
-        self.skipped: dict[str, str] = {}
-        self.features: list[list[torch.Tensor]] = []
-
-    def add(self, batch: Batch) -> None:
-        """Encode the images of a batch with each teacher."""
-        found = [future.result() for future in batch.images]
-        readable = [prepared for prepared in found if not isinstance(prepared, str)]
-        self.features = self.features or [[] for _ in batch.jobs]
-        for job, features in zip(batch.jobs, self.features, strict=True):
-            key = preparation(job.encoder)
-            features.append(job.encoder.encode_prepared([prepared[key] for prepared in readable]))
-        for pair, prepared in zip(batch.pairs, found, strict=True):
-            if isinstance(prepared, str):
-                self.skipped[pair.id] = prepared
-            else:
-                self.captions.append(pair.caption)
-
-    def write(self, batch: Batch) -> None:
-        """Encode the captions with each teacher and write the shard of each."""
-        for job, features in zip(batch.jobs, self.features, strict=True):
-            job.parts.write(batch.part, torch.cat(features), job.encoder.encode_texts(self.captions), self.skipped)
+    shard: int
+    tasks: Sequence[EncodingTask[Item]]
+    items: Sequence[Item]
+    is_last: bool
+    images: list[Future[dict[str, Any] | str] | str] = field(default_factory=list)
 
 
-def pending_batches(
-    jobs: Sequence[Job], folder: PairFolder, own: Sequence[int], batch_size: int, bar: tqdm
-) -> Iterator[Batch]:
-    """The batches of those shards that a teacher has not done yet, always the same ones for the same shard."""
-    for part in own:
-        pairs = pairs_at(folder.pairs, jobs[0].parts.positions(part))
-        pending = [job for job in jobs if not job.parts.has(part)]
+def encode_shards(
+    tasks: Sequence[EncodingTask[Item]],
+    shards: Iterable[tuple[int, Sequence[Item]]],
+    read: Callable[[Item], Readable | str],
+    batch_size: int,
+    workers: int = 0,
+    progress: Callable[[int], object] = lambda items: None,
+) -> None:
+    """Write the shards that a task has not done yet.
+
+    Args:
+        tasks: which share the images, and refuse the same ones.
+        shards: number and items of each shard.
+        read: the image of an item as Pillow has it or (3, height, width) uint8, or a reason why there is none; several
+            threads call it at once.
+        batch_size: images that go through an encoder together.
+        workers: threads that read and prepare images; 0 for this process' share of the cores.
+        progress: called with the number of items of each batch.
+    """
+    workers = workers or share_of_cores()
+    ahead = BATCHES_AHEAD + -(-workers // batch_size)
+    items: list[Item] = []
+    skipped: list[tuple[Item, str]] = []
+    parts: list[list[dict[str, Tensor]]] = [[] for _ in tasks]
+    with ThreadPoolExecutor(max_workers=workers) as readers:
+        for batch in _read_ahead(_pending(tasks, shards, batch_size, progress), read, readers, ahead):
+            images = [future if isinstance(future, str) else future.result() for future in batch.images]
+            readable = [image for image in images if not isinstance(image, str)]
+            for item, image in zip(batch.items, images, strict=True):
+                skipped.append((item, image)) if isinstance(image, str) else items.append(item)
+            for task, own in zip(batch.tasks, parts, strict=False):
+                key = _preparation(task.encoder)
+                own += [task.encode([image[key] for image in readable])] if readable else []
+            progress(len(batch.items))
+            if batch.is_last:
+                for task, own in zip(batch.tasks, parts, strict=False):
+                    task.write(batch.shard, items, _joined(own), skipped)
+                items, skipped, parts = [], [], [[] for _ in tasks]
+
+
+def _pending(
+    tasks: Sequence[EncodingTask[Item]],
+    shards: Iterable[tuple[int, Sequence[Item]]],
+    batch_size: int,
+    progress: Callable[[int], object],
+) -> Iterator[_Batch[Item]]:
+    """The batches of those shards that a task has not done yet, always the same ones for the same shard."""
+    for shard, items in shards:
+        pending = [task for task in tasks if not task.has(shard)]
         if not pending:
-            bar.update(len(pairs))
+            progress(len(items))
             continue
-        for start in range(0, len(pairs), batch_size):
-            yield Batch(part, pending, pairs[start : start + batch_size], start + batch_size >= len(pairs))
+        for start in range(0, len(items), batch_size):
+            yield _Batch(shard, pending, items[start : start + batch_size], start + batch_size >= len(items))
 
 
-def read_ahead(
-    batches: Iterator[Batch], folder: PairFolder, readers: ThreadPoolExecutor, ahead: int
-) -> Iterator[Batch]:
+def _read_ahead(
+    batches: Iterator[_Batch[Item]], read: Callable[[Item], Readable | str], readers: ThreadPoolExecutor, ahead: int
+) -> Iterator[_Batch[Item]]:
     """The same batches in the same order, with the images of the next ones being read."""
-    waiting: deque[Batch] = deque()
+    waiting: deque[_Batch[Item]] = deque()
     for batch in batches:
-        encoders = {preparation(job.encoder): job.encoder for job in batch.jobs}
-        batch.images = [readers.submit(prepare, folder, pair, encoders) for pair in batch.pairs]
+        encoders = {_preparation(task.encoder): task.encoder for task in batch.tasks}
+        refused = [batch.tasks[0].refuses(item) for item in batch.items]
+        batch.images = [
+            reason or readers.submit(_prepare, read, item, encoders)
+            for item, reason in zip(batch.items, refused, strict=True)
+        ]
         waiting.append(batch)
         if len(waiting) > ahead:
             yield waiting.popleft()
     yield from waiting
 
 
-def prepare(folder: PairFolder, pair: Pair, encoders: dict[str, DualEncoder]) -> dict[str, Any] | str:
-    """The image of a pair as each of the encoders takes it, or why the pair cannot be used."""
-    if not is_text(pair.caption):
-        return "caption"
-    try:
-        pixels = read_pixels(folder.image_path(pair))
-    except UnreadableImage as error:
-        return error.reason
-    except ValueError:
-        return "outside"
-    return {key: encoder.prepare_pixels(pixels) for key, encoder in encoders.items()}
+def _prepare(
+    read: Callable[[Item], Readable | str], item: Item, encoders: dict[str, DualEncoder]
+) -> dict[str, Any] | str:
+    """The image of an item as each of the encoders takes it, or why there is none."""
+    image = read(item)
+    return image if isinstance(image, str) else {key: own.prepare_any(image) for key, own in encoders.items()}
 
 
-def preparation(encoder: DualEncoder) -> str:
-    """Names what an encoder does to an image before its model sees it; equal names, equal pixels."""
-    return f"{type(encoder).__name__} {encoder.provenance['preprocessing']}"
+def _preparation(encoder: DualEncoder) -> str:
+    """Names what an encoder does to an image before its model is run; equal names, equal pixels."""
+    return f"{type(encoder).__name__} {encoder.provenance.get('preprocessing', id(encoder))}"
 
 
-def is_text(caption: str) -> bool:
-    """Whether a caption is text that can be encoded: JSON can hold halves of characters, tokenizers cannot."""
-    try:
-        caption.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Arrays of several batches, one after another, NaN where a batch has none but others do."""
+    found = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        tail = next(part[name].shape[1:] for part in parts if name in part)
+        empty = [torch.full((len(next(iter(part.values()))), *tail), torch.nan) for part in parts if name not in part]
+        found[name] = torch.cat([part[name] if name in part else empty.pop(0) for part in parts])
+    return found
 
 
 def share_of_cores() -> int:
     """Cores of this machine for each process on it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-BATCHES_AHEAD = 2
-
-MOST_WORKERS = 16

@@ -90,7 +90,7 @@ def stage_features(folder: Path, staged: Path, repo: str, template: str, license
     paths = [folder] if is_one else sorted(path.parent for path in folder.glob("*/meta.json"))
     teachers, parts = [], []
     for store in map(FeatureStore, paths):
-        files = ["meta.json", store.meta["ids"]["file"], *(shard["file"] for shard in store.shards)]
+        files = ["meta.json", store.meta["ids"]["file"], *(file.name for file in store.files)]
         files += [SKIPPED_FILE] if (store.path / SKIPPED_FILE).is_file() else []
         for name in files:
             stage_file(store.path / name, (staged if is_one else staged / store.path.name) / name)

@@ -34,10 +34,10 @@ import numpy as np
 from simulated_slides import KINDS, QUESTIONS, SLIDES, Slides, asked, write_bags
 from simulated_suite import SIZES, Simulated, write_cache
 
+from mmkd.data.features.shards import TensorMap
 from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import Shard
 from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
 from mmkd.evaluation.run import SuiteRun, image_pairs, inputs_of
 from mmkd.evaluation.settings import EvalSettings
@@ -55,7 +55,7 @@ def reading(known: EncoderRecord, inputs: DatasetInputs, collection: Dataset) ->
             else:
                 files = inputs.content.files(known.cache / inputs.name, known.fingerprint)
                 shards = [
-                    Shard.read(file).vectors[:].astype(np.float32) for file in files[: len(inputs.content.images)]
+                    TensorMap(file).arrays["vectors"].astype(np.float32) for file in files[: len(inputs.content.images)]
                 ]
                 rows = (row for shard in shards for row in shard)
                 vectors = dict(zip((pair.id for pair in collection.pairs), rows, strict=True))

@@ -35,12 +35,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkd.command.settings import parse
-from mmkd.data.features.parts import FeatureParts
+from mmkd.data.features.index import fingerprints_of
+from mmkd.data.features.writer import FeatureExtraction
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.extraction import Job
+from mmkd.encoders.extraction import FeatureTask
 from mmkd.encoders.openclip import clip_transform
 from mmkd.train import extract
 from mmkd.train.extract import ExtractSettings
@@ -124,19 +125,18 @@ def profile(images: int, width: int, height: int, resize: str) -> dict[str, floa
         pairs = open_pairs(folder / "pairs")
         teacher = TinyTeacher()
         teacher.fast = resize == "fast"
-        teacher.prepare_pixels = timed("prepare", teacher.prepare_pixels)  # type: ignore[method-assign]
+        teacher.prepare_any = timed("prepare", teacher.prepare_any)  # type: ignore[method-assign]
         teacher.encode_prepared = timed("encode images", teacher.encode_prepared)  # type: ignore[method-assign]
         teacher.encode_texts = timed("encode texts", teacher.encode_texts)  # type: ignore[method-assign]
         extract.read_pixels = timed("read and decode", read_pixels)
-        parts = FeatureParts(
-            folder / "out", "tiny", [pair.id for pair in pairs.pairs], teacher.provenance, "float16", 0
-        )
-        parts.write = timed("write", parts.write)  # type: ignore[method-assign]
+        ids, stamps = [pair.id for pair in pairs.pairs], fingerprints_of(pairs.pairs)
+        extraction = FeatureExtraction(folder / "out", "tiny", ids, stamps, teacher.provenance, "float16")
+        extraction.write = timed("write", extraction.write)  # type: ignore[method-assign]
         arguments = ["--teacher", "x", "--pairs", "x", "--output", "x", "--workers", "1", "--batch_size", "64"]
         settings = parse(ExtractSettings, [*arguments, "--quiet"])
         whole = time.process_time()
-        extract.extract([Job(teacher, parts)], pairs, settings)
-        parts.close()
+        extract.extract([FeatureTask(teacher, extraction)], pairs, settings)
+        extraction.close()
         whole = time.process_time() - whole
         extract.read_pixels = read_pixels
     seconds["queues and everything else"] = max(0.0, whole - sum(seconds.values()))

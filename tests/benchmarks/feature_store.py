@@ -29,8 +29,9 @@ import torch
 
 from mmkd.data.features.index import fingerprints
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.features.shards import write_shard
-from mmkd.data.features.store import SHARD_SIZE, FeatureStore, FeatureWriter, close_store
+from mmkd.data.features.shards import NOTES, read_tensors, write_shard
+from mmkd.data.features.store import FeatureStore
+from mmkd.data.features.writer import SHARD_SIZE, FeatureWriter, finish_store
 
 WIDTHS = {"BMCA": 768, "PMCCLIP": 768} | dict.fromkeys(
     ("BiomedCLIP", "UniMedCLIP", "QuiltNet", "GenMedClip", "PLIP", "PUBMEDCLIP"), 512
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=8192)
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32", "int8"])
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--open_pairs", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -137,12 +138,10 @@ def write_both(folder: Path, ids: list[str], available: list[list[int]], dtype: 
     for k, name in enumerate(names):
         rows = [row for row in range(len(ids)) if k in available[row]]
         writer = FeatureWriter(folder / "stores" / name, name, dtype)  # type: ignore[arg-type]
-        for shard, start in enumerate(range(0, len(rows), SHARD_SIZE)):
-            chosen = vectors[name][rows[start : start + SHARD_SIZE]]
-            writer.write_shard(shard, chosen[:, 0], chosen[:, 1])
-        names = [ids[row] for row in rows]
-        known = fingerprints((f"caption of {name}" for name in names), ("" for _ in names), names)
-        writer.finish(names, {}, known)
+        own = [ids[row] for row in rows]
+        stamps = fingerprints((f"caption of {id}" for id in own), ("" for _ in own), own)
+        writer.add(own, vectors[name][rows, 0], vectors[name][rows, 1], stamps)
+        writer.finish({})
 
 
 def report(folder: Path, times: dict[str, list[tuple[float, float]]], dtype: str) -> None:
@@ -167,19 +166,18 @@ def measure_opening(folder: Path, pairs: int) -> None:
     files = []
     for k, start in enumerate(range(0, pairs, SHARD_SIZE)):
         files.append(folder / f"shard-{k:05d}.safetensors")
-        sparse_shard(files[-1], min(SHARD_SIZE, pairs - start), 512)
-    chunks = ([f"{row:032x}" for row in range(k, min(k + SHARD_SIZE, pairs))] for k in range(0, pairs, SHARD_SIZE))
-    close_store(folder, "large", "float16", files, chunks, {})
+        sparse_shard(files[-1], [f"{row:032x}" for row in range(start, min(start + SHARD_SIZE, pairs))], 512)
+    finish_store(folder, "large", "float16", files, {})
     script = f"""
 import time, resource, numpy as np, torch
 from pathlib import Path
-from mmkd.data.features import TeacherFeatures
+from mmkd.data.features.lookup import TeacherFeatures
 torch.set_num_threads(1)
 def rss():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
 before, start = rss(), time.perf_counter()
 features = TeacherFeatures.open(Path({str(folder)!r}))
-print(f"opening {{len(features.stores['large'].ids):,}} pairs: {{time.perf_counter() - start:.3f}} s, "
+print(f"opening {{len(features.stores['large']):,}} pairs: {{time.perf_counter() - start:.3f}} s, "
       f"{{rss() - before:.0f}} MB")
 wanted = [[f"{{row:032x}}" for row in np.random.default_rng(k).integers(0, {pairs}, {BATCH})] for k in range(20)]
 for title in ("first touch", "warm"):
@@ -191,17 +189,21 @@ for title in ("first touch", "warm"):
     print(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout, end="")
 
 
-def sparse_shard(path: Path, rows: int, dim: int) -> None:
-    """A shard whose numbers are zero and take no space on disk."""
-    write_shard(path, torch.zeros(1, dim), torch.zeros(1, dim), "float16")
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["features"] |= {"shape": [rows, 2, dim], "data_offsets": [0, rows * 2 * dim * 2]}
-    text = json.dumps(header).encode()
+def sparse_shard(path: Path, ids: list[str], dim: int) -> None:
+    """A shard whose ids are real, and whose numbers are zeros that take no space on disk."""
+    write_shard(path, ids, {"features": torch.zeros(len(ids), 2, 1, dtype=torch.float16)})
+    start, tensors, metadata = read_tensors(path)
+    data = path.read_bytes()[len(start) :]
+    small = [data[slice(*tensors[name]["data_offsets"])] for name in ("id_end", "id_text")]
+    ends = np.cumsum([len(ids) * 2 * dim * 2, *map(len, small)]).tolist()
+    tensors["features"] |= {"shape": [len(ids), 2, dim], "data_offsets": [0, ends[0]]}
+    tensors["id_end"]["data_offsets"], tensors["id_text"]["data_offsets"] = ends[:2], ends[1:]
+    text = json.dumps({"__metadata__": {NOTES: metadata[NOTES]}, **tensors}).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + rows * 2 * dim * 2)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(ends[0], os.SEEK_CUR)
+        file.write(b"".join(small))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from simulated_suite import Simulated
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.catalog import find_manifests
-from mmkd.evaluation.embeddings.cache import SHARD_SIZE, Shard
+from mmkd.evaluation.embeddings.cache import SHARD_SIZE, write_vectors
 from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
 from mmkd.evaluation.run import SuiteRun, inputs_of
 from mmkd.evaluation.settings import EvalSettings
@@ -87,7 +87,10 @@ def simulate(known: EncoderRecord, pool: int) -> None:
     order = np.array([place[text] for text in inputs.texts])
     for whole, rows in ((images, np.arange(pool)), (captions, order)):
         for start in range(0, pool, SHARD_SIZE):
-            Shard(whole[rows[start : start + SHARD_SIZE]], None, {}, []).write(next(files))
+            vectors = torch.from_numpy(whole[rows[start : start + SHARD_SIZE]])
+            write_vectors(
+                next(files), [str(k) for k in range(start, start + len(vectors))], {"vectors": vectors}, {}, []
+            )
 
 
 class Searched:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import SHARD_SIZE, Shard, shards_of
+from mmkd.evaluation.embeddings.cache import SHARD_SIZE, shards_of, write_vectors
 from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
 
 JOINT, POOLED = 512, 768
@@ -101,7 +102,9 @@ def write_cache(known: EncoderRecord, number: int, inputs: DatasetInputs, collec
         if is_image and classes != [""]:
             joint += 0.1 * centres[[position[pair.label.split("|")[0]] for pair in part]]
         joint /= np.linalg.norm(joint, axis=1, keepdims=True)
-        Shard(joint, pooled_noise[rows] if is_image else None, {}, []).write(file)
+        arrays = {"vectors": joint, "pooled": pooled_noise[rows]} if is_image else {"vectors": joint}
+        ids = [f"{turn}-{row}" for row in range(len(part))]
+        write_vectors(file, ids, {name: torch.from_numpy(array) for name, array in arrays.items()}, {}, [])
     return sum(file.stat().st_size for file in files)
 
 

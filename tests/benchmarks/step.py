@@ -32,7 +32,7 @@ from tokens import CONTEXT, SHARED, caption_lengths
 from transformers import BertTokenizer, CLIPImageProcessorPil
 
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.features.store import FeatureWriter
+from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import Pair
 from mmkd.distillation.objective import DistillObjective
@@ -83,10 +83,8 @@ def write_data(folder: Path, count: int) -> None:
     write_manifest(folder, pairs)
     for name, both in features.items():
         writer = FeatureWriter(folder / "aligned" / name, name)
-        for shard, start in enumerate(range(0, count, writer.shard_size)):
-            stop = start + writer.shard_size
-            writer.write_shard(shard, both[0, start:stop], both[1, start:stop])
-        writer.finish([pair.id for pair in pairs], {})
+        writer.add([pair.id for pair in pairs], both[0], both[1])
+        writer.finish({})
 
 
 def processor() -> MMKDClipProcessor:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd.data.features.folders import merge
 from mmkd.data.features.index import changes, fingerprinted, fingerprints_of
 from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
-from mmkd.data.features.store import FeatureStore, FeatureWriter
+from mmkd.data.features.store import FeatureStore
+from mmkd.data.features.writer import FeatureWriter, merge
 from mmkd.data.table import Pair
 
 PAIRS = [Pair(f"p{k}", f"images/{k}.png", f"caption {k}", sha256=f"{k:064x}" if k % 2 else "") for k in range(20)]
@@ -18,8 +18,9 @@ PAIRS = [Pair(f"p{k}", f"images/{k}.png", f"caption {k}", sha256=f"{k:064x}" if 
 
 def write(folder, pairs, name="plip", known=True):
     writer = FeatureWriter(folder / name, name)
-    writer.write_shard(0, torch.ones(len(pairs), 4), torch.ones(len(pairs), 4))
-    writer.finish([pair.id for pair in pairs], {}, fingerprints_of(pairs) if known else None)
+    ones = torch.ones(len(pairs), 4)
+    writer.add([pair.id for pair in pairs], ones, ones, fingerprints_of(pairs) if known else None)
+    writer.finish({})
     return folder / name
 
 
@@ -59,7 +60,7 @@ def test_stores_without_fingerprints_are_taken_with_a_warning(tmp_path, caplog):
     write(tmp_path, PAIRS, known=False)
     with caplog.at_level(logging.WARNING):
         assert seen_pairs(TeacherFeatures.open(tmp_path), changed({1}, caption="new"), tmp_path).all()
-    assert "the features of plip do not say which captions and images they are of" in caplog.text
+    assert "the features of plip have no fingerprints of their captions and images" in caplog.text
 
 
 def test_merging_keeps_fingerprints_and_what_is_unknown_stays_so(tmp_path):
@@ -67,7 +68,7 @@ def test_merging_keeps_fingerprints_and_what_is_unknown_stays_so(tmp_path):
     write(tmp_path / "two", PAIRS[8:], known=False)
     merge([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
     store = FeatureStore(tmp_path / "both" / "plip")
-    found = store.ids.fingerprints(np.arange(20))
+    found = store.fingerprints(np.arange(20))
     assert np.array_equal(found[:12], fingerprints_of(PAIRS)[:12])
     assert not found[12:]["caption"].any()
     with pytest.raises(ValueError, match="plip: 1 captions; first p9"):

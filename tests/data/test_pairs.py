@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessorPil
 
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.features.store import FeatureWriter
+from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.images import UnreadableImage, open_image
 from mmkd.data.pixels import random_crop, read_pixels, to_tensor
@@ -181,8 +181,8 @@ def test_batch_with_the_model_s_own_processor(folder):
 
 def test_screened_teachers_are_masked(folder, tmp_path):
     writer = FeatureWriter(tmp_path / "features" / "plip", "plip")
-    writer.write_shard(0, torch.ones(3, 5), torch.ones(3, 5))
-    writer.finish(["p0", "p1", "p2"], {})
+    writer.add(["p0", "p1", "p2"], torch.ones(3, 5), torch.ones(3, 5))
+    writer.finish({})
     features = TeacherFeatures.open(tmp_path / "features")
     dataset = PairDataset(folder, 16, crop="center")
     items = [dataset[index] for index in range(4)]

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mmkd.data.features.store import VectorStore
 from mmkd.data.images import UnreadableImage
 from mmkd.data.table import Pair
+from mmkd.encoders import extraction
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.evaluation.embeddings.cache import Content, Rows, Shard, Table, Undefined, stacked
+from mmkd.evaluation.embeddings import cache
+from mmkd.evaluation.embeddings import embed as embed_module
+from mmkd.evaluation.embeddings.cache import Column, Content, Rows, Table, Undefined, stacked, write_vectors
 from mmkd.evaluation.embeddings.embed import embed, read_embedded
 
 KEYS = [f"k{number}" for number in range(10)]
@@ -29,20 +34,22 @@ def test_rows_in_any_order_over_several_parts():
 
 
 def test_numbers_beyond_half_precision_are_kept(tmp_path):
-    vectors = np.ones((2, 3), dtype=np.float32)
-    Shard(vectors, vectors * 1e6, {"a": "corrupt"}, ["said"]).write(tmp_path / "shard")
-    found = Shard.read(tmp_path / "shard")
-    assert found.vectors[:].dtype == np.float16 and found.pooled[:].dtype == np.float32
-    np.testing.assert_array_equal(found.pooled[:], vectors * 1e6)
-    assert found.unreadable == {"a": "corrupt"} and found.failures == ["said"]
+    vectors, files = torch.ones(2, 3), [tmp_path / "first", tmp_path / "second"]
+    write_vectors(files[0], ["a", "b"], {"vectors": vectors, "pooled": vectors * 1e6}, {}, [])
+    write_vectors(files[1], ["c", "d"], {"vectors": 2 * vectors}, {}, [])
+    store = VectorStore(files)
+    assert store.gather("vectors", np.arange(4)).dtype == np.float16
+    assert store.gather("pooled", np.arange(2)).dtype == np.float32
+    vectors, pooled = Column(store, "vectors"), Column(store, "pooled")
+    np.testing.assert_array_equal(vectors[1:3], [[1, 1, 1], [2, 2, 2]])
+    np.testing.assert_array_equal(pooled[:2], np.full((2, 3), 1e6))
+    assert vectors.shape == pooled.shape == (4, 3) and np.isnan(pooled[np.array([3])]).all()
 
 
 class Wide(DualEncoder):
     """Its joint vector is the first half of the pooled one; some images it refuses."""
 
     def image_and_pooled(self, prepared):
-        import torch
-
         pooled = torch.tensor([[float(image.getpixel((0, 0))[0]), 2.0, 3.0, 4.0] for image in prepared])
         return (pooled * float("nan") if any(image.getpixel((0, 0))[0] == 99 for image in prepared) else pooled)[
             :, :2
@@ -82,3 +89,38 @@ def test_pooled_vectors_stand_beside_joint_ones(tmp_path):
     assert "not finite" in found.failures[0]
     with pytest.raises(Undefined, match="1 of 1 images"):
         found.image_matrix([source.pairs[2]])
+
+
+def test_a_killed_run_resumes_at_the_shard_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_SIZE", 2)
+    source = Source([1, 2, 5, 7, 9, 3, 4])
+    content = Content.of(source.pairs, {pair.id: pair.id for pair in source.pairs}, [])
+
+    def run(folder, workers):
+        monkeypatch.setattr(extraction, "share_of_cores", lambda: workers)
+        embed(Wide("wide", 2, {}), "f", content, source, [], folder, batch_size=2, quiet=True)
+
+    run(tmp_path / "whole", 1)
+    read, source.image = [], lambda pair: read.append(pair.id) or Source.image(source, pair)
+    written = []
+
+    def killed(file, *values):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file)
+        cache.write_vectors(file, *values)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(embed_module, "write_vectors", killed)
+        run(tmp_path / "resumed", 3)
+    read.clear()
+    run(tmp_path / "resumed", 3)
+    assert sorted(read) == ["p3", "p4", "p9"]
+    names = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name: path.read_bytes() for path in (tmp_path / "resumed").iterdir()} and len(names) == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        run(tmp_path / "two", 2)
+        assert len(list((tmp_path / "two").iterdir())) == (2 if rank == "1" else 4)
+    assert names == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}

@@ -12,7 +12,7 @@ from loopback_hub import LoopbackHub
 from PIL import Image
 
 from mmkd.command.settings import parse, save_settings
-from mmkd.data.features.store import FeatureWriter
+from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import PairFolder, write_manifest
 from mmkd.data.table import Pair
 from mmkd.student.folder import load_student, save_student, training_provenance
@@ -101,9 +101,8 @@ def published_features(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stores") / "features"
     for name, license in {"PLIP": "not declared", "UniMedCLIP": "CC BY-NC 4.0"}.items():
         writer = FeatureWriter(folder / name, name, shard_size=2)
-        for shard in range(2):
-            writer.write_shard(shard, torch.ones(2, 4), torch.ones(2, 4))
-        writer.finish([f"p{k}" for k in range(4)], {"license": license, "weights": f"owner/{name}", "pooling": "cls"})
+        writer.add([f"p{k}" for k in range(4)], torch.ones(4, 4), torch.ones(4, 4))
+        writer.finish({"license": license, "weights": f"owner/{name}", "pooling": "cls"})
     return folder
 
 

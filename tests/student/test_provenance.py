@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from mmkd.data.features.store import FeatureWriter
+from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair
 from mmkd.encoders.zoo import teachers_of
@@ -19,8 +19,8 @@ from mmkd.student.folder import (
 
 def store(folder, name, provenance):
     writer = FeatureWriter(folder / name, name)
-    writer.write_shard(0, torch.ones(2, 3), torch.ones(2, 3))
-    writer.finish(["a", "b"], provenance)
+    writer.add(["a", "b"], torch.ones(2, 3), torch.ones(2, 3))
+    writer.finish(provenance)
 
 
 def test_teachers_are_named_once_with_their_licenses(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from fake_encoder import FakeEncoder, make_pairs, write_pairs
 
 import mmkd.train.eval as recipe
-from mmkd.data.features.store import FeatureWriter
+from mmkd.data.features.writer import FeatureWriter
 from mmkd.evaluation import run as suite_run
 from mmkd.files import read_json
 
@@ -198,8 +198,8 @@ def test_a_store_of_features_answers_what_it_can(data, tmp_path):
     ]
     writer = FeatureWriter(tmp_path / "store", "good", "float32")
     vectors = torch.randn(len(pairs), 8, generator=torch.Generator().manual_seed(0))
-    writer.write_shard(0, vectors, vectors + 0.01)
-    writer.finish([pair.id for pair in pairs], {"teacher": "good"})
+    writer.add([pair.id for pair in pairs], vectors, vectors + 0.01)
+    writer.finish({"teacher": "good"})
     sources = ("student", f"kept=features:{tmp_path / 'store'}")
     summary = evaluate(data, tmp_path / "results", sources, tasks=["zeroshot", "probe", "retrieval"])
     rows = {name: task["rows"]["kept"] for name, task in summary["tasks"].items()}

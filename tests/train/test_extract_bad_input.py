@@ -16,8 +16,8 @@ from PIL import Image
 
 from mmkd import files
 from mmkd.command.settings import parse
-from mmkd.data.features.parts import shard_size
 from mmkd.data.features.store import FeatureStore
+from mmkd.data.features.writer import shard_size
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import Pair
 from mmkd.train.extract import ExtractSettings, main
@@ -42,9 +42,9 @@ import os, pathlib, signal, shutil, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from mmkd.settings import parse
+from mmkd.command.settings import parse
 from mmkd.train.extract import ExtractSettings, main
-import mmkd.teachers.zoo, mmkd.teachers.pythonform
+import mmkd.encoders.zoo, mmkd.encoders.python
 
 def extract(output):
     arguments = ["--teacher", "mean.yaml", "--pairs", "pairs", "--output", output, "--device", "cpu"]

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from mmkd.command import settings
-from mmkd.data.features import folders as feature_folders
+from mmkd.data.features import writer as feature_writer
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.published import PublishedFeatures
-from mmkd.data.features.store import FeatureStore, FeatureWriter
+from mmkd.data.features.store import FeatureStore, faults
+from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import Pair
 from mmkd.train import features
@@ -32,10 +33,9 @@ def numbers(ids, dim=32):
 
 def write(path, ids, name="plip", dtype="float16", dim=32, **about):
     writer = FeatureWriter(Path(path), name, dtype, shard_size=7)
-    for k in range(0, len(ids), 7):
-        found = numbers(ids[k : k + 7], dim)
-        writer.write_shard(k // 7, found[:, 0], found[:, 1])
-    writer.finish(ids, {**ABOUT, "weights": "vinid/plip", "license": "MIT", **about})
+    found = numbers(ids, dim)
+    writer.add(ids, found[:, 0], found[:, 1])
+    writer.finish({**ABOUT, "weights": "vinid/plip", "license": "MIT", **about})
 
 
 def run(*arguments):
@@ -50,19 +50,19 @@ def ids(*numbers):
 
 def test_ls(capsys):
     write("features/plip", ids(20))
-    write("features/bmca", ids(5), "BMCA", "int8", dim=64, license="not declared")
+    write("features/bmca", ids(5), "BMCA", "bfloat16", dim=64, license="not declared")
     Path("features/half").mkdir()
     Path("features/half/shard-0.safetensors").write_bytes(b"")
     run("ls", "features")
     out = capsys.readouterr().out.splitlines()
-    assert out[1].split()[:5] == ["BMCA", "5", "64", "int8", "1"] and "not declared" in out[1]
+    assert out[1].split()[:5] == ["BMCA", "5", "64", "bfloat16", "1"] and "not declared" in out[1]
     assert out[2].split()[:5] == ["plip", "20", "32", "float16", "3"] and "vinid/plip ffffffffffff" in out[2]
     assert out[3].startswith("half") and "unfinished: 1 shards" in out[3]
     with pytest.raises(SystemExit):
         run("ls", "features/half/nothing")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_verify_finds_one_flipped_byte_in_any_file(capsys, dtype):
     write("features/plip", ids(20), dtype=dtype)
     run("verify", "features", "--quiet")
@@ -78,20 +78,20 @@ def test_verify_finds_one_flipped_byte_in_any_file(capsys, dtype):
     with pytest.raises(SystemExit):
         run("verify", "features", "--quiet")
     assert "shard-00001.safetensors is missing" in capsys.readouterr().err
-    assert len(list(feature_folders.faults(Path("features/plip")))) == 1
+    assert len(list(faults(Path("features/plip"), every_byte=True))) == 1
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_merge_takes_every_pair_once_bit_for_bit(monkeypatch, dtype):
-    monkeypatch.setattr(feature_folders, "SHARD_SIZE", 16)
-    monkeypatch.setattr(feature_folders, "COPIED_TOGETHER", 5)
+    monkeypatch.setattr(feature_writer, "SHARD_SIZE", 16)
+    monkeypatch.setattr(feature_writer, "COPIED_TOGETHER", 5)
     write("one/plip", ids(20), dtype=dtype)
     write("two/plip", ids(12, 33), dtype=dtype)
     write("two/bmca", ids(3), "BMCA", dtype)
     run("merge", "one,two/plip,two/bmca", "--output", "all", "--quiet")
     merged = FeatureStore(Path("all/plip"))
     assert list(merged.ids) == ids(33)
-    assert [shard["rows"] for shard in merged.shards] == [16, 16, 1]
+    assert [shard["rows"] for shard in merged.meta["shards"]] == [16, 16, 1]
     write("whole", ids(33), dtype=dtype)
     for found, expected in zip(merged.lookup(ids(40)), FeatureStore(Path("whole")).lookup(ids(40)), strict=True):
         assert torch.equal(found, expected)
@@ -163,4 +163,4 @@ def test_what_is_no_action_or_no_folder(capsys):
         assert said in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         run()
-    assert "merge     Bring stores" in capsys.readouterr().out
+    assert "merge     Merge feature stores" in capsys.readouterr().out

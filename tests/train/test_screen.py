@@ -7,7 +7,7 @@ import torch
 
 from mmkd.command.settings import parse
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.features.store import FeatureWriter
+from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import Pair, table_schema, write_table
 from mmkd.distillation.screening import ScreeningReport
@@ -38,8 +38,8 @@ def work(tmp_path, monkeypatch):
 
 def write_store(name, ids, image, text):
     writer = FeatureWriter(Path("features") / name, name)
-    writer.write_shard(0, torch.nn.functional.normalize(image, dim=1), torch.nn.functional.normalize(text, dim=1))
-    writer.finish(ids, {})
+    writer.add(ids, torch.nn.functional.normalize(image, dim=1), torch.nn.functional.normalize(text, dim=1))
+    writer.finish({})
 
 
 def run(output, *more):

@@ -24,7 +24,7 @@ from mmkd.alignment.folder import load_aligner
 from mmkd.command.settings import parse
 from mmkd.data.features.index import fingerprints_of
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.features.store import FeatureWriter
+from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import hold_out_split, open_pairs, write_manifest
 from mmkd.data.table import Pair
 from mmkd.encoders.zoo import teachers_of
@@ -74,8 +74,8 @@ def world(tmp_path_factory):
     for name, width in {"one": DIM, "two": DIM, "three": 24}.items():
         writer = FeatureWriter(root / "features" / name, name)
         features = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(2, PAIRS + 2, width))), dim=-1)
-        writer.write_shard(0, features[0].float(), features[1].float())
-        writer.finish([pair.id for pair in pairs], {"license": f"licence of {name}"})
+        writer.add([pair.id for pair in pairs], features[0].float(), features[1].float())
+        writer.finish({"license": f"licence of {name}"})
     make_student(root / "student")
     align(root / "aligned", root, "--dim", DIM)
     return root
@@ -312,8 +312,8 @@ def test_alignment_is_fitted_on_training_pairs_alone(tmp_path, world):
         for side in ("image", "text"):
             found[side][PAIRS:] = 7.0
         writer = FeatureWriter(changed / name, name)
-        writer.write_shard(0, found["image"], found["text"])
-        writer.finish(store.ids, {})
+        writer.add(list(store.ids), found["image"], found["text"])
+        writer.finish({})
     call("align", "--pairs", world / "pairs", "--features", changed, "--output", tmp_path / "out", "--dim", DIM)
     for name, tensor in load_aligner(tmp_path / "out").tensors().items():
         assert torch.equal(tensor, load_aligner(world / "aligned").tensors()[name])
@@ -372,8 +372,8 @@ def test_a_caption_changed_since_extraction_is_refused_before_training(tmp_path,
     for name in ("one", "two"):
         features = torch.nn.functional.normalize(torch.randn(2, len(pairs), DIM), dim=-1)
         writer = FeatureWriter(tmp_path / "features" / name, name)
-        writer.write_shard(0, features[0], features[1])
-        writer.finish([pair.id for pair in pairs], {}, fingerprints_of(pairs))
+        writer.add([pair.id for pair in pairs], features[0], features[1], fingerprints_of(pairs))
+        writer.finish({})
     pair_folder = ["--pairs", world / "pairs", "--features", tmp_path / "features"]
     call("align", *pair_folder, "--output", tmp_path / "aligned", "--dim", DIM, "--quiet")
     for number, place in ((2, "train"), (PAIRS + 1, "validation")):
@@ -412,8 +412,8 @@ def test_what_changed_under_an_unfinished_run_is_refused_and_nothing_is_lost(tmp
     store = tmp_path / "features" / "one"
     shutil.move(store, tmp_path / "moved")
     again = FeatureWriter(store, "one")
-    again.write_shard(0, torch.ones(PAIRS + 2, DIM), torch.ones(PAIRS + 2, DIM))
-    again.finish([f"p{k}" for k in range(PAIRS + 2)], {})
+    again.add([f"p{k}" for k in range(PAIRS + 2)], torch.ones(PAIRS + 2, DIM), torch.ones(PAIRS + 2, DIM))
+    again.finish({})
     with pytest.raises(ValueError, match=r"unfinished run on other data: teachers was .*'one': '16 wide, store"):
         call("distill", *common)
     shutil.rmtree(store)

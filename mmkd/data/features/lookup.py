@@ -1,4 +1,4 @@
-"""The features of several teachers, looked up together; and the writer of one teacher's store."""
+"""The features of several teachers, looked up together, and whether they belong to the pairs they are used with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.data.features.index import SHOWN, JoinedIds, changes, digests, fingerprinted
+from mmkd.data.features.index import SHOWN, Ids, changes, digests, fingerprinted
 from mmkd.data.features.published import FeatureKind, PublishedFeatures
-from mmkd.data.features.store import FeatureStore
+from mmkd.data.features.store import FeatureStore, store_paths
 from mmkd.data.published import META_FILE
 from mmkd.data.table import Pair
 from mmkd.distributed import rank
+
+logger = logging.getLogger(__name__)
+
+Modality = Literal["image", "text"]
+MODALITIES: tuple[Modality, Modality] = ("image", "text")
+Features = dict[str, dict[str, Tensor]]
 
 
 class TeacherFeatures:
@@ -42,18 +48,20 @@ class TeacherFeatures:
         self.stores = {name: sources[name] for name in names} if isinstance(sources, dict) else {}
         widths = sources.dims if isinstance(sources, PublishedFeatures) else {n: s.dim for n, s in self.stores.items()}
         self.dims = {name: widths[name] for name in names}
-        self._indexes = {store.meta["ids"]["sha256"]: store.ids for store in self.stores.values()}
+        self._by_index = {store.meta["ids"]["sha256"]: store for store in self.stores.values()}
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a run that is resumed must find again: of each teacher the width and the checksum of its store."""
-        known = {name: f", store {store.checksum[:16]}" for name, store in self.stores.items()}
-        return {name: f"{dim} wide{known.get(name, '')}" for name, dim in self.dims.items()}
+        """What a resumed run must find again: of each teacher the width and the checksum of its store."""
+        checksums = {name: f", store {store.checksum[:16]}" for name, store in self.stores.items()}
+        return {name: f"{dim} wide{checksums.get(name, '')}" for name, dim in self.dims.items()}
 
     @cached_property
     def ids(self) -> Sequence[str]:
-        """Every pair that at least one of them has seen; for stores a sequence on disk, to be read in slices."""
-        return JoinedIds(list(self._indexes.values())) if self._published is None else self._published.ids
+        """Every pair that at least one of them has features of; for stores a sequence on disk, read in slices."""
+        if self._published is not None:
+            return self._published.ids
+        return Ids.joined([(store.ids, store.index) for store in self._by_index.values()])
 
     @classmethod
     def open(cls, folder: Path, names: Sequence[str] | None = None, kind: FeatureKind = "raw") -> TeacherFeatures:
@@ -71,26 +79,26 @@ class TeacherFeatures:
         sources: dict[str, FeatureStore] | PublishedFeatures
         if (folder / META_FILE).is_file():
             sources = PublishedFeatures(folder, kind)
-            known = list(sources.dims)
+            found = list(sources.dims)
         else:
             paths = store_paths(folder)
             sources = {store.name: store for store in map(FeatureStore, paths)}
-            known = list(sources)
-            if len(known) != len(paths):
-                raise ValueError(f"{folder}: two stores bear the same teacher's name; keep one of each")
-        if not known:
+            found = list(sources)
+            if len(found) != len(paths):
+                raise ValueError(f"{folder}: two stores have the same teacher's name; keep one of them")
+        if not found:
             raise FileNotFoundError(f"{folder} holds no teacher features; make them with `mmkd extract`")
-        unknown = [name for name in names or () if name not in known]
+        unknown = [name for name in names or () if name not in found]
         if unknown:
-            raise ValueError(f"no features of {', '.join(unknown)} in {folder}; it has: {', '.join(known)}")
-        return cls(sources, known if names is None else names)
+            raise ValueError(f"no features of {', '.join(unknown)} in {folder}; it has: {', '.join(found)}")
+        return cls(sources, found if names is None else names)
 
-    def lookup(self, ids: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+    def lookup(self, ids: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """Features of n pairs by teacher.
 
         Returns:
             name -> ``image`` (n, dim) float32, ``text`` (n, dim) float32 and ``mask`` (n,) bool; where a teacher has
-            not seen a pair the mask is false and the features are zero.
+            no features of a pair the mask is false and the features are zero.
         """
         if self._published is not None:
             found = self._published.lookup(ids)
@@ -102,47 +110,37 @@ class TeacherFeatures:
         return result
 
     def seen(self, ids: Sequence[str]) -> np.ndarray:
-        """Whether at least one teacher has seen each of n pairs, (n,) bool."""
+        """Whether at least one teacher has features of each of n pairs, (n,) bool."""
         if self._published is not None:
             known = set(self._published.ids)
             return np.fromiter((id in known for id in ids), dtype=bool, count=len(ids))
         return np.any([rows >= 0 for rows in self._rows(ids).values()], axis=0)
 
-    def seen_as(self, ids: Sequence[str]) -> list[tuple[list[str], np.ndarray, np.ndarray]]:
-        """Which of n pairs teachers have seen, and what these pairs were then.
+    def fingerprints(self, ids: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Which of n pairs teachers have features of, and what these pairs were then.
 
         Returns:
-            For teachers that saw the same pairs: their names, (n,) bool, and (n,) of `FINGERPRINT`, zeros if unknown.
+            name -> (n,) bool, and (n,) of `FINGERPRINT`, zeros where they are unknown.
         """
         if self._published is not None:
-            return [(self.names, self.seen(ids), self._published.fingerprints(ids))]
-        found = []
-        for key, rows in self._rows(ids).items():
-            names = [name for name, store in self.stores.items() if store.meta["ids"]["sha256"] == key]
-            found.append((names, rows >= 0, self._indexes[key].fingerprints(rows)))
-        return found
+            both = self.seen(ids), self._published.fingerprints(ids)
+            return dict.fromkeys(self.names, both)
+        rows = {name: found for key, found in self._rows(ids).items() for name in self._names_of(key)}
+        return {name: (rows[name] >= 0, store.fingerprints(rows[name])) for name, store in self.stores.items()}
+
+    def _names_of(self, key: str) -> list[str]:
+        return [name for name, store in self.stores.items() if store.meta["ids"]["sha256"] == key]
 
     def _rows(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Rows of the ids in each distinct index; teachers that saw the same pairs share one."""
+        """Rows of the ids in each distinct index; teachers that have the same pairs share one."""
         wanted = digests(ids)
-        return {key: index.rows(wanted) for key, index in self._indexes.items()}
-
-
-def store_paths(folder: Path) -> list[Path]:
-    """The finished stores in a folder, or the folder itself if it is one."""
-    return [folder] if (folder / "meta.json").is_file() else sorted(p.parent for p in folder.glob("*/meta.json"))
-
-
-# Section: Whether features belong to the pairs they are used with.
-
-
-logger = logging.getLogger(__name__)
+        return {key: store.index.rows(wanted) for key, store in self._by_index.items()}
 
 
 def seen_pairs(features: TeacherFeatures, pairs: Sequence[Pair], place: object) -> np.ndarray:
-    """Which of n pairs at least one teacher has seen, (n,) bool, all of them as they are now.
+    """Which of n pairs at least one teacher has features of, (n,) bool, none of them changed since.
 
-    Stores that were written without fingerprints are taken as they are, with a warning.
+    Feature stores without fingerprints are accepted with a warning.
 
     Args:
         features: of the teachers.
@@ -157,14 +155,14 @@ def seen_pairs(features: TeacherFeatures, pairs: Sequence[Pair], place: object) 
     first: dict[str, None] = {}
     for ids, now in fingerprinted(pairs):
         seen = np.zeros(len(ids), dtype=bool)
-        for names, known, before in features.seen_as(ids):
-            seen |= known
-            for what, wrong in changes(before, now).items():
-                if wrong.any():
-                    own = counts.setdefault(", ".join(names), {})
-                    own[what] = own.get(what, 0) + int(wrong.sum())
+        for name, (mask, before) in features.fingerprints(ids).items():
+            seen |= mask
+            for what, differ in changes(before, now).items():
+                if differ.any():
+                    own = counts.setdefault(name, {})
+                    own[what] = own.get(what, 0) + int(differ.sum())
                     if len(first) < SHOWN:
-                        first |= dict.fromkeys(ids[row] for row in np.flatnonzero(wrong)[:SHOWN].tolist())
+                        first |= dict.fromkeys(ids[row] for row in np.flatnonzero(differ)[:SHOWN].tolist())
         parts.append(seen)
     if counts:
         listed = "; ".join(
@@ -175,10 +173,10 @@ def seen_pairs(features: TeacherFeatures, pairs: Sequence[Pair], place: object) 
             f"first {', '.join(islice(first, SHOWN))}). Extract (and align) again into a new folder, use the pairs "
             "that were extracted, or give pairs that changed new ids"
         )
-    without = [name for name, store in features.stores.items() if not store.ids.has_fingerprints]
+    without = [name for name, store in features.stores.items() if not store.has("fingerprints")]
     if without and rank() == 0:
         logger.warning(
-            "%s: the features of %s do not say which captions and images they are of; a change would go unnoticed",
+            "%s: the features of %s have no fingerprints of their captions and images; a change would go unnoticed",
             place,
             ", ".join(without),
         )
@@ -187,7 +185,7 @@ def seen_pairs(features: TeacherFeatures, pairs: Sequence[Pair], place: object) 
 
 def available_features(
     features: TeacherFeatures, ids: Sequence[str], teachers: Sequence[Sequence[str] | None]
-) -> dict[str, dict[str, torch.Tensor]]:
+) -> dict[str, dict[str, Tensor]]:
     """Teacher features of B pairs, as far as screening allows them.
 
     Args:
@@ -204,10 +202,3 @@ def available_features(
         teacher["seen"] = teacher["mask"].clone()
         teacher["mask"] &= torch.tensor([allowed is None or name in allowed for allowed in teachers])
     return found
-
-
-Modality = Literal["image", "text"]
-
-MODALITIES: tuple[Modality, Modality] = ("image", "text")
-
-Features = dict[str, dict[str, Tensor]]

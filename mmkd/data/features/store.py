@@ -1,272 +1,364 @@
-"""One teacher's feature store: opened in no time, read by pair id or by row.
+"""The vector store: rows of numbers by id, opened at once, read by id or by row, in the order of microseconds a row.
 
-A batch of random pairs is a binary search for their ids and one fancy index into each shard it touches, in half
-precision: hundreds of times faster than one small file for each pair, at 2 bytes a number. Opening reads ``meta.json``
-and a header; shards are mapped when they are first touched, so that twenty million pairs open in a blink.
+`VectorStore` reads any shards (`mmkd.data.features.shards`): cached embeddings of an evaluation, outputs of frozen
+towers and tokens are stores of that kind. A batch of random rows is a binary search for their ids and one fancy index
+into each shard it touches: hundreds of times faster than one small file for each pair, at 2 bytes a number.
 
-A store ``features/NAME/`` holds its shards (`feature_shards`), ``ids-*.safetensors`` (`feature_ids`) and ``meta.json``,
-which names them and is replaced last: a reader sees the old store or the new one.
+A *feature store* ``features/NAME/`` is finished: its index of ids lies beside the shards (``ids-*.safetensors``), and
+``meta.json``, replaced last, names and pins all files. Opening reads these two, and shards are mapped when they are
+first read, so that twenty million pairs open in a blink; a reader sees the old store or the new one. Its one array
+``features`` is (n, 2, dim), image before text, so that a pair is one stretch of the file.
+
+Lance and Arrow were compared on this access pattern (docs/log.md, 2026-11-30). Safetensors also has no code path that
+trusts an offset in a file somebody else wrote.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.data.features.index import FINGERPRINT, IdIndex, digests, write_index
-from mmkd.data.features.shards import STORED_AS, FeatureType, TensorMap, decode, header_sha256, write_shard
+from mmkd.data.features.index import FINGERPRINT, IdIndex, Ids, digests
+from mmkd.data.features.shards import TensorMap, checksums_match, read_header
 from mmkd.data.published import is_folder_name
-from mmkd.files import read_json, write_json
+from mmkd.files import read_json
 
-SHARD_SIZE = 16384  # rows
+FeatureType = Literal["float16", "float32", "bfloat16"]
+TORCH_TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+STORED_AS = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
+VERSION = 3
+READ_AHEAD_ROWS = 256  # from here on neighbouring rows are read ahead together
 
 
-class FeatureWriter:
-    """Writes a store shard by shard; several processes may write different shards of one store."""
+class VectorStore:
+    """Rows of several shards, one after another."""
 
-    def __init__(self, path: Path, name: str, dtype: FeatureType = "float16", shard_size: int = SHARD_SIZE) -> None:
-        """Name the store; nothing is written yet.
-
-        Args:
-            path: folder of the store.
-            name: the teacher.
-            dtype: how numbers are stored.
-            shard_size: pairs a shard.
-
-        Raises:
-            ValueError: an unknown dtype, or a shard size below 1.
-        """
-        if dtype not in STORED_AS or shard_size < 1:
-            raise ValueError(
-                f"dtype {dtype!r} must be one of {', '.join(STORED_AS)}, shard_size {shard_size} at least 1"
-            )
-        self.path = path
-        self.name = name
-        self.dtype = dtype
-        self.shard_size = shard_size
-
-    def write_shard(self, shard: int, image: torch.Tensor, text: torch.Tensor) -> None:
-        """Write shard number ``shard`` whole.
+    def __init__(self, shards: Sequence[Path], rows: Sequence[int] | None = None, keep_open: bool = True) -> None:
+        """Take shards that are whole; nothing is mapped yet.
 
         Args:
-            shard: rows ``shard * shard_size`` and following.
-            image: (n, dim) image features.
-            text: (n, dim) text features of the same pairs.
+            shards: the files.
+            rows: of each of them, by default read from their headers.
+            keep_open: whether a shard that was read stays mapped; thousands of shards cannot.
 
         Raises:
-            ValueError: the shapes differ, there are more rows than a shard takes, or a number is not finite.
-        """
-        if not 0 < len(image) <= self.shard_size:
-            raise ValueError(f"{self.name}: {len(image)} features must be 1 to {self.shard_size}, the size of a shard")
-        write_shard(shard_path(self.path, shard), image, text, self.dtype)
-
-    def finish(self, ids: Sequence[str], provenance: dict[str, Any], fingerprints: np.ndarray | None = None) -> None:
-        """Write the ids and then ``meta.json``, which makes the store readable.
-
-        Args:
-            ids: pair ids in row order over all shards; may be a sequence on disk.
-            provenance: JSON values: weights, preprocessing, tokenizer, licence, versions.
-            fingerprints: of the pairs, see `mmkd.data.features.index`; None where they are unknown.
-
-        Raises:
-            ValueError: an id occurs twice, or the shards do not hold ``len(ids)`` rows of one width.
             FileNotFoundError: a shard is missing.
+            ValueError: a shard is truncated.
         """
-        files = [shard_path(self.path, k) for k in range(-(-len(ids) // self.shard_size))]
-        known = np.zeros(len(ids), dtype=FINGERPRINT) if fingerprints is None else fingerprints
-        parts = (slice(start, start + self.shard_size) for start in range(0, len(ids), self.shard_size))
-        chunks = ((ids[part], known[part]) for part in parts)
-        close_store(self.path, self.name, self.dtype, files, chunks, provenance)
+        self.files = list(shards)
+        self._starts = np.cumsum([0, *(rows if rows is not None else (read_header(file).rows for file in shards))])
+        self._keep_open = keep_open
+        self._mapped: dict[int, TensorMap] = {}
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return int(self._starts[-1])
+
+    @property
+    def ids(self) -> Ids:
+        """Ids in row order, a sequence on disk."""
+        return Ids(len(self), self._take_ids)
+
+    @cached_property
+    def index(self) -> IdIndex:
+        """The row of each id; of an id that occurs twice, one of them."""
+        return IdIndex.of(digests(self.ids))
+
+    def rows(self, ids: Sequence[str]) -> np.ndarray:
+        """The row of each of n ids, -1 where there is none; (n,) int64."""
+        return self.index.rows(digests(ids))
+
+    def has(self, name: str) -> bool:
+        """Whether any shard holds an array of this name."""
+        return any(name in self._shard(k).arrays for k in range(len(self.files)))
+
+    def gather(self, name: str, rows: np.ndarray, dtype: np.typing.DTypeLike = None) -> np.ndarray:
+        """Rows (n,) of one array, by default in the type they are stored in; zeros where a row is -1.
+
+        Where a shard lacks the array but others have it, its rows are NaN.
+        """
+        found: np.ndarray | None = None
+        lacking = []
+        for k, places, local in self._by_shard(rows):
+            shard = self._shard(k)
+            if name not in shard.arrays:
+                lacking.append(places)
+                continue
+            array = shard.arrays[name]
+            if found is None:
+                found = np.zeros((len(rows), *array.shape[1:]), dtype=dtype or array.dtype)
+            if len(local) >= READ_AHEAD_ROWS and local[-1] - local[0] < 2 * len(local):
+                shard.announce(array[local[0] : local[-1] + 1])
+            found[_slice(places)] = array[_slice(local)]
+        if found is None:
+            found = self._empty(name, len(rows), dtype)
+        for places in lacking:
+            found[places] = np.nan
+        return found
+
+    def fingerprints(self, rows: np.ndarray) -> np.ndarray:
+        """Fingerprints of rows (n,), zeros where they are unknown or the row is -1; (n,) of `FINGERPRINT`."""
+        found = np.zeros(len(rows), dtype=FINGERPRINT)
+        for k, places, local in self._by_shard(rows):
+            stored = self._shard(k).arrays.get("fingerprints")
+            if stored is not None:
+                found["caption"][places], found["image"][places] = stored[local].T
+        return found
+
+    def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each shard: which of the rows lie in it, and where in it, in ascending order."""
+        order = np.argsort(rows, kind="stable")
+        order = order[np.searchsorted(rows[order], 0) :]
+        if not len(order):
+            return
+        shards = np.searchsorted(self._starts, rows[order], side="right") - 1
+        bounds = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(shards)]
+        for begin, end in pairwise(bounds):
+            k, places = int(shards[begin]), order[begin:end]
+            yield k, places, rows[places] - self._starts[k]
+
+    def _take_ids(self, rows: np.ndarray) -> list[str]:
+        found = np.empty(len(rows), dtype=object)
+        for k, places, local in self._by_shard(rows):
+            arrays = self._shard(k).arrays
+            text, ends = arrays["id_text"], arrays["id_end"]
+            begins = np.where(local == 0, 0, ends[np.maximum(local - 1, 0)]).tolist()
+            found[places] = [bytes(text[a:b]).decode() for a, b in zip(begins, ends[local].tolist(), strict=True)]
+        return found.tolist()
+
+    def _empty(self, name: str, rows: int, dtype: Any) -> np.ndarray:
+        for k in range(len(self.files)):
+            if name in self._shard(k).arrays:
+                array = self._shard(k).arrays[name]
+                return np.zeros((rows, *array.shape[1:]), dtype=dtype or array.dtype)
+        return np.zeros((rows, 0), dtype=dtype or np.float32)
+
+    def _shard(self, k: int) -> TensorMap:
+        if k not in self._mapped:
+            mapped = self._map(k)
+            if not self._keep_open:
+                return mapped
+            self._mapped[k] = mapped
+        return self._mapped[k]
+
+    def _map(self, k: int) -> TensorMap:
+        return TensorMap(self.files[k], scattered=self._keep_open)
 
 
-def shard_path(store: Path, shard: int) -> Path:
-    """File of shard number ``shard``."""
-    return store / f"shard-{shard:05d}.safetensors"
-
-
-VERSION = 2
-
-
-STRETCH = 256  # rows; from here on neighbouring rows are read ahead together
-
-
-class FeatureStore:
-    """The image and text features of one teacher, memory-mapped.
+class FeatureStore(VectorStore):
+    """The image and text features of one teacher.
 
     Attributes:
         path: its folder.
         name: the teacher.
         dim: width of its features.
         dtype: how numbers are stored.
-        ids: pair ids in row order, a sequence on disk.
         provenance: what the writer recorded about weights and preprocessing.
         checksum: SHA-256 of ``meta.json``, which holds those of all else.
-        shards: ``file``, ``rows``, ``bytes`` and ``header_sha256`` of each, in row order.
+        meta: its content.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read ``meta.json``, map the ids and look whether every shard is there in full length.
+        """Read ``meta.json``, map the index, and check that every shard is there in full length.
 
         Raises:
             FileNotFoundError: the store is unfinished (no ``meta.json``) or a file is missing.
-            ValueError: a file is truncated, ``meta.json`` was changed or is of another version, or the teacher's name
-                is none for a folder.
+            ValueError: a file is damaged or does not belong to the store; see `faults`.
         """
+        for fault in faults(path, every_byte=False):
+            raise fault
         self.path = path
         self.meta = read_meta(path)
-        self.checksum = _meta_sha256(self.meta)
+        self.checksum = meta_sha256(self.meta)
         self.name: str = self.meta["teacher"]
-        if not is_folder_name(self.name):
-            raise ValueError(f"{path}: the teacher is called {self.name!r}, which is not the name of a folder; refused")
         self.dim: int = self.meta["dim"]
         self.dtype: FeatureType = self.meta["dtype"]
         self.provenance: dict[str, Any] = self.meta["provenance"]
-        self.shards: list[dict[str, Any]] = self.meta["shards"]
-        self.ids = IdIndex(path / self.meta["ids"]["file"])
-        self._starts = np.cumsum([0, *(shard["rows"] for shard in self.shards)])
-        if {len(self.ids), int(self._starts[-1])} != {self.meta["count"]}:
-            raise ValueError(
-                f"{path}: {len(self.ids)} ids, {self._starts[-1]} rows, but a count of {self.meta['count']}"
-            )
-        for shard in self.shards:
-            file = path / shard["file"]
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing; run `mmkd extract` again")
-            if file.stat().st_size != shard["bytes"]:
-                raise ValueError(
-                    f"{file} is truncated; remove it and {path / 'meta.json'}, and run `mmkd extract` again"
-                )
-        self._mapped: dict[int, TensorMap] = {}
+        shards = self.meta["shards"]
+        super().__init__([path / shard["file"] for shard in shards], [shard["rows"] for shard in shards])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process maps the files anew."""
         return FeatureStore, (self.path,)
 
-    def lookup(self, ids: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @cached_property
+    def index(self) -> IdIndex:
+        """See `VectorStore`; mapped."""
+        return IdIndex.open(self.path / self.meta["ids"]["file"])
+
+    def lookup(self, ids: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Features of n pairs.
 
         Returns:
             image (n, dim) float32, text (n, dim) float32, mask (n,) bool; a missing pair has mask false and zeros.
         """
-        return self.read(self.ids.rows(digests(ids)))
+        return self.read(self.rows(ids))
 
-    def read(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Features by row number (n,) int64, -1 for none; returns as `lookup`."""
-        image, text = decode(*self.stored(rows), self.dtype)
-        return image, text, torch.from_numpy(rows >= 0)
+        stored = torch.from_numpy(self.gather("features", rows))
+        stored = stored.view(torch.bfloat16) if self.dtype == "bfloat16" else stored
+        both = torch.empty(2, len(rows), self.dim).copy_(stored.transpose(0, 1))
+        return both[0], both[1], torch.from_numpy(rows >= 0)
 
-    def stored(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """The bits of rows (n,) as they are stored: features (n, 2, dim) and, in int8, scales (n, 2)."""
-        order = np.argsort(rows, kind="stable")
-        order = order[np.searchsorted(rows[order], 0) :]
-        shards = np.searchsorted(self._starts, rows[order], side="right") - 1
-        bounds = np.concatenate([[0], np.flatnonzero(shards[1:] != shards[:-1]) + 1, [len(shards)]])[: len(shards) + 1]
-        stored, scale = self._empty(len(rows))
-        for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            k, chosen = int(shards[begin]), order[begin:end]
-            shard, local = self._shard(k), rows[chosen] - self._starts[k]
-            if len(local) >= STRETCH and local[-1] - local[0] < 2 * len(local):
-                shard.announce(shard.arrays["features"][local[0] : local[-1] + 1])
-            stored[chosen] = shard.arrays["features"][local]
-            if scale is not None:
-                scale[chosen] = shard.arrays["scale"][local]
-        return stored, scale
-
-    def _empty(self, rows: int) -> tuple[np.ndarray, np.ndarray | None]:
-        types = {"float16": np.float16, "float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
-        stored = np.zeros((rows, 2, self.dim), dtype=types[self.dtype])
-        return stored, np.zeros((rows, 2), dtype=np.uint16) if self.dtype == "int8" else None
-
-    def _shard(self, k: int) -> TensorMap:
-        if k not in self._mapped:
-            path, rows = self.path / self.shards[k]["file"], self.shards[k]["rows"]
-            mapped = TensorMap(path, scattered=True)
-            if mapped.arrays.get("features", np.empty(0)).shape != (rows, 2, self.dim):
-                raise ValueError(
-                    f"{path} does not hold {rows} pairs of width {self.dim}; `mmkd features verify` says more"
-                )
-            self._mapped[k] = mapped
-        return self._mapped[k]
+    def _map(self, k: int) -> TensorMap:
+        fault = _shard_fault(self.path, self.meta, self.meta["shards"][k])
+        if fault is not None:
+            raise fault
+        return super()._map(k)
 
 
-def close_store(
-    path: Path,
-    name: str,
-    dtype: FeatureType,
-    files: Sequence[Path],
-    id_chunks: Iterable[tuple[Sequence[str], np.ndarray]],
-    provenance: dict[str, Any],
-) -> None:
-    """Write the index of ids and ``meta.json`` over shards that are there; see `FeatureWriter.finish`."""
-    shards, widths, count = [], set(), 0
-    for file in files:
-        digest, _, (rows, dim) = header_sha256(file)
-        shards.append({"file": file.name, "rows": rows, "bytes": file.stat().st_size, "header_sha256": digest})
-        widths.add(dim)
-        count += rows
-    if len(widths) != 1:
-        raise ValueError(f"{path}: the shards must be at least one and of one width, not {sorted(widths)}")
-    index, digest = write_index(path, id_chunks, count)
-    meta = {"version": VERSION, "teacher": name, "dim": widths.pop(), "dtype": dtype, "count": count, "shards": shards}
-    meta |= {"ids": {"file": index, "sha256": digest}, "provenance": provenance}
-    write_json(path / "meta.json", {**meta, "sha256": _meta_sha256(meta)})
+def faults(
+    path: Path, every_byte: bool, progress: Callable[[int], object] = lambda rows: None
+) -> Iterator[FileNotFoundError | ValueError]:
+    """What is wrong with a feature store; it is what readers refuse and what `mmkd features verify` reports.
+
+    Args:
+        path: the store.
+        every_byte: compare all checksums, and the index with the ids of the shards; else only files and lengths.
+        progress: called with the number of pairs of each shard that was verified.
+    """
+    try:
+        meta = read_meta(path)
+    except (FileNotFoundError, ValueError) as error:
+        yield error
+        return
+    damaged = False
+    for shard in meta["shards"]:
+        fault = _length_fault(path, shard) or (_shard_fault(path, meta, shard, every_byte) if every_byte else None)
+        if fault is not None:
+            damaged = True
+            yield fault
+        progress(shard["rows"])
+    file = path / meta["ids"]["file"]
+    try:
+        index = IdIndex.open(file)
+    except (FileNotFoundError, ValueError) as error:
+        yield error
+        return
+    if len(index) != meta["count"]:
+        yield ValueError(f"{file} holds {len(index)} ids for {meta['count']} rows; extract again with `mmkd extract`")
+    elif every_byte and hashlib.sha256(file.read_bytes()).hexdigest() != meta["ids"]["sha256"]:
+        yield ValueError(f"{file}: its checksum does not match; extract again with `mmkd extract`")
+    elif every_byte and not damaged:
+        ids = VectorStore([path / shard["file"] for shard in meta["shards"]]).ids
+        expected = IdIndex.of(digests(ids))
+        if any(not np.array_equal(getattr(index, part), getattr(expected, part)) for part in ("key", "check", "row")):
+            yield ValueError(f"{file} does not belong to the ids of the shards; extract again with `mmkd extract`")
+
+
+def _length_fault(path: Path, shard: dict[str, Any]) -> FileNotFoundError | ValueError | None:
+    file = path / shard["file"]
+    if not file.is_file():
+        return FileNotFoundError(f"{file} is missing; extract again with `mmkd extract`")
+    if file.stat().st_size != shard["bytes"]:
+        return ValueError(
+            f"{file} is truncated or has bytes left over; remove it and {path / 'meta.json'}, and extract again"
+        )
+    return None
+
+
+def _shard_fault(
+    path: Path, meta: dict[str, Any], shard: dict[str, Any], every_byte: bool = False
+) -> FileNotFoundError | ValueError | None:
+    file = path / shard["file"]
+    try:
+        header = read_header(file)
+        if header.sha256 != shard["header_sha256"] or header.rows != shard["rows"]:
+            return ValueError(f"{file}: its header does not match {path / 'meta.json'}; extract again")
+        entry = header.tensors.get("features", {})
+        if (entry.get("shape"), entry.get("dtype")) != ([shard["rows"], 2, meta["dim"]], STORED_AS[meta["dtype"]]):
+            return ValueError(
+                f"{file} does not hold {shard['rows']} pairs of {meta['dim']} {meta['dtype']} numbers; extract again"
+            )
+        if every_byte and not checksums_match(file, header):
+            return ValueError(f"{file}: its checksum does not match; remove it and extract again")
+    except (FileNotFoundError, ValueError) as error:
+        return error
+    return None
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The ``meta.json`` of a store, checked against its own checksum.
+    """The ``meta.json`` of a store, checked against its own checksum and for values that cannot be.
 
     Raises:
         FileNotFoundError: the store is unfinished.
-        ValueError: it is of another version, or was changed.
+        ValueError: it is of another version, was changed, or names files outside its folder.
     """
-    if not (path / "meta.json").is_file():
-        raise FileNotFoundError(f"{path} is no finished feature store (no meta.json); run `mmkd extract` again")
-    meta = read_json(path / "meta.json")
+    file = path / "meta.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is not a finished feature store (no meta.json); run `mmkd extract` again")
+    meta = read_json(file)
     if not isinstance(meta, dict) or meta.get("version") != VERSION:
-        raise ValueError(f"{path / 'meta.json'} is not of version {VERSION}; extract again or upgrade mmkd-clip")
-    if meta.pop("sha256", None) != _meta_sha256(meta):
-        raise ValueError(f"{path / 'meta.json'} was changed after it was written; extract again")
+        raise ValueError(
+            f"{file} is not of version {VERSION}, which this version of mmkd-clip reads; extract again with "
+            "`mmkd extract`"
+        )
+    if meta.pop("sha256", None) != meta_sha256(meta):
+        raise ValueError(f"{file} was changed after it was written; extract again with `mmkd extract`")
+    if not is_folder_name(meta.get("teacher")):
+        raise ValueError(f"{file}: the teacher is called {meta.get('teacher')!r}, which is not the name of a folder")
+    try:
+        shards = meta["shards"]
+        names = [meta["ids"]["file"], meta["ids"]["sha256"], *(shard["file"] for shard in shards)]
+        numbers = [meta["dim"], *(shard[key] for shard in shards for key in ("rows", "bytes"))]
+        sound = all(map(is_folder_name, names)) and all(isinstance(n, int) and n > 0 for n in numbers)
+        sound &= sum(shard["rows"] for shard in shards) == meta["count"] and meta["dtype"] in TORCH_TYPES
+        sound &= isinstance(meta["provenance"], dict)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file} lacks entries or holds impossible ones; extract again with `mmkd extract`")
     return meta
 
 
-def _meta_sha256(meta: dict[str, Any]) -> str:
+def meta_sha256(meta: dict[str, Any]) -> str:
+    """The checksum of ``meta.json``, which stands for the whole store."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-# Section: A feature store written from features that come some at a time, in whole shards.
+def store_paths(folder: Path) -> list[Path]:
+    """The finished feature stores in a folder, or the folder itself if it is one."""
+    return [folder] if (folder / "meta.json").is_file() else sorted(p.parent for p in folder.glob("*/meta.json"))
 
 
-class ChunkedStore:
-    """Writes one teacher's store in whole shards, of features that come some at a time."""
+def unfinished(folder: Path) -> dict[str, int]:
+    """Feature stores that are still being extracted: name -> shards that are there."""
+    found = {path.name: len(list(path.glob("shard-*.safetensors"))) for path in folder.iterdir() if path.is_dir()}
+    return {
+        name: count for name, count in sorted(found.items()) if count and not (folder / name / "meta.json").exists()
+    }
 
-    def __init__(self, path: Path, name: str, dim: int, dtype: FeatureType) -> None:
-        """Name the store; the first full shard is the first thing written."""
-        self.writer = FeatureWriter(path, name, dtype)
-        self.ids: list[str] = []
-        self._fingerprints = [np.zeros(0, dtype=FINGERPRINT)]
-        self._shards, self._image, self._text = 0, torch.empty(0, dim), torch.empty(0, dim)
 
-    def add(self, ids: Sequence[str], fingerprints: np.ndarray, image: Tensor, text: Tensor) -> None:
-        """Take fingerprints (n,) and features (n, dim) of n pairs, and write what fills shards."""
-        self.ids += ids
-        self._fingerprints.append(fingerprints)
-        self._image, self._text = torch.cat([self._image, image]), torch.cat([self._text, text])
-        while len(self._image) >= SHARD_SIZE:
-            self._write(SHARD_SIZE)
+def describe_store(path: Path) -> dict[str, Any]:
+    """What a feature store is, for a list of stores."""
+    store = FeatureStore(path)
+    files = [*store.files, path / store.meta["ids"]["file"]]
+    return {
+        "teacher": store.name,
+        "pairs": len(store),
+        "dim": store.dim,
+        "dtype": store.dtype,
+        "shards": len(store.files),
+        "bytes": sum(file.stat().st_size for file in files),
+        "weights": store.provenance.get("weights", ""),
+        "fingerprint": store.provenance.get("fingerprint", ""),
+        "license": store.provenance.get("license", ""),
+    }
 
-    def finish(self, provenance: dict[str, Any]) -> None:
-        """Write the rest and close the store."""
-        if len(self._image):
-            self._write(len(self._image))
-        self.writer.finish(self.ids, provenance, np.concatenate(self._fingerprints))
 
-    def _write(self, rows: int) -> None:
-        self.writer.write_shard(self._shards, self._image[:rows], self._text[:rows])
-        self._image, self._text, self._shards = self._image[rows:], self._text[rows:], self._shards + 1
+def _slice(rows: np.ndarray) -> slice | np.ndarray:
+    """Neighbouring rows in order as a slice, which is copied in one go; any others as they are."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first == len(rows) - 1 and (len(rows) < 2 or bool((np.diff(rows) == 1).all())):
+        return slice(first, last + 1)
+    return rows

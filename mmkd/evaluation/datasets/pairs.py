@@ -17,7 +17,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from mmkd.data.folder import PairFolder, open_pairs
-from mmkd.data.images import open_image, read_image_bytes
+from mmkd.data.images import read_image_bytes
+from mmkd.data.pixels import read_pixels, to_image
 from mmkd.data.prompts import label_prompts, modality_prompts
 from mmkd.data.table import UNKNOWN, Pair
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
@@ -97,7 +98,7 @@ class PairsDataset(Dataset):
 
     def image(self, pair: Pair) -> Image.Image:
         """See `Dataset`."""
-        return open_image(self.folder.image_path(pair))
+        return to_image(read_pixels(self.folder.image_path(pair)))
 
     def digest(self, pair: Pair) -> str:
         """See `Dataset`; SHA-256 of the file."""

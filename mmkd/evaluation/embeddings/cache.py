@@ -1,4 +1,10 @@
-"""Shards of vectors: files named by what is in them, written whole, memory-mapped."""
+"""Cached vectors of an evaluation: shards named by what is in them, and their rows by key.
+
+The cache is addressed by content: a shard's name is the hash of the encoder's fingerprint and of the very images or
+texts in it, so that a killed run resumes at the shard, a changed image is embedded again with its shard, and nothing
+else is. Vectors are stored in half precision and read back before use, so that a warm and a cold cache give the same
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from mmkd.data.features.shards import TensorMap, read_header
+from mmkd.data.features.shards import shard_file, write_shard
+from mmkd.data.features.store import VectorStore
 from mmkd.data.table import Pair
-from mmkd.files import atomic_write_bytes
 
-FORMAT = 2
-
+FORMAT = 3
 SHARD_SIZE = 4096
-
 HALF_LIMIT = 6e4
+
+Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -44,68 +51,44 @@ class Content:
 
     def files(self, cache: Path, fingerprint: str) -> list[Path]:
         """Files of all shards under an encoder's cache, those of images first."""
-        named = [("images", content) for content in self.images] + [("texts", content) for content in self.texts]
-        return [
-            cache / f"{kind}-{_sha256([str(FORMAT), fingerprint, content])[:24]}.safetensors" for kind, content in named
-        ]
-
-    def missing(self, cache: Path, fingerprint: str) -> list[int]:
-        """Numbers of the shards in `files` that are not there or not whole."""
-        return [number for number, file in enumerate(self.files(cache, fingerprint)) if not _is_whole(file)]
+        parts = [("images", content) for content in self.images] + [("texts", content) for content in self.texts]
+        return [shard_file(cache, FORMAT, kind, fingerprint, content) for kind, content in parts]
 
 
-@dataclass(frozen=True)
-class StoredRows:
-    """A tensor ``(n, width)`` of a shard that is mapped only while rows of it are read.
+def write_vectors(
+    file: Path, ids: Sequence[str], arrays: dict[str, Tensor], skipped: dict[str, str], failures: Sequence[str]
+) -> None:
+    """Write a shard of vectors in half precision; an array with numbers beyond it is kept in single precision.
 
-    Ten encoders of a million images have thousands of shards: so many files cannot stay open, and pages that were read
-    once shall not stay in memory.
+    Args:
+        file: the shard.
+        ids: of its n rows.
+        arrays: ``vectors`` (n, dim) in the common space, and of images ``pooled`` (n, width) where there are any.
+        skipped: id -> reason of the images that could not be read.
+        failures: messages of the encoder, whose rows are NaN.
     """
+    fitting = {
+        name: array.to(torch.float32 if bool((array.abs() > HALF_LIMIT).any()) else torch.float16)
+        for name, array in arrays.items()
+    }
+    write_shard(file, ids, fitting, notes={"skipped": skipped, "failures": list(failures)})
 
-    path: Path
-    name: str
-    shape: tuple[int, ...]
+
+class Column:
+    """One array of a store, ``(n, width)``, of which rows are read as float32."""
+
+    def __init__(self, store: VectorStore, name: str) -> None:
+        """Name the array; no row is read yet."""
+        self._store, self._name = store, name
+        self.shape = (len(store), *store.gather(name, np.arange(0)).shape[1:])
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return len(self._store)
 
-    def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Vectors:
         """A copy of some rows."""
-        return np.array(TensorMap(self.path).arrays[self.name][rows])
-
-
-@dataclass
-class Shard:
-    """Vectors ``(n, dim)`` of what could be read and, of images, those before the projection ``(n, width)``.
-
-    Attributes:
-        vectors: in the common space; an array, or `StoredRows` of a shard that was read, as of the others.
-        pooled: before the projection; None for texts, or where there are none.
-        unreadable: ids with their reasons.
-        failures: what the encoder said where it refused.
-    """
-
-    vectors: Any
-    pooled: Any
-    unreadable: dict[str, str]
-    failures: list[str]
-
-    def write(self, path: Path) -> None:
-        """Write it whole; numbers too large for half precision are kept in single."""
-        notes = {"unreadable": self.unreadable, "failures": self.failures}
-        arrays = {"vectors": self.vectors} if self.pooled is None else {"vectors": self.vectors, "pooled": self.pooled}
-        fitting = {
-            name: np.ascontiguousarray(array, np.float32 if (np.abs(array) > HALF_LIMIT).any() else np.float16)
-            for name, array in arrays.items()
-        }
-        atomic_write_bytes(path, safetensors.numpy.save(fitting, {"notes": json.dumps(notes, sort_keys=True)}))
-
-    @classmethod
-    def read(cls, path: Path) -> Shard:
-        """What `write` wrote; its vectors are read when asked for."""
-        notes = json.loads(read_header(path)[1]["__metadata__"]["notes"])
-        stored = {name: StoredRows(path, name, array.shape) for name, array in TensorMap(path).arrays.items()}
-        return cls(stored["vectors"], stored.get("pooled"), **notes)
+        chosen = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        return self._store.gather(self._name, chosen, np.float32)
 
 
 def shards_of(items: Sequence[Any]) -> list[Sequence[Any]]:
@@ -113,51 +96,23 @@ def shards_of(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[start : start + SHARD_SIZE] for start in range(0, len(items), SHARD_SIZE)]
 
 
-def completed(parts: Sequence[Any], rows: Sequence[int]) -> list[Any]:
-    """Pooled vectors of all parts, NaN where a part has none but others do; nothing where no part has any."""
-    widths = {part.shape[1] for part in parts if part is not None and len(part)}
-    if not widths:
-        return []
-    empty = max(widths)
-    return [
-        part if part is not None and len(part) == count else np.full((count, empty), np.nan, dtype=np.float32)
-        for part, count in zip(parts, rows, strict=True)
-    ]
-
-
-def _is_whole(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    try:
-        read_header(file)
-    except ValueError:  # cut off by whatever broke the disk; made again
-        return False
-    return True
-
-
 def _sha256(parts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-# Section: Vectors by key: half-precision shards on disk, memory-mapped, read as the rows a task asks for.
-
-
-Vectors = NDArray[np.float32]
-
-
 class Undefined(Exception):
-    """An encoder cannot answer a task; the message says why and stands in its cell in place of numbers."""
+    """An encoder cannot answer a task; the message gives the reason and replaces the numbers in its result."""
 
 
 class Table(Mapping[str, Vectors]):
-    """Vectors ``(dim,)`` by key, kept as parts ``(rows, dim)`` of any floating type that are read when asked for."""
+    """Vectors ``(dim,)`` by key, in parts ``(rows, dim)`` of any floating type, read on demand."""
 
     def __init__(self, keys: Sequence[str], parts: Sequence[Any]) -> None:
         """Number the keys: in the order of the rows of all parts, one after another.
 
         Args:
             keys: distinct.
-            parts: arrays, or what gives rows as they do (`StoredRows`).
+            parts: arrays, or columns of stores.
 
         Raises:
             ValueError: there are not as many keys as rows.
@@ -169,7 +124,7 @@ class Table(Mapping[str, Vectors]):
             raise ValueError(f"{len(keys)} keys for {self._starts[-1]} vectors")
 
     def missing(self, keys: Sequence[str]) -> int:
-        """How many of some keys have no vector."""
+        """Number of those keys that have no vector."""
         return sum(key not in self._rows for key in keys)
 
     def numbers(self, keys: Sequence[str]) -> NDArray[np.int64]:

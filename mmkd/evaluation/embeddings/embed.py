@@ -1,57 +1,84 @@
 """Embed once: every task reads the same cached image and text embeddings of an encoder.
 
-The cache is addressed by content: a shard's name is the hash of the encoder's weights, of what it does to its input and
-of the very images or texts in it, so that a killed run resumes at the shard, a changed image is embedded again and
-nothing else is. Processes share the missing shards; which of them writes one changes nothing. Vectors are kept in half
-precision and read back before use, so that a warm and a cold cache give the same numbers.
+Images go through the loader of `mmkd.encoders.extraction`, as in `mmkd extract`: read, decoded and prepared by threads
+while the encoder computes. Processes share the missing shards; which of them writes one changes nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from mmkd.data.images import UnreadableImage
+from mmkd.data.features.shards import is_whole, read_header
+from mmkd.data.features.store import VectorStore
 from mmkd.data.table import Pair
 from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.extraction import EncodingTask, encode_shards, read_or_reason
 from mmkd.encoders.frozen import FrozenEncoder
 from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.embeddings.cache import (
+    Column,
     Content,
     Rows,
-    Shard,
     Table,
     Vectors,
-    completed,
     rows_of,
     shards_of,
     stacked,
+    write_vectors,
 )
 from mmkd.evaluation.embeddings.tokens import TokenSource
 
 
+class ImageSource(Protocol):
+    """Where the images of an evaluation come from: a folder of pairs, or a dataset that a manifest describes."""
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        """In the order in which they are embedded."""
+
+    def image(self, pair: Pair) -> Image.Image:
+        """The image of a pair; several threads may read at once.
+
+        Raises:
+            UnreadableImage: it cannot be read; the reason says why.
+            ValueError: it lies outside the folder.
+        """
+
+    def digest(self, pair: Pair) -> str:
+        """A hash of the stored image; ``"missing"`` where it cannot be read."""
+
+
+def image_digests(source: ImageSource, quiet: bool = False) -> dict[str, str]:
+    """A hash of every image by pair id; ``"missing"`` where it cannot be read."""
+    shown = tqdm(source.pairs, desc="hashing images", unit="image", disable=quiet)
+    return {pair.id: source.digest(pair) for pair in shown}
+
+
 @dataclass
 class Embedded:
-    """What one encoder makes of all images and texts of an evaluation.
+    """The vectors of all images and texts of an evaluation by one encoder.
 
     Attributes:
-        name: the encoder as it is called in the results.
+        name: of the encoder in the results.
         fingerprint: of its weights and preprocessing.
-        provenance: what the encoder says of itself.
+        provenance: of the encoder.
         images: pair id -> image vector ``(dim,)``, unit length; unreadable images are absent.
         pooled: pair id -> image vector before the projection ``(width,)``; empty where the encoder has none.
         texts: text -> text vector ``(dim,)``, unit length.
         unreadable: pair id -> reason.
-        failures: what the encoder said where it gave no sound vectors; those are NaN.
-        tokens: where sequences of tokens come from, for tasks that look at more than vectors; None where from nowhere.
+        failures: messages of the encoder where it gave no finite vectors; those are NaN.
+        tokens: gives sequences of tokens, for tasks that use more than vectors; None where there are none.
     """
 
     name: str
@@ -68,17 +95,17 @@ class Embedded:
         """Image vectors of pairs, ``(n, dim)``.
 
         Raises:
-            Undefined: the encoder has not seen some of them.
+            Undefined: some have no vectors.
         """
         return stacked(self.images, [pair.id for pair in pairs], "images")
 
     def image_rows(self, pairs: Sequence[Pair]) -> Rows | Vectors:
-        """What `image_matrix` gives, to be read in stretches."""
+        """The same as `image_matrix`, of which ranges are read on demand."""
         return rows_of(self.images, [pair.id for pair in pairs], "images")
 
     @property
     def pooled_is_joint(self) -> bool:
-        """Whether `pooled_matrix` gives joint vectors for want of others."""
+        """Whether `pooled_matrix` gives joint vectors because there are no others."""
         return not self.pooled
 
     def pooled_matrix(self, pairs: Sequence[Pair]) -> Vectors:
@@ -89,13 +116,35 @@ class Embedded:
         """Text vectors, ``(n, dim)``.
 
         Raises:
-            Undefined: the encoder has not read some of them.
+            Undefined: some have no vectors.
         """
         return stacked(self.texts, texts, "sentences")
 
     def text_rows(self, texts: Sequence[str]) -> Rows | Vectors:
-        """What `text_matrix` gives, to be read in stretches."""
+        """The same as `text_matrix`, of which ranges are read on demand."""
         return rows_of(self.texts, texts, "sentences")
+
+
+class _ImageTask(EncodingTask[Pair]):
+    """Joint and pooled vectors of images, in the shards of a cache."""
+
+    def __init__(self, encoder: DualEncoder, files: Sequence[Path]) -> None:
+        super().__init__(encoder)
+        self.files = files
+        self.failures: list[str] = []
+
+    def has(self, shard: int) -> bool:
+        return is_whole(self.files[shard])
+
+    def encode(self, prepared: list[Any]) -> dict[str, Tensor]:
+        joint, pooled = _or_nan(self.encoder, self.encoder.encode_prepared_and_pooled, prepared, self.failures)
+        return {"vectors": joint} if pooled is None else {"vectors": joint, "pooled": pooled}
+
+    def write(self, shard: int, items: list[Pair], arrays: dict[str, Tensor], skipped: list[tuple[Pair, str]]) -> None:
+        reasons = {pair.id: reason for pair, reason in skipped}
+        arrays = arrays or {"vectors": torch.zeros(0, self.encoder.dim)}
+        write_vectors(self.files[shard], [pair.id for pair in items], arrays, reasons, self.failures)
+        self.failures = []
 
 
 def embed(
@@ -122,15 +171,21 @@ def embed(
     """
     files = content.files(cache, fingerprint)
     pairs = source.pairs if content.images else []  # slides have features in bags, and no image to embed
-    parts = [("image", part) for part in shards_of(pairs)] + [("text", part) for part in shards_of(texts)]
-    own = content.missing(cache, fingerprint)[rank() :: world_size()]
-    total = sum(len(parts[number][1]) for number in own)
-    hidden = quiet or rank() > 0 or not own
-    with tqdm(total=total, desc=encoder.name, unit="item", disable=hidden) as bar:
-        for number in own:
-            kind, part = parts[number]
-            work = _image_shard(encoder, source, batch_size) if kind == "image" else _text_shard(encoder, batch_size)
-            work(part, bar.update).write(files[number])
+    images = list(enumerate(shards_of(pairs)))[rank() :: world_size()]
+    own_texts = list(zip(files[len(content.images) :], shards_of(texts), strict=True))[rank() :: world_size()]
+    total = sum(len(part) for _, part in [*images, *own_texts])
+    with tqdm(total=total, desc=encoder.name, unit="item", disable=quiet or rank() > 0) as bar:
+        task = _ImageTask(encoder, files)
+        if isinstance(encoder, FrozenEncoder) and isinstance(source, PairsDataset):
+            folder = source.folder
+            encoder.encode_shards(task, folder, images, lambda j, p: {"vectors": j, "pooled": p}, bar.update)
+        else:
+            read = partial(_read, source)
+            encode_shards([task], images, read, batch_size, progress=bar.update)
+        for file, part in own_texts:
+            if not is_whole(file):
+                _embed_texts(encoder, part, file, batch_size)
+            bar.update(len(part))
 
 
 def read_embedded(
@@ -142,114 +197,57 @@ def read_embedded(
     texts: Sequence[str],
     cache: Path,
 ) -> Embedded:
-    """What `embed` wrote, memory-mapped; images that could not be read are listed.
+    """The vectors that `embed` wrote, memory-mapped; images that could not be read are listed.
 
     Raises:
         FileNotFoundError: a shard is missing.
     """
-    shards = [Shard.read(file) for file in content.files(cache, fingerprint)]
-    images, read_texts = shards[: len(content.images)], shards[len(content.images) :]
-    unreadable = {key: reason for shard in images for key, reason in shard.unreadable.items()}
+    files = content.files(cache, fingerprint)
+    headers = [read_header(file) for file in files]
+    count = len(content.images)
+    image_store = VectorStore(files[:count], [header.rows for header in headers[:count]], keep_open=False)
+    text_store = VectorStore(files[count:], [header.rows for header in headers[count:]], keep_open=False)
+    unreadable = {key: reason for header in headers for key, reason in header.notes["skipped"].items()}
     ids = [pair.id for pair in pairs if pair.id not in unreadable]
-    pooled = completed([shard.pooled for shard in images], [len(shard.vectors) for shard in images])
+    has_pooled = any("pooled" in header.tensors for header in headers)
     return Embedded(
         name,
         fingerprint,
         provenance,
-        Table(ids, [shard.vectors for shard in images]),
-        Table(ids, pooled) if pooled else {},
-        Table(texts, [shard.vectors for shard in read_texts]),
+        Table(ids, [Column(image_store, "vectors")]),
+        Table(ids, [Column(image_store, "pooled")]) if has_pooled else {},
+        Table(texts, [Column(text_store, "vectors")]),
         unreadable,
-        list(dict.fromkeys(failure for shard in shards for failure in shard.failures)),
+        list(dict.fromkeys(failure for header in headers for failure in header.notes["failures"])),
     )
 
 
-def _image_shard(
-    encoder: DualEncoder, source: ImageSource, batch_size: int
-) -> Callable[[Sequence[Pair], Callable[[int], Any]], Shard]:
-    def run(pairs: Sequence[Pair], done: Callable[[int], Any]) -> Shard:
-        if isinstance(encoder, FrozenEncoder) and isinstance(source, PairsDataset):
-            projected, outputs, unreadable = encoder.encode_pairs_and_pooled(source.folder, pairs)
-            done(len(pairs))
-            return Shard(projected.numpy(), outputs.numpy(), unreadable, [])
-        shard = Shard(np.zeros((0, encoder.dim), dtype=np.float32), None, {}, [])
-        joints: list[Vectors] = [shard.vectors]
-        pooled: list[Vectors | None] = [None]
-        for start in range(0, len(pairs), batch_size):
-            batch = pairs[start : start + batch_size]
-            images = []
-            for pair in batch:
-                try:
-                    images.append(source.image(pair))
-                except UnreadableImage as error:
-                    shard.unreadable[pair.id] = error.reason
-                except ValueError:
-                    shard.unreadable[pair.id] = "outside"
-            if images:
-                joint, before = _sound(encoder, encoder.encode_images_and_pooled, images, shard.failures)
-                joints.append(joint)
-                pooled.append(before)
-            done(len(batch))
-        shard.vectors = np.concatenate(joints)
-        found = completed(pooled, [len(part) for part in joints])
-        shard.pooled = np.concatenate(found) if found else None
-        return shard
-
-    return run
+def _read(source: ImageSource, pair: Pair) -> Image.Image | str:
+    image = read_or_reason(lambda: source.image(pair))
+    assert not isinstance(image, Tensor)
+    return image
 
 
-def _text_shard(encoder: DualEncoder, batch_size: int) -> Callable[[Sequence[str], Callable[[int], Any]], Shard]:
-    def run(texts: Sequence[str], done: Callable[[int], Any]) -> Shard:
-        failures: list[str] = []
-        parts = []
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            parts.append(_sound(encoder, lambda own: (encoder.encode_texts(own), None), batch, failures)[0])
-            done(len(batch))
-        return Shard(np.concatenate(parts), None, {}, failures)
-
-    return run
+def _embed_texts(encoder: DualEncoder, texts: Sequence[str], file: Path, batch_size: int) -> None:
+    failures: list[str] = []
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        parts.append(_or_nan(encoder, lambda own: (encoder.encode_texts(own), None), batch, failures)[0])
+    ids = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
+    write_vectors(file, ids, {"vectors": torch.cat(parts)}, {}, failures)
 
 
-def _sound(
+def _or_nan(
     encoder: DualEncoder,
-    encode: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]],
+    encode: Callable[[Any], tuple[Tensor, Tensor | None]],
     batch: Sequence[Any],
     failures: list[str],
-) -> tuple[Vectors, Vectors | None]:
-    """Vectors of a batch; NaN, with the encoder's own words kept, where it refuses to give any."""
+) -> tuple[Tensor, Tensor | None]:
+    """Vectors of a batch; NaN, with the encoder's message among the failures, where it raises an error."""
     try:
-        joint, pooled = encode(batch)
-        return joint.float().cpu().numpy(), None if pooled is None else pooled.numpy()
+        return encode(batch)
     except ValueError as error:
         if str(error) not in failures:
             failures.append(str(error))
-        return np.full((len(batch), encoder.dim), np.nan, dtype=np.float32), None
-
-
-# Section: Where the images of an evaluation come from: a folder of pairs, or a dataset that a manifest describes.
-
-
-class ImageSource(Protocol):
-    """Pairs, and the image and the hash of each."""
-
-    @property
-    def pairs(self) -> Sequence[Pair]:
-        """In the order in which they are embedded."""
-
-    def image(self, pair: Pair) -> Image.Image:
-        """The image of a pair.
-
-        Raises:
-            UnreadableImage: it cannot be read; the reason says why.
-            ValueError: it lies outside the folder.
-        """
-
-    def digest(self, pair: Pair) -> str:
-        """A hash of the stored image; ``"missing"`` where it cannot be read."""
-
-
-def image_digests(source: ImageSource, quiet: bool = False) -> dict[str, str]:
-    """A hash of every image by pair id; ``"missing"`` where it cannot be read."""
-    shown = tqdm(source.pairs, desc="looking for changed images", unit="image", disable=quiet)
-    return {pair.id: source.digest(pair) for pair in shown}
+        return torch.full((len(batch), encoder.dim), torch.nan), None

@@ -1,4 +1,4 @@
-"""The encoders of an evaluation by name, and one after another in memory: each embeds everything, then makes room."""
+"""The encoders of an evaluation: loaded one after another, each embeds everything and then leaves memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mmkd.data.features.index import changes, digests, fingerprints_of
+from mmkd.data.features.index import changes, fingerprints_of
+from mmkd.data.features.shards import is_whole
 from mmkd.data.features.store import FeatureStore
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
@@ -60,17 +61,17 @@ class DatasetInputs:
 
 @dataclass(frozen=True)
 class EncoderRecord:
-    """An encoder that has embedded all there is, and may have left memory since.
+    """An encoder whose vectors are cached; it need not be in memory.
 
     Attributes:
         name: in the results.
         source: what it was loaded from.
         fingerprint: of weights and preprocessing.
-        provenance: what it says of itself.
+        provenance: of the encoder.
         cache: folder of its shards.
-        stored: the store, where it is precomputed features.
-        load: loads it again, for what is embedded only when a task asks for it.
-        batch_size: images or texts at a time then.
+        stored: the feature store, where the vectors come from one.
+        load: loads it again, for tokens, which only some tasks need.
+        batch_size: images or texts at a time when it is loaded again.
     """
 
     name: str
@@ -83,7 +84,7 @@ class EncoderRecord:
     batch_size: int = 32
 
     def embedded(self, inputs: DatasetInputs, pairs: Sequence[Pair], source: ImageSource) -> Embedded:
-        """Its vectors of the pairs of one source, memory-mapped, and where tokens come from if they are asked for."""
+        """Its vectors of the pairs of one source, memory-mapped, and what gives tokens on demand."""
         if self.stored is not None:
             return self.stored.embedded(self.name, pairs)
         cache = self.cache / inputs.name
@@ -104,7 +105,7 @@ def embed_everything(
     batch_size: int,
     quiet: bool,
 ) -> list[EncoderRecord]:
-    """Let each encoder embed what is missing of all inputs; only one is in memory at a time.
+    """Embed what is missing of all inputs with each encoder; only one is in memory at a time.
 
     Args:
         sources: what each is loaded from, by name.
@@ -132,7 +133,7 @@ def embed_everything(
         )
         for each in inputs:
             folder = own.cache / each.name
-            if each.content.missing(folder, own.fingerprint):
+            if not all(map(is_whole, each.content.files(folder, own.fingerprint))):
                 embed(encoder, own.fingerprint, each.content, each.open(), each.texts, folder, batch_size, quiet)
         known.append(own)
     return known
@@ -142,7 +143,7 @@ def named_sources(encoders: list[str]) -> dict[str, str]:
     """Sources by the name they have in the results: what stands before ``=``, else the last part of the source.
 
     Raises:
-        ValueError: none is given, two have one name, or a name is that of a row made here.
+        ValueError: none is given, two have one name, or a name is reserved.
     """
     if not encoders:
         raise ValueError("--encoders is empty; name the student first, then its teachers")
@@ -150,7 +151,7 @@ def named_sources(encoders: list[str]) -> dict[str, str]:
 
 
 def encoder_fingerprint(encoder: DualEncoder, source: str) -> str:
-    """SHA-256 of what the encoder says of itself and, if it was loaded from a folder or file, of those files."""
+    """SHA-256 of the encoder's provenance and, if it was loaded from a folder or file, of those files."""
     path = Path(source)
     found = {file for pattern in WEIGHT_FILES for file in path.glob(pattern)} if path.is_dir() else {path}
     files = [file for file in found if file.is_file() and file.name not in NOT_WEIGHTS]
@@ -158,14 +159,11 @@ def encoder_fingerprint(encoder: DualEncoder, source: str) -> str:
     return hashlib.sha256(f"{described} {encoder.dim} {fingerprint(files)}".encode()).hexdigest()
 
 
-# Section: Precomputed features as an encoder: images and captions are known by pair, no other sentence is.
-
-
 TINY = np.finfo(np.float32).tiny
 
 
 class StoredFeatures:
-    """One teacher's feature store (`mmkd extract`), looked up by pair id."""
+    """One teacher's feature store (`mmkd extract`) as an encoder of the images and captions of its pairs alone."""
 
     def __init__(self, folder: Path) -> None:
         """Open the store.
@@ -186,15 +184,15 @@ class StoredFeatures:
 
         Args:
             name: how the encoder is called in the results.
-            pairs: whose images and captions are asked for.
+            pairs: whose images and captions are looked up.
         """
-        rows = self.store.ids.rows(digests([pair.id for pair in pairs]))
-        known = np.flatnonzero(rows >= 0)
-        found = [pairs[k] for k in known.tolist()]
-        before, now = self.store.ids.fingerprints(rows[known]), fingerprints_of(found)
+        rows = self.store.rows([pair.id for pair in pairs])
+        present = np.flatnonzero(rows >= 0)
+        found = [pairs[k] for k in present.tolist()]
+        before, now = self.store.fingerprints(rows[present]), fingerprints_of(found)
         changed = np.logical_or.reduce(list(changes(before, now).values())) if found else np.zeros(0, dtype=bool)
         kept = [pair for pair, gone in zip(found, changed.tolist(), strict=True) if not gone]
-        image, text, _ = self.store.read(rows[known[~changed]])
+        image, text, _ = self.store.read(rows[present[~changed]])
         count = int(changed.sum())
         failures = [f"{count} pairs have changed since these features were made; they count as missing"] * (count > 0)
         captions = {pair.caption: row for row, pair in enumerate(kept) if pair.caption.strip()}

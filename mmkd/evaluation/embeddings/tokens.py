@@ -1,14 +1,13 @@
-"""Token sequences of images and texts, for heads that look at more than one vector of each.
+"""Token sequences of images and texts, for heads that use more than one vector of each.
 
-They are many times larger than embeddings, so only the task that asks for them has them made: the encoder is loaded
-again, and what it gives is kept in half precision beside the embeddings. Maps of more than 7 x 7 patches are averaged
+They are many times larger than embeddings, so they are made only for the tasks that need them: the encoder is loaded
+again, and its tokens are cached in half precision beside the embeddings. Maps of more than 7 x 7 patches are averaged
 to that size; tokens before the map, such as the class token, are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -16,33 +15,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmkd.data.images import to_rgb
+from mmkd.data.features.shards import is_whole, read_header, shard_file, write_shard
+from mmkd.data.features.store import VectorStore
+from mmkd.data.images import UnreadableImage
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.files import atomic_write_bytes
+from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
 
+FORMAT = 1
 SIDE = 7
 MOST_BEFORE = 5  # class token and registers
+SHARD_SIZE = 1024
 Halves = NDArray[np.float16]
 
 
 @dataclass
 class TokenSource:
-    """Where token sequences of one encoder and one dataset come from.
+    """Gives the token sequences of one encoder on one dataset.
 
     Attributes:
-        load: gives the encoder; called once, and only if something is not in the cache.
+        load: loads the encoder; called once, and only if something is not cached.
         image: opens the image of a pair.
         digest: hash of the image of a pair.
         fingerprint: of the encoder.
-        cache: folder of what was made before.
+        cache: folder of cached tokens.
         batch_size: images or texts at a time.
         quiet: no progress bar.
     """
@@ -60,47 +62,52 @@ class TokenSource:
         """Image tokens of n pairs, ``(n, tokens, width)``.
 
         Raises:
-            NoTokens: the encoder gives none.
+            NoTokens: the encoder has none.
             UnreadableImage: an image cannot be read.
         """
         keys = [f"{pair.id} {self.digest(pair)}" for pair in pairs]
-        return self._kept("images", keys, lambda: self._image_tokens(pairs))["tokens"]
+        parts = range(0, len(pairs), SHARD_SIZE)
+        files = [self._file("images", keys[start : start + SHARD_SIZE]) for start in parts]
+        if not all(map(is_whole, files)):
+            task = _TokenTask(self._loaded(), files)
+            shards = [(k, pairs[start : start + SHARD_SIZE]) for k, start in enumerate(parts)]
+            with tqdm(total=len(pairs), desc="image tokens", unit="image", disable=self.quiet) as bar:
+                encode_shards([task], shards, self._read, self.batch_size, progress=bar.update)
+        for file in files:
+            for id, reason in read_header(file).notes["skipped"].items():
+                raise UnreadableImage(reason, f"the image of {id} has no tokens")
+        return VectorStore(files).gather("tokens", np.arange(len(pairs)))
 
     def texts(self, texts: Sequence[str]) -> tuple[Halves, NDArray[np.bool_]]:
-        """Text tokens of n texts, ``(n, longest, width)``, and which of them are no padding, ``(n, longest)``.
+        """Text tokens of n texts, ``(n, longest, width)``, and which of them are not padding, ``(n, longest)``.
 
         Raises:
-            NoTokens: the encoder gives none.
+            NoTokens: the encoder has none.
         """
-        kept = self._kept("texts", texts, lambda: self._text_tokens(texts))
-        return kept["tokens"], kept["mask"]
+        file = self._file("texts", texts)
+        if not is_whole(file):
+            ids = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
+            write_shard(file, ids, self._text_tokens(texts))
+        store, rows = VectorStore([file]), np.arange(len(texts))
+        return store.gather("tokens", rows), store.gather("mask", rows)
 
-    def _kept(self, kind: str, keys: Sequence[str], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What was made of the same inputs before, or is made now and written whole."""
-        digest = hashlib.sha256(json.dumps([self.fingerprint, SIDE, *keys]).encode()).hexdigest()
-        path = self.cache / f"{kind}-tokens-{digest[:24]}.safetensors"
-        if not path.is_file():
-            atomic_write_bytes(path, safetensors.numpy.save(make()))
-        return safetensors.numpy.load_file(path)
+    def _file(self, kind: str, keys: Sequence[str]) -> Path:
+        return shard_file(self.cache, FORMAT, f"{kind} tokens", self.fingerprint, SIDE, list(keys))
 
-    @torch.inference_mode()
-    def _image_tokens(self, pairs: Sequence[Pair]) -> dict[str, Any]:
-        encoder, found = self._loaded(), []
-        for batch in self._batches(pairs, "image"):
-            tokens = encoder.image_token_features([encoder.prepare(to_rgb(self.image(pair))) for pair in batch])
-            found.append(at_most_a_map(tokens.float().cpu()).half().numpy())
-        return {"tokens": np.concatenate(found)}
+    def _read(self, pair: Pair) -> Readable | str:
+        return read_or_reason(lambda: self.image(pair))
 
     @torch.inference_mode()
-    def _text_tokens(self, texts: Sequence[str]) -> dict[str, Any]:
-        encoder, found = self._loaded(), []
-        for batch in self._batches(texts, "text"):
-            tokens, mask = encoder.text_token_features(list(batch))
-            found.append((tokens.half().cpu().numpy(), mask.cpu().numpy()))
-        longest = max(int(mask.sum(axis=1).max()) for _, mask in found)
-        width = found[0][0].shape[2]
-        joined = np.zeros((len(texts), longest, width), dtype=np.float16)
-        masks = np.zeros((len(texts), longest), dtype=bool)
+    def _text_tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        encoder = self._loaded()
+        found: list[tuple[Tensor, Tensor]] = []
+        starts = range(0, len(texts), self.batch_size)
+        for start in tqdm(starts, desc="text tokens", unit="batch", disable=self.quiet):
+            tokens, mask = encoder.text_token_features(list(texts[start : start + self.batch_size]))
+            found.append((tokens.half().cpu(), mask.cpu()))
+        longest = max(int(mask.sum(dim=1).max()) for _, mask in found)
+        joined = torch.zeros(len(texts), longest, found[0][0].shape[2], dtype=torch.float16)
+        masks = torch.zeros(len(texts), longest, dtype=torch.bool)
         start = 0
         for own, kept in found:
             length = min(longest, own.shape[1])
@@ -114,10 +121,24 @@ class TokenSource:
             self._encoder = self.load()
         return self._encoder
 
-    def _batches(self, items: Sequence[Any], unit: str) -> Any:
-        starts = range(0, len(items), self.batch_size)
-        for start in tqdm(starts, desc=f"{unit} tokens", unit="batch", disable=self.quiet):
-            yield items[start : start + self.batch_size]
+
+class _TokenTask(EncodingTask[Pair]):
+    """Image tokens, half precision, in the shards of a cache."""
+
+    def __init__(self, encoder: DualEncoder, files: Sequence[Path]) -> None:
+        super().__init__(encoder)
+        self.files = files
+
+    def has(self, shard: int) -> bool:
+        return is_whole(self.files[shard])
+
+    @torch.inference_mode()
+    def encode(self, prepared: list[Any]) -> dict[str, Tensor]:
+        return {"tokens": at_most_a_map(self.encoder.image_token_features(prepared).float().cpu()).half()}
+
+    def write(self, shard: int, items: list[Pair], arrays: dict[str, Tensor], skipped: list[tuple[Pair, str]]) -> None:
+        reasons = {pair.id: reason for pair, reason in skipped}
+        write_shard(self.files[shard], [pair.id for pair in items], arrays, notes={"skipped": reasons})
 
 
 def at_most_a_map(tokens: Tensor) -> Tensor:
