@@ -97,9 +97,9 @@ class TensorMap:
             self._memory.madvise(getattr(mmap, advice), *part)
 
 
-def shard_file(folder: Path, *content: Any) -> Path:
+def shard_file(folder: Path, *content: Any, kind: str = "shard") -> Path:
     """The file of a shard with this content: JSON values that determine what is in it."""
-    return folder / f"shard-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.safetensors"
+    return folder / f"{kind}-{hashlib.sha256(json.dumps([kind, *content]).encode()).hexdigest()[:24]}.safetensors"
 
 
 def is_whole(file: Path) -> bool:

@@ -52,7 +52,7 @@ class Content:
     def files(self, cache: Path, fingerprint: str) -> list[Path]:
         """Files of all shards under an encoder's cache, those of images first."""
         parts = [("images", content) for content in self.images] + [("texts", content) for content in self.texts]
-        return [shard_file(cache, FORMAT, kind, fingerprint, content) for kind, content in parts]
+        return [shard_file(cache, FORMAT, fingerprint, content, kind=kind) for kind, content in parts]
 
 
 def write_vectors(

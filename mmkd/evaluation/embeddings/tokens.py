@@ -92,7 +92,7 @@ class TokenSource:
         return store.gather("tokens", rows), store.gather("mask", rows)
 
     def _file(self, kind: str, keys: Sequence[str]) -> Path:
-        return shard_file(self.cache, FORMAT, f"{kind} tokens", self.fingerprint, SIDE, list(keys))
+        return shard_file(self.cache, FORMAT, self.fingerprint, SIDE, list(keys), kind=f"{kind}-tokens")
 
     def _read(self, pair: Pair) -> Readable | str:
         return read_or_reason(lambda: self.image(pair))
