@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,12 @@ class Cells(Store):
     def __init__(self, cell: Any, files: Store | None = None) -> None:
         """Keep the function from a name to bytes, or to a path under ``files``."""
         self.cell, self.files = cell, files
+        self._lock = threading.Lock()  # images are read by several threads, and tables share what they read last
 
     def data(self, name: str) -> bytes:
         """The bytes in a cell, or of the file it names."""
-        value = self.cell(name)
+        with self._lock:
+            value = self.cell(name)
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and self.files is not None:

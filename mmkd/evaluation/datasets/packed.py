@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ class Arrays(Store):
         """Keep the path; nothing is unpacked yet."""
         self.path = path
         self._arrays: dict[str, NDArray[np.uint8]] = {}
+        self._lock = threading.Lock()  # images are read by several threads, and an array is unpacked once
 
     def data(self, name: str) -> bytes:
         """The bytes of a picture."""
@@ -50,12 +52,13 @@ class Arrays(Store):
 
     def _picture(self, name: str) -> NDArray[np.uint8]:
         part, _, row = name.partition("/")
-        if part not in self._arrays:
-            try:
-                with zipfile.ZipFile(self.path) as zipped:
-                    self._arrays[part] = _array(zipped, f"{part}_images", self.path)
-            except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                raise UnreadableImage("corrupt", f"{self.path}: {part}_images: {error}") from error
+        with self._lock:
+            if part not in self._arrays:
+                try:
+                    with zipfile.ZipFile(self.path) as zipped:
+                        self._arrays[part] = _array(zipped, f"{part}_images", self.path)
+                except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                    raise UnreadableImage("corrupt", f"{self.path}: {part}_images: {error}") from error
         return np.asarray(self._arrays[part][int(row)])
 
 
