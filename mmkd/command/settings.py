@@ -2,8 +2,9 @@
 
 ``--config FILE.yaml`` gives values (``--config NAME`` those of a file that comes with the package), ``--key value``
 overrides them, ``--losses.task 0.5`` sets one entry of a mapping. The command line is read by cyclopts, which also
-suggests the nearest name for a misspelt one: a misspelt setting that silently does nothing costs a training run. Values
-are converted to the field's type, never evaluated.
+groups the settings in ``--help``: those that a class declares stand under its ``GROUP``, if it has this attribute. An
+unknown key is refused with the nearest name, since a misspelt setting that silently does nothing costs a training run.
+Values are converted to the field's type, never evaluated.
 
 A recipe calls `check_arguments` after its settings class and before the imports that take seconds, so that ``--help``
 and a mistake are answered at once, and `run` at its end. A command with several actions (``mmkd pairs ls``) gives both
@@ -43,7 +44,7 @@ COMMAND_VARIABLE = "MMKD_COMMAND"  # environment variable: the name under which 
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the exit code that a shell gives a program whose reader left first
 BOOLEANS = ("true", "false", "yes", "no", "1", "0", "on", "off")
 NONE = ("none", "null", "")
-REQUIRED, SETTINGS, COMMON = Group("required", sort_key=0), "settings", Group("command", sort_key=99)
+REQUIRED, COMMON = Group("required", sort_key=0), Group("command", sort_key=99)
 
 
 def setting(
@@ -53,7 +54,6 @@ def setting(
     factory: Callable[[], Any] | None = None,
     preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     positional: bool = False,
-    group: str = SETTINGS,
 ) -> Any:
     """A dataclass field with a help text; without a default or factory the setting is required.
 
@@ -64,9 +64,8 @@ def setting(
         preset: of a mapping: the entries that ``--mapping.entry value`` changes, as a function of the other settings
             that are given, where no file gives the mapping itself.
         positional: the value may stand on the command line without its name; one field at most.
-        group: heading under which ``--help`` lists an optional setting.
     """
-    metadata = {"help": help, "preset": preset, "positional": positional, "group": group}
+    metadata = {"help": help, "preset": preset, "positional": positional}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -128,7 +127,7 @@ def given_values(settings_class: type, argv: Sequence[str], action: str = "") ->
         FileNotFoundError: a YAML file does not exist.
         SystemExit: ``--help`` or ``--check`` was given, the latter with nothing wrong.
     """
-    app, hints = _app(settings_class, action), typing.get_type_hints(settings_class)
+    app, hints = _app(settings_class, action), _hints(settings_class)
     if {"--help", "-h"} & set(argv):
         text = io.StringIO()
         app.help_print([], console=Console(file=text, width=max(120, shutil.get_terminal_size().columns)))
@@ -242,8 +241,10 @@ def ignore_broken_pipe() -> Iterator[None]:
 
 def _app(settings_class: type, action: str) -> App:
     """The command line of a settings class, as cyclopts reads it and prints its help."""
-    hints = typing.get_type_hints(settings_class)
-    parameters = [_parameter(field, hints[field.name]) for field in dataclasses.fields(settings_class)]
+    hints, groups = _hints(settings_class), _groups(settings_class)
+    parameters = [
+        _parameter(field, hints[field.name], groups[field.name]) for field in dataclasses.fields(settings_class)
+    ]
     if "config" not in hints:  # a recipe with a setting of this name means its own file by it
         text = "YAML file, or name of a packaged one; --key value overrides it"
         parameters.append(_option("config", list[str], [], Parameter(help=text, group=COMMON, show_default=False)))
@@ -268,7 +269,23 @@ def _app(settings_class: type, action: str) -> App:
     return app
 
 
-def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+def _hints(settings_class: type) -> dict[str, Any]:
+    """The type of every field."""
+    hints = typing.get_type_hints(settings_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}
+
+
+def _groups(settings_class: type) -> dict[str, Group]:
+    """The heading of every field in ``--help``: ``GROUP`` of the class that declares it."""
+    groups: dict[str, Group] = {}
+    for declaring in reversed(settings_class.__mro__):
+        heading = vars(declaring).get("GROUP", "settings")
+        group = Group(heading, sort_key=1 if heading == "settings" else 2)
+        groups |= {name: groups.get(name, group) for name in vars(declaring).get("__annotations__", {})}
+    return groups
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any, group: Group) -> inspect.Parameter:
     """A setting as cyclopts sees it: optional, since a file may give it."""
 
     def read(_: Any, tokens: Sequence[Token]) -> Any:
@@ -278,7 +295,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     required, kind = _is_required(field), bare(hint)
     meaning = Parameter(
         help=field.metadata.get("help") or None,
-        group=REQUIRED if required else Group(field.metadata.get("group", SETTINGS), sort_key=1),
+        group=REQUIRED if required else group,
         show_default=False if required else _shown,
         converter=None if kind is bool or get_origin(kind) is dict else read,
     )

@@ -1,6 +1,7 @@
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from safetensors import SafetensorError
@@ -9,13 +10,20 @@ from mmkd.command.settings import given_values, parse, resolved, run, save_setti
 from mmkd.train.pretrain import PretrainSettings
 
 
-@dataclass
-class Example:
+@dataclass(kw_only=True)
+class Schedule:
+    """How long a recipe trains."""
+
+    GROUP: ClassVar[str] = "schedule"
+    epochs: int = setting(3, "passes")
+
+
+@dataclass(kw_only=True)
+class Example(Schedule):
     """An example recipe."""
 
     output: Path = setting(help="where")
     learning_rate: float = setting(1e-4, "peak")
-    epochs: int = setting(3, "passes", group="schedule")
     quiet: bool = setting(False, "no bars")
     recipe: Literal["default", "paper"] = setting("default", "which")
     teachers: list[str] = setting(factory=list, help="names")
@@ -99,7 +107,7 @@ def test_help_lists_every_setting_in_its_group_and_required_ones_first(capsys):
         parse(Example, ["--help"])
     printed = capsys.readouterr().out
     assert "An example recipe." in printed
-    assert all(f"--{name}" in printed for name in Example.__dataclass_fields__)
+    assert all(f"--{name}" in printed for name in (field.name for field in dataclasses.fields(Example)))
     places = [printed.index(text) for text in ("required:", "--output", "schedule:", "--epochs", "command:", "--check")]
     assert places == sorted(places)
 
