@@ -18,8 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 from mmkd.alignment.folder import load_aligner
 from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.command.settings import run, setting
+from mmkd.data.features import FeatureKind
 from mmkd.data.features.lookup import MODALITIES, TeacherFeatures, available_features, seen_pairs
-from mmkd.data.features.published import FeatureKind
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
 from mmkd.data.table import Pair
 from mmkd.distillation.heads import TeacherHeads, angular_dispersion

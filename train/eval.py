@@ -17,9 +17,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mmkd.command.settings import check_arguments, run
+from mmkd.evaluation.settings import EvalSettings
+
+if __name__ == "__main__":
+    check_arguments(EvalSettings)  # before the imports that take seconds
+
 import torch
 
-from mmkd.command.settings import resolved, run, save_settings
+from mmkd.command.settings import resolved, save_settings
 from mmkd.distributed import chosen_device, join_group, rank, wait_for_everyone
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.frozen import with_frozen_towers
@@ -28,7 +34,7 @@ from mmkd.evaluation.embeddings.encoders import named_sources
 from mmkd.evaluation.report.page import ReportInputs, write_report
 from mmkd.evaluation.results.summary import lock_of, versions
 from mmkd.evaluation.run import evaluate
-from mmkd.evaluation.settings import EvalSettings, check
+from mmkd.evaluation.settings import check
 from mmkd.evaluation.watch import STUDENT, watch
 from mmkd.files import write_json
 

@@ -19,22 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from mmkd.command.settings import nearest, run, setting
-from mmkd.data.features.index import fingerprints_of, refuse_repeated
-from mmkd.data.features.store import FeatureType
-from mmkd.data.features.writer import SKIPPED_FILE, FeatureExtraction
-from mmkd.data.folder import PairFolder, ids_of, open_pairs, pairs_at
-from mmkd.data.pixels import read_pixels
-from mmkd.data.table import Pair
-from mmkd.distributed import chosen_device, rank, world_size
-from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.extraction import FeatureTask, encode_shards, group_tasks, read_or_reason
-from mmkd.encoders.frozen import FrozenEncoder, with_frozen_towers
-from mmkd.encoders.zoo import load_encoder, named_sources
+from mmkd.command.settings import check_arguments, run, setting
+from mmkd.data.features import FeatureType
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -60,6 +46,26 @@ class ExtractSettings:
         None, "folder for outputs of frozen towers; models of this package with the same towers run them once"
     )
     quiet: bool = setting(False, "no progress bar")
+
+
+if __name__ == "__main__":
+    check_arguments(ExtractSettings)  # before the imports that take seconds
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmkd.command.settings import nearest
+from mmkd.data.features.index import fingerprints_of, refuse_repeated
+from mmkd.data.features.writer import SKIPPED_FILE, FeatureExtraction
+from mmkd.data.folder import PairFolder, ids_of, open_pairs, pairs_at
+from mmkd.data.pixels import read_pixels
+from mmkd.data.table import Pair
+from mmkd.distributed import chosen_device, rank, world_size
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.extraction import FeatureTask, encode_shards, group_tasks, read_or_reason
+from mmkd.encoders.frozen import FrozenEncoder, with_frozen_towers
+from mmkd.encoders.zoo import load_encoder, named_sources
 
 
 def main(settings: ExtractSettings) -> None:

@@ -17,15 +17,8 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from mmkd.command.settings import run, setting
-from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.features.published import FeatureKind, Lookup, export_published, import_published
-from mmkd.data.features.store import FeatureStore, FeatureType, describe_store, faults, store_paths, unfinished
-from mmkd.data.features.writer import merge
-from mmkd.data.folder import open_pairs
-from mmkd.files import atomic_folder, refuse_existing
+from mmkd.command.settings import check_arguments, run, setting
+from mmkd.data.features import FeatureKind, FeatureType
 
 
 @dataclass
@@ -85,6 +78,19 @@ ACTIONS = {
     "export": ExportSettings,
     "import": ImportSettings,
 }
+
+
+if __name__ == "__main__":
+    check_arguments(ACTIONS)  # before the imports that take seconds
+
+from tqdm import tqdm
+
+from mmkd.data.features.lookup import TeacherFeatures
+from mmkd.data.features.published import Lookup, export_published, import_published
+from mmkd.data.features.store import FeatureStore, describe_store, faults, store_paths, unfinished
+from mmkd.data.features.writer import merge
+from mmkd.data.folder import open_pairs
+from mmkd.files import atomic_folder, refuse_existing
 
 
 @singledispatch

@@ -12,12 +12,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmkd.data.features import FeatureKind
 from mmkd.data.features.index import FINGERPRINT, fingerprints
 from mmkd.data.features.store import FeatureType
 from mmkd.data.features.writer import FeatureWriter
@@ -27,7 +27,6 @@ from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read
 from mmkd.data.table import Pair
 from mmkd.files import atomic_write_lines
 
-FeatureKind = Literal["raw", "aligned"]
 FEATURE_FILES: dict[FeatureKind, str] = {"raw": "clips_output.pt", "aligned": "clips_project_output.pt"}
 ENDINGS = (("image", "img"), ("text", "txt"))
 SAMPLES_AT_ONCE = 1024

@@ -21,18 +21,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmkd.data.features import FeatureType
 from mmkd.data.features.index import FINGERPRINT, IdIndex, Ids, digests
 from mmkd.data.features.shards import TensorMap, checksums_match, read_header
 from mmkd.data.published import is_folder_name
 from mmkd.files import read_json
 
-FeatureType = Literal["float16", "float32", "bfloat16"]
 TORCH_TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 STORED_AS = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
 VERSION = 3
