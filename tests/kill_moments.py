@@ -1,6 +1,6 @@
 """A training killed at chosen moments and started again: `python kill_moments.py --moments 20 --seed 0`.
 
-A moment is a line of the engine about to run: in a step, in a checkpoint, or in the files' writing and renaming. The
+A moment is a line of the training about to run: in a step, in a checkpoint, or in writing and renaming files. The
 process sends itself SIGKILL there, so that the same moments can be visited again. Each run is then finished by the same
 call, and compared bit by bit with one that nothing disturbed.
 """
@@ -21,11 +21,12 @@ import torch
 import mmkd
 
 PLACES = {
-    "step": ("loop.py", "gradient_cache.py", "objectives.py", "optimization.py", "step_log.py"),
-    "checkpoint": ("resume.py",),
-    "files": ("run_folder.py", "files.py"),
+    "step": ("loop.py", "gradient_cache.py", "objectives.py", "optimizer.py", "log.py"),
+    "checkpoint": ("checkpoints.py",),
+    "files": ("run_folder.py", "../files.py"),
 }
-ROOM = str(Path(mmkd.__file__).parent)
+ROOM = Path(mmkd.__file__).parent / "training"
+PLACE_OF = {str((ROOM / file).resolve()): place for place, files in PLACES.items() for file in files}
 SETTINGS = {"epochs": 2, "checkpoint_every": 3, "micro_batch_size": 10, "dropout": 0.1, "ema_decay": 0.9}
 TIMES = ("samples_per_second", "tokens_per_second", "data_time", "memory_gb", "mfu")
 
@@ -37,7 +38,6 @@ def run(output):
 
 def moments_of_a_run(output):
     """For each place, the numbers of the lines that an undisturbed run executes there."""
-    place_of = {f"{ROOM}/{file}": place for place, files in PLACES.items() for file in files}
     found = {place: [] for place in PLACES}
     count = 0
 
@@ -45,10 +45,10 @@ def moments_of_a_run(output):
         nonlocal count
         if event == "line":
             count += 1
-            found[place_of[frame.f_code.co_filename]].append(count)
+            found[PLACE_OF[frame.f_code.co_filename]].append(count)
         return line
 
-    sys.settrace(lambda frame, event, argument: line if frame.f_code.co_filename in place_of else None)
+    sys.settrace(lambda frame, event, argument: line if frame.f_code.co_filename in PLACE_OF else None)
     try:
         run(output)
     finally:
@@ -58,7 +58,6 @@ def moments_of_a_run(output):
 
 def killed_at(output, moment):
     """Run in a child that kills itself before line number `moment`; returns what it died of and where."""
-    files = {f"{ROOM}/{file}" for group in PLACES.values() for file in group}
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: a fork of a process with threads
@@ -76,7 +75,7 @@ def killed_at(output, moment):
                     os.kill(os.getpid(), signal.SIGKILL)
             return line
 
-        sys.settrace(lambda frame, event, argument: line if frame.f_code.co_filename in files else None)
+        sys.settrace(lambda frame, event, argument: line if frame.f_code.co_filename in PLACE_OF else None)
         run(output)
         os._exit(0)
     os.close(write)
@@ -121,7 +120,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = moments_of_a_run(Path(folder) / "whole")
-        print({place: len(lines) for place, lines in found.items()}, "lines of the engine in an undisturbed run")
+        print({place: len(lines) for place, lines in found.items()}, "lines of the training in an undisturbed run")
         expected = result(Path(folder) / "whole")
         for number, moment in enumerate(chosen(found, options.moments, options.seed)):
             where, left = survives(Path(folder) / f"run-{number}", moment, expected)

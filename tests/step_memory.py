@@ -13,8 +13,8 @@ import sys
 import torch
 from transformers import BertConfig, CLIPVisionConfig
 
-from mmkd.training.gradient_cache import OneForward, cached_backward
-from mmkd.training.objectives import ContrastiveObjective
+from mmkd.training.gradient_cache import cached_backward
+from mmkd.training.objectives import ContrastiveObjective, ObjectiveWrapper
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
@@ -37,7 +37,7 @@ def measure(batch_size, piece):
     objective = ContrastiveObjective(
         MMKDClipModel(MMKDClipConfig(vision_config=vision, text_config=text, projection_dim=512))
     ).train()
-    trained = OneForward(objective, "cpu", "fp32")
+    trained = ObjectiveWrapper(objective, "cpu", "fp32")
     batch = {
         "pixel_values": torch.rand(batch_size, 3, 64, 64),
         "input_ids": torch.randint(5, 1000, (batch_size, 32)),
@@ -58,7 +58,7 @@ def measure(batch_size, piece):
             seed=(0,),
         )
     else:
-        trained("whole", batch)["loss"].backward()
+        trained(ObjectiveWrapper.loss_of_batch, batch)["loss"].backward()
     return {"batch": batch_size, "micro_batch": piece, "growth_mb": round(peak_mb() - before)}
 
 

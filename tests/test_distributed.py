@@ -44,8 +44,8 @@ import sys
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from mmkd import losses
 from mmkd.distributed import gather, gather_lists, mean_over_processes, rank, wait_for_everyone, world_size
+from mmkd.training.objectives import contrastive
 
 Accelerator()
 assert world_size() == 2
@@ -59,11 +59,11 @@ g = torch.Generator().manual_seed(0)
 whole = [torch.randn(6, 5, generator=g, dtype=torch.float64) for _ in range(2)]
 own = [part[3 * rank() : 3 * rank() + 3].clone().requires_grad_() for part in whole]
 image, text = (F.normalize(part, dim=1) for part in own)
-loss = losses.contrastive(image, text, gather(image), gather(text), 20.0, 3 * rank())
+loss = contrastive(image, text, gather(image), gather(text), 20.0, 3 * rank())
 loss.backward()
 reference = [part.clone().requires_grad_() for part in whole]
 image, text = (F.normalize(part, dim=1) for part in reference)
-expected = losses.contrastive(image, text, image, text, 20.0)
+expected = contrastive(image, text, image, text, 20.0)
 expected.backward()
 torch.testing.assert_close(mean_over_processes(loss), expected.detach(), rtol=1e-6, atol=0)
 for part, full in zip(own, reference):

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from transformers import BertConfig, CLIPVisionConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import mmkd.train.configs
 from mmkd.data.table import Pair
@@ -22,11 +21,10 @@ from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions
 from mmkd.distributed import gather, rank, world_size
 from mmkd.student.trainable import enable_gradient_checkpointing
-from mmkd.training import settings as zero_module
 from mmkd.training.batches import identity_of
 from mmkd.training.dataset import GlobalBatchSampler
-from mmkd.training.gradient_cache import OneForward
 from mmkd.training.loop import fit, start
+from mmkd.training.objectives import ObjectiveWrapper
 from mmkd.training.settings import LoopSettings
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
@@ -110,37 +108,19 @@ def fsdp_options():
     return {names.get(name, name.removeprefix("fsdp_")): value for name, value in given.items()}
 
 
-def use_deepspeed(accelerator, settings, stage):
-    """Likewise ZeRO, on CPU."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=1, zero3_init_flag=False)
-    deepspeed.init_distributed(dist_backend="gloo")
-    for state in (accelerator.state, PartialState()):
-        state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-    accelerator.state.deepspeed_plugins = {"default": plugin}
-    accelerator.deepspeed_engine_wrapped = None
-    plugin.select(_from_accelerator_state=True)
-    unset_hf_deepspeed_config()  # as `start` does
-    zero_module.refuse(accelerator, settings)
-
-
-def run(output, *, checkpointing=False, fsdp=False, zero=None, batches=None, **more):
+def run(output, *, batch_size=24, checkpointing=False, fsdp=False, batches=None, **more):
     """Train and write ``model.safetensors``; returns the objective."""
-    values = {"batch_size": 24, "epochs": 4, "learning_rate": 1e-3, "quiet": True, **more}
+    values = {"epochs": 4, "learning_rate": 1e-3, "quiet": True, **more}
     settings = LoopSettings(output=Path(output), **values)
     accelerator = start(settings)
     if fsdp:  # accelerate itself chooses it on GPUs alone; from here on all is its code
         accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**fsdp_options())
-    if zero is not None:
-        use_deepspeed(accelerator, settings, zero)
     student = tiny_student()
     if checkpointing:
         enable_gradient_checkpointing(student)
     objective = DistillObjective(student, DistillOptions(losses=LOSSES), seed=3)
-    batches = Generated(settings.batch_size, **(batches or {}))
+    batches = Generated(batch_size, **(batches or {}))
     fit(
         accelerator,
         objective,
@@ -155,10 +135,10 @@ def differences(output):
     """Largest difference between the first two processes' gradients: through the wrapper, and around it."""
     accelerator = Accelerator()
     objective = DistillObjective(tiny_student(), DistillOptions(losses=LOSSES))
-    trained = accelerator.prepare(OneForward(objective, "cpu", "fp32"))
+    trained = accelerator.prepare(ObjectiveWrapper(objective, "cpu", "fp32"))
     batch = {**next(iter(Generated(24).epoch(0))), "epoch": 0}
     found = []
-    for forward in (lambda: trained("whole", batch), lambda: objective(batch)):
+    for forward in (lambda: trained(ObjectiveWrapper.loss_of_batch, batch), lambda: objective(batch)):
         forward()["loss"].backward()
         both = [gather(parameter.grad.reshape(1, -1)) for parameter in objective.parameters()]
         found.append(max((rows[0] - rows[1]).abs().max().item() for rows in both))

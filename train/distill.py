@@ -2,8 +2,8 @@
 
 Teachers are not run here: their features were extracted once, and every step reads a few kilobytes of them. Reads
 ``pairs/``, raw features (affinity, relational, heads), aligned features (feature, interactive) and a stage-1 model;
-writes a folder for ``from_pretrained``. ``--recipe paper`` is the authors' loss with its slips, each of which is also a
-setting of its own.
+writes a folder for ``from_pretrained``. ``--recipe paper`` is the authors' loss with the bugs in their release, each of
+which is also a setting of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -29,6 +29,7 @@ from mmkd.encoders.zoo import teachers_of
 from mmkd.student.folder import load_student, save_student, training_provenance
 from mmkd.student.trainable import ModelSettings, make_trainable
 from mmkd.training.batches import training_batches
+from mmkd.training.dataset import TeacherStores
 from mmkd.training.loop import fit, start
 from mmkd.training.settings import LoopSettings
 from mmkd.training.validation import ValidationSettings, validation_of
@@ -40,19 +41,15 @@ DISPERSION_PAIRS = 8192
 class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSettings):
     """Distil the stored features of many teachers into one student."""
 
-    pairs: Path = setting(help="folder of pairs, ours or the authors' published one; the training split is used")
+    pairs: Path = setting(help="folder of pairs, curated or the authors' published one; the training split is used")
     model: str = setting(help="folder or Hub id of the stage-1 student")
     features: Path | None = setting(None, "raw teacher features, for the losses affinity, relational and heads")
-    aligned: Path | None = setting(None, "aligned teacher features, for the feature and interactive losses")
-    teachers: list[str] = setting(factory=list, help="teachers to learn from, by default all")
+    aligned: Path | None = setting(None, "aligned teacher features, for the losses feature and interactive")
+    teachers: list[str] = setting(factory=list, help="teachers to distil; empty takes all")
     standardizer: Path | None = setting(None, "folder of `mmkd align --aligner phi-s`, for standardized heads")
-    crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
-    cache_frozen_towers: Path | None = setting(
-        None, "folder for the outputs of frozen towers, encoded once for all runs that name it; needs --crop center"
-    )
 
     def __post_init__(self) -> None:
-        """Check both groups of settings, and let the recipe give what was not given."""
+        """Check both groups of settings, and fill in what the recipe gives."""
         DistillOptions.__post_init__(self)
         ValidationSettings.__post_init__(self)
 
@@ -63,38 +60,16 @@ def main(settings: DistillSettings) -> None:
     if settings.quiet:
         disable_progress_bar()
     folder, held_out = hold_out_split(open_pairs(settings.pairs, "train"), settings.hold_out)
-    features, aligned = open_features(settings, folder)
+    features = open_features(settings, folder)
     model, processor = load_student(settings.model)
-    if aligned is not None:
-        require_width(aligned.dims, model.config.projection_dim)
+    if "aligned" in features:
+        require_width(features["aligned"].dims, model.config.projection_dim)
     make_trainable(model, settings)
-    batches = training_batches(
-        settings.cache_frozen_towers,
-        folder,
-        model,
-        processor,
-        batch_size=settings.batch_size,
-        crop=settings.crop,
-        workers=settings.workers,
-        seed=settings.seed,
-        features=features,
-        aligned=aligned,
-        quiet=settings.quiet,
-    )
-    validation = validation_of(
-        settings,
-        settings.pairs,
-        processor,
-        held_out=held_out,
-        batch_size=settings.batch_size,
-        workers=settings.workers,
-        seed=settings.seed,
-        features=features,
-        aligned=aligned,
-    )
+    batches = training_batches(folder, model, processor, settings, features)
+    validation = validation_of(settings, settings.pairs, processor, held_out, features)
     teachers = teachers_of([settings.features, settings.aligned], settings.teachers)
     provenance = training_provenance("distill", folder, [settings.model], teachers)
-    objective = distill_objective(settings, model, folder.pairs, features, aligned)
+    objective = distill_objective(settings, model, folder.pairs, features)
 
     def write(path: Path) -> None:
         save_student(path, model, processor, provenance)
@@ -105,37 +80,32 @@ def main(settings: DistillSettings) -> None:
 
 
 def distill_objective(
-    settings: DistillSettings,
-    model: Any,
-    pairs: Sequence[Pair],
-    features: TeacherFeatures | None,
-    aligned: TeacherFeatures | None,
+    settings: DistillSettings, model: Any, pairs: Sequence[Pair], features: TeacherStores
 ) -> DistillObjective:
     """The losses that the settings name, with weights of teachers and heads for them.
 
     Raises:
-        ValueError: a teacher or modality that is not there, or heads without a standardizer that fits.
+        ValueError: an unknown teacher or modality, or heads without a standardizer that fits.
     """
-    stores = [store for store in (features, aligned) if store is not None]
-    teachers = list(dict.fromkeys(name for store in stores for name in store.names))
+    teachers = list(dict.fromkeys(name for store in features.values() for name in store.names))
     by_modality = any("/" in name for name in settings.teacher_weights)
     settings.require_known(teachers, sorted({pair.modality for pair in pairs}) if by_modality else [])
     heads, dispersions = None, {}
-    if settings.losses["heads"] and features is not None:
-        standardizer = None
+    if settings.losses["heads"]:
+        raw, standardizer = features["teachers"], None
         if settings.head_form == "standardized":
-            standardizer = open_standardizer(settings.standardizer, features.dims)
+            standardizer = open_standardizer(settings.standardizer, raw.dims)
         else:
-            dispersions = dispersions_of(features, pairs)
-        heads = TeacherHeads(model.config.projection_dim, features.dims, standardizer)
+            dispersions = dispersions_of(raw, pairs)
+        heads = TeacherHeads(model.config.projection_dim, raw.dims, standardizer)
     return DistillObjective(model, settings, seed=settings.seed, heads=heads, dispersions=dispersions)
 
 
 def open_standardizer(folder: Path | None, widths: dict[str, int]) -> PhiSAligner:
-    """What heads learn through.
+    """The aligner that standardizes the targets of heads.
 
     Raises:
-        ValueError: no folder, not a PHI-S aligner, or one that lacks a teacher or knows it in another width.
+        ValueError: no folder, not a PHI-S aligner, or one without a teacher or with another width of it.
     """
     if folder is None:
         raise ValueError(
@@ -165,18 +135,17 @@ def dispersions_of(features: TeacherFeatures, pairs: Sequence[Pair]) -> dict[str
     }
 
 
-def open_features(
-    settings: DistillSettings, folder: PairFolder
-) -> tuple[TeacherFeatures | None, TeacherFeatures | None]:
-    """Raw and aligned features, each only when a loss with a weight reads it.
+def open_features(settings: DistillSettings, folder: PairFolder) -> TeacherStores:
+    """Raw features as ``teachers`` and aligned ones as ``aligned``, each only when a loss with a weight reads it.
 
     Raises:
         ValueError: a loss needs features that were not given, or none of the pairs has any.
     """
-    return (
-        _open("features", settings.features, "raw", settings.reasons_for_raw(), settings, folder),
-        _open("aligned", settings.aligned, "aligned", settings.reasons_for_aligned(), settings, folder),
-    )
+    opened = {
+        "teachers": _open("features", settings.features, "raw", settings.reasons_for_raw(), settings, folder),
+        "aligned": _open("aligned", settings.aligned, "aligned", settings.reasons_for_aligned(), settings, folder),
+    }
+    return {key: store for key, store in opened.items() if store is not None}
 
 
 def _open(
@@ -185,7 +154,7 @@ def _open(
     if not reasons:
         return None
     if path is None:
-        off = "none" if reasons[0] == "false_negatives" else "0"
+        off = "null" if reasons[0] == "false_negatives" else "0"
         raise ValueError(f"--{reasons[0]} needs --{name} FOLDER; give it, or set --{reasons[0]} {off}")
     opened = TeacherFeatures.open(path, settings.teachers or None, kind)
     if not seen_pairs(opened, folder.pairs, f"--{name} {path}").any():

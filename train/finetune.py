@@ -1,8 +1,8 @@
 """Fine-tune any ``from_pretrained`` folder on pairs: by captions or by labels, with a small adapter or in full.
 
 Reads ``pairs/`` and a model folder. Writes a model folder with the adapter merged, which every other command and
-pipeline reads, and beside it ``adapter/``, a few megabytes for whoever has the base model; ``--merge false`` writes the
-adapter alone.
+pipeline reads, and beside it ``adapter/``, a few megabytes for users of the base model; ``--merge false`` writes only
+the adapter.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.encoders.weights import quiet_transformers
 from mmkd.student.folder import load_student, save_student, training_provenance, write_provenance
 from mmkd.student.trainable import ModelSettings, add_adapter, make_trainable
-from mmkd.training.batches import pair_batches
+from mmkd.training.batches import training_batches
+from mmkd.training.classification import PromptClassification
 from mmkd.training.loop import fit, start
-from mmkd.training.objectives import ContrastiveObjective, Objective, PromptClassification
-from mmkd.training.settings import LoopSettings
+from mmkd.training.objectives import ContrastiveObjective, Objective
+from mmkd.training.settings import BatchSettings, LoopSettings
 
 
 @dataclass(kw_only=True)
-class FinetuneSettings(LoopSettings, ModelSettings):
-    """Fine-tuning of a model folder on pairs."""
+class FinetuneSettings(LoopSettings, ModelSettings, BatchSettings):
+    """Fine-tune a model folder on pairs."""
 
     pairs: Path = setting(help="folder of pairs; the training split is used")
     model: str = setting(help="folder or Hub id of the model to start from")
     objective: Literal["contrastive", "classification"] = setting(
-        "contrastive", "learn from captions, or from labels described by the prompts of the evaluation"
+        "contrastive", "train on captions, or on labels described by the prompts of the evaluation"
     )
     method: Literal["lora", "dora", "full"] = setting("lora", "a low-rank adapter, or all weights")
-    rank: int = setting(8, "of the adapter")
+    rank: int = setting(8, "rank of the adapter")
     targets: Literal["attention", "all"] = setting(
-        "attention", "layers with an adapter: queries, values and projections, or every linear layer"
+        "attention", "layers that get an adapter: queries, values and projections, or every linear layer"
     )
-    train_logit_scale: bool = setting(False, "an adapter leaves the scale alone; true trains it, for the merged model")
+    train_logit_scale: bool = setting(False, "train logit_scale beside an adapter; needs --merge true")
     merge: bool = setting(True, "write the whole model with the adapter merged, and the adapter beside it")
-    crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
 
 
 def main(settings: FinetuneSettings) -> None:
     """Train and write the folder.
 
     Raises:
-        ValueError: settings that contradict each other, or pairs without the labels that are to be learned.
+        ValueError: settings that contradict each other, or pairs without labels for the objective classification.
     """
     accelerator = start(settings)
     check(settings)
@@ -67,14 +67,7 @@ def main(settings: FinetuneSettings) -> None:
     objective: Objective = ContrastiveObjective(model)
     if settings.objective == "classification":
         objective = PromptClassification(model, processor, pairs)
-    batches = pair_batches(
-        chosen,
-        processor,
-        batch_size=settings.batch_size,
-        crop=settings.crop,
-        workers=settings.workers,
-        seed=settings.seed,
-    )
+    batches = training_batches(chosen, model, processor, settings)
     provenance = training_provenance("finetune", chosen, [settings.model])
 
     def write(path: Path) -> None:
@@ -99,7 +92,7 @@ def check(settings: FinetuneSettings) -> None:
 
 
 def save_adapter(folder: Path, adapted: Any, processor: Any, provenance: dict[str, Any]) -> None:
-    """Write what ``PeftModel.from_pretrained`` reads, the processor and where the adapter comes from."""
+    """Write a folder for ``PeftModel.from_pretrained``, with the processor and the provenance of the adapter."""
     with quiet_transformers():
         adapted.save_pretrained(folder)
         processor.save_pretrained(folder)

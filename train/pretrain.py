@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -28,7 +27,7 @@ from modeling_mmkd import PRESETS
 
 @dataclass(kw_only=True)
 class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
-    """Contrastive pretraining of a student, or of a specialist teacher."""
+    """Train a student, or a specialist teacher, contrastively on pairs."""
 
     pairs: Path = setting(help="folder of pairs; the training split is used")
     model: str | None = setting(None, "folder or Hub id of a student to start from, instead of vision and text")
@@ -37,22 +36,20 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
     )
     vision: str = setting("packaged:efficientnet-lite0", "starting weights of the vision tower")
     text: str = setting("packaged:all-minilm-l6-v2", "starting weights of the text tower")
-    projection_dim: int = setting(512, "width of the common space")
-    image_size: int | None = setting(None, "side of the images in pixels, by default the vision tower's")
-    text_layers: int | None = setting(None, "keep only the first layers of the text tower")
-    vision_projection_hidden: int | None = setting(None, "hidden width of the image projection; none = one layer")
-    text_projection_hidden: int | None = setting(None, "hidden width of the text projection; none = mean of its ends")
+    projection_dim: int = setting(512, "width of the shared embedding space")
+    image_size: int | None = setting(None, "side of the images [pixels]; null takes the vision tower's")
+    text_layers: int | None = setting(None, "keep only the first layers of the text tower; null keeps all")
+    vision_projection_hidden: int | None = setting(None, "hidden width of the image projection; null is one layer")
+    text_projection_hidden: int | None = setting(
+        None, "hidden width of the text projection; null is the mean of its input and output widths"
+    )
     modalities: list[str] = setting(factory=list, help="keep only pairs of these modalities")
     labels: list[str] = setting(factory=list, help="keep only pairs of these labels")
     sources: list[str] = setting(factory=list, help="keep only pairs of these collections")
     part: str | None = setting(None, "keep one share of the groups, such as 1/3")
     gather_gradient: bool = setting(
         True,
-        "gradient through what other processes compare with; false as released: another model on several processes",
-    )
-    crop: Literal["random", "center"] = setting("random", "crop of training images: 90-100 % of the area, or none")
-    cache_frozen_towers: Path | None = setting(
-        None, "folder for the outputs of frozen towers, encoded once for all runs that name it; needs --crop center"
+        "gradient through the features of other processes; false as released: another model on several processes",
     )
 
 
@@ -68,26 +65,8 @@ def main(settings: PretrainSettings) -> None:
     model, processor = starting_student(resolved(settings))
     make_trainable(model, settings)
     chosen = PairFolder(folder.path, folder.image_root, pairs)
-    batches = training_batches(
-        settings.cache_frozen_towers,
-        chosen,
-        model,
-        processor,
-        batch_size=settings.batch_size,
-        crop=settings.crop,
-        workers=settings.workers,
-        seed=settings.seed,
-        quiet=settings.quiet,
-    )
-    validation = validation_of(
-        settings,
-        settings.pairs,
-        processor,
-        held_out=held_out,
-        batch_size=settings.batch_size,
-        workers=settings.workers,
-        seed=settings.seed,
-    )
+    batches = training_batches(chosen, model, processor, settings)
+    validation = validation_of(settings, settings.pairs, processor, held_out)
     objective = ContrastiveObjective(model, settings.gather_gradient)
     started_from = [settings.vision, settings.text]
     if settings.model is not None or settings.preset is not None:

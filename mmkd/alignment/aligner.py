@@ -1,4 +1,4 @@
-"""What every aligner is: a map from each teacher's feature space to another one, saved as two small files."""
+"""The interface of aligners: a map from each teacher's feature space to another one, saved as two small files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from mmkd.data.features.lookup import Modality
 from mmkd.files import atomic_write_bytes, write_json
-
-"""Per teacher: image `(n, width)`, text `(n, width)`, mask `(n,)` bool."""
 
 
 class Aligner(ABC):

@@ -1,7 +1,7 @@
-"""The paper's aligner: it learns to reconstruct every teacher's features through layers that teachers share.
+"""The paper's aligner: an autoencoder that reconstructs every teacher's features through layers shared by teachers.
 
-Reconstruction does not ask the spaces to agree: the authors' aligned targets of one sample are nearly orthogonal across
-teachers. It is kept for comparison with their recipe.
+Reconstruction does not require that the spaces agree: the authors' aligned targets of one sample are nearly orthogonal
+across teachers. It is kept for comparison with their recipe.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mmkd.alignment.aligner import Aligner
 from mmkd.data.features.lookup import MODALITIES, Modality
-from mmkd.distillation.losses import feature_squared
 from mmkd.training.objectives import Objective
 
 
@@ -100,12 +99,13 @@ class AlignObjective(Objective):
         return {"loss": parts["image"] + parts["text"], **parts}
 
 
-def reconstruction(restored: Tensor, original: Tensor, available: Tensor) -> Tensor:
-    """Mean squared error of an autoencoder's output: ``mean_i mean_d (x'_id - x_id)^2`` over available samples.
+def reconstruction(restored: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of an autoencoder's output: ``mean_i mean_d (x'_id - x_id)^2`` over samples with features.
 
     Args:
         restored: `(rows, width)` decoded features.
         original: `(rows, width)` features before noise.
-        available: `(rows,)` bool; a sample without features adds zero.
+        mask: `(rows,)` bool; a sample without features adds zero.
     """
-    return feature_squared(restored, original, available)
+    squared = (restored.float() - original.float()).square().mean(dim=1)
+    return (squared * mask).sum() / len(restored)

@@ -7,7 +7,7 @@ evenly, and one scale, does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -33,11 +33,11 @@ class PhiSAligner(Aligner):
         self.widths, self.dim, self._tensors = widths, 0, tensors
 
     @classmethod
-    def fit(cls, chunks: Callable[[], Iterable[Features]], widths: dict[str, int]) -> PhiSAligner:
-        """Find the maps from features streamed twice, on every process alike.
+    def fit(cls, chunks: Iterable[Features], widths: dict[str, int]) -> PhiSAligner:
+        """Find the maps from streamed features, the same on every process.
 
         Args:
-            chunks: returns an iterator over chunks of samples, each with every teacher in `widths`.
+            chunks: of samples, each with every teacher in `widths`.
             widths: the feature width of each teacher.
 
         Raises:

@@ -5,7 +5,7 @@ Angles between the samples of one teacher survive. Closed form, from streamed co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class ProcrustesAligner(Aligner):
     For teacher k, with mean m_k (one for images and one for texts, which takes the modality gap away), root mean
     square norm r_k, and P_k the first `dim` principal axes (zero padding when the teacher is narrower),
     ``z_ik = (x_ik - m_k) P_k / r_k``; the orthogonal ``Q_k``, shared by images and texts, minimize
-    ``sum_ik |z_ik Q_k - M_ik|^2``, with ``M_ik`` the mean of ``z_ij Q_j`` over the other teachers j that know sample i.
+    ``sum_ik |z_ik Q_k - M_ik|^2``, with ``M_ik`` the mean of ``z_ij Q_j`` over the other teachers j of sample i.
     Each update is the polar factor of ``sum_j C_kj Q_j``, where ``C_kj = sum_i z_ik^T z_ij / (teachers of i - 1)``.
     Source: Gower 1975; Ten Berge 1977.
     """
@@ -35,16 +35,16 @@ class ProcrustesAligner(Aligner):
     @classmethod
     def fit(
         cls,
-        chunks: Callable[[], Iterable[Features]],
+        chunks: Iterable[Features],
         widths: dict[str, int],
         dim: int,
         sweeps: int = 100,
         tolerance: float = 1e-9,
     ) -> ProcrustesAligner:
-        """Find the maps from features streamed twice, on every process alike.
+        """Find the maps from streamed features, the same on every process.
 
         Args:
-            chunks: returns an iterator over chunks of samples, each with every teacher in `widths`.
+            chunks: of samples, each with every teacher in `widths`.
             widths: the feature width of each teacher.
             dim: the width of the common space.
             sweeps: the most updates of each rotation.

@@ -1,6 +1,6 @@
-"""One small head per teacher: the student's embedding learns to predict what each teacher would have said.
+"""One small head per teacher: from the student's embedding it predicts that teacher's features.
 
-Heads shape the embedding without asking teachers to agree. They are learned with it and kept beside the model folder's
+Heads shape the embedding without requiring that teachers agree. They are trained with it and saved beside the model's
 weights as ``teacher_heads.safetensors``, which ``from_pretrained`` does not read: the model is the same without them,
 and with them the student emulates a teacher, in that teacher's own space.
 """
@@ -28,7 +28,7 @@ def standardized_error(predicted: Tensor, target: Tensor) -> Tensor:
     Source: Sariyildiz et al. 2024 (UNIC), on targets standardized as in Ranzinger et al. 2024 (PHI-S).
 
     Args:
-        predicted: `(rows, width)` what a head says.
+        predicted: `(rows, width)` output of a head.
         target: `(rows, width)` standardized teacher features.
 
     Returns:
@@ -40,12 +40,12 @@ def standardized_error(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def angular_error(predicted: Tensor, target: Tensor, dispersion: float) -> Tensor:
-    """``angle(y, t)^2 / dispersion^2`` for each row, so that no teacher counts more for pointing in many directions.
+    """``angle(y, t)^2 / dispersion^2`` for each row, so that a teacher of widely spread features does not dominate.
 
     Source: the balanced summary loss of C-RADIOv4 (Ranzinger et al. 2026).
 
     Args:
-        predicted: `(rows, width)` what a head says, of any norm.
+        predicted: `(rows, width)` output of a head, of any norm.
         target: `(rows, width)` raw teacher features, of any norm.
         dispersion: the teacher's `angular_dispersion`, in radians.
 
@@ -70,7 +70,7 @@ def angular_dispersion(features: Tensor) -> float:
 
 
 def mean_over_teachers(errors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-    """``mean_i (sum_k w_ik e_ik / sum_k w_ik)``; a row that no teacher knows adds zero.
+    """``mean_i (sum_k w_ik e_ik / sum_k w_ik)``; a row without a teacher adds zero.
 
     Args:
         errors: per teacher `(rows,)`.
@@ -100,7 +100,7 @@ class TeacherHeads(nn.Module):
         )
 
     def forward(self, name: str, embedding: Tensor, modality: Modality) -> Tensor:
-        """What a teacher's head says of student embeddings `(rows, dim)`: `(rows, width)`, standardized if targets are.
+        """Output of a teacher's head for embeddings `(rows, dim)`: `(rows, width)`, standardized if targets are.
 
         Raises:
             KeyError: there is no head of that teacher.
@@ -111,7 +111,7 @@ class TeacherHeads(nn.Module):
         return heads[number](embedding)
 
     def targets(self, name: str, features: Tensor, modality: Modality) -> Tensor:
-        """What the head should say: the teacher's features `(rows, width)`, standardized or as they are."""
+        """Target of a head: the teacher's features `(rows, width)`, standardized or raw."""
         if self.standardizer is None:
             return features
         return self.standardizer.transform(name, features, modality)
@@ -119,10 +119,10 @@ class TeacherHeads(nn.Module):
     @torch.no_grad()
     def emulate(self, name: str, embedding: Tensor, modality: Modality) -> Tensor:
         """The student in a teacher's own space: unit-norm `(rows, width)` from unit-norm embeddings `(rows, dim)`."""
-        said = self(name, embedding, modality)
+        predicted = self(name, embedding, modality)
         if self.standardizer is not None:
-            said = self.standardizer.restore(name, said, modality)
-        return F.normalize(said, dim=1)
+            predicted = self.standardizer.restore(name, predicted, modality)
+        return F.normalize(predicted, dim=1)
 
     def save(self, folder: Path) -> None:
         """Write the heads beside a model."""
@@ -152,6 +152,38 @@ class TeacherHeads(nn.Module):
         heads = cls(int(described["dim"]), widths, standardizer)
         heads.layers.load_state_dict(parts["layers"])
         return heads.eval()
+
+
+def heads_loss(
+    heads: TeacherHeads,
+    student: Mapping[Modality, Tensor],
+    teachers: Mapping[str, Mapping[str, Tensor]],
+    weights: Mapping[str, Tensor],
+    dispersions: Mapping[str, float],
+) -> Tensor:
+    """Mean over modalities, samples and their teachers of the error of each teacher's head.
+
+    Args:
+        heads: one for each teacher.
+        student: modality -> `(rows, dim)` unit-norm student features.
+        teachers: teacher -> modality -> `(rows, width)` raw features.
+        weights: per teacher `(rows,)`, at least 0.
+        dispersions: ``MODALITY/TEACHER`` to the angular dispersion where the error is `angular_error`; where none is
+            given, it is `standardized_error`.
+    """
+    total = student["image"].new_zeros(())
+    for modality in MODALITIES:
+        errors = {}
+        for name, teacher in teachers.items():
+            predicted = heads(name, student[modality], modality)
+            target = heads.targets(name, teacher[modality], modality)
+            dispersion = dispersions.get(f"{modality}/{name}")
+            if dispersion is None:
+                errors[name] = standardized_error(predicted, target)
+            else:
+                errors[name] = angular_error(predicted, target, dispersion)
+        total = total + mean_over_teachers(errors, weights) / 2
+    return total
 
 
 def _head(dim: int, width: int) -> nn.Sequential:

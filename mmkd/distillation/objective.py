@@ -1,14 +1,7 @@
-"""What is trained: a model, its losses and everything learnable about them in one module.
+"""The objective of stage 2: the student, its losses towards captions and teachers, and everything learnable about them.
 
-`forward(batch)` returns ``{"loss": ..., part: ...}``, so that wrapping the objective for several processes synchronizes
-every gradient, and an optimizer built from it cannot forget a learnable scale. It is two steps: `encode` maps each row
-by itself, so that a batch may be encoded in pieces and put together again, and `loss` compares the rows of all
-processes. A loss of weight zero is not computed, and what only it would read need not be in the batch.
-
-A batch holds what `mmkd.student.embed.embed` reads, ``index`` `(rows,)`, ``ids`` and, for distillation, ``teachers``
-(raw
-features) and ``aligned`` (features in the student's width), each ``{teacher: {"image": (rows, width), "text": (rows,
-width), "mask": (rows,) bool}}``; the loop adds ``epoch``.
+`DistillObjective.loss` returns ``{"loss": ..., part: ...}``, so that an optimizer built from the objective cannot miss
+a learnable scale. A loss of weight zero is not computed, and features that only it needs may be missing in the batch.
 """
 
 from __future__ import annotations
@@ -21,14 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.data.features.lookup import MODALITIES
-from mmkd.distillation import losses
-from mmkd.distillation.heads import TeacherHeads, angular_error, mean_over_teachers, standardized_error
-from mmkd.distillation.losses import affinity, relational
+from mmkd.distillation.heads import TeacherHeads, heads_loss
+from mmkd.distillation.losses import (
+    PAPER_INTERACTIVE_SCALE,
+    affinity,
+    feature_cosine,
+    feature_squared,
+    interactive,
+    relational,
+)
 from mmkd.distillation.options import ALIGNED_LOSSES, DistillOptions
-from mmkd.distillation.targets import TeacherViews, Weights, combined_target, drawn_teacher, teacher_weights
+from mmkd.distillation.targets import TeacherSimilarities, TeacherWeights, combined_target, teacher_weights
+from mmkd.distillation.weighting import sample_teacher
 from mmkd.distributed import gather
 from mmkd.student.embed import embed
-from mmkd.training.objectives import Embeddings, Objective, _task_loss, gathered
+from mmkd.training.objectives import Embeddings, Objective, gathered, task_loss
 
 
 class DistillObjective(Objective):
@@ -41,7 +41,7 @@ class DistillObjective(Objective):
     - feature: the student's features against a target made of the aligned features of the sample's teachers,
     - interactive: the student's features against those targets of the whole batch, across modalities,
     - relational: the student's neighbours within a modality against those of every teacher, from raw features,
-    - heads: what a head for each teacher makes of the student's features against that teacher's raw features.
+    - heads: the output of a head for each teacher against that teacher's raw features.
     """
 
     def __init__(
@@ -82,82 +82,78 @@ class DistillObjective(Objective):
 
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` and every part that has a weight, unweighted."""
-        student = gathered(embeddings)
+        student, options = gathered(embeddings), self.options
+        teachers = None
+        if options.reasons_for_raw():
+            teachers = TeacherSimilarities(batch, student.row_offset, options)
+        weights = teacher_weights(batch, options, self.seed, teachers, self.training)
         parts: dict[str, Tensor] = {}
-        raw = TeacherViews(batch, student.row_offset, self.options) if self.options.reasons_for_raw() else None
-        counted = teacher_weights(batch, self.options, self.seed, raw, self.training)
         if self.weights["task"]:
-            excluded = None if raw is None else raw.false_negatives()
-            parts["task"] = _task_loss(student, self.model, excluded)
+            mask = None if teachers is None else teachers.negatives_mask()
+            parts["task"] = task_loss(student, self.model, mask)
         if any(self.weights[name] for name in ALIGNED_LOSSES):
-            parts |= self._aligned_losses(student, batch["aligned"], counted, batch)
-        if raw is not None:
-            parts |= self._raw_losses(student, raw, counted, batch)
+            parts |= self._aligned_losses(student, batch["aligned"], weights, batch)
+        if teachers is not None:
+            parts |= self._raw_losses(student, teachers, weights, batch)
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return {"loss": total, **parts}
 
     def _aligned_losses(
-        self, student: Embeddings, aligned: Mapping[str, Any], counted: Weights, batch: Mapping[str, Any]
+        self, student: Embeddings, aligned: Mapping[str, Any], weights: TeacherWeights, batch: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        names, form, options = sorted(aligned), self.options.target, self.options
-        weights = torch.stack([counted[name] for name in names], dim=1)
-        if form == "random":
-            weights = drawn_teacher(weights > 0, self.seed, batch["epoch"], batch["index"]).float()
-        unit, known = options.target_norm == "unit", weights.sum(dim=1) > 0
+        names, options = sorted(aligned), self.options
+        share = torch.stack([weights[name] for name in names], dim=1)
+        if options.target == "random":
+            share = sample_teacher(share > 0, self.seed, batch["epoch"], batch["index"]).float()
+        form = "leave_one_out" if options.target == "leave_one_out" else "mean"
         image, text = (
             combined_target(
                 torch.stack([aligned[name][modality].float() for name in names], dim=1),
-                weights,
-                "leave_one_out" if form == "leave_one_out" else "mean",
-                unit,
+                share,
+                form,
+                options.target_norm == "unit",
             )
             for modality in MODALITIES
         )
+        mask = share.sum(dim=1) > 0
         parts = {}
         if self.weights["feature"]:
-            error = losses.feature_cosine if options.feature_form == "cosine" else losses.feature_squared
-            parts["feature"] = error(student.image, image, known) + error(student.text, text, known)
+            error = feature_cosine if options.feature_form == "cosine" else feature_squared
+            parts["feature"] = error(student.image, image, mask) + error(student.text, text, mask)
         if self.weights["interactive"]:
             learned = self.interactive_logit_scale
-            scale = losses.PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
-            columns = gather(image), gather(text), gather(known)
-            parts["interactive"] = losses.interactive(student.image, student.text, *columns, scale, student.row_offset)
+            scale = PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
+            columns = gather(image), gather(text), gather(mask)
+            offset, chunk = student.row_offset, student.chunk
+            parts["interactive"] = interactive(student.image, student.text, *columns, scale, offset, chunk)
         return parts
 
     def _raw_losses(
-        self, student: Embeddings, raw: TeacherViews, counted: Weights, batch: Mapping[str, Any]
+        self,
+        student: Embeddings,
+        teachers: TeacherSimilarities,
+        weights: TeacherWeights,
+        batch: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         parts = {}
         image, text, all_images, all_texts, row_offset = student
         if self.weights["affinity"]:
             own = self.affinity_logit_scale
             scale = (self.model.get_parameter("logit_scale") if own is None else own).float().exp()
-            views = raw.across("image", counted), raw.across("text", counted)
-            parts["affinity"] = affinity(image, text, all_images, all_texts, *views, scale)
+            both = teachers.across("image", weights), teachers.across("text", weights)
+            parts["affinity"] = affinity(image, text, all_images, all_texts, *both, scale, student.chunk)
         if self.weights["relational"]:
-            fixed, every_seen = self.options.relational_scale, self.options.relational_teachers == "all"
-            if every_seen:
-                counted_here = teacher_weights(batch, self.options, self.seed, raw, self.training, every_seen)
-            else:
-                counted_here = counted
-            of_images = relational(image, all_images, raw.within("image", counted_here, every_seen), fixed, row_offset)
-            of_texts = relational(text, all_texts, raw.within("text", counted_here, every_seen), fixed, row_offset)
+            unscreened, fixed = self.options.relational_teachers == "all", self.options.relational_scale
+            counting = weights
+            if unscreened:
+                counting = teacher_weights(batch, self.options, self.seed, teachers, self.training, unscreened)
+            images = teachers.within("image", counting, unscreened)
+            texts = teachers.within("text", counting, unscreened)
+            of_images = relational(image, all_images, images, fixed, row_offset, student.chunk)
+            of_texts = relational(text, all_texts, texts, fixed, row_offset, student.chunk)
             parts["relational"] = (of_images + of_texts) / 2
         if self.weights["heads"]:
-            parts["heads"] = self._heads_loss({"image": image, "text": text}, raw.teachers, counted)
+            assert self.heads is not None
+            own_features = {"image": image, "text": text}
+            parts["heads"] = heads_loss(self.heads, own_features, teachers.teachers, weights, self.dispersions)
         return parts
-
-    def _heads_loss(self, student: Mapping[str, Tensor], teachers: Mapping[str, Any], counted: Weights) -> Tensor:
-        assert self.heads is not None
-        total = student["image"].new_zeros(())
-        for modality in MODALITIES:
-            errors = {}
-            for name, teacher in teachers.items():
-                said = self.heads(name, student[modality], modality)
-                target = self.heads.targets(name, teacher[modality], modality)
-                dispersion = self.dispersions.get(f"{modality}/{name}")
-                errors[name] = (
-                    standardized_error(said, target) if dispersion is None else angular_error(said, target, dispersion)
-                )
-            total = total + mean_over_teachers(errors, counted) / 2
-        return total

@@ -1,4 +1,4 @@
-"""Batches of pairs for training: the same pairs in the same order, cropped the same way, on any number of processes.
+"""Pairs for training: the same pairs in the same order, cropped the same way, on any number of processes.
 
 The order of an epoch is a permutation that depends on the seed and the epoch; a global batch is a run of it, and each
 process takes its slice of that run. A crop depends on the seed, the epoch and the index of the pair. Nothing depends on
@@ -7,7 +7,7 @@ how many workers or processes share the work, so that two half batches train the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,10 @@ from mmkd.data.folder import PairFolder
 from mmkd.data.images import open_image
 from mmkd.data.pixels import DRAFT_FACTOR, random_crop, read_pixels, to_tensor
 from mmkd.student.embed import PixelStatistics
+
+
+TeacherStores = Mapping[str, TeacherFeatures]
+"""Teacher features by their key in a batch: ``teachers`` (raw) and ``aligned`` (in the student's width)."""
 
 
 class PairDataset(Dataset):
@@ -46,10 +50,10 @@ class PairDataset(Dataset):
         self.image_size = image_size
         self.crop = crop
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that outlive an epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other random crops."""
+        """Choose the random crops of an epoch."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -118,7 +122,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take another order."""
+        """Choose the order of an epoch."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -135,25 +139,18 @@ class GlobalBatchSampler(Sampler[list[int]]):
 class Collate:
     """Items of a `PairDataset` as one batch, with teacher features when there are any."""
 
-    def __init__(
-        self,
-        processor: Any,
-        context: int,
-        features: TeacherFeatures | None = None,
-        aligned: TeacherFeatures | None = None,
-    ) -> None:
+    def __init__(self, processor: Any, context: int, features: TeacherStores | None = None) -> None:
         """Take mean, standard deviation and tokenizer from the model's processor.
 
         Args:
             processor: an ``MMKDClipProcessor``: its ``image_processor`` has mean and standard deviation, and calling it
                 with ``text`` cleans and tokenizes.
-            context: longest number of tokens; more are cut off.
-            features: teacher features in their own spaces, looked up by pair id.
-            aligned: the same in the common space.
+            context: maximum number of tokens; the rest is cut off.
+            features: looked up by pair id and added to each batch.
         """
         self.processor = processor
         self.context = context
-        self.features = {"teachers": features, "aligned": aligned}
+        self.features = dict(features or {})
         images = processor.image_processor
         self.pixel_statistics = PixelStatistics(tuple(images.image_mean), tuple(images.image_std))
 
@@ -163,7 +160,7 @@ class Collate:
         Returns:
             ``pixel_values`` (B, 3, size, size) uint8 and ``pixel_statistics``, their mean and standard deviation;
             ``input_ids`` and ``attention_mask`` (B, longest) and ``text_lengths``, tokens of each row; ``index`` (B,);
-            ``ids`` and ``modality``, lists; and as far as given ``teachers`` and ``aligned``, see `available_features`.
+            ``ids`` and ``modality``, lists; and the features by their keys, see `available_features`.
         """
         texts = self.processor(
             text=[item["caption"] for item in items],
@@ -185,10 +182,8 @@ class Collate:
             "ids": [item["id"] for item in items],
             "modality": [item["modality"] for item in items],
         }
-        for key, features in self.features.items():
-            if features is not None:
-                batch[key] = available_features(features, batch["ids"], [item["teachers"] for item in items])
-        return batch
+        teachers = [item["teachers"] for item in items]
+        return batch | {key: available_features(store, batch["ids"], teachers) for key, store in self.features.items()}
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

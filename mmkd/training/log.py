@@ -1,9 +1,9 @@
-"""What a step leaves behind: a line in ``log.jsonl``, the same numbers for the trackers, a few on the console's bar.
+"""The log of a run: a line per step in ``log.jsonl``, the same numbers for the trackers, a few on the progress bar.
 
-Beside losses by name a line says how fast the step was: pairs and tokens of captions a second over all processes
-(padding does not count), the share of tokens that was not padding, the share of time spent waiting for data, the share
-of the device's peak (MFU, by the formula of `mmkd.student.flops`), memory, and from which teachers the pairs could
-learn.
+Beside losses by name a line has the speed of the step: pairs and tokens of captions per second over all processes
+(without padding), the share of tokens that was not padding, the share of time spent waiting for data, the share of the
+device's peak (MFU, by the formula of `mmkd.student.flops`), memory, and each teacher's share of the pairs. On request a
+few steps are recorded with torch's profiler.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mmkd.command.settings import resolved
 from mmkd.distributed import gather_lists, rank, world_size
 from mmkd.student.embed import padding_free_share
 from mmkd.student.flops import StepCost, peak_flops, step_cost
+from mmkd.training.checkpoints import Progress
 from mmkd.training.run_folder import LOG_FILE, RunFolder
 from mmkd.training.settings import LoopSettings
 from mmkd.training.tracking import CURVE_FILE, draw_losses, plain_settings, tracker_options, write_environment
@@ -32,6 +33,9 @@ from mmkd.training.tracking import CURVE_FILE, draw_losses, plain_settings, trac
 logger = logging.getLogger(__name__)
 
 TEACHER_KEYS = ("aligned", "teachers")
+PROFILE_FOLDER = "profile"
+UNPROFILED_STEPS = 2  # the first ones start workers, allocate and compile
+TABLE_ROWS = 40
 
 
 class StepLog:
@@ -40,7 +44,7 @@ class StepLog:
     def __init__(
         self, folder: RunFolder, settings: LoopSettings, model: nn.Module | None = None, accelerator: Any = None
     ) -> None:
-        """Choose what to measure against and where to write.
+        """Choose peak and cost to measure against, and where to write.
 
         Args:
             folder: its ``log.jsonl`` gets the lines.
@@ -53,7 +57,7 @@ class StepLog:
         self.peak_flops = settings.peak_tflops * 1e12 if settings.peak_tflops is not None else None
         if self.peak_flops is None and torch.cuda.is_available():
             self.peak_flops = peak_flops(torch.cuda.get_device_name(), settings.precision)
-        self.shown = ""
+        self.shown, self.hidden = "", settings.quiet or rank() > 0
 
     def begin(self, step: int) -> None:
         """Write ``environment.json`` with the formula of the cost, and start the trackers at `step`."""
@@ -76,7 +80,7 @@ class StepLog:
             draw_losses(self.folder.path / LOG_FILE, self.folder.path / CURVE_FILE)
 
     def write(self, line: Mapping[str, Any], batch: Mapping[str, Any], *, waited: float, seconds: float) -> None:
-        """Add what the step cost and write the line.
+        """Add speed and memory of the step and write the line.
 
         Args:
             line: ``step``, ``epoch``, losses and rates; numbers that are not finite become null.
@@ -91,8 +95,8 @@ class StepLog:
         self.folder.log(whole)
         self.shown = _shown(whole)
         if self.accelerator is not None:
-            known = {name: value for name, value in whole.items() if value is not None and name != "step"}
-            self.accelerator.log(known, step=int(line["step"]))
+            numbers = {name: value for name, value in whole.items() if value is not None and name != "step"}
+            self.accelerator.log(numbers, step=int(line["step"]))
 
     def _speed(self, batch: Mapping[str, Any], waited: float, seconds: float) -> dict[str, float]:
         processes = world_size()
@@ -121,14 +125,29 @@ def timed(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], f
         yield batch, time.perf_counter() - began, began
 
 
-def not_finite(line: Mapping[str, Any], ids: list[str]) -> str:
-    """What is known of a step that cannot be taken; every process must ask."""
-    shown = ", ".join(f"{name} {value:g}" for name, value in line.items())
-    return f"not finite: {shown}; the pairs of this step: {', '.join(gather_lists(ids))}"
+def report_skipped(line: dict[str, Any], ids: list[str], progress: Progress, allowed: int) -> None:
+    """Add ``skipped`` to the line of a step that was not finite, and warn; called by every process.
+
+    Args:
+        line: ``step``, losses and rates.
+        ids: this process' pairs.
+        progress: with this step counted.
+        allowed: consecutive skipped steps, with the last of which the run ends.
+
+    Raises:
+        ValueError: that many steps in a row were not finite; the message names the pairs.
+    """
+    line["skipped"] = progress.skipped
+    values = ", ".join(f"{name} {value:g}" for name, value in line.items())
+    message = f"not finite: {values}; the pairs of this step: {', '.join(gather_lists(ids))}"
+    if progress.skipped_in_a_row >= allowed:
+        raise ValueError(f"{message}. Lower --learning_rate, or check these pairs; the last checkpoint stays")
+    if rank() == 0:
+        logger.warning("step skipped, %s", message)
 
 
 def teacher_use(batch: Mapping[str, Any]) -> dict[str, float]:
-    """Each teacher's share of what the rows learn from, a row's available teachers counting equally.
+    """Each teacher's share of the rows, a row's available teachers counting equally.
 
     Returns:
         ``teacher_use/NAME``; together 1 where every row has a teacher; nothing for a batch without teachers.
@@ -143,7 +162,7 @@ def teacher_use(batch: Mapping[str, Any]) -> dict[str, float]:
 
 
 def memory_gb() -> float:
-    """The most memory taken so far, in 10^9 bytes: of this process' GPU, without one of the process itself."""
+    """Peak memory so far, in 10^9 bytes: of this process' GPU, or without one of the process itself."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -151,7 +170,7 @@ def memory_gb() -> float:
 
 
 def _shown(line: Mapping[str, Any]) -> str:
-    """What the progress bar says of a line."""
+    """A line for the progress bar."""
     parts = [f"loss {line['loss']:.4f}" if line.get("loss") is not None else "loss not finite"]
     parts.append(f"{line['samples_per_second']:.4g} pairs/s")
     parts += [f"{line['mfu']:.1%} of peak"] if "mfu" in line else []
@@ -162,29 +181,19 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# Section: A few steps under torch's profiler, for whoever asks where the time goes.
-
-
-PROFILE_FOLDER = "profile"
-
-SKIPPED_STEPS = 2  # the first ones start workers, allocate and compile
-
-TABLE_ROWS = 40
-
-
 @contextmanager
 def profiled_steps(folder: Path, steps: int | None) -> Iterator[Callable[[], None]]:
-    """Record some steps of the first process, after the first two.
+    """Record some steps of the first process with torch's profiler, after the first two.
 
-    ``folder/profile`` gets ``trace.json``, which a browser's ``chrome://tracing`` or Perfetto shows, and
-    ``operators.txt``, the dearest operators.
+    ``folder/profile`` gets ``trace.json``, for ``chrome://tracing`` or Perfetto, and ``operators.txt``, the most
+    expensive operators.
 
     Args:
         folder: the run's.
         steps: how many to record; None for none.
 
     Yields:
-        What to call after each step.
+        A function to call after each step.
     """
     if steps is None or rank() > 0:
         yield lambda: None
@@ -192,7 +201,7 @@ def profiled_steps(folder: Path, steps: int | None) -> Iterator[Callable[[], Non
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    schedule = torch.profiler.schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=steps, repeat=1)
+    schedule = torch.profiler.schedule(wait=UNPROFILED_STEPS - 1, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(
         activities=activities,
         schedule=schedule,

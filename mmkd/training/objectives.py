@@ -1,28 +1,36 @@
-"""Classification by sentences as a training objective: what zero-shot classification does, made to learn.
+"""What is trained: a model and its loss in one module, so that wrappers for several processes see every parameter.
 
-The model stays a dual encoder without a new head: a class is the unit mean of its unit prompt vectors, as in the
-evaluation, so that a fine-tuned folder is used like any other.
+An objective is two steps: `Objective.encode` maps each row of a batch by itself, and `Objective.loss` compares the rows
+of all processes. A batch holds what `mmkd.student.embed.embed` reads, ``index`` `(rows,)`, ``ids`` and, for
+distillation, ``teachers`` (raw features) and ``aligned`` (features of the student's width), each ``{teacher: {"image":
+(rows, width), "text": (rows, width), "mask": (rows,) bool}}``; the loop adds ``epoch``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.data.prompts import label_prompts
-from mmkd.data.table import Pair
 from mmkd.distributed import gather, rank, world_size
-from mmkd.student.embed import embed, normalized_pixels
-from mmkd.training.chunked_softmax import Block, softmax_cross_entropy
+from mmkd.student.embed import embed
+from mmkd.training.chunked_loss import rows_at_once, sum_over_rows
+
+MASKED = -1e30  # a logit whose exponential is zero, finite so that zero times it is zero
+
+
+class RowMask(Protocol):
+    """A bool matrix `(rows, columns)` that is read by slices of rows: a tensor, or one computed when it is read."""
+
+    def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
 class Embeddings(NamedTuple):
-    """Unit-norm features of this process' rows and of all processes."""
+    """Unit-norm features of this process' rows, `(rows, dim)`, and of all processes, `(columns, dim)`."""
 
     image: Tensor
     text: Tensor
@@ -30,9 +38,51 @@ class Embeddings(NamedTuple):
     all_texts: Tensor
     row_offset: int
 
+    @property
+    def chunk(self) -> int | None:
+        """Rows at a time where the matrix of similarities is too large for the device."""
+        return rows_at_once(len(self.image), len(self.all_images), self.image.device)
+
+
+def contrastive(
+    image: Tensor,
+    text: Tensor,
+    all_images: Tensor,
+    all_texts: Tensor,
+    scale: Tensor | float,
+    row_offset: int = 0,
+    mask: RowMask | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Symmetric InfoNCE: ``1/2 [CE(scale * I T^T) + CE(scale * T I^T)]`` with the own pair as the class.
+
+    Source: Radford et al. 2021 (CLIP); the paper's task loss.
+
+    Args:
+        image: `(rows, dim)` unit-norm image features.
+        text: `(rows, dim)` unit-norm text features.
+        all_images: `(columns, dim)` unit-norm image features of all processes.
+        all_texts: `(columns, dim)` unit-norm text features of all processes.
+        scale: ``exp(logit_scale)``.
+        row_offset: column of the first row.
+        mask: `(rows, columns)` bool, False where a column is excluded from the negatives; True for the own column.
+        chunk: rows at a time, None for all.
+    """
+    own = torch.arange(len(image), device=image.device) + row_offset
+
+    def cross_entropy(rows: Tensor, columns: Tensor, scale: Tensor, part: slice) -> Tensor:
+        logits = scale * (rows @ columns.T)
+        if mask is not None:
+            logits = logits.masked_fill(~mask[part], MASKED)
+        return F.cross_entropy(logits, own[part], reduction="sum")
+
+    to_texts = sum_over_rows(cross_entropy, image, all_texts, scale, chunk)
+    to_images = sum_over_rows(cross_entropy, text, all_images, scale, chunk)
+    return (to_texts + to_images) / (2 * len(image))
+
 
 class Objective(nn.Module, ABC):
-    """What is trained: `encode` works row by row, `loss` on the batch of all processes."""
+    """A model with its loss."""
 
     @abstractmethod
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -40,11 +90,46 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``loss`` and its parts, scalars, from what `encode` gave for every row of the batch."""
+        """``loss`` and its parts, scalars, from the output of `encode` for every row of the batch."""
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss(encode(batch), batch)``."""
         return self.loss(self.encode(batch), batch)
+
+
+class ObjectiveWrapper(nn.Module):
+    """An objective whose every use is a call of `forward`.
+
+    Wrappers for several processes act at that call: DDP synchronizes the gradients of what ran through it and of
+    nothing else, FSDP2 gathers the sharded weights there. A loss that bypasses the wrapper
+    (``ddp.module.objective.encode(...)``) silently trains unsynchronized copies.
+    """
+
+    def __init__(self, objective: Objective, device: str, precision: Literal["fp32", "bf16"]) -> None:
+        """Wrap `objective`, whose model runs in `precision` on a `device` such as ``cuda``; losses are fp32."""
+        super().__init__()
+        self.objective = objective
+        self._device, self._is_bf16 = device, precision == "bf16"
+        names = {name for module in objective.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+        present = {type(module).__name__ for module in objective.modules()}
+        self._no_split_modules = sorted(names & present)  # the layers that FSDP2 gathers one by one
+
+    def forward(self, use: Callable[..., Any], *inputs: Any) -> Any:
+        """``use(self, *inputs)``, such as ``wrapper(ObjectiveWrapper.loss_of_batch, batch)``."""
+        return use(self, *inputs)
+
+    def loss_of_batch(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``loss`` and its parts of a whole batch."""
+        return self.loss(self.encode(batch), batch)
+
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`Objective.encode` in the chosen precision."""
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._is_bf16):
+            return self.objective.encode(batch)
+
+    def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`Objective.loss`."""
+        return self.objective.loss(embeddings, batch)
 
 
 class ContrastiveObjective(Objective):
@@ -55,7 +140,7 @@ class ContrastiveObjective(Objective):
 
         Args:
             model: its output has ``image_embeds`` and ``text_embeds``, and it has a ``logit_scale``.
-            gather_gradient: False to take what other processes compare with for constants, as the authors' stage 1 does
+            gather_gradient: False to treat the features of other processes as constants, as the authors' stage 1 does
                 (open_clip's ``local_loss`` without ``gather_with_grad``): on several processes about half the gradient.
         """
         super().__init__()
@@ -70,7 +155,7 @@ class ContrastiveObjective(Objective):
         student = gathered(embeddings)
         if not self.gather_gradient and world_size() > 1:
             student = student._replace(all_images=student.all_images.detach(), all_texts=student.all_texts.detach())
-        task = _task_loss(student, self.model)
+        task = task_loss(student, self.model)
         return {"loss": task, "task": task}
 
 
@@ -80,98 +165,8 @@ def gathered(embeddings: Mapping[str, Tensor]) -> Embeddings:
     return Embeddings(image, text, gather(image), gather(text), rank() * len(image))
 
 
-def _task_loss(student: Embeddings, model: nn.Module, excluded: Block | None = None) -> Tensor:
+def task_loss(student: Embeddings, model: nn.Module, mask: RowMask | None = None) -> Tensor:
+    """`contrastive` at the model's own ``logit_scale``."""
     image, text, all_images, all_texts, row_offset = student
     scale = model.get_parameter("logit_scale").float().exp()
-    return contrastive(image, text, all_images, all_texts, scale, row_offset, excluded)
-
-
-def contrastive(
-    image: Tensor,
-    text: Tensor,
-    all_images: Tensor,
-    all_texts: Tensor,
-    scale: Tensor | float,
-    row_offset: int = 0,
-    excluded: Block | None = None,
-) -> Tensor:
-    """Symmetric InfoNCE: ``1/2 [CE(scale * I T^T) + CE(scale * T I^T)]`` with the own pair as the class.
-
-    Source: Radford et al. 2021 (CLIP); the paper's task loss.
-
-    Args:
-        image: `(rows, dim)` unit-norm image features.
-        text: `(rows, dim)` unit-norm text features.
-        all_images: `(columns, dim)` unit-norm image features of all processes.
-        all_texts: `(columns, dim)` unit-norm text features of all processes.
-        scale: ``exp(logit_scale)``.
-        row_offset: column of the first row.
-        excluded: blocks of bool `(some rows, columns)`, True where a column is no negative; never the own one.
-    """
-    target = torch.arange(len(image), device=image.device) + row_offset
-    to_texts = softmax_cross_entropy(image, all_texts, scale, target, excluded)
-    to_images = softmax_cross_entropy(text, all_images, scale, target, excluded)
-    return (to_texts + to_images) / (2 * len(image))
-
-
-# Section: Classification by sentences as a training objective: what zero-shot classification does, made to learn.
-#
-# The model stays a dual encoder without a new head: a class is the unit mean of its unit prompt vectors, as in the
-# evaluation, so that a fine-tuned folder is used like any other.
-
-
-class PromptClassification(Objective):
-    """Cross-entropy of ``exp(logit_scale) cos(image, class)`` with the pairs' labels.
-
-    Example:
-        >>> objective = PromptClassification(model, processor, pairs)
-        >>> objective(batch)["loss"].backward()
-    """
-
-    def __init__(self, model: nn.Module, processor: Any, pairs: Sequence[Pair]) -> None:
-        """Describe the labels of the pairs.
-
-        Args:
-            model: gives ``image_embeds`` and ``text_embeds``, and has a ``logit_scale``.
-            processor: tokenizes the prompts.
-            pairs: in the order that a batch's ``index`` counts in; each has a label.
-
-        Raises:
-            ValueError: a pair without a label, or fewer than two labels.
-        """
-        super().__init__()
-        self.labels = sorted({pair.label for pair in pairs})
-        if "" in self.labels or len(self.labels) < 2:
-            raise ValueError(
-                f"classification needs at least two labels, and one for each pair; the labels are {self.labels[:9]}"
-            )
-        self.model = model
-        seen = sorted({(pair.label, pair.modality) for pair in pairs})
-        prompts = [(self.labels.index(label), text) for label, name in seen for text in label_prompts(label, name)]
-        tokens = processor(text=[text for _, text in prompts], return_tensors="pt")
-        numbers = torch.tensor([self.labels.index(pair.label) for pair in pairs])
-        membership = F.one_hot(torch.tensor([number for number, _ in prompts]), len(self.labels)).T.float()
-        for name, value in (
-            ("prompt_ids", tokens["input_ids"]),
-            ("prompt_mask", tokens["attention_mask"]),
-            ("numbers", numbers),
-            ("membership", membership / membership.sum(dim=1, keepdim=True)),
-        ):
-            self.register_buffer(name, value, persistent=False)
-
-    def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Unit-norm ``image`` features, `(rows, dim)`."""
-        pixels = batch["pixel_values"]
-        if "pixel_statistics" in batch:
-            pixels = normalized_pixels(pixels, batch["pixel_statistics"])
-        output = self.model(pixel_values=pixels)
-        return {"image": F.normalize(output.image_embeds.float(), dim=1)}
-
-    def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``loss`` and ``classification``, which are the same, the mean over this process' rows."""
-        output = self.model(input_ids=self.get_buffer("prompt_ids"), attention_mask=self.get_buffer("prompt_mask"))
-        prompts = F.normalize(output.text_embeds.float(), dim=1)
-        classes = F.normalize(self.get_buffer("membership") @ prompts, dim=1)
-        scale = self.model.get_parameter("logit_scale").float().exp()
-        loss = F.cross_entropy(scale * embeddings["image"] @ classes.T, self.get_buffer("numbers")[batch["index"]])
-        return {"loss": loss, "classification": loss}
+    return contrastive(image, text, all_images, all_texts, scale, row_offset, mask, student.chunk)

@@ -1,15 +1,16 @@
-"""Which weights learn how fast: the schedule, AdamW's groups, the bounds of scales and the average of weights."""
+"""The learning rate schedule, AdamW with its parameter groups, the bounds of scales, the moving average of weights."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmkd.distributed import assign, is_spread, whole
+from mmkd.distributed import whole
 from mmkd.student.trainable import layers_of, require_part
 from mmkd.training.settings import LoopSettings
 
@@ -25,12 +26,12 @@ def learning_rate(step: int, total: int, settings: LoopSettings) -> float:
 
 
 def build_optimizer(objective: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.98, 1e-6) over what learns; no decay on vectors and scalars: biases, norms, scales.
+    """AdamW (0.9, 0.98, 1e-6) over trainable weights; no weight decay on vectors and scalars: biases, norms, scales.
 
     Each group has a ``factor`` that its learning rate is multiplied by, see `rate_factors`.
 
     Raises:
-        ValueError: a factor for a part that the model does not have; the message names those it has.
+        ValueError: a factor for a module that the model does not have; the message names those it has.
     """
     factors = rate_factors(objective, settings.learning_rate_factors, settings.layer_decay)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -55,12 +56,12 @@ def rate_factors(objective: nn.Module, factors: Mapping[str, float], layer_decay
 
     Args:
         objective: with the model as ``model``, if it has one.
-        factors: for parts of the model, named as in `mmkd.student.trainable.freeze`; the longest name that fits counts.
-        layer_decay: in a tower of L layers, layer k (from 0) has ``layer_decay ** (L - 1 - k)`` and what comes before
+        factors: for modules of the model, named as in `mmkd.student.trainable.freeze`; the longest fitting name wins.
+        layer_decay: in a tower of L layers, layer k (from 0) has ``layer_decay ** (L - 1 - k)`` and everything before
             the layers ``layer_decay ** L``. Source: Howard and Ruder 2018 (ULMFiT), as used for BEiT.
 
     Raises:
-        ValueError: a part that the model does not have.
+        ValueError: a module that the model does not have.
     """
     prefix, model = next(((f"{n}.", m) for n, m in objective.named_children() if n == "model"), ("", objective))
     for part in factors:
@@ -79,10 +80,7 @@ def clamp_scales(scales: Iterable[Tensor]) -> None:
     """Keep scales within [0, ln 100], as CLIP does."""
     with torch.no_grad():
         for scale in scales:
-            if is_spread(scale):
-                assign(scale, whole(scale).clamp(*LOGIT_SCALE_RANGE))
-            else:
-                scale.clamp_(*LOGIT_SCALE_RANGE)
+            scale.clamp_(*LOGIT_SCALE_RANGE)
 
 
 def scale_values(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,33 +89,49 @@ def scale_values(scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class WeightAverage:
-    """Exponential moving average of what learns: ``a <- decay * a + (1 - decay) * w`` after each step.
+    """Exponential moving average of the trainable weights: ``a <- decay * a + (1 - decay) * w`` after each step.
 
-    The first steps count in full (``decay`` is at most ``(1 + step) / (10 + step)``), so that the average soon forgets
-    where the weights began.
+    The decay is at most ``(1 + step) / (10 + step)``, so that the average soon forgets the starting weights.
     """
 
-    def __init__(self, objective: nn.Module, decay: float) -> None:
-        """Start from the weights as they are; shards stay shards."""
+    def __init__(self, objective: nn.Module, decay: float | None) -> None:
+        """Start from the current weights; shards stay shards. A decay of None averages nothing."""
         self.decay = decay
-        self.weights = {n: p.detach().clone() for n, p in objective.named_parameters() if p.requires_grad}
+        self.weights: dict[str, Tensor] = {}
+        if decay is not None:
+            self.weights = {n: p.detach().clone() for n, p in objective.named_parameters() if p.requires_grad}
 
+    @torch.no_grad()
     def update(self, objective: nn.Module, step: int) -> None:
-        """Take in the weights after step number `step`, counted from 0."""
+        """Add the weights after step number `step`, counted from 0."""
+        if self.decay is None:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, parameter in objective.named_parameters():
-                if name in self.weights:
-                    self.weights[name].lerp_(parameter.detach(), 1 - decay)
+        for name, average in self.weights.items():
+            average.lerp_(objective.get_parameter(name).detach(), 1 - decay)
 
-    def swap(self, objective: nn.Module) -> None:
-        """Exchange average and weights; twice leaves everything as it was."""
-        with torch.no_grad():
-            for name, parameter in objective.named_parameters():
-                if name in self.weights:
-                    kept = parameter.detach().clone()
-                    parameter.copy_(self.weights[name])
-                    self.weights[name].copy_(kept)
+    @torch.no_grad()
+    def reset(self, objective: nn.Module) -> None:
+        """Take the current weights for the average."""
+        for name, average in self.weights.items():
+            average.copy_(objective.get_parameter(name))
+
+    @contextlib.contextmanager
+    def applied(self, objective: nn.Module) -> Iterator[None]:
+        """Within it the objective has the averaged weights, afterwards its own again."""
+        self._swap(objective)
+        try:
+            yield
+        finally:
+            self._swap(objective)
+
+    @torch.no_grad()
+    def _swap(self, objective: nn.Module) -> None:
+        for name, average in self.weights.items():
+            parameter = objective.get_parameter(name)
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
 
 
 def _layer_factors(model: nn.Module, decay: float) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Evaluation while a model trains: losses and retrieval on held-out pairs, and the best weights by one of them.
+"""Validation during training: losses and retrieval on held-out pairs, and the best weights by one of them.
 
 Every process encodes its share of the pairs. Retrieval is exact among all of them, and a caption that several pairs
-share is right for each of their images, so that a small or repetitive split is not judged by luck.
+share is a correct answer for each of their images, so that duplicates in a small split do not count as errors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.command.settings import nearest, setting
-from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
+from mmkd.data.features.lookup import seen_pairs
 from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.data.table import Pair
-from mmkd.distributed import gather, mean_over_processes, rank, wait_for_everyone
-from mmkd.training.batches import Batches, pair_batches
-from mmkd.training.checkpoints import snapshot
+from mmkd.distributed import gather, mean_over_processes, model_state, rank, wait_for_everyone
+from mmkd.training.batches import Batches, TeacherStores, pair_batches
+from mmkd.training.objectives import ObjectiveWrapper
+from mmkd.training.optimizer import WeightAverage
 from mmkd.training.run_folder import RunFolder
+from mmkd.training.settings import BatchSettings
 
 RECALLS = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -31,16 +33,16 @@ ROWS_AT_ONCE = 1024
 
 
 @dataclass(kw_only=True)
-class ValidationSettings:
-    """Evaluation during training."""
+class ValidationSettings(BatchSettings):
+    """Validation during training."""
 
-    validate_every: int | None = setting(None, "steps between evaluations on the validation split; none = at no time")
+    validate_every: int | None = setting(None, "interval of validation [steps]; null disables it")
     best_metric: str | None = setting(
-        None, f"the output is the weights that were best by it, none = the last; one of {', '.join(METRICS)}"
+        None, f"write the weights that are best by this metric, null the last; one of {', '.join(METRICS)}"
     )
-    validation_pairs: int = setting(5000, "at most so many pairs of the validation split are used")
+    validation_pairs: int = setting(5000, "maximum number of validation pairs")
     hold_out: float = setting(
-        0.0, "share of the training groups that is held out for evaluation, where a folder has no validation split"
+        0.0, "share of the training groups held out for validation, for a folder without a validation split"
     )
 
     def __post_init__(self) -> None:
@@ -55,16 +57,14 @@ class ValidationSettings:
         if not 0 <= self.hold_out < 1:
             raise ValueError(f"--hold_out is {self.hold_out}; it must be at least 0 (nothing) and below 1")
         if self.hold_out and self.validate_every is None:
-            raise ValueError(
-                f"--hold_out {self.hold_out} needs --validate_every STEPS, or nothing looks at those pairs"
-            )
+            raise ValueError(f"--hold_out {self.hold_out} needs --validate_every STEPS, or those pairs are never used")
 
 
 class Validation:
     """Measures an objective on held-out pairs every so many steps."""
 
     def __init__(self, pairs: Sequence[Pair], batches: Batches, every: int, best_metric: str | None = None) -> None:
-        """Measure on `pairs`, which `batches` reads, every `every` steps.
+        """Measure on `pairs`, read by `batches`, every `every` steps.
 
         Raises:
             ValueError: `every` is below 1, or `best_metric` is none of `METRICS`.
@@ -74,20 +74,50 @@ class Validation:
         numbers: dict[str, int] = {}
         self._captions = torch.tensor([numbers.setdefault(pair.caption, len(numbers)) for pair in pairs])
 
-    def measure(self, trained: Callable[..., Any], to_device: Callable[[Any], Any]) -> dict[str, float]:
-        """Mean of the losses over batches, and recalls; the same on every process.
+    def is_due(self, step: int, total: int) -> bool:
+        """Whether to measure after this step: at the interval, and after the last step."""
+        return step % self.every == 0 or step == total
+
+    def run(
+        self,
+        step: int,
+        trained: Callable[..., Any],
+        objective: nn.Module,
+        average: WeightAverage,
+        folder: RunFolder,
+        to_device: Callable[[Any], Any],
+    ) -> dict[str, float]:
+        """Measure the averaged weights in evaluation mode, and keep them in `folder` if they are the best so far.
 
         Args:
-            trained: a `mmkd.training.gradient_cache.OneForward`, wrapped or not, in evaluation mode.
-            to_device: brings a batch to where it is.
+            step: number of the step before.
+            trained: the `mmkd.training.objectives.ObjectiveWrapper` of `objective`, prepared for all processes.
+            objective: what is trained.
+            average: of its weights.
+            folder: of the run.
+            to_device: moves a batch to the device of `trained`.
+
+        Returns:
+            Measures as ``validation_NAME``.
         """
+        modes = [(module, module.training) for module in objective.modules()]
+        with average.applied(objective):
+            objective.eval()
+            measured = self.measure(trained, to_device)
+            self.keep_best(measured, step, folder, objective)
+        for module, training in modes:
+            module.training = training
+        return {f"validation_{name}": value for name, value in measured.items()}
+
+    def measure(self, trained: Callable[..., Any], to_device: Callable[[Any], Any]) -> dict[str, float]:
+        """Mean of the losses over batches, and recalls; the same on every process. See `run` for the arguments."""
         parts: list[dict[str, Tensor]] = []
         images, texts, index = [], [], []
         with torch.no_grad():
             for batch in self.batches.epoch(0):
                 batch = to_device({**batch, "epoch": 0})
-                embeddings = trained("encode", batch)
-                parts.append(trained("loss", embeddings, batch))
+                embeddings = trained(ObjectiveWrapper.encode, batch)
+                parts.append(trained(ObjectiveWrapper.loss, embeddings, batch))
                 images.append(gather(embeddings["image"]))
                 texts.append(gather(embeddings["text"]))
                 index.append(gather(batch["index"]))
@@ -107,7 +137,7 @@ class Validation:
         value, best = measured[self.best_metric], folder.best()
         wait_for_everyone()  # no process may write while another reads
         if self.is_better(value, best["value"] if best else None):
-            tensors = snapshot(objective)
+            tensors = model_state(objective)
             if rank() == 0:
                 folder.keep_best({"step": step, "metric": self.best_metric, "value": value}, tensors)
         wait_for_everyone()
@@ -123,26 +153,17 @@ def validation_of(
     settings: ValidationSettings,
     pairs: Path,
     processor: Any,
-    *,
     held_out: PairFolder | None = None,
-    batch_size: int,
-    workers: int,
-    seed: int,
-    features: TeacherFeatures | None = None,
-    aligned: TeacherFeatures | None = None,
+    features: TeacherStores | None = None,
 ) -> Validation | None:
-    """Evaluation on the validation split of a folder of pairs, None when none is asked for.
+    """Validation on the validation split of a folder of pairs; None where the settings disable it.
 
     Args:
-        settings: how often, how many and what for.
+        settings: interval, number of pairs and metric; batches as in training, so that losses can be compared.
         pairs: the folder.
         processor: the model's.
         held_out: from `mmkd.data.folder.hold_out_split`; None for the folder's own validation split.
-        batch_size: pairs in a global batch, as in training, so that losses can be compared.
-        workers: processes that read images.
-        seed: of the order.
-        features: raw teacher features, for the losses that read them.
-        aligned: aligned teacher features, likewise.
+        features: teacher features, for the losses that read them.
 
     Raises:
         ValueError: the folder has no validation split.
@@ -150,20 +171,10 @@ def validation_of(
     if settings.validate_every is None:
         return None
     folder = held_out or _validation_split(pairs)
-    folder.pairs = sorted(folder.pairs, key=_draw)[: settings.validation_pairs]
-    for found in (features, aligned):
-        if found is not None:
-            seen_pairs(found, folder.pairs, f"--validate_every {settings.validate_every}: the folder of features")
-    batches = pair_batches(
-        folder,
-        processor,
-        batch_size=batch_size,
-        crop="center",
-        workers=workers,
-        seed=seed,
-        features=features,
-        aligned=aligned,
-    )
+    folder.pairs = sorted(folder.pairs, key=_hash)[: settings.validation_pairs]
+    for store in (features or {}).values():
+        seen_pairs(store, folder.pairs, f"--validate_every {settings.validate_every}: the folder of features")
+    batches = pair_batches(folder, processor, settings, features, crop="center")
     return Validation(folder.pairs, batches, settings.validate_every, settings.best_metric)
 
 
@@ -177,20 +188,20 @@ def check(every: int | None, best_metric: str | None) -> None:
         hint = nearest(best_metric, METRICS)
         raise ValueError(f"--best_metric {best_metric} is not measured{hint}; allowed: {', '.join(METRICS)}")
     if every is not None and every < 1:
-        raise ValueError(f"--validate_every is {every}; it must be at least 1, or none")
+        raise ValueError(f"--validate_every is {every}; it must be at least 1, or null")
     if best_metric is not None and every is None:
         raise ValueError(f"--best_metric {best_metric} needs --validate_every STEPS")
 
 
 def retrieval(images: Tensor, texts: Tensor, captions: Tensor) -> dict[str, float]:
-    """Share of queries with a right answer among the first 1, 5 and 10, both ways, and the mean of the six.
+    """Share of queries with a correct answer among the first 1, 5 and 10, both ways, and the mean of the six.
 
-    The rank of a query counts the wrong answers before its best right one, those that tie with it by one half.
+    The rank of a query counts the wrong answers before its best correct one, those that tie with it by one half.
 
     Args:
         images: `(pairs, dim)` unit-norm image features.
         texts: `(pairs, dim)` unit-norm text features.
-        captions: `(pairs,)` numbers of the captions; pairs of equal number are right for each other.
+        captions: `(pairs,)` numbers of the captions; pairs of equal number are correct answers for each other.
     """
     found: dict[str, float] = {}
     for way, queries, answers in ((DIRECTIONS[0], images, texts), (DIRECTIONS[1], texts, images)):
@@ -204,13 +215,13 @@ def _validation_split(pairs: Path) -> PairFolder:
         return open_pairs(pairs, "validation")
     except ValueError as error:
         raise ValueError(
-            f"{error}; --hold_out 0.01 holds out a hundredth of the training pairs, --validate_every none "
-            "--best_metric none trains without evaluation"
+            f"{error}; --hold_out 0.01 holds out a hundredth of the training pairs, --validate_every null "
+            "--best_metric null trains without validation"
         ) from None
 
 
-def _draw(pair: Pair) -> bytes:
-    """A number that depends on the pair alone, so that the same pairs are taken whatever their order."""
+def _hash(pair: Pair) -> bytes:
+    """Depends on the pair alone, so that the same pairs are taken whatever their order."""
     return hashlib.sha256(pair.id.encode()).digest()
 
 

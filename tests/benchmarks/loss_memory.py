@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkd.distillation.losses import View, affinity
+from mmkd.distillation.losses import TeacherSimilarity, affinity
+from mmkd.training.chunked_loss import rows_at_once
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # as the `mmkd` command sets it: waiting threads leave the core to others
 DIM, TEACHERS, KNOWN, TEACHER_SCALE = 512, 6, 0.73, 70.0
@@ -110,9 +111,10 @@ def inputs(rows: int, known: float) -> tuple[Tensor, Tensor, Tensor, list[tuple[
 
 def ours(image: Tensor, text: Tensor, scale: Tensor, teachers: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """The project's loss."""
-    to_texts = [View(a, b, known.float(), known, TEACHER_SCALE) for a, b, known in teachers]
-    to_images = [View(b, a, known.float(), known, TEACHER_SCALE) for a, b, known in teachers]
-    return affinity(image, text, image, text, to_texts, to_images, scale)
+    to_texts = [TeacherSimilarity(a, b, known.float(), known, TEACHER_SCALE) for a, b, known in teachers]
+    to_images = [TeacherSimilarity(b, a, known.float(), known, TEACHER_SCALE) for a, b, known in teachers]
+    chunk = rows_at_once(len(image), len(image), image.device)
+    return affinity(image, text, image, text, to_texts, to_images, scale, chunk)
 
 
 def plain(image: Tensor, text: Tensor, scale: Tensor, teachers: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

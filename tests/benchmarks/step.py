@@ -38,9 +38,9 @@ from mmkd.data.table import Pair
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions
 from mmkd.training.batches import pair_batches
-from mmkd.training.gradient_cache import OneForward
+from mmkd.training.objectives import ObjectiveWrapper
 from mmkd.training.optimizer import build_optimizer
-from mmkd.training.settings import LoopSettings
+from mmkd.training.settings import BatchSettings, LoopSettings
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 TEACHERS, WORDS = ("a", "b", "c", "d", "e", "f"), 1000
@@ -148,14 +148,13 @@ class OurStep:
 
     def __init__(self, model: MMKDClipModel, folder: Path, batch: int) -> None:
         objective = DistillObjective(model, DistillOptions(recipe="paper"))
-        self.trained = OneForward(objective, "cpu", "bf16")
+        self.trained = ObjectiveWrapper(objective, "cpu", "bf16")
         self.optimizer = build_optimizer(objective, LoopSettings(output=folder / "out"))
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         aligned = TeacherFeatures.open(folder / "aligned")
-        self.batches = pair_batches(
-            open_pairs(folder), processor(), batch_size=batch, crop="random", workers=0, seed=0, aligned=aligned
-        )
+        settings = BatchSettings(batch_size=batch, workers=0, seed=0)
+        self.batches = pair_batches(open_pairs(folder), processor(), settings, {"aligned": aligned})
         self.reader, self.epoch = iter(()), 0
 
     def __call__(self, clock: Clock) -> float:
@@ -166,9 +165,9 @@ class OurStep:
                 batch = next(self.reader)
         batch = {**batch, "epoch": self.epoch}
         with clock("forward"):
-            embeddings = self.trained("encode", batch)
+            embeddings = self.trained(ObjectiveWrapper.encode, batch)
         with clock("loss"):
-            parts = self.trained("loss", embeddings, batch)
+            parts = self.trained(ObjectiveWrapper.loss, embeddings, batch)
         with clock("backward"):
             parts["loss"].backward()
         with clock("optimizer"):

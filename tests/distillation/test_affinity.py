@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from mmkd.distillation import losses
-from mmkd.distillation.losses import View, affinity, relational
-from mmkd.distillation.targets import FalseNegatives
-from mmkd.training import chunked_softmax as chunked
+from mmkd.distillation.losses import TeacherSimilarity, affinity, relational
+from mmkd.distillation.weighting import NegativesMask
+from mmkd.training.objectives import contrastive
 
 ROWS, TEACHERS = 7, 3
 
@@ -39,7 +39,7 @@ def world():
 
 
 def views(teachers, rows, columns, part=slice(None)):
-    return [View(t[rows][part], t[columns], t["weight"][part], t["known"], t["scale"]) for t in teachers]
+    return [TeacherSimilarity(t[rows][part], t[columns], t["weight"][part], t["known"], t["scale"]) for t in teachers]
 
 
 def softmax(values):
@@ -80,7 +80,7 @@ def test_affinity_by_hand(world):
 def test_affinity_of_a_student_that_is_the_only_teacher_is_its_entropy_and_pulls_nowhere():
     image, text = (unit(6, 4, seed=s).float().requires_grad_() for s in (1, 2))
     known = torch.ones(6, dtype=torch.bool)
-    both = [[View(a.detach(), b.detach(), known, known, 8.0)] for a, b in ((image, text), (text, image))]
+    both = [[TeacherSimilarity(a.detach(), b.detach(), known, known, 8.0)] for a, b in ((image, text), (text, image))]
     affinity(image, text, image, text, *both, 8.0).backward()
     assert max(image.grad.abs().max(), text.grad.abs().max()) < 1e-6
 
@@ -99,9 +99,8 @@ def plain_affinity(image, text, teachers, scale):
     return total / (2 * ROWS)
 
 
-@pytest.mark.parametrize("elements", [1, 3 * ROWS, 10**6])
-def test_gradients_in_chunks_are_those_of_the_plain_form(world, monkeypatch, elements):
-    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", elements)
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_gradients_in_chunks_are_those_of_whole_matrices(world, chunk):
     student, teachers = world
     grads = []
     for form in ("plain", "chunked"):
@@ -111,43 +110,44 @@ def test_gradients_in_chunks_are_those_of_the_plain_form(world, monkeypatch, ele
             value = plain_affinity(image, text, teachers, log_scale.exp())
         else:
             both = views(teachers, "image", "text"), views(teachers, "text", "image")
-            value = affinity(image, text, image, text, *both, log_scale.exp())
+            value = affinity(image, text, image, text, *both, log_scale.exp(), chunk)
         (3 * value).backward()
         grads.append([value.detach(), *(leaf.grad for leaf in leaves)])
     for plain, ours in zip(*grads, strict=True):
         assert ((plain - ours).norm() / plain.norm()).item() < 1e-6
 
 
-def test_chunks_leave_every_loss_as_it_is(world, monkeypatch):
-    student, teachers = world
-    image, text = student["image"].float(), student["text"].float()
+def test_chunks_leave_every_loss_and_gradient_as_it_is(world):
+    _, teachers = world
     available = torch.tensor([1, 1, 0, 1, 1, 0, 1]).bool()
 
-    def values():
-        return torch.stack(
+    def values(chunk):
+        image, text = (unit(ROWS, 4, seed=seed).float().requires_grad_() for seed in (0, 1))
+        found = torch.stack(
             [
-                losses.contrastive(image, text, image, text, 9.0),
-                losses.interactive(image, text, text, image, available, 4.0),
-                relational(image, image, views(teachers, "image", "image"), 6.0),
+                contrastive(image, text, image, text, 9.0, chunk=chunk),
+                losses.interactive(image, text, text.detach(), image.detach(), available, 4.0, chunk=chunk),
+                relational(image, image, views(teachers, "image", "image"), 6.0, chunk=chunk),
             ]
         )
+        found.sum().backward()
+        return found.detach(), image.grad, text.grad
 
-    whole = values()
-    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 2 * ROWS)
-    torch.testing.assert_close(values(), whole, rtol=1e-6, atol=1e-7)
+    for whole, chunked in zip(values(None), values(2), strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-7)
 
 
 def test_false_negatives_by_hand(world):
     _, teachers = world
     sides = [views(teachers, side, side) for side in ("image", "text")]
-    found = FalseNegatives(sides, 0.3, row_offset=0)(0, ROWS)
+    found = NegativesMask(sides, 0.3, row_offset=0)[0:ROWS]
     for i in range(ROWS):
         for j in range(ROWS):
             both = [t for t in teachers if t["known"][i] and t["known"][j]]
             means = [sum(float(t[s][i] @ t[s][j]) for t in both) / len(both) for s in ("image", "text")] if both else []
-            assert found[i, j].item() == (i != j and any(mean > 0.3 for mean in means))
-    assert found.any()
-    assert torch.equal(FalseNegatives(views_of_rows(teachers, 2), 0.3, row_offset=2)(1, 3), found[3:5])
+            assert found[i, j].item() != (i != j and any(mean > 0.3 for mean in means))
+    assert not found.all()
+    assert torch.equal(NegativesMask(views_of_rows(teachers, 2), 0.3, row_offset=2)[1:3], found[3:5])
 
 
 def views_of_rows(teachers, begin):
@@ -158,7 +158,7 @@ def test_a_false_negative_neither_counts_nor_gets_a_gradient():
     image, text = unit(4, 5).float().requires_grad_(), unit(4, 5, seed=1).float().requires_grad_()
     same = torch.zeros(4, 4, dtype=torch.bool)
     same[0, 1] = same[1, 0] = True
-    losses.contrastive(image, text, image, text, 5.0, excluded=lambda begin, end: same[begin:end]).backward()
+    contrastive(image, text, image, text, 5.0, mask=~same).backward()
     logits = (5.0 * image.detach() @ text.detach().T).masked_fill(same, -torch.inf).requires_grad_()
     (F.cross_entropy(logits, torch.arange(4)) / 2).backward()
     assert logits.grad[0, 1] == 0

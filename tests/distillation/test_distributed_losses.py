@@ -10,14 +10,15 @@ import math
 import torch
 from accelerate import Accelerator
 
-import mmkd.objectives
-from mmkd import chunked, teacher_views
-from mmkd.distill_options import DistillOptions
+from mmkd.distillation import objective as stage2
+from mmkd.distillation import targets
+from mmkd.distillation.heads import TeacherHeads
+from mmkd.distillation.options import DistillOptions
 from mmkd.distributed import mean_over_processes, rank, settle_group, wait_for_everyone
-from mmkd.heads import TeacherHeads
+from mmkd.training import chunked_loss, objectives
 
 settle_group(str(Accelerator().distributed_type))
-chunked.CHUNK_ELEMENTS["cpu"] = 24  # three rows of a whole batch at a time
+chunked_loss.LARGEST_MATRIX["cpu"] = 48  # three rows of a whole batch at a time
 ROWS, DIM, WIDTHS = 16, 8, {"a": 6, "b": 8, "c": 5}
 LOSSES = {"task": 0.5, "affinity": 0.7, "feature": 2.0, "interactive": 1.0, "relational": 3.0, "heads": 1.5}
 
@@ -48,7 +49,7 @@ def parts_of(rows, options):
     model = Student(rows)
     heads = TeacherHeads(DIM, WIDTHS)
     dispersions = {f"{side}/{name}": 0.8 for side in ("image", "text") for name in WIDTHS}
-    objective = mmkd.distillation.objective.DistillObjective(model, options, heads=heads, dispersions=dispersions)
+    objective = stage2.DistillObjective(model, options, heads=heads, dispersions=dispersions)
     cut = lambda store: {n: {key: value[rows] for key, value in t.items()} for n, t in store.items()}
     batch = {
         "teachers": cut(teachers(WIDTHS)),
@@ -77,11 +78,12 @@ def relative(ours, expected):
 for target in ("mean", "random", "leave_one_out"):
     half = slice(8 * rank(), 8 * rank() + 8)
     own, parts = parts_of(half, options(target=target))
-    gather = mmkd.distillation.objective.gather, teacher_views.gather, mmkd.distillation.objective.rank
-    mmkd.distillation.objective.gather = teacher_views.gather = lambda rows: rows
-    mmkd.distillation.objective.rank = lambda: 0
+    gather = objectives.gather
+    stage2.gather = targets.gather = objectives.gather = lambda rows: rows
+    objectives.rank = lambda: 0
     whole, expected = parts_of(slice(None), options(target=target))
-    mmkd.distillation.objective.gather, teacher_views.gather, mmkd.distillation.objective.rank = gather
+    stage2.gather = targets.gather = objectives.gather = gather
+    objectives.rank = rank
     for name, value in expected.items():
         assert relative(mean_over_processes(parts[name]), value.detach()) < 1e-6, (target, name)
     for name, parameter in own.named_parameters():
@@ -95,7 +97,7 @@ for target in ("mean", "random", "leave_one_out"):
 normalize = torch.nn.functional.normalize
 half, everyone = slice(8 * rank(), 8 * rank() + 8), Student(slice(None))
 student = Student(half)
-objective = mmkd.distillation.objective.ContrastiveObjective(student, gather_gradient=False)
+objective = objectives.ContrastiveObjective(student, gather_gradient=False)
 sides = {side: normalize(getattr(student, side), dim=1) for side in ("image", "text")}
 loss = objective.loss(sides, {})["loss"]
 loss.backward()

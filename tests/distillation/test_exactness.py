@@ -16,7 +16,8 @@ from test_distributed import torchrun
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions
 from mmkd.student.trainable import set_training_mode
-from mmkd.training.gradient_cache import OneForward, cached_backward, micro_batches, piece_of, set_seed
+from mmkd.training.gradient_cache import cached_backward, micro_batches, piece_of, set_seed
+from mmkd.training.objectives import ObjectiveWrapper
 
 STEPS = 20
 
@@ -96,7 +97,7 @@ def test_resumed_at_another_number_of_processes(tmp_path, reference):
     wrong = {"max_steps": 5, "batches": {"wrong_step": 2}}
     runs = [(tmp_path / "cut", order), (tmp_path / "wrong", wrong)]
     said = torchrun(tiny_run.__file__, *(text for path, more in runs for text in (path, json.dumps(more))))
-    assert "step-00000008 was written by 1 processes, now 2 go on" in said
+    assert "step-00000008 was written by 1 processes, now there are 2" in said
     assert_same_run(tmp_path / "cut", reference)
     alone, first, second = (order_of(tmp_path / name) for name in ("whole.order.0", "cut.order.0", "cut.order.1"))
     assert [step for step, _ in first] == list(range(8, STEPS))
@@ -120,7 +121,7 @@ def order_of(path):
 
 
 def gradients(objective, batch, **caching):
-    device = OneForward(objective, "cpu", "fp32")
+    device = ObjectiveWrapper(objective, "cpu", "fp32")
     objective.zero_grad()
     if caching:
         cached_backward(
@@ -128,7 +129,7 @@ def gradients(objective, batch, **caching):
         )
     else:
         set_seed(1)
-        device("whole", batch)["loss"].backward()
+        device(ObjectiveWrapper.loss_of_batch, batch)["loss"].backward()
     return {name: p.grad.clone() for name, p in objective.named_parameters()}
 
 

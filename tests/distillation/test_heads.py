@@ -56,7 +56,7 @@ def fitted(widths, n=300):
         }
         for k, (name, width) in enumerate(widths.items())
     }
-    return features, PhiSAligner.fit(lambda: [features], widths)
+    return features, PhiSAligner.fit([features], widths)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 12, 24, 48, 768])

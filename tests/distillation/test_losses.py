@@ -8,12 +8,15 @@ import torch.nn.functional as F
 
 from mmkd.alignment import autoencoder
 from mmkd.distillation import losses
-from mmkd.distillation.losses import View, relational
+from mmkd.distillation.losses import TeacherSimilarity, relational
+from mmkd.training.objectives import contrastive
 
 
 def views(teachers, masks, scale):
     """Teachers of one process, each known sample counting alike."""
-    return [View(teacher, teacher, mask, mask, scale) for teacher, mask in zip(teachers, masks, strict=True)]
+    return [
+        TeacherSimilarity(teacher, teacher, mask, mask, scale) for teacher, mask in zip(teachers, masks, strict=True)
+    ]
 
 
 def unit(*shape, seed=0):
@@ -28,7 +31,7 @@ def test_paper_mode_equals_the_authors_values_and_gradients(golden, case):
     student = F.normalize(image, dim=1), F.normalize(text, dim=1)
     teacher = arrays["teacher_image"], arrays["teacher_text"]
     known = torch.ones(len(image), dtype=torch.bool)
-    task = losses.contrastive(*student, *student, expected["logit_scale"])
+    task = contrastive(*student, *student, expected["logit_scale"])
     feature = sum(losses.feature_squared(s, t, known) for s, t in zip(student, teacher, strict=True))
     interactive = losses.interactive(*student, *teacher, known)
     total = task + 50 * feature + interactive
@@ -46,7 +49,7 @@ def test_contrastive_by_hand():
         to_texts = [math.exp(scale * float(image[i] @ text[j])) for j in range(3)]
         to_images = [math.exp(scale * float(text[i] @ image[j])) for j in range(3)]
         expected -= math.log(to_texts[i] / sum(to_texts)) + math.log(to_images[i] / sum(to_images))
-    assert losses.contrastive(image, text, image, text, scale).item() == pytest.approx(expected / 6, abs=1e-6)
+    assert contrastive(image, text, image, text, scale).item() == pytest.approx(expected / 6, abs=1e-6)
 
 
 def test_interactive_leaves_unknown_pairs_out_of_rows_and_columns():
@@ -67,7 +70,7 @@ def test_losses_without_any_teacher_are_zero_with_zero_gradient():
         losses.interactive(image, image, zeros, zeros, none)
         + losses.feature_cosine(image, zeros, none)
         + losses.feature_squared(image, zeros, none)
-        + relational(image, image, [View(zeros, zeros, none, none, 10.0)], 10.0)
+        + relational(image, image, [TeacherSimilarity(zeros, zeros, none, none, 10.0)], 10.0)
     )
     total.backward()
     assert total.item() == 0
@@ -131,11 +134,11 @@ def test_mean_of_row_shares_is_the_whole_in_value_and_gradient():
     def loss(image, text, begin, end):
         rows = slice(begin, end)
         return (
-            losses.contrastive(image[rows], text[rows], image, text, 9.0, begin)
+            contrastive(image[rows], text[rows], image, text, 9.0, begin)
             + losses.interactive(image[rows], text[rows], target_image, target_text, known, 4.0, begin)
             + losses.feature_squared(image[rows], target_image[rows], known[rows])
             + losses.feature_cosine(text[rows], target_text[rows], known[rows])
-            + relational(image[rows], image, [View(raw[rows], raw, known[rows], known, 8.0)], 8.0, begin)
+            + relational(image[rows], image, [TeacherSimilarity(raw[rows], raw, known[rows], known, 8.0)], 8.0, begin)
         )
 
     whole = [unit(6, 4, seed=s).float().requires_grad_() for s in (1, 2)]
@@ -151,9 +154,9 @@ def test_mean_of_row_shares_is_the_whole_in_value_and_gradient():
 
 def test_similarities_stay_in_fp32_under_autocast():
     image, text = unit(8, 64).float(), unit(8, 64, seed=1).float()
-    plain = losses.contrastive(image, text, image, text, 100.0)
+    plain = contrastive(image, text, image, text, 100.0)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = losses.contrastive(image, text, image, text, 100.0)
+        inside = contrastive(image, text, image, text, 100.0)
     assert inside.dtype == torch.float32
     assert torch.equal(plain, inside)
 

@@ -11,7 +11,7 @@ from torch import nn
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions, checked_weights, require_width
-from mmkd.distillation.targets import drawn_teacher
+from mmkd.distillation.weighting import sample_teacher
 from mmkd.training.objectives import ContrastiveObjective
 
 
@@ -117,11 +117,11 @@ def test_mean_target_by_hand():
 def test_teachers_are_drawn_among_the_available_by_seed_epoch_and_pair_alone():
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]]).bool()
     index = torch.tensor([5, 6, 7, 8])
-    drawn = drawn_teacher(mask, 1, 2, index)
+    drawn = sample_teacher(mask, 1, 2, index)
     assert drawn.sum(dim=1).tolist() == [1, 0, 1, 1]
     assert not (drawn & ~mask).any()
-    assert torch.equal(drawn_teacher(mask[2:], 1, 2, index[2:]), drawn[2:])
-    counts = sum(drawn_teacher(mask[[0]], 1, epoch, index[[0]]) for epoch in range(300))[0].tolist()
+    assert torch.equal(sample_teacher(mask[2:], 1, 2, index[2:]), drawn[2:])
+    counts = sum(sample_teacher(mask[[0]], 1, epoch, index[[0]]) for epoch in range(300))[0].tolist()
     assert counts[1] == 0
     assert abs(counts[0] - counts[2]) < 60
 

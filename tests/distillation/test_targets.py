@@ -4,17 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmkd.distillation.losses import View
+from mmkd.distillation.losses import TeacherSimilarity
 from mmkd.distillation.options import DistillOptions
-from mmkd.distillation.targets import (
-    TeacherViews,
-    combined_target,
-    kept_teachers,
-    own_pair_probability,
-    teacher_weights,
-    uniform,
-    weights_by_name,
-)
+from mmkd.distillation.targets import TeacherSimilarities, combined_target, teacher_weights
+from mmkd.distillation.weighting import drop_teachers, teacher_confidence, uniform, weights_by_name
 
 
 def test_uniform_numbers_are_even_and_depend_on_each_of_the_four():
@@ -35,18 +28,18 @@ def test_uniform_numbers_are_even_and_depend_on_each_of_the_four():
 
 def test_dropped_teachers_never_leave_a_pair_alone():
     mask = torch.rand(4000, 5, generator=torch.Generator().manual_seed(0)) > 0.4
-    kept = kept_teachers(mask, 0.3, 1, 2, torch.arange(4000))
+    kept = drop_teachers(mask, 0.3, 1, 2, torch.arange(4000))
     assert not (kept & ~mask).any()
     assert torch.equal(kept.any(dim=1), mask.any(dim=1))
     several = mask.sum(dim=1) == 3  # one stays, two stay with probability .7 each
     assert kept[several].sum(dim=1).float().mean().item() == pytest.approx(1 + 2 * 0.7, abs=0.08)
-    assert not torch.equal(kept, kept_teachers(mask, 0.3, 1, 3, torch.arange(4000)))
+    assert not torch.equal(kept, drop_teachers(mask, 0.3, 1, 3, torch.arange(4000)))
 
 
 def test_own_pair_probability_by_hand():
     images, texts = (F.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(s)), dim=1) for s in (0, 1))
     known = torch.tensor([True, True, False, True])
-    found = own_pair_probability(View(images, texts, known, known, 6.0), row_offset=0)
+    found = teacher_confidence(TeacherSimilarity(images, texts, known, known, 6.0), row_offset=0)
     for i in range(4):
         weight = [math.exp(6 * float(images[i] @ texts[j])) if known[j] else 0.0 for j in range(4)]
         assert found[i].item() == pytest.approx(weight[i] / sum(weight) if known[i] else 0.0, abs=1e-6)
@@ -80,7 +73,7 @@ def test_weights_of_a_batch_multiply_availability_names_and_confidence():
     teacher = {"image": torch.randn(3, 4, generator=g), "text": torch.randn(3, 4, generator=g), "mask": mask}
     batch = {"teachers": {"plip": teacher}, "index": torch.arange(3), "epoch": 0, "modality": ["ct", "mri", "ct"]}
     options = DistillOptions(losses={"affinity": 1}, teacher_weights={"mri/plip": 3.0}, confidence=2.0)
-    raw = TeacherViews(batch, 0, options)
+    raw = TeacherSimilarities(batch, 0, options)
     found = teacher_weights(batch, options, 0, raw, training=True)["plip"]
     p = raw.confidence()["plip"]
     torch.testing.assert_close(found, torch.tensor([1.0, 3.0, 0.0]) * p**2)

@@ -39,7 +39,7 @@ def test_a_factor_for_an_unknown_part_is_refused():
     [
         ({"ema_decay": 1.0}, "--ema_decay is 1.0"),
         ({"layer_decay": 0.0}, "--layer_decay is 0.0"),
-        ({"micro_batch_size": 0}, "--micro_batch_size is 0; it must be at least 1, or none"),
+        ({"micro_batch_size": 0}, "--micro_batch_size is 0; it must be at least 1, or null"),
         ({"learning_rate_factors": {"text_model": 0.0}}, "or --freeze text_model"),
         ({"skipped_in_a_row": 0}, "--skipped_in_a_row is 0"),
     ],
@@ -61,9 +61,8 @@ def test_average_by_hand_and_swap():
         average.update(layer, step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    average.swap(layer)
-    assert layer.weight.item() == pytest.approx(expected, rel=1e-5)
-    average.swap(layer)
+    with average.applied(layer):
+        assert layer.weight.item() == pytest.approx(expected, rel=1e-5)
     assert layer.weight.item() == 39.0
 
 

@@ -195,11 +195,11 @@ def available_features(
         teachers: for each pair the teachers that screening left it, None for all.
 
     Returns:
-        name -> ``image`` (B, dim), ``text`` (B, dim), ``seen`` (B,), true where the teacher has features of the pair,
-        and ``mask`` (B,), true where screening also left it available.
+        name -> ``image`` (B, dim), ``text`` (B, dim), ``unscreened_mask`` (B,), true where the teacher has features of
+        the pair, and ``mask`` (B,), true where screening also left it available.
     """
     found = features.lookup(ids)
     for name, teacher in found.items():
-        teacher["seen"] = teacher["mask"].clone()
+        teacher["unscreened_mask"] = teacher["mask"].clone()
         teacher["mask"] &= torch.tensor([allowed is None or name in allowed for allowed in teachers])
     return found
