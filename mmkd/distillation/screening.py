@@ -1,11 +1,11 @@
-"""Which teachers understand which pair: a teacher's own image-text similarity against its similarities of mismatches.
+"""Teacher agreement on a pair: a teacher's own image-text similarity against its similarities of mismatched pairs.
 
-The paper's rule is unpublished; known is that kept pairs match their own caption best among their batch, and that a
-sample stays when at least five of nine teachers are kept. Comparing within one teacher only, by rank, makes teachers
+The paper's rule is unpublished, except that kept pairs match their own caption best among their batch, and that a
+sample stays when at least five of nine teachers agree. Comparing within one teacher only, by rank, makes teachers
 comparable whose similarities lie on different scales (0.08 for one, 0.5 for another). Mismatches come from one pool of
-random pairs, drawn once, so that any number of pairs can pass by one after the other. An image and another pair's
-caption in the very same words are no mismatch and are left out of the comparison. The report's counts add up, and it
-shows each teacher's similarities.
+random pairs per split, drawn once, so that any number of pairs can be screened in a stream. An image and the same
+caption of another pair are not a mismatch and are left out of the comparison. The report's counts add up, and it shows
+each teacher's similarities.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.table import Pair
+from mmkd.data.folder import PairFolder, in_chunks
+from mmkd.data.table import SPLITS, Pair
 from mmkd.pages.charts import histograms
 from mmkd.pages.page import Grid, Page, Section, Table
 
@@ -30,7 +31,7 @@ Rule = Literal["percentile", "rank", "all"]
 
 @dataclass(frozen=True)
 class Pool:
-    """What one teacher makes of random pairs.
+    """One teacher's features of random pairs.
 
     Attributes:
         captions: of the m pairs.
@@ -48,7 +49,7 @@ class Pool:
         return similarity[_differ(self.captions, self.captions)]
 
     def threshold(self, percentile: float) -> float:
-        """What this percentage of the mismatched similarities does not exceed; minus infinity where there are none."""
+        """The percentile of the mismatched similarities; minus infinity where there are none."""
         mismatched = self.mismatched()
         rank = math.ceil(percentile / 100 * len(mismatched))
         return -math.inf if rank == 0 else float(mismatched.kthvalue(rank).values)
@@ -57,7 +58,7 @@ class Pool:
 def above(image: Tensor, text: Tensor, threshold: float) -> Tensor:
     """Whether the similarity of each of n pairs is above a threshold.
 
-    With the ``p``-th percentile of mismatches, a teacher that knows nothing passes ``100 - p`` percent of pairs.
+    With the ``p``-th percentile of mismatches, a random teacher passes ``100 - p`` percent of pairs.
 
     Args:
         image: (n, dim) image features, unit length.
@@ -71,13 +72,13 @@ def above(image: Tensor, text: Tensor, threshold: float) -> Tensor:
 
 
 def within_top(image: Tensor, text: Tensor, captions: Sequence[str], pool: Pool, top: int) -> Tensor:
-    """Whether each image's own caption ranks among its best ``top`` when the pool's other captions compete.
+    """Whether each image's own caption ranks among its best ``top`` against the pool's other captions.
 
     Args:
         image: (n, dim) image features, unit length.
         text: (n, dim) text features of the same pairs, unit length.
         captions: n captions.
-        pool: who competes.
+        pool: the other captions.
         top: 1 for the first place alone; a tie counts against the own caption.
 
     Returns:
@@ -94,7 +95,7 @@ def default_minimum(teachers: int) -> int:
 
 
 def _differ(ones: Sequence[str], others: Sequence[str]) -> Tensor:
-    """Which captions are not the same words, (n, m) bool."""
+    """Which captions differ, (n, m) bool."""
     codes = np.unique(np.array([*ones, *others], dtype=object), return_inverse=True)[1]
     return torch.from_numpy(codes[: len(ones), None] != codes[None, len(ones) :])
 
@@ -103,7 +104,7 @@ KEPT, TOO_FEW, UNSEEN, OTHER_MODALITY = (
     "kept",
     "too few teachers agree",
     "no teacher has its features",
-    "modality not asked for",
+    "other modality",
 )
 
 BINS = np.linspace(-1, 1, 201)
@@ -112,7 +113,7 @@ BIN = 0.01
 
 
 class ScreeningReport:
-    """Counts of pairs that pass by one after the other; its size does not grow with them."""
+    """Counts of pairs in a stream; its size does not grow with them."""
 
     def __init__(self, teachers: Sequence[str]) -> None:
         """Start at zero."""
@@ -218,12 +219,81 @@ def screening_page(summary: dict[str, Any]) -> Page:
 Pools = dict[str, dict[str, Pool]]  # split -> teacher -> its pool
 
 
-def pools_of(members: Sequence[tuple[float, str, str]], features: TeacherFeatures) -> dict[str, Pool]:
+def draw_pools(folder: PairFolder, features: TeacherFeatures, size: int, seed: int) -> tuple[Pools, set[str]]:
+    """For each split and teacher random pairs that the teacher has features of; and the modalities of all pairs.
+
+    Every pair gets a random number, and those with the smallest ones are drawn: one pass, and the same pairs for all.
+    """
+    generator = np.random.default_rng(seed)
+    drawn: dict[str, list[tuple[float, str, str]]] = {split: [] for split in SPLITS}
+    modalities: set[str] = set()
+    for _, pairs in in_chunks(folder.pairs):
+        present, numbers = features.seen([pair.id for pair in pairs]), generator.random(len(pairs))
+        for pair, has_features, number in zip(pairs, present.tolist(), numbers.tolist(), strict=True):
+            modalities.add(pair.modality.lower())
+            if has_features:
+                drawn[pair.split].append((number, pair.id, pair.caption))
+        drawn = {split: sorted(members)[:size] for split, members in drawn.items()}
+    return {split: _pools_of(members, features) for split, members in drawn.items()}, modalities
+
+
+class Screen:
+    """A rule applied to pairs, within their own split."""
+
+    def __init__(self, features: TeacherFeatures, pools: Pools, rule: Rule, percentile: float, top: int) -> None:
+        """Screen by `rule`: ``percentile`` reads `percentile`, ``rank`` reads `top`, ``all`` passes every pair."""
+        self.features, self.pools, self.rule, self.top = features, pools, rule, top
+        self.thresholds = {
+            split: {name: pool.threshold(percentile) for name, pool in members.items()}
+            for split, members in pools.items()
+        }
+
+    def availability(self, pairs: Sequence[Pair], report: ScreeningReport) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Which pairs each teacher is available for, (n,) bool: it has their features and they pass the rule.
+
+        Args:
+            pairs: n pairs.
+            report: takes the similarities of training pairs.
+
+        Returns:
+            That by teacher, and the pairs that any teacher has features of, (n,) bool.
+        """
+        splits = np.array([pair.split for pair in pairs])
+        passed, present = {}, np.zeros(len(pairs), dtype=bool)
+        for name, found in self.features.lookup([pair.id for pair in pairs]).items():
+            image, text, passes = found["image"], found["text"], found["mask"].clone()
+            for split in set(splits.tolist()):
+                rows = torch.from_numpy(splits == split) & found["mask"]
+                if split == "train":
+                    report.add_similarities(name, (image[rows] * text[rows]).sum(dim=1).numpy())
+                if self.rule == "percentile":
+                    passes[rows] = above(image[rows], text[rows], self.thresholds[split][name])
+                elif self.rule == "rank":
+                    captions = [pairs[k].caption for k in rows.nonzero().flatten().tolist()]
+                    passes[rows] = within_top(image[rows], text[rows], captions, self.pools[split][name], self.top)
+            passed[name] = passes.numpy()
+            present |= found["mask"].numpy()
+        return passed, present
+
+    def about_pools(self) -> dict[str, dict[str, Any]]:
+        """Size, mismatches and threshold of each teacher's pool of training pairs, for `ScreeningReport.summary`."""
+        thresholds = self.thresholds["train"] if self.rule == "percentile" else {}
+        return {
+            name: {
+                "pool": len(pool.captions),
+                "threshold": threshold if np.isfinite(threshold := thresholds.get(name, np.inf)) else None,
+                "mismatched": np.histogram(pool.mismatched().clamp(-1, 1).numpy(), BINS)[0],
+            }
+            for name, pool in self.pools["train"].items()
+        }
+
+
+def _pools_of(members: Sequence[tuple[float, str, str]], features: TeacherFeatures) -> dict[str, Pool]:
     """Each teacher's pool among the drawn pairs of a split."""
     captions = [caption for _, _, caption in members]
     pools = {}
     for name, found in features.lookup([id for _, id, _ in members]).items():
         mask = found["mask"]
-        known = [caption for caption, seen in zip(captions, mask.tolist(), strict=True) if seen]
-        pools[name] = Pool(known, found["image"][mask], found["text"][mask])
+        own = [caption for caption, has_features in zip(captions, mask.tolist(), strict=True) if has_features]
+        pools[name] = Pool(own, found["image"][mask], found["text"][mask])
     return pools

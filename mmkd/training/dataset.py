@@ -21,7 +21,6 @@ from mmkd.data.images import open_image
 from mmkd.data.pixels import DRAFT_FACTOR, random_crop, read_pixels, to_tensor
 from mmkd.student.embed import PixelStatistics
 
-
 TeacherStores = Mapping[str, TeacherFeatures]
 """Teacher features by their key in a batch: ``teachers`` (raw) and ``aligned`` (in the student's width)."""
 

@@ -86,7 +86,7 @@ def test_held_out_pairs_stay_whatever_teachers_think(work):
 def test_modalities_and_rules_by_setting(work):
     folder, report = run("ct-only", "--modalities", "CT", "--minimum_teachers", "0")
     assert [pair.id for pair in folder.pairs if pair.split == "train"] == [f"p{k}" for k in range(1, 40, 2)]
-    assert report["train"]["dropped"] == dict.fromkeys(report["train"]["dropped"], 0) | {"modality not asked for": 20}
+    assert report["train"]["dropped"] == dict.fromkeys(report["train"]["dropped"], 0) | {"other modality": 20}
     everything, report = run("everything", "--rule", "all", "--minimum_teachers", "0")
     assert len(everything.pairs) == 52 and report["available"] == {"ct": 40, "good": 40, "guessing": 40}
     assert report["similarities"]["good"]["threshold"] is None

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from torch import nn
 from mmkd.training.loop import fit, start
 from mmkd.training.objectives import Objective
 from mmkd.training.optimizer import build_optimizer, learning_rate
-from mmkd.training.settings import LoopSettings
+from mmkd.training.settings import BatchSettings, LoopSettings
 
 MEASURED = ("samples_per_second", "data_time", "memory_gb")
 
@@ -77,10 +78,15 @@ class Interrupted(Numbers):
             yield batch
 
 
+@dataclasses.dataclass(kw_only=True)
+class Settings(LoopSettings, BatchSettings):
+    """As a recipe's."""
+
+
 def settings(folder, **more):
     values = {"epochs": 3, "learning_rate": 1e-2, "dropout": 0.3, "quiet": True, "checkpoint_every": 4}
     values |= {"trackers": ["none"], **more}
-    return LoopSettings(output=folder / "model", **values)
+    return Settings(output=folder / "model", **values)
 
 
 def train(chosen, batches=None):
@@ -259,7 +265,7 @@ def test_truncated_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
     rest = Numbers()
     with caplog.at_level(logging.WARNING):
         train(settings(tmp_path / "cut"), rest)
-    assert "step-00000008 is passed over: objective.safetensors is truncated" in caplog.text
+    assert "step-00000008 is skipped: objective.safetensors is truncated" in caplog.text
     assert rest.read[0] == (0, 4)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 

@@ -38,7 +38,7 @@ def output(tmp_path_factory):
     """A run with everything switched on."""
     pytest.importorskip("tensorboard")
     folder = tmp_path_factory.mktemp("run") / "model"
-    settings = LoopSettings(output=folder, quiet=True, peak_tflops=0.001, profile_steps=2, batch_size=20)
+    settings = LoopSettings(output=folder, quiet=True, peak_tflops=0.001, profile_steps=2)
     objective = ContrastiveObjective(model())
     accelerator = start(settings)
     fit(accelerator, objective, Batches(), settings, lambda path: save_file({}, path / "model.safetensors"))

@@ -57,9 +57,7 @@ kept = []
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_output_is_the_weights_that_were_best(tmp_path, ema):
     kept.clear()
-    chosen = LoopSettings(
-        output=tmp_path / "out", epochs=2, batch_size=24, quiet=True, ema_decay=ema, learning_rate=0.01
-    )
+    chosen = LoopSettings(output=tmp_path / "out", epochs=2, quiet=True, ema_decay=ema, learning_rate=0.01)
     objective = Runaway(tiny_run.tiny_student(), DistillOptions(losses=tiny_run.LOSSES))
     pairs = [Pair(f"p{k}", f"{k}.png", f"caption {k}") for k in range(tiny_run.PAIRS)]
     batches = tiny_run.Generated(tiny_run.PAIRS)
