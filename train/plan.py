@@ -30,7 +30,7 @@ class PlanSettings:
     micro_batch_size: int | None = setting(None, "pairs a GPU encodes at once, by default its whole share")
     gradient_checkpointing: bool = setting(False, "recompute activations")
     precision: Literal["fp32", "bf16"] = setting("bf16", "of the forward pass")
-    sharded: bool = setting(False, "weights and optimizer spread over the GPUs (FSDP, ZeRO-3)")
+    sharded: bool = setting(False, "shard weights and optimizer over the GPUs (FSDP2)")
     mean_tokens: float = setting(60.0, "of a caption")
     efficiency: float = setting(0.35, "share of a GPU's peak that a step reaches; a run's log says it as mfu")
     cores_per_gpu: int = setting(8, "that read images, --workers")

@@ -14,15 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.data.features.lookup import MODALITIES
+from mmkd.distillation import losses
 from mmkd.distillation.heads import TeacherHeads, heads_loss
-from mmkd.distillation.losses import (
-    PAPER_INTERACTIVE_SCALE,
-    affinity,
-    feature_cosine,
-    feature_squared,
-    interactive,
-    relational,
-)
 from mmkd.distillation.options import ALIGNED_LOSSES, DistillOptions
 from mmkd.distillation.targets import TeacherSimilarities, TeacherWeights, combined_target, teacher_weights
 from mmkd.distillation.weighting import sample_teacher
@@ -83,9 +76,7 @@ class DistillObjective(Objective):
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` and every part that has a weight, unweighted."""
         student, options = gathered(embeddings), self.options
-        teachers = None
-        if options.reasons_for_raw():
-            teachers = TeacherSimilarities(batch, student.row_offset, options)
+        teachers = TeacherSimilarities(batch, student.row_offset, options) if options.reasons_for_raw() else None
         weights = teacher_weights(batch, options, self.seed, teachers, self.training)
         parts: dict[str, Tensor] = {}
         if self.weights["task"]:
@@ -118,22 +109,18 @@ class DistillObjective(Objective):
         mask = share.sum(dim=1) > 0
         parts = {}
         if self.weights["feature"]:
-            error = feature_cosine if options.feature_form == "cosine" else feature_squared
+            error = losses.feature_cosine if options.feature_form == "cosine" else losses.feature_squared
             parts["feature"] = error(student.image, image, mask) + error(student.text, text, mask)
         if self.weights["interactive"]:
             learned = self.interactive_logit_scale
-            scale = PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
+            scale = losses.PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
             columns = gather(image), gather(text), gather(mask)
             offset, chunk = student.row_offset, student.chunk
-            parts["interactive"] = interactive(student.image, student.text, *columns, scale, offset, chunk)
+            parts["interactive"] = losses.interactive(student.image, student.text, *columns, scale, offset, chunk)
         return parts
 
     def _raw_losses(
-        self,
-        student: Embeddings,
-        teachers: TeacherSimilarities,
-        weights: TeacherWeights,
-        batch: Mapping[str, Any],
+        self, student: Embeddings, teachers: TeacherSimilarities, weights: TeacherWeights, batch: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         parts = {}
         image, text, all_images, all_texts, row_offset = student
@@ -141,19 +128,18 @@ class DistillObjective(Objective):
             own = self.affinity_logit_scale
             scale = (self.model.get_parameter("logit_scale") if own is None else own).float().exp()
             both = teachers.across("image", weights), teachers.across("text", weights)
-            parts["affinity"] = affinity(image, text, all_images, all_texts, *both, scale, student.chunk)
-        if self.weights["relational"]:
-            unscreened, fixed = self.options.relational_teachers == "all", self.options.relational_scale
-            counting = weights
-            if unscreened:
-                counting = teacher_weights(batch, self.options, self.seed, teachers, self.training, unscreened)
-            images = teachers.within("image", counting, unscreened)
-            texts = teachers.within("text", counting, unscreened)
-            of_images = relational(image, all_images, images, fixed, row_offset, student.chunk)
-            of_texts = relational(text, all_texts, texts, fixed, row_offset, student.chunk)
-            parts["relational"] = (of_images + of_texts) / 2
+            parts["affinity"] = losses.affinity(image, text, all_images, all_texts, *both, scale, student.chunk)
         if self.weights["heads"]:
             assert self.heads is not None
             own_features = {"image": image, "text": text}
             parts["heads"] = heads_loss(self.heads, own_features, teachers.teachers, weights, self.dispersions)
+        if self.weights["relational"]:
+            unscreened, fixed = self.options.relational_teachers == "all", self.options.relational_scale
+            if unscreened:
+                weights = teacher_weights(batch, self.options, self.seed, teachers, self.training, unscreened)
+            images = teachers.within("image", weights, unscreened)
+            texts = teachers.within("text", weights, unscreened)
+            of_images = losses.relational(image, all_images, images, fixed, row_offset, student.chunk)
+            of_texts = losses.relational(text, all_texts, texts, fixed, row_offset, student.chunk)
+            parts["relational"] = (of_images + of_texts) / 2
         return parts

@@ -32,14 +32,7 @@ from mmkd.training.checkpoints import Checkpoints
 from mmkd.training.gradient_cache import cached_backward, set_seed
 from mmkd.training.log import StepLog, profiled_steps, report_skipped, timed
 from mmkd.training.objectives import Objective, ObjectiveWrapper
-from mmkd.training.optimizer import (
-    WeightAverage,
-    build_optimizer,
-    clamp_scales,
-    learning_rate,
-    scale_values,
-    set_learning_rate,
-)
+from mmkd.training.optimizer import WeightAverage, build_optimizer, clamp_scales, scale_values, set_learning_rate
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.settings import LoopSettings, check
 from mmkd.training.tracking import TENSORBOARD_FOLDER, chosen_trackers
@@ -105,8 +98,8 @@ def fit(
     bar = tqdm(total=total, initial=progress.step, disable=log.hidden, unit="step", desc=name, smoothing=0)
     with StopRequest() as request, profiled_steps(folder.path, settings.profile_steps) as profiled, bar:
         for batch, waited, began in timed(_remaining(batches, progress.step, total)):
-            rate = learning_rate(progress.step, total, settings)
-            values, is_finite, stop = training.step(batch, progress.step, rate, request.requested)
+            rate = set_learning_rate(training.optimizer, progress.step, total, settings)
+            values, is_finite, stop = training.step(batch, progress.step, request.requested)
             progress.count(is_finite)
             line = {"step": progress.step, "epoch": batch["epoch"], **values, "learning_rate": rate}
             if not is_finite:
@@ -154,7 +147,7 @@ class _Training:
         self.average = WeightAverage(objective, settings.ema_decay)
         self.is_first = True
 
-    def step(self, batch: dict[str, Any], number: int, rate: float, stop: bool) -> tuple[dict[str, float], bool, bool]:
+    def step(self, batch: dict[str, Any], number: int, stop: bool) -> tuple[dict[str, float], bool, bool]:
         """One step; returns losses and gradient norm, whether all were finite, and whether any process is to stop."""
         if self.is_first and self.accelerator.distributed_type == DistributedType.MULTI_CPU and world_size() > 2:
             # DDP sorts its buckets after the first backward pass, and more than two processes then add up in another
@@ -162,7 +155,6 @@ class _Training:
             self._backward(batch, number)
             self.optimizer.zero_grad()
         self.is_first = False
-        set_learning_rate(self.optimizer, rate)
         parts = self._backward(batch, number)
         limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
         norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.wrapper.parameters(), limit)))

@@ -45,10 +45,12 @@ def build_optimizer(objective: nn.Module, settings: LoopSettings) -> torch.optim
     return torch.optim.AdamW(listed, lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Give every group of `build_optimizer` its share of `rate`."""
+def set_learning_rate(optimizer: Any, step: int, total: int, settings: LoopSettings) -> float:
+    """Give every group of `build_optimizer` its share of the `learning_rate` of a step, which is returned."""
+    rate = learning_rate(step, total, settings)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
+    return rate
 
 
 def rate_factors(objective: nn.Module, factors: Mapping[str, float], layer_decay: float = 1.0) -> dict[str, float]:

@@ -158,7 +158,7 @@ def estimate(
         gpu: a name from `GPU_MEMORY`.
         gpus: how many.
         precision: of the forward pass.
-        sharded: weights, gradients and optimizer spread over the GPUs (FSDP, ZeRO-3).
+        sharded: weights, gradients and optimizer sharded over the GPUs (FSDP2).
         assumed: by default `Assumptions()`.
 
     Raises:

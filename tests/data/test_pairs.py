@@ -188,7 +188,7 @@ def test_screened_teachers_are_masked(folder, tmp_path):
     items = [dataset[index] for index in range(4)]
     for item, teachers in zip(items, (None, ("plip", "bmca"), (), None), strict=True):
         item["teachers"] = teachers
-    batch = Collate(WordProcessor(), 4, features)(items)
+    batch = Collate(WordProcessor(), 4, {"teachers": features})(items)
     assert dict(zip(batch["ids"], batch["teachers"]["plip"]["mask"].tolist(), strict=True)) == {
         "p0": True,
         "p1": True,

@@ -23,8 +23,9 @@ def test_parts_and_layers_learn_at_their_own_rate(tmp_path):
     vision = {name: factor for name, factor in factors.items() if "vision_model" in name}
     assert vision.pop("model.vision_model.post_layernorm.weight") == 0.5
     assert set(map(str, vision.values())) == {"0.1", "0.05", "0.025", "0.5"}
-    optimizer = build_optimizer(objective, settings(tmp_path, layer_decay=0.5))
-    set_learning_rate(optimizer, 8.0)
+    chosen = settings(tmp_path, layer_decay=0.5, learning_rate=8.0)
+    optimizer = build_optimizer(objective, chosen)
+    assert set_learning_rate(optimizer, 0, 10, chosen) == 8.0
     assert {group["lr"] for group in optimizer.param_groups} == {8.0, 4.0, 2.0}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(objective.parameters()))
 
