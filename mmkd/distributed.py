@@ -165,12 +165,23 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
     groups = get_optimizer_state_dict(module, optimizer)["param_groups"]
     found = {"state": by_parameter, "param_groups": groups}
     set_optimizer_state_dict(module, optimizer, found, options=StateDictOptions(full_state_dict=True))
+    for (
+        parameter,
+        loaded,
+    ) in optimizer.state.items():  # fused AdamW needs the strides of the parameter, as of channels_last
+        for kind, value in loaded.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                loaded[kind] = torch.empty_like(parameter).copy_(value)
 
 
 def unshard(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Replace the parameters and buffers of a module by those of `model_state`, in main memory."""
-    module.load_state_dict(state, assign=True)
-    module.cpu()  # buffers that are not saved
+    """Replace the parameters and buffers of a module by those of `model_state`, whole and in main memory."""
+    for name, parameter in list(module.named_parameters()):
+        owner, _, own = name.rpartition(".")
+        setattr(module.get_submodule(owner), own, nn.Parameter(state[name], parameter.requires_grad))
+    for name, buffer in list(module.named_buffers()):  # those that are not saved are never sharded
+        owner, _, own = name.rpartition(".")
+        setattr(module.get_submodule(owner), own, state.get(name, buffer).cpu())
 
 
 def _on_first() -> Any:
