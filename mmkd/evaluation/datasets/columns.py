@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmkd.data.images import UnreadableImage
+from mmkd.data.readers import ParquetCells, open_hub_dataset, parquet_columns, parquet_rows
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question, stated
 from mmkd.evaluation.datasets.source import Files, Reading, Sample, Store, check_where, chosen, images_folder, passes
 from mmkd.evaluation.datasets.tables import row_sample, table_fields
 
-KEPT_GROUPS = 2
+ROWS = 1024  # held at a time
 CLOSED_ANSWERS = ("yes", "no")
 
 
@@ -40,25 +40,6 @@ class Cells(Store):
         return value
 
 
-class _RowGroups:
-    """Single cells of Parquet files; the row groups read last are kept, so that rows in order are read once."""
-
-    def __init__(self) -> None:
-        self.column = "image"
-        self.places: dict[str, tuple[Path, int, int]] = {}
-        self.kept: OrderedDict[tuple[Path, int], Any] = OrderedDict()
-
-    def __call__(self, name: str) -> Any:
-        import pyarrow.parquet
-
-        path, group, row = self.places[name]
-        if (path, group) not in self.kept:
-            self.kept[path, group] = pyarrow.parquet.ParquetFile(path).read_row_group(group, [self.column])[0]
-            while len(self.kept) > KEPT_GROUPS:
-                self.kept.popitem(last=False)
-        return self.kept[path, group][row].as_py()
-
-
 def read_parquet(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     """Rows of Parquet files; the column ``image`` holds the bytes of a picture, or its path beside the files.
 
@@ -67,36 +48,32 @@ def read_parquet(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     Raises:
         ValueError: there is no such file, or a column that is needed is not there.
     """
-    import pyarrow.parquet
-
     root = paths[0] if paths[0].is_dir() else paths[0].parent
     files = sorted(file for path in paths for file in (path.rglob("*.parquet") if path.is_dir() else [path]))
     if not files:
         raise ValueError(f"{paths[0]} holds no .parquet files")
     samples: list[Sample] = []
     asked: list[tuple[str, str]] = []
-    cell = _RowGroups()
+    cells = ParquetCells()
+    places: dict[str, tuple[Path, str, int, int]] = {}
     for file in files:
-        table = pyarrow.parquet.ParquetFile(file)
-        columns = list(table.schema_arrow.names)
+        columns = parquet_columns(file)
         fields = table_fields(manifest, columns, "image")
         where = check_where(manifest, columns)
         asking = [chosen(manifest, key, columns, manifest.task == "vqa") for key in ("question", "answer")]
-        cell.column = fields["image"]
         split = next((part for part in (file.stem.split("-")[0], file.parent.name) if meaning_of(part)), "")
         others = [name for name in columns if name != fields["image"]]
-        for group in range(table.num_row_groups):
-            for row, values in enumerate(table.read_row_group(group, others).to_pylist()):
-                if not passes(values, where):
-                    continue
-                name = f"{file.relative_to(root).as_posix()}@{group}+{row}"
-                cell.places[name] = (file, group, row)
-                sample = row_sample(manifest, values | {fields["image"]: None}, fields, name)
-                sample.split = sample.split or split
-                samples.append(sample)
-                if manifest.task == "vqa":
-                    asked.append(stated(values[asking[0]], values[asking[1]], name))
-    store = Cells(cell, Files(images_folder(manifest, root)))
+        for group, row, values in parquet_rows(file, others, ROWS):
+            if not passes(values, where):
+                continue
+            name = f"{file.relative_to(root).as_posix()}@{group}+{row}"
+            places[name] = (file, fields["image"], group, row)
+            sample = row_sample(manifest, values | {fields["image"]: None}, fields, name)
+            sample.split = sample.split or split
+            samples.append(sample)
+            if manifest.task == "vqa":
+                asked.append(stated(values[asking[0]], values[asking[1]], name))
+    store = Cells(lambda name: cells.read(*places[name]), Files(images_folder(manifest, root)))
     return _with_questions(samples, asked, store) if asked else Reading(samples, store)
 
 
@@ -121,17 +98,14 @@ def read_hf(manifest: Manifest, paths: Sequence[Path]) -> Reading:
         FileNotFoundError: the Hub cannot be reached and the data set is not in the local cache.
         ValueError: a column that is needed is not there.
     """
-    import datasets
-
-    loaded = _load(datasets, manifest, paths)
-    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    source = str(paths[0]) if paths[0].is_dir() else manifest.source["hf"]
+    loaded = open_hub_dataset(source, name=manifest.source.get("config"))
+    splits = loaded if isinstance(loaded, dict) else {"": loaded}
     tables: dict[str, Any] = {}
     samples: list[Sample] = []
     for split, table in splits.items():
         fields = table_fields(manifest, table.column_names, "image")
         column = fields["image"]
-        if isinstance(table.features[column], datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
         tables[split] = table.select_columns([column])
         named = _class_names(table.features.get(fields["label"]) if isinstance(fields["label"], str) else None)
         for row, values in enumerate(table.remove_columns([column])):
@@ -145,15 +119,6 @@ def read_hf(manifest: Manifest, paths: Sequence[Path]) -> Reading:
         return tables[split][int(row)][manifest.source.get("image", "image")]
 
     return Reading(samples, Cells(cell))
-
-
-def _load(datasets: Any, manifest: Manifest, paths: Sequence[Path]) -> Any:
-    if paths[0].is_dir():
-        return datasets.load_from_disk(str(paths[0]))
-    try:
-        return datasets.load_dataset(manifest.source["hf"], manifest.source.get("config"))
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(f"{manifest.source['hf']} could not be loaded from the Hub: {error}") from error
 
 
 def _class_names(feature: Any) -> list[str]:

@@ -189,7 +189,7 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
             sample.group = group_of(manifest, sample.name, sample.group)
         _refuse_repeats(manifest, reading.samples)
         splits = _splits(manifest, reading.samples)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise DatasetNotFoundError(f"{error}; {where_to_get(manifest)}") from error
     except ValueError as error:
         raise ValueError(f"{manifest.id}: {error}") from None

@@ -238,9 +238,6 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"templates {manifest.templates!r} are none of {', '.join(FAMILIES)}")
 
 
-# Section: Where the files of a manifest lie on this machine, or where they are to be had.
-
-
 PLACE, VARIABLE = "${DATA}", "MMKD_DATA"
 
 TIERS = {"A": "download it from", "B": "register for it at", "C": "it needs credentials and an agreement, see"}

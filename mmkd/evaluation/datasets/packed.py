@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmkd.data.archives import ArchivedFile, members
-from mmkd.data.folder import is_inside
+from mmkd.data.archives import ArchivedFile
 from mmkd.data.images import UnreadableImage, check_size
+from mmkd.data.readers import tar_members
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.source import Members, Reading, Sample, Store, cut
@@ -180,21 +180,18 @@ def _grouped(tar: Path) -> Iterator[tuple[str, ArchivedFile, dict[str, str]]]:
     key = ""
     picture: ArchivedFile | None = None
     notes: dict[str, str] = {}
-    for member in members(tar):
-        path = PurePosixPath(member.name)
-        ending = path.suffix.lower()
-        if not member.plain or not is_inside(member.name) or not (ending in PICTURES or ending in (".cls", ".txt")):
+    for member in tar_members(tar):
+        ending = f".{member.suffix}"
+        if member.fault or not (ending in PICTURES or ending in (".cls", ".txt")):
             continue
-        own = path.with_suffix("").as_posix()
-        if own != key:
+        if member.key != key:
             if picture is not None:
                 yield key, picture, notes
-            key, picture, notes = own, None, {}
-        place = ArchivedFile(tar, member.offset, member.size)
+            key, picture, notes = member.key, None, {}
         if ending in PICTURES:
-            picture = place
-        elif member.size <= LARGEST_TEXT:
-            notes[ending] = place.read_bytes().decode("utf-8", "replace")
+            picture = member.file
+        elif member.file.size <= LARGEST_TEXT:
+            notes[ending] = member.file.read_bytes().decode("utf-8", "replace")
     if picture is not None:
         yield key, picture, notes
 

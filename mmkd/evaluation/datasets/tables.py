@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmkd.command.settings import nearest
+from mmkd.data import readers
 from mmkd.data.folder import is_inside
 from mmkd.data.images import UnreadableImage, read_image_bytes
 from mmkd.data.splits import meaning_of
@@ -126,29 +126,23 @@ def _survival_columns(manifest: Manifest, columns: Sequence[str]) -> dict[str, s
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a table whose columns are separated by commas, semicolons or tabs, as its header shows.
+    """Columns and rows of a CSV or TSV file; see `mmkd.data.readers.read_csv`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty, not UTF-8, two columns have one name, or a row is longer or shorter than the header.
+        ValueError: it is empty, two columns have one name, or a row is longer or shorter than the header.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            header = file.readline()
-            delimiter = max((",", ";", "\t"), key=header.count)
-            names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-            rows = list(csv.DictReader(file, names, delimiter=delimiter))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} is no table in UTF-8: {error}") from error
-    if not rows:
+    table = readers.read_csv(path)
+    names = list(table.columns)
+    if not table.rows:
         raise ValueError(f"{path} holds no rows")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{path} has {names.count(twice)} columns {twice!r}; rename all but one")
-    uneven = next((number for number, row in enumerate(rows, 2) if None in row or None in row.values()), None)
+    uneven = next((row.line for row in table.rows if row.extra or row.missing), None)
     if uneven is not None:
         raise ValueError(f"{path}, line {uneven}: not as many values as the header has columns ({len(names)})")
-    return names, rows
+    return names, [row.cells for row in table.rows]
 
 
 def table_fields(manifest: Manifest, columns: Sequence[str], image: str) -> dict[str, Any]:
@@ -225,10 +219,6 @@ def _is_set(value: Any, column: str, name: str) -> bool:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-# Section: Questions about images in files: VQA-RAD's JSON beside its images, and SLAKE's folder of one JSON for each
-# split.
 
 
 SLAKE_FILES = {"train": ["train.json"], "validation": ["validate.json", "validation.json"], "test": ["test.json"]}

@@ -153,9 +153,6 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1.0, steps - warm))))
 
 
-# Section: Visual question answering with co-attention over the tokens of frozen towers, in the manner of METER.
-
-
 class MeterQuestions(VisualQuestions):
     """Answer questions by a head that reads image and question token by token; splits and controls are the same."""
 

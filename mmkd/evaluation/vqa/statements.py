@@ -1,6 +1,6 @@
 """Closed questions without training: the image lies closer to one of the statements that answer the question.
 
-Of every closed test question that `statements.choices` can turn, the statement with the highest cosine is the answer.
+Of every closed test question that `choices` can turn, the statement with the highest cosine is the answer.
 Beside the accuracy stands the AUROC of "yes" against "no" over the difference of their cosines, which does not depend
 on where an encoder's bias towards negations lies. The controls are another question's image, and the mean of all test
 images, which is what the statements alone give away.
@@ -24,15 +24,6 @@ from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.task import Outputs, Task
-
-# Section: Closed questions as statements, so that a dual encoder can answer them without training.
-#
-# "Is the heart enlarged?" becomes "the heart is enlarged" and "the heart is not enlarged"; "Is this a CT or an MRI?"
-# becomes "this is a CT" and "this is an MRI". The image is answered with the statement it lies closest to. The rules
-# read
-# the question alone, never its answer, and know a little English word order, no grammar: a statement that comes out
-# clumsy still holds the words that matter. What they cannot turn is left out and counted.
-
 
 BE = ("is", "are", "was", "were")
 
