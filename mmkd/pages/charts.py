@@ -29,7 +29,7 @@ WIDTH = 420
 
 LONGEST_LABEL = 56
 
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "mmkd",
     "svg.fonttype": "none",
     "text.parse_math": False,  # a caption may hold dollar signs

@@ -185,9 +185,6 @@ def _by_modality(task: Task, outputs: Outputs) -> dict[str, dict[str, float]]:
     }
 
 
-# Section: How well each sample was answered, as Parquet, for whoever wants to test or plot it elsewhere.
-
-
 def write_scores(path: Path, task: Task, outputs: Outputs) -> None:
     """Write ``frame, id, score, target, prediction`` of each sample, or take away what stood there.
 

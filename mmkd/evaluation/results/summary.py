@@ -1,4 +1,11 @@
-"""From cells to the table a reader wants: all rows of a task side by side and their paired differences."""
+"""From results to ``summary.json`` and ``repro.lock``: paired differences of each task, and means over tasks.
+
+Means are for each modality, each kind of task and over all, on the tasks that every encoder has. Replicates of tasks of
+one dataset share their draws, those of different datasets are independent; a mean's interval and a paired difference
+follow from the mean of replicates. Each kind of task has the same weight, so that many small tasks of one kind do not
+dominate. Training on a test set's source makes results optimistic, so every mean is also given without the tasks that
+carry such a mark for any encoder. The lock holds the hash of everything that a result depends on.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +41,19 @@ Table = dict[str, dict[str, Cell]]
 def task_summary(
     description: dict[str, Any], cells: dict[str, Cell], student: str, folder: CellFolder
 ) -> dict[str, Any]:
-    """One task: what was asked in brief, the cells of all rows, and ``student - rival`` for every rival and metric."""
+    """One task in brief: the results of all rows, and ``student - row`` for every other row and metric."""
     name = description["name"]
     brief = {key: description[key] for key in BRIEF if key in description}
     values = {row: folder.replicate_values(row, name) for row in cells}
     shown = {row: {k: v for k, v in cell.items() if k not in ("key", "task", "encoder")} for row, cell in cells.items()}
     ours = cells[student]["metrics"]
     differences: dict[str, Any] = {}
-    for rival, cell in cells.items():
-        if rival == student or not ours or not cell["metrics"]:
+    for row, cell in cells.items():
+        if row == student or not ours or not cell["metrics"]:
             continue
-        differences[rival] = {
+        differences[row] = {
             metric: plain_values(
-                difference(_number(ours[metric]), _number(theirs), values[student][metric], values[rival][metric])
+                difference(_number(ours[metric]), _number(theirs), values[student][metric], values[row][metric])
             )
             for metric, theirs in cell["metrics"].items()
         }
@@ -84,15 +91,6 @@ def _number(metric: dict[str, float | None]) -> float:
     return float("nan") if metric["value"] is None else float(metric["value"])
 
 
-# Section: Means over tasks: for each modality, each kind of task and over all, on the tasks that every encoder has.
-#
-# Replicates of tasks of one dataset share their draws, those of different datasets are independent; a mean's interval
-# and
-# a paired difference follow from the mean of replicates. Each kind of task counts the same within a mean, so that many
-# small tasks of one kind do not outvote the others. What an encoder was trained on flatters it, so every mean is also
-# given without the tasks that carry such a mark for any encoder.
-
-
 Summaries = dict[str, dict[str, Any]]
 
 Replicates = Callable[[str, str], Floats]
@@ -108,7 +106,7 @@ def suite_means(tasks: Summaries, student: str, teachers: Sequence[str], replica
         replicates: from row and task to the primary metric's replicates ``(r,)``.
 
     Returns:
-        ``means`` over all and over clean tasks, ``best_teachers`` by modality, ``win_tie_loss`` by rival.
+        ``means`` over all and over clean tasks, ``best_teachers`` by modality, ``win_tie_loss`` by row.
     """
     main = _main(tasks)
     clean = {name: task for name, task in main.items() if not task.get("contaminated")}
@@ -154,9 +152,9 @@ def mean_block(tasks: Summaries, student: str, replicates: Replicates) -> dict[s
     drawn = {row: mean_of_kinds(kept, {name: replicates(row, name) for name in common}) for row in values}
     rows = {row: plain_values({"value": values[row], **_bounds(drawn[row])}) for row in values}
     differences = {
-        rival: plain_values(difference(values[student], values[rival], drawn[student], drawn[rival]))
-        for rival in values
-        if rival != student and student in values
+        row: plain_values(difference(values[student], values[row], drawn[student], drawn[row]))
+        for row in values
+        if row != student and student in values
     }
     return {"tasks": common, "n": len(common), "rows": rows, "differences": differences}
 
@@ -172,15 +170,15 @@ def best_teachers(by_modality: dict[str, dict[str, Any]], teachers: Sequence[str
 
 
 def win_tie_loss(tasks: Summaries) -> dict[str, Any]:
-    """On how many tasks the interval of the student's paired difference lies above, around or below zero, by rival."""
+    """On how many tasks the interval of the student's paired difference lies above, around or below zero, by row."""
     found: dict[str, dict[str, Any]] = {}
     for task in tasks.values():
-        for rival, metrics in task["differences"].items():
+        for row, metrics in task["differences"].items():
             bounds = metrics.get(task["primary_metric"]) or {}
             low, high = bounds.get("low"), bounds.get("high")
             if low is None or high is None:
                 continue
-            counts = found.setdefault(rival, {"win": 0, "tie": 0, "loss": 0, "tasks": 0})
+            counts = found.setdefault(row, {"win": 0, "tie": 0, "loss": 0, "tasks": 0})
             counts["win" if low > 0 else "loss" if high < 0 else "tie"] += 1
             counts["tasks"] += 1
     return found
@@ -239,9 +237,6 @@ def _nan_mean(rows: list[Floats]) -> Floats:
     defined = ~np.isnan(stacked)
     count, total = defined.sum(axis=0), np.where(defined, stacked, 0.0).sum(axis=0)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-
-# Section: ``repro.lock``: everything that a result depends on, by its hash, so that it can be made again or told apart.
 
 
 VERSION = 1
