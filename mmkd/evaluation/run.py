@@ -26,7 +26,7 @@ from mmkd.evaluation.datasets.questions import read_questions
 from mmkd.evaluation.embeddings.cache import Content
 from mmkd.evaluation.embeddings.embed import Embedded, image_digests
 from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord, embed_everything
-from mmkd.evaluation.results.store import CellFolder, fingerprint_of
+from mmkd.evaluation.results.store import ResultStore, fingerprint_of
 from mmkd.evaluation.results.summary import Table, overall, split_summary, suite_means, task_summary
 from mmkd.evaluation.settings import EvalSettings
 from mmkd.evaluation.slides.cohort import read_cohort
@@ -108,10 +108,10 @@ class SuiteRun:
             **suite_means(self.tasks, self.student, self.teachers, replicates),
         }
 
-    def _cells(self, dataset: str, resampled: list[Pair]) -> CellFolder:
+    def _cells(self, dataset: str, resampled: list[Pair]) -> ResultStore:
         """Cells of a dataset; those of different datasets have independent draws."""
         seed = self.settings.seed if self.settings.pairs is not None else seed_of(self.settings.seed, dataset)
-        return CellFolder(self.settings.output, resampled, self.settings.replicates, seed)
+        return ResultStore(self.settings.output, resampled, self.settings.replicates, seed)
 
 
 def evaluate(settings: EvalSettings, sources: dict[str, str], load: Load) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def run_tasks(
     samples: Samples,
     encoders: list[Embedded],
     teachers: list[str],
-    cells: CellFolder,
+    cells: ResultStore,
     quiet: bool,
 ) -> Table:
     """Every cell of these tasks; processes share the tasks, and the first one then has all cells.

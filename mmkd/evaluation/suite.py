@@ -14,7 +14,7 @@ from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.embeddings.cache import Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
-from mmkd.evaluation.results.store import Cell, CellFolder, fingerprint_of
+from mmkd.evaluation.results.store import Result, ResultStore, fingerprint_of
 from mmkd.evaluation.slides import diagnosis, survival
 from mmkd.evaluation.tasks import linear_probe, retrieval, zeroshot
 from mmkd.evaluation.tasks.task import Outputs, Task, TaskOptions, best_by_modality
@@ -50,8 +50,8 @@ def texts_of(dataset: Dataset, split: str, options: TaskOptions) -> list[str]:
 
 
 def run_task(
-    task: Task, samples: Samples, encoders: list[Embedded], teachers: list[str], folder: CellFolder
-) -> dict[str, Cell]:
+    task: Task, samples: Samples, encoders: list[Embedded], teachers: list[str], folder: ResultStore
+) -> dict[str, Result]:
     """Every cell of a task: each encoder, the teachers' ensemble and the best teacher of each modality.
 
     Args:
@@ -66,28 +66,28 @@ def run_task(
     """
     pairs = [*samples.train, *samples.validation, *samples.held_out]
     question = fingerprint_of([folder.describe(task), [[pair.id, samples.digests[pair.id]] for pair in pairs]])
-    cells: dict[str, Cell] = {}
+    cells: dict[str, Result] = {}
     outputs: dict[str, Outputs] = {}
     for embedded in encoders:
         name = embedded.name
         made_of = [question, embedded.fingerprint, *_extra_fingerprint(task, embedded)]
-        cells[name], outputs[name] = folder.cell(task, name, made_of, _single(task, embedded))
+        cells[name], outputs[name] = folder.result(task, name, made_of, _single(task, embedded))
     members = [e for e in encoders if e.name in teachers and cells[e.name]["undefined"] is None]
     if len(members) < 2:
         return cells
     made_from = [question, [[member.name, member.fingerprint, *_extra_fingerprint(task, member)] for member in members]]
     theirs = {member.name: outputs[member.name] for member in members}
 
-    def ensemble() -> tuple[Outputs, Cell]:
+    def ensemble() -> tuple[Outputs, Result]:
         return task.ensemble(members, list(theirs.values())), {"members": list(theirs)}
 
-    def oracle() -> tuple[Outputs, Cell]:
+    def oracle() -> tuple[Outputs, Result]:
         composed, chosen = best_by_modality(task, theirs)
         return composed, {"chosen": chosen}
 
-    cells[ENSEMBLE], _ = folder.cell(task, ENSEMBLE, made_from, ensemble)
+    cells[ENSEMBLE], _ = folder.result(task, ENSEMBLE, made_from, ensemble)
     if not task.manifest.target_is_modality:  # a choice by modality would reveal the answer
-        cells[ORACLE], _ = folder.cell(task, ORACLE, made_from, oracle)
+        cells[ORACLE], _ = folder.result(task, ORACLE, made_from, oracle)
     return cells
 
 
@@ -98,5 +98,5 @@ def _extra_fingerprint(task: Task, embedded: Embedded) -> list[Any]:
         return [str(reason)]
 
 
-def _single(task: Task, embedded: Embedded) -> Callable[[], tuple[Outputs, Cell]]:
+def _single(task: Task, embedded: Embedded) -> Callable[[], tuple[Outputs, Result]]:
     return lambda: (task.outputs(embedded), {})

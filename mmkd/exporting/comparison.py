@@ -24,7 +24,7 @@ from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.dataset import split_samples
 from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.embeddings.encoders import DatasetInputs, embed_everything
-from mmkd.evaluation.results.store import CellFolder
+from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
@@ -130,7 +130,7 @@ def zero_shot(
         tasks, skipped = tasks_for(samples, ["zeroshot"], TaskOptions())
         if not tasks:
             raise ValueError(f"--pairs {pairs} allow no zero-shot task: {'; '.join(skipped.values())}")
-        cells = CellFolder(Path(temporary), samples.held_out, replicates, seed)
+        cells = ResultStore(Path(temporary), samples.held_out, replicates, seed)
         return {
             task.name: task_summary(
                 cells.describe(task), run_task(task, samples, embedded, [], cells), embedded[-1].name, cells

@@ -9,7 +9,7 @@ from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.embeddings.cache import Table, Undefined
 from mmkd.evaluation.embeddings.embed import Embedded
-from mmkd.evaluation.results.store import CellFolder
+from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
 from mmkd.evaluation.suite import tasks_for
 from mmkd.evaluation.tasks import linear_probe, retrieval, zeroshot
@@ -148,8 +148,8 @@ def test_a_test_set_of_one_class_has_undefined_metrics_with_their_reason(tmp_pat
     data, generator = dataset(manifest("ordinal"), label=lambda k: list(CLASSES)[k % 3] if k < 150 else "benign")
     embedded = encoder(data, generator, 1.0)
     for task in [*zeroshot.tasks(data, OPTIONS)[0], *linear_probe.tasks(data, OPTIONS)[0]]:
-        folder = CellFolder(tmp_path, data.held_out, 100, 42)
-        cell, _ = folder.cell(task, "e", [], lambda task=task: (task.outputs(embedded), {}))
+        folder = ResultStore(tmp_path, data.held_out, 100, 42)
+        cell, _ = folder.result(task, "e", [], lambda task=task: (task.outputs(embedded), {}))
         reasons = cell["extras"]["undefined_metrics"]
         undefined = {name for name, own in cell["metrics"].items() if own["value"] is None}
         assert task.primary_metric in undefined == set(reasons)
@@ -163,9 +163,9 @@ def test_vectors_that_are_not_finite_give_no_numbers(tmp_path):
         embedded = encoder(data, generator, 1.0)
         for vectors in (embedded.images, embedded.pooled):
             vectors["p160"] = vectors["p160"] * np.nan
-        folder = CellFolder(tmp_path, data.held_out, 100, 42)
+        folder = ResultStore(tmp_path, data.held_out, 100, 42)
         for task in [*zeroshot.tasks(data, OPTIONS)[0], *linear_probe.tasks(data, OPTIONS)[0]]:
-            cell, _ = folder.cell(task, "e", [asked], lambda task=task, e=embedded: (task.outputs(e), {}))
+            cell, _ = folder.result(task, "e", [asked], lambda task=task, e=embedded: (task.outputs(e), {}))
             assert "not finite" in cell["undefined"] and cell["metrics"] == {}
 
 

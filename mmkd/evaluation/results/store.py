@@ -39,10 +39,10 @@ from mmkd.files import atomic_write_bytes, read_json, write_json
 
 FORMAT = 2
 
-Cell = dict[str, Any]
+Result = dict[str, Any]
 
 
-class CellFolder:
+class ResultStore:
     """Cells of one evaluation, and how their intervals are made."""
 
     def __init__(self, path: Path, held_out: list[Pair], replicates: int, seed: int) -> None:
@@ -78,9 +78,9 @@ class CellFolder:
         write_json(self.path / "tasks" / f"{task.name}.json", description)
         return description
 
-    def cell(
-        self, task: Task, encoder: str, made_from: list[Any], compute: Callable[[], tuple[Outputs, Cell]]
-    ) -> tuple[Cell, Outputs]:
+    def result(
+        self, task: Task, encoder: str, made_from: list[Any], compute: Callable[[], tuple[Outputs, Result]]
+    ) -> tuple[Result, Outputs]:
         """Read a cell, or make it.
 
         Args:
@@ -124,7 +124,7 @@ class CellFolder:
         (values,) = self._tensors(encoder, task, "together.").values()
         return values
 
-    def _evaluate(self, task: Task, outputs: Outputs) -> tuple[Cell, Metrics, Metrics]:
+    def _evaluate(self, task: Task, outputs: Outputs) -> tuple[Result, Metrics, Metrics]:
         unsound = [name for name, array in outputs.items() if not np.isfinite(array).all()]
         if unsound:
             count = int(max((~np.isfinite(outputs[name])).any(axis=-1).sum() for name in unsound))

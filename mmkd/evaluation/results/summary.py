@@ -22,7 +22,7 @@ import numpy as np
 from mmkd.data.table import SPLITS, Pair
 from mmkd.encoders.spec import installed_versions
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
-from mmkd.evaluation.results.store import Cell, CellFolder
+from mmkd.evaluation.results.store import Result, ResultStore
 from mmkd.evaluation.statistics.bootstrap import Metrics, difference, interval, plain_values
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.training.tracking import git_state
@@ -35,11 +35,11 @@ BRIEF = (
     *("dataset", "modality", "variant"),
 )
 
-Table = dict[str, dict[str, Cell]]
+Table = dict[str, dict[str, Result]]
 
 
 def task_summary(
-    description: dict[str, Any], cells: dict[str, Cell], student: str, folder: CellFolder
+    description: dict[str, Any], cells: dict[str, Result], student: str, folder: ResultStore
 ) -> dict[str, Any]:
     """One task in brief: the results of all rows, and ``student - row`` for every other row and metric."""
     name = description["name"]
