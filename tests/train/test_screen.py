@@ -10,7 +10,7 @@ from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import Pair, table_schema, write_table
-from mmkd.distillation.screening import ScreeningReport
+from mmkd.distillation.screening import Screen, ScreeningReport, draw_pools
 from mmkd.files import read_json
 from mmkd.train import screen
 from mmkd.train.screen import ScreenSettings, main
@@ -122,9 +122,9 @@ def test_memory_does_not_grow_with_the_pairs(work, monkeypatch):
         )
         report = ScreeningReport(features.names)
         tracemalloc.start()
-        pools = screen.draw_pools(folder, features, settings)
-        thresholds = {split: dict.fromkeys(features.names, 0.5) for split in pools}
-        chosen = screen.choices(folder, features, pools, thresholds, report, 1, settings)
+        pools, _ = draw_pools(folder, features, settings.pool, settings.seed)
+        rule = Screen(features, pools, settings.rule, settings.percentile, settings.top)
+        chosen = screen.choices(folder, rule, report, 1, settings)
         choice.write_choice(Path("chosen"), folder, chosen)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
