@@ -220,8 +220,8 @@ class _TarReader:
 
     def _sample(self, key: str, parts: dict[str, tuple[str, ArchivedFile]]) -> RawSample:
         suffix, image = parts["image"]
-        texts = {kind: self._text(parts.get(kind)) for kind in ("caption", "metadata")}
-        return RawSample(key, f"{self.path.name}:{key}", **texts, read_image=image.read_bytes, image_suffix=suffix)
+        caption, metadata = (self._text(parts.get(kind)) for kind in ("caption", "metadata"))
+        return RawSample(key, f"{self.path.name}:{key}", caption, metadata, image.read_bytes, suffix)
 
     def _text(self, part: tuple[str, ArchivedFile] | None) -> bytes | None:
         if part is None:

@@ -178,7 +178,7 @@ def read_rules(preset: str, **changes: Any) -> Rules:
         raise ValueError(f"{path}: {wrong[0]!r} is unknown; allowed: {', '.join(known)}")
     read: dict[str, Any] = {}
     for key, value in values.items():
-        default = known[key].default
+        default: Any = known[key].default
         if key == "near_duplicates" and value is False:  # YAML reads off as false
             value = "off"
         if key == "modalities":

@@ -84,7 +84,7 @@ def members(path: Path) -> Iterator[Member]:
             while (entry := archive.next()) is not None:
                 if entry.size < 0 or entry.offset_data + entry.size > end:
                     raise DamagedArchiveError(f"{path} ends inside {entry.name!r}, which states {entry.size} bytes")
-                archive.members = []  # or the list of all members stays in memory
+                archive.members = []  # type: ignore[attr-defined]  # or the list of all members stays in memory
                 if not entry.isdir():
                     plain = entry.isreg() and not entry.issparse()
                     yield Member(entry.name, entry.offset_data, entry.size if plain else 0, plain)

@@ -1,6 +1,6 @@
 """Any image file a collection may hold, as 8-bit RGB, or a named reason why not.
 
-What a file says is followed where it is clear and decided here where it is not:
+What a file states is followed where it is clear and decided here where it is not:
 
 - first frame of animated files and of multi-page TIFF; EXIF orientation is applied, so that up is up;
 - transparency is composited on white, the page that figures with a transparent background are drawn for;
@@ -10,7 +10,8 @@ What a file says is followed where it is clear and decided here where it is not:
 
 The header is read before any pixel: an image of more than 89 million pixels (Pillow's own warning threshold, 268 MB as
 RGB) is refused undecoded, and so is one over 100 times as long as wide, whose resized copy would be the bomb. Only
-formats that Pillow decodes itself are tried; EPS, which starts another program, is not.
+formats that Pillow decodes itself are tried; EPS, which starts another program, is not. Images that are stored smaller
+are encoded here as well (`shrink`, `encode`).
 """
 
 from __future__ import annotations
@@ -83,11 +84,11 @@ def open_image(
 
 
 def open_header(data: bytes, name: str, minimum_side: int = MINIMUM_SIDE) -> Image.Image:
-    """Read what a file says of its image, and refuse sizes that must not be decoded.
+    """Read the header of an image file, and refuse sizes that must not be decoded.
 
     Args:
         data: the bytes of the file.
-        name: how errors call it.
+        name: of the file in errors.
         minimum_side: images with a shorter side than this many pixels are refused.
 
     Raises:
@@ -207,9 +208,6 @@ def orientation(image: Image.Image) -> int:
         return int(image.getexif().get(0x0112, 1))
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
         return 1
-
-
-# Section: How images are stored that are made smaller: their size, their form and what quality is worth.
 
 
 JPEG_QUALITY = 95

@@ -22,12 +22,12 @@ BATCH = 256
 
 
 def faults(folder: PairFolder, workers: int, advance: Callable[[int], Any]) -> tuple[list[str], int]:
-    """What is wrong with a folder's pairs: ids given twice, images that cannot be read or have another size.
+    """Faults of a folder's pairs: images that cannot be read or have another size.
 
     Args:
         folder: the pairs.
         workers: threads that decode.
-        advance: told how many pairs are done.
+        advance: called with the number of pairs done.
 
     Returns:
         One line for each fault, and how many images are the original files byte for byte.
@@ -71,7 +71,7 @@ def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int, advance
         folder: the pairs.
         output: an empty folder.
         shard_pairs: pairs in a tar.
-        advance: told how many pairs are done.
+        advance: called with the number of pairs done.
 
     Returns:
         The number of tars.

@@ -183,7 +183,7 @@ def test_settings_of_captions_and_sizes(source, tmp_path):
 
 def test_nothing_left_and_no_source(tmp_path):
     write_tar(tmp_path / "s" / "0.tar", sample(1))
-    with pytest.raises(ValueError, match=r"nothing is left of s.*modality"):
+    with pytest.raises(ValueError, match=r"nothing is left of the 1 samples of s; dropped: .*modality"):
         curate(str(tmp_path / "s"), tmp_path / "pairs", rules(), quiet=True)
     assert not (tmp_path / "pairs").exists()
     with pytest.raises(FileNotFoundError, match="no such folder"):
