@@ -134,4 +134,4 @@ def test_an_adapter_of_pefts_own_knows_its_model(published_adapter, tmp_path, pu
     made = publication(folder)
     assert set(made.sizes()) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert ModelCard(made.card).data.base_model == "user/student"
-    assert "reduced to the model's size" in made.card and any("cannot name the data" in note for note in made.notes)
+    assert "reduced to the model's size" in made.card and any("cannot name teachers" in note for note in made.notes)
