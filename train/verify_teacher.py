@@ -4,7 +4,7 @@
     mmkd verify-teacher pmcclip-8-heads.yaml --demo MMKDCLIP_DATA --published_name PMCCLIP
 
 A cosine above 0.999 on every sample, image and text, says that weights, preprocessing, tokenizer, context and pooling
-are the authors'. It is how whoever has the weights settles what a teacher's row only infers. The demo folder is the
+are the authors'. It verifies what the row of a teacher only infers. The demo folder is the
 authors' (``meta.jsonl`` and ``features/``, https://github.com/wangshansong1/MMKD-CLIP); weights come as in `extract`.
 """
 
@@ -28,7 +28,7 @@ class VerifySettings:
     threshold: float = setting(0.999, "cosine that every sample has to exceed")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     output: Path | None = setting(None, "JSON file for the result")
-    quiet: bool = setting(False, "print the verdict only")
+    quiet: bool = setting(False, "print the result only")
 
 
 if __name__ == "__main__":
@@ -48,7 +48,7 @@ from mmkd.files import write_json
 
 
 def main(settings: VerifySettings) -> None:
-    """Print a line for each sample and the verdict.
+    """Print a line for each sample and the result.
 
     Raises:
         FileNotFoundError: the demo folder or the weights are not there.
@@ -98,7 +98,7 @@ def compare(encoder: DualEncoder, published: PublishedFeatures, name: str, demo:
 
 
 def show(result: dict[str, Any], settings: VerifySettings) -> None:
-    """The table and the verdict.
+    """Print the table and the result.
 
     Raises:
         ValueError: the features differ.
@@ -111,14 +111,14 @@ def show(result: dict[str, Any], settings: VerifySettings) -> None:
         print(f"{'sample':<34}{'image':>10}{'text':>10}")
         for id, sample in samples.items():
             print(f"{id:<34}{sample['image']:>10.5f}{sample['text']:>10.5f}")
-    told = f"{len(samples)} samples, smallest cosine {worst['image']:.5f} of images and {worst['text']:.5f} of texts"
+    summary = f"{len(samples)} samples, smallest cosine {worst['image']:.5f} of images and {worst['text']:.5f} of texts"
     if result["passed"]:
-        print(f"{facts['teacher']}: the published features, to a cosine above {settings.threshold} ({told})")
+        print(f"{facts['teacher']}: the published features, to a cosine above {settings.threshold} ({summary})")
         return
     sides = " and ".join(side for side in worst if worst[side] <= settings.threshold)
-    noted = f"; what its row says: {facts['note']}" if facts["note"] else ""
+    noted = f"; note of its row: {facts['note']}" if facts["note"] else ""
     raise ValueError(
-        f"{facts['teacher']}: the {sides} features are not the published {result['published_name']} ({told}): look at "
+        f"{facts['teacher']}: the {sides} features are not the published {result['published_name']} ({summary}): check "
         f"weights, preprocessing, tokenizer, context and pooling above, and try others by a YAML row{noted}"
     )
 

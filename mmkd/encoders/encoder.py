@@ -1,4 +1,4 @@
-"""The one interface of student and teachers: images and texts in, unit vectors in one space out.
+"""The one interface of student and teachers: from images and texts to unit vectors in one space.
 
 Everything that differs between models (preprocessing, tokenizer, context, pooling) stays behind `encode_images` and
 `encode_texts`, so that extraction and evaluation treat a teacher, a student and a user's own model alike. Encoding is
@@ -34,19 +34,19 @@ class DualEncoder(ABC):
     """Encodes images and texts into one space.
 
     Attributes:
-        name: how the encoder is called in stores and results.
+        name: of the encoder in feature stores and results.
         dim: width of its space.
-        provenance: JSON values that say what it is: weights and their fingerprint, preprocessing, tokenizer, context,
+        provenance: JSON values that describe it: weights and their fingerprint, preprocessing, tokenizer, context,
             pooling, license, versions.
         batch_size: most images or texts that go through the model together.
-        fast_prepare: what may stand for `prepare`, from (3, height, width) uint8 and within one grey level; None where
-            there is nothing faster.
-        fast: whether it shall.
+        fast_prepare: a faster form of `prepare`, from (3, height, width) uint8 and within one grey level; None where
+            there is none.
+        fast: whether it is used.
         autocast: kind of device and type in which the model computes where it safely can; None for its weights' type.
     """
 
     def __init__(self, name: str, dim: int, provenance: dict[str, Any], batch_size: int = BATCH_SIZE) -> None:
-        """Name the encoder and say what it is."""
+        """Name and describe the encoder."""
         self.name = name
         self.dim = dim
         self.provenance = provenance
