@@ -52,7 +52,6 @@ if __name__ == "__main__":
     check_arguments(ExtractSettings)  # before the imports that take seconds
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mmkd.command.settings import nearest
@@ -63,7 +62,7 @@ from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
 from mmkd.distributed import chosen_device, rank, world_size
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.extraction import FeatureTask, encode_shards, group_tasks, read_or_reason
+from mmkd.encoders.extraction import FeatureTask, Readable, encode_shards, group_tasks, read_or_reason
 from mmkd.encoders.frozen import FrozenEncoder, with_frozen_towers
 from mmkd.encoders.zoo import load_encoder, named_sources
 
@@ -150,7 +149,7 @@ def extract(tasks: Sequence[FeatureTask], folder: PairFolder, settings: ExtractS
             encode_shards(tasks, shards, read, settings.batch_size, settings.workers, bar.update)
 
 
-def read_image(folder: PairFolder, pair: Pair) -> Tensor | str:
+def read_image(folder: PairFolder, pair: Pair) -> Readable | str:
     """The pixels of a pair's image, or why it cannot be read."""
     return read_or_reason(lambda: read_pixels(folder.image_path(pair)))
 

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -185,16 +184,12 @@ def with_input_of(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor,
     return found, given[-1]
 
 
-# Section: The usual preprocessing (shortest side resized, central square, mean and standard deviation) in a fifth of
-# the time.
-#
-# Pillow's bicubic resize of a photograph takes longer than decoding it. torch's antialiased kernel on uint8 computes
-# the
-# same filter: 0.3 % of the values come out one grey level apart, all others equal.
-
-
 class FastSquare:
-    """Prepares one image; several threads may use it at once."""
+    """The usual preprocessing in a fifth of the time: shortest side resized, central square, mean and deviation.
+
+    Pillow's bicubic resize of a photograph takes longer than decoding it. torch's antialiased kernel on uint8 computes
+    the same filter: 0.3 % of the values are one grey level apart, all others equal. Several threads may use it at once.
+    """
 
     def __init__(
         self, size: int, mean: Sequence[float], std: Sequence[float], centre: Literal["round", "floor"]
@@ -216,7 +211,7 @@ class FastSquare:
         height, width = pixels.shape[1:]
         long = int(self.size * max(width, height) / min(width, height))
         shape = (self.size, long) if height <= width else (long, self.size)
-        resized = F.interpolate(pixels[None], shape, mode="bicubic", antialias=True)[0]
+        resized = functional.interpolate(pixels[None], shape, mode="bicubic", antialias=True)[0]
         top, left = (self._offset(side) for side in shape)
         square = resized[:, top : top + self.size, left : left + self.size]
         return torch.addcmul(-self.offset, square.float(), self.scale).contiguous()

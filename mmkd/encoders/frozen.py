@@ -86,7 +86,7 @@ class FrozenTowers:
         rows = dict(zip(files, self._images.rows(list(files)).tolist(), strict=True))
         for pair, (path, key) in zip(pairs, found, strict=True):
             if not isinstance(path, str) and rows[key] < 0:
-                reason = task.skipped.get(key) or read_or_reason(lambda path=path: read_pixels(path))
+                reason = task.skipped.get(key) or read_or_reason(partial(read_pixels, path))
                 unreadable[pair.id] = reason if isinstance(reason, str) else "unreadable"
         keys = [key for pair, (_, key) in zip(pairs, found, strict=True) if pair.id not in unreadable]
         return self._images.read(keys), unreadable

@@ -98,8 +98,8 @@ def test_two_models_of_equal_towers_share_what_they_gave(root):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--freeze", "vision_model", "--crop", "center"], "add text_model to --freeze"),
-        (["--crop", "center"], "add vision_model to --freeze"),
+        (["--freeze", "vision_model", "--crop", "center"], "text_model is trainable: add it to --freeze"),
+        (["--crop", "center"], "vision_model is trainable: add it to --freeze"),
         (["--freeze", "vision_model,text_model"], "needs --crop center"),
     ],
 )

@@ -81,7 +81,7 @@ class VectorStore:
         """Whether any shard holds an array of this name."""
         return any(name in self._shard(k).arrays for k in range(len(self.files)))
 
-    def gather(self, name: str, rows: np.ndarray, dtype: np.typing.DTypeLike = None) -> np.ndarray:
+    def gather(self, name: str, rows: np.ndarray, dtype: np.typing.DTypeLike | None = None) -> np.ndarray:
         """Rows (n,) of one array, by default in the type they are stored in; zeros where a row is -1.
 
         Where a shard lacks the array but others have it, its rows are NaN.
