@@ -13,29 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmkd.alignment.aligner import Aligner
-from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
-from mmkd.alignment.folder import aligned, chunks, write_stores
-from mmkd.alignment.phi_s import PhiSAligner
-from mmkd.alignment.procrustes import ProcrustesAligner
-from mmkd.alignment.report import alignment_page, alignment_report
-from mmkd.command.settings import run, save_settings, setting
-from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
-from mmkd.data.features.published import write_published
-from mmkd.data.folder import open_pairs
-from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read_published
-from mmkd.data.table import Pair
-from mmkd.distributed import rank, wait_for_everyone
-from mmkd.encoders.zoo import teachers_of
-from mmkd.files import atomic_folder, write_json
-from mmkd.pages.page import write_page
-from mmkd.training.batches import StoredBatches
-from mmkd.training.loop import fit, start
-from mmkd.training.settings import BatchSettings, LoopSettings
-
-REPORTED_PAIRS = 5000
-
-PUBLISHED_FOLDER = "pairs"
+from mmkd.command.settings import check_arguments, run, setting
+from mmkd.training.settings import LoopSettings
 
 
 @dataclass(kw_only=True)
@@ -57,6 +36,33 @@ class AlignSettings(LoopSettings):
     learning_rate: float = setting(1e-3, "peak learning rate (autoencoder)")
     dropout: float = setting(0.2, "probability of dropout in the shared encoders (autoencoder)")
     noise: float = setting(0.01, "standard deviation of the noise on inputs in training (autoencoder)")
+
+
+if __name__ == "__main__":
+    check_arguments(AlignSettings)  # before the imports that take seconds
+
+from mmkd.alignment.aligner import Aligner
+from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
+from mmkd.alignment.folder import aligned, chunks, write_stores
+from mmkd.alignment.phi_s import PhiSAligner
+from mmkd.alignment.procrustes import ProcrustesAligner
+from mmkd.alignment.report import alignment_page, alignment_report
+from mmkd.command.settings import save_settings
+from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
+from mmkd.data.features.published import write_published
+from mmkd.data.folder import open_pairs
+from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read_published
+from mmkd.data.table import Pair
+from mmkd.distributed import rank, wait_for_everyone
+from mmkd.encoders.zoo import teachers_of
+from mmkd.files import atomic_folder, write_json
+from mmkd.pages.page import write_page
+from mmkd.training.batches import StoredBatches
+from mmkd.training.loop import fit, start
+from mmkd.training.settings import BatchSettings
+
+REPORTED_PAIRS = 5000
+PUBLISHED_FOLDER = "pairs"
 
 
 def main(settings: AlignSettings) -> None:

@@ -13,28 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from mmkd.alignment.folder import load_aligner
-from mmkd.alignment.phi_s import PhiSAligner
-from mmkd.command.settings import run, setting
-from mmkd.data.features import FeatureKind
-from mmkd.data.features.lookup import MODALITIES, TeacherFeatures, available_features, seen_pairs
-from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
-from mmkd.data.table import Pair
-from mmkd.distillation.heads import TeacherHeads, angular_dispersion
-from mmkd.distillation.objective import DistillObjective
-from mmkd.distillation.options import DistillOptions, require_width
-from mmkd.encoders.zoo import teachers_of
-from mmkd.student.folder import load_student, save_student, training_provenance
-from mmkd.student.trainable import ModelSettings, make_trainable
-from mmkd.training.batches import training_batches
-from mmkd.training.dataset import TeacherStores
-from mmkd.training.loop import fit, start
-from mmkd.training.settings import LoopSettings
-from mmkd.training.validation import ValidationSettings, validation_of
-
-DISPERSION_PAIRS = 8192
+from mmkd.command.settings import check_arguments, run, setting
+from mmkd.distillation.options import DistillOptions
+from mmkd.student.settings import ModelSettings
+from mmkd.training.settings import LoopSettings, ValidationSettings
 
 
 @dataclass(kw_only=True)
@@ -52,6 +34,31 @@ class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSet
         """Check both groups of settings, and fill in what the recipe gives."""
         DistillOptions.__post_init__(self)
         ValidationSettings.__post_init__(self)
+
+
+if __name__ == "__main__":
+    check_arguments(DistillSettings)  # before the imports that take seconds
+
+from transformers.utils.logging import disable_progress_bar
+
+from mmkd.alignment.folder import load_aligner
+from mmkd.alignment.phi_s import PhiSAligner
+from mmkd.data.features import FeatureKind
+from mmkd.data.features.lookup import MODALITIES, TeacherFeatures, available_features, seen_pairs
+from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
+from mmkd.data.table import Pair
+from mmkd.distillation.heads import TeacherHeads, angular_dispersion
+from mmkd.distillation.objective import DistillObjective
+from mmkd.distillation.options import require_width
+from mmkd.encoders.zoo import teachers_of
+from mmkd.student.folder import load_student, save_student, training_provenance
+from mmkd.student.trainable import make_trainable
+from mmkd.training.batches import training_batches
+from mmkd.training.dataset import TeacherStores
+from mmkd.training.loop import fit, start
+from mmkd.training.validation import validation_of
+
+DISPERSION_PAIRS = 8192
 
 
 def main(settings: DistillSettings) -> None:

@@ -11,17 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers.utils.logging import disable_progress_bar
-
-from mmkd.command.settings import run, setting
-from mmkd.data.folder import PairFolder, open_pairs
-from mmkd.encoders.weights import quiet_transformers
-from mmkd.student.folder import load_student, save_student, training_provenance, write_provenance
-from mmkd.student.trainable import ModelSettings, add_adapter, make_trainable
-from mmkd.training.batches import training_batches
-from mmkd.training.classification import PromptClassification
-from mmkd.training.loop import fit, start
-from mmkd.training.objectives import ContrastiveObjective, Objective
+from mmkd.command.settings import check_arguments, run, setting
+from mmkd.student.settings import ModelSettings
 from mmkd.training.settings import BatchSettings, LoopSettings
 
 
@@ -41,6 +32,21 @@ class FinetuneSettings(LoopSettings, ModelSettings, BatchSettings):
     )
     train_logit_scale: bool = setting(False, "train logit_scale beside an adapter; needs --merge true")
     merge: bool = setting(True, "write the whole model with the adapter merged, and the adapter beside it")
+
+
+if __name__ == "__main__":
+    check_arguments(FinetuneSettings)  # before the imports that take seconds
+
+from transformers.utils.logging import disable_progress_bar
+
+from mmkd.data.folder import PairFolder, open_pairs
+from mmkd.encoders.weights import quiet_transformers
+from mmkd.student.folder import load_student, save_student, training_provenance, write_provenance
+from mmkd.student.trainable import add_adapter, make_trainable
+from mmkd.training.batches import training_batches
+from mmkd.training.classification import PromptClassification
+from mmkd.training.loop import fit, start
+from mmkd.training.objectives import ContrastiveObjective, Objective
 
 
 def main(settings: FinetuneSettings) -> None:

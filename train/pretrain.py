@@ -10,19 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
-from mmkd.command.settings import resolved, run, setting
-from mmkd.data.folder import PairFolder, hold_out_split, open_pairs, select
-from mmkd.student.folder import save_student, training_provenance
-from mmkd.student.towers import starting_student
-from mmkd.student.trainable import ModelSettings, make_trainable
-from mmkd.training.batches import training_batches
-from mmkd.training.loop import fit, start
-from mmkd.training.objectives import ContrastiveObjective
-from mmkd.training.settings import LoopSettings
-from mmkd.training.validation import ValidationSettings, validation_of
-from modeling_mmkd import PRESETS
+from mmkd.command.settings import check_arguments, run, setting
+from mmkd.student.settings import ModelSettings
+from mmkd.training.settings import LoopSettings, ValidationSettings
 
 
 @dataclass(kw_only=True)
@@ -31,9 +21,7 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
 
     pairs: Path = setting(help="folder of pairs; the training split is used")
     model: str | None = setting(None, "folder or Hub id of a student to start from, instead of vision and text")
-    preset: str | None = setting(
-        None, f"a named size with random weights and the tokenizer of text: {', '.join(PRESETS)}"
-    )
+    preset: str | None = setting(None, "a named size of docs/model.md, with random weights and the tokenizer of text")
     vision: str = setting("packaged:efficientnet-lite0", "starting weights of the vision tower")
     text: str = setting("packaged:all-minilm-l6-v2", "starting weights of the text tower")
     projection_dim: int = setting(512, "width of the shared embedding space")
@@ -51,6 +39,22 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
         True,
         "gradient through the features of other processes; false as released: another model on several processes",
     )
+
+
+if __name__ == "__main__":
+    check_arguments(PretrainSettings)  # before the imports that take seconds
+
+from transformers.utils.logging import disable_progress_bar
+
+from mmkd.command.settings import resolved
+from mmkd.data.folder import PairFolder, hold_out_split, open_pairs, select
+from mmkd.student.folder import save_student, training_provenance
+from mmkd.student.towers import starting_student
+from mmkd.student.trainable import make_trainable
+from mmkd.training.batches import training_batches
+from mmkd.training.loop import fit, start
+from mmkd.training.objectives import ContrastiveObjective
+from mmkd.training.validation import validation_of
 
 
 def main(settings: PretrainSettings) -> None:

@@ -14,29 +14,9 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-from tqdm import tqdm
-
-from mmkd.command.settings import nearest, run, save_settings, setting
-from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
-from mmkd.data.folder import Choice, PairFolder, in_chunks, open_pairs, write_choice
-from mmkd.data.table import Pair
-from mmkd.distillation.screening import (
-    KEPT,
-    OTHER_MODALITY,
-    TOO_FEW,
-    UNSEEN,
-    Rule,
-    Screen,
-    ScreeningReport,
-    default_minimum,
-    draw_pools,
-    screening_page,
-)
-from mmkd.files import atomic_folder, refuse_existing, write_json
-from mmkd.pages.page import write_page
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -47,7 +27,9 @@ class ScreenSettings:
     features: Path = setting(help="folder with one feature store for each teacher")
     output: Path = setting(help="folder to write: a manifest, images stay where they are")
     teachers: list[str] = setting(factory=list, help="teachers to use; empty takes all")
-    rule: Rule = setting("percentile", "above a percentile of mismatches | rank = own caption within --top | all")
+    rule: Literal["percentile", "rank", "all"] = setting(
+        "percentile", "above a percentile of mismatches | rank = own caption within --top | all"
+    )
     percentile: float = setting(80.0, "percentage of mismatched similarities that a pair's own must exceed")
     top: int = setting(1, "rank of the own caption in the pool that still passes (rule rank)")
     minimum_teachers: int | None = setting(
@@ -60,6 +42,31 @@ class ScreenSettings:
     seed: int = setting(42, "seed of the pools")
     quiet: bool = setting(False, "show no progress bar")
     overwrite: bool = setting(False, "replace OUTPUT if it exists")
+
+
+if __name__ == "__main__":
+    check_arguments(ScreenSettings)  # before the imports that take seconds
+
+import numpy as np
+from tqdm import tqdm
+
+from mmkd.command.settings import nearest, save_settings
+from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
+from mmkd.data.folder import Choice, PairFolder, in_chunks, open_pairs, write_choice
+from mmkd.data.table import Pair
+from mmkd.distillation.screening import (
+    KEPT,
+    OTHER_MODALITY,
+    TOO_FEW,
+    UNSEEN,
+    Screen,
+    ScreeningReport,
+    default_minimum,
+    draw_pools,
+    screening_page,
+)
+from mmkd.files import atomic_folder, refuse_existing, write_json
+from mmkd.pages.page import write_page
 
 
 def main(settings: ScreenSettings) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import nearest, setting
 
@@ -45,6 +45,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 @dataclass(kw_only=True)
 class DistillOptions:
     """The losses of stage 2 and what they read."""
+
+    GROUP: ClassVar[str] = "losses"
 
     recipe: Literal["default", "repaired", "paper"] = setting(
         "default", "gives losses, target, target_norm, feature_form and interactive_scale where they are not given"

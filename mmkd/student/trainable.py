@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mmkd.command.settings import setting
+from mmkd.student.settings import ModelSettings
 from modeling_mmkd import MMKDClipModel
 
 _FIRST_LAYERS = re.compile(r"(?P<tower>[\w.]+)\[:(?P<count>\d+)\]")
@@ -24,20 +23,6 @@ BATCH_NORMALIZATION = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBa
 TOWERS = ("vision_model", "text_model")
 PROJECTIONS = ("visual_projection", "text_projection")
 QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv", "query_proj", "value_proj")
-
-
-@dataclass(kw_only=True)
-class ModelSettings:
-    """How a model is trained, whatever it is trained for."""
-
-    freeze: list[str] = setting(
-        factory=list, help="frozen modules: vision_model, text_model.embeddings, text_model[:4]"
-    )
-    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
-    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = setting(
-        None, "attention implementation, by default torch's choice; flash needs its package, a GPU and bf16"
-    )
-    compile: bool = setting(False, "compile the towers: minutes at the start, then faster steps; not the same bytes")
 
 
 def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> None:

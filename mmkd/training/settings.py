@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from mmkd.command.settings import setting
-from mmkd.training.tracking import chosen_trackers
+from mmkd.command.settings import nearest, setting
 
 LEAST = {
     **{"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "checkpoints_kept": 1, "skipped_in_a_row": 1},
     **{"warmup_steps": 0, "workers": 0, "seed": 0},
 }
 LEAST_UNLESS_NONE = {"max_steps": 1, "micro_batch_size": 1, "profile_steps": 1}
+RECALLS = (1, 5, 10)
+DIRECTIONS = ("image_to_text", "text_to_image")
+METRICS = ("loss", "mean_recall", *(f"{way}_recall@{k}" for way in DIRECTIONS for k in RECALLS))
 
 
 @dataclass(kw_only=True)
@@ -28,6 +30,8 @@ class RunSettings:
 class BatchSettings(RunSettings):
     """How pairs become batches."""
 
+    GROUP: ClassVar[str] = "data"
+
     batch_size: int = setting(64, "global batch size over all processes [pairs]")
     crop: Literal["random", "center"] = setting(
         "random", "crop of training images: random 90-100 % of the area, or none"
@@ -41,6 +45,8 @@ class BatchSettings(RunSettings):
 @dataclass(kw_only=True)
 class LoopSettings(RunSettings):
     """The settings of the training loop."""
+
+    GROUP: ClassVar[str] = "optimisation, checkpoints and logging"
 
     output: Path = setting(help="folder to write; OUTPUT.partial while running, from which the same command resumes")
     epochs: int = setting(1, "passes over the pairs")
@@ -87,6 +93,8 @@ def check(settings: LoopSettings) -> None:
     for name, least in LEAST_UNLESS_NONE.items():
         if values[name] is not None and values[name] < least:
             raise ValueError(f"--{name} is {values[name]}; it must be at least {least}, or null")
+    from mmkd.training.tracking import chosen_trackers  # imports torch
+
     chosen_trackers(settings.trackers)
     if settings.peak_tflops is not None and not settings.peak_tflops > 0:
         raise ValueError(f"--peak_tflops is {settings.peak_tflops}; it must be above 0, or null")
@@ -103,3 +111,48 @@ def check(settings: LoopSettings) -> None:
             raise ValueError(f"--learning_rate_factors.{part} is {factor}; it must be above 0, or --freeze {part}")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"--dropout is {settings.dropout}; it must be at least 0 and below 1")
+
+
+@dataclass(kw_only=True)
+class ValidationSettings(BatchSettings):
+    """Validation during training."""
+
+    GROUP: ClassVar[str] = "validation"
+
+    validate_every: int | None = setting(None, "interval of validation [steps]; null disables it")
+    best_metric: str | None = setting(
+        None, f"write the weights that are best by this metric, null the last; one of {', '.join(METRICS)}"
+    )
+    validation_pairs: int = setting(5000, "maximum number of validation pairs")
+    hold_out: float = setting(
+        0.0, "share of the training groups held out for validation, for a folder without a validation split"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is read.
+
+        Raises:
+            ValueError: the message names the setting and what is allowed.
+        """
+        check_validation(self.validate_every, self.best_metric)
+        if self.validation_pairs < 2:
+            raise ValueError(f"--validation_pairs is {self.validation_pairs}; it must be at least 2")
+        if not 0 <= self.hold_out < 1:
+            raise ValueError(f"--hold_out is {self.hold_out}; it must be at least 0 (nothing) and below 1")
+        if self.hold_out and self.validate_every is None:
+            raise ValueError(f"--hold_out {self.hold_out} needs --validate_every STEPS, or those pairs are never used")
+
+
+def check_validation(every: int | None, best_metric: str | None) -> None:
+    """Refuse settings that cannot work, before anything is read.
+
+    Raises:
+        ValueError: the message names the setting and what is allowed.
+    """
+    if best_metric is not None and best_metric not in METRICS:
+        hint = nearest(best_metric, METRICS)
+        raise ValueError(f"--best_metric {best_metric} is not measured{hint}; allowed: {', '.join(METRICS)}")
+    if every is not None and every < 1:
+        raise ValueError(f"--validate_every is {every}; it must be at least 1, or null")
+    if best_metric is not None and every is None:
+        raise ValueError(f"--best_metric {best_metric} needs --validate_every STEPS")

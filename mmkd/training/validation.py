@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmkd.command.settings import nearest, setting
 from mmkd.data.features.lookup import seen_pairs
 from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.data.table import Pair
@@ -24,40 +22,9 @@ from mmkd.training.batches import Batches, TeacherStores, pair_batches
 from mmkd.training.objectives import ObjectiveWrapper
 from mmkd.training.optimizer import WeightAverage
 from mmkd.training.run_folder import RunFolder
-from mmkd.training.settings import BatchSettings
+from mmkd.training.settings import DIRECTIONS, RECALLS, ValidationSettings, check_validation
 
-RECALLS = (1, 5, 10)
-DIRECTIONS = ("image_to_text", "text_to_image")
-METRICS = ("loss", "mean_recall", *(f"{way}_recall@{k}" for way in DIRECTIONS for k in RECALLS))
 ROWS_AT_ONCE = 1024
-
-
-@dataclass(kw_only=True)
-class ValidationSettings(BatchSettings):
-    """Validation during training."""
-
-    validate_every: int | None = setting(None, "interval of validation [steps]; null disables it")
-    best_metric: str | None = setting(
-        None, f"write the weights that are best by this metric, null the last; one of {', '.join(METRICS)}"
-    )
-    validation_pairs: int = setting(5000, "maximum number of validation pairs")
-    hold_out: float = setting(
-        0.0, "share of the training groups held out for validation, for a folder without a validation split"
-    )
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is read.
-
-        Raises:
-            ValueError: the message names the setting and what is allowed.
-        """
-        check(self.validate_every, self.best_metric)
-        if self.validation_pairs < 2:
-            raise ValueError(f"--validation_pairs is {self.validation_pairs}; it must be at least 2")
-        if not 0 <= self.hold_out < 1:
-            raise ValueError(f"--hold_out is {self.hold_out}; it must be at least 0 (nothing) and below 1")
-        if self.hold_out and self.validate_every is None:
-            raise ValueError(f"--hold_out {self.hold_out} needs --validate_every STEPS, or those pairs are never used")
 
 
 class Validation:
@@ -69,7 +36,7 @@ class Validation:
         Raises:
             ValueError: `every` is below 1, or `best_metric` is none of `METRICS`.
         """
-        check(every, best_metric)
+        check_validation(every, best_metric)
         self.batches, self.every, self.best_metric = batches, every, best_metric
         numbers: dict[str, int] = {}
         self._captions = torch.tensor([numbers.setdefault(pair.caption, len(numbers)) for pair in pairs])
@@ -176,21 +143,6 @@ def validation_of(
         seen_pairs(store, folder.pairs, f"--validate_every {settings.validate_every}: the folder of features")
     batches = pair_batches(folder, processor, settings, features, crop="center")
     return Validation(folder.pairs, batches, settings.validate_every, settings.best_metric)
-
-
-def check(every: int | None, best_metric: str | None) -> None:
-    """Refuse settings that cannot work, before anything is read.
-
-    Raises:
-        ValueError: the message names the setting and what is allowed.
-    """
-    if best_metric is not None and best_metric not in METRICS:
-        hint = nearest(best_metric, METRICS)
-        raise ValueError(f"--best_metric {best_metric} is not measured{hint}; allowed: {', '.join(METRICS)}")
-    if every is not None and every < 1:
-        raise ValueError(f"--validate_every is {every}; it must be at least 1, or null")
-    if best_metric is not None and every is None:
-        raise ValueError(f"--best_metric {best_metric} needs --validate_every STEPS")
 
 
 def retrieval(images: Tensor, texts: Tensor, captions: Tensor) -> dict[str, float]:

@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 
@@ -98,3 +99,29 @@ def test_output_that_nobody_reads_ends_the_command_without_a_word(arguments, unb
 def test_another_broken_pipe_stays_an_error():
     with pytest.raises(BrokenPipeError), ignore_broken_pipe():
         raise BrokenPipeError("of a process that died")
+
+
+HELP = """
+import contextlib, io, sys
+from mmkd.command import cli
+for name in cli.RECIPES:
+    for arguments in ([name, "--help"], [name, "--no_such_setting", "1"]):
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
+            cli.main(arguments)
+        heavy = {"torch", "transformers", "pyarrow", "scipy", "matplotlib"} & set(sys.modules)
+        assert not heavy, f"mmkd {' '.join(arguments)} imports {heavy}"
+"""
+
+
+def test_help_and_mistakes_are_answered_without_heavy_imports():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(cli.RECIPES)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["distil"], ["curate", "--help"], ["curate", "--sorce", "x"]])
+def test_an_answer_takes_less_than_a_second_of_computing(arguments):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "mmkd.command.cli", *arguments], capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1

@@ -44,7 +44,7 @@ def test_command_line_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
 
 
 def test_forms_of_values():
-    argv = ["--output=o", "--quiet", "--learning-rate", "1e-3", "--teachers", "a, b", "--losses", '{"task": 1, "x": 2}']
+    argv = ["--output=o", "--quiet", "--learning-rate", "1e-3", "--teachers", "a, b", "--losses.x", "2"]
     settings = parse(Example, [*argv, "--limit", "none", "--stage.epochs", "4"])
     assert settings.quiet is True
     assert settings.learning_rate == 1e-3

@@ -10,8 +10,8 @@ from mmkd.data.table import Pair
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions
 from mmkd.training.loop import fit, start
-from mmkd.training.settings import LoopSettings
-from mmkd.training.validation import Validation, ValidationSettings, retrieval
+from mmkd.training.settings import LoopSettings, ValidationSettings
+from mmkd.training.validation import Validation, retrieval
 
 
 def test_recall_by_hand():
