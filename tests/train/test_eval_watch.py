@@ -80,7 +80,7 @@ def test_checkpoints_as_they_appear_and_the_finished_model(run, monkeypatch):
     assert len(teachers) == 1 and len({json.dumps(line["tasks"]) for line in lines}) > 1
     summaries = [read_json(run / "results" / name / "summary.json") for name in names]
     assert len({summary["encoders"]["student"]["fingerprint"] for summary in summaries}) == 3
-    assert len(list((run / "results/embeddings/teacher").glob("images-*"))) == 1 and TEACHER.calls < 2 * 24 + 80
+    assert len(list((run / "results/embeddings/teacher").rglob("images-*"))) == 1 and TEACHER.calls < 2 * 24 + 80
     assert not (run / "results/students").exists() and not (run / "results/embeddings/student").exists()
     calls = TEACHER.calls
     recipe.main(settings(run))
