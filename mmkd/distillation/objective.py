@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmkd.data.features.lookup import MODALITIES
+from mmkd.data.features.lookup import MODALITIES, Modality
 from mmkd.distillation import losses
 from mmkd.distillation.heads import TeacherHeads, heads_loss
 from mmkd.distillation.options import ALIGNED_LOSSES, DistillOptions
@@ -96,7 +96,7 @@ class DistillObjective(Objective):
         share = torch.stack([weights[name] for name in names], dim=1)
         if options.target == "random":
             share = sample_teacher(share > 0, self.seed, batch["epoch"], batch["index"]).float()
-        form = "leave_one_out" if options.target == "leave_one_out" else "mean"
+        form: Literal["mean", "leave_one_out"] = "leave_one_out" if options.target == "leave_one_out" else "mean"
         image, text = (
             combined_target(
                 torch.stack([aligned[name][modality].float() for name in names], dim=1),
@@ -131,7 +131,7 @@ class DistillObjective(Objective):
             parts["affinity"] = losses.affinity(image, text, all_images, all_texts, *both, scale, student.chunk)
         if self.weights["heads"]:
             assert self.heads is not None
-            own_features = {"image": image, "text": text}
+            own_features: dict[Modality, Tensor] = {"image": image, "text": text}
             parts["heads"] = heads_loss(self.heads, own_features, teachers.teachers, weights, self.dispersions)
         if self.weights["relational"]:
             unscreened, fixed = self.options.relational_teachers == "all", self.options.relational_scale

@@ -125,6 +125,7 @@ def test_memory_does_not_grow_with_the_pairs(work, monkeypatch):
         pools, _ = draw_pools(folder, features, settings.pool, settings.seed)
         rule = Screen(features, pools, settings.rule, settings.percentile, settings.top)
         chosen = screen.choices(folder, rule, report, 1, settings)
+        Path("chosen").mkdir(exist_ok=True)
         choice.write_choice(Path("chosen"), folder, chosen)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
