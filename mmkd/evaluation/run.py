@@ -51,7 +51,7 @@ class SuiteRun:
         self.skipped: dict[str, str] = {}
         self.unreadable: dict[str, str] = {}
         self.datasets: dict[str, dict[str, Any]] = {}
-        self.encoders = {
+        self.encoders: dict[str, dict[str, Any]] = {
             each.name: {
                 "source": each.source,
                 "fingerprint": each.fingerprint,

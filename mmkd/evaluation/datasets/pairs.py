@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,7 @@ class View(Manifest):
 
     kind: str = ""
     sentences: dict[str, list[str]] = field(default_factory=dict)
-    target_is_modality: bool = False  # type: ignore[assignment]
+    target_is_modality: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -187,7 +188,7 @@ class PairsDataset(Dataset):
         skipped: Reasons = {}
         if self.within == "source":
             for source in sorted({pair.source for pair in samples.held_out}):
-                own = samples.where(lambda pair, source=source: pair.source == source)
+                own = samples.where(partial(_is_from, source))
                 found += _probed(own, slug(source), f"label within {source}", _label)[0]
             return found, skipped
         fields: tuple[tuple[str, Callable[[Pair], str]], ...] = (("modality", known_modality), ("label", _label))
@@ -284,15 +285,22 @@ def _probed(samples: Samples, name: str, title: str, class_of: Callable[[Pair], 
     if len(tested) < 2:
         return [], len(tested)
     known = samples.where(lambda pair: bool(class_of(pair)))
-    parts = {part: _relabelled(getattr(known, part), class_of) for part in ("held_out", "train", "validation")}
-    classes = sorted({pair.label for part in parts.values() for pair in part})
+    held_out, train, validation = (
+        _relabelled(pairs, class_of) for pairs in (known.held_out, known.train, known.validation)
+    )
+    classes = sorted({pair.label for pair in [*held_out, *train, *validation]})
     is_modality = class_of is known_modality
     view = _view("probe", name, title, classes={label: [] for label in classes}, target_is_modality=is_modality)
-    return [replace(samples, manifest=view, **parts)], len(tested)
+    view_samples = replace(samples, manifest=view, held_out=held_out, train=train, validation=validation)
+    return [view_samples], len(tested)
 
 
 def _relabelled(pairs: Sequence[Pair], class_of: Callable[[Pair], str]) -> list[Pair]:
     return [replace(pair, label=class_of(pair)) for pair in pairs]
+
+
+def _is_from(source: str, pair: Pair) -> bool:
+    return pair.source == source
 
 
 def _label(pair: Pair) -> str:

@@ -111,7 +111,9 @@ def probed_features(embedded: Embedded, probe_on: str, splits: Sequence[Sequence
     return parts
 
 
-def probe(parts: Sequence[NDArray[Any]], train_targets: Integers, validation_targets: Integers, search: str) -> Outputs:
+def probe(
+    parts: Sequence[NDArray[Any]], train_targets: NDArray[Any], validation_targets: NDArray[Any], search: str
+) -> Outputs:
     """Scores of the test images after learning from all others.
 
     Args:
