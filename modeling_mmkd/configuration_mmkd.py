@@ -102,8 +102,8 @@ class MMKDClipConfig(PreTrainedConfig):
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # type: ignore[assignment]
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
 
-    vision_config: PreTrainedConfig | dict | None = None
-    text_config: PreTrainedConfig | dict | None = None
+    vision_config: Any = None  # a PreTrainedConfig from `__post_init__` on
+    text_config: Any = None
     projection_dim: int = 512
     text_projection_hidden: int | None = None
     vision_projection_hidden: int | None = None
@@ -192,12 +192,12 @@ def _check_sizes(name: str, config: PreTrainedConfig) -> None:
         raise ValueError(f"{name}: hidden_act is {activation!r}; allowed: {', '.join(sorted(ACT2FN))}")
 
 
-def _tower(
-    config: PreTrainedConfig | dict[str, Any] | None, model_type: str, defaults: dict[str, Any]
-) -> PreTrainedConfig:
+def _tower(config: Any, model_type: str, defaults: dict[str, Any]) -> PreTrainedConfig:
     """A tower's configuration object; ``defaults`` hold for the values that a CLIP vision tower leaves out."""
     if isinstance(config, PreTrainedConfig):
         return config
+    if not isinstance(config, dict | None):
+        raise ValueError(f"a tower's configuration is {config!r}; allowed: a configuration, a dictionary or None")
     values = dict(config or {})
     model_type = values.pop("model_type", model_type)
     if model_type == "clip_vision_model":

@@ -29,7 +29,9 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 class ExtractSettings:
     """Extract the features of one or more teachers for every pair."""
 
-    teacher: list[str] = setting(help="names, folders, Hub ids or YAML rows, each may be given as NAME=SOURCE")
+    teacher: list[str] = setting(
+        help="names, folders, Hub ids or YAML files, also as NAME=SOURCE; ungated and commercial filter them"
+    )
     pairs: Path = setting(help="folder of pairs")
     output: Path = setting(help="folder that gets one feature store for each teacher; features that are there are kept")
     weights: dict[str, str] = setting(factory=dict, help="teacher -> local folder of its weights")

@@ -65,7 +65,7 @@ class HFClipEncoder(DualEncoder):
         return with_input_of(projection, lambda: self.image_features(prepared))
 
     def text_features(self, texts: list[str]) -> Tensor:
-        """See `DualEncoder`; texts are padded to the longest of the batch."""
+        """See `DualEncoder`."""
         return _pooled(self.model.get_text_features(**self._tokens(texts)))
 
     def image_token_features(self, prepared: list[Tensor]) -> Tensor:
@@ -76,11 +76,14 @@ class HFClipEncoder(DualEncoder):
     def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """See `DualEncoder`."""
         inputs = self._tokens(texts)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids))
         return self._tower("text_model")(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool()
 
     def _tokens(self, texts: list[str]) -> Any:
-        options = {"padding": True, "truncation": True, "max_length": self.context, "return_tensors": "pt"}
+        """Tokens of a batch; SigLIP pools the last position of the whole context, other towers a text's own tokens."""
+        padding = "max_length" if "siglip" in self.model.config.model_type else True
+        options = {"padding": padding, "truncation": True, "max_length": self.context, "return_tensors": "pt"}
         return self.processor(text=texts, **options).to(self.model.device)
 
     def _tower(self, name: str) -> Any:

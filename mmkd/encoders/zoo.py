@@ -1,7 +1,8 @@
 """The teachers by name, and the one function that loads any dual encoder by name, folder, Hub id or specification.
 
-The first nine are the paper's, under the authors' spelling in ``available_clips``. Inferred and open points of a
-specification are in its note, go into the provenance of every feature made with it, and can be changed by a YAML file.
+`TEACHERS` are the paper's nine, under the authors' spelling in ``available_clips``; `NEWER_TEACHERS` appeared since.
+Inferred and open points of a specification are in its note, go into the provenance of every feature made with it, and
+can be changed by a YAML file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.command.settings import nearest
-from mmkd.data.licenses import OWN_MODEL, UNSTATED
+from mmkd.data.licenses import NON_COMMERCIAL, OWN_MODEL, UNSTATED, terms
 from mmkd.data.published import META_FILE, read_published
 from mmkd.encoders import hfclip, medclip, openclip, pmcclip
 from mmkd.encoders import python as python_form
@@ -109,6 +110,61 @@ TEACHERS = {
     ),
 }
 
+NEWER_TEACHERS = {
+    "OpenPMC18M": TeacherSpec(
+        name="OpenPMC18M",
+        form="openclip",
+        weights="vector-institute/open-pmc-18m-clip",
+        dim=512,
+        context=256,
+        note="licence unconfirmed (that of its predecessor open-pmc-clip is MIT)",
+    ),
+    "MedPMC": TeacherSpec(
+        name="MedPMC",
+        form="openclip",
+        weights="Yale-BIDS-Chen/medpmc-clip-l-14_jun24_v1",
+        note="form inferred from its name; dim, context, licence and gate unconfirmed",
+    ),
+    "BMCLongCLIP": TeacherSpec(
+        name="BMCLongCLIP",
+        form="openclip",
+        weights="BIOMEDICA/BMC-LongCLIP",
+        context=512,
+        note="form, dim, licence and gate unconfirmed",
+    ),
+    "MONET": TeacherSpec(
+        name="MONET",
+        form="hfclip",
+        weights="suinleelab/monet",
+        dim=768,
+        context=77,
+        note="licence unconfirmed",
+    ),
+    "DermLIP": TeacherSpec(
+        name="DermLIP",
+        form="openclip",
+        weights="redlessone/DermLIP_ViT-B-16",
+        dim=512,
+        license="CC BY-NC-ND 4.0",
+        note="context unconfirmed; the variant with PanDerm needs a modified open_clip",
+    ),
+    "MedSigLIP": TeacherSpec(
+        name="MedSigLIP",
+        form="hfclip",
+        weights="google/medsiglip-448",
+        dim=1152,
+        context=64,
+        license="Health AI Developer Foundations terms of use",
+        gated=True,
+    ),
+}
+
+# Words of ``--teacher`` that narrow the teachers down instead of naming one.
+FILTERS: dict[str, Callable[[TeacherSpec], bool]] = {
+    "ungated": lambda spec: not spec.gated,
+    "commercial": lambda spec: terms(spec.license).strictness < NON_COMMERCIAL.strictness,
+}
+
 LOADERS: dict[str, Callable[[TeacherSpec, str], DualEncoder]] = {
     "openclip": openclip.load,
     "hfclip": hfclip.load,
@@ -153,7 +209,7 @@ def find_spec(name_or_path: str) -> TeacherSpec:
         FileNotFoundError: a path that is not there.
         ValueError: an unknown name; the message lists the known ones.
     """
-    specs = {name.lower(): spec for name, spec in TEACHERS.items()}
+    specs = {name.lower(): spec for name, spec in known_teachers().items()}
     if name_or_path.lower() in specs:
         return specs[name_or_path.lower()]
     path = Path(name_or_path)
@@ -174,7 +230,7 @@ def find_spec(name_or_path: str) -> TeacherSpec:
     if "/" in name_or_path:
         return _spec_of_folder(path.name, name_or_path, fetch(name_or_path, ["config.json", openclip.CONFIG_FILE]))
     raise ValueError(
-        f"unknown encoder {name_or_path!r}{nearest(name_or_path.lower(), specs)}; known: {', '.join(TEACHERS)}; or "
+        f"unknown encoder {name_or_path!r}{nearest(name_or_path.lower(), specs)}; known: {_names()}; or "
         f"give a folder, a Hub id (owner/name), open_clip:ARCHITECTURE[:PRETRAINED], or a YAML file"
     )
 
@@ -182,12 +238,30 @@ def find_spec(name_or_path: str) -> TeacherSpec:
 def named_sources(sources: list[str]) -> dict[str, str]:
     """Sources by the name of their feature store: the name before ``=``, else that of the specification.
 
+    Args:
+        sources: teachers, and words of `FILTERS`, all of which a teacher must pass. Filters alone choose among all
+            known teachers.
+
     Raises:
-        ValueError: none is given, or two have one name.
+        ValueError: none is given or left, or two have one name.
     """
-    if not sources:
-        raise ValueError(f"no teacher is named; known: {', '.join(TEACHERS)}")
-    return by_name(sources, lambda source: find_spec(source).name, "teacher")
+    filters = [FILTERS[source] for source in sources if source in FILTERS]
+    named = [source for source in sources if source not in FILTERS]
+    if filters:
+        specs = [(source, find_spec(source.rpartition("=")[2])) for source in named or known_teachers()]
+        named = [source for source, spec in specs if all(passes(spec) for passes in filters)]
+    if not named:
+        raise ValueError(f"no teacher is named, or none passes the filters; known: {_names()}")
+    return by_name(named, lambda source: find_spec(source).name, "teacher")
+
+
+def known_teachers() -> dict[str, TeacherSpec]:
+    """The paper's teachers and the newer ones by name."""
+    return TEACHERS | NEWER_TEACHERS
+
+
+def _names() -> str:
+    return ", ".join(known_teachers())
 
 
 def by_name(

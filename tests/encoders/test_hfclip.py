@@ -1,11 +1,23 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import (
+    BertTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipProcessor,
+)
 
+from mmkd.encoders import zoo
 from mmkd.encoders.zoo import load_encoder
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
@@ -103,8 +115,6 @@ def ours(tmp_path):
     vision |= {"image_size": 32, "patch_size": 16}
     config = MMKDClipConfig(vision_config=vision, text_config=text, projection_dim=24)
     model = randomized(MMKDClipModel(config))
-    from transformers import BertTokenizer
-
     processor = MMKDClipProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32), BertTokenizer.from_pretrained(folder)
     )
@@ -143,3 +153,26 @@ def test_a_damaged_folder_of_ours(ours):
 
 def test_texts_of_any_length_and_script(plip):
     check_odd_texts(load_encoder("PLIP", weights=plip[0]))
+
+
+def test_medsiglip_is_padded_to_its_context(tmp_path, images):
+    text = write_bert(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {**sizes, "vocab_size": text["vocab_size"], "max_position_embeddings": 64, "projection_size": 16}
+    config = SiglipConfig(text_config=words, vision_config={**sizes, "image_size": 32, "patch_size": 16})
+    model = randomized(SiglipModel(config))
+    tokenizer = BertTokenizer.from_pretrained(tmp_path, model_max_length=64, model_input_names=["input_ids"])
+    processor = SiglipProcessor(SiglipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    spec = dataclasses.replace(zoo.NEWER_TEACHERS["MedSigLIP"], weights=str(tmp_path), dim=16)
+    encoder = zoo.LOADERS[spec.form](spec, "cpu")
+    with torch.no_grad():
+        inputs = processor(images=images, text=TEXTS, padding="max_length", max_length=64, return_tensors="pt")
+        image = functional.normalize(model.get_image_features(inputs["pixel_values"]).pooler_output, dim=-1)
+        words = functional.normalize(model.get_text_features(inputs["input_ids"]).pooler_output, dim=-1)
+    torch.testing.assert_close(encoder.encode_images(images), image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode_texts(TEXTS), words, atol=1e-5, rtol=0)
+    assert encoder.provenance["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), rel=1e-3)
+    states, mask = encoder.text_token_features(TEXTS)
+    assert states.shape == (3, 64, 16) and mask.all()

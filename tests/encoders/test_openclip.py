@@ -61,8 +61,9 @@ def reference(folder, images, texts):
         return model.encode_image(pixels, normalize=True), model.encode_text(tokenizer(texts), normalize=True)
 
 
-def test_equals_open_clip(quiltnet, images):
-    encoder = load_encoder("quiltnet", weights=quiltnet)
+@pytest.mark.parametrize("name", ["quiltnet", "dermlip"])
+def test_equals_open_clip(quiltnet, images, name):
+    encoder = load_encoder(name, weights=quiltnet)
     image, text = reference(quiltnet, images, TEXTS)
     torch.testing.assert_close(encoder.encode_images(images), image, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_texts(TEXTS), text, atol=1e-5, rtol=0)
@@ -72,8 +73,9 @@ def test_equals_open_clip(quiltnet, images):
     assert str(MEAN) in encoder.provenance["preprocessing"]
 
 
-def test_biomedclip_offline_equals_open_clip_and_is_not_padded_to_its_context(biomedclip, images):
-    encoder = load_encoder("BiomedCLIP", weights=biomedclip)
+@pytest.mark.parametrize("name", ["BiomedCLIP", "OpenPMC18M"])
+def test_biomedclip_offline_equals_open_clip_and_is_not_padded_to_its_context(biomedclip, images, name):
+    encoder = load_encoder(name, weights=biomedclip)
     lengths = []
     encoder.model.text.transformer.register_forward_pre_hook(
         lambda _, __, options: lengths.append(options["input_ids"].shape[1]), with_kwargs=True

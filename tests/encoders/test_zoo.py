@@ -11,7 +11,7 @@ from mmkd.data.licenses import is_open
 from mmkd.encoders import spec as specs
 from mmkd.encoders.encoder import NoTokens
 from mmkd.encoders.weights import fetch, read_state_dict
-from mmkd.encoders.zoo import LOADERS, TEACHERS, find_spec, load_encoder, named_sources
+from mmkd.encoders.zoo import LOADERS, NEWER_TEACHERS, TEACHERS, find_spec, load_encoder, named_sources
 
 FUNCTION = """
 import numpy as np
@@ -66,6 +66,23 @@ def test_nine_teachers_by_the_authors_names():
     for name, row in TEACHERS.items():
         assert row.name == name and row.form in LOADERS and row.dim in (512, 768) and row.license
         assert find_spec(name.lower()) is row and find_spec(name.upper()) is row
+
+
+def test_newer_teachers_state_what_is_unconfirmed():
+    for name, row in NEWER_TEACHERS.items():
+        assert row.name == name and row.form in LOADERS and find_spec(name.lower()) is row
+        assert not row.trust_remote_code
+        assert (row.dim and row.context and row.license != "not declared") or "unconfirmed" in row.note
+
+
+def test_teachers_are_filtered_by_licence_and_gate():
+    ungated, commercial = named_sources(["ungated"]), named_sources(["commercial"])
+    assert not {"BMCA", "MedSigLIP"} & ungated.keys() and {"PLIP", "UniMedCLIP", "DermLIP"} <= ungated.keys()
+    assert not {"PLIP", "UniMedCLIP", "DermLIP"} & commercial.keys() and {"BMCA", "BiomedCLIP"} <= commercial.keys()
+    assert named_sources(["ungated", "commercial"]).keys() == ungated.keys() & commercial.keys()
+    assert named_sources(["plip", "other=biomedclip", "commercial"]) == {"other": "biomedclip"}
+    with pytest.raises(ValueError, match="none passes the filters; known: BMCA"):
+        named_sources(["plip", "commercial"])
 
 
 def test_unknown_names_answer_with_the_known_ones():

@@ -334,6 +334,7 @@ def test_default_sizes_are_the_papers():
         ({"text_projection_hidden": -4}, "text_projection_hidden is -4"),
         ({"vision_projection_hidden": 0}, "vision_projection_hidden is 0"),
         ({"text_config": {"model_type": "resnet"}}, "hidden_size"),
+        ({"vision_config": 3}, "configuration is 3; allowed: a configuration, a dictionary or None"),
     ],
 )
 def test_config_refuses(options, words):
