@@ -99,7 +99,7 @@ class MMKDClipConfig(PreTrainedConfig):
     """
 
     model_type = "mmkd_clip"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # type: ignore[assignment]
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
 
     vision_config: Any = None  # a PreTrainedConfig from `__post_init__` on

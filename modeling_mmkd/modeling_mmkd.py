@@ -196,7 +196,8 @@ class TextHalf(MMKDClipPreTrainedModel):
 
     def _add_text(self, config: MMKDClipConfig) -> None:
         self.text_model = build_tower(config.text_config)
-        width, hidden = tower_width(config.text_config), config.text_projection_hidden
+        width = tower_width(config.text_config)
+        hidden: Any = config.text_projection_hidden  # never None: the configuration fills it in
         self.text_projection = MMKDClipProjection(width, hidden, config.projection_dim)
         tag_projection(self.text_projection)
 
