@@ -123,7 +123,8 @@ def model_state(module: nn.Module) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    return {name: tensor.contiguous() for name, tensor in get_model_state_dict(module, options=_on_first()).items()}
+    found: dict[str, Any] = get_model_state_dict(module, options=_on_first())
+    return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
 def load_model_state(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -134,7 +135,7 @@ def load_model_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(module, dict[str, Any](state), options=StateDictOptions(full_state_dict=True))
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -143,8 +144,8 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
     if not optimizer.state:  # torch would take a step with a gradient of zero, which counts in the bias correction
         return {}
-    found = get_optimizer_state_dict(module, optimizer, options=_on_first())
-    states: dict[str, dict[str, Tensor]] = dict(found.get("state", {}))
+    found: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_on_first())
+    states: dict[str, dict[str, Tensor]] = found.get("state", {})
     return {f"{kind}/{name}": value.contiguous() for name, state in states.items() for kind, value in state.items()}
 
 
@@ -163,7 +164,7 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
         kind, _, name = key.partition("/")
         by_parameter.setdefault(name, {})[kind] = value
     groups = get_optimizer_state_dict(module, optimizer)["param_groups"]
-    found = {"state": by_parameter, "param_groups": groups}
+    found: dict[str, Any] = {"state": by_parameter, "param_groups": groups}
     set_optimizer_state_dict(module, optimizer, found, options=StateDictOptions(full_state_dict=True))
     for (
         parameter,

@@ -234,7 +234,9 @@ def skipped_section(board: Leaderboard) -> Section:
 def datasets_section(board: Leaderboard, datasheet: str) -> Section:
     """What each dataset is, who may use it, its splits and what they share."""
     split = board.summary["settings"].get("split", "test")
-    rows, counts, notes = [], [], []
+    rows: list[list[Cell | str | int]] = []
+    counts: list[list[Cell | str | int]] = []
+    notes: list[str] = []
     for name, own in board.summary.get("datasets", {}).items():
         splits = own.get("splits")
         if not splits:
