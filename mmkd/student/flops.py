@@ -22,10 +22,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_mmkd.configuration_mmkd import position_limit
 from modeling_mmkd.modeling_mmkd import build_tower
 
 COUNTED_SIDE = 224  # pixels, for image towers of any size
-COUNTED_TOKENS = (16, 32)
+COUNTED_TOKENS = 16  # and twice as many; fewer where a tower has fewer positions
 # Dense peaks in TFLOP/s: bf16 (fp16 where there is no bf16), and fp32 outside tensor cores. Makers' data sheets.
 PEAKS = {
     "B200": (2250.0, 75.0),
@@ -96,10 +97,11 @@ def step_cost(model: nn.Module) -> StepCost | None:
     own_side = getattr(vision, "image_size", None)
     side = own_side if isinstance(own_side, int) else COUNTED_SIDE
     pixels = torch.zeros(1, getattr(vision, "num_channels", 3), side, side, device="meta")
-    short, long = COUNTED_TOKENS
+    short = max(1, min(COUNTED_TOKENS, (position_limit(text) or 2 * COUNTED_TOKENS) // 2))
+    long = 2 * short
     few, many = (
         _forward_cost(text, input_ids=torch.ones(1, tokens, dtype=torch.long, device="meta"))
-        for tokens in COUNTED_TOKENS
+        for tokens in (short, long)
     )
     token_pair = (many / long - few / short) / (long - short)
     return StepCost(
