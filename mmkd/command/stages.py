@@ -112,9 +112,9 @@ class StageRunner:
         if code != 0 or not stage.output.exists():
             self._stop_if_asked(heading)
         if code != 0:
-            raise ValueError(f"stage {stage.name} failed (exit code {code}); mend it and start the same command again")
+            raise ValueError(f"stage {stage.name} failed (exit code {code}); fix it and run the command again")
         if not stage.output.exists():
-            raise ValueError(f"stage {stage.name} was stopped before its end; start the same command again to go on")
+            raise ValueError(f"stage {stage.name} was stopped before its end; run the same command again to resume")
         self._remember(stage, round(time.monotonic() - started, 1))
 
     def run_all(self, stages: Sequence[Stage], workers: int = 1) -> None:
@@ -170,7 +170,7 @@ class StageRunner:
 
     def _stop_if_asked(self, heading: str) -> None:
         if self._request.requested:
-            print(f"stopped as asked at {heading}; the same command goes on from there", file=sys.stderr)
+            print(f"stopped by a signal at {heading}; run the same command to resume", file=sys.stderr)
             raise SystemExit(0)
 
     def _remember(self, stage: Stage, seconds: float | None) -> None:

@@ -51,7 +51,7 @@ def test_a_signal_to_the_command_saves_the_run_of_all_processes(tmp_path, pairs)
     log = tmp_path / "out.partial" / "log.jsonl"
     _, errors = stop_while_training(process, log, patience=120)
     assert process.returncode == 0, errors
-    assert "stopped as asked; saved at step" in errors
+    assert "stopped by a signal; saved at step" in errors
     last = json.loads(log.read_text().splitlines()[-1])["step"]
     newest = newest_checkpoint(tmp_path / "out.partial" / "checkpoints")
     assert newest is not None and newest.name == f"step-{last:08d}"

@@ -75,7 +75,7 @@ def test_the_report_compares_student_and_three_teachers(finished):
     assert summary["student"] == "student"
     assert sorted(summary["teachers"]) == ["fundus", "mri", "ultrasound"]
     page = (folder / "report.html").read_text()
-    assert "no medical result" in page
+    assert "ot a clinical result" in page
     assert "http://" not in page
     assert "https://" not in page
 
@@ -187,8 +187,8 @@ def test_a_signal_to_the_pipeline_has_its_stage_save_and_starts_no_other(tmp_pat
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     printed, errors = stop_while_training(process, log, patience=200)
     assert process.returncode == 0, errors
-    assert "stopped as asked; saved at step" in errors
-    assert errors.endswith("stopped as asked at [2/11] pretrain; the same command goes on from there\n")
+    assert "stopped by a signal; saved at step" in errors
+    assert errors.endswith("stopped by a signal at [2/11] pretrain; run the same command to resume\n")
     assert "[3/11]" not in printed
     assert newest_checkpoint(log.parent / "checkpoints") is not None
     stages = json.loads((tmp_path / "mmkd-clip-work" / "stages.json").read_text())
