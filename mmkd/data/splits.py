@@ -155,14 +155,16 @@ FEWEST_PAIRS = 8
 
 
 def partition(pairs: Sequence[Pair], count: int) -> dict[str, dict[str, Any]]:
-    """Divide training pairs among ``count`` specialists: by modality, else by label, else by group.
+    """Divide training pairs among ``count`` specialists: by modality, else by group.
+
+    Labels are never divided: a specialist that sees one class has no reason to tell it from another.
 
     Args:
         pairs: the training pairs.
         count: how many specialists to name.
 
     Returns:
-        For each specialist's name the settings that select its pairs (``modalities``, ``labels`` or ``part``); settings
+        For each specialist's name the settings that select its pairs (``modalities`` or ``part``); settings
         are empty, so that every specialist sees every pair and only seeds differ, when a share would fall below eight.
 
     Raises:
@@ -170,10 +172,9 @@ def partition(pairs: Sequence[Pair], count: int) -> dict[str, dict[str, Any]]:
     """
     if count < 1 or not pairs:
         raise ValueError(f"cannot divide {len(pairs)} training pairs among {count} specialists")
-    for field, values in (("modalities", [p.modality for p in pairs]), ("labels", [p.label for p in pairs])):
-        shares = _balanced(Counter(value for value in values if value), count)
-        if len(shares) == count and min(sum(share.values()) for share in shares) >= FEWEST_PAIRS:
-            return _named({_name(share): {field: sorted(share)} for share in shares}, count)
+    shares = _balanced(Counter(pair.modality for pair in pairs if pair.modality), count)
+    if len(shares) == count and min(share.total() for share in shares) >= FEWEST_PAIRS:
+        return _named({_name(share): {"modalities": sorted(share)} for share in shares}, count)
     if len(pairs) >= 2 * FEWEST_PAIRS * count and len({p.group or p.id for p in pairs}) >= 2 * count:
         return {f"specialist-{k}": {"part": f"{k}/{count}"} for k in range(1, count + 1)}
     return {f"specialist-{k}": {} for k in range(1, count + 1)}

@@ -151,7 +151,7 @@ def pairs(**fields: list[str]) -> list[Pair]:
     return [Pair(id=str(k), image=f"{k}.png", caption="x", **row) for k, row in enumerate(rows)]
 
 
-def test_pairs_are_shared_out_by_modality_then_label_then_group():
+def test_pairs_are_divided_by_modality_or_by_group_and_never_by_label():
     many = pairs(modality=["MRI"] * 20 + ["CT"] * 10 + ["US"] * 9, label=["a"] * 39)
     assert partition(many, 3) == {
         "mri": {"modalities": ["MRI"]},
@@ -159,11 +159,11 @@ def test_pairs_are_shared_out_by_modality_then_label_then_group():
         "us": {"modalities": ["US"]},
     }
     one = pairs(modality=["MRI"] * 30, label=["a"] * 10 + ["b"] * 10 + ["c"] * 10)
-    assert [share["labels"] for share in partition(one, 3).values()] == [["a"], ["b"], ["c"]]
-    plain = pairs(modality=["MRI"] * 60)
+    assert list(partition(one, 3).values()) == [{}, {}, {}]
+    plain = pairs(modality=["MRI"] * 60, label=["a"] * 30 + ["b"] * 30)
     assert [share["part"] for share in partition(plain, 3).values()] == ["1/3", "2/3", "3/3"]
     assert list(partition(pairs(modality=["OCT"] * 4), 3).values()) == [{}, {}, {}]
-    with pytest.raises(ValueError, match="cannot share"):
+    with pytest.raises(ValueError, match="cannot divide"):
         partition([], 3)
 
 
