@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -185,7 +185,9 @@ def affinity(
         chunk: rows at a time, None for all.
     """
 
-    def one_way(own: Tensor, others: Tensor, teachers: Sequence[TeacherSimilarity]) -> Tensor:
+    def one_way(own: Tensor, others: Tensor, similarities: Sequence[TeacherSimilarity]) -> Tensor:
+        teachers = [replace(teacher) for teacher in similarities]  # their unmasked columns are freed on return
+
         def cross_entropy(rows: Tensor, columns: Tensor, scale: Tensor, part: slice) -> Tensor:
             log_student = F.log_softmax(scale * (rows @ columns.T), dim=1)
             return -(teacher_mean(teachers, part) * log_student).sum()
@@ -218,6 +220,7 @@ def relational(
         chunk: rows at a time, None for all.
     """
     own = (torch.arange(len(student), device=student.device) + row_offset)[:, None]
+    teachers = [replace(teacher) for teacher in teachers]  # their unmasked columns are freed on return
 
     def kl(rows: Tensor, columns: Tensor, scale: Tensor, part: slice) -> Tensor:
         logits = (scale * (rows @ columns.T)).scatter(1, own[part], MASKED)
