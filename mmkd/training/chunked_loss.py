@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 RowLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """From rows `(n, dim)`, columns `(columns, dim)`, the scale and which rows these n are to the sum of their losses."""
 
-LARGEST_MATRIX = {"cpu": 2**21, "cuda": 2**26}  # elements that fit a CPU's cache, or keep a GPU busy
+LARGEST_MATRIX = {"cpu": 2**20, "cuda": 2**26}  # elements that fit a CPU's cache, or keep a GPU busy
 
 
 def rows_at_once(rows: int, columns: int, device: torch.device) -> int | None:
