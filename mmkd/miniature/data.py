@@ -2,6 +2,11 @@
 
 Where a collection has no captions they are made of its facts by several templates: a text tower that sees one wording
 learns the wording. Groups keep their collection's name, so that equal case numbers of two collections stay apart.
+
+Who sees which groups, and captions as wrong as those of figures.
+
+Teachers' groups, the student's groups and those of the test are disjoint; validation groups are taken out of the
+student's share, and every choice is made on them.
 """
 
 from __future__ import annotations
@@ -211,12 +216,6 @@ def _caption(collection: Collection, facts: Facts) -> str:
     number = int.from_bytes(hashlib.sha256(facts["file"].encode()).digest()[:8], "big")
     sentence = usable[number % len(usable)]
     return sentence[0].upper() + sentence[1:]
-
-
-# Section: Who sees which groups, and captions as wrong as those of figures.
-#
-# Teachers' groups, the student's groups and those of the test are disjoint; validation groups are taken out of the
-# student's share, and every choice is made on them.
 
 
 PARTS = ("teachers", "student", "validation", "test")

@@ -6,6 +6,8 @@ with captions as wrong as the student's: they stand for models trained on the sa
 Folders under WORK: ``pairs/all`` (curated), ``pairs/teachers``, ``pairs/NOISE`` (the student's, with wrong captions),
 ``teachers/NAME``, ``features/NOISE``, ``screened/NOISE``, ``aligned/KIND/NOISE``, ``stage1/NOISE-SEED``,
 ``students/RIVAL-NOISE-SEED`` and ``results/NOISE``. Every stage is an ordinary command with its settings in a YAML.
+
+Ways to go on from stage 1 that are compared: the default, its rivals, and one change of the default at a time.
 """
 
 from __future__ import annotations
@@ -152,10 +154,6 @@ class Plan:
 
 def _named(name: str, noise: str, teachers: tuple[str, ...]) -> str:
     return f"{name}/{noise}" + (f"-{'+'.join(teachers)}" if teachers else "")
-
-
-# Section: Ways to go on from stage 1 that are compared: the default, its rivals, and one change of the default at a
-# time.
 
 
 DEFAULT, TASK, PAPER = "default", "task loss alone", "paper"

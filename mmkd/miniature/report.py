@@ -1,4 +1,11 @@
-"""What the miniature found: ``miniature.json`` or ``ablations.json``, and the table that goes into a page."""
+"""What the miniature found: ``miniature.json`` or ``ablations.json``, and the table that goes into a page.
+
+The default student against every rival: paired intervals of the mean over tasks, seeds averaged in each replicate.
+
+A row's score is the mean over kinds of task of the mean over tasks of their headline metric. A rival trained with
+several seeds has in each bootstrap replicate the mean of its seeds' scores, so that an interval speaks of the recipe
+and of the held-out groups, which every row shares draw by draw.
+"""
 
 from __future__ import annotations
 
@@ -168,14 +175,6 @@ def _cell(row: dict[str, Any]) -> str:
         return f"{100 * row['delta']:+.1f}"
     text = f"{100 * row['delta']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     return f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
-
-
-# Section: The default student against every rival: paired intervals of the mean over tasks, seeds averaged in each
-# replicate.
-#
-# A row's score is the mean over kinds of task of the mean over tasks of their headline metric. A rival trained with
-# several seeds has in each bootstrap replicate the mean of its seeds' scores, so that an interval speaks of the recipe
-# and of the held-out groups, which every row shares draw by draw.
 
 
 @dataclass(frozen=True)
