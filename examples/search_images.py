@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import modeling_mmkd  # noqa: F401  registers MMKDClipModel with the Auto classes
-from mmkd.data.images import UnreadableImage, open_image
+from mmkd.data.images import UnreadableImageError, open_image
 
 BATCH = 32
 
@@ -24,7 +24,7 @@ def main(folder: str, pictures: str, query: str, count: int) -> None:
         try:
             images.append(open_image(path))
             paths.append(path)
-        except UnreadableImage as error:
+        except UnreadableImageError as error:
             print(f"left out {path}: {error}", file=sys.stderr)
     features = []
     for start in range(0, len(images), BATCH):

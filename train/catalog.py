@@ -77,7 +77,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from mmkd.command.settings import nearest
-from mmkd.data.images import UnreadableImage
+from mmkd.data.images import UnreadableImageError
 from mmkd.data.splits import hashed
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.catalog import CATALOG, compared_with, find_manifests, load_suite, own_catalog
@@ -283,7 +283,7 @@ def _image_faults(dataset: Dataset, settings: CheckSettings) -> list[str]:
     for pair in tqdm(pairs, desc=dataset.manifest.id, unit="image", disable=settings.quiet):
         try:
             dataset.image(pair)
-        except UnreadableImage as error:
+        except UnreadableImageError as error:
             faults.append(str(error))
             continue
         first = homes.setdefault(dataset.digest(pair), pair)

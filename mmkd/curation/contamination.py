@@ -24,7 +24,7 @@ from mmkd.curation.pictures import prepare_picture
 from mmkd.curation.readers import ARTICLE, LABELS_FILE, list_rows
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import open_pairs
-from mmkd.data.images import UnreadableImage, read_image_bytes
+from mmkd.data.images import UnreadableImageError, read_image_bytes
 from mmkd.data.published import META_FILE
 from mmkd.data.readers import IMAGE_SUFFIXES, find_file
 from mmkd.data.splits import meaning_of
@@ -165,12 +165,12 @@ def fingerprints_of(image: Path | ArchivedFile) -> tuple[str, int | None]:
     """SHA-256 and perceptual hash of an image file; empty and None where it cannot be read."""
     try:
         data = read_image_bytes(image)
-    except UnreadableImage:
+    except UnreadableImageError:
         return "", None
     digest = hashlib.sha256(data).hexdigest()
     try:
         return digest, prepare_picture(data).perceptual_hash
-    except UnreadableImage:
+    except UnreadableImageError:
         return digest, None
 
 

@@ -31,7 +31,7 @@ from mmkd.curation.pictures import Picture, prepare_picture
 from mmkd.curation.rules import Rules
 from mmkd.curation.samples import Fragment, Item, Metadata, MetadataError, RawSample, Refused, decode_metadata
 from mmkd.data.archives import BLOCK, ArchiveWriter
-from mmkd.data.images import UnreadableImage
+from mmkd.data.images import UnreadableImageError
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import SPLITS, UNKNOWN
 from mmkd.files import write_json
@@ -101,7 +101,7 @@ class PartWriter:
         else:
             try:
                 self._keep(item)
-            except (DroppedError, MetadataError, CaptionError, UnreadableImage) as error:
+            except (DroppedError, MetadataError, CaptionError, UnreadableImageError) as error:
                 self._drop(item.place, item.key, error.reason)
 
     def _drop(self, place: str, key: str, reason: str) -> None:

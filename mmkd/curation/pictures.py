@@ -15,7 +15,7 @@ from PIL import Image
 from mmkd.data.images import (
     JPEG_QUALITY,
     MINIMUM_SIDE,
-    UnreadableImage,
+    UnreadableImageError,
     encode,
     finish_image,
     is_plain,
@@ -49,7 +49,7 @@ def prepare_picture(
         jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.images.encode`.
 
     Raises:
-        UnreadableImage: see `mmkd.data.images.REASONS`.
+        UnreadableImageError: see `mmkd.data.images.REASONS`.
     """
     image = open_header(data, "image", minimum_side)
     shrinks = 0 < short_side < min(image.size)
@@ -76,7 +76,7 @@ def _grey(image: Image.Image) -> Image.Image:
     """The grey values of a JPEG whose header is read, at the smallest size that still has `HASH_SIDE` pixels a side.
 
     Raises:
-        UnreadableImage: the file is cut off or broken.
+        UnreadableImageError: the file is cut off or broken.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -84,5 +84,5 @@ def _grey(image: Image.Image) -> Image.Image:
             image.draft("L", (HASH_SIDE, HASH_SIDE))
             image.load()
         except Exception as error:  # decoders of broken files raise anything from OSError to IndexError
-            raise UnreadableImage("corrupt", f"image cannot be decoded: {error}") from error
+            raise UnreadableImageError("corrupt", f"image cannot be decoded: {error}") from error
     return image

@@ -57,7 +57,7 @@ TRANSPOSED = {
 }
 
 
-class UnreadableImage(ValueError):
+class UnreadableImageError(ValueError):
     """An image that cannot be used; ``reason`` is one of `REASONS`."""
 
     def __init__(self, reason: Reason, message: str) -> None:
@@ -76,7 +76,7 @@ def open_image(
         draft_side: decode JPEG at 1/2, 1/4 or 1/8 size where both sides still have at least this many pixels.
 
     Raises:
-        UnreadableImage: with one of `REASONS`.
+        UnreadableImageError: with one of `REASONS`.
     """
     name = "image" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else read_image_bytes(source)
@@ -92,7 +92,7 @@ def open_header(data: bytes, name: str, minimum_side: int = MINIMUM_SIDE) -> Ima
         minimum_side: images with a shorter side than this many pixels are refused.
 
     Raises:
-        UnreadableImage: with one of `REASONS`.
+        UnreadableImageError: with one of `REASONS`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -100,11 +100,11 @@ def open_header(data: bytes, name: str, minimum_side: int = MINIMUM_SIDE) -> Ima
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise UnreadableImage("too_large", f"{name}: {error}") from error
+            raise UnreadableImageError("too_large", f"{name}: {error}") from error
         except Image.UnidentifiedImageError as error:
-            raise UnreadableImage("unsupported", f"{name} is none of {', '.join(FORMATS)}") from error
+            raise UnreadableImageError("unsupported", f"{name} is none of {', '.join(FORMATS)}") from error
         except Exception as error:  # see finish_image
-            raise UnreadableImage("corrupt", f"{name} has a broken header: {error}") from error
+            raise UnreadableImageError("corrupt", f"{name} has a broken header: {error}") from error
     check_size(image.size, name, minimum_side)
     return image
 
@@ -121,7 +121,7 @@ def finish_image(image: Image.Image, name: str, draft_side: int | None = None) -
             turned = orientation(image)
             image = to_rgb(image)
         except Exception as error:  # decoders of broken files raise anything from OSError to IndexError
-            raise UnreadableImage("corrupt", f"{name} cannot be decoded: {error}") from error
+            raise UnreadableImageError("corrupt", f"{name} cannot be decoded: {error}") from error
     return image.transpose(TRANSPOSED[turned]) if turned in TRANSPOSED else image
 
 
@@ -129,23 +129,23 @@ def read_image_bytes(path: Path | ArchivedFile) -> bytes:
     """The bytes of an image file, or of one inside a tar file.
 
     Raises:
-        UnreadableImage: there is no such file, it cannot be read, or it is over a gibibyte.
+        UnreadableImageError: there is no such file, it cannot be read, or it is over a gibibyte.
     """
     try:
         if isinstance(path, ArchivedFile):
             return path.read_bytes()
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a folder; a pipe would be waited for without end
-            raise UnreadableImage("missing", f"{path} is no file")
+            raise UnreadableImageError("missing", f"{path} is no file")
         if status.st_size > MAX_FILE_BYTES:
-            raise UnreadableImage("too_large", f"{path} has more than {MAX_FILE_BYTES} bytes")
+            raise UnreadableImageError("too_large", f"{path} has more than {MAX_FILE_BYTES} bytes")
         return path.read_bytes()
-    except UnreadableImage:
+    except UnreadableImageError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UnreadableImage("missing", f"{path}: no such file") from error
+        raise UnreadableImageError("missing", f"{path}: no such file") from error
     except (OSError, ValueError) as error:
-        raise UnreadableImage("unreadable", f"{path}: {error}") from error
+        raise UnreadableImageError("unreadable", f"{path}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -178,15 +178,17 @@ def check_size(size: tuple[int, int], name: str, minimum_side: int) -> None:
     """Refuse (width, height) that must not be decoded.
 
     Raises:
-        UnreadableImage: too many pixels, too few, or sides beyond 1:100.
+        UnreadableImageError: too many pixels, too few, or sides beyond 1:100.
     """
     short, long = sorted(size)
     if short * long > MAX_PIXELS:
-        raise UnreadableImage("too_large", f"{name} has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS}")
+        raise UnreadableImageError("too_large", f"{name} has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS}")
     if short < minimum_side:
-        raise UnreadableImage("too_small", f"{name} has {size[0]} x {size[1]} pixels, a side under {minimum_side}")
+        raise UnreadableImageError("too_small", f"{name} has {size[0]} x {size[1]} pixels, a side under {minimum_side}")
     if long > MAX_ASPECT * short:
-        raise UnreadableImage("too_narrow", f"{name} has {size[0]} x {size[1]} pixels, sides beyond 1:{MAX_ASPECT}")
+        raise UnreadableImageError(
+            "too_narrow", f"{name} has {size[0]} x {size[1]} pixels, sides beyond 1:{MAX_ASPECT}"
+        )
 
 
 def _window(values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mmkd.data.archives import ArchiveWriter
 from mmkd.data.folder import PairFolder
-from mmkd.data.images import UnreadableImage, open_image, read_image_bytes
+from mmkd.data.images import UnreadableImageError, open_image, read_image_bytes
 from mmkd.data.table import Pair, batches, table_schema
 
 BATCH = 256
@@ -77,7 +77,7 @@ def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int, advance
         The number of tars.
 
     Raises:
-        UnreadableImage: an image is missing.
+        UnreadableImageError: an image is missing.
     """
     number = -1
     for number, batch in enumerate(batches(folder.pairs, shard_pairs)):
@@ -112,7 +112,7 @@ def _check(folder: PairFolder, pair: Pair) -> tuple[str, bool]:
     try:
         data = read_image_bytes(folder.image_path(pair))
         size = open_image(data, minimum_side=1).size
-    except UnreadableImage as error:
+    except UnreadableImageError as error:
         return f"its image is {error.reason}", False
     if pair.width and size != (pair.width, pair.height):
         return f"its image has {size[0]} x {size[1]} pixels, not {pair.width} x {pair.height}", False

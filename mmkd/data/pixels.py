@@ -47,7 +47,7 @@ def read_pixels(
         (3, height, width) uint8, in channels-last memory.
 
     Raises:
-        UnreadableImage: with one of `REASONS`.
+        UnreadableImageError: with one of `REASONS`.
     """
     name = "image" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else read_image_bytes(source)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmkd.data.features.writer import FeatureExtraction
-from mmkd.data.images import UnreadableImage
+from mmkd.data.images import UnreadableImageError
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
 
@@ -116,7 +116,7 @@ def read_or_reason(read: Callable[[], Readable]) -> Readable | str:
     """An image, or why it cannot be read."""
     try:
         return read()
-    except UnreadableImage as error:
+    except UnreadableImageError as error:
         return error.reason
     except ValueError:
         return "outside"  # of its folder

@@ -27,7 +27,7 @@ from mmkd.data.archives import ArchivedFile
 from mmkd.data.features.shards import is_whole, shard_file, write_shard
 from mmkd.data.features.store import VectorStore
 from mmkd.data.folder import PairFolder
-from mmkd.data.images import UnreadableImage, read_image_bytes
+from mmkd.data.images import UnreadableImageError, read_image_bytes
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
 from mmkd.distributed import chosen_device, rank, wait_for_everyone, world_size
@@ -274,7 +274,7 @@ def _path_and_key(folder: PairFolder, pair: Pair) -> tuple[ImageFile | str, str]
     try:
         path = folder.image_path(pair)
         return path, hashlib.sha256(read_image_bytes(path)).hexdigest()
-    except UnreadableImage as error:
+    except UnreadableImageError as error:
         return error.reason, ""
     except ValueError:
         return "outside", ""

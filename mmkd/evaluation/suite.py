@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
-from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import Result, ResultStore, fingerprint_of
@@ -94,7 +94,7 @@ def run_task(
 def _extra_fingerprint(task: Task, embedded: Embedded) -> list[Any]:
     try:
         return task.extra_fingerprint(embedded)
-    except Undefined as reason:
+    except UndefinedMetricError as reason:
         return [str(reason)]
 
 

@@ -66,7 +66,7 @@ class PairDataset(Dataset):
             ``modality``.
 
         Raises:
-            UnreadableImage: the file is missing or broken; the message names it.
+            UnreadableImageError: the file is missing or broken; the message names it.
         """
         pair = self.folder.pairs[index]
         path = self.folder.image_path(pair)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmkd.data.images import REASONS, UnreadableImage, is_plain, open_image
+from mmkd.data.images import REASONS, UnreadableImageError, is_plain, open_image
 
 GRADIENT = np.linspace(0, 255, 40 * 30).reshape(30, 40)
 COLOR = np.stack([GRADIENT, 255 - GRADIENT, np.full_like(GRADIENT, 40)], axis=2).astype(np.uint8)
@@ -32,7 +32,7 @@ def png_of_size(width, height):
 
 
 def reason_of(source, **options):
-    with pytest.raises(UnreadableImage) as caught:
+    with pytest.raises(UnreadableImageError) as caught:
         open_image(source, **options)
     assert caught.value.reason in REASONS
     return caught.value.reason
@@ -43,7 +43,7 @@ def test_missing_and_folder(tmp_path):
     assert reason_of(tmp_path) == "missing"
     os.mkfifo(tmp_path / "pipe.png")
     assert reason_of(tmp_path / "pipe.png") == "missing"
-    with pytest.raises(UnreadableImage, match=r"no\.png"):
+    with pytest.raises(UnreadableImageError, match=r"no\.png"):
         open_image(tmp_path / "no.png")
 
 

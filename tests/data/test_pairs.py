@@ -12,7 +12,7 @@ from transformers import BertTokenizer, CLIPImageProcessorPil
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import open_pairs, write_manifest
-from mmkd.data.images import UnreadableImage, open_image
+from mmkd.data.images import UnreadableImageError, open_image
 from mmkd.data.pixels import random_crop, read_pixels, to_tensor
 from mmkd.data.table import Pair
 from mmkd.student.embed import PixelStatistics, normalized_pixels
@@ -201,7 +201,7 @@ def test_screened_teachers_are_masked(folder, tmp_path):
 def test_a_broken_image_is_named(folder):
     path = folder.image_path(folder.pairs[3])
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UnreadableImage, match=r"3\.jpg.*corrupt"):
+    with pytest.raises(UnreadableImageError, match=r"3\.jpg.*corrupt"):
         PairDataset(folder, 16, crop="center")[3]
     with pytest.raises(ValueError, match="allowed: random, center"):
         PairDataset(folder, 16, crop="centre")

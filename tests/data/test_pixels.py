@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mmkd.data import pixels
-from mmkd.data.images import UnreadableImage, open_image
+from mmkd.data.images import UnreadableImageError, open_image
 from mmkd.data.pixels import crop_box, random_crop, read_pixels, to_tensor
 
 
@@ -99,7 +99,7 @@ def test_without_simplejpeg_pixels_are_the_same(monkeypatch):
 def test_the_same_files_are_refused_for_the_same_reason(data, reason):
     messages = []
     for read in (read_pixels, open_image):
-        with pytest.raises(UnreadableImage, match=reason) as caught:
+        with pytest.raises(UnreadableImageError, match=reason) as caught:
             read(data)
         messages.append(caught.value.reason)
     assert messages[0] == messages[1]

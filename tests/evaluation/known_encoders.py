@@ -13,7 +13,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from mmkd.data.images import UnreadableImage
+from mmkd.data.images import UnreadableImageError
 from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import open_dataset
 from mmkd.evaluation.datasets.manifest import DatasetNotFoundError
@@ -69,7 +69,7 @@ class Told(Random):
             for pair in collection.pairs if manifest.task in ("classification", "retrieval", "vqa") else []:
                 try:
                     key = pixels(collection.image(pair))
-                except UnreadableImage:
+                except UnreadableImageError:
                     continue
                 truths = self.truths[key]
                 if manifest.classes:

@@ -5,7 +5,7 @@ h5py = pytest.importorskip("h5py", reason="bags are HDF5 files")
 
 from simulated_slides import write_bag  # noqa: E402
 
-from mmkd.evaluation.embeddings.cache import Undefined  # noqa: E402
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError  # noqa: E402
 from mmkd.evaluation.slides.bags import BagFolder, slide_name  # noqa: E402
 
 
@@ -31,7 +31,7 @@ def test_the_forms_of_other_programs_are_read(tmp_path):
 def test_bags_right_in_the_folder_belong_to_one_encoder(tmp_path):
     write_bag(tmp_path / "uni" / "s.h5", np.ones((2, 3)))
     assert BagFolder(tmp_path / "uni").open("uni").features("s").shape == (2, 3)
-    with pytest.raises(Undefined, match=r"no bags of plip in .* those of uni"):
+    with pytest.raises(UndefinedMetricError, match=r"no bags of plip in .* those of uni"):
         BagFolder(tmp_path / "uni").open("plip")
     with pytest.raises(FileNotFoundError, match="mmkd tile"):
         BagFolder(tmp_path / "nowhere")
@@ -48,11 +48,11 @@ def test_unsound_bags_name_their_slides(tmp_path):
     store(tmp_path / "e" / "mixed.h5", features=np.ones((5, 3)), proj=np.ones((4, 2)))
     store(tmp_path / "e" / "words.h5", features=np.array([[b"a", b"b"]]))
     bags = BagFolder(tmp_path).open("e")
-    with pytest.raises(Undefined, match="2 bags of e hold no tile: empty"):
+    with pytest.raises(UndefinedMetricError, match="2 bags of e hold no tile: empty"):
         bags.width(["good", "empty"])
-    with pytest.raises(Undefined, match="differ in width: 3 in good, 4 in wide"):
+    with pytest.raises(UndefinedMetricError, match="differ in width: 3 in good, 4 in wide"):
         bags.width(["good", "wide"])
-    with pytest.raises(Undefined, match="1 of 2 slides have no bag of e: gone"):
+    with pytest.raises(UndefinedMetricError, match="1 of 2 slides have no bag of e: gone"):
         bags.width(["good", "gone"])
     for slide, message in {
         "empty": "slide empty is empty",
@@ -63,7 +63,7 @@ def test_unsound_bags_name_their_slides(tmp_path):
         "mixed": "slide mixed holds features of 5 tiles, proj of 4 tiles",
         "words": "features of slide words are .S1, not numbers",
     }.items():
-        with pytest.raises(Undefined, match=message):
+        with pytest.raises(UndefinedMetricError, match=message):
             bags.features(slide)
 
 
@@ -73,7 +73,7 @@ def test_joint_vectors_are_unit_or_refused(tmp_path):
     bags = BagFolder(tmp_path).open("e")
     for slide in "ab":
         assert np.linalg.norm(bags.joint(slide, 3), axis=1) == pytest.approx([1, 1])
-    with pytest.raises(Undefined, match=r"no joint vectors of width 7 for slide a .found 3."):
+    with pytest.raises(UndefinedMetricError, match=r"no joint vectors of width 7 for slide a .found 3."):
         bags.joint("a", 7)
 
 

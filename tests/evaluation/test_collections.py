@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mmkd.data.archives import ArchiveWriter
-from mmkd.data.images import UnreadableImage
+from mmkd.data.images import UnreadableImageError
 from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import open_dataset
 from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, make_manifest
@@ -71,7 +71,7 @@ def test_tables(tmp_path):
     counted = [pair.split for pair in collection.pairs]
     assert counted.count("test") == 8 and counted.count("train") + counted.count("validation") == 8
     assert collection.pairs[0].id == "pets:images/0.png" and collection.pairs[0].modality == "ultrasound"
-    with pytest.raises(UnreadableImage, match="no such file"):
+    with pytest.raises(UnreadableImageError, match="no such file"):
         collection.image(collection.pairs[15])
     assert collection.digest(collection.pairs[15]) == "missing"
     only = open_dataset(manifest(source | {"where": {"group": ["g6", "g7"]}}, split="held-out"), tmp_path)
@@ -172,7 +172,7 @@ def test_nothing_leaves_the_folder(tmp_path):
     (tmp_path / "t" / "link.png").symlink_to(tmp_path / "secret.png")
     collection = open_dataset(manifest(source), tmp_path)
     for pair in collection.pairs:
-        with pytest.raises(UnreadableImage, match="refused"):
+        with pytest.raises(UnreadableImageError, match="refused"):
             collection.image(pair)
     with pytest.raises(ValueError, match="leaves"):
         open_dataset(manifest(source | {"images": "../.."}), tmp_path)

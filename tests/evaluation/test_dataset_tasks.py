@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import Table, Undefined
+from mmkd.evaluation.embeddings.cache import Table, UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
@@ -261,7 +261,7 @@ def test_probes_learn_from_pooled_or_joint_vectors():
         values[kind] = judged(task, embedded)[0]["balanced_accuracy"]
         assert task.description["probe_on"] == kind
     assert values["pooled"] > 0.95 > 0.6 > values["joint"]
-    with pytest.raises(Undefined, match="150 of 300 images"):
+    with pytest.raises(UndefinedMetricError, match="150 of 300 images"):
         for pair in data.held_out:
             embedded.pooled[pair.id] = embedded.pooled[pair.id] * np.nan
         linear_probe.tasks(data, OPTIONS)[0][0].outputs(embedded)

@@ -14,7 +14,7 @@ from sklearn.metrics import cohen_kappa_score
 from torch.nn import functional
 
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.embeddings.cache import Content, Undefined
+from mmkd.evaluation.embeddings.cache import Content, UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded, embed, read_embedded
 from mmkd.evaluation.slides import diagnosis
 from mmkd.evaluation.slides.attention import train_attention
@@ -138,7 +138,7 @@ def test_what_cannot_be_asked_says_why(slides):
         diagnosis.tasks(replace(slides, train=[*slides.train, slides.held_out[0]]), TaskOptions())
     with pytest.raises(ValueError, match=r"labels benign are not among its classes .luad, lusc."):
         diagnosis.tasks(replace(slides, train=[replace(slides.train[0], label="benign")]), TaskOptions())
-    with pytest.raises(Undefined, match="no bags of clip in"):
+    with pytest.raises(UndefinedMetricError, match="no bags of clip in"):
         diagnosis.tasks(slides, TaskOptions())[0][2].outputs(encoder("clip", slides))
 
 

@@ -14,7 +14,7 @@ from simulated_slides import (
 )
 
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.slides import attention as attention_mil
 from mmkd.evaluation.slides import survival
@@ -111,11 +111,13 @@ def test_folds_are_of_cases_and_hold_deaths(tasks):
 
 
 def test_what_cannot_be_answered_says_why(cohort, tasks):
-    with pytest.raises(Undefined, match="2 of 2 tiles of slide case000-0 are not finite"):
+    with pytest.raises(UndefinedMetricError, match="2 of 2 tiles of slide case000-0 are not finite"):
         tasks[""].outputs(Embedded("nan", "f"))
-    with pytest.raises(Undefined, match=f"2 of {SLIDES} slides have no bag of partial: case000-0, case000-1"):
+    with pytest.raises(
+        UndefinedMetricError, match=f"2 of {SLIDES} slides have no bag of partial: case000-0, case000-1"
+    ):
         tasks["mil-cox"].outputs(Embedded("partial", "f"))
-    with pytest.raises(Undefined, match="no bags of clip"):
+    with pytest.raises(UndefinedMetricError, match="no bags of clip"):
         tasks["mil-nll"].outputs(Embedded("clip", "f"))
     assert tasks[""].extra_fingerprint(Embedded("oracle", "f")) != tasks[""].extra_fingerprint(Embedded("random", "f"))
 
@@ -134,7 +136,7 @@ def changed(cohort, **facts):
 def test_cohorts_that_tell_nothing_are_undefined_or_refused(cohort):
     censored = survival.tasks(changed(cohort, event="0"), TaskOptions())[0]
     for task in censored:
-        with pytest.raises(Undefined, match=f"all {CASES} cases are censored"):
+        with pytest.raises(UndefinedMetricError, match=f"all {CASES} cases are censored"):
             task.outputs(Embedded("oracle", "f"))
     with pytest.raises(ValueError, match="slides of case case000 disagree"):
         survival.tasks(changed(cohort, first={"time": "123"}), TaskOptions())

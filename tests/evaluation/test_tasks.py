@@ -7,7 +7,7 @@ from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs
 
 from mmkd.data.prompts import label_prompts, modality_prompts
 from mmkd.data.table import Pair
-from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.results.summary import split_summary
 from mmkd.evaluation.statistics import ranks as ranks_module
@@ -268,7 +268,7 @@ def test_probe_leaves_out_small_and_unseen_classes():
     embedded = random_embedding(data)
     assert found[0].outputs(embedded)["image.scores"].shape == (6, 2)
     embedded.images["h0"] = embedded.images["h0"] * np.nan
-    with pytest.raises(Undefined, match="not finite, of 1 of 26 images"):
+    with pytest.raises(UndefinedMetricError, match="not finite, of 1 of 26 images"):
         found[0].outputs(embedded)
     found, skipped = pairs_tasks(pairs_samples(held_out, train[:4]), "probe")
     assert found == [] and "at least 5 training images" in skipped["probe-label"]

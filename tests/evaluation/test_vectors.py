@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 
 from mmkd.data.features.store import VectorStore
-from mmkd.data.images import UnreadableImage
+from mmkd.data.images import UnreadableImageError
 from mmkd.data.table import Pair
 from mmkd.encoders import extraction
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.evaluation.embeddings import cache
 from mmkd.evaluation.embeddings import embed as embed_module
-from mmkd.evaluation.embeddings.cache import Column, Content, Rows, Table, Undefined, stacked, write_vectors
+from mmkd.evaluation.embeddings.cache import Column, Content, Rows, Table, UndefinedMetricError, stacked, write_vectors
 from mmkd.evaluation.embeddings.embed import embed, read_embedded
 
 KEYS = [f"k{number}" for number in range(10)]
@@ -27,7 +27,7 @@ def test_rows_in_any_order_over_several_parts():
         np.testing.assert_array_equal(Rows(table, [KEYS[row] for row in rows])[:], whole[rows])
     np.testing.assert_array_equal(table["k4"], whole[4])
     assert list(table) == KEYS and len(table) == 10 and "k10" not in table
-    with pytest.raises(Undefined, match="no vectors of 2 of 3 images"):
+    with pytest.raises(UndefinedMetricError, match="no vectors of 2 of 3 images"):
         stacked(table, ["k1", "x", "y"], "images")
     with pytest.raises(ValueError, match="9 keys for 10 vectors"):
         Table(KEYS[:9], parts)
@@ -68,7 +68,7 @@ class Source:
 
     def image(self, pair):
         if pair.id == "p5":
-            raise UnreadableImage("corrupt", "broken")
+            raise UnreadableImageError("corrupt", "broken")
         return Image.new("RGB", (8, 8), (int(pair.id[1:]), 0, 0))
 
     def digest(self, pair):
@@ -87,7 +87,7 @@ def test_pooled_vectors_stand_beside_joint_ones(tmp_path):
     refused = [source.pairs[4], source.pairs[5]]
     assert np.isnan(found.image_matrix(refused)).all() and np.isnan(found.pooled_matrix(refused)).all()
     assert "not finite" in found.failures[0]
-    with pytest.raises(Undefined, match="1 of 1 images"):
+    with pytest.raises(UndefinedMetricError, match="1 of 1 images"):
         found.image_matrix([source.pairs[2]])
 
 

@@ -14,7 +14,7 @@ from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question, read_questions
-from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.embeddings.tokens import TokenSource, at_most_a_map
 from mmkd.evaluation.tasks.task import TaskOptions
@@ -172,13 +172,13 @@ def test_answering_without_training(tmp_path):
     assert task.description["statements"][0] == ["the image is red", "the image is not red"]
     nothing = Embedded("e", "f", images=embedded.images)
     for own in tasks(samples, TaskOptions())[0]:
-        with pytest.raises(Undefined):
+        with pytest.raises(UndefinedMetricError):
             own.outputs(nothing)
 
 
 def test_encoders_without_tokens_say_so(tmp_path):
     samples, embedded, _ = world(tmp_path, tokens=False)
-    with pytest.raises(Undefined, match=r"colors \(ColorEncoder\) gives no sequences"):
+    with pytest.raises(UndefinedMetricError, match=r"colors \(ColorEncoder\) gives no sequences"):
         tasks(samples, TaskOptions())[0][1].outputs(embedded)
 
 

@@ -183,7 +183,7 @@ def export_published(
 
     Raises:
         ValueError: an id is not the name of a folder.
-        UnreadableImage: an image is missing.
+        UnreadableImageError: an image is missing.
     """
     counts = [0, 0]
 

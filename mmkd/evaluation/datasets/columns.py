@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.images import UnreadableImage
+from mmkd.data.images import UnreadableImageError
 from mmkd.data.readers import ParquetCells, open_hub_dataset, parquet_columns, parquet_rows
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.datasets.manifest import Manifest
@@ -36,7 +36,7 @@ class Cells(Store):
         if isinstance(value, str) and self.files is not None:
             return self.files.data(value)
         if not isinstance(value, bytes) or not value:
-            raise UnreadableImage("missing", f"{name} holds no picture")
+            raise UnreadableImageError("missing", f"{name} holds no picture")
         return value
 
 

@@ -84,7 +84,7 @@ class Dataset(ABC):
         """The image of a pair.
 
         Raises:
-            UnreadableImage: it is missing, broken or refused; the reason says which.
+            UnreadableImageError: it is missing, broken or refused; the reason says which.
         """
 
     @abstractmethod

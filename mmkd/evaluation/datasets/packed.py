@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmkd.data.archives import ArchivedFile
-from mmkd.data.images import UnreadableImage, check_size
+from mmkd.data.images import UnreadableImageError, check_size
 from mmkd.data.readers import tar_members
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.datasets.manifest import Manifest
@@ -58,7 +58,7 @@ class Arrays(Store):
                     with zipfile.ZipFile(self.path) as zipped:
                         self._arrays[part] = _array(zipped, f"{part}_images", self.path)
                 except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                    raise UnreadableImage("corrupt", f"{self.path}: {part}_images: {error}") from error
+                    raise UnreadableImageError("corrupt", f"{self.path}: {part}_images: {error}") from error
         return np.asarray(self._arrays[part][int(row)])
 
 

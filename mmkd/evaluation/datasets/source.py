@@ -15,7 +15,7 @@ from PIL import Image
 from mmkd.command.settings import nearest
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import is_inside
-from mmkd.data.images import UnreadableImage, finish_image, open_header, read_image_bytes
+from mmkd.data.images import UnreadableImageError, finish_image, open_header, read_image_bytes
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
 
@@ -50,15 +50,17 @@ class Store:
         """What is stored under a name.
 
         Raises:
-            UnreadableImage: there is nothing, or it cannot be read.
+            UnreadableImageError: there is nothing, or it cannot be read.
         """
-        raise UnreadableImage("missing", f"{name}: there are no images here; slides are read through their features")
+        raise UnreadableImageError(
+            "missing", f"{name}: there are no images here; slides are read through their features"
+        )
 
     def image(self, name: str) -> Image.Image:
         """The image as upright 8-bit RGB.
 
         Raises:
-            UnreadableImage: with the reason.
+            UnreadableImageError: with the reason.
         """
         return finish_image(open_header(self.data(name), name), name)
 
@@ -66,7 +68,7 @@ class Store:
         """SHA-256 of what is stored; ``"missing"`` where it cannot be read."""
         try:
             return hashlib.sha256(self.data(name)).hexdigest()
-        except UnreadableImage:
+        except UnreadableImageError:
             return MISSING
 
 
@@ -81,7 +83,7 @@ class Files(Store):
         """The bytes of a file."""
         path = self.root / name
         if not is_inside(name) or not path.resolve().is_relative_to(self.root):
-            raise UnreadableImage("missing", f"{name} lies outside {self.root}; refused")
+            raise UnreadableImageError("missing", f"{name} lies outside {self.root}; refused")
         return read_image_bytes(path)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from mmkd.command.settings import nearest
 from mmkd.data import readers
 from mmkd.data.folder import is_inside
-from mmkd.data.images import UnreadableImage, read_image_bytes
+from mmkd.data.images import UnreadableImageError, read_image_bytes
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.datasets.manifest import DEALT, HELD_OUT, Manifest
 from mmkd.evaluation.datasets.questions import CLOSED, Question, read_questions, stated
@@ -277,5 +277,5 @@ def _digest(path: Path) -> str:
     """SHA-256 of an image file, empty where it cannot be read."""
     try:
         return hashlib.sha256(read_image_bytes(path)).hexdigest()
-    except UnreadableImage:
+    except UnreadableImageError:
         return ""

@@ -100,7 +100,7 @@ def _sha256(parts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-class Undefined(Exception):
+class UndefinedMetricError(Exception):
     """An encoder cannot answer a task; the message gives the reason and replaces the numbers in its result."""
 
 
@@ -180,11 +180,11 @@ def rows_of(vectors: Mapping[str, Vectors], keys: Sequence[str], what: str) -> R
     """Vectors of n keys, ``(n, dim)``, of which stretches can be read.
 
     Raises:
-        Undefined: some are not there; the message says how many of how many, and of what.
+        UndefinedMetricError: some are not there; the message says how many of how many, and of what.
     """
     missing = vectors.missing(keys) if isinstance(vectors, Table) else sum(key not in vectors for key in keys)
     if missing:
-        raise Undefined(f"it has no vectors of {missing} of {len(keys)} {what}")
+        raise UndefinedMetricError(f"it has no vectors of {missing} of {len(keys)} {what}")
     if isinstance(vectors, Table):
         return Rows(vectors, keys)
     return np.stack([vectors[key] for key in keys])

@@ -51,7 +51,7 @@ class ImageSource(Protocol):
         """The image of a pair; several threads may read at once.
 
         Raises:
-            UnreadableImage: it cannot be read; the reason says why.
+            UnreadableImageError: it cannot be read; the reason says why.
             ValueError: it lies outside the folder.
         """
 
@@ -95,7 +95,7 @@ class Embedded:
         """Image vectors of pairs, ``(n, dim)``.
 
         Raises:
-            Undefined: some have no vectors.
+            UndefinedMetricError: some have no vectors.
         """
         return stacked(self.images, [pair.id for pair in pairs], "images")
 
@@ -116,7 +116,7 @@ class Embedded:
         """Text vectors, ``(n, dim)``.
 
         Raises:
-            Undefined: some have no vectors.
+            UndefinedMetricError: some have no vectors.
         """
         return stacked(self.texts, texts, "sentences")
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mmkd.data.features.shards import is_whole, read_header, shard_file, write_shard
 from mmkd.data.features.store import VectorStore
-from mmkd.data.images import UnreadableImage
+from mmkd.data.images import UnreadableImageError
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
@@ -63,7 +63,7 @@ class TokenSource:
 
         Raises:
             NoTokens: the encoder has none.
-            UnreadableImage: an image cannot be read.
+            UnreadableImageError: an image cannot be read.
         """
         keys = [f"{pair.id} {self.digest(pair)}" for pair in pairs]
         parts = range(0, len(pairs), SHARD_SIZE)
@@ -75,7 +75,7 @@ class TokenSource:
                 encode_shards([task], shards, self._read, self.batch_size, progress=bar.update)
         for file in files:
             for id, reason in read_header(file).notes["skipped"].items():
-                raise UnreadableImage(reason, f"the image of {id} has no tokens")
+                raise UnreadableImageError(reason, f"the image of {id} has no tokens")
         return VectorStore(files).gather("tokens", np.arange(len(pairs)))
 
     def texts(self, texts: Sequence[str]) -> tuple[Halves, NDArray[np.bool_]]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import PairFolder
-from mmkd.data.images import UnreadableImage, open_image
+from mmkd.data.images import UnreadableImageError, open_image
 from mmkd.evaluation.report.leaderboard import Leaderboard
 from mmkd.evaluation.tasks.task import Outputs
 from mmkd.files import read_json
@@ -171,7 +171,7 @@ def thumbnail(path: Path | ArchivedFile) -> str:
     """A JPEG data URI of at most 224 pixels a side; empty if the image cannot be read."""
     try:
         image = open_image(path)
-    except UnreadableImage:
+    except UnreadableImageError:
         return ""
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.statistics.bootstrap import (
     Metrics,
     ResamplingUnits,
@@ -99,7 +99,7 @@ class ResultStore:
         try:
             outputs, extra = compute()
             cell, replicates, together = self._evaluate(task, outputs)
-        except Undefined as reason:
+        except UndefinedMetricError as reason:
             outputs, extra, replicates, together = {}, {}, {}, {}
             cell = {"undefined": str(reason), "metrics": {}, "by_modality": {}}
         cell |= {"encoder": encoder, "task": task.name, "key": key, **extra}

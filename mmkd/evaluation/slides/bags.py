@@ -19,7 +19,7 @@ import numpy as np
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Dataset
-from mmkd.evaluation.embeddings.cache import Undefined, Vectors
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError, Vectors
 
 FEATURE_NAMES = ("features", "feats", "patch_embeddings", "embeddings")
 JOINT_NAMES = ("proj", "projected")
@@ -51,17 +51,19 @@ class EncoderBags:
         """Raise unless every one of these slides has a bag.
 
         Raises:
-            Undefined: some are not there; the first of them are named.
+            UndefinedMetricError: some are not there; the first of them are named.
         """
         if missing := [slide for slide in slides if slide not in self]:
-            raise Undefined(f"{len(missing)} of {len(slides)} slides have no bag of {self.encoder}: {listed(missing)}")
+            raise UndefinedMetricError(
+                f"{len(missing)} of {len(slides)} slides have no bag of {self.encoder}: {listed(missing)}"
+            )
 
     def features(self, slide: str) -> Vectors:
         """Tiles before the projection, ``(N, D)`` float32.
 
         Raises:
-            Undefined: no file, no tile, values that are not finite numbers, no features in the file, or coordinates
-                of other tiles than these.
+            UndefinedMetricError: no file, no tile, values that are not finite numbers, no features in the file, or
+                coordinates of other tiles than these.
         """
         return self._read(slide, FEATURE_NAMES)
 
@@ -69,13 +71,13 @@ class EncoderBags:
         """Unit vectors of the tiles in the joint space, ``(N, width)``; features of that width stand in for ``proj``.
 
         Raises:
-            Undefined: as `features`, or the file holds no vectors of that width.
+            UndefinedMetricError: as `features`, or the file holds no vectors of that width.
         """
         stored = self._shapes(slide)
         names = next((names for names in (JOINT_NAMES, FEATURE_NAMES) if _first(stored, names)), JOINT_NAMES)
         vectors = self._read(slide, names)
         if vectors.shape[1] != width:
-            raise Undefined(
+            raise UndefinedMetricError(
                 f"{self.encoder} has no joint vectors of width {width} for slide {slide} (found {vectors.shape[1]}); "
                 "make bags that hold `proj` with `mmkd tile`"
             )
@@ -85,7 +87,7 @@ class EncoderBags:
         """Width of the features of all these slides, read from the headers.
 
         Raises:
-            Undefined: bags are missing or empty, or widths differ; the slides are named.
+            UndefinedMetricError: bags are missing or empty, or widths differ; the slides are named.
         """
         self.require(slides)
         widths: dict[int, str] = {}
@@ -98,10 +100,14 @@ class EncoderBags:
             else:
                 widths.setdefault(shapes[name][-1], slide)
         if empty:
-            raise Undefined(f"{len(empty)} of {len(slides)} bags of {self.encoder} hold no tile: {listed(empty)}")
+            raise UndefinedMetricError(
+                f"{len(empty)} of {len(slides)} bags of {self.encoder} hold no tile: {listed(empty)}"
+            )
         if len(widths) > 1:
             shown = ", ".join(f"{width} in {slide}" for width, slide in widths.items())
-            raise Undefined(f"bags of {self.encoder} differ in width: {shown}; they come from more than one encoder")
+            raise UndefinedMetricError(
+                f"bags of {self.encoder} differ in width: {shown}; they come from more than one encoder"
+            )
         return next(iter(widths))
 
     def fingerprint(self, slides: Sequence[str]) -> str:
@@ -121,19 +127,25 @@ class EncoderBags:
         with self._open(slide) as file:
             name = _first(file, names)
             if name is None:
-                raise Undefined(f"{self.encoder}: the bag of slide {slide} holds {sorted(file)}, none of {names}")
+                raise UndefinedMetricError(
+                    f"{self.encoder}: the bag of slide {slide} holds {sorted(file)}, none of {names}"
+                )
             stored = file[name]
             self._check_rows(slide, file)
             if stored.dtype.kind not in "fiu":
-                raise Undefined(f"{self.encoder}: {name} of slide {slide} are {stored.dtype}, not numbers")
+                raise UndefinedMetricError(f"{self.encoder}: {name} of slide {slide} are {stored.dtype}, not numbers")
             if len(stored.shape) != 2 and not (len(stored.shape) == 3 and stored.shape[0] == 1):
-                raise Undefined(f"{self.encoder}: slide {slide} has {name} of shape {stored.shape}, expected (N, D)")
+                raise UndefinedMetricError(
+                    f"{self.encoder}: slide {slide} has {name} of shape {stored.shape}, expected (N, D)"
+                )
             vectors = np.asarray(stored, dtype=np.float32).reshape(-1, stored.shape[-1])
         if not vectors.size:
-            raise Undefined(f"{self.encoder}: the bag of slide {slide} is empty")
+            raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} is empty")
         if not np.isfinite(vectors).all():
             count = int((~np.isfinite(vectors)).any(axis=1).sum())
-            raise Undefined(f"{self.encoder}: {count} of {len(vectors)} tiles of slide {slide} are not finite")
+            raise UndefinedMetricError(
+                f"{self.encoder}: {count} of {len(vectors)} tiles of slide {slide} are not finite"
+            )
         self._keep(key, vectors)
         return vectors
 
@@ -143,7 +155,7 @@ class EncoderBags:
         rows = {name: file[name].shape[-2] for name in known if len(getattr(file.get(name), "shape", ())) > 1}
         if len(set(rows.values())) > 1:
             told = ", ".join(f"{name} of {count} tiles" for name, count in rows.items())
-            raise Undefined(f"{self.encoder}: the bag of slide {slide} holds {told}; make it again")
+            raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} holds {told}; make it again")
 
     def _keep(self, key: tuple[str, str], vectors: Vectors) -> None:
         if vectors.nbytes > self._memory:
@@ -167,7 +179,7 @@ class EncoderBags:
                 yield file
         except OSError as error:
             reason = str(error).splitlines()[0]
-            raise Undefined(f"{self.encoder}: the bag of slide {slide} cannot be read ({reason})") from None
+            raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} cannot be read ({reason})") from None
 
 
 class BagFolder:
@@ -193,7 +205,7 @@ class BagFolder:
         """The bags of an encoder.
 
         Raises:
-            Undefined: there are none; the message says whose there are.
+            UndefinedMetricError: there are none; the message says whose there are.
         """
         if self._last is not None and self._last.encoder == encoder:
             return self._last
@@ -203,7 +215,9 @@ class BagFolder:
             files = bag_files(self.root)
         if not files:
             known = ", ".join(self.encoders()) or "nobody"
-            raise Undefined(f"no bags of {encoder} in {self.root} (there are those of {known}); `mmkd tile` makes them")
+            raise UndefinedMetricError(
+                f"no bags of {encoder} in {self.root} (there are those of {known}); `mmkd tile` makes them"
+            )
         self._last = EncoderBags(encoder, files)
         return self._last
 

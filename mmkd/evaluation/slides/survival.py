@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.embeddings.cache import Undefined, Vectors
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError, Vectors
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.slides.attention import train_attention
 from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of
@@ -93,9 +93,11 @@ class Survival(Task):
         """``image.risk`` ``(n,)`` by the fold that has not seen the case, and what the fit of each fold has chosen."""
         deaths = int(self.outcomes.event.sum())
         if deaths == 0:
-            raise Undefined(f"all {len(self.outcomes)} cases are censored: nothing tells who died first")
+            raise UndefinedMetricError(f"all {len(self.outcomes)} cases are censored: nothing tells who died first")
         if deaths < FEWEST_DEATHS:
-            raise Undefined(f"{deaths} of {len(self.outcomes)} cases died; at least {FEWEST_DEATHS} are needed")
+            raise UndefinedMetricError(
+                f"{deaths} of {len(self.outcomes)} cases died; at least {FEWEST_DEATHS} are needed"
+            )
         risk = np.zeros(len(self.outcomes))
         prepared, chosen = self.prepare(embedded), []
         for fold in range(FOLDS):

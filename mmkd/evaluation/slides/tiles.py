@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmkd.data.images import UnreadableImage, open_image
+from mmkd.data.images import UnreadableImageError, open_image
 
 THUMBNAIL = 1024
 GLASS, STAIN = 15, 60  # bounds of the threshold: dirty glass stays below 15; a slide may be tissue all over
@@ -105,7 +105,7 @@ def _open(path: Path) -> tuple[Any, float | None]:
             refused = f"OpenSlide: {error}; "
     try:
         image = open_image(path)
-    except UnreadableImage as error:
+    except UnreadableImageError as error:
         raise ValueError(f"{refused}{error}") from None
     dots_per_inch = float(image.info.get("dpi", (0, 0))[0])
     return openslide.ImageSlide(image), 25400 / dots_per_inch if dots_per_inch else None

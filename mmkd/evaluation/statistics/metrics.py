@@ -2,7 +2,7 @@
 
 A resample with replacement is the same samples with integer weights, so every metric takes weights ``(replicates, n)``
 and returns one value for each row; row of ones = the metric itself. No copies are made and scores are sorted once for
-all replicates. Undefined values are NaN, never a guess.
+all replicates. UndefinedMetricError values are NaN, never a guess.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics.metrics import Floats, Integers
 from mmkd.evaluation.tasks.task import Outputs
@@ -99,7 +99,7 @@ def probed_features(embedded: Embedded, probe_on: str, splits: Sequence[Sequence
     """Vectors ``(n, dim)`` of the pairs of each split; none of an empty one.
 
     Raises:
-        Undefined: some are not finite.
+        UndefinedMetricError: some are not finite.
     """
     read = embedded.pooled_matrix if probe_on == "pooled" else embedded.image_matrix
     found = [read(pairs) if pairs else None for pairs in splits]
@@ -107,7 +107,9 @@ def probed_features(embedded: Embedded, probe_on: str, splits: Sequence[Sequence
     parts = [np.zeros((0, width), dtype=np.float32) if part is None else part for part in found]
     unsound = sum(int((~np.isfinite(part)).any(axis=1).sum()) for part in parts)
     if unsound:
-        raise Undefined(f"the encoder gave vectors that are not finite, of {unsound} of {sum(map(len, parts))} images")
+        raise UndefinedMetricError(
+            f"the encoder gave vectors that are not finite, of {unsound} of {sum(map(len, parts))} images"
+        )
     return parts
 
 

@@ -108,7 +108,7 @@ class Task(ABC):
         """Per-sample outputs of one encoder.
 
         Raises:
-            Undefined: the encoder cannot answer.
+            UndefinedMetricError: the encoder cannot answer.
         """
 
     def extra_fingerprint(self, embedded: Embedded) -> list[Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
-from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
@@ -81,10 +81,10 @@ class VisualQuestions(Task):
         """``image.answers`` probabilities `(n, answers)`, and those of both controls.
 
         Raises:
-            Undefined: the encoder has no vectors of texts.
+            UndefinedMetricError: the encoder has no vectors of texts.
         """
         if not embedded.texts:
-            raise Undefined("the encoder has no vectors of texts")
+            raise UndefinedMetricError("the encoder has no vectors of texts")
         found = {split: self._inputs(embedded, split) for split in self.questions}
         if not all(torch.isfinite(part).all() for image, text in found.values() for part in (image, text)):
             unsound = np.full((len(self.pairs), len(self.answers)), np.nan, dtype=np.float32)

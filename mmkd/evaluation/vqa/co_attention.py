@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmkd.data.images import UnreadableImage
+from mmkd.data.images import UnreadableImageError
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import NoTokens
-from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.tasks.task import Outputs
 from mmkd.evaluation.vqa.answer_head import VisualQuestions
@@ -162,7 +162,7 @@ class MeterQuestions(VisualQuestions):
         """See `VisualQuestions.outputs`.
 
         Raises:
-            Undefined: the encoder gives no sequences of tokens, or some that are not finite.
+            UndefinedMetricError: the encoder gives no sequences of tokens, or some that are not finite.
         """
         splits = self._tokens(embedded)
         train, validation, test = (splits[name] for name in ("train", "validation", "test"))
@@ -179,17 +179,17 @@ class MeterQuestions(VisualQuestions):
     def _tokens(self, embedded: Embedded) -> dict[str, TokenQuestions]:
         """Questions of every split over one table of images and one of texts."""
         if embedded.tokens is None:
-            raise Undefined("only vectors of this encoder are at hand, no sequences of tokens")
+            raise UndefinedMetricError("only vectors of this encoder are at hand, no sequences of tokens")
         asked = [item for own in self.questions.values() for item in own]
         pairs = list({pair.id: pair for pair, _ in asked}.values())
         texts = sorted({question.text for _, question in asked})
         try:
             images = embedded.tokens.images(pairs)
             words, mask = embedded.tokens.texts(texts)
-        except (NoTokens, UnreadableImage) as reason:
-            raise Undefined(str(reason)) from None
+        except (NoTokens, UnreadableImageError) as reason:
+            raise UndefinedMetricError(str(reason)) from None
         if not (np.isfinite(images).all() and np.isfinite(words).all()):
-            raise Undefined("the encoder gave tokens that are not finite")
+            raise UndefinedMetricError("the encoder gave tokens that are not finite")
         image_row = {pair.id: row for row, pair in enumerate(pairs)}
         text_row = {text: row for row, text in enumerate(texts)}
         return {

@@ -18,7 +18,7 @@ import numpy as np
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
-from mmkd.evaluation.embeddings.cache import Undefined
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
@@ -251,10 +251,10 @@ class StatementQuestions(Task):
         """``image.scores`` cosines `(n, choices)`, and those of both controls.
 
         Raises:
-            Undefined: the encoder has no vectors of texts.
+            UndefinedMetricError: the encoder has no vectors of texts.
         """
         if not embedded.texts:
-            raise Undefined("the encoder has no vectors of texts")
+            raise UndefinedMetricError("the encoder has no vectors of texts")
         images = embedded.image_matrix(self.pairs)
         mean = images.mean(axis=0, keepdims=True)
         other = np.random.default_rng(SEED).permutation(len(images))
