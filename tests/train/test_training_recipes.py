@@ -350,7 +350,8 @@ def test_recipe_paper_is_a_set_of_named_settings(tmp_path, world):
         "interactive": 1,
     }
     spelled = ["--target", "random", "--target_norm", "stored", "--feature_form", "squared"]
-    weights = ["--losses", "task: 1, feature: 50, interactive: 1, relational: 0"]
+    weights = ["--losses.task", "1", "--losses.feature", "50", "--losses.interactive", "1"]
+    weights += ["--losses.affinity", "0", "--losses.relational", "0"]
     distill(tmp_path / "spelled", world, *spelled, "--interactive_scale", "constant", *weights)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("paper", "spelled")]
     assert files[0] == files[1]
@@ -382,7 +383,7 @@ def test_a_caption_changed_since_extraction_is_refused_before_training(tmp_path,
         write_manifest(tmp_path / place, now, world / "pairs" / "images")
         common = ["--pairs", tmp_path / place, "--model", world / "student", "--output", tmp_path / "out", *TINY]
         for more in (["--features", tmp_path / "features"], ["--aligned", tmp_path / "aligned", "--recipe", "paper"]):
-            with pytest.raises(ValueError, match=rf"one, two: 1 captions; first p{number}\)"):
+            with pytest.raises(ValueError, match=rf"one: 1 captions; two: 1 captions; first p{number}\)"):
                 call("distill", *common, *more, "--validate_every", 5)
     assert not (tmp_path / "out.partial").exists()
 
@@ -407,7 +408,7 @@ def test_what_changed_under_an_unfinished_run_is_refused_and_nothing_is_lost(tmp
         call("distill", *common)
     write_manifest(tmp_path / "pairs", before)
     shard.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"one/shard-00000\.safetensors is missing; run `mmkd extract`"):
+    with pytest.raises(FileNotFoundError, match=r"one/shard-00000\.safetensors is missing; extract again with `mmkd extract`"):
         call("distill", *common)
     (tmp_path / "moved").rename(shard)
     store = tmp_path / "features" / "one"
