@@ -113,6 +113,7 @@ def test_the_page_holds_everything_and_loads_nothing(board, page):
         "Distillation improved on stage 1: +",
         "The student is better than each of its 2 teachers on 9 datasets.",
         "Not a clinical result.",
+        "no model that was trained as long without a teacher",
         "test split of 10 datasets, 2,000 samples",
         "Balanced accuracy, classification",
         "; accuracy 0.",

@@ -366,8 +366,14 @@ def caveat(board: Leaderboard) -> str:
         if marked
         else ""
     )
+    control = (
+        "The difference from stage 1 includes the effect of training for longer: no model that was trained as long "
+        "without a teacher is among the encoders. "
+        if distillation(board)
+        else ""
+    )
     return (
-        f"Not a clinical result. {few}{seen}Intervals cover the choice of held-out samples; they do not include "
+        f"Not a clinical result. {control}{few}{seen}Intervals cover the choice of held-out samples; they do not include "
         "training-seed variance or the choice of datasets. The best teacher is selected on the same test sets, which "
         "is optimistic for the teacher."
     )
