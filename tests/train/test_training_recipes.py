@@ -408,7 +408,9 @@ def test_what_changed_under_an_unfinished_run_is_refused_and_nothing_is_lost(tmp
         call("distill", *common)
     write_manifest(tmp_path / "pairs", before)
     shard.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"one/shard-00000\.safetensors is missing; extract again with `mmkd extract`"):
+    with pytest.raises(
+        FileNotFoundError, match=r"one/shard-00000\.safetensors is missing; extract again with `mmkd extract`"
+    ):
         call("distill", *common)
     (tmp_path / "moved").rename(shard)
     store = tmp_path / "features" / "one"
