@@ -373,9 +373,9 @@ def caveat(board: Leaderboard) -> str:
         else ""
     )
     return (
-        f"Not a clinical result. {control}{few}{seen}Intervals cover the choice of held-out samples; they do not include "
-        "training-seed variance or the choice of datasets. The best teacher is selected on the same test sets, which "
-        "is optimistic for the teacher."
+        f"Not a clinical result. {control}{few}{seen}Intervals cover the choice of held-out samples; they do not "
+        "include training-seed variance or the choice of datasets. The best teacher is selected on the same test "
+        "sets, which is optimistic for the teacher."
     )
 
 
