@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all, and archives that cannot write outside their folder.
+"""Outputs that appear whole or not at all, JSON, and names that cannot leave their folder.
 
 Every stage writes beside its destination and renames, so that a killed run never leaves half a file under the final
 name. Renames are atomic only within one file system, hence the temporary names are siblings.
@@ -16,7 +16,7 @@ import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 ZIP_LIMIT_BYTES = 8 * 1024**3
@@ -58,6 +58,42 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated, write it again") from error
+
+
+def json_lines(path: Path, start: int = 0, stop: int | None = None, line: int = 1) -> Iterator[tuple[int, bytes]]:
+    """The lines of a JSON-lines file that are not empty, each with its number.
+
+    Args:
+        path: the file.
+        start: byte at which a line begins.
+        stop: byte after the last line; None for all.
+        line: number of the first line.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        while stop is None or file.tell() < stop:
+            content = file.readline()
+            if not content:
+                return
+            if content.strip():
+                yield line, content
+            line += 1
+
+
+def parse_json_object(content: bytes, place: str) -> dict[str, Any]:
+    """One line of a JSON-lines file.
+
+    Raises:
+        ValueError: it is not JSON.
+        TypeError: it is JSON, but not an object.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error}); the file may be truncated, write it again") from error
+    if not isinstance(value, dict):
+        raise TypeError(f"{place} must hold a JSON object, not a {type(value).__name__}")
+    return value
 
 
 @contextlib.contextmanager
@@ -129,6 +165,24 @@ def fingerprint(paths: Iterable[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def is_inside(relative: str) -> bool:
+    """Whether a relative path, read without following links, stays inside the folder it is joined to."""
+    path = PurePosixPath(relative.replace("\\", "/"))
+    windows_drive = len(relative) > 1 and relative[1] == ":"
+    return (
+        bool(relative)
+        and "\0" not in relative
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and not windows_drive
+    )
+
+
+def is_folder_name(name: object) -> bool:
+    """Whether a name from a file may become the name of a folder: one part of a path, and not a way out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
 
 
 def extract_zip(archive: Path, destination: Path) -> None:

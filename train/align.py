@@ -43,19 +43,20 @@ if __name__ == "__main__":
 
 from mmkd.alignment.aligner import Aligner
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
+from mmkd.alignment.covariances import Covariances
 from mmkd.alignment.folder import aligned, chunks, write_stores
 from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.alignment.report import alignment_page, alignment_report
 from mmkd.command.settings import save_settings
+from mmkd.data.features.conversion import write_published
 from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
-from mmkd.data.features.published import write_published
 from mmkd.data.folder import open_pairs
-from mmkd.data.published import META_FILE, PublishedSample, is_folder_name, read_published
+from mmkd.data.provenance import teachers_of
+from mmkd.data.published import META_FILE, PublishedSample, read_published
 from mmkd.data.table import Pair
 from mmkd.distributed import rank, wait_for_everyone
-from mmkd.encoders.zoo import teachers_of
-from mmkd.files import atomic_folder, write_json
+from mmkd.files import atomic_folder, is_folder_name, write_json
 from mmkd.pages.page import write_page
 from mmkd.training.batches import StoredBatches
 from mmkd.training.loop import fit, start
@@ -97,9 +98,9 @@ def main(settings: AlignSettings) -> None:
 
 def closed_form(settings: AlignSettings, features: TeacherFeatures, pairs: Sequence[Pair]) -> Aligner:
     """The aligner that needs no training, fitted by all processes together, the same on each."""
-    if settings.aligner == "phi-s":
-        return PhiSAligner.fit(chunks(features, pairs), features.dims)
-    return ProcrustesAligner.fit(chunks(features, pairs), features.dims, settings.dim)
+    is_phi_s = settings.aligner == "phi-s"
+    covariances = Covariances.stream(chunks(features, pairs), features.dims, cross=not is_phi_s)
+    return PhiSAligner.fit(covariances) if is_phi_s else ProcrustesAligner.fit(covariances, settings.dim)
 
 
 def write(

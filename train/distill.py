@@ -41,16 +41,15 @@ if __name__ == "__main__":
 
 from transformers.utils.logging import disable_progress_bar
 
-from mmkd.alignment.folder import load_aligner
 from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.data.features import FeatureKind
 from mmkd.data.features.lookup import MODALITIES, TeacherFeatures, available_features, seen_pairs
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
+from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
 from mmkd.distillation.heads import TeacherHeads, angular_dispersion
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import require_width
-from mmkd.encoders.zoo import teachers_of
 from mmkd.student.folder import load_student, save_student, training_provenance
 from mmkd.student.trainable import make_trainable
 from mmkd.training.batches import training_batches
@@ -119,11 +118,10 @@ def open_standardizer(folder: Path | None, widths: dict[str, int]) -> PhiSAligne
             "the loss heads needs --standardizer FOLDER, made by `mmkd align --aligner phi-s`; give it, set "
             "--head_form angular, or set --losses.heads 0"
         )
-    aligner = load_aligner(folder)
-    if not isinstance(aligner, PhiSAligner):
-        raise ValueError(
-            f"--standardizer {folder} is of kind {aligner.kind}; make one with `mmkd align --aligner phi-s`"
-        )
+    try:
+        aligner = PhiSAligner.load(folder)
+    except ValueError as error:
+        raise ValueError(f"--standardizer {error}") from None
     unfit = [name for name, width in widths.items() if aligner.widths.get(name) != width]
     if unfit:
         raise ValueError(f"--standardizer {folder} does not fit the features of {', '.join(unfit)}; align them again")

@@ -28,7 +28,7 @@ import torch
 from mmkd.command.settings import resolved, save_settings
 from mmkd.distributed import chosen_device, join_group, rank, wait_for_everyone
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.frozen import with_frozen_towers
+from mmkd.encoders.frozen_encoder import with_frozen_towers
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import named_sources
 from mmkd.evaluation.report.page import ReportInputs, write_report

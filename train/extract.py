@@ -65,7 +65,7 @@ from mmkd.data.table import Pair
 from mmkd.distributed import chosen_device, rank, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import FeatureTask, Readable, encode_shards, group_tasks, read_or_reason
-from mmkd.encoders.frozen import FrozenEncoder, with_frozen_towers
+from mmkd.encoders.frozen_encoder import FrozenEncoder, with_frozen_towers
 from mmkd.encoders.zoo import load_encoder, named_sources
 
 

@@ -85,9 +85,9 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from mmkd.data.features.conversion import Lookup, export_published, import_published
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.features.published import Lookup, export_published, import_published
-from mmkd.data.features.store import FeatureStore, describe_store, faults, store_paths, unfinished
+from mmkd.data.features.store import FeatureStore, faults, store_paths, unfinished
 from mmkd.data.features.writer import merge
 from mmkd.data.folder import open_pairs
 from mmkd.files import atomic_folder, refuse_existing
@@ -102,14 +102,16 @@ def main(settings: Any) -> None:
 @main.register
 def list_stores(settings: ListSettings) -> None:
     """Print a line for each feature store."""
-    rows = [describe_store(path) for path in stores_in(settings.folder)]
-    wide = max([15, *(len(row["teacher"]) for row in rows)]) + 1
+    stores = [FeatureStore(path) for path in stores_in(settings.folder)]
+    wide = max([15, *(len(store.name) for store in stores)]) + 1
     print(f"{'teacher':<{wide}}{'pairs':>12}{'dim':>6} {'dtype':<10}{'shards':>7}{'GB':>9}  {'license':<14}weights")
-    for row in rows:
-        size = f"{row['bytes'] / 1e9:.3f}"
+    for store in stores:
+        files = [*store.files, store.path / store.meta["ids"]["file"]]
+        size = f"{sum(file.stat().st_size for file in files) / 1e9:.3f}"
+        license, weights, made = (store.provenance.get(key, "") for key in ("license", "weights", "fingerprint"))
         print(
-            f"{row['teacher']:<{wide}}{row['pairs']:>12,}{row['dim']:>6} {row['dtype']:<10}{row['shards']:>7}"
-            f"{size:>9}  {row['license']:<14}{row['weights']} {row['fingerprint'][:12]}"
+            f"{store.name:<{wide}}{len(store):>12,}{store.dim:>6} {store.dtype:<10}{len(store.files):>7}"
+            f"{size:>9}  {license:<14}{weights} {made[:12]}"
         )
     for name, count in unfinished(settings.folder).items():
         print(f"{name:<{wide}}unfinished: {count} shards are there; run the same `mmkd extract` again to resume")

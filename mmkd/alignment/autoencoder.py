@@ -44,6 +44,16 @@ class AutoencoderAligner(nn.Module, Aligner):
         self.encoder = nn.ModuleDict({modality: _shared_encoder(dim, dropout) for modality in MODALITIES})
         self.decoder = nn.ModuleDict({modality: _shared_decoder(dim) for modality in MODALITIES})
 
+    @classmethod
+    def rebuild(cls, widths: dict[str, int], dim: int, tensors: dict[str, Tensor]) -> AutoencoderAligner:
+        """See `Aligner.rebuild`; in evaluation mode."""
+        aligner = cls(widths, dim)
+        try:
+            aligner.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"the tensors do not fit an autoencoder of {widths} and dim {dim}: {error}") from None
+        return aligner.eval()
+
     def forward(self, name: str, features: Tensor, modality: Modality) -> Tensor:
         """Reconstruct features `(n, width)` of one teacher, with noise while training."""
         noisy = features + self.noise * torch.randn_like(features) if self.training else features

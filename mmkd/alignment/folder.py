@@ -10,40 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from mmkd.alignment.aligner import Aligner
-from mmkd.alignment.autoencoder import AutoencoderAligner
-from mmkd.alignment.phi_s import PhiSAligner
-from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.data.features.lookup import MODALITIES, Features, TeacherFeatures, available_features
 from mmkd.data.features.writer import SHARD_SIZE, FeatureWriter
 from mmkd.data.table import Pair
-from mmkd.files import read_json
-
-
-def load_aligner(folder: Path) -> Aligner:
-    """Read what `Aligner.save` wrote.
-
-    Raises:
-        FileNotFoundError: the folder holds no aligner.
-        ValueError: the kind is unknown or the tensors do not fit it.
-    """
-    description = read_json(folder / "aligner.json")
-    kind, dim, widths = description["kind"], int(description["dim"]), dict(description["widths"])
-    tensors = load_file(folder / "aligner.safetensors")
-    if kind == ProcrustesAligner.kind:
-        return ProcrustesAligner(widths, dim, tensors)
-    if kind == AutoencoderAligner.kind:
-        aligner = AutoencoderAligner(widths, dim)
-        try:
-            aligner.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{folder / 'aligner.safetensors'} does not fit aligner.json: {error}") from None
-        return aligner.eval()
-    if kind == PhiSAligner.kind:
-        return PhiSAligner(widths, tensors)
-    raise ValueError(f"{folder / 'aligner.json'} is of kind {kind!r}; allowed: procrustes, autoencoder, phi-s")
 
 
 def chunks(features: TeacherFeatures, pairs: Sequence[Pair]) -> Iterator[Features]:

@@ -7,17 +7,19 @@ evenly, and one scale, does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mmkd.alignment.aligner import Aligner
-from mmkd.alignment.covariances import Covariances
-from mmkd.data.features.lookup import Features, Modality
+from mmkd.alignment.aligner import LinearAligner
+from mmkd.data.features.lookup import Modality
+
+if TYPE_CHECKING:
+    from mmkd.alignment.covariances import Covariances
 
 
-class PhiSAligner(Aligner):
+class PhiSAligner(LinearAligner):
     """``z = (x - m) U H / phi`` for each teacher by itself.
 
     m is the mean (one for images and one for texts), U the principal axes of images and texts together, with
@@ -28,45 +30,30 @@ class PhiSAligner(Aligner):
 
     kind = "phi-s"
 
-    def __init__(self, widths: dict[str, int], tensors: dict[str, Tensor]) -> None:
-        """Rebuild from `tensors`: per teacher ``<name>.image_mean``, ``<name>.text_mean`` and ``<name>.map``."""
-        self.widths, self.dim, self._tensors = widths, 0, tensors
-
     @classmethod
-    def fit(cls, chunks: Iterable[Features], widths: dict[str, int]) -> PhiSAligner:
-        """Find the maps from streamed features, the same on every process.
+    def fit(cls, covariances: Covariances) -> PhiSAligner:
+        """Find the maps from second moments.
 
         Args:
-            chunks: of samples, each with every teacher in `widths`.
-            widths: the feature width of each teacher.
+            covariances: of every teacher; cross-moments are not read.
 
         Raises:
             ValueError: a teacher has fewer than two samples.
         """
-        covariances = Covariances.stream(chunks, widths, cross=False)
         tensors: dict[str, Tensor] = {}
-        for name in sorted(widths):
+        for name in sorted(covariances.widths):
             moments = covariances.of(name)
             variances, axes = torch.linalg.eigh(moments.spread / (2 * moments.count))
             scale = variances.mean().clamp(min=1e-12).sqrt()
             tensors |= {f"{name}.{modality}_mean": mean.float() for modality, mean in moments.mean.items()}
             tensors[f"{name}.map"] = (axes @ equalizing_rotation(variances) / scale).float()
-        return cls(widths, tensors)
-
-    def transform(self, name: str, features: Tensor, modality: Modality) -> Tensor:
-        """Standardized features `(n, width)`: mean 0 and variance 1 in every dimension over the fitted samples."""
-        matrix = self._tensors[f"{name}.map"].to(features.device)
-        return (features.to(matrix) - self._tensors[f"{name}.{modality}_mean"].to(matrix)) @ matrix
+        return cls(covariances.widths, 0, tensors)
 
     def restore(self, name: str, standardized: Tensor, modality: Modality) -> Tensor:
         """The features `(n, width)` that `transform` would give back as `standardized`."""
         matrix = self._tensors[f"{name}.map"].to(standardized.device)
         inverse_square = matrix.square().sum() / len(matrix)  # of the scale: the map is orthogonal but for it
         return standardized.to(matrix) @ matrix.T / inverse_square + self._tensors[f"{name}.{modality}_mean"].to(matrix)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Aligner.tensors`."""
-        return self._tensors
 
 
 def equalizing_rotation(variances: Tensor) -> Tensor:

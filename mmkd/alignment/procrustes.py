@@ -5,17 +5,14 @@ Angles between the samples of one teacher survive. Closed form, from streamed co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from mmkd.alignment.aligner import Aligner
+from mmkd.alignment.aligner import LinearAligner
 from mmkd.alignment.covariances import Covariances, Moments
-from mmkd.data.features.lookup import Features, Modality
 
 
-class ProcrustesAligner(Aligner):
+class ProcrustesAligner(LinearAligner):
     """Generalized Procrustes analysis with missing views.
 
     For teacher k, with mean m_k (one for images and one for texts, which takes the modality gap away), root mean
@@ -23,29 +20,24 @@ class ProcrustesAligner(Aligner):
     ``z_ik = (x_ik - m_k) P_k / r_k``; the orthogonal ``Q_k``, shared by images and texts, minimize
     ``sum_ik |z_ik Q_k - M_ik|^2``, with ``M_ik`` the mean of ``z_ij Q_j`` over the other teachers j of sample i.
     Each update is the polar factor of ``sum_j C_kj Q_j``, where ``C_kj = sum_i z_ik^T z_ij / (teachers of i - 1)``.
+    The root mean square norm of the aligned features over the fitted samples is at most 1.
     Source: Gower 1975; Ten Berge 1977.
     """
 
     kind = "procrustes"
 
-    def __init__(self, widths: dict[str, int], dim: int, tensors: dict[str, Tensor]) -> None:
-        """Rebuild from `tensors`: per teacher ``<name>.image_mean``, ``<name>.text_mean`` and ``<name>.map``."""
-        self.widths, self.dim, self._tensors = widths, dim, tensors
-
     @classmethod
     def fit(
         cls,
-        chunks: Iterable[Features],
-        widths: dict[str, int],
+        covariances: Covariances,
         dim: int,
         sweeps: int = 100,
         tolerance: float = 1e-9,
     ) -> ProcrustesAligner:
-        """Find the maps from streamed features, the same on every process.
+        """Find the maps from second moments.
 
         Args:
-            chunks: of samples, each with every teacher in `widths`.
-            widths: the feature width of each teacher.
+            covariances: of every teacher, with cross-moments.
             dim: the width of the common space.
             sweeps: the most updates of each rotation.
             tolerance: stop when a sweep raises the agreement by less than this share.
@@ -53,8 +45,7 @@ class ProcrustesAligner(Aligner):
         Raises:
             ValueError: a teacher has fewer than two samples.
         """
-        names = sorted(widths)
-        covariances = Covariances.stream(chunks, widths, cross=True)
+        names = sorted(covariances.widths)
         moments = {name: covariances.of(name) for name in names}
         maps = {name: _axes(moments[name], dim) for name in names}
         agreement = {(k, j): maps[k].T @ covariances.across(k, j) @ maps[j] for k in names for j in names if k != j}
@@ -64,16 +55,7 @@ class ProcrustesAligner(Aligner):
         for name in names:
             tensors |= {f"{name}.{modality}_mean": mean for modality, mean in moments[name].mean.items()}
             tensors[f"{name}.map"] = maps[name] @ rotations[name]
-        return cls(widths, dim, {name: tensor.float() for name, tensor in tensors.items()})
-
-    def transform(self, name: str, features: Tensor, modality: Modality) -> Tensor:
-        """See `Aligner.transform`; the root mean square norm over the fitted samples is at most 1."""
-        mean = self._tensors[f"{name}.{modality}_mean"]
-        return (features.to(mean) - mean) @ self._tensors[f"{name}.map"]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Aligner.tensors`."""
-        return self._tensors
+        return cls(covariances.widths, dim, {name: tensor.float() for name, tensor in tensors.items()})
 
 
 def _axes(moments: Moments, dim: int) -> Tensor:

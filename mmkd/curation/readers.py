@@ -23,16 +23,13 @@ from mmkd.data.readers import (
     TarMember,
     find_file,
     is_empty,
-    is_inside,
-    json_lines,
     list_files,
     parquet_rows,
-    parse_json_object,
     read_csv,
     tar_members,
 )
 from mmkd.data.splits import meaning_of
-from mmkd.files import read_json
+from mmkd.files import is_inside, json_lines, parse_json_object, read_json
 
 LABELS_FILE = "labels.csv"
 

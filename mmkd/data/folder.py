@@ -18,7 +18,6 @@ import numpy as np
 from mmkd.command.settings import nearest
 from mmkd.data.archives import ArchivedFile, archived_file
 from mmkd.data.published import META_FILE, read_published
-from mmkd.data.readers import is_inside
 from mmkd.data.table import (
     FIELDS,
     SPLITS,
@@ -34,6 +33,7 @@ from mmkd.data.table import (
     take_rows,
     write_table,
 )
+from mmkd.files import is_inside
 
 CHUNK = 4096
 

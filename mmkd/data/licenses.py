@@ -99,6 +99,3 @@ def hub_id(license: str) -> str | None:
 def _plain(license: str) -> str:
     """Lower case, words and digits only: ``CC-BY-NC 4.0`` becomes ``cc by nc 4 0``."""
     return " ".join(re.findall(r"[a-z]+[0-9]*|[0-9]+", license.lower()))
-
-
-UNSTATED, OTHERS = "not stated", "others"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.readers import json_lines, parse_json_object
+from mmkd.files import is_folder_name, json_lines, parse_json_object
 
 META_FILE = "meta.jsonl"
 
@@ -45,11 +45,6 @@ def read_published(folder: Path) -> list[PublishedSample]:
     if len({sample.id for sample in samples}) != len(samples):
         raise ValueError(f"{path} lists an id twice; ids must be unique")
     return samples
-
-
-def is_folder_name(name: object) -> bool:
-    """Whether a name from a file may become the name of a folder: one part of a path, and not a way out of it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
 
 
 def _sample(row: dict[str, Any], place: str) -> PublishedSample:

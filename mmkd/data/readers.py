@@ -1,11 +1,11 @@
 """One reader for each form in which a collection is kept; what its columns and names mean is decided by the caller.
 
-- CSV: `read_csv`; JSON lines: `json_lines` and `parse_json_object`; Parquet: `parquet_rows` and `ParquetCells`;
+- CSV: `read_csv`; JSON lines: `mmkd.files.json_lines`; Parquet: `parquet_rows` and `ParquetCells`;
 - tars: `tar_members`; folders: `list_files` and `find_file`;
 - the Hugging Face Hub: `parse_hub_address` and `open_hub_dataset`.
 
 Images are located here and read elsewhere (`mmkd.data.images`), so that what is not needed is never read. Names of
-files come from untrusted lists: `is_inside` and `find_file` refuse those that leave their folder.
+files come from untrusted lists: `find_file` refuses those that leave their folder.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import codecs
 import contextlib
 import csv
 import io
-import json
 import os
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
 from mmkd.data.archives import ArchivedFile, members
+from mmkd.files import is_inside
 
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2"))
 
@@ -98,42 +98,6 @@ def read_csv(path: Path) -> Table:
 def is_empty(cell: str) -> bool:
     """Whether a cell is empty, or holds a mark that spreadsheets, pandas and people leave in an empty one."""
     return cell.strip().lower() in EMPTY_CELLS
-
-
-def json_lines(path: Path, start: int = 0, stop: int | None = None, line: int = 1) -> Iterator[tuple[int, bytes]]:
-    """The lines of a JSON-lines file that are not empty, each with its number.
-
-    Args:
-        path: the file.
-        start: byte at which a line begins.
-        stop: byte after the last line; None for all.
-        line: number of the first line.
-    """
-    with path.open("rb") as file:
-        file.seek(start)
-        while stop is None or file.tell() < stop:
-            content = file.readline()
-            if not content:
-                return
-            if content.strip():
-                yield line, content
-            line += 1
-
-
-def parse_json_object(content: bytes, place: str) -> dict[str, Any]:
-    """One line of a JSON-lines file.
-
-    Raises:
-        ValueError: it is not JSON.
-        TypeError: it is JSON, but not an object.
-    """
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON ({error}); the file may be truncated, write it again") from error
-    if not isinstance(value, dict):
-        raise TypeError(f"{place} must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -246,19 +210,6 @@ def list_files(folder: Path) -> list[Path]:
     """All files below a folder that are not hidden, in the order of their names; linked folders are not entered."""
     found = [Path(root, name) for root, _, names in os.walk(folder) for name in names if not name.startswith(".")]
     return sorted(found)
-
-
-def is_inside(relative: str) -> bool:
-    """Whether a relative path, read without following links, stays inside the folder it is joined to."""
-    path = PurePosixPath(relative.replace("\\", "/"))
-    windows_drive = len(relative) > 1 and relative[1] == ":"
-    return (
-        bool(relative)
-        and "\0" not in relative
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and not windows_drive
-    )
 
 
 def find_file(root: Path, name: str, folders: Sequence[str] = ("",)) -> Path | None:

@@ -148,7 +148,7 @@ class TeacherHeads(nn.Module):
             part, _, name = key.partition(".")
             parts[part][name] = tensor
         widths = {str(name): int(width) for name, width in described["widths"].items()}
-        standardizer = PhiSAligner(widths, parts["standardizer"]) if parts["standardizer"] else None
+        standardizer = PhiSAligner(widths, 0, parts["standardizer"]) if parts["standardizer"] else None
         heads = cls(int(described["dim"]), widths, standardizer)
         heads.layers.load_state_dict(parts["layers"])
         return heads.eval()

@@ -13,16 +13,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkd.data.features.writer import FeatureExtraction
 from mmkd.data.images import UnreadableImageError
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
+
+if TYPE_CHECKING:
+    from mmkd.data.features.writer import FeatureExtraction
 
 BATCHES_AHEAD = 2
 MOST_WORKERS = 16

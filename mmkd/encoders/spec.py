@@ -1,12 +1,11 @@
-"""The specification of a teacher, one entry of `zoo.TEACHERS` or a YAML file, and the provenance of what it encodes."""
+"""The specification of a teacher, from ``teachers.yaml`` or a user's YAML file, and the provenance of its features."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mmkd.command.settings import parse
 from mmkd.data.licenses import is_open
+from mmkd.data.provenance import installed_versions
 from mmkd.distributed import rank
 from mmkd.files import fingerprint
 
@@ -157,17 +157,6 @@ def announce(provenance: dict[str, Any]) -> None:
             name,
             license,
         )
-
-
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The version of each distribution that is installed; others are left out."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _commit(files: Sequence[Path]) -> str:

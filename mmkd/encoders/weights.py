@@ -33,6 +33,9 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
+CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
 STRAY_BUFFERS = ("position_ids", "relative_position_index")  # saved by older releases, derived by newer ones
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 SHOWN = 12  # keys that an error lists

@@ -1,21 +1,20 @@
 """The teachers by name, and the one function that loads any dual encoder by name, folder, Hub id or specification.
 
-`TEACHERS` are the paper's nine, under the authors' spelling in ``available_clips``; `NEWER_TEACHERS` appeared since.
-Inferred and open points of a specification are in its note, go into the provenance of every feature made with it, and
-can be changed by a YAML file.
+`TEACHERS` are the paper's nine and `NEWER_TEACHERS` those that appeared since, as ``mmkd/data/teachers.yaml`` lists
+them. A YAML file of one's own gives the same keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmkd.command.settings import nearest
-from mmkd.data.licenses import NON_COMMERCIAL, OWN_MODEL, UNSTATED, terms
-from mmkd.data.published import META_FILE, read_published
+from mmkd.data.licenses import NON_COMMERCIAL, OWN_MODEL, terms
+from mmkd.data.provenance import teachers_file
 from mmkd.encoders import hfclip, medclip, openclip, pmcclip
 from mmkd.encoders import python as python_form
 from mmkd.encoders.encoder import DualEncoder
@@ -23,141 +22,9 @@ from mmkd.encoders.spec import UNDECLARED, TeacherSpec, announce, read_spec
 from mmkd.encoders.weights import fetch
 from mmkd.files import read_json
 
-BIOMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
-PUBMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
 OPENAI = "openai"  # the tag of open_clip's weights where none is given
-# Of a teacher's provenance, what a student's provenance keeps.
-KEPT_METADATA = ("teacher", "form", "weights", "revision", "fingerprint", "license", "note")
-
-TEACHERS = {
-    "BMCA": TeacherSpec(
-        name="BMCA",
-        form="openclip",
-        weights="BIOMEDICA/BMC_CLIP_CF",
-        files=["BMC_CLIP_CF.pt"],
-        architecture="ViT-L-14",
-        dim=768,
-        license="MIT",
-        gated=True,
-        note="preprocessing inferred: OpenAI's; gate unknown",
-    ),
-    "BiomedCLIP": TeacherSpec(
-        name="BiomedCLIP",
-        form="openclip",
-        weights="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
-        dim=512,
-        context=256,
-        license="MIT",
-    ),
-    "UniMedCLIP": TeacherSpec(
-        name="UniMedCLIP",
-        form="unimed",
-        weights="UzairK/unimed-clip-vit-b16",
-        files=["unimed-clip-vit-b16.pt"],
-        text_model=BIOMEDBERT,
-        dim=512,
-        context=256,
-        license="CC BY-NC 4.0",
-    ),
-    "QuiltNet": TeacherSpec(
-        name="QuiltNet",
-        form="openclip",
-        weights="wisdomik/QuiltNet-B-32",
-        dim=512,
-        license="MIT",
-        note="which of QuiltNet-B-32, -B-16 and -B-16-PMB the authors used is unknown",
-    ),
-    "GenMedClip": TeacherSpec(
-        name="GenMedClip",
-        form="openclip",
-        weights="wisdomik/GenMedClip",
-        dim=512,
-        license="MIT",
-        note="which of GenMedClip, -B-32 and -B-16-PMB the authors used is inferred",
-    ),
-    "PLIP": TeacherSpec(name="PLIP", form="hfclip", weights="vinid/plip", dim=512, context=77),
-    "PUBMEDCLIP": TeacherSpec(
-        name="PUBMEDCLIP",
-        form="hfclip",
-        weights="flaviagiammarino/pubmed-clip-vit-base-patch32",
-        dim=512,
-        context=77,
-        license="MIT",
-    ),
-    "PMCCLIP": TeacherSpec(
-        name="PMCCLIP",
-        form="pmcclip",
-        weights="axiong/pmc_oa",
-        repo_type="dataset",
-        text_model=PUBMEDBERT,
-        dim=768,
-        context=77,
-        license="not declared for the weights; code MIT",
-        note="32 heads in the attention pool by the training configuration, 8 in a public port",
-    ),
-    "MedCLIP": TeacherSpec(
-        name="MedCLIP",
-        form="medclip",
-        weights="https://storage.googleapis.com/pytrial/medclip-vit-pretrained.zip",
-        text_model="emilyalsentzer/Bio_ClinicalBERT",
-        vision_model="microsoft/swin-tiny-patch4-window7-224",
-        dim=512,
-        context=77,
-        mean=[0.5862785803043838],
-        std=[0.27950088968644304],
-        license="BSD (the code's)",
-        note="inferred to be the ninth teacher; its features are in none of the published samples",
-    ),
-}
-
-NEWER_TEACHERS = {
-    "OpenPMC18M": TeacherSpec(
-        name="OpenPMC18M",
-        form="openclip",
-        weights="vector-institute/open-pmc-18m-clip",
-        dim=512,
-        context=256,
-        note="licence unconfirmed (that of its predecessor open-pmc-clip is MIT)",
-    ),
-    "MedPMC": TeacherSpec(
-        name="MedPMC",
-        form="openclip",
-        weights="Yale-BIDS-Chen/medpmc-clip-l-14_jun24_v1",
-        note="form inferred from its name; dim, context, licence and gate unconfirmed",
-    ),
-    "BMCLongCLIP": TeacherSpec(
-        name="BMCLongCLIP",
-        form="openclip",
-        weights="BIOMEDICA/BMC-LongCLIP",
-        context=512,
-        note="form, dim, licence and gate unconfirmed",
-    ),
-    "MONET": TeacherSpec(
-        name="MONET",
-        form="hfclip",
-        weights="suinleelab/monet",
-        dim=768,
-        context=77,
-        note="licence unconfirmed",
-    ),
-    "DermLIP": TeacherSpec(
-        name="DermLIP",
-        form="openclip",
-        weights="redlessone/DermLIP_ViT-B-16",
-        dim=512,
-        license="CC BY-NC-ND 4.0",
-        note="context unconfirmed; the variant with PanDerm needs a modified open_clip",
-    ),
-    "MedSigLIP": TeacherSpec(
-        name="MedSigLIP",
-        form="hfclip",
-        weights="google/medsiglip-448",
-        dim=1152,
-        context=64,
-        license="Health AI Developer Foundations terms of use",
-        gated=True,
-    ),
-}
+TEACHERS = {name: TeacherSpec(name, **entry) for name, entry in teachers_file()["paper"].items()}
+NEWER_TEACHERS = {name: TeacherSpec(name, **entry) for name, entry in teachers_file()["newer"].items()}
 
 # Words of ``--teacher`` that narrow the teachers down instead of naming one.
 FILTERS: dict[str, Callable[[TeacherSpec], bool]] = {
@@ -295,44 +162,6 @@ def by_name(
 def folder_name(name: str) -> str:
     """A name fit for a folder: what is neither letter, digit, ``_``, ``.``, ``+`` nor ``-`` becomes a hyphen."""
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
-
-
-def teachers_of(folders: Iterable[Path | None], names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The metadata of the teachers of feature stores, raw or aligned, each teacher once.
-
-    Args:
-        folders: of one store or of several, or the authors' published folder; None is skipped.
-        names: only these, by default all.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        for teacher in _teachers_in(folder) if folder is not None else ():
-            if not names or teacher["teacher"] in names:
-                found.setdefault(teacher["teacher"], teacher)
-    return list(found.values())
-
-
-def store_teacher(meta: dict[str, Any]) -> dict[str, Any]:
-    """The teacher's metadata in a store's ``meta.json``; aligned stores carry that of the raw ones."""
-    provenance = meta.get("provenance") or {}
-    metadata = {"teacher": meta.get("teacher"), **provenance, **(provenance.get("raw") or {})}
-    return {"license": UNSTATED} | {key: metadata[key] for key in KEPT_METADATA if metadata.get(key)}
-
-
-def _teachers_in(folder: Path) -> list[dict[str, Any]]:
-    if (folder / META_FILE).is_file():
-        return _published_teachers(folder)
-    files = [folder / "meta.json"] if (folder / "meta.json").is_file() else sorted(folder.glob("*/meta.json"))
-    return [store_teacher(read_json(file)) for file in files]
-
-
-def _published_teachers(folder: Path) -> list[dict[str, Any]]:
-    """The teachers in the authors' list, with the metadata of those that are known here."""
-    used = {name for sample in read_published(folder) for name in sample.teachers}
-    metadata = {
-        name: {"weights": spec.weights, "license": spec.license, "note": spec.note} for name, spec in TEACHERS.items()
-    }
-    return [{"teacher": name, **metadata.get(name, {"license": UNSTATED})} for name in sorted(used)]
 
 
 def _spec_of_folder(name: str, weights: str, folder: Path) -> TeacherSpec:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
-from mmkd.encoders.spec import installed_versions
+from mmkd.data.provenance import installed_versions
 from mmkd.exporting.usage import load_tower
 from mmkd.files import atomic_write_text, read_json, write_json
 from modeling_mmkd import MMKDClipModel

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from mmkd.data.licenses import NONE_DECLARED, OPEN, OTHERS, UNSTATED, hub_id, strictest, terms
+from mmkd.data.licenses import NONE_DECLARED, OPEN, hub_id, strictest, terms
+from mmkd.data.provenance import OTHERS, UNSTATED
 from mmkd.files import read_json
 
 SETTINGS_FILE = "settings.yaml"

@@ -15,9 +15,9 @@ from typing import Any
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.features.store import FeatureStore
 from mmkd.data.folder import PairFolder, open_pairs, write_manifest
-from mmkd.data.licenses import UNSTATED, is_open
+from mmkd.data.licenses import is_open
+from mmkd.data.provenance import UNSTATED, store_teacher
 from mmkd.data.table import TABLE_FILE, Pair
-from mmkd.encoders.zoo import store_teacher
 from mmkd.publishing import card as cards
 from mmkd.publishing.publication import CARD_FILE, Publication, stage_file
 from mmkd.student.folder import describe_pairs

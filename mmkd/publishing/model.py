@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
-from mmkd.data.licenses import UNSTATED
+from mmkd.data.provenance import UNSTATED
 from mmkd.files import read_json, write_json
 from mmkd.publishing import card as cards
 from mmkd.publishing.publication import ADAPTER_CONFIG, CARD_FILE, Publication, stage_file

@@ -15,11 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from mmkd.data.folder import PairFolder
-from mmkd.data.licenses import OTHERS, UNSTATED
+from mmkd.data.provenance import OTHERS, UNSTATED, installed_versions
 from mmkd.data.table import in_columns
-from mmkd.encoders.hfclip import CONFIG_FILES
-from mmkd.encoders.spec import installed_versions
-from mmkd.encoders.weights import fetch, load_transformers, quiet_transformers, read_tensors
+from mmkd.encoders.weights import CONFIG_FILES, fetch, load_transformers, quiet_transformers, read_tensors
 from mmkd.files import read_json, write_json
 from modeling_mmkd import MMKDClipModel, MMKDClipProcessor
 

@@ -29,10 +29,18 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mmkd.command.settings import nearest
 from mmkd.encoders.authors_checkpoint import from_authors
-from mmkd.encoders.hfclip import CONFIG_FILES, WEIGHT_FILES
 from mmkd.encoders.openclip import find_by_architecture
 from mmkd.encoders.spec import TeacherSpec
-from mmkd.encoders.weights import fetch, first_file, listed, load_transformers, read_state_dict, read_transformers
+from mmkd.encoders.weights import (
+    CONFIG_FILES,
+    WEIGHT_FILES,
+    fetch,
+    first_file,
+    listed,
+    load_transformers,
+    read_state_dict,
+    read_transformers,
+)
 from mmkd.files import extract_zip, read_json
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 from modeling_mmkd.configuration_mmkd import position_limit

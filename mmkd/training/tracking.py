@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from mmkd.command.settings import nearest
+from mmkd.data.provenance import installed_versions
 from mmkd.distributed import world_size
-from mmkd.encoders.spec import installed_versions
 from mmkd.files import write_json
 
 AUTO, NONE = "auto", "none"

@@ -8,7 +8,6 @@ from test_distributed import torchrun
 
 from mmkd.alignment.autoencoder import AutoencoderAligner
 from mmkd.alignment.covariances import Covariances
-from mmkd.alignment.folder import load_aligner
 from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.alignment.report import alignment_page, alignment_report, recall_at_one
 from mmkd.pages.page import to_html
@@ -49,9 +48,13 @@ def pieces(features, size):
 WIDTHS = {"wide": 24, "narrow": 6, "even": 12}
 
 
+def procrustes(chunks, widths, dim):
+    return ProcrustesAligner.fit(Covariances.stream(chunks, widths, cross=True), dim)
+
+
 def test_procrustes_finds_the_common_world_with_missing_views():
     features = world(WIDTHS)
-    aligner = ProcrustesAligner.fit(pieces(features, 100), WIDTHS, dim=12)
+    aligner = procrustes(pieces(features, 100), WIDTHS, dim=12)
     report = alignment_report(features, aligner)
     assert report["after"]["same_sample_cross_teacher"]["image"] > 0.99
     assert abs(report["after"]["different_sample_same_teacher"]["image"]) < 0.05
@@ -61,7 +64,7 @@ def test_procrustes_finds_the_common_world_with_missing_views():
 
 def test_procrustes_keeps_the_angles_within_a_teacher():
     features = world({"a": 8, "b": 8}, rank=8)
-    aligner = ProcrustesAligner.fit(pieces(features, 400), {"a": 8, "b": 8}, dim=8)
+    aligner = procrustes(pieces(features, 400), {"a": 8, "b": 8}, dim=8)
     known = features["a"]["mask"]
     raw = features["a"]["image"][known]
     aligned = aligner.transform("a", raw, "image")
@@ -72,7 +75,7 @@ def test_procrustes_keeps_the_angles_within_a_teacher():
 
 def test_procrustes_with_two_teachers_is_the_closed_form_solution():
     features = world({"a": 5, "b": 5}, rank=5, missing=0.0, noise=0.3)
-    aligner = ProcrustesAligner.fit(pieces(features, 400), {"a": 5, "b": 5}, dim=5)
+    aligner = procrustes(pieces(features, 400), {"a": 5, "b": 5}, dim=5)
     stacked = {}
     for name, teacher in features.items():
         sides = [teacher[side] - teacher[side].mean(dim=0) for side in ("image", "text")]
@@ -87,31 +90,31 @@ def test_procrustes_with_two_teachers_is_the_closed_form_solution():
 
 def test_procrustes_depends_neither_on_chunks_nor_on_the_order_of_teachers():
     features = world(WIDTHS)
-    whole = ProcrustesAligner.fit(pieces(features, 400), WIDTHS, dim=12)
+    whole = procrustes(pieces(features, 400), WIDTHS, dim=12)
     backwards = {name: features[name] for name in reversed(features)}
-    chunked = ProcrustesAligner.fit(pieces(backwards, 37), dict(reversed(WIDTHS.items())), dim=12)
+    chunked = procrustes(pieces(backwards, 37), dict(reversed(WIDTHS.items())), dim=12)
     for name, tensor in whole.tensors().items():
         torch.testing.assert_close(tensor, chunked.tensors()[name], atol=1e-5, rtol=1e-4)
 
 
 def test_one_teacher_and_too_few_samples():
     features = world({"a": 4}, rank=4)
-    aligned = ProcrustesAligner.fit(pieces(features, 400), {"a": 4}, dim=6).transform("a", torch.ones(2, 4), "image")
+    aligned = procrustes(pieces(features, 400), {"a": 4}, dim=6).transform("a", torch.ones(2, 4), "image")
     assert aligned.shape == (2, 6)
     features["a"]["mask"][:] = False
     with pytest.raises(ValueError, match="teacher 'a' has features for 0"):
-        ProcrustesAligner.fit(pieces(features, 400), {"a": 4}, dim=6)
+        procrustes(pieces(features, 400), {"a": 4}, dim=6)
 
 
 @pytest.mark.parametrize("kind", ["procrustes", "autoencoder"])
 def test_saved_and_loaded_aligners_transform_alike(tmp_path, kind):
     features = world(WIDTHS)
     if kind == "procrustes":
-        aligner = ProcrustesAligner.fit(pieces(features, 400), WIDTHS, dim=12)
+        aligner = procrustes(pieces(features, 400), WIDTHS, dim=12)
     else:
         aligner = AutoencoderAligner(WIDTHS, dim=12).eval()
     aligner.save(tmp_path)
-    loaded = load_aligner(tmp_path)
+    loaded = type(aligner).load(tmp_path)
     for name, teacher in features.items():
         for side in ("image", "text"):
             expected = aligner.transform(name, teacher[side], side)
@@ -145,6 +148,7 @@ import sys
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from mmkd.alignment.covariances import Covariances
 from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.distributed import rank, world_size
 
@@ -154,7 +158,7 @@ flat = load_file(sys.argv[1])
 names = ("even", "narrow", "wide")
 features = {name: {key: flat[f"{name}.{key}"] for key in ("image", "text", "mask")} for name in names}
 pieces = ({n: {k: v[b : b + 31] for k, v in t.items()} for n, t in features.items()} for b in range(0, 400, 31))
-aligner = ProcrustesAligner.fit(pieces, {"wide": 24, "narrow": 6, "even": 12}, dim=12)
+aligner = ProcrustesAligner.fit(Covariances.stream(pieces, {"wide": 24, "narrow": 6, "even": 12}, cross=True), dim=12)
 aligner.save(__import__("pathlib").Path(sys.argv[2]) / str(rank()))
 """
 
@@ -167,9 +171,9 @@ def test_a_fit_is_the_same_bits_twice_and_the_same_to_rounding_in_any_order_and_
     save_file(flat, tmp_path / "features.safetensors")
     (tmp_path / "program.py").write_text(SUM_PROGRAM)
     torchrun(tmp_path / "program.py", tmp_path / "features.safetensors", tmp_path)
-    expected, twice = (ProcrustesAligner.fit(pieces(features, 400), WIDTHS, dim=12).tensors() for _ in range(2))
-    others = [ProcrustesAligner.fit(pieces(shuffled, 7), dict(reversed(WIDTHS.items())), dim=12).tensors()]
-    first, second = (load_aligner(tmp_path / str(rank)).tensors() for rank in range(2))
+    expected, twice = (procrustes(pieces(features, 400), WIDTHS, dim=12).tensors() for _ in range(2))
+    others = [procrustes(pieces(shuffled, 7), dict(reversed(WIDTHS.items())), dim=12).tensors()]
+    first, second = (ProcrustesAligner.load(tmp_path / str(rank)).tensors() for rank in range(2))
     for name, tensor in expected.items():
         assert torch.equal(tensor, twice[name])
         assert torch.equal(first[name], second[name])
@@ -203,7 +207,7 @@ def test_recall_at_one_by_hand():
 
 def test_the_page_shows_every_measure_and_escapes_names():
     features = world({"a<b": 6, "other": 6}, rank=6)
-    aligner = ProcrustesAligner.fit(pieces(features, 400), {"a<b": 6, "other": 6}, dim=6)
+    aligner = procrustes(pieces(features, 400), {"a<b": 6, "other": 6}, dim=6)
     report = alignment_report(features, aligner)
     html = to_html(alignment_page(report))
     drawings = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))

@@ -10,14 +10,12 @@ from mmkd.data.readers import (
     ParquetCells,
     find_file,
     is_empty,
-    is_inside,
-    json_lines,
     parquet_columns,
     parquet_rows,
     parse_hub_address,
-    parse_json_object,
     read_csv,
 )
+from mmkd.files import is_inside, json_lines, parse_json_object
 
 
 def table_of(tmp_path, content):

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from mmkd.data.folder import open_pairs, write_manifest
-from mmkd.data.readers import is_inside
 from mmkd.data.table import Pair, map_table, table_schema
+from mmkd.files import is_inside
 
 PAIRS = [
     Pair("a", "x/1.png", "eine Aufnahme „März“", modality="CT", split="test", width=3, teachers=("plip", "bmca")),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmkd.alignment.covariances import Covariances
 from mmkd.alignment.phi_s import PhiSAligner, equalizing_rotation, hadamard
 from mmkd.distillation.heads import (
     TeacherHeads,
@@ -56,7 +57,7 @@ def fitted(widths, n=300):
         }
         for k, (name, width) in enumerate(widths.items())
     }
-    return features, PhiSAligner.fit([features], widths)
+    return features, PhiSAligner.fit(Covariances.stream([features], widths, cross=False))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 12, 24, 48, 768])

@@ -5,8 +5,8 @@ import torch
 
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import PairFolder
+from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
-from mmkd.encoders.zoo import teachers_of
 from mmkd.student.folder import (
     MOST_VALUES,
     describe_pairs,

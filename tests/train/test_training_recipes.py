@@ -20,14 +20,14 @@ import mmkd.train.align
 import mmkd.train.configs
 import mmkd.train.distill
 import mmkd.train.pretrain
-from mmkd.alignment.folder import load_aligner
+from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.command.settings import parse
 from mmkd.data.features.index import fingerprints_of
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import hold_out_split, open_pairs, write_manifest
+from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
-from mmkd.encoders.zoo import teachers_of
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 CONFIGS = Path(mmkd.train.configs.__file__).parent
@@ -316,8 +316,8 @@ def test_alignment_is_fitted_on_training_pairs_alone(tmp_path, world):
         writer.add(list(store.ids), found["image"], found["text"])
         writer.finish({})
     call("align", "--pairs", world / "pairs", "--features", changed, "--output", tmp_path / "out", "--dim", DIM)
-    for name, tensor in load_aligner(tmp_path / "out").tensors().items():
-        assert torch.equal(tensor, load_aligner(world / "aligned").tensors()[name])
+    for name, tensor in ProcrustesAligner.load(tmp_path / "out").tensors().items():
+        assert torch.equal(tensor, ProcrustesAligner.load(world / "aligned").tensors()[name])
 
 
 def test_autoencoder_aligns_through_the_loop(tmp_path, world):

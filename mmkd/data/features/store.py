@@ -30,8 +30,7 @@ from torch import Tensor
 from mmkd.data.features import FeatureType
 from mmkd.data.features.index import FINGERPRINT, IdIndex, Ids, digests
 from mmkd.data.features.shards import TensorMap, checksums_match, read_header
-from mmkd.data.published import is_folder_name
-from mmkd.files import read_json
+from mmkd.files import is_folder_name, read_json
 
 TORCH_TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 STORED_AS = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
@@ -336,23 +335,6 @@ def unfinished(folder: Path) -> dict[str, int]:
     found = {path.name: len(list(path.glob("shard-*.safetensors"))) for path in folder.iterdir() if path.is_dir()}
     return {
         name: count for name, count in sorted(found.items()) if count and not (folder / name / "meta.json").exists()
-    }
-
-
-def describe_store(path: Path) -> dict[str, Any]:
-    """What a feature store is, for a list of stores."""
-    store = FeatureStore(path)
-    files = [*store.files, path / store.meta["ids"]["file"]]
-    return {
-        "teacher": store.name,
-        "pairs": len(store),
-        "dim": store.dim,
-        "dtype": store.dtype,
-        "shards": len(store.files),
-        "bytes": sum(file.stat().st_size for file in files),
-        "weights": store.provenance.get("weights", ""),
-        "fingerprint": store.provenance.get("fingerprint", ""),
-        "license": store.provenance.get("license", ""),
     }
 
 

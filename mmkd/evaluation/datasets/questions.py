@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.folder import is_inside
 from mmkd.data.images import read_image_bytes
-from mmkd.files import read_json
+from mmkd.files import is_inside, read_json
 
 CLOSED = "CLOSED"
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "validation", "valid": "validation"}

@@ -14,10 +14,10 @@ from PIL import Image
 
 from mmkd.command.settings import nearest
 from mmkd.data.archives import ArchivedFile
-from mmkd.data.folder import is_inside
 from mmkd.data.images import UnreadableImageError, finish_image, open_header, read_image_bytes
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
+from mmkd.files import is_inside
 
 MISSING = "missing"
 

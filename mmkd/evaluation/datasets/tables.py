@@ -11,7 +11,6 @@ from typing import Any
 
 from mmkd.command.settings import nearest
 from mmkd.data import readers
-from mmkd.data.folder import is_inside
 from mmkd.data.images import UnreadableImageError, read_image_bytes
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.datasets.manifest import DEALT, HELD_OUT, Manifest
@@ -28,7 +27,7 @@ from mmkd.evaluation.datasets.source import (
     is_skipped,
     passes,
 )
-from mmkd.files import read_json
+from mmkd.files import is_inside, read_json
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".jp2")
 

@@ -24,7 +24,7 @@ from mmkd.data.table import Pair
 from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, encode_shards, read_or_reason
-from mmkd.encoders.frozen import FrozenEncoder
+from mmkd.encoders.frozen_encoder import FrozenEncoder
 from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.embeddings.cache import (
     Column,

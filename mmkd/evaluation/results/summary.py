@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from mmkd.data.provenance import installed_versions
 from mmkd.data.table import SPLITS, Pair
-from mmkd.encoders.spec import installed_versions
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import Result, ResultStore
 from mmkd.evaluation.statistics.bootstrap import Metrics, difference, interval, plain_values
