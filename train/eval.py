@@ -102,14 +102,19 @@ def print_summary(summary: dict[str, Any]) -> None:
         width = max(map(len, task["rows"]))
         for row, cell in task["rows"].items():
             metric = cell["metrics"].get(task["primary_metric"])
-            beside = cell["metrics"].get("accuracy") if task["primary_metric"] == "balanced_accuracy" else None
-            accuracy = f"  accuracy {_shown(beside)}" if beside else ""
-            print(f"  {row:<{width}}  {_shown(metric) + accuracy if metric else cell['undefined']}")
+            beside = [own for own in ("balanced_accuracy", "accuracy") if own != task["primary_metric"]]
+            others = {own.replace("_", " "): cell["metrics"].get(own) for own in beside}
+            more = "".join(f"  {name} {_shown(own)}" for name, own in others.items() if own)
+            print(f"  {row:<{width}}  {_shown(metric) + more if metric else cell['undefined']}")
+        for own in task["frames"].values():
+            if own.get("pooled"):
+                print(f"  classes with a single group are resampled together: {', '.join(own['pooled'])}")
     block = summary["means"]["all"]["overall"]
     print(f"\nmean of {block['n']} tasks that every encoder has")
     width = max(map(len, block["rows"]), default=0)
     for row, metric in block["rows"].items():
-        print(f"  {row:<{width}}  {_shown(metric)}")
+        relative = block["above_chance"].get(row)
+        print(f"  {row:<{width}}  {_shown(metric)}" + (f"  relative to chance {_shown(relative)}" if relative else ""))
     for name, encoder in summary["encoders"].items():
         for failure in encoder["failures"]:
             print(f"\n{name}: {failure}")

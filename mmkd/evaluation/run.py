@@ -146,7 +146,7 @@ def evaluate(settings: EvalSettings, sources: dict[str, str], load: Load) -> dic
 
 def task_options(settings: EvalSettings) -> TaskOptions:
     """How tasks are made; those of pairs are in the joint space and without learning curves by default."""
-    own = TaskOptions(probe_search=settings.probe_search, auroc_on=settings.auroc_on)
+    own = TaskOptions(probe_search=settings.probe_search)
     if settings.pairs is not None:
         own = replace(
             own,

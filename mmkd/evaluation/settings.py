@@ -45,9 +45,6 @@ class EvalSettings:
     probe_curve: bool | None = setting(
         None, "probe few images and parts of the training set, too; by default true, of pairs false"
     )
-    auroc_on: Literal["margin", "softmax"] = setting(
-        "margin", "AUROC ranks by the margin over the other classes, or by softmax of the scores"
-    )
     questions: Path | None = setting(None, "(pairs) JSON in the form of VQA-RAD, its images in images/ beside it")
     within: Literal["modality", "source"] = setting(
         "modality", "(pairs) classify labels within modalities and over all, or within each source"

@@ -17,11 +17,11 @@ import time
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 import numpy as np
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
 
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import ResamplingUnits, replicate, replicate_weights, resampling_units
-from mmkd.evaluation.tasks.classification import softmax
 
 AGREEMENT = 1e-9
 
@@ -30,7 +30,7 @@ def made_up(samples: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Targets ``(n,)`` of unequal classes and probabilities ``(n, classes)`` that know something of them."""
     generator = np.random.default_rng(42)
     targets = generator.choice(classes, samples, p=np.arange(1, classes + 1) / (classes * (classes + 1) / 2))
-    return targets, softmax(generator.normal(size=(samples, classes)) + 2 * np.eye(classes)[targets])
+    return targets, softmax(generator.normal(size=(samples, classes)) + 2 * np.eye(classes)[targets], axis=1)
 
 
 def ours(targets: np.ndarray, scores: np.ndarray, sampling: ResamplingUnits, replicates: int) -> dict[str, np.ndarray]:

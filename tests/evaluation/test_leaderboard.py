@@ -117,6 +117,11 @@ def test_the_page_holds_everything_and_loads_nothing(board, page):
         "test split of 10 datasets, 2,000 samples",
         "Balanced accuracy, classification",
         "; accuracy 0.",
+        "Relative to chance",
+        "Holm p",
+        "Average rank over datasets",
+        "ranks are averaged over 9 datasets",
+        "signed-rank p",
         "stage1 has no result on retrieval-roco",
         "undefined: it has no text tower",
         "Best teacher of each modality",
@@ -163,6 +168,19 @@ def test_means_are_over_the_common_subset_with_paired_intervals(board):
     assert not any("-CT-1" in task for task in clean) and len(clean) == len(board.mean().tasks) - 2
     assert sum(board.outcomes("plip", list(board.tasks))) == len(board.tasks)
     assert board.outcomes("stage1", ["retrieval-roco"]) == (0, 0, 0, 1)
+
+
+def test_accuracy_far_from_balanced_accuracy_is_pointed_out(tmp_path):
+    write_suite(tmp_path, DATASETS[:6])
+    summary = read_json(tmp_path / "summary.json")
+    assert not any("differ by" in sentence for sentence in claims(Leaderboard(summary, tmp_path)))
+    for task in summary["tasks"].values():
+        task["rows"]["student"]["metrics"]["accuracy"] = {"value": 0.96, "low": 0.9, "high": 0.99}
+        task["rows"]["student"]["metrics"]["balanced_accuracy"]["value"] = 0.5
+    board = Leaderboard(summary, tmp_path)
+    assert any("balanced accuracy of the student differ by 46 points" in sentence for sentence in claims(board))
+    assert board.accuracies("student") == pytest.approx((0.5, 0.96))
+    assert "student: accuracy 0.96." in words(build(board))
 
 
 def test_without_replicates_there_is_no_interval_and_no_claim(tmp_path):

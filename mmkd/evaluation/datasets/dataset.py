@@ -266,7 +266,7 @@ def _refuse_repeats(manifest: Manifest, samples: Sequence[Sample]) -> None:
 
 
 def _splits(manifest: Manifest, samples: Sequence[Sample]) -> list[str]:
-    """Train, validation or test for each sample; dealt out by groups where the data do not say.
+    """Train, validation or test for each sample; assigned by groups where the data do not say, slides by sites.
 
     Raises:
         ValueError: a split's name is unknown, some samples have none, a group is in several, or no sample is for tests.
@@ -278,7 +278,8 @@ def _splits(manifest: Manifest, samples: Sequence[Sample]) -> list[str]:
     strata = ["|".join(sample.labels) for sample in samples]
     given = [""] * len(samples) if manifest.split == DEALT else _named_splits(manifest, samples)
     if not any(given):
-        return assign_splits(groups, given, strata, SEED)[0]
+        sites = [sample.metadata.get("site", "") for sample in samples]
+        return assign_splits(sites if all(sites) else groups, given, strata, SEED)[0]
     if not all(given):
         raise ValueError(
             f"{given.count('')} of {len(given)} rows have no split; fill the column, or `split: dealt` to deal out all"

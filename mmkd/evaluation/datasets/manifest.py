@@ -58,7 +58,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "hf": ("config", "image", "label", "caption"),
     "wds": (),
     "medmnist": ("size",),
-    "bags": ("table", "slide", "case", "label", "time", "event", "censored"),
+    "bags": ("table", "slide", "case", "site", "label", "time", "event", "censored"),
     "questions": ("images",),
 }
 

@@ -104,6 +104,7 @@ def read_bags(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     label = chosen(manifest, "label", columns, manifest.task == "diagnosis")
     split = split_column(manifest, columns)
     renamed = {} if manifest.task != "survival" else _survival_columns(manifest, columns)
+    renamed |= {"site": site} if (site := chosen(manifest, "site", columns, False)) else {}
     samples = []
     for row in rows:
         metadata = row | {name: row[column] for name, column in renamed.items()}

@@ -15,9 +15,11 @@ from mmkd.evaluation.report.leaderboard import (
     Leaderboard,
     Metric,
     Task,
+    accuracies_beside,
     between,
     kind_label,
     p_value,
+    p_values,
     task_notes,
     tone,
 )
@@ -60,7 +62,9 @@ def tasks_section(board: Leaderboard) -> Section:
         ]  # fmt: skip
         chance = (task.get("chance") or {}).get(task["primary_metric"])
         chart = intervals(f"{board.task_label(name)}: {task['title']}", rows, chance, (0, 1))
-        charts.append(replace(chart, notes=task_notes(task)))
+        beside = accuracies_beside(board, name, board.student)
+        also = [f"{board.student}: {', '.join(beside)}."] if beside else []
+        charts.append(replace(chart, notes=[*task_notes(task), *also]))
     lead = "Dots are values on all held-out samples, bars their 95 % intervals, the dashed line is chance."
     if len(board.tasks) > TASK_CHARTS:
         lead += f" Drawn are the first {TASK_CHARTS} of {len(board.tasks)} tasks; all numbers are in the table above."
@@ -82,8 +86,8 @@ def differences_section(board: Leaderboard) -> Section:
             charts.append(_differences(f"{board.student} minus {row}", found))
     lead = (
         "Student minus another encoder, with the 95 % interval of the paired difference; the same draws of held-out "
-        "sources serve both sides. p is two-sided and not corrected for the number of comparisons. Colored where the "
-        "interval excludes zero."
+        "sources serve both sides. p is two-sided, of one comparison alone; Holm corrects it for the number of "
+        "encoders that the student is compared with on that task or mean. Colored where the interval excludes zero."
     )
     blocks: list[Block] = [Grid(charts), differences_table(board)] if board.others else []
     return Section("differences", "Paired differences", lead, blocks)
@@ -179,7 +183,7 @@ def _differences(caption: str, found: dict[str, Metric]) -> Chart:
     bounds = [abs(own[key] or 0) for own in found.values() for key in ("difference", "low", "high")]
     reach = max(0.1, math.ceil(max(bounds) * 10) / 10)
     rows = [
-        Interval(label, tone(own), own["difference"], own["low"], own["high"], f"{between(own)}, {p_value(own['p'])}")
+        Interval(label, tone(own), own["difference"], own["low"], own["high"], f"{between(own)}, {p_values(own)}")
         for label, own in found.items()
     ]
     return intervals(caption, rows, 0.0, (-reach, reach))

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
-from mmkd.evaluation.results.summary import Replicates, mean_block, mean_of_kinds
+from mmkd.evaluation.results.summary import Replicates, dataset_ranks, mean_block, mean_of_kinds
 from mmkd.evaluation.settings import STAGE1
 from mmkd.evaluation.statistics.bootstrap import BY_IMAGE
 from mmkd.evaluation.statistics.metrics import Floats
@@ -35,6 +35,7 @@ METRICS = {
     "balanced_accuracy": "balanced accuracy",
     "mean_recall": "mean of recall at 1, 5 and 10, both directions",
     "macro_auroc": "macro AUROC",
+    "weighted_auroc": "AUROC weighted by class frequency",
     "macro_f1": "macro F1",
     "quadratic_kappa": "quadratic kappa",
     "c_index": "concordance index",
@@ -42,6 +43,8 @@ METRICS = {
 COMPOSED = {ENSEMBLE: "all teachers together", ORACLE: "best teacher of each modality"}
 FEW_GROUPS, TOO_FEW_GROUPS = 200, 5
 NAMED_DATASETS = 4
+ACCURACIES = ("balanced_accuracy", "accuracy")
+FAR_APART = 0.1  # accuracy and balanced accuracy that differ by more are pointed out
 
 Summary = dict[str, Any]
 Task = dict[str, Any]
@@ -58,13 +61,15 @@ class Mean:
         tasks: the common subset it is taken over.
         missing: encoder -> tasks of the choice that it did not answer.
         rows: encoder -> value and interval.
-        differences: encoder -> student minus encoder, with interval and p.
+        differences: encoder -> student minus encoder, with interval, p and Holm-adjusted p.
+        above_chance: encoder -> mean of the scores relative to chance, and interval.
     """
 
     tasks: list[str] = field(default_factory=list)
     missing: dict[str, list[str]] = field(default_factory=dict)
     rows: dict[str, Metric] = field(default_factory=dict)
     differences: dict[str, Metric] = field(default_factory=dict)
+    above_chance: dict[str, Metric] = field(default_factory=dict)
 
     def best(self, among: Iterable[str]) -> str | None:
         """The best of some encoders, the first of equals."""
@@ -177,11 +182,11 @@ class Leaderboard:
             answered = {row: [task for task in tasks if self.metric(task, row)] for row in self.encoders}
             missing = {row: [task for task in tasks if task not in own] for row, own in answered.items() if own}
             common = block["tasks"] if block["rows"] else []
-            self._means[key] = Mean(common, missing, block["rows"], block["differences"])
+            self._means[key] = Mean(common, missing, block["rows"], block["differences"], block["above_chance"])
         return self._means[key]
 
     def plain_mean(self, row: str, metric: str, tasks: Sequence[str]) -> float | None:
-        """Mean of a metric over the tasks judged by balanced accuracy, None where the row lacks one of them."""
+        """Mean of a metric over the classifications among some tasks, None where the row lacks one of them."""
         chosen = self.classifications(tasks)
         found = {name: self.metric(name, row, metric) for name in chosen}
         if not chosen or not all(found.values()):
@@ -189,9 +194,19 @@ class Leaderboard:
         values = {name: np.array(own["value"]) for name, own in found.items() if own}
         return float(mean_of_kinds(self.summary["tasks"], values))
 
+    def accuracies(self, row: str) -> tuple[float | None, float | None]:
+        """Mean balanced accuracy and mean accuracy of a row over the classifications that every encoder has."""
+        balanced, accuracy = (self.plain_mean(row, metric, self.mean().tasks) for metric in ACCURACIES)
+        return balanced, accuracy
+
     def classifications(self, tasks: Sequence[str]) -> list[str]:
-        """Those of some tasks whose primary metric is balanced accuracy."""
-        return [name for name in tasks if self.all_tasks[name]["primary_metric"] == "balanced_accuracy"]
+        """Those of some tasks that choose one of several classes: some row has accuracy and balanced accuracy."""
+        measured = {name: [set(own["metrics"]) for own in self.all_tasks[name]["rows"].values()] for name in tasks}
+        return [name for name, rows in measured.items() if any(set(ACCURACIES) <= own for own in rows)]
+
+    def ranks(self) -> dict[str, Any]:
+        """Average ranks over datasets and signed-rank tests; see `summary.dataset_ranks`."""
+        return dataset_ranks({name: self.summary["tasks"][name] for name in self.tasks}, self.student)
 
     def marks(self, task: str) -> dict[str, str]:
         """Rows that were trained on data of this task's dataset, with reasons; rows made of such teachers, too."""
@@ -325,6 +340,12 @@ def claims(board: Leaderboard) -> list[str]:
         sentences.append(
             f"On data that neither was trained on, it is {between(board.mean_of(clean).differences[best])}."
         )
+    balanced, accuracy = board.accuracies(board.student)
+    if balanced is not None and accuracy is not None and abs(balanced - accuracy) > FAR_APART:
+        sentences.append(
+            f"Accuracy and balanced accuracy of the student differ by {100 * abs(balanced - accuracy):.0f} points: "
+            "classes differ in size, and rare and frequent ones are recognised unequally well."
+        )
     return [sentence for sentence in sentences if sentence]
 
 
@@ -343,12 +364,15 @@ def facts(board: Leaderboard) -> list[tuple[str, str]]:
         )
         inside = "no interval" if own["low"] is None else f"95 % interval {number(own['low'])} to {number(own['high'])}"
         found.append(("Primary metric", f"{number(own['value'])} ({inside}), mean of {', '.join(names)} over {over}"))
-    chosen = board.classifications(mean.tasks)
-    both = [board.plain_mean(board.student, metric, chosen) for metric in ("balanced_accuracy", "accuracy")]
-    if None not in both:
-        over = counted(len(chosen), "classification task")
+    if (relative := mean.above_chance.get(board.student)) and relative["value"] is not None:
+        low, high = (signed(relative[key]) for key in ("low", "high"))
+        inside = "no interval" if relative["low"] is None else f"95 % interval {low} to {high}"
+        found.append(("Relative to chance", f"{signed(relative['value'])} ({inside}); 0 is chance, 1 is all right"))
+    balanced, accuracy = board.accuracies(board.student)
+    if balanced is not None and accuracy is not None:
+        over = counted(len(board.classifications(mean.tasks)), "classification task")
         found.append(
-            ("Classification", f"balanced accuracy {number(both[0])}, accuracy {number(both[1])}, over {over}")
+            ("Classification", f"balanced accuracy {number(balanced)}, accuracy {number(accuracy)}, over {over}")
         )
     return found
 
@@ -379,6 +403,15 @@ def caveat(board: Leaderboard) -> str:
     )
 
 
+def accuracies_beside(board: Leaderboard, name: str, row: str) -> list[str]:
+    """Accuracy and balanced accuracy of a row on a classification, as far as neither is the primary metric."""
+    if not board.classifications([name]):
+        return []
+    others = [metric for metric in ACCURACIES if metric != board.all_tasks[name]["primary_metric"]]
+    found = {metric: board.metric(name, row, metric) for metric in others}
+    return [f"{metric_label(metric)} {number(own['value'])}" for metric, own in found.items() if own]
+
+
 def task_notes(task: Task) -> list[str]:
     """Kind, metric, size and chance of a task, and what its intervals lack."""
     count, groups = sample_counts(task)
@@ -394,6 +427,16 @@ def task_notes(task: Task) -> list[str]:
         notes.append("All samples come from one source: samples are drawn instead, and the intervals are too narrow.")
     elif groups < TOO_FEW_GROUPS:
         notes.append("With so few sources the intervals are not informative.")
+    pooled = sorted({name for own in task["frames"].values() for name in own.get("pooled", [])})
+    if pooled:
+        notes.append(
+            f"A class with a single source has no variance of its own, so these are resampled together: "
+            f"{', '.join(pooled)}. A replicate may lack one of them; more sources would make the interval reliable."
+        )
+    if task.get("folds_by") == "site":
+        notes.append(f"Folds keep the cases of a hospital together ({task['sites']} sites).")
+    elif task.get("folds_by"):
+        notes.append("Folds are by case: hospitals are on both sides, which is optimistic where stain differs by site.")
     if task.get("left_out"):
         notes.append(f"Left out, with too few training images: {', '.join(task['left_out'])}.")
     return notes
@@ -410,6 +453,12 @@ def p_value(value: float | None) -> str:
     if value is None:
         return "p unknown"
     return "p < 0.01" if value < 0.01 else f"p = {value:.2f}"
+
+
+def p_values(found: Metric) -> str:
+    """The p of a difference and, where it is one of several, the Holm-adjusted p."""
+    adjusted = found.get("p_holm")
+    return p_value(found["p"]) + ("" if adjusted is None else f", Holm {p_value(adjusted)}")
 
 
 def _against(board: Leaderboard, row: str | None, name: str) -> str:

@@ -76,6 +76,7 @@ def report_page(board: Leaderboard, inputs: ReportInputs) -> Page:
             tables.best_teachers_section(board),
             figures.modalities_section(board),
             tables.wins_section(board),
+            tables.ranks_section(board),
             tables.results_section(board),
             figures.tasks_section(board),
             *(examples_sections(board, open_pairs(inputs.pairs)) if inputs.pairs else []),

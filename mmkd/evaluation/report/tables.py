@@ -6,14 +6,17 @@ from typing import Any
 
 from mmkd.data.table import SPLITS
 from mmkd.evaluation.report.leaderboard import (
+    ACCURACIES,
     COMPOSED,
     Leaderboard,
     Metric,
+    accuracies_beside,
     between,
     kind_label,
     metric_label,
     modality_of,
     p_value,
+    p_values,
     sample_counts,
     tone,
 )
@@ -35,33 +38,34 @@ def leaderboard_section(board: Leaderboard) -> Section:
             for kind in (board.kinds if several else [])
         ]
     first = 1 + marked  # columns of all kinds; accuracy and balanced accuracy are behind them
-    plain = ("balanced_accuracy", "accuracy") if board.classifications(list(board.tasks)) else ()
+    plain = ACCURACIES if board.classifications(list(board.tasks)) else ()
     columns = []
     for kind, clean, name in choices:
         alone = bool(kind and clean)
         columns.append(Column(name, {"kind": kind} | ({"alone": ""} if alone else {}), alone))
-    columns[first:first] = [
-        Column(f"{metric_label(metric).capitalize()}, classification", {"kind": ""}) for metric in plain
-    ]
+    beside = ["Relative to chance", *(f"{metric_label(metric).capitalize()}, classification" for metric in plain)]
+    columns[first:first] = [Column(name, {"kind": ""}) for name in beside]
     rows = []
     for modality in ("", *board.modalities):
         means = [board.mean(modality, kind, clean) for kind, clean, _ in choices]
         data, hidden = {"scope": modality}, bool(modality)
         classified = board.classifications(means[0].tasks)
         counts = [len(mean.tasks) for mean in means]
-        counts[first:first] = [len(classified) for _ in plain]
+        counts[first:first] = [counts[0], *(len(classified) for _ in plain)]
         rows.append(Row([f"{modality or 'Datasets'}, number of tasks", *counts], "counts", data, hidden))
         order = [row for row in board.rows if any(row in mean.rows for mean in means)]
         for row in sorted(order, key=lambda row: -(means[0].rows.get(row, {}).get("value") or 0)):
             cells = [scored(mean.rows.get(row), row == mean.best(board.encoders)) for mean in means]
             values = [board.plain_mean(row, metric, classified) for metric in plain]
-            cells[first:first] = [Cell(number(value), value=value) for value in values]
+            relative = scored(means[0].above_chance.get(row))
+            cells[first:first] = [relative, *(Cell(number(value), value=value) for value in values)]
             rows.append(Row([board.label(row), *cells], board.role(row), data, hidden))
     lead = (
         "Mean over kinds of task of the mean over tasks, with its 95 % interval, each over the tasks that every "
-        "encoder of the column has; their number is in the first row. Accuracy and balanced accuracy are means "
-        "without an interval. A dot marks the best encoder of a column. Ensemble and oracle are composed of the "
-        "teachers; the oracle is selected on these test sets and is optimistic."
+        "encoder of the column has; their number is in the first row. Relative to chance is the mean of (score - "
+        "chance) / (1 - chance): 0 is chance, 1 is all right, whatever the number of classes. Accuracy and balanced "
+        "accuracy are means without an interval. A dot marks the best encoder of a column. Ensemble and oracle are "
+        "composed of the teachers; the oracle is selected on these test sets and is optimistic."
     )
     choice = Filters({
         "modality": ("Modality", {modality: modality for modality in board.modalities}),
@@ -135,6 +139,30 @@ def wins_section(board: Leaderboard) -> Section:
     return Section("wins", "Win, tie, loss", lead, tables)
 
 
+def ranks_section(board: Leaderboard) -> Section:
+    """Average rank of every row over datasets, and whether the student differs consistently from each."""
+    ranks = board.ranks()
+    rows = []
+    for row, own in sorted(ranks["rows"].items(), key=lambda item: item[1]["rank"]):
+        apart = own.get("median_difference")
+        tests = [NONE, NONE, NONE]
+        if apart is not None:
+            tests = [
+                Cell(signed(apart), value=apart),
+                *(Cell(p_value(own[key]), value=own[key]) for key in ("p", "p_holm")),
+            ]
+        rows.append(Row([board.label(row), Cell(number(own["rank"]), value=own["rank"]), *tests], board.role(row)))
+    lead = (
+        f"Rank 1 is the best encoder on a dataset; ranks are averaged over {len(ranks['datasets'])} datasets, each "
+        "with the mean of its tasks that every encoder has. The Wilcoxon signed-rank test compares the student with an "
+        "encoder over datasets; with fewer than six datasets it cannot reach p = 0.05 and is left out. Holm corrects "
+        "for the number of encoders."
+    )
+    columns = ["Encoder", "average rank", "median difference", "signed-rank p", "Holm-adjusted p"]
+    tables = [Table("Average rank over datasets", [Column(name) for name in columns], rows)] if rows else []
+    return Section("ranks", "Average rank over datasets", lead, tables)
+
+
 def differences_table(board: Leaderboard) -> Table:
     """Student minus every other row, on the mean and on each task."""
     columns = [Column(name) for name in ("Task", *map(board.label, board.others))]
@@ -199,7 +227,11 @@ def metrics_section(board: Leaderboard) -> Section:
         label = f"{board.task_label(name)} · {kind_label(task['kind'])}"
         columns = [Column("Encoder"), *(Column(metric_label(metric)) for metric in metrics)]
         folds.append(Fold(label, [Table(f"{label}: {task['title']}", columns, rows)]))
-    lead = "All measured metrics of each task, with 95 % intervals, and chance where it is known."
+    lead = (
+        "All measured metrics of each task, with 95 % intervals, and chance where it is known. Macro AUROC is the mean "
+        "over classes of the area of one class against the rest; with three classes or more it is also given with "
+        "each class weighted by its frequency (average='weighted' of scikit-learn). Published figures use either."
+    )
     return Section("metrics", "All metrics", lead, folds)
 
 
@@ -317,11 +349,11 @@ def scored(metric: Metric | None, best: bool = False) -> Cell:
 
 
 def compared(found: Metric | None) -> Cell:
-    """A difference with interval and p, colored where the interval excludes zero."""
+    """A difference with interval, p and Holm-adjusted p, colored where the interval excludes zero."""
     if found is None or found["difference"] is None:
         return NONE
     inside = between(found).partition("(")[2].rstrip(")")
-    return Cell(signed(found["difference"]), f"{inside}, {p_value(found['p'])}", found["difference"], tone(found))
+    return Cell(signed(found["difference"]), f"{inside}, {p_values(found)}", found["difference"], tone(found))
 
 
 def heat(metric: Metric | None, best: bool) -> Cell:
@@ -338,7 +370,5 @@ def _result(board: Leaderboard, name: str, row: str, best: float | None) -> Cell
     if metric is None:
         return Cell("–", board.reason(name, row) if board.result(name, row) else "", warning=warning)
     cell = scored(metric, row not in COMPOSED and metric["value"] == best)
-    accuracy = board.metric(name, row, "accuracy")
-    beside = accuracy is not None and board.all_tasks[name]["primary_metric"] != "accuracy"
-    note = f"{cell.note}; accuracy {number(accuracy['value'])}" if accuracy and beside else cell.note
+    note = "; ".join([cell.note, *accuracies_beside(board, name, row)])
     return Cell(cell.text, note, cell.value, board.role(row), cell.best, warning)

@@ -66,7 +66,12 @@ class ResultStore:
             "kind": task.kind,
             "primary_metric": task.primary_metric,
             "frames": {
-                name: {"n": len(frame.units), "groups": frame.groups, "resampling": frame.resampling}
+                name: {
+                    "n": len(frame.units),
+                    "groups": frame.groups,
+                    "resampling": frame.resampling,
+                    **({"pooled": list(frame.pooled)} if frame.pooled else {}),
+                }
                 for name, frame in task.frames.items()
             },
             "modalities": task.modalities,
@@ -186,12 +191,12 @@ def _by_modality(task: Task, outputs: Outputs) -> dict[str, dict[str, float]]:
 
 
 def write_scores(path: Path, task: Task, outputs: Outputs) -> None:
-    """Write ``frame, id, score, target, prediction`` of each sample, or take away what stood there.
+    """Write ``frame, id, score, target, prediction`` and the task's own columns of each sample, or remove the file.
 
     Args:
         path: of the file.
         task: what was asked.
-        outputs: per-sample outputs of an encoder; none where it cannot answer.
+        outputs: per-sample outputs of an encoder; empty where the result is undefined.
     """
     if not outputs or not all(np.isfinite(array).all() for array in outputs.values()):
         path.unlink(missing_ok=True)
@@ -202,7 +207,7 @@ def write_scores(path: Path, task: Task, outputs: Outputs) -> None:
     def named(names: list[str] | None, count: int) -> pyarrow.Array:
         return pyarrow.nulls(count, pyarrow.string()) if names is None else pyarrow.array(names, pyarrow.string())
 
-    answers = task.sample_answers(outputs)
+    answers, further = task.sample_answers(outputs), task.sample_columns(outputs)
     parts = []
     for unit, scores in task.sample_scores(outputs).items():
         targets, predictions = answers.get(unit, (None, None))
@@ -212,6 +217,7 @@ def write_scores(path: Path, task: Task, outputs: Outputs) -> None:
             "score": pyarrow.array(np.asarray(scores, dtype=np.float64)),
             "target": named(targets, len(scores)),
             "prediction": named(predictions, len(scores)),
+            **{name: pyarrow.array(values) for name, values in further.get(unit, {}).items()},
         }
         parts.append(pyarrow.table(columns))
     buffer = io.BytesIO()

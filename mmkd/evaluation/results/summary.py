@@ -13,7 +13,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from mmkd.data.provenance import installed_versions
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import Result, ResultStore
-from mmkd.evaluation.statistics.bootstrap import Metrics, difference, interval, plain_values
+from mmkd.evaluation.statistics.bootstrap import Metrics, interval, plain_values
+from mmkd.evaluation.statistics.comparisons import above_chance, average_ranks, paired_differences
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.training.tracking import git_state
 
@@ -31,7 +32,7 @@ PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open
 
 BRIEF = (
     *("title", "kind", "primary_metric", "frames"),
-    *("chance", "classes", "class_counts", "pool", "train", "left_out"),
+    *("chance", "classes", "class_counts", "pool", "train", "left_out", "folds_by", "sites"),
     *("dataset", "modality", "variant"),
 )
 
@@ -46,17 +47,13 @@ def task_summary(
     brief = {key: description[key] for key in BRIEF if key in description}
     values = {row: folder.replicate_values(row, name) for row in cells}
     shown = {row: {k: v for k, v in cell.items() if k not in ("key", "task", "encoder")} for row, cell in cells.items()}
-    ours = cells[student]["metrics"]
-    differences: dict[str, Any] = {}
-    for row, cell in cells.items():
-        if row == student or not ours or not cell["metrics"]:
-            continue
-        differences[row] = {
-            metric: plain_values(
-                difference(_number(ours[metric]), _number(theirs), values[student][metric], values[row][metric])
-            )
-            for metric, theirs in cell["metrics"].items()
-        }
+    measured = {row: cell["metrics"] for row, cell in cells.items() if cell["metrics"]}
+    differences: dict[str, Any] = {row: {} for row in measured if row != student and student in measured}
+    for metric in measured.get(student, {}):
+        points = {row: _number(own[metric]) for row, own in measured.items()}
+        drawn = {row: values[row][metric] for row in measured}
+        for row, found in paired_differences(student, points, drawn).items():
+            differences[row][metric] = found
     return brief | {"rows": shown, "differences": differences}
 
 
@@ -106,7 +103,8 @@ def suite_means(tasks: Summaries, student: str, teachers: Sequence[str], replica
         replicates: from row and task to the primary metric's replicates ``(r,)``.
 
     Returns:
-        ``means`` over all and over clean tasks, ``best_teachers`` by modality, ``win_tie_loss`` by row.
+        ``means`` over all and over clean tasks, ``best_teachers`` by modality, ``win_tie_loss`` by row, ``ranks`` over
+        datasets.
     """
     main = _main(tasks)
     clean = {name: task for name, task in main.items() if not task.get("contaminated")}
@@ -115,6 +113,7 @@ def suite_means(tasks: Summaries, student: str, teachers: Sequence[str], replica
         "means": means,
         "best_teachers": best_teachers(means["all"]["by_modality"], teachers),
         "win_tie_loss": win_tie_loss(main),
+        "ranks": dataset_ranks(main, student),
     }
 
 
@@ -135,28 +134,55 @@ def mean_block(tasks: Summaries, student: str, replicates: Replicates) -> dict[s
         replicates: see `suite_means`.
 
     Returns:
-        ``tasks``, ``n``, ``rows`` and ``differences``; an encoder that has none of the tasks is no row.
+        ``tasks``, ``n``, ``rows``, ``differences`` and ``above_chance``, the rows' means of scores relative to chance
+        over the tasks whose chance is below 1; an encoder that has none of the tasks is no row.
     """
-    made_here = (ENSEMBLE, ORACLE)
-    encoders = [row for row in _rows(tasks.values()) if row not in made_here]
-    encoders = [row for row in encoders if any(_value(task, row) is not None for task in tasks.values())]
-    common = [name for name, task in tasks.items() if all(_value(task, row) is not None for row in encoders)]
-    extra = [row for row in made_here if all(_value(tasks[name], row) is not None for name in common)]
-    if not common:
-        return {"tasks": [], "n": 0, "rows": {}, "differences": {}}
-    kept = {name: tasks[name] for name in common}
-    values = {
-        row: float(mean_of_kinds(kept, {name: np.array(_value(task, row)) for name, task in kept.items()}))
-        for row in [*encoders, *extra]
+    kept, encoders = _common(tasks)
+    if not kept:
+        return {"tasks": [], "n": 0, "rows": {}, "differences": {}, "above_chance": {}}
+    points = {row: {name: np.array(_value(task, row)) for name, task in kept.items()} for row in encoders}
+    drawn = {row: {name: replicates(row, name) for name in kept} for row in encoders}
+    values = {row: float(mean_of_kinds(kept, own)) for row, own in points.items()}
+    means = {row: mean_of_kinds(kept, own) for row, own in drawn.items()}
+    chances = {name: (task.get("chance") or {}).get(task["primary_metric"], 1.0) for name, task in kept.items()}
+    known = {name: chance for name, chance in chances.items() if chance < 1}
+
+    def relative(scores: Metrics) -> Floats:
+        return mean_of_kinds(kept, {name: above_chance(scores[name], chance) for name, chance in known.items()})
+
+    return {
+        "tasks": list(kept),
+        "n": len(kept),
+        "rows": {row: _with_interval(values[row], means[row]) for row in encoders},
+        "differences": paired_differences(student, values, means) if student in values else {},
+        "above_chance": {row: _with_interval(float(relative(points[row])), relative(drawn[row])) for row in encoders}
+        if known
+        else {},
     }
-    drawn = {row: mean_of_kinds(kept, {name: replicates(row, name) for name in common}) for row in values}
-    rows = {row: plain_values({"value": values[row], **_bounds(drawn[row])}) for row in values}
-    differences = {
-        row: plain_values(difference(values[student], values[row], drawn[student], drawn[row]))
-        for row in values
-        if row != student and student in values
-    }
-    return {"tasks": common, "n": len(common), "rows": rows, "differences": differences}
+
+
+def dataset_ranks(tasks: Summaries, student: str) -> dict[str, Any]:
+    """Average rank of every row but the oracle over datasets, with Wilcoxon signed-rank tests; see `average_ranks`.
+
+    A row's score on a dataset is the mean over its kinds of task, as tasks of one dataset share their images. Only the
+    tasks that every encoder has count.
+
+    Returns:
+        ``datasets`` and ``rows``; no rows where there are fewer than two datasets.
+    """
+    kept, encoders = _common(tasks)
+    datasets = _grouped(kept, "dataset")
+    if len(datasets) < 2 or student not in encoders:
+        return {"datasets": list(datasets), "rows": {}}
+    scores = {
+        row: np.array([
+            mean_of_kinds(own, {name: np.array(_value(task, row)) for name, task in own.items()})
+            for own in datasets.values()
+        ])
+        for row in encoders
+        if row != ORACLE
+    }  # fmt: skip
+    return {"datasets": list(datasets), "rows": average_ranks(student, scores)}
 
 
 def best_teachers(by_modality: dict[str, dict[str, Any]], teachers: Sequence[str]) -> dict[str, Any]:
@@ -217,8 +243,17 @@ def _grouped(tasks: Summaries, key: str) -> dict[str, Summaries]:
     return dict(sorted(groups.items()))
 
 
-def _rows(tasks: Iterable[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row for task in tasks for row in task["rows"]))
+def _common(tasks: Summaries) -> tuple[Summaries, list[str]]:
+    """The tasks that all encoders have, and the rows that have a value on all of these.
+
+    An encoder without a value on any task is no row; ensemble and oracle are rows where they have a value on each.
+    """
+    made_here = (ENSEMBLE, ORACLE)
+    listed = dict.fromkeys(row for task in tasks.values() for row in task["rows"] if row not in made_here)
+    encoders = [row for row in listed if any(_value(task, row) is not None for task in tasks.values())]
+    common = {name: task for name, task in tasks.items() if all(_value(task, row) is not None for row in encoders)}
+    composed = [row for row in made_here if all(_value(task, row) is not None for task in common.values())]
+    return common, [*encoders, *composed]
 
 
 def _value(task: dict[str, Any], row: str) -> float | None:
@@ -226,9 +261,9 @@ def _value(task: dict[str, Any], row: str) -> float | None:
     return metrics.get(task["primary_metric"], {}).get("value")
 
 
-def _bounds(replicates: Floats) -> dict[str, float]:
+def _with_interval(value: float, replicates: Floats) -> dict[str, float | None]:
     low, high = interval(replicates)
-    return {"low": low, "high": high}
+    return plain_values({"value": value, "low": low, "high": high})
 
 
 def _nan_mean(rows: list[Floats]) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,7 @@ class Cohort:
         outcomes: what happened to them.
         names: of the covariates.
         covariates: ``(n, covariates)``, NaN where not known.
+        sites: hospital that each case comes from; empty where the table does not state all of them.
         left_out: reason -> how many cases are left out for it.
     """
 
@@ -51,6 +53,7 @@ class Cohort:
     outcomes: Outcomes
     names: list[str]
     covariates: Floats
+    sites: list[str]
     left_out: dict[str, int]
 
 
@@ -83,15 +86,36 @@ def read_cohort(collection: Dataset, available: set[str] | None) -> Cohort:
         np.array([outcome[0] for _, _, outcome in kept.values()], dtype=np.float64),
         np.array([outcome[1] for _, _, outcome in kept.values()], dtype=np.bool_),
     )
-    holders = [pair for _, pair, _ in kept.values()]
-    names, covariates = _covariates([collection.metadata.get(pair.id, {}) for pair in holders])
-    return Cohort(
-        list(kept), [slides for slides, _, _ in kept.values()], holders, outcomes, names, covariates, left_out
-    )
+    firsts = [pair for _, pair, _ in kept.values()]
+    rows = [collection.metadata.get(pair.id, {}) for pair in firsts]
+    names, covariates = _covariates(rows)
+    sites = [str(row.get("site", "")).strip() for row in rows]
+    own = [slides for slides, _, _ in kept.values()]
+    return Cohort(list(kept), own, firsts, outcomes, names, covariates, sites if all(sites) else [], left_out)
+
+
+def site_folds(event: Booleans, sites: Sequence[str], count: int, seed: int) -> Integers | None:
+    """A fold for each case, ``(n,)`` from 0 on, all cases of a site in one, deaths spread as evenly as sites allow.
+
+    Stain and scanner differ by hospital, and with them survival: a model tested on cases of the hospitals it was
+    trained on can read the site instead of the disease (Howard et al., 2021, doi:10.1038/s41467-021-24698-1).
+
+    Returns:
+        None where there are fewer sites, deaths or censored cases than folds, or the sites are not known.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if len(set(sites)) < count or np.unique(event, return_counts=True)[1].min() < count:
+        return None
+    folds = np.zeros(len(event), dtype=np.int64)
+    split = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(event, event, sites)
+    for fold, (_, test) in enumerate(split):
+        folds[test] = fold
+    return folds
 
 
 def stratified_folds(event: Booleans, count: int, seed: int) -> Integers:
-    """A fold for each case, ``(n,)`` from 0 on: deaths and censored cases are dealt out evenly."""
+    """A fold for each case, ``(n,)`` from 0 on: deaths and censored cases are spread evenly."""
     generator = np.random.default_rng(seed)
     folds = np.zeros(len(event), dtype=np.int64)
     start = 0

@@ -1,4 +1,6 @@
-"""Survival prediction: a case is all tiles of all its slides, the answer a risk, out of five case-disjoint folds.
+"""Survival prediction: a case is all tiles of all its slides, the answer a risk, out of five folds.
+
+Folds keep the cases of a hospital together where the table states the ``site`` of each; else they keep cases together.
 
 - ``survival-ID``: mean tile, standardised, elastic-net Cox whose penalty inner cross-validation chooses.
 - ``survival-ID-mil-cox``: gated attention over tiles, trained by the partial likelihood among the cases of a step.
@@ -24,7 +26,7 @@ from mmkd.evaluation.embeddings.cache import UndefinedMetricError, Vectors
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.slides.attention import train_attention
 from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of
-from mmkd.evaluation.slides.cohort import Cohort, read_cohort, stratified_folds
+from mmkd.evaluation.slides.cohort import Cohort, read_cohort, site_folds, stratified_folds
 from mmkd.evaluation.statistics.bootstrap import Metrics, plain, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats, Integers
 from mmkd.evaluation.statistics.survival import (
@@ -72,7 +74,8 @@ class Survival(Task):
         """
         super().__init__(samples.manifest, f"Survival prediction (C-index), {title}", variant)
         self.cohort, self.outcomes = cohort, cohort.outcomes
-        self.folds = stratified_folds(self.outcomes.event, FOLDS, SEED)
+        by_site = site_folds(self.outcomes.event, cohort.sites, FOLDS, SEED)
+        self.folds = stratified_folds(self.outcomes.event, FOLDS, SEED) if by_site is None else by_site
         self.frames = {
             "image": resampling_units(["died" if e else "censored" for e in self.outcomes.event], cohort.cases)
         }
@@ -84,6 +87,8 @@ class Survival(Task):
                 "time": self.outcomes.time.tolist(),
                 "event": self.outcomes.event.tolist(),
                 "folds": self.folds.tolist(),
+                "folds_by": "case" if by_site is None else "site",
+                "sites": len(set(cohort.sites)),
                 "left_out": cohort.left_out,
                 "chance": {"c_index": 0.5, "c_index_uno": 0.5},
             }
@@ -139,6 +144,13 @@ class Survival(Task):
             count, won = comparable.sum(axis=0) + comparable.sum(axis=1), right.sum(axis=0) + right.sum(axis=1)
             scores[test] = np.divide(won, count, out=scores[test], where=count > 0)
         return {"image": scores}
+
+    def sample_columns(self, outputs: Outputs) -> dict[str, dict[str, Any]]:
+        """Risk, fold and outcome of each case, from which both concordances are computed."""
+        own = self.outcomes
+        return {
+            "image": {"risk": outputs["image.risk"], "fold": self.folds, "time": own.time, "event": own.event},
+        }
 
     def extras(self, outputs: Outputs) -> dict[str, Any]:
         """Kaplan-Meier curves of the halves of higher and lower risk, their log-rank test, and what is undefined."""

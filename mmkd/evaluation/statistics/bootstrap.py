@@ -1,9 +1,9 @@
 """Stratified, grouped, paired bootstrap: intervals for one encoder, differences between two.
 
 Patients (groups) are drawn with replacement inside each class, and the same draws serve every encoder, so that the
-difference of two encoders is taken replicate by replicate. A class with one group alone would never vary and its
-interval would be a lie; such classes are pooled into one stratum, and where there is only one group in all, images are
-drawn instead and the result says so.
+difference of two encoders is taken replicate by replicate. A class with a single group would never vary and would make
+the interval too narrow; such classes are pooled into one stratum and named in the result. A replicate may then lack one
+of them. Where there is only one group in all, images are drawn instead, and the result says so.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ class ResamplingUnits:
         strata: the stratum of each unit, ``(units,)``.
         groups: how many independent groups there are; as many as units unless images are drawn instead.
         resampling: what is drawn, in words.
+        pooled: classes that share a stratum because one of them has a single group.
     """
 
     units: Integers
     strata: Integers
     groups: int
     resampling: str
+    pooled: tuple[str, ...] = ()
 
     def same_draws(self, other: ResamplingUnits) -> bool:
         """Whether every replicate weighs samples as it does in another frame."""
@@ -70,11 +72,15 @@ def resampling_units(classes: Sequence[str], groups: Sequence[str]) -> Resamplin
     else:
         resampling = BY_GROUP
     _, first, units = np.unique(names, return_index=True, return_inverse=True)
-    _, class_index = np.unique(list(classes), return_inverse=True)
+    labels, class_index = np.unique(list(classes), return_inverse=True)
     # A group that holds several classes counts where most of its samples are.
     counts = np.zeros((len(first), class_index.max() + 1), dtype=np.int64)
     np.add.at(counts, (units, class_index), 1)
-    return ResamplingUnits(units.astype(np.int64), _pool_singles(counts.argmax(axis=1)), independent, resampling)
+    own = counts.argmax(axis=1)
+    strata = _pool_singles(own)
+    holds = {stratum: np.unique(own[strata == stratum]) for stratum in np.unique(strata).tolist()}
+    pooled = tuple(str(labels[k]) for members in holds.values() if len(members) > 1 for k in members)
+    return ResamplingUnits(units.astype(np.int64), strata, independent, resampling, pooled)
 
 
 def subset_units(whole: ResamplingUnits, samples: Sequence[int]) -> ResamplingUnits:

@@ -121,6 +121,16 @@ def macro_auroc(targets: Integers, scores: Floats, weights: Floats) -> Floats:
     return label_mean(label_aurocs(targets[:, None] == np.arange(scores.shape[1]), scores, weights))
 
 
+def frequency_mean(values: Floats, targets: Integers, weights: Floats) -> Floats:
+    """Mean ``(replicates,)`` of ``values`` ``(replicates, classes)``, each class weighted by its samples.
+
+    Of one-versus-rest areas this is scikit-learn's ``roc_auc_score(average="weighted", multi_class="ovr")``. Classes
+    that a replicate lacks do not count.
+    """
+    counts = np.where(np.isnan(values), 0.0, weights @ (targets[:, None] == np.arange(values.shape[1])))
+    return _divide((np.nan_to_num(values) * counts).sum(axis=1), counts.sum(axis=1))
+
+
 def label_aurocs(positive: NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
     """`auroc` of each label, ``(replicates, labels)``, from ``positive`` and ``scores`` ``(n, labels)``."""
     columns = _columns(weights)
@@ -171,8 +181,9 @@ def weighted_mean(values: Floats, weights: Floats) -> Floats:
 def margins(scores: Floats) -> Floats:
     """Each class' score minus the log-mean-exp of the others: comparable across samples, unlike the raw score.
 
-    Two classes give the score difference. Source of the need: a one-versus-rest AUROC over raw cosines rewards images
-    that are close to every text.
+    Two classes give the score difference. The softmax of the scores is a rising function of the margin of its class, so
+    that both rank alike; margins do not saturate. Source of the need: a one-versus-rest AUROC over raw cosines rewards
+    images that are close to every text.
 
     Args:
         scores: ``(n, classes)`` with at least two classes.

@@ -14,7 +14,7 @@ from mmkd.evaluation.datasets.manifest import PRIMARY_METRICS, Manifest
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats, Integers
-from mmkd.evaluation.tasks.task import Outputs, Scores, Task
+from mmkd.evaluation.tasks.task import Outputs, Task
 
 SEPARATOR = "|"
 DEFINED_FOR_ONE_CLASS = {"accuracy", "medmnist_acc"}
@@ -32,7 +32,6 @@ class Classification(Task):
         pairs: Sequence[Pair],
         classes: Sequence[str],
         variant: str = "",
-        auroc_on: Scores = "margin",
         chance: dict[str, float] | None = None,
     ) -> None:
         """Fix images, classes and what is resampled.
@@ -43,14 +42,13 @@ class Classification(Task):
             pairs: the images; the label of each is its class.
             classes: the possible answers.
             variant: which of several tasks of this kind.
-            auroc_on: AUROC ranks by the margin over the other classes, or by softmax probabilities of the scores.
             chance: of further metrics.
 
         Raises:
             ValueError: a label is not a class of the manifest, or its primary metric is not one of this task.
         """
         super().__init__(manifest, title, variant)
-        self.pairs, self.classes, self.auroc_on = list(pairs), list(classes), auroc_on
+        self.pairs, self.classes = list(pairs), list(classes)
         names = class_names(manifest, self.pairs)
         self.targets: Integers = np.array([self.classes.index(name) for name in names], dtype=np.int64)
         self.frames = {"image": resampling_units(names, [pair.group for pair in self.pairs])}
@@ -71,11 +69,11 @@ class Classification(Task):
                     "balanced_accuracy": guess,
                     "macro_f1": float((2 * share * guess / (share + guess)).mean()),
                     "macro_auroc": 0.5,
+                    **({"weighted_auroc": 0.5} if len(self.classes) > 2 else {}),
                     **({"quadratic_kappa": 0.0} if self.ordinal else {}),
                     **({"medmnist_acc": guess, "medmnist_auc": 0.5} if self.medmnist else {}),
                     **(chance or {}),
                 },
-                "auroc_on": auroc_on,
                 "absent": [name for name, count in zip(self.classes, counts, strict=True) if not count],
             }
         )
@@ -83,23 +81,27 @@ class Classification(Task):
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """Balanced accuracy, accuracy, macro-F1 and macro one-versus-rest AUROC.
 
-        Grades have quadratic kappa, and MedMNIST's sets its own ACC and AUC. If all images are of one class, nothing
-        but accuracy is defined; `extras` gives the reason.
+        AUROC ranks by margins, which order images as the softmax of the scores does. With three classes or more there
+        is also the AUROC weighted by class frequency; with two both are equal. Grades have quadratic kappa, and
+        MedMNIST's sets its own ACC and AUC. If all images are of one class, nothing but accuracy is defined; `extras`
+        gives the reason.
         """
         scores, image = outputs["image.scores"].astype(np.float64), weights["image"]
         answers = scores.argmax(axis=1)
-        ranked = softmax(scores) if self.auroc_on == "softmax" else metrics.margins(scores)
+        rest = self.targets[:, None] == np.arange(len(self.classes))
+        areas = metrics.label_aurocs(rest, metrics.margins(scores), image)
         found = {
             "balanced_accuracy": metrics.balanced_accuracy(self.targets, answers, image),
             "accuracy": metrics.accuracy(self.targets, answers, image),
             "macro_f1": metrics.macro_f1(self.targets, answers, image),
-            "macro_auroc": metrics.macro_auroc(self.targets, ranked, image),
+            "macro_auroc": metrics.label_mean(areas),
         }
+        if len(self.classes) > 2:
+            found["weighted_auroc"] = metrics.frequency_mean(areas, self.targets, image)
         if self.ordinal:
             found["quadratic_kappa"] = metrics.quadratic_kappa(self.targets, answers, image)
         if self.medmnist:
-            found["medmnist_acc"] = found["accuracy"]
-            found["medmnist_auc"] = metrics.macro_auroc(self.targets, softmax(scores), image)
+            found |= {"medmnist_acc": found["accuracy"], "medmnist_auc": found["macro_auroc"]}
         return self._where_defined(found)
 
     def primary_metric_values(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
@@ -129,6 +131,13 @@ class Classification(Task):
     def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
         """The true class and the one with the highest score."""
         return {"image": self._named(self.targets, outputs["image.scores"].argmax(axis=1))}
+
+    def sample_columns(self, outputs: Outputs) -> dict[str, dict[str, Floats]]:
+        """``score: CLASS``, what AUROC ranks by."""
+        if "image.scores" not in outputs:
+            return {}
+        margins = metrics.margins(outputs["image.scores"].astype(np.float64))
+        return {"image": score_columns(self.classes, margins)}
 
     def targets_of(self, pairs: Sequence[Pair]) -> Integers:
         """Number of the class of each pair, ``(n,)``."""
@@ -246,15 +255,19 @@ class MultiLabel(Task):
         )
         return {"image": (true, answered)}
 
+    def sample_columns(self, outputs: Outputs) -> dict[str, dict[str, Floats]]:
+        """``score: LABEL``, what AUROC ranks by."""
+        return {"image": score_columns(self.labels, outputs["image.scores"].astype(np.float64))}
+
     def findings(self, pairs: Sequence[Pair]) -> NDArray[np.bool_]:
         """Which of the task's labels each pair has, ``(n, labels)``."""
         columns = [list(self.manifest.classes).index(label) for label in self.labels]
         return label_sets(self.manifest, pairs)[:, columns]
 
 
-def softmax(scores: Floats) -> Floats:
-    """Probabilities ``(n, classes)`` of scores ``(n, classes)``."""
-    return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+def score_columns(names: Sequence[str], scores: Floats) -> dict[str, Floats]:
+    """A column ``score: NAME`` for each class or label of ``scores`` ``(n, names)``."""
+    return {f"score: {name}": scores[:, k] for k, name in enumerate(names)}
 
 
 def class_names(manifest: Manifest, pairs: Sequence[Pair]) -> list[str]:

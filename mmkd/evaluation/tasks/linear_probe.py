@@ -37,7 +37,7 @@ class LinearProbe(Classification):
             options: vectors, and how C is found: without search where a class has no validation image.
         """
         own = samples.where(lambda pair: pair.label in classes)
-        super().__init__(samples.manifest, TITLE, own.held_out, classes, auroc_on=options.auroc_on)
+        super().__init__(samples.manifest, TITLE, own.held_out, classes)
         self.train, self.validation = own.train, own.validation
         self.train_targets, self.validation_targets = self.targets_of(self.train), self.targets_of(self.validation)
         self.probe_on = options.probe_on

@@ -25,7 +25,6 @@ from mmkd.evaluation.statistics.bootstrap import Metrics, ResamplingUnits
 from mmkd.evaluation.statistics.metrics import Floats
 
 Outputs = dict[str, NDArray[Any]]
-Scores = Literal["margin", "softmax"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class TaskOptions:
         probe_search: a probe's C is chosen on the validation images, or set by the number of dimensions.
         probe_curve: also fit probes to few images and to parts of the training set.
         probe_images: training images that a class needs to be probed.
-        auroc_on: AUROC ranks by margins over the other classes or by softmax probabilities.
         question_splits: ``official`` and ``disjoint`` splits of the questions, or those of their ``images``.
         question_heads: ``vectors``, ``meter`` and ``zeroshot``.
     """
@@ -46,7 +44,6 @@ class TaskOptions:
     probe_search: Literal["sweep", "fast"] = "sweep"
     probe_curve: bool = True
     probe_images: int = 1
-    auroc_on: Scores = "margin"
     question_splits: tuple[str, ...] = ("official", "disjoint")
     question_heads: tuple[str, ...] = ("vectors", "meter", "zeroshot")
 
@@ -137,6 +134,10 @@ class Task(ABC):
 
     def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
         """The target and the prediction of each sample, by frame, where answers have names."""
+        return {}
+
+    def sample_columns(self, outputs: Outputs) -> dict[str, dict[str, NDArray[Any]]]:
+        """Further columns ``(n,)`` of the table of scores, by frame: what the task's metrics are computed from."""
         return {}
 
 

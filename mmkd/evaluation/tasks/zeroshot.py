@@ -20,7 +20,7 @@ from mmkd.evaluation.embeddings.cache import Vectors
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.classification import Classification, MultiLabel
-from mmkd.evaluation.tasks.task import Outputs, Scores, TaskOptions, task_name
+from mmkd.evaluation.tasks.task import Outputs, TaskOptions, task_name
 
 TITLE = "Zero-shot classification"
 
@@ -30,14 +30,14 @@ class ZeroShot(Classification):
 
     kind = "zeroshot"
 
-    def __init__(self, manifest: Manifest, pairs: Sequence[Pair], auroc_on: Scores = "margin") -> None:
+    def __init__(self, manifest: Manifest, pairs: Sequence[Pair]) -> None:
         """Fix images and prompts.
 
         Raises:
             ValueError: a label or the primary metric is unknown.
         """
         self.prompts = manifest.prompts()
-        super().__init__(manifest, TITLE, pairs, list(self.prompts), auroc_on=auroc_on)
+        super().__init__(manifest, TITLE, pairs, list(self.prompts))
         self.description["prompts"] = self.prompts
 
     def outputs(self, embedded: Embedded) -> Outputs:
@@ -86,7 +86,7 @@ def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Any], dict[str, 
         return [MultiLabelZeroShot(manifest, samples.held_out)], {}
     if len(manifest.classes) < 2:
         return [], {task_name("zeroshot", manifest): f"{len(manifest.classes)} class in the manifest; 2 are needed"}
-    return [ZeroShot(manifest, samples.held_out, options.auroc_on)], {}
+    return [ZeroShot(manifest, samples.held_out)], {}
 
 
 def similarities(embedded: Embedded, images: Vectors, prompts: dict[str, list[str]]) -> Vectors:

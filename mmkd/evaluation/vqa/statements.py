@@ -285,7 +285,7 @@ class StatementQuestions(Task):
         """Accuracy over all, "yes or no" and choices, AUROC of "yes", and both controls."""
         image = weights["image"]
         right = self._right(outputs["image.scores"])
-        margin = (outputs["image.scores"][:, 0] - outputs["image.scores"][:, 1]).astype(np.float64)
+        margin = self._margin(outputs)
         judged = self.yes_no & (self.targets >= 0)
         return {
             "accuracy": metrics.weighted_mean(right, image),
@@ -314,6 +314,19 @@ class StatementQuestions(Task):
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """1 where the answer is right."""
         return {"image": self._right(outputs["image.scores"])}
+
+    def sample_columns(self, outputs: Outputs) -> dict[str, dict[str, Any]]:
+        """Of "yes or no" questions whether yes is right, and the margin of yes over no that AUROC ranks by."""
+        unknown = ~self.yes_no | (self.targets < 0)
+        return {
+            "image": {
+                "yes": np.ma.masked_array(self.targets == 0, unknown),
+                "yes_margin": np.ma.masked_array(self._margin(outputs), unknown),
+            }
+        }
+
+    def _margin(self, outputs: Outputs) -> Floats:
+        return (outputs["image.scores"][:, 0] - outputs["image.scores"][:, 1]).astype(np.float64)
 
     def _right(self, scores: Any) -> Floats:
         return (scores.argmax(axis=1) == self.targets).astype(np.float64)
