@@ -11,6 +11,7 @@ holds counts and histograms, ``report.html`` shows them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,10 @@ class ScreenSettings:
     modalities: list[str] = setting(
         factory=list, help="training pairs of other modalities are dropped; empty keeps all"
     )
-    pool: int = setting(1024, "random pairs of each split that give the mismatches")
+    pool: int = setting(1024, "random pairs of each split, and of each modality in it, that give the mismatches")
+    modality_pairs: int | None = setting(
+        50, "pairs in the pool from which a modality has a threshold of its own; null = one threshold for all"
+    )
     seed: int = setting(42, "seed of the pools")
     quiet: bool = setting(False, "show no progress bar")
     overwrite: bool = setting(False, "replace OUTPUT if it exists")
@@ -64,9 +68,12 @@ from mmkd.distillation.screening import (
     default_minimum,
     draw_pools,
     screening_page,
+    warnings_of,
 )
 from mmkd.files import atomic_folder, refuse_existing, write_json
 from mmkd.pages.page import write_page
+
+logger = logging.getLogger(__name__)
 
 
 def main(settings: ScreenSettings) -> None:
@@ -82,7 +89,7 @@ def main(settings: ScreenSettings) -> None:
     features = TeacherFeatures.open(settings.features, settings.teachers or None)
     minimum = check(settings, features)
     seen_pairs(features, folder.pairs, settings.features)
-    pools, modalities = draw_pools(folder, features, settings.pool, settings.seed)
+    pools, modalities = draw_pools(folder, features, settings.pool, settings.seed, settings.modality_pairs)
     for name in settings.modalities:
         if name.lower() not in modalities:
             hint, listed = nearest(name.lower(), modalities), ", ".join(sorted(modalities))
@@ -101,6 +108,8 @@ def main(settings: ScreenSettings) -> None:
         train = summary["train"]
         dropped = ", ".join(f"{reason} {count}" for reason, count in train["dropped"].items() if count) or "none"
         print(f"{settings.output}: {train['kept']} of {train['pairs']} training pairs; dropped: {dropped}")
+    for warning in warnings_of(summary):
+        logger.warning(warning)
 
 
 def check(settings: ScreenSettings, features: TeacherFeatures) -> int:
@@ -116,6 +125,8 @@ def check(settings: ScreenSettings, features: TeacherFeatures) -> int:
             f"--percentile {settings.percentile} must be 0 to 100, --pool {settings.pool} at least 2, --top "
             f"{settings.top} at least 1, --seed {settings.seed} at least 0"
         )
+    if settings.modality_pairs is not None and settings.modality_pairs < 2:
+        raise ValueError(f"--modality_pairs is {settings.modality_pairs}; it must be at least 2, or null")
     return minimum
 
 

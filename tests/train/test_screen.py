@@ -74,6 +74,89 @@ def test_availability_and_report_add_up(work):
     assert sum(modality["pairs"] for modality in report["modalities"].values()) == 40
 
 
+SENTENCES = ("a microscopy image of {}", "micrograph showing {}", "{} under the microscope")
+CELLS, TUMORS = ("lymphocyte", "monocyte"), ("no tumor", "glioma", "meningioma")
+
+
+def write_classes(wrong=0.0):
+    """240 cells and 240 brains, their labels in several words, and three teachers: one recognizes every class without
+    error, one nothing but the modality, one guesses.
+
+    Args:
+        wrong: share of the captions that name another label of the modality; they stay beside the right label.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pairs, classes, captioned = [], [], []
+    for k in range(480):
+        own = CELLS if k % 2 else TUMORS
+        number = k // 2 % len(own)
+        other = (number + 1) % len(own) if torch.rand((), generator=generator) < wrong else number
+        caption = SENTENCES[k // 7 % 3].format(own[other])
+        pairs.append(Pair(f"c{k}", f"{k}.png", caption, "microscopy" if k % 2 else "MRI", own[number]))
+        classes.append(number + 3 * (k % 2))
+        captioned.append(other + 3 * (k % 2))
+    write_manifest(Path("classes"), pairs, images=Path("elsewhere/images"))
+    ids, shown, named = [pair.id for pair in pairs], torch.tensor(classes), torch.tensor(captioned)
+    perfect, modality = torch.eye(6), torch.eye(6)[torch.tensor([0, 0, 0, 1, 1, 1])]
+    guesses = torch.randn(2, 480, 32, generator=generator)
+    for name, image, text in (
+        ("perfect", perfect[shown], perfect[named]),
+        ("modality", modality[shown] + 0.2 * guesses[0, :, :6], modality[named]),
+        ("guessing", guesses[0], guesses[1]),
+    ):
+        writer = FeatureWriter(Path("class-features") / name, name)
+        writer.add(ids, torch.nn.functional.normalize(image, dim=1), torch.nn.functional.normalize(text, dim=1))
+        writer.finish({})
+    return pairs
+
+
+def screen_classes(output, *more):
+    common = ["--pairs", "classes", "--features", "class-features", "--output", output, "--quiet"]
+    main(parse(ScreenSettings, [*common, *more]))
+    return open_pairs(Path(output)), read_json(Path(output) / "report.json")
+
+
+@pytest.mark.parametrize("rule", ["percentile", "rank"])
+def test_a_teacher_of_classes_is_available_for_all_its_pairs_and_one_that_guesses_is_not(work, rule):
+    write_classes()
+    folder, report = screen_classes("screened", "--rule", rule, "--minimum_teachers", "1")
+    assert report["available"]["perfect"] == 480 == len(folder.pairs)
+    assert report["available"]["guessing"] < (0.3 if rule == "percentile" else 0.1) * 480
+    assert report["available"]["modality"] < 0.3 * 480
+
+
+def test_wrong_labels_within_a_modality_are_dropped_where_thresholds_are_its_own(work):
+    right = {pair.id for pair in write_classes(wrong=0.3) if pair.label in pair.caption}
+    kept = {}
+    for name, more in (("own", []), ("one", ["--modality_pairs", "null"])):
+        folder, report = screen_classes(name, "--teachers", "perfect,modality", "--minimum_teachers", "1", *more)
+        kept[name] = {pair.id for pair in folder.pairs}
+        assert right <= kept[name] and set(report["similarities"]["perfect"]["thresholds"]) == (
+            {"MRI", "microscopy"} if name == "own" else set()
+        )
+    assert len(kept["own"] - right) < 0.3 * (480 - len(right))
+    assert len(kept["one"] - right) > 0.4 * (480 - len(right))
+
+
+def test_kept_shares_of_classes_are_reported_and_a_depleted_one_is_warned_of(work, caplog):
+    write_classes()
+    features = Path("class-features/perfect")
+    ids, rows = [f"c{k}" for k in range(480)], torch.arange(480) // 2 % 3 + 3 * (torch.arange(480) % 2)
+    lymphocytes = (torch.arange(480) % 2 == 1) & (torch.arange(480) // 2 % 2 == 0)
+    rows = torch.where(torch.arange(480) % 2 == 1, 3 + torch.arange(480) // 2 % 2, rows)
+    image = torch.eye(6)[rows]
+    image[lymphocytes] = torch.eye(6)[5]  # this teacher takes them for something else
+    writer = FeatureWriter(features.with_name("skewed"), "skewed")
+    writer.add(ids, image, torch.eye(6)[rows])
+    writer.finish({})
+    _, report = screen_classes("screened", "--teachers", "skewed")
+    shares = {own["label"]: own["kept"] / own["pairs"] for own in report["classes"]}
+    assert shares == {"lymphocyte": 0.0, "monocyte": 1.0, "no tumor": 1.0, "glioma": 1.0, "meningioma": 1.0}
+    assert [own["label"] for own in report["depleted_classes"]] == ["lymphocyte"]
+    assert "Of lymphocyte (microscopy), 0 of 120 training pairs are kept (0%" in caplog.text
+    assert "Of lymphocyte" in Path("screened/report.html").read_text()
+
+
 def test_held_out_pairs_stay_whatever_teachers_think(work):
     folder, report = run("screened", "--minimum_teachers", "3")
     held_out = [pair for pair in folder.pairs if pair.split != "train"]
@@ -122,7 +205,7 @@ def test_memory_does_not_grow_with_the_pairs(work, monkeypatch):
         )
         report = ScreeningReport(features.names)
         tracemalloc.start()
-        pools, _ = draw_pools(folder, features, settings.pool, settings.seed)
+        pools, _ = draw_pools(folder, features, settings.pool, settings.seed, settings.modality_pairs)
         rule = Screen(features, pools, settings.rule, settings.percentile, settings.top)
         chosen = screen.choices(folder, rule, report, 1, settings)
         Path("chosen").mkdir(exist_ok=True)
@@ -176,6 +259,7 @@ def test_settings_that_cannot_work_and_nothing_left(work):
         (["--modalities", "ct,mry"], "did you mean 'mri'"),
         (["--percentile", "101"], "0 to 100"),
         (["--pool", "1"], "at least 2"),
+        (["--modality_pairs", "1"], "at least 2, or null"),
         (["--teachers", "absent"], "no features of absent"),
     ):
         with pytest.raises(ValueError, match=said):
