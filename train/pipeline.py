@@ -1,8 +1,9 @@
-"""The whole way from one YAML: curate, pretrain, teachers, extract, screen, align, distill, evaluate, report.
+"""The full pipeline from one YAML: curate, pretrain, extract, screen, align, distill, merge, evaluate, report.
 
 Every stage is the command a user would type, run in its own process and printed before it starts; the pipeline adds
 only the order, the folder names and, when no teachers are named, a partition of the pairs among small specialists
-fine-tuned on the spot. Started again, it skips what has finished and goes on where it was killed.
+fine-tuned on the spot. Started again, it skips what has finished and goes on where it was killed. The output is what
+validation prefers among stage 1, the distilled student and their averages (`mmkd merge --pairs`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class PipelineSettings:
     screen: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
     align: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
     distill: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
+    merge: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
     eval: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
 
 
@@ -50,11 +52,13 @@ from mmkd.data.folder import open_pairs
 from mmkd.data.splits import partition
 from mmkd.evaluation.datasets.dataset import split_samples
 from mmkd.evaluation.datasets.pairs import PROBED, PairsDataset
+from mmkd.evaluation.settings import DISTILLED, STAGE1
 from mmkd.evaluation.suite import SUITE, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.files import refuse_existing
 
-SEEDED = ("curate", "pretrain", "align", "distill", "eval")
+SEEDED = ("curate", "pretrain", "align", "distill", "merge", "eval")
+STAGES = ("curate", "pretrain", "extract", "screen", "align", "distill", "merge", "eval", "report")
 
 
 def main(settings: PipelineSettings) -> None:
@@ -78,20 +82,24 @@ def run_stages(settings: PipelineSettings, stages: Stages) -> None:
     work = settings.work
     stages.check()
     pairs, features, aligned = work / "pairs", work / "features", work / "aligned"
+    stage1, distilled = work / STAGE1, work / DISTILLED
     source = str(settings.data) if settings.data else "packaged"
     stages.run("curate", "curate", pairs, {"source": source, **settings.curate})
     require_questions(pairs, settings.eval.get("split", "test"))
-    stages.run("pretrain", "pretrain", work / "stage1", {"pairs": str(pairs), **settings.pretrain})
+    stages.run("pretrain", "pretrain", stage1, {"pairs": str(pairs), **settings.pretrain})
     teachers = settings.teachers or train_specialists(stages, settings, pairs)
     stages.run("extract", "extract", features, {"teacher": teachers, "pairs": str(pairs), **settings.extract})
     inputs = {"pairs": str(pairs), "features": str(features)}
     stages.run("screen", "screen", work / "screened", {**inputs, **settings.screen})
     inputs["pairs"] = str(work / "screened")
     stages.run("align", "align", aligned, {**inputs, **settings.align})
-    inputs |= {"aligned": str(aligned), "model": str(work / "stage1")}
-    stages.run("distill", "distill", settings.output, {**inputs, **settings.distill})
-    encoders = [f"student={settings.output}", *teachers, f"stage1={work / 'stage1'}"]
-    stages.run("eval", "eval", work / "results", {"encoders": encoders, "pairs": str(pairs), **settings.eval})
+    inputs |= {"aligned": str(aligned), "model": str(stage1)}
+    stages.run("distill", "distill", distilled, {**inputs, **settings.distill})
+    choice = {"models": [str(stage1), str(distilled)], "pairs": str(pairs)}
+    stages.run("merge", "merge", settings.output, {**choice, **settings.merge})
+    encoders = [f"student={settings.output}", *teachers, f"{STAGE1}={stage1}", f"{DISTILLED}={distilled}"]
+    compared = {"encoders": encoders, "baselines": [STAGE1, DISTILLED], "pairs": str(pairs)}
+    stages.run("eval", "eval", work / "results", {**compared, **settings.eval})
     stages.run("report", "report", settings.report, report_inputs(settings, stages))
 
 
@@ -141,8 +149,9 @@ def report_inputs(settings: PipelineSettings, stages: Stages) -> dict[str, Any]:
     return {
         "results": str(work / "results"),
         "pairs": str(work / "pairs"),
-        "stage1_log": str(work / "stage1" / "log.jsonl"),
-        "distill_log": str(settings.output / "log.jsonl"),
+        "stage1_log": str(work / STAGE1 / "log.jsonl"),
+        "distill_log": str(work / DISTILLED / "log.jsonl"),
+        "choice": str(settings.output / "choice.json"),
         "screen_report": str(work / "screened" / "report.json"),
         "align_report": str(work / "aligned" / "report.json"),
         "stages": str(stages.record),
@@ -156,12 +165,12 @@ class Stages:
         self.settings = settings
         self.runner = StageRunner(settings.work, settings.quiet)
         self.record = self.runner.record
-        self.total = 8 + (0 if settings.teachers else settings.specialists)
+        self.total = len(STAGES) + (0 if settings.teachers else settings.specialists)
         self.number = 0
         if not self.runner.known:
             refuse_existing(settings.work, settings.overwrite)
         self.chain = _source_hash(settings.data)
-        for name, path in (("distill", settings.output), ("report", settings.report)):
+        for name, path in (("merge", settings.output), ("report", settings.report)):
             if self.runner.known.get(name, {}).get("output") != str(path):
                 refuse_existing(path, settings.overwrite)
 
@@ -171,7 +180,7 @@ class Stages:
         Raises:
             ValueError: a stage refused; its own message stands above.
         """
-        for name in ("curate", "pretrain", "specialist", "extract", "screen", "align", "distill", "eval"):
+        for name in ("curate", "pretrain", "specialist", "extract", "screen", "align", "distill", "merge", "eval"):
             self.runner.check("pretrain" if name == "specialist" else name, name, vars(self.settings)[name])
 
     def run(self, recipe: str, name: str, output: Path, values: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ class ReportSettings:
     output: Path = setting(Path("report.html"), "the page; Markdown is written beside it")
     stage1_log: Path | None = setting(None, "log.jsonl of the pretraining; settings are read beside it")
     distill_log: Path | None = setting(None, "log.jsonl of the distillation; settings are read beside it")
+    choice: Path | None = setting(None, "choice.json of `mmkd merge --pairs`: what the student is made of")
     screen_report: Path | None = setting(None, "report.json of the screening")
     align_report: Path | None = setting(None, "report.json of the alignment; settings are read beside it")
     stages: Path | None = setting(None, "stages.json of the pipeline, for the time each stage took")
@@ -46,6 +47,7 @@ def main(settings: ReportSettings) -> None:
         settings.pairs,
         settings.stage1_log,
         settings.distill_log,
+        settings.choice,
         settings.screen_report,
         settings.align_report,
         settings.stages,

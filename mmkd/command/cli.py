@@ -27,6 +27,7 @@ RECIPES = {
     "screen": ("mmkd.train.screen", "filter pairs by teacher agreement"),
     "align": ("mmkd.train.align", "align the teachers' features into a shared embedding space"),
     "distill": ("mmkd.train.distill", "stage 2: distil the features of all teachers into the student"),
+    "merge": ("mmkd.train.merge", "average two models, or choose among them and their averages on validation"),
     "finetune": ("mmkd.train.finetune", "fine-tune a model on captions or labels, with LoRA or in full"),
     "tile": ("mmkd.train.tile", "extract the tile features of whole-slide images"),
     "eval": ("mmkd.train.eval", "compare the student with its teachers, with 95 % confidence intervals"),

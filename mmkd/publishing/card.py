@@ -24,6 +24,7 @@ NOT_THE_RECIPE = ("output", "quiet", "overwrite", "workers", "checkpoint_every",
 STAGES = {
     "pretrain": "Contrastive pretraining (`mmkd pretrain`)",
     "distill": "Distillation (`mmkd distill`)",
+    "merge": "Averaging of weights (`mmkd merge`)",
     "finetune": "Fine-tuning (`mmkd finetune`)",
     "convert": "Conversion of the authors' checkpoint (`mmkd convert`)",
 }

@@ -53,7 +53,8 @@ def finished(tmp_path_factory):
     write_pictures(folder / "my pictures")
     settings = [f"--{stage}.{key}={value}" for stage in ("pretrain", "specialist") for key, value in TINY.items()]
     settings += ["--pretrain.text_layers=none", "--pretrain.freeze=", "--specialist.freeze=", "--align.dim=16"]
-    settings += ["--distill.epochs=1", "--distill.freeze=", "--eval.replicates=100", "--quiet"]
+    settings += ["--distill.epochs=1", "--distill.freeze=", "--merge.replicates=100"]
+    settings += ["--eval.replicates=100", "--quiet"]
     command = ["quickstart", "--data", "my pictures", *settings]
     done = mmkd(folder, *command)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,7 +86,7 @@ def test_started_again_it_does_nothing(finished):
     before = (folder / "mmkd-clip" / "model.safetensors").stat().st_mtime_ns
     done = mmkd(folder, *command)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == 11
+    assert done.stdout.count("done before") == 12
     assert (folder / "mmkd-clip" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -93,12 +94,12 @@ def test_a_stage_killed_after_its_last_rename_is_done(finished):
     folder, command = finished
     record = folder / "mmkd-clip-work" / "stages.json"
     stages = json.loads(record.read_text())
-    for name in ("distill", "report"):
+    for name in ("merge", "report"):
         stages[name]["seconds"] = None
     record.write_text(json.dumps(stages))
     done = mmkd(folder, *command)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == 11
+    assert done.stdout.count("done before") == 12
 
 
 @pytest.mark.parametrize("script", ["zero_shot", "search_images"])
@@ -188,8 +189,8 @@ def test_a_signal_to_the_pipeline_has_its_stage_save_and_starts_no_other(tmp_pat
     printed, errors = stop_while_training(process, log, patience=200)
     assert process.returncode == 0, errors
     assert "stopped by a signal; saved at step" in errors
-    assert errors.endswith("stopped by a signal at [2/11] pretrain; run the same command to resume\n")
-    assert "[3/11]" not in printed
+    assert errors.endswith("stopped by a signal at [2/12] pretrain; run the same command to resume\n")
+    assert "[3/12]" not in printed
     assert newest_checkpoint(log.parent / "checkpoints") is not None
     stages = json.loads((tmp_path / "mmkd-clip-work" / "stages.json").read_text())
     assert {name: stage["seconds"] is not None for name, stage in stages.items()} == {"curate": True, "pretrain": False}

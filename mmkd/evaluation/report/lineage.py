@@ -1,4 +1,4 @@
-"""Sections on how the student was trained: loss curves, alignment and screening, read from what the stages wrote."""
+"""How the student was made: loss curves, the choice on validation, alignment and screening, from what stages wrote."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from mmkd.evaluation.report.leaderboard import Leaderboard
+from mmkd.evaluation.settings import DISTILLED
 from mmkd.pages.charts import Chart, Series, lines, moving_mean
-from mmkd.pages.page import Block, Fold, Grid, Section, Table, number
+from mmkd.pages.page import Block, Fold, Grid, Section, Table, number, signed
 
 NOT_LOSSES = (
     *("step", "epoch", "learning_rate", "lr", "samples_per_second", "tokens_per_second", "useful_tokens"),
@@ -38,6 +40,54 @@ def training_section(logs: dict[str, Path | None]) -> Section:
         blocks += folded
     lead = "Every step faint, a moving mean bold. The parts of the loss are shown before their weights."
     return Section("training", "Training", lead, blocks)
+
+
+def choice_title(choice: dict[str, Any] | None) -> str:
+    """The first sentence where validation kept stage 1, else an empty string.
+
+    Args:
+        choice: ``choice.json`` of `mmkd merge --pairs`; None where nothing was chosen.
+    """
+    if choice is None or choice["weight"]:
+        return ""
+    if choice["not_evaluated"]:
+        return "The student is stage 1 itself: there was no validation that could show a gain from distillation."
+    return f"The student is stage 1 itself: on {choice['pairs']} validation pairs, distillation did not improve it."
+
+
+def choice_claims(choice: dict[str, Any] | None, board: Leaderboard) -> list[str]:
+    """What the student is made of, and how the distilled student compares with it or with stage 1 on the test set."""
+    if choice is None:
+        return []
+    weight, pairs, reason = choice["weight"], choice["pairs"], choice["not_evaluated"]
+    made = {
+        0: f"No validation: {reason}." if reason else "",
+        1: f"Chosen on {pairs} validation pairs, the student is the distilled one and no average with stage 1.",
+    }.get(
+        weight,
+        f"Chosen on {pairs} validation pairs, the student is an average of weights: {weight:g} of the distilled "
+        f"student and {1 - weight:g} of stage 1.",
+    )
+    found, compared = board.mean().differences.get(DISTILLED), ""
+    values = [None if found is None else found[key] for key in ("difference", "high", "low")]
+    point, low, high = (None if value is None else signed(-100 * value, 1) for value in values)
+    if point is not None and weight < 1:
+        student = "stage 1" if weight == 0 else "the student"
+        inside = "(no interval)" if low is None else f"[{low}, {high}]"
+        compared = f"On the test set, the distilled student minus {student} is {point} points {inside}."
+    return [sentence for sentence in (made, compared) if sentence]
+
+
+def choice_section(choice: dict[str, Any] | None) -> Section:
+    """Stage 1, the distilled student and their averages on validation."""
+    rows = [
+        [f"{own['weight']:g}", number(own["value"]), signed(own["ahead"]), number(own["error"])]
+        for own in (choice["candidates"] if choice else [])
+    ]
+    header = ["Share of the distilled student", "mean", "minus stage 1", "standard error"]
+    blocks: list[Block] = [Table.of("Candidates on validation", header, rows)] if choice and rows else []
+    lead = f"Rule: {choice['rule']}. Chosen: {choice['weight']:g}." if choice else ""
+    return Section("choice", "Choice on validation", lead, blocks)
 
 
 def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:

@@ -14,7 +14,13 @@ from mmkd.data.folder import open_pairs
 from mmkd.evaluation.report import figures, tables
 from mmkd.evaluation.report.examples import examples_sections
 from mmkd.evaluation.report.leaderboard import Leaderboard, caveat, claims, facts, title
-from mmkd.evaluation.report.lineage import teachers_section, training_section
+from mmkd.evaluation.report.lineage import (
+    choice_claims,
+    choice_section,
+    choice_title,
+    teachers_section,
+    training_section,
+)
 from mmkd.files import read_json
 from mmkd.pages.page import Page, Section, write_page
 
@@ -27,6 +33,7 @@ class ReportInputs:
     pairs: Path | None = None
     stage1_log: Path | None = None
     distill_log: Path | None = None
+    choice: Path | None = None
     screen_report: Path | None = None
     align_report: Path | None = None
     stages: Path | None = None
@@ -69,6 +76,7 @@ def read_summary(results: Path) -> dict[str, Any]:
 def report_page(board: Leaderboard, inputs: ReportInputs) -> Page:
     """The whole page; sections without content are left out."""
     sections: list[Section] = []
+    choice = _optional(inputs.choice)
     if board.tasks:
         sections = [
             tables.leaderboard_section(board),
@@ -91,14 +99,15 @@ def report_page(board: Leaderboard, inputs: ReportInputs) -> Page:
         tables.skipped_section(board),
         tables.datasets_section(board, _datasheet(inputs.pairs)),
         training_section({"Stage 1, contrastive": inputs.stage1_log, "Stage 2, distillation": inputs.distill_log}),
+        choice_section(choice),
         teachers_section(_optional(inputs.align_report), _optional(inputs.screen_report)),
         tables.provenance_section(board, _settings(inputs), _optional(inputs.stages)),
     ]
     version = board.summary.get("versions", {}).get("mmkd-clip", "")
     return Page(
-        title(board),
+        choice_title(choice) or title(board),
         [section for section in sections if section.blocks or section.content],
-        claims(board),
+        [*choice_claims(choice, board), *claims(board)],
         facts(board),
         caveat(board),
         f"Made by mmkd report, mmkd-clip {version}. Not a medical device, no medical advice.",
