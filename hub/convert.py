@@ -1,8 +1,5 @@
 """Convert the authors' checkpoint to a ``from_pretrained`` folder, and such a folder back to their checkpoint.
 
-    mmkd convert --checkpoint mmkd_clip.pt --output mmkd-clip
-    mmkd convert --checkpoint mmkd-clip --to open_clip --output back.pt
-
 Strict in both directions: every key and shape is accounted for, and the written tensors are read back and compared bit
 for bit before the output gets its name. Tensors keep their precision; where a checkpoint mixes several, all take the
 widest. The authors' form does not state the number of heads: they are 64 wide unless ``--config`` states it.
@@ -26,7 +23,11 @@ TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 
 @dataclass(kw_only=True)
 class ConvertSettings:
-    """Convert the authors' checkpoint to a folder for from_pretrained, or such a folder to their checkpoint."""
+    """Convert the authors' checkpoint to a folder for from_pretrained, or such a folder to their checkpoint.
+
+    Example:
+        mmkd convert --checkpoint MMKD-CLIP.pt --output mmkd-clip
+    """
 
     checkpoint: Path = setting(help="the authors' file (.pt or .safetensors); with --to open_clip a model folder")
     output: Path = setting(help="folder to write; with --to open_clip the file to write")

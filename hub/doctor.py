@@ -1,8 +1,5 @@
 """Diagnose the installation and the machine: versions, devices, memory, disk, and access to the Hub.
 
-    mmkd doctor
-    mmkd doctor --device cuda --json
-
 Nothing is changed and nothing is downloaded. Exit code 0 unless the package itself or the device given does not work;
 warnings are about parts that may not be needed.
 """
@@ -19,7 +16,8 @@ from mmkd.command.settings import check_arguments, run, setting
 class DoctorSettings:
     """Diagnose versions, devices, memory, disk, cache and access to the Hub.
 
-    mmkd doctor --device cuda
+    Example:
+        mmkd doctor --device cuda
     """
 
     device: str = setting("auto", "device to be used: cpu, cuda ...; a missing one is a problem")

@@ -1,8 +1,5 @@
 """Export both towers for deployment: ONNX, a torch.export program, or ONNX with weights in 8 bits.
 
-    mmkd export mmkd-clip --format onnx --output mmkd-clip-onnx
-    mmkd export mmkd-clip --format int8 --output mmkd-clip-int8 --pairs pairs
-
 The folder holds the processor and ``usage.py``, which works without this package. The export is compared with the model
 in the same run (size, speed, cosine similarity), which is printed and written to ``comparison.json``; ``--pairs`` adds
 zero-shot accuracy with paired intervals. A ``.pt2`` file (``exported-program``) can run code when it is loaded: load
@@ -23,16 +20,20 @@ from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
 
 @dataclass
 class ExportSettings:
-    """Export both towers of a model."""
+    """Export both towers of a model.
+
+    Example:
+        mmkd export mmkd-clip --format onnx --output mmkd-clip-onnx
+    """
 
     model: str = setting(help="folder or Hub id of a model", positional=True)
-    format: Literal["onnx", "exported-program", "int8"] = setting(help="of the towers")
+    format: Literal["onnx", "exported-program", "int8"] = setting(help="format of the towers")
     output: Path = setting(help="folder to write")
     pairs: Path | None = setting(None, "folder of pairs, to compare zero-shot accuracy on")
-    split: Literal["train", "validation", "test"] = setting("test", "which pairs are compared on")
+    split: Literal["train", "validation", "test"] = setting("test", "split of the pairs")
     repeats: int = setting(20, "timed runs of each side, alternated; 0 compares nothing")
     replicates: int = setting(REPLICATES, "bootstrap replicates")
-    seed: int = setting(SEED, "of the bootstrap")
+    seed: int = setting(SEED, "seed of the bootstrap")
     quiet: bool = setting(False, "print nothing")
     overwrite: bool = setting(False, "replace OUTPUT")
 

@@ -1,10 +1,5 @@
 """Push a model, an adapter, features or pairs to the Hub, with a card of what its folder states.
 
-    mmkd push mmkd-clip --repo user/mmkd-clip --results results --dry-run
-    mmkd push finetuned/adapter --repo user/mmkd-clip-lung --base_model user/mmkd-clip
-    mmkd push features/PLIP --repo user/plip-features
-    mmkd push pairs --repo user/pairs
-
 The kind of the folder is recognised by its files. A staging folder with exactly the files of the repository is made,
 which ``--dry-run`` shows without network access and ``HfApi.upload_folder`` uploads. A second push uploads only what
 changed; a card that was edited on the Hub stays.
@@ -24,7 +19,11 @@ from mmkd.command.settings import check_arguments, run, setting
 
 @dataclass
 class PushSettings:
-    """Push a model, an adapter, features or pairs to the Hub."""
+    """Push a model, an adapter, features or pairs to the Hub.
+
+    Example:
+        mmkd push mmkd-clip --repo user/mmkd-clip --results results --dry_run
+    """
 
     folder: Path = setting(help="a model, an adapter, a feature store or a folder of them, or pairs", positional=True)
     repo: str = setting(help="user/name or organization/name")
@@ -32,7 +31,7 @@ class PushSettings:
     base_model: str | None = setting(None, "adapter: Hub id of its model, where the folder does not state it")
     license: str | None = setting(None, "licence of the publication, such as apache-2.0 or cc-by-nc-4.0")
     private: bool = setting(False, "make a new repository private; an existing public one is refused")
-    images: bool | None = setting(None, "pairs: with their images; null = if all their licences are open")
+    images: bool | None = setting(None, "pairs: with their images; null includes them if all their licences are open")
     max_shard_size: str = setting("5GB", "model: largest file of weights")
     message: str = setting("Upload with mmkd push", "commit message")
     overwrite_card: bool = setting(False, "also replace a card that was edited on the Hub")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.training.settings import LoopSettings
@@ -19,7 +19,13 @@ from mmkd.training.settings import LoopSettings
 
 @dataclass(kw_only=True)
 class AlignSettings(LoopSettings):
-    """Align the features of all teachers into a shared embedding space (settings of training: autoencoder only)."""
+    """Align the features of all teachers into a shared embedding space (settings of training: autoencoder only).
+
+    Example:
+        mmkd align --pairs screened --features features --output aligned
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {"data": "teachers batch_size", "model": "aligner form dim noise"}
 
     pairs: Path = setting(help="folder of pairs; its training split is what the aligner is fitted on")
     features: Path = setting(help="folder with one feature store for each teacher")

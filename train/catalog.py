@@ -1,10 +1,6 @@
 """Datasets of an evaluation: what is known, what is on this machine, whether it is what its manifest says.
 
-mmkd datasets ls --suite paper58 --modality OCT
-mmkd datasets show busi
-mmkd datasets check busi --data /data
-mmkd datasets check offline --data /data --all true
-mmkd datasets add ours.yaml                      # then `mmkd eval --datasets ours`
+``mmkd eval --datasets NAME`` evaluates on those that are listed, checked or added here.
 """
 
 from __future__ import annotations
@@ -22,21 +18,29 @@ from mmkd.evaluation.datasets.catalog import catalog
 
 @dataclass
 class ListSettings:
-    """List datasets, a line each: tier A is open, B asks for registration, C for credentials and an agreement."""
+    """List datasets, a line each: tier A is open, B asks for registration, C for credentials and an agreement.
 
-    suite: str | None = setting(None, "only those of a suite: offline, medmnist or paper58")
+    Example:
+        mmkd datasets ls --suite paper58 --modality OCT
+    """
+
+    suite: str | None = setting(None, "keep only datasets of a suite: offline, medmnist or paper58")
     task: Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"] | None = (
-        setting(None, "only those of a task")
+        setting(None, "keep only datasets of a task")
     )
-    modality: str | None = setting(None, "only those of a modality")
+    modality: str | None = setting(None, "keep only datasets of a modality")
     data: Path | None = setting(None, "folder of data, ${DATA} of manifests; by default the variable MMKD_DATA")
     catalog: Path | None = setting(None, "folder of your own manifests, by default ~/.config/mmkd/datasets")
-    markdown: bool = setting(False, "a table for a page")
+    markdown: bool = setting(False, "print a Markdown table")
 
 
 @dataclass
 class ShowSettings:
-    """Show a manifest, where its data are to be had, and the sentences that stand for its classes."""
+    """Show a manifest, where to get its data, and the prompts of its classes.
+
+    Example:
+        mmkd datasets show busi
+    """
 
     dataset: str = setting(help="id of a dataset, or a YAML file", positional=True)
     data: Path | None = setting(None, "folder of data, ${DATA} of manifests; by default the variable MMKD_DATA")
@@ -45,19 +49,27 @@ class ShowSettings:
 
 @dataclass
 class CheckSettings:
-    """Open datasets, count them, and look for images that cannot be read or stand on both sides of a split."""
+    """Open datasets, count them, and find images that cannot be read or occur in several splits.
+
+    Example:
+        mmkd datasets check offline --data /data --all
+    """
 
     datasets: list[str] = setting(help="ids, suites or YAML files, joined by commas", positional=True)
     data: Path | None = setting(None, "folder of data, ${DATA} of manifests; by default the variable MMKD_DATA")
     catalog: Path | None = setting(None, "folder of your own manifests, by default ~/.config/mmkd/datasets")
-    images: int = setting(200, "images to read of each, chosen by hash")
+    images: int = setting(200, "number of images to read of each dataset, chosen by hash")
     all: bool = setting(False, "read every image, and compare those of different splits")
     quiet: bool = setting(False, "no progress bar")
 
 
 @dataclass
 class AddSettings:
-    """Check a manifest and keep it among your own, so that its id is enough from then on."""
+    """Check a manifest and add it to your own catalog.
+
+    Example:
+        mmkd datasets add ours.yaml
+    """
 
     manifest: Path = setting(help="a YAML file", positional=True)
     catalog: Path | None = setting(None, "folder of your own manifests, by default ~/.config/mmkd/datasets")

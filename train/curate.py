@@ -1,13 +1,9 @@
 """Curate: raw images and texts become ``pairs/``, the folder that every later stage reads.
 
-    mmkd curate --source my-images --output pairs             # a folder with labels.csv
-    mmkd curate --source packaged --output pairs              # real images that come with PyPI packages
-    mmkd curate --source /data/biomedica --output pairs --workers 16   # WebDataset tars
-    mmkd curate --source hf://datasets/BIOMEDICA/biomedica_webdataset_24M --output pairs --workers 16
-
 ``my-images/labels.csv`` needs a column ``file`` and at least one of ``caption``, ``label``, ``modality``; ``group``,
 ``split``, ``license`` and ``source`` are used when present. Tars, Parquet files, JSON lines, folders of images and the
-Hub are read as well, all with the same options; see docs/curation.md.
+Hub (``hf://datasets/OWNER/NAME``) are read as well, all with the same options, and ``packaged`` stands for real images
+that come with PyPI packages; see docs/curation.md.
 """
 
 from __future__ import annotations
@@ -15,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.curation.rules import NearMode, Rules, read_rules
@@ -22,19 +19,31 @@ from mmkd.curation.rules import NearMode, Rules, read_rules
 
 @dataclass
 class CurateSettings:
-    """Turn a collection of images and captions or labels into a folder of pairs."""
+    """Turn a collection of images and captions or labels into a folder of pairs.
+
+    Example:
+        mmkd curate --source my-images --output pairs
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "table preset max_pairs licenses modalities shard validation_share test_share exclude_manifests",
+        "images": "short_side jpeg_quality minimum_side panel_types split_panels",
+        "captions": "minimum_words maximum_words languages mentions scrub",
+        "duplicates": "near_duplicates image_distance caption_similarity",
+        "computing": "seed workers quiet overwrite",
+    }
 
     source: str = setting(
         help="folder or file of tars, Parquet, JSON lines, images or labels.csv, hf://..., or packaged"
     )
     output: Path = setting(help="folder to write")
-    table: Path | None = setting(None, "the list of the images in SOURCE, where it is not SOURCE/labels.csv")
+    table: Path | None = setting(None, "list of the images, if it is not SOURCE/labels.csv")
     preset: str = setting(
         "auto", "rules: paper (auto: for tars), list (labelled images), any (all else) or a YAML file"
     )
     max_pairs: int = setting(0, "maximum number of pairs, in proportion to split, modality and label; 0 for all")
     short_side: int = setting(0, "store larger images with this shorter side [pixels]; 0 keeps sizes")
-    jpeg_quality: int = setting(95, "of JPEG stored smaller; below 95 with 4:2:0 colour, which training reads faster")
+    jpeg_quality: int = setting(95, "quality of resized JPEG; below 95 with 4:2:0 colour, which training reads faster")
     minimum_side: int | None = setting(None, "drop images with a shorter side [pixels] (preset: 16 for lists, else 8)")
     minimum_words: int | None = setting(None, "drop shorter captions (preset: 1)")
     maximum_words: int | None = setting(None, "drop longer captions (preset: 1000)")
@@ -56,7 +65,7 @@ class CurateSettings:
     )
     test_share: float | None = setting(None, "the same for testing (preset: 0.25, 0 for tars)")
     shard: str = setting("1/1", "i/n: process shard i of n of the source, then stop")
-    seed: int = setting(42, "of splits and of the choice of max_pairs")
+    seed: int = setting(42, "seed of splits and of the choice of max_pairs")
     workers: int = setting(1, "processes that read images")
     quiet: bool = setting(False, "no progress bar")
     overwrite: bool = setting(False, "replace OUTPUT")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.distillation.options import DistillOptions
@@ -21,7 +21,13 @@ from mmkd.training.settings import LoopSettings, ValidationSettings
 
 @dataclass(kw_only=True)
 class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSettings):
-    """Distil the stored features of many teachers into one student."""
+    """Distil the stored features of many teachers into one student.
+
+    Example:
+        mmkd distill --pairs screened --features features --model stage1 --output mmkd-clip
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {"data": "features aligned teachers", "losses": "standardizer"}
 
     pairs: Path = setting(help="folder of pairs, curated or the authors' published one; the training split is used")
     model: str = setting(help="folder or Hub id of the stage-1 student")

@@ -1,8 +1,5 @@
 """Extract the features of every image and caption of a folder of pairs with one or more teachers, once.
 
-    mmkd extract --teacher biomedclip,plip --pairs pairs --output features
-    mmkd extract --num_processes 8 --teacher biomedclip --pairs pairs --output features
-
 Teachers named together share the decoding of images, and the preprocessing where theirs is the same; both run in
 threads beside the encoding. Processes share the shards and do not communicate: they may run on different machines with
 ``RANK`` and ``WORLD_SIZE`` set, start at different times and be killed; run the same command again to resume. If pairs
@@ -17,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.data.features import FeatureType
@@ -27,25 +24,36 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 @dataclass
 class ExtractSettings:
-    """Extract the features of one or more teachers for every pair."""
+    """Extract the features of one or more teachers for every pair.
+
+    Example:
+        mmkd extract --teacher biomedclip,plip --pairs pairs --output features
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "model": "weights precision resize",
+        "data": "dtype shard_size",
+        "computing": "batch_size workers device cache_frozen_towers quiet",
+    }
 
     teacher: list[str] = setting(
         help="names, folders, Hub ids or YAML files, also as NAME=SOURCE; ungated and commercial filter them"
     )
     pairs: Path = setting(help="folder of pairs")
-    output: Path = setting(help="folder that gets one feature store for each teacher; features that are there are kept")
-    weights: dict[str, str] = setting(factory=dict, help="teacher -> local folder of its weights")
-    dtype: FeatureType = setting("float16", "how numbers are stored")
-    precision: Precision = setting("float32", "in which teachers compute; tf32 and bfloat16 are faster on GPUs")
+    output: Path = setting(help="folder to write: one feature store for each teacher; existing features are kept")
+    weights: dict[str, str] = setting(factory=dict, help="local folder of the weights, by teacher")
+    dtype: FeatureType = setting("float16", "stored number format")
+    precision: Precision = setting("float32", "precision of the forward pass; tf32 and bfloat16 are faster on GPUs")
     resize: Literal["exact", "fast"] = setting(
-        "exact", "as the teacher's own code, or (usual preprocessing only) within one grey level in a fifth of the time"
+        "exact",
+        "the teacher's own, or five times as fast and within one grey level (usual preprocessing only)",
     )
-    batch_size: int = setting(32, "images that go through a model together")
-    shard_size: int = setting(0, "pairs written together: what a kill loses at most; 0 = 256 to 16384 by their number")
-    workers: int = setting(0, "threads that read and prepare images; 0 = this process' share of the cores")
-    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one, another for each process")
+    batch_size: int = setting(32, "images per batch of a teacher")
+    shard_size: int = setting(0, "pairs per shard, the most a killed run loses; 0 chooses 256 to 16384")
+    workers: int = setting(0, "threads that read and prepare images; 0 takes this process' share of the cores")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one, another for each process")
     cache_frozen_towers: Path | None = setting(
-        None, "folder for outputs of frozen towers; models of this package with the same towers run them once"
+        None, "folder for the outputs of frozen towers; models of this package that share towers encode with them once"
     )
     quiet: bool = setting(False, "no progress bar")
 

@@ -1,13 +1,7 @@
 """Features: list feature stores, verify their checksums, merge them, and convert from and to the authors' folder.
 
-    mmkd features ls features
-    mmkd features verify features
-    mmkd features merge one/features,other/features --output features
-    mmkd features export features --pairs screened --output MMKDCLIP_DATA
-    mmkd features import MMKDCLIP_DATA --output features
-
-``merge`` joins stores of the same teachers and packs small shards into full ones; ``export`` writes one
-``clips_output.pt`` a pair, which the authors' code reads.
+``merge`` packs small shards into full ones; ``export`` writes one ``clips_output.pt`` a pair, which the authors' code
+reads.
 """
 
 from __future__ import annotations
@@ -23,14 +17,22 @@ from mmkd.data.features import FeatureKind, FeatureType
 
 @dataclass
 class ListSettings:
-    """List the feature stores of a folder."""
+    """List the feature stores of a folder.
+
+    Example:
+        mmkd features ls features
+    """
 
     folder: Path = setting(help="a feature store, or a folder of them", positional=True)
 
 
 @dataclass
 class VerifySettings:
-    """Compare all checksums of the feature stores of a folder."""
+    """Compare all checksums of the feature stores of a folder.
+
+    Example:
+        mmkd features verify features
+    """
 
     folder: Path = setting(help="a feature store, or a folder of them", positional=True)
     quiet: bool = setting(False, "no progress bar")
@@ -38,7 +40,11 @@ class VerifySettings:
 
 @dataclass
 class MergeSettings:
-    """Merge feature stores of the same teachers, each into full shards; a pair that several hold is taken once."""
+    """Merge feature stores of the same teachers, each into full shards; a pair that several hold is taken once.
+
+    Example:
+        mmkd features merge one/features,other/features --output features
+    """
 
     folders: list[Path] = setting(help="feature stores or folders of them, separated by commas", positional=True)
     output: Path = setting(help="folder to write: one feature store for each teacher")
@@ -48,7 +54,11 @@ class MergeSettings:
 
 @dataclass
 class ExportSettings:
-    """Write pairs and features in the authors' folder form."""
+    """Write pairs and features in the authors' folder form.
+
+    Example:
+        mmkd features export features --pairs screened --output MMKDCLIP_DATA
+    """
 
     folder: Path = setting(help="folder of feature stores with raw features", positional=True)
     pairs: Path = setting(help="folder of pairs; screened ones list the available teachers")
@@ -61,12 +71,16 @@ class ExportSettings:
 
 @dataclass
 class ImportSettings:
-    """Convert the authors' folder into one feature store for each teacher."""
+    """Convert the authors' folder into one feature store for each teacher.
+
+    Example:
+        mmkd features import MMKDCLIP_DATA --output features
+    """
 
     folder: Path = setting(help="the authors' folder, with meta.jsonl", positional=True)
     output: Path = setting(help="folder to write: one feature store for each teacher")
-    kind: FeatureKind = setting("raw", "raw = clips_output.pt | aligned = clips_project_output.pt")
-    dtype: FeatureType = setting("float16", "how numbers are stored")
+    kind: FeatureKind = setting("raw", "raw from clips_output.pt, or aligned from clips_project_output.pt")
+    dtype: FeatureType = setting("float16", "stored number format")
     overwrite: bool = setting(False, "replace OUTPUT")
     quiet: bool = setting(False, "no progress bar")
 

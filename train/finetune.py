@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.student.settings import ModelSettings
@@ -18,7 +18,13 @@ from mmkd.training.settings import BatchSettings, LoopSettings
 
 @dataclass(kw_only=True)
 class FinetuneSettings(LoopSettings, ModelSettings, BatchSettings):
-    """Fine-tune a model folder on pairs."""
+    """Fine-tune a model folder on pairs.
+
+    Example:
+        mmkd finetune --pairs pairs --model mmkd-clip --output finetuned --objective classification
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {"losses": "objective", "model": "method rank targets train_logit_scale merge"}
 
     pairs: Path = setting(help="folder of pairs; the training split is used")
     model: str = setting(help="folder or Hub id of the model to start from")

@@ -1,8 +1,5 @@
 """Average the weights of two models, or choose among both and their averages on validation pairs.
 
-    mmkd merge stage1 distilled --weight 0.5 --output mmkd-clip
-    mmkd merge stage1 distilled --pairs pairs --output mmkd-clip
-
 With ``--pairs``, the first model is the start of the second, and the output is the best of both and of their averages
 by the mean over kinds of task that the report shows, on the validation split. The start stays unless the best is ahead
 of it by more than one standard error of the paired difference: the highest of several noisy means is optimistic, and
@@ -26,7 +23,11 @@ DEFAULT_WEIGHT, DEFAULT_GRID = 0.5, (0.25, 0.5, 0.75)
 
 @dataclass
 class MergeSettings:
-    """Average the weights of two models, or choose among both and their averages on validation pairs."""
+    """Average the weights of two models, or choose among both and their averages on validation pairs.
+
+    Example:
+        mmkd merge stage1 distilled --pairs pairs --output mmkd-clip
+    """
 
     models: list[str] = setting(
         help="two folders or Hub ids of one architecture; with --pairs the first is the start of the second",

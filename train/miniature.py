@@ -22,7 +22,10 @@ from mmkd.command.settings import check_arguments, run, setting
 class MiniatureSettings:
     """The paper's experiment on a folder of small collections of real images.
 
-    Settings of the stages go under their names: `--distill.max_steps 800`.
+    Settings of a stage are given under its name: `--distill.max_steps 800`.
+
+    Example:
+        mmkd miniature --data collections --quick
     """
 
     data: Path = setting(help="folder of collections, each with a labels.csv and images")

@@ -1,12 +1,4 @@
-"""Pairs: look at a folder of pairs in any form, count it, check every image, and write it in the forms others read.
-
-mmkd pairs ls pairs --modality endoscopy --number 20
-mmkd pairs show pairs --id 0d2177e46e9b4d8cb1283ff7 --image figure.jpg
-mmkd pairs stats pairs
-mmkd pairs verify pairs --workers 8
-mmkd pairs export webdataset --pairs pairs --output tars
-mmkd pairs export manifest --pairs pairs --output manifest.parquet       # rows without images
-"""
+"""Pairs: list a folder of pairs, count it, verify every image, and write it in other forms."""
 
 from __future__ import annotations
 
@@ -22,27 +14,39 @@ from mmkd.command.settings import check_arguments, run, setting
 
 @dataclass
 class ListSettings:
-    """List pairs, a line each."""
+    """List pairs, a line each.
+
+    Example:
+        mmkd pairs ls pairs --modality endoscopy --number 20
+    """
 
     folder: Path = setting(help="a folder of pairs", positional=True)
     split: str | None = setting(None, "train, validation or test")
-    modality: str | None = setting(None, "only pairs of this modality")
-    search: str | None = setting(None, "only pairs with this text in the caption")
-    number: int = setting(20, "most lines")
+    modality: str | None = setting(None, "keep only pairs of this modality")
+    search: str | None = setting(None, "only pairs whose caption contains this text")
+    number: int = setting(20, "maximum number of lines")
 
 
 @dataclass
 class ShowSettings:
-    """Show everything known of one pair, and write its image."""
+    """Show everything known about one pair, and write its image.
+
+    Example:
+        mmkd pairs show pairs --id 0d2177e46e9b4d8cb1283ff7 --image figure.jpg
+    """
 
     folder: Path = setting(help="a folder of pairs", positional=True)
-    id: str = setting(help="of the pair")
+    id: str = setting(help="id of the pair")
     image: Path | None = setting(None, "file to write the image to")
 
 
 @dataclass
 class StatsSettings:
-    """Count pairs by split, modality, licence, source and label."""
+    """Count pairs by split, modality, licence, source and label.
+
+    Example:
+        mmkd pairs stats pairs
+    """
 
     folder: Path = setting(help="a folder of pairs", positional=True)
     split: str | None = setting(None, "train, validation or test")
@@ -51,7 +55,11 @@ class StatsSettings:
 
 @dataclass
 class VerifySettings:
-    """Decode every image and compare it with the manifest."""
+    """Decode every image and compare it with the manifest.
+
+    Example:
+        mmkd pairs verify pairs --workers 8
+    """
 
     folder: Path = setting(help="a folder of pairs", positional=True)
     workers: int = setting(4, "threads that decode")
@@ -60,13 +68,18 @@ class VerifySettings:
 
 @dataclass
 class ExportSettings:
-    """Write pairs as WebDataset tars, or their rows without images as Parquet."""
+    """Write pairs as WebDataset tars, or their rows without images as Parquet.
+
+    Example:
+        mmkd pairs export webdataset --pairs pairs --output tars
+        mmkd pairs export manifest --pairs pairs --output manifest.parquet
+    """
 
     form: Literal["webdataset", "manifest"] = setting(help="webdataset or manifest", positional=True)
     pairs: Path = setting(help="a folder of pairs")
     output: Path = setting(help="folder, or for a manifest the .parquet file, to write")
     split: str | None = setting(None, "train, validation or test")
-    shard_pairs: int = setting(10_000, "pairs in a tar")
+    shard_pairs: int = setting(10_000, "pairs per tar")
     overwrite: bool = setting(False, "replace OUTPUT")
     quiet: bool = setting(False, "no progress bar")
 

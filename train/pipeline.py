@@ -1,9 +1,9 @@
-"""The full pipeline from one YAML: curate, pretrain, extract, screen, align, distill, merge, evaluate, report.
+"""The full pipeline from one YAML file: curate, pretrain, extract, screen, align, distill, merge, evaluate, report.
 
 Every stage is the command a user would type, run in its own process and printed before it starts; the pipeline adds
 only the order, the folder names and, when no teachers are named, a partition of the pairs among small specialists
-fine-tuned on the spot. Started again, it skips what has finished and goes on where it was killed. The output is what
-validation prefers among stage 1, the distilled student and their averages (`mmkd merge --pairs`).
+fine-tuned on the spot. Started again, it skips finished stages and resumes the one that was killed. The output is
+what validation prefers among stage 1, the distilled student and their averages (`mmkd merge --pairs`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from mmkd.command.settings import check_arguments, run, setting
 
 @dataclass
 class PipelineSettings:
-    """The whole way from images to a distilled student and a report.
+    """Run the full pipeline, from images to a distilled student and a report.
 
-    Each stage's own settings go under its name: `--distill.epochs 4`.
+    Settings of a stage are given under its name: `--distill.epochs 4`.
+
+    Example:
+        mmkd pipeline --data images --teachers biomedclip,plip --output mmkd-clip --distill.epochs 4
+        mmkd quickstart --data images
     """
 
     output: Path = setting(Path("mmkd-clip"), "folder of the student, for AutoModel.from_pretrained")
     report: Path = setting(Path("report.html"), "the page that shows student, teachers and examples")
-    work: Path = setting(Path("mmkd-clip-work"), "folder for everything between: pairs, teachers, features, results")
+    work: Path = setting(Path("mmkd-clip-work"), "folder of the stages' outputs: pairs, teachers, features, results")
     data: Path | None = setting(None, "folder with a labels.csv; without it, images that came with PyPI packages")
-    teachers: list[str] = setting(factory=list, help="teachers by name or folder; none = specialists trained here")
+    teachers: list[str] = setting(factory=list, help="teachers by name or folder; empty trains specialists here")
     specialists: int = setting(3, "how many specialists are trained when no teachers are named")
     seed: int = setting(42, "seed of every stage")
     quiet: bool = setting(False, "no progress bars")

@@ -1,7 +1,7 @@
-"""What a training would take before it is started: memory, time and money of each stage.
+"""Estimate what a training takes before it starts: memory, time and cost of each stage.
 
 The model is built (or read) and measured on the CPU; nothing is trained. Every assumption is a setting, and is printed
-beside the figures that rest on it. Exit code 1 means that a stage cannot run as asked.
+beside the figures that rest on it. Exit code 1 means that a stage cannot run with these settings.
 """
 
 from __future__ import annotations
@@ -17,26 +17,30 @@ PAPER = "paper"
 
 @dataclass(kw_only=True)
 class PlanSettings:
-    """Estimate memory, time and cost of each stage."""
+    """Estimate memory, time and cost of each stage.
 
-    gpus: int = setting(8, "how many, over all machines")
+    Example:
+        mmkd plan --gpus 8 --gpu h100 --pairs 2900000 --batch_size 4096
+    """
+
+    gpus: int = setting(8, "number of GPUs, over all machines")
     gpu: str = setting("h100", "name of a GPU, such as b200, h100, a100, l40s or rtx-4090")
     model: str = setting(PAPER, "folder of a student, or paper: ViT-B/16 and BERT-base")
-    pairs: int = setting(2_900_000, "of the training split")
-    teachers: int = setting(9, "to extract; each is taken to cost what the student's forward pass costs")
-    pretrain_epochs: float = setting(20.0, "of stage 1")
-    distill_epochs: float = setting(20.0, "of stage 2")
-    batch_size: int = setting(4096, "pairs in a global batch")
-    micro_batch_size: int | None = setting(None, "pairs a GPU encodes at once, by default its whole share")
+    pairs: int = setting(2_900_000, "number of training pairs")
+    teachers: int = setting(9, "number of teachers to extract, each at the cost of the student's forward pass")
+    pretrain_epochs: float = setting(20.0, "epochs of stage 1")
+    distill_epochs: float = setting(20.0, "epochs of stage 2")
+    batch_size: int = setting(4096, "global batch size [pairs]")
+    micro_batch_size: int | None = setting(None, "pairs that a GPU encodes at once; null is its whole share")
     gradient_checkpointing: bool = setting(False, "recompute activations")
-    precision: Literal["fp32", "bf16"] = setting("bf16", "of the forward pass")
+    precision: Literal["fp32", "bf16"] = setting("bf16", "precision of the forward pass")
     sharded: bool = setting(False, "shard weights and optimizer over the GPUs (FSDP2)")
-    mean_tokens: float = setting(60.0, "of a caption")
-    efficiency: float = setting(0.35, "share of a GPU's peak that a step reaches; a run's log says it as mfu")
-    cores_per_gpu: int = setting(8, "that read images, --workers")
-    images_per_core: float = setting(700.0, "images a second; tests/benchmarks/loader.py measures it")
-    price: float = setting(2.5, "of a GPU for an hour, in your currency")
-    output: Path | None = setting(None, "JSON file for the same figures")
+    mean_tokens: float = setting(60.0, "mean length of a caption [tokens]")
+    efficiency: float = setting(0.35, "share of a GPU's peak that a step reaches, mfu in the log of a run")
+    cores_per_gpu: int = setting(8, "cores that read images for each GPU, --workers")
+    images_per_core: float = setting(700.0, "images per second of one core; tests/benchmarks/loader.py measures it")
+    price: float = setting(2.5, "price of a GPU for an hour, in your currency")
+    output: Path | None = setting(None, "JSON file to write with the same figures")
 
     def __post_init__(self) -> None:
         """Refuse values out of range.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.student.settings import ModelSettings
@@ -17,7 +18,20 @@ from mmkd.training.settings import LoopSettings, ValidationSettings
 
 @dataclass(kw_only=True)
 class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
-    """Train a student, or a specialist teacher, contrastively on pairs."""
+    """Train a student, or a specialist teacher, contrastively on pairs.
+
+    Example:
+        mmkd pretrain --pairs pairs --output stage1 --epochs 10 --batch_size 256
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "model": (
+            "model preset vision text projection_dim image_size text_layers vision_projection_hidden "
+            "text_projection_hidden"
+        ),
+        "data": "modalities labels sources part",
+        "losses": "gather_gradient",
+    }
 
     pairs: Path = setting(help="folder of pairs; the training split is used")
     model: str | None = setting(None, "folder or Hub id of a student to start from, instead of vision and text")
@@ -36,8 +50,7 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
     sources: list[str] = setting(factory=list, help="keep only pairs of these collections")
     part: str | None = setting(None, "keep one share of the groups, such as 1/3")
     gather_gradient: bool = setting(
-        True,
-        "gradient through the features of other processes; false as released: another model on several processes",
+        True, "gradient through the features of other processes; false as released: another model on several processes"
     )
 
 

@@ -10,7 +10,11 @@ from mmkd.command.settings import check_arguments, run, setting
 
 @dataclass
 class ReportSettings:
-    """Write the report; sections of logs and reports that are not given, or do not exist, are left out."""
+    """Write the report; sections of logs and reports that are not given, or do not exist, are left out.
+
+    Example:
+        mmkd report --results results --pairs pairs --output report.html
+    """
 
     results: Path = setting(help="folder written by `mmkd eval`")
     pairs: Path | None = setting(None, "folder of the evaluated pairs, for example images")

@@ -1,7 +1,5 @@
 """Filter pairs by teacher agreement.
 
-    mmkd screen --pairs pairs --features features --output screened
-
 Only the training split is filtered. Validation and test pairs all stay, because held-out data chosen by the teachers
 would be optimistic; they carry their availability, compared within their own split. Pairs are streamed, so that memory
 does not grow with them. Images stay where they are: the new manifest points at the root of the old one. ``report.json``
@@ -22,7 +20,11 @@ from mmkd.command.settings import check_arguments, run, setting
 
 @dataclass
 class ScreenSettings:
-    """Filter pairs by teacher agreement: find the available teachers of each pair, keep training pairs with enough."""
+    """Filter pairs by teacher agreement: find the available teachers of each pair, keep training pairs with enough.
+
+    Example:
+        mmkd screen --pairs pairs --features features --output screened
+    """
 
     pairs: Path = setting(help="folder of pairs")
     features: Path = setting(help="folder with one feature store for each teacher")

@@ -1,7 +1,5 @@
 """Tile: whole slides to bags of features, one HDF5 file a slide, for survival and diagnosis in `mmkd eval`.
 
-    mmkd tile --slides slides --encoder biomedclip --output bags
-
 Tissue is found on a thumbnail; its tiles are read at the requested resolution and encoded in batches.
 ``OUTPUT/ENCODER/SLIDE.h5`` holds ``features`` (before the projection, or the joint vectors where the encoder has no
 projection), ``proj`` (the joint space, unit length) and ``coords``. A file appears whole or not at all; run the same
@@ -26,7 +24,11 @@ from mmkd.command.settings import check_arguments, run, setting
 
 @dataclass
 class TileSettings:
-    """Cut slides into tiles and keep an encoder's features of them."""
+    """Cut slides into tiles and keep an encoder's features of them.
+
+    Example:
+        mmkd tile --slides slides --encoder biomedclip --output bags
+    """
 
     slides: Path = setting(help="folder of slides, searched recursively")
     encoder: str = setting(help="a teacher's name, a folder or a Hub id; NAME=SOURCE sets the name for `mmkd eval`")
@@ -39,7 +41,7 @@ class TileSettings:
     dtype: Literal["float16", "float32"] = setting("float16", "stored number format")
     batch_size: int = setting(64, "tiles per batch of the encoder")
     workers: int = setting(4, "threads that read tiles")
-    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     quiet: bool = setting(False, "no progress bar")
 
 

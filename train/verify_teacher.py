@@ -1,11 +1,8 @@
 """Verify a teacher: encode the authors' demo samples and compare with the features they published.
 
-    mmkd verify-teacher PLIP --demo MMKDCLIP_DATA
-    mmkd verify-teacher pmcclip-8-heads.yaml --demo MMKDCLIP_DATA --published_name PMCCLIP
-
 A cosine above 0.999 on every sample, image and text, says that weights, preprocessing, tokenizer, context and pooling
-are the authors'. It verifies what the row of a teacher only infers. The demo folder is the
-authors' (``meta.jsonl`` and ``features/``, https://github.com/wangshansong1/MMKD-CLIP); weights come as in `extract`.
+are the authors'. It verifies what the specification of a teacher only infers. The demo folder is the authors'
+(``meta.jsonl`` and ``features/``, https://github.com/wangshansong1/MMKD-CLIP); weights are given as in `extract`.
 """
 
 from __future__ import annotations
@@ -19,14 +16,18 @@ from mmkd.command.settings import check_arguments, run, setting
 
 @dataclass
 class VerifySettings:
-    """Encode the authors' demo samples with a teacher and compare with the raw features they published."""
+    """Encode the authors' demo samples with a teacher and compare with the raw features they published.
 
-    teacher: str = setting(help="name, folder, Hub id or YAML row", positional=True)
+    Example:
+        mmkd verify-teacher PLIP --demo MMKDCLIP_DATA
+    """
+
+    teacher: str = setting(help="name, folder, Hub id or YAML file", positional=True)
     demo: Path = setting(help="the authors' folder of demo samples, with meta.jsonl and features/")
     weights: Path | None = setting(None, "local folder or file of the teacher's weights")
-    published_name: str | None = setting(None, "the teacher's name in the folder, where it is not the row's")
-    threshold: float = setting(0.999, "cosine that every sample has to exceed")
-    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
+    published_name: str | None = setting(None, "the teacher's name in the folder, if it is another")
+    threshold: float = setting(0.999, "cosine that every sample must exceed")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     output: Path | None = setting(None, "JSON file for the result")
     quiet: bool = setting(False, "print the result only")
 
@@ -116,10 +117,10 @@ def show(result: dict[str, Any], settings: VerifySettings) -> None:
         print(f"{facts['teacher']}: the published features, to a cosine above {settings.threshold} ({summary})")
         return
     sides = " and ".join(side for side in worst if worst[side] <= settings.threshold)
-    noted = f"; note of its row: {facts['note']}" if facts["note"] else ""
+    noted = f"; note of its specification: {facts['note']}" if facts["note"] else ""
     raise ValueError(
         f"{facts['teacher']}: the {sides} features are not the published {result['published_name']} ({summary}): check "
-        f"weights, preprocessing, tokenizer, context and pooling above, and try others by a YAML row{noted}"
+        f"weights, preprocessing, tokenizer, context and pooling above, and try others in a YAML file{noted}"
     )
 
 

@@ -1,10 +1,13 @@
 """Settings of a recipe: a dataclass whose defaults a YAML file may change and the command line may change again.
 
 ``--config FILE.yaml`` gives values (``--config NAME`` those of a file that comes with the package), ``--key value``
-overrides them, ``--losses.task 0.5`` sets one entry of a mapping. The command line is read by cyclopts, which also
-groups the settings in ``--help``: those that a class declares stand under its ``GROUP``, if it has this attribute. An
-unknown key is refused with the nearest name, since a misspelt setting that silently does nothing costs a training run.
-Values are converted to the field's type, never evaluated.
+overrides them, ``--losses.task 0.5`` sets one entry of a mapping. The command line is read by cyclopts. An unknown key
+is refused with the nearest name, since a misspelt setting that silently does nothing costs a training run. Values are
+converted to the field's type, never evaluated.
+
+``--help`` shows the docstring of the settings class, whose section ``Example:`` holds commands, and the settings under
+headings, required ones first. The class that declares a setting lists its name under a heading in ``GROUPS``, or has
+one heading for all its settings, ``GROUP``; headings come in the order of `GROUPS` here.
 
 A recipe calls `check_arguments` after its settings class and before the imports that take seconds, so that ``--help``
 and a mistake are answered at once, and `run` at its end. A command with several actions (``mmkd pairs ls``) gives both
@@ -44,7 +47,12 @@ COMMAND_VARIABLE = "MMKD_COMMAND"  # environment variable: the name under which 
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the exit code that a shell gives a program whose reader left first
 BOOLEANS = ("true", "false", "yes", "no", "1", "0", "on", "off")
 NONE = ("none", "null", "")
-REQUIRED, COMMON = Group("required", sort_key=0), Group("command", sort_key=99)
+GROUPS = (
+    *("settings", "data", "images", "captions", "duplicates", "model", "losses", "tasks", "statistics"),
+    *("optimisation", "validation", "computing", "checkpoints and logging"),
+)
+REQUIRED, COMMON = Group("required", sort_key=-1), Group("command", sort_key=len(GROUPS))
+EXAMPLE = "Example:"
 
 
 def setting(
@@ -258,7 +266,7 @@ def _app(settings_class: type, action: str) -> App:
     settings.__signature__ = signature  # type: ignore[attr-defined]
     app = App(
         name=f"{_program()} {action}".strip(),
-        help=inspect.cleandoc(settings_class.__doc__ or ""),
+        help=_description(settings_class, action),
         help_flags=(),
         version_flags=(),
         help_format="plaintext",
@@ -276,13 +284,25 @@ def _hints(settings_class: type) -> dict[str, Any]:
 
 
 def _groups(settings_class: type) -> dict[str, Group]:
-    """The heading of every field in ``--help``: ``GROUP`` of the class that declares it."""
-    groups: dict[str, Group] = {}
+    """The heading of every field in ``--help``, as the first class that declares it says."""
+    headings: dict[str, str] = {}
     for declaring in reversed(settings_class.__mro__):
-        heading = vars(declaring).get("GROUP", "settings")
-        group = Group(heading, sort_key=1 if heading == "settings" else 2)
-        groups |= {name: groups.get(name, group) for name in vars(declaring).get("__annotations__", {})}
-    return groups
+        own = vars(declaring)
+        annotated = own.get("__annotations__", {})
+        listed = {name: heading for heading, names in own.get("GROUPS", {}).items() for name in names.split()}
+        assert listed.keys() <= annotated.keys(), f"{declaring.__name__}.GROUPS: {listed.keys() - annotated.keys()}"
+        for name in annotated:
+            headings.setdefault(name, listed.get(name, own.get("GROUP", "settings")))
+    places = {heading: place for place, heading in enumerate(GROUPS)}
+    return {name: Group(heading, sort_key=places.get(heading, 1)) for name, heading in headings.items()}
+
+
+def _description(settings_class: type, action: str = "") -> str:
+    """The docstring of a settings class with one example: the first of those for the command that runs."""
+    text, heading, examples = inspect.cleandoc(settings_class.__doc__ or "").partition(f"\n{EXAMPLE}\n")
+    lines = [line.strip() for line in examples.splitlines()]
+    own = [line for line in lines if f"{line} ".startswith(f"{_program()} {action}".strip() + " ")]
+    return f"{text.strip()}\n\n{EXAMPLE} {(own or lines)[0]}" if heading else text
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any, group: Group) -> inspect.Parameter:
@@ -359,9 +379,11 @@ def _action(command: Command, argv: list[str]) -> tuple[type, list[str], str]:
         return command, argv, ""
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
+        described = {action: _description(settings_class, action) for action, settings_class in command.items()}
         print(f"usage: {_program()} ACTION [--key value ...]\n")
-        for action, settings_class in command.items():
-            print(f"  {action:<10}{inspect.cleandoc(settings_class.__doc__ or '').splitlines()[0]}")
+        print(next(text for text in described.values()).splitlines()[-1], end="\n\n")
+        for action, text in described.items():
+            print(f"  {action:<10}{text.splitlines()[0]}")
         raise SystemExit(0)
     if name not in command:
         raise ValueError(f"unknown action {name!r}{nearest(name, command)}; allowed: {', '.join(command)}")
@@ -418,7 +440,7 @@ def _shown(default: Any) -> str:
         return ", ".join(f"{name}: {value}" for name, value in plain.items()) or "empty"
     if isinstance(plain, bool):
         return str(plain).lower()
-    return "none" if plain is None else str(plain) or "empty"
+    return "null" if plain is None else str(plain) or "empty"
 
 
 def _plain(value: Any) -> Any:

@@ -326,7 +326,7 @@ def _download(
         raise FileNotFoundError(
             f"{source} is no folder here and not in the Hub's cache, and the Hub cannot be reached{hint}. Where there "
             f"is a network, run `hf download {source}{kind} --local-dir DIR`, copy DIR here, and name DIR instead (a "
-            "teacher's to `mmkd extract` as --weights.NAME DIR, to all as `weights: DIR` in a YAML row); or copy the "
+            "teacher's to `mmkd extract` as --weights.NAME DIR, to all as `weights: DIR` in a YAML file); or copy the "
             "Hub's cache, ~/.cache/huggingface"
         ) from error
     return Path(folder)

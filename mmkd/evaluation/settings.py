@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mmkd.command.settings import nearest, setting
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
@@ -21,7 +21,17 @@ class EvalSettings:
 
     The first encoder is the student, the others are its teachers unless they are named as baselines. Exactly one of
     pairs, suite and datasets is required.
+
+    Example:
+        mmkd eval --encoders mmkd-clip,stage1,biomedclip,plip --pairs pairs --output results
     """
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "pairs suite datasets data output cache split questions captioned",
+        "tasks": "tasks probe_on probe_search probe_curve auroc_on within",
+        "statistics": "baselines replicates seed",
+        "computing": "batch_size precision device cache_frozen_towers watch poll_seconds quiet",
+    }
 
     encoders: list[str] = setting(
         help="names, folders, Hub ids, open_clip:ARCHITECTURE[:PRETRAINED], features:STORE; each may be given as "

@@ -22,6 +22,8 @@ METRICS = ("loss", "mean_recall", *(f"{way}_recall@{k}" for way in DIRECTIONS fo
 class RunSettings:
     """The settings that batches and loop share."""
 
+    GROUPS: ClassVar[dict[str, str]] = {"optimisation": "seed", "checkpoints and logging": "quiet"}
+
     seed: int = setting(42, "seed of order, crops, new layers and dropout")
     quiet: bool = setting(False, "show no progress bar")
 
@@ -46,7 +48,10 @@ class BatchSettings(RunSettings):
 class LoopSettings(RunSettings):
     """The settings of the training loop."""
 
-    GROUP: ClassVar[str] = "optimisation, checkpoints and logging"
+    GROUP: ClassVar[str] = "optimisation"
+    GROUPS: ClassVar[dict[str, str]] = {
+        "checkpoints and logging": "checkpoint_every checkpoints_kept trackers peak_tflops profile_steps overwrite",
+    }
 
     output: Path = setting(help="folder to write; OUTPUT.partial while running, from which the same command resumes")
     epochs: int = setting(1, "passes over the pairs")

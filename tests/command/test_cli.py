@@ -1,5 +1,8 @@
+import contextlib
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -64,6 +67,32 @@ def test_every_command_tells_its_settings(name, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="0"):
         cli.main([name, "--help"])
     assert capsys.readouterr().out.lower().startswith(f"usage: mmkd {name} ")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("name", sorted(cli.RECIPES))
+def test_every_command_shows_an_example_that_it_accepts(name, capsys, monkeypatch):
+    """Names and types of the example's options are checked by the command itself, required ones are all there."""
+    monkeypatch.setattr("sys.argv", ["mmkd"])
+
+    def printed(*arguments):
+        with contextlib.suppress(SystemExit):
+            cli.main(list(arguments))
+        shown = capsys.readouterr()
+        assert not shown.err
+        return shown.out
+
+    first = printed(name, "--help")
+    actions = re.findall(r"^  (\w+) ", first, re.M) if " ACTION " in first else []
+    for command in [[name, action] for action in actions] or [[name]]:
+        shown = printed(*command, "--help")
+        arguments = shlex.split(re.search(r"^Example: mmkd (.+)$", shown, re.M)[1])
+        assert arguments[: len(command)] == command
+        printed(*arguments, "--check")
+        required = re.search(r"^required:\n((?:  .+\n)*)", shown, re.M)
+        for option in re.findall(r"^  (.*?--\w+)", required[1] if required else "", re.M):
+            is_positional = ", " in option and not arguments[len(command)].startswith("--")
+            assert is_positional or option in arguments, option
 
 
 def test_the_command_runs_as_a_program():
