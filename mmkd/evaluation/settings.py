@@ -28,7 +28,7 @@ class EvalSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "pairs suite datasets data output cache split questions captioned",
-        "tasks": "tasks probe_on probe_search probe_curve auroc_on within",
+        "tasks": "tasks probe_on probe_search probe_curve within",
         "statistics": "baselines replicates seed",
         "computing": "batch_size precision device cache_frozen_towers watch poll_seconds quiet",
     }
