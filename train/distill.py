@@ -49,13 +49,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.data.features import FeatureKind
-from mmkd.data.features.lookup import MODALITIES, TeacherFeatures, available_features, seen_pairs
+from mmkd.data.features.lookup import MODALITIES, Features, TeacherFeatures, available_features, seen_pairs
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
 from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
 from mmkd.distillation.heads import TeacherHeads, angular_dispersion
 from mmkd.distillation.objective import DistillObjective
-from mmkd.distillation.options import require_width
+from mmkd.distillation.options import LOSSES_OF_IMAGES, require_width
+from mmkd.distillation.weighting import spread_scales
 from mmkd.student.folder import load_student, save_student, training_provenance
 from mmkd.student.trainable import make_trainable
 from mmkd.training.batches import training_batches
@@ -63,7 +64,7 @@ from mmkd.training.dataset import TeacherStores
 from mmkd.training.loop import fit, start
 from mmkd.training.validation import validation_of
 
-DISPERSION_PAIRS = 8192
+DISPERSION_PAIRS, SPREAD_PAIRS = 8192, 2048
 
 
 def main(settings: DistillSettings) -> None:
@@ -77,7 +78,8 @@ def main(settings: DistillSettings) -> None:
     if "aligned" in features:
         require_width(features["aligned"].dims, model.config.projection_dim)
     make_trainable(model, settings)
-    batches = training_batches(folder, model, processor, settings, features)
+    images_alone = any(settings.losses[name] for name in LOSSES_OF_IMAGES)
+    batches = training_batches(folder, model, processor, settings, features, images_alone)
     validation = validation_of(settings, settings.pairs, processor, held_out, features)
     teachers = teachers_of([settings.features, settings.aligned], settings.teachers)
     provenance = training_provenance("distill", folder, [settings.model], teachers)
@@ -110,7 +112,10 @@ def distill_objective(
         else:
             dispersions = dispersions_of(raw, pairs)
         heads = TeacherHeads(model.config.projection_dim, raw.dims, standardizer)
-    return DistillObjective(model, settings, seed=settings.seed, heads=heads, dispersions=dispersions)
+    scales = {}
+    if settings.teacher_temperature == "spread" and "teachers" in features:
+        scales = spread_scales(features_of_some(features["teachers"], pairs, SPREAD_PAIRS), settings.spread_factor)
+    return DistillObjective(model, settings, seed=settings.seed, heads=heads, dispersions=dispersions, scales=scales)
 
 
 def open_standardizer(folder: Path | None, widths: dict[str, int]) -> PhiSAligner:
@@ -136,14 +141,19 @@ def open_standardizer(folder: Path | None, widths: dict[str, int]) -> PhiSAligne
 
 def dispersions_of(features: TeacherFeatures, pairs: Sequence[Pair]) -> dict[str, float]:
     """``MODALITY/TEACHER`` to the angular dispersion over some thousand training pairs, evenly picked."""
-    chosen = pairs[:: max(1, len(pairs) // DISPERSION_PAIRS)]
-    found = available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
+    found = features_of_some(features, pairs, DISPERSION_PAIRS)
     return {
         f"{modality}/{name}": angular_dispersion(teacher[modality][teacher["mask"]])
         for modality in MODALITIES
         for name, teacher in found.items()
         if teacher["mask"].sum() > 1
     }
+
+
+def features_of_some(features: TeacherFeatures, pairs: Sequence[Pair], count: int) -> Features:
+    """Features of about `count` captioned pairs, evenly picked, as far as screening allows them."""
+    chosen = [pair for pair in pairs[:: max(1, len(pairs) // count)] if pair.caption]
+    return available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
 
 
 def open_features(settings: DistillSettings, folder: PairFolder) -> TeacherStores:

@@ -46,6 +46,7 @@ def training_batches(
     processor: Any,
     settings: BatchSettings,
     features: TeacherStores | None = None,
+    images_alone: bool = False,
 ) -> Batches:
     """Batches for `mmkd.training.loop.fit`: of images and captions, or with a cache of the outputs of frozen towers.
 
@@ -55,10 +56,18 @@ def training_batches(
         processor: the model's.
         settings: size, order, crops, cache.
         features: teacher features to add to each batch, by key.
+        images_alone: whether the objective has losses for images without a caption.
 
     Raises:
-        ValueError: with a cache, a tower is trainable, crops are random, or an image cannot be read.
+        ValueError: with a cache, a tower is trainable, crops are random, or an image cannot be read; or pairs without a
+            caption that the objective cannot use.
     """
+    without = uncaptioned(folder.pairs)
+    if without and not images_alone:
+        raise ValueError(
+            f"{without} of {len(folder.pairs)} pairs in {folder.path} have no caption; leave them out here: only "
+            "`mmkd distill` learns from images alone, with the loss relational, heads or feature"
+        )
     if settings.cache_frozen_towers is None:
         return pair_batches(folder, processor, settings, features)
     require_frozen(model, settings.crop)
@@ -86,7 +95,8 @@ def pair_batches(
     size = processor.image_processor.crop_size["height"]
     dataset = PairDataset(folder, size, crop or settings.crop, settings.seed)
     sampler = global_sampler(len(dataset), settings)
-    collate = Collate(processor, processor.tokenizer.model_max_length, features)
+    context = processor.tokenizer.model_max_length
+    collate = Collate(processor, context, features, mark_captioned=uncaptioned(folder.pairs) > 0)
     return PairBatches(dataset, sampler, collate, settings.workers)
 
 
@@ -165,6 +175,8 @@ class StoredBatches:
             features: teacher features to add to each batch, by key.
         """
         self.pairs, self.tensors, self.features = pairs, dict(tensors or {}), dict(features or {})
+        if uncaptioned(pairs):
+            self.tensors["captioned"] = torch.tensor([bool(pair.caption) for pair in pairs])
         self.sampler = global_sampler(len(pairs), settings)
 
     def __len__(self) -> int:
@@ -199,6 +211,11 @@ def identity_of(
         digest.update("".join(map(repr, zip(*columns, strict=True))).encode())
     stores = {key: store.identity for key, store in (features or {}).items()}
     return {"pairs": len(pairs), "pairs_sha256": digest.hexdigest(), "batch_size": sampler.batch_size, **stores}
+
+
+def uncaptioned(pairs: Sequence[Pair]) -> int:
+    """Number of pairs without a caption."""
+    return sum(captions.count("") for (captions,) in in_columns(pairs, ("caption",)))
 
 
 def require_frozen(model: MMKDClipModel, crop: str) -> None:

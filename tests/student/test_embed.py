@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, CLIPVisionConfig
 
 from mmkd.student.embed import MOST_CHUNKS, PixelStatistics, embed, normalized_pixels, padding_free_share, text_chunks
-from mmkd.training.objectives import ContrastiveObjective
+from mmkd.training.contrastive import ContrastiveObjective
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
