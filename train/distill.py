@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
-from mmkd.distillation.options import DistillOptions
+from mmkd.distillation.options import LOSSES_OF_IMAGES, DistillOptions
 from mmkd.student.settings import ModelSettings
 from mmkd.training.settings import LoopSettings, ValidationSettings
 
@@ -33,6 +33,9 @@ class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSet
     model: str = setting(help="folder or Hub id of the stage-1 student")
     features: Path | None = setting(None, "raw teacher features, for the losses affinity, relational and heads")
     aligned: Path | None = setting(None, "aligned teacher features, for the losses feature and interactive")
+    images: Path | None = setting(
+        None, "folder of pairs whose images, without their captions, join every batch in the losses of images alone"
+    )
     teachers: list[str] = setting(factory=list, help="teachers to distil; empty takes all")
     standardizer: Path | None = setting(None, "folder of `mmkd align --aligner phi-s`, for standardized heads")
 
@@ -40,6 +43,11 @@ class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSet
         """Check both groups of settings, and fill in what the recipe gives."""
         DistillOptions.__post_init__(self)
         ValidationSettings.__post_init__(self)
+        if self.images is not None and not any(self.losses[name] for name in LOSSES_OF_IMAGES):
+            raise ValueError(
+                f"--images {self.images} needs a weight of {' or '.join(LOSSES_OF_IMAGES)}; give one, "
+                "or leave --images out"
+            )
 
 
 if __name__ == "__main__":
@@ -55,7 +63,7 @@ from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
 from mmkd.distillation.heads import TeacherHeads, angular_dispersion
 from mmkd.distillation.objective import DistillObjective
-from mmkd.distillation.options import LOSSES_OF_IMAGES, require_width
+from mmkd.distillation.options import require_width
 from mmkd.distillation.weighting import spread_scales
 from mmkd.student.folder import load_student, save_student, training_provenance
 from mmkd.student.trainable import make_trainable
@@ -73,13 +81,16 @@ def main(settings: DistillSettings) -> None:
     if settings.quiet:
         disable_progress_bar()
     folder, held_out = hold_out_split(open_pairs(settings.pairs, "train"), settings.hold_out)
+    images = None if settings.images is None else open_pairs(settings.images, "train")
     features = open_features(settings, folder)
+    for name, store in features.items() if images is not None else ():
+        if not seen_pairs(store, images.pairs, f"--{name}").any():
+            raise ValueError(f"the {name} features hold none of the images of {settings.images}; extract them, too")
     model, processor = load_student(settings.model)
     if "aligned" in features:
         require_width(features["aligned"].dims, model.config.projection_dim)
     make_trainable(model, settings)
-    images_alone = any(settings.losses[name] for name in LOSSES_OF_IMAGES)
-    batches = training_batches(folder, model, processor, settings, features, images_alone)
+    batches = training_batches(folder, model, processor, settings, features, images)
     validation = validation_of(settings, settings.pairs, processor, held_out, features)
     teachers = teachers_of([settings.features, settings.aligned], settings.teachers)
     provenance = training_provenance("distill", folder, [settings.model], teachers)
@@ -151,8 +162,8 @@ def dispersions_of(features: TeacherFeatures, pairs: Sequence[Pair]) -> dict[str
 
 
 def features_of_some(features: TeacherFeatures, pairs: Sequence[Pair], count: int) -> Features:
-    """Features of about `count` captioned pairs, evenly picked, as far as screening allows them."""
-    chosen = [pair for pair in pairs[:: max(1, len(pairs) // count)] if pair.caption]
+    """Features of about `count` pairs, evenly picked, as far as screening allows them."""
+    chosen = pairs[:: max(1, len(pairs) // count)]
     return available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
 
 

@@ -1,8 +1,8 @@
 """The collections of the experiment: whose images teachers see, which the student sees, and which nobody sees.
 
-A collection is a folder with a ``labels.csv`` (file, modality, label, caption, group) and its images. Where a row has no
-caption one is made of its label by several templates, none of which is a prompt of the test. A draw assigns whole groups
-to the teachers, to the student, to validation and to test; collections named as unseen belong to the test alone.
+A collection is a folder with a ``labels.csv`` (file, modality, label, caption, group) and its images. A row without a
+caption gets one made of its label by one of several templates, none of which is a prompt of the test. A draw assigns
+whole groups to the teachers, to the student, to validation and to test; no model sees the unseen collections.
 """
 
 from __future__ import annotations

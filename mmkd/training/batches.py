@@ -46,7 +46,7 @@ def training_batches(
     processor: Any,
     settings: BatchSettings,
     features: TeacherStores | None = None,
-    images_alone: bool = False,
+    images: PairFolder | None = None,
 ) -> Batches:
     """Batches for `mmkd.training.loop.fit`: of images and captions, or with a cache of the outputs of frozen towers.
 
@@ -56,24 +56,23 @@ def training_batches(
         processor: the model's.
         settings: size, order, crops, cache.
         features: teacher features to add to each batch, by key.
-        images_alone: whether the objective has losses for images without a caption.
+        images: whose images join every batch without their captions, as many as there are pairs.
 
     Raises:
-        ValueError: with a cache, a tower is trainable, crops are random, or an image cannot be read; or pairs without a
-            caption that the objective cannot use.
+        ValueError: with a cache, a tower is trainable, crops are random, or an image cannot be read.
     """
-    without = uncaptioned(folder.pairs)
-    if without and not images_alone:
-        raise ValueError(
-            f"{without} of {len(folder.pairs)} pairs in {folder.path} have no caption; leave them out here: only "
-            "`mmkd distill` learns from images alone, with the loss relational, heads or feature"
-        )
     if settings.cache_frozen_towers is None:
-        return pair_batches(folder, processor, settings, features)
-    require_frozen(model, settings.crop)
-    towers = FrozenTowers(settings.cache_frozen_towers, model, processor, settings.quiet)
-    images, texts = tower_outputs(towers, folder)
-    return StoredBatches(folder.pairs, settings, {"pooled_images": images, "pooled_texts": texts}, features)
+        batches: list[Batches] = [pair_batches(own, processor, settings, features) for own in (folder, images) if own]
+    else:
+        require_frozen(model, settings.crop)
+        towers = FrozenTowers(settings.cache_frozen_towers, model, processor, settings.quiet)
+        batches = []
+        for own in (folder, images):
+            if own is not None:
+                of_images, texts = tower_outputs(towers, own)
+                stored = {"pooled_images": of_images, "pooled_texts": texts}
+                batches.append(StoredBatches(own.pairs, settings, stored, features))
+    return batches[0] if images is None else JoinedBatches(*batches, len(folder.pairs))
 
 
 def pair_batches(
@@ -95,8 +94,7 @@ def pair_batches(
     size = processor.image_processor.crop_size["height"]
     dataset = PairDataset(folder, size, crop or settings.crop, settings.seed)
     sampler = global_sampler(len(dataset), settings)
-    context = processor.tokenizer.model_max_length
-    collate = Collate(processor, context, features, mark_captioned=uncaptioned(folder.pairs) > 0)
+    collate = Collate(processor, processor.tokenizer.model_max_length, features)
     return PairBatches(dataset, sampler, collate, settings.workers)
 
 
@@ -175,8 +173,6 @@ class StoredBatches:
             features: teacher features to add to each batch, by key.
         """
         self.pairs, self.tensors, self.features = pairs, dict(tensors or {}), dict(features or {})
-        if uncaptioned(pairs):
-            self.tensors["captioned"] = torch.tensor([bool(pair.caption) for pair in pairs])
         self.sampler = global_sampler(len(pairs), settings)
 
     def __len__(self) -> int:
@@ -202,6 +198,58 @@ class StoredBatches:
             }
 
 
+class JoinedBatches:
+    """Every batch of pairs joined by a batch of images whose captions are not used; the images recur as needed."""
+
+    def __init__(self, pairs: Batches, images: Batches, first_index: int) -> None:
+        """Number the images from `first_index` on, so that their ``index`` is that of no pair.
+
+        Raises:
+            ValueError: there are fewer images than processes or none.
+        """
+        if not len(images):
+            raise ValueError("there are no images to join the pairs' batches; leave --images out")
+        self.pairs, self.images, self.first_index = pairs, images, first_index
+
+    def __len__(self) -> int:
+        """Batches of an epoch of the pairs."""
+        return len(self.pairs)
+
+    def identity(self) -> dict[str, Any]:
+        """Identity of the pairs and, as ``images``, that of the images."""
+        return {**self.pairs.identity(), "images": self.images.identity()}
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
+        """The batches of an epoch of the pairs, the images last, with ``captioned`` `(rows,)` bool."""
+        images = self._images(epoch * len(self.pairs) + skip)
+        for batch in self.pairs.epoch(epoch, skip):
+            own = next(images)
+            own["index"] = own["index"] + self.first_index
+            captioned = torch.arange(len(batch["ids"]) + len(own["ids"])) < len(batch["ids"])
+            yield {**_joined(batch, own), "captioned": captioned}
+
+    def _images(self, step: int) -> Iterator[dict[str, Any]]:
+        while True:
+            epoch, skip = divmod(step, len(self.images))
+            for batch in self.images.epoch(epoch, skip):
+                yield batch
+                step += 1
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Two batches as one: tensors and lists one after the other, matrices of tokens padded with zeros."""
+    if isinstance(one, Mapping):
+        return {key: _joined(value, other[key]) for key, value in one.items()}
+    if isinstance(one, list):
+        return one + other
+    if not isinstance(one, Tensor):
+        return one
+    if one.ndim == 2 and one.shape[1] != other.shape[1]:
+        width = max(one.shape[1], other.shape[1])
+        one, other = (torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in (one, other))
+    return torch.cat([one, other])
+
+
 def identity_of(
     pairs: Sequence[Pair], sampler: GlobalBatchSampler, features: Mapping[str, TeacherFeatures] | None = None
 ) -> dict[str, Any]:
@@ -211,11 +259,6 @@ def identity_of(
         digest.update("".join(map(repr, zip(*columns, strict=True))).encode())
     stores = {key: store.identity for key, store in (features or {}).items()}
     return {"pairs": len(pairs), "pairs_sha256": digest.hexdigest(), "batch_size": sampler.batch_size, **stores}
-
-
-def uncaptioned(pairs: Sequence[Pair]) -> int:
-    """Number of pairs without a caption."""
-    return sum(captions.count("") for (captions,) in in_columns(pairs, ("caption",)))
 
 
 def require_frozen(model: MMKDClipModel, crop: str) -> None:

@@ -138,9 +138,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 class Collate:
     """Items of a `PairDataset` as one batch, with teacher features when there are any."""
 
-    def __init__(
-        self, processor: Any, context: int, features: TeacherStores | None = None, mark_captioned: bool = False
-    ) -> None:
+    def __init__(self, processor: Any, context: int, features: TeacherStores | None = None) -> None:
         """Take mean, standard deviation and tokenizer from the model's processor.
 
         Args:
@@ -148,9 +146,7 @@ class Collate:
                 with ``text`` cleans and tokenizes.
             context: maximum number of tokens; the rest is cut off.
             features: looked up by pair id and added to each batch.
-            mark_captioned: add which pairs have a caption.
         """
-        self.mark_captioned = mark_captioned
         self.processor = processor
         self.context = context
         self.features = dict(features or {})
@@ -163,8 +159,7 @@ class Collate:
         Returns:
             ``pixel_values`` (B, 3, size, size) uint8 and ``pixel_statistics``, their mean and standard deviation;
             ``input_ids`` and ``attention_mask`` (B, longest) and ``text_lengths``, tokens of each row; ``index`` (B,);
-            ``ids`` and ``modality``, lists; ``captioned`` (B,) bool if asked for; and the features by
-            their keys, see `available_features`.
+            ``ids`` and ``modality``, lists; and the features by their keys, see `available_features`.
         """
         texts = self.processor(
             text=[item["caption"] for item in items],
@@ -187,8 +182,6 @@ class Collate:
             "modality": [item["modality"] for item in items],
         }
         teachers = [item["teachers"] for item in items]
-        if self.mark_captioned:
-            batch["captioned"] = torch.tensor([bool(item["caption"]) for item in items])
         return batch | {key: available_features(store, batch["ids"], teachers) for key, store in self.features.items()}
 
 

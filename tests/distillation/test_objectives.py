@@ -23,7 +23,7 @@ class Student(nn.Module):
         self.image, self.text = nn.Parameter(image), nn.Parameter(text)
         self.logit_scale = nn.Parameter(torch.tensor([logit_scale]))
 
-    def forward(self, input_ids, attention_mask, pixel_values):
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None):
         return SimpleNamespace(image_embeds=self.image, text_embeds=self.text)
 
 
@@ -39,7 +39,7 @@ def batch(rows=6, teachers=("a", "b"), widths=(8, 8), seed=0, **more):
         }
 
     both = {name: features(width, k) for k, (name, width) in enumerate(zip(teachers, widths, strict=True))}
-    nothing = dict.fromkeys(("input_ids", "attention_mask", "pixel_values"))
+    nothing = {"input_ids": torch.zeros(rows, 1), "attention_mask": torch.ones(rows, 1), "pixel_values": None}
     return {**nothing, "index": torch.arange(rows), "epoch": 0, "teachers": both, "aligned": both, **more}
 
 
@@ -173,9 +173,10 @@ class Towers(nn.Module):
         self.vision, self.words = nn.Linear(5, 8), nn.Embedding(20, 8)
         self.logit_scale = nn.Parameter(torch.tensor([1.0]))
 
-    def forward(self, input_ids, attention_mask, pixel_values):
-        text = (self.words(input_ids) * attention_mask[:, :, None]).sum(dim=1)
-        return SimpleNamespace(image_embeds=self.vision(pixel_values), text_embeds=text)
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None):
+        if input_ids is None:
+            return SimpleNamespace(image_embeds=self.vision(pixel_values))
+        return SimpleNamespace(text_embeds=(self.words(input_ids) * attention_mask[:, :, None]).sum(dim=1))
 
 
 def test_a_batch_may_be_encoded_in_pieces():
