@@ -83,9 +83,10 @@ def main(settings: DistillSettings) -> None:
     folder, held_out = hold_out_split(open_pairs(settings.pairs, "train"), settings.hold_out)
     images = None if settings.images is None else open_pairs(settings.images, "train")
     features = open_features(settings, folder)
-    for name, store in features.items() if images is not None else ():
-        if not seen_pairs(store, images.pairs, f"--{name}").any():
-            raise ValueError(f"the {name} features hold none of the images of {settings.images}; extract them, too")
+    if images is not None:
+        for name, store in features.items():
+            if not seen_pairs(store, images.pairs, f"--{name}").any():
+                raise ValueError(f"the {name} features hold none of the images of {settings.images}; extract them, too")
     model, processor = load_student(settings.model)
     if "aligned" in features:
         require_width(features["aligned"].dims, model.config.projection_dim)

@@ -47,9 +47,8 @@ def spread_scales(features: Mapping[str, Mapping[str, Tensor]], factor: float) -
     """
     scales = {}
     for name, teacher in features.items():
-        own = {modality: F.normalize(teacher[modality][teacher["mask"]].float(), dim=1) for modality in MODALITIES}
-        for key, one, other in (("across", "image", "text"), ("image", "image", "image"), ("text", "text", "text")):
-            left, right = own[one], own[other]
+        image, text = (F.normalize(teacher[side][teacher["mask"]].float(), dim=1) for side in MODALITIES)
+        for key, left, right in (("across", image, text), ("image", image, image), ("text", text, text)):
             if len(left) < 3 or left.shape[1] != right.shape[1]:
                 continue
             cosines = (left @ right.T)[~torch.eye(len(left), dtype=torch.bool)]

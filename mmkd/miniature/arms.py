@@ -52,10 +52,11 @@ TASK_AND_RELATIONS = {"task": 1.0, "relational": 3.0}
 ALL_THREE = {"task": 0.5, "affinity": 0.5, "relational": 3.0}
 SPREAD = {"teacher_temperature": "spread"}
 
-STAGE1, NO_TEACHER, DEFAULT = "stage 1", "own starting towers", "teachers, images without captions"
+STAGE1, TASK_ALONE, NO_TEACHER = "stage 1", "task loss alone", "own starting towers"
+DEFAULT = "teachers, images without captions"
 
 ARMS: dict[str, Arm] = {
-    "task loss alone": Arm(TASK, trials=RATES),
+    TASK_ALONE: Arm(TASK, trials=RATES),
     "task loss alone, screened pairs": Arm(TASK, screened=True, trials=RATES),
     "task loss on the teachers' pairs too": Arm(TASK, shared=True, trials=RATES),
     NO_TEACHER: Arm(TASK_AND_RELATIONS, "own", SPREAD, trials=RELATIONS),
@@ -92,4 +93,4 @@ ARMS: dict[str, Arm] = {
 CONTROLS = tuple(
     name for name, arm in ARMS.items() if arm.source in ("none", "own", "permuted", "random", "self") and not arm.shared
 )
-QUICK = ("task loss alone", NO_TEACHER, f"{NO_TEACHER}, images", "teachers", DEFAULT)
+QUICK = (TASK_ALONE, NO_TEACHER, f"{NO_TEACHER}, images", "teachers", DEFAULT)

@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from mmkd.data.images import open_image
-from mmkd.data.pixels import to_image
 from mmkd.data.readers import is_empty, read_csv
 from mmkd.data.splits import hashed
 from mmkd.data.table import Pair
@@ -109,8 +108,10 @@ def _caption(label: str, modality: str, file: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def read_images(pairs: Sequence[Pair], folders: dict[str, Path], size: int, cache: Path, quiet: bool) -> Tensor:
-    """The central square of every image, `(n, 3, size, size)` uint8, kept in the file `cache` and mapped from it.
+def read_images(
+    pairs: Sequence[Pair], folders: dict[str, Path], size: int, cache: Path, quiet: bool
+) -> NDArray[np.uint8]:
+    """The central square of every image, `(n, size, size, 3)`, kept in a file of the folder `cache` and mapped from it.
 
     Raises:
         UnreadableImageError: an image is missing or broken; the message names it.
@@ -125,19 +126,19 @@ def read_images(pairs: Sequence[Pair], folders: dict[str, Path], size: int, cach
         cache.mkdir(parents=True, exist_ok=True)
         np.save(partial, pixels)
         partial.replace(path)
-    return torch.from_numpy(np.load(path, mmap_mode="c")).permute(0, 3, 1, 2)
+    return np.load(path, mmap_mode="r")
 
 
-def near_unseen(pixels: Tensor, unseen: np.ndarray) -> np.ndarray:
+def near_unseen(pixels: NDArray[np.uint8], unseen: np.ndarray) -> np.ndarray:
     """Which images `(n,)` are nearly equal to an unseen one by their perceptual hash, the unseen ones themselves not.
 
     Args:
-        pixels: `(n, 3, size, size)` uint8.
+        pixels: `(n, size, size, 3)`.
         unseen: `(n,)` bool.
     """
     import imagehash
 
-    bits = np.stack([imagehash.phash(to_image(image)).hash.ravel() for image in pixels])
+    bits = np.stack([imagehash.phash(Image.fromarray(image)).hash.ravel() for image in pixels])
     hashes = np.packbits(bits, axis=1).view(np.uint64)[:, 0]
     near = np.zeros(len(hashes), dtype=bool)
     for own in np.unique(hashes[unseen]):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
+from tqdm import tqdm
 
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
 from mmkd.alignment.procrustes import ProcrustesAligner
@@ -23,10 +27,11 @@ from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions
 from mmkd.distillation.screening import Screen, ScreeningReport, draw_pools
 from mmkd.distillation.weighting import spread_scales
+from mmkd.evaluation.tasks.zeroshot import standardise
 from mmkd.files import atomic_write_bytes
-from mmkd.miniature.arms import ARMS, Arm
+from mmkd.miniature.arms import ARMS, TASK_ALONE, Arm
 from mmkd.miniature.data import Noise, with_noise
-from mmkd.miniature.tasks import Draw, Embedded, Question, answers
+from mmkd.miniature.tasks import Draw, Embedded, Question, answers, judge, scores
 from mmkd.miniature.training import (
     EMBEDDINGS,
     WEIGHTS,
@@ -37,11 +42,13 @@ from mmkd.miniature.training import (
     train,
 )
 from mmkd.miniature.world import World, WorldSettings
-from mmkd.training.batches import JoinedBatches, StoredBatches
+from mmkd.training.batches import Batches, JoinedBatches, StoredBatches
 from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.settings import BatchSettings
 
 ANSWERS = "answers.safetensors"
+ENSEMBLE, ORACLE = "ensemble of the teachers", "best teacher of each question (oracle)"
+COMBINATIONS = (ENSEMBLE, ORACLE)
 STUDENT_VISION = "packaged:efficientnet-lite0"
 TEACHER_VISIONS = ("packaged:efficientnet-lite2", "packaged:efficientnet-lite1")
 DIM, HIDDEN = 128, 512
@@ -74,6 +81,16 @@ class Run:
     seed: int
     arm: str = ""
     trial: int = 0
+
+    @property
+    def start(self) -> Run:
+        """The stage-1 student that it goes on from."""
+        return Run(self.draw, self.noise, self.seed)
+
+    @property
+    def earlier(self) -> Run:
+        """The student that the arms of an earlier student learn from."""
+        return replace(self, arm=TASK_ALONE, trial=0)
 
     @property
     def folder(self) -> str:
@@ -158,7 +175,7 @@ class Runner:
             stores["aligned"] = self._aligned(arm, arrays, pairs, run.seed)
         torch.manual_seed(run.seed)
         model = self._projections(STUDENT_VISION)
-        weights = load_file(self.work / Run(run.draw, run.noise, run.seed).folder / WEIGHTS)
+        weights = load_file(self.work / run.start.folder / WEIGHTS)
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
         options = DistillOptions(
             losses={**arm.losses, **change},
@@ -167,7 +184,7 @@ class Runner:
         )
         scales = spread_scales(arrays, options.spread_factor) if options.teacher_temperature == "spread" else {}
         objective = DistillObjective(model, options, seed=run.seed, scales=scales)
-        batches = self._batches(STUDENT_VISION, rows, captions, schedule, stores, pairs)
+        batches: Batches = self._batches(STUDENT_VISION, rows, captions, schedule, stores, pairs)
         if arm.images:
             images = draw.rows("teachers")
             own = {"teachers": teacher_arrays(world, sources, images, None)}
@@ -192,12 +209,72 @@ class Runner:
             replace(pair, teachers=tuple(name for name in arrays if passed[name][k])) for k, pair in enumerate(pairs)
         ]
 
-    def judged(self, embedded: Embedded, draw: int, only_validation: bool = False) -> dict[str, Tensor]:
+    def prepare(self) -> None:
+        """Run the frozen towers, so that every process finds their outputs."""
+        for vision in (STUDENT_VISION, *TEACHER_VISIONS):
+            self.world.pooled_images(vision)
+        assert len(self.world.pooled_texts)
+
+    def answers_of(self, run: Run) -> dict[str, NDArray[np.bool_]]:
+        """Right answers of a finished student by question."""
+        return {name: answer.numpy() for name, answer in load_file(self.work / run.folder / ANSWERS).items()}
+
+    def validation_score(self, run: Run) -> float:
+        """Mean balanced accuracy of a finished student on the validation questions."""
+        return self._score(self.answers_of(run), self.draw(run.draw).validation(), "validation/")
+
+    def best_teacher(self, number: int) -> str:
+        """The teacher with the best validation score in a draw."""
+        questions, found = self.draw(number).validation(), {}
+        for name, teacher in self.teachers(number).items():
+            right = {q.name: answers(q, self.world, teacher) for q in questions}
+            found[name] = self._score(right, questions)
+        return max(found, key=lambda name: found[name])
+
+    def teacher_answers(self, number: int) -> dict[str, dict[str, NDArray[np.bool_]]]:
+        """Right answers of every teacher, of their ensemble and of the best teacher of each question, by question."""
+        found: dict[str, dict[str, NDArray[np.bool_]]] = defaultdict(dict)
+        for question in self.draw(number).test:
+            every = {name: scores(question, self.world, own) for name, own in self.teachers(number).items()}
+            every[ENSEMBLE] = np.mean([standardise(own) for own in every.values()], axis=0)
+            right = {name: judge(question, self.world, own) for name, own in every.items()}
+            right[ORACLE] = right[max(self.specialists, key=lambda name: self._balanced(right[name], question))]
+            for name, own in right.items():
+                found[name][question.name] = own
+        return found
+
+    def teacher_fields(self, number: int) -> dict[str, dict[str, float]]:
+        """Balanced accuracy of each teacher inside its field and outside, on the test groups of seen collections."""
+        right = self.teacher_answers(number)
+        questions = [q for q in self.draw(number).test if q.endpoint == "seen"]
+        found = {}
+        for name, field in self.specialists.items():
+            inside = [q for q in questions if q.name.rpartition(" ")[0] in field]
+            outside = [q for q in questions if q not in inside]
+            found[name] = {"inside": self._score(right[name], inside)}
+            if outside:
+                found[name]["outside"] = self._score(right[name], outside)
+        return found
+
+    def screening(self, run: Run) -> dict[str, float]:
+        """Share of the student's pairs that screening keeps, by what their caption is."""
+        rows, noise = self.student_pairs(run)
+        captions = [pair.caption for pair in noise.pairs]
+        kept = self.screened(noise.pairs, teacher_arrays(self.world, self.teachers(run.draw), rows, captions))
+        passed = np.array([len(pair.teachers or ()) >= MINIMUM for pair in kept])
+        return {kind: float(passed[noise.kind == kind].mean()) for kind in np.unique(noise.kind).tolist()}
+
+    def _score(self, right: Mapping[str, NDArray[np.bool_]], questions: Sequence[Question], prefix: str = "") -> float:
+        return float(np.mean([self._balanced(right[prefix + q.name], q) for q in questions]))
+
+    def _balanced(self, right: NDArray[np.bool_], question: Question) -> float:
+        return float(np.mean([right[question.classes == k].mean() for k in np.unique(question.classes)]))
+
+    def judged(self, embedded: Embedded, draw: int) -> dict[str, Tensor]:
         """Right answers of a model by question; those on validation are named ``validation/...``."""
         drawn = self.draw(draw)
         asked: dict[str, Question] = {f"validation/{q.name}": q for q in drawn.validation()}
-        if not only_validation:
-            asked |= {question.name: question for question in drawn.test}
+        asked |= {question.name: question for question in drawn.test}
         return {name: torch.from_numpy(answers(q, self.world, embedded)) for name, q in asked.items()}
 
     def _teachers(self, number: int) -> dict[str, Embedded]:
@@ -212,7 +289,7 @@ class Runner:
             images, texts = world.pooled_images(STUDENT_VISION), world.pooled_texts
             return {"own": Embedded(F.normalize(images, dim=1), F.normalize(texts, dim=1))}
         if arm.source == "self":
-            return {"self": self._kept(replace(run, arm="task loss alone", trial=0).folder)}
+            return {"self": self._kept(run.earlier.folder)}
         if arm.source == "random":
             generator, found = torch.Generator().manual_seed(run.draw), {}
             for k, name in enumerate(self.specialists):
@@ -224,12 +301,12 @@ class Runner:
         if arm.source == "best":
             return {best_teacher: teachers[best_teacher]}
         if arm.source == "permuted":
-            generator = np.random.default_rng(run.draw)
+            shuffle = np.random.default_rng(run.draw).permutation
             sources = np.array([pair.source for pair in world.pairs])
             order = np.arange(len(sources))
             for name in np.unique(sources):
-                order[sources == name] = generator.permutation(order[sources == name])
-            shuffled = torch.from_numpy(generator.permutation(len(world.texts)))
+                order[sources == name] = shuffle(order[sources == name])
+            shuffled = torch.from_numpy(shuffle(len(world.texts)))
             return {name: Embedded(own.image[order], own.text[shuffled]) for name, own in teachers.items()}
         return teachers
 
@@ -284,7 +361,7 @@ class Runner:
         return StoredBatches(pairs, settings, tensors, features)
 
     def _answer(self, output: Path, run: Run, embedded: Embedded) -> None:
-        if run.arm == "task loss alone" and run.trial == 0:
+        if run == run.earlier:
             self._keep(output, embedded)
         atomic_write_bytes(output / ANSWERS, save(self.judged(embedded, run.draw)))
 
@@ -295,3 +372,45 @@ class Runner:
     def _kept(self, folder: str) -> Embedded:
         tensors = load_file(self.work / folder / EMBEDDINGS)
         return Embedded(F.normalize(tensors["image"].float(), dim=1), F.normalize(tensors["text"].float(), dim=1))
+
+
+_RUNNER: list[Runner] = []  # one in every process of a pool
+
+
+class Pool:
+    """Processes with a runner each."""
+
+    def __init__(self, runner: Runner, workers: int, quiet: bool) -> None:
+        """Start them; each reads the world by itself."""
+        self.quiet = quiet
+        arguments = (runner.world.settings, runner.work, runner.sizes)
+        context = multiprocessing.get_context("spawn")
+        self._executor = ProcessPoolExecutor(workers, context, _begin, arguments)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._executor.shutdown(cancel_futures=kind is not None)
+
+    def map(self, what: str, method: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Call a method of the runner with each of the arguments, in any order.
+
+        Raises:
+            Exception: what a call raised; no further one begins.
+        """
+        waiting: list[Future[None]] = [self._executor.submit(_call, method.__name__, *own) for own in arguments]
+        try:
+            for done in tqdm(as_completed(waiting), what, len(waiting), disable=self.quiet, unit="run", smoothing=0):
+                done.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _begin(*arguments: Any) -> None:
+    _RUNNER.append(Runner(*arguments))
+
+
+def _call(method: str, *arguments: Any) -> None:
+    getattr(_RUNNER[0], method)(*arguments)

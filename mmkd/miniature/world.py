@@ -93,12 +93,12 @@ class World:
         self.near = near_unseen(pixels, np.array([pair.source in self.unseen for pair in pairs]))
         kept = np.flatnonzero(~self.near)
         self.pairs = [pairs[row] for row in kept.tolist()]
-        self._pixels, self._kept = pixels, torch.from_numpy(kept)
+        self._pixels, self._kept = pixels, kept
         self.texts = {text: row for row, text in enumerate(dict.fromkeys(self._all_texts()))}
 
     def pixels(self, rows: Tensor) -> Tensor:
         """`(rows, 3, size, size)` uint8."""
-        return self._pixels[self._kept[rows]]
+        return torch.from_numpy(self._pixels[self._kept[rows.numpy()]]).permute(0, 3, 1, 2)
 
     def pooled_images(self, vision: str) -> Tensor:
         """Outputs of a frozen vision tower for every row, `(n, width)` float32."""

@@ -72,7 +72,7 @@ def training_batches(
                 of_images, texts = tower_outputs(towers, own)
                 stored = {"pooled_images": of_images, "pooled_texts": texts}
                 batches.append(StoredBatches(own.pairs, settings, stored, features))
-    return batches[0] if images is None else JoinedBatches(*batches, len(folder.pairs))
+    return batches[0] if images is None else JoinedBatches(batches[0], batches[1], len(folder.pairs))
 
 
 def pair_batches(
