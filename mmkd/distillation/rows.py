@@ -9,6 +9,7 @@ processes of ``weight * loss`` is the mean over all captioned rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,10 +79,22 @@ def captioned_rows(whole: Rows) -> Rows:
     image, text, all_images, all_texts, _ = whole.student
     offset, count = int(counts[: rank()].sum()), int(counts[rank()])
     student = Embeddings(image[own], text[own], all_images[columns], all_texts[columns], offset)
-    teachers = None if whole.teachers is None else whole.teachers.select(own, columns, offset)
+    teachers = None if whole.teachers is None else _selected(whole.teachers, own, columns, offset)
     kept = torch.nonzero(own)[:, 0].tolist()
     batch = {key: _chosen(value, own, kept) for key, value in whole.batch.items()}
     return Rows(student, teachers, batch, columns, count * world_size() / int(counts.sum()))
+
+
+def _selected(teachers: TeacherSimilarities, rows: Tensor, columns: Tensor, row_offset: int) -> TeacherSimilarities:
+    """The similarities of some rows `(rows,)` and columns `(columns,)` alone, both bool."""
+    chosen = copy(teachers)
+    chosen.row_offset = row_offset
+    chosen.teachers = {n: {k: v[rows] for k, v in teacher.items()} for n, teacher in teachers.teachers.items()}
+    chosen.rows = {key: features[rows] for key, features in teachers.rows.items()}
+    chosen.columns = {key: features[columns] for key, features in teachers.columns.items()}
+    chosen.masks = {name: mask[columns] for name, mask in teachers.masks.items()}
+    chosen.unscreened_masks = {name: mask[columns] for name, mask in teachers.unscreened_masks.items()}
+    return chosen
 
 
 def _chosen(value: Any, rows: Tensor, kept: list[int]) -> Any:

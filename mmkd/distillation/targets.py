@@ -8,7 +8,6 @@ of. `teacher_weights` turns it, with the options of `mmkd.distillation.weighting
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -58,17 +57,6 @@ class TeacherSimilarities:
         self.columns = {key: gather(rows) for key, rows in self.rows.items()}
         self.masks = {name: gather(teacher["mask"]) for name, teacher in self.teachers.items()}
         self.unscreened_masks = {name: gather(unscreened_mask(teacher)) for name, teacher in self.teachers.items()}
-
-    def select(self, rows: Tensor, columns: Tensor, row_offset: int) -> TeacherSimilarities:
-        """The same of some rows `(rows,)` and columns `(columns,)` alone, both bool."""
-        chosen = copy(self)
-        chosen.row_offset = row_offset
-        chosen.teachers = {n: {k: v[rows] for k, v in teacher.items()} for n, teacher in self.teachers.items()}
-        chosen.rows = {key: features[rows] for key, features in self.rows.items()}
-        chosen.columns = {key: features[columns] for key, features in self.columns.items()}
-        chosen.masks = {name: mask[columns] for name, mask in self.masks.items()}
-        chosen.unscreened_masks = {name: mask[columns] for name, mask in self.unscreened_masks.items()}
-        return chosen
 
     def across(self, modality: Modality, weights: TeacherWeights) -> list[TeacherSimilarity]:
         """Per teacher from one modality to the other, each at its own temperature."""

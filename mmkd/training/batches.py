@@ -40,6 +40,15 @@ class Batches(Protocol):
         """What order and content of the batches depend on, as JSON values; a run resumes only with the same."""
 
 
+def batches_from(batches: Batches, step: int, total: int) -> Iterator[dict[str, Any]]:
+    """The batches of a run of `total` steps from number `step` on, with their ``epoch``."""
+    while step < total:
+        epoch, skip = divmod(step, len(batches))
+        for batch in islice(batches.epoch(epoch, skip), total - step):
+            yield {**batch, "epoch": epoch}
+            step += 1
+
+
 def training_batches(
     folder: PairFolder,
     model: MMKDClipModel,
