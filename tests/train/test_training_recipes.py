@@ -502,6 +502,7 @@ EXAMPLES = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(encoding="utf-8"),
 def test_examples_of_the_page_on_distillation_run(tmp_path, world, example):
     given = yaml.safe_load(example)
     folders = {"features": world / "features", "aligned": world / "aligned", "standardizer": tmp_path / "standard"}
+    folders["images"] = world / "pairs"
     if "standardizer" in given:
         align(tmp_path / "standard", world, "--aligner", "phi-s")
     (tmp_path / "distill.yaml").write_text(example)
