@@ -51,7 +51,7 @@ ENSEMBLE, ORACLE = "ensemble of the teachers", "best teacher of each question (o
 COMBINATIONS = (ENSEMBLE, ORACLE)
 STUDENT_VISION = "packaged:efficientnet-lite0"
 TEACHER_VISIONS = ("packaged:efficientnet-lite2", "packaged:efficientnet-lite1")
-DIM, HIDDEN = 128, 512
+DIM, HIDDEN = 128, 256
 POOL, PERCENTILE, MINIMUM = 1024, 80.0, 1
 
 
@@ -59,9 +59,9 @@ POOL, PERCENTILE, MINIMUM = 1024, 80.0, 1
 class Sizes:
     """Steps, rates and batches of the three kinds of training."""
 
-    teacher: Schedule = Schedule(600, 1e-3, 256, 0)
-    stage1: Schedule = Schedule(200, 1e-3, 256, 0)
-    stage2: Schedule = Schedule(400, 1e-3, 256, 0)
+    teacher: Schedule = Schedule(400, 1e-3, 128, 0)
+    stage1: Schedule = Schedule(100, 1e-3, 128, 0)
+    stage2: Schedule = Schedule(200, 1e-3, 128, 0)
 
 
 @dataclass(frozen=True)
