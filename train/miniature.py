@@ -19,7 +19,11 @@ from mmkd.command.settings import check_arguments, run, setting
 
 @dataclass(kw_only=True)
 class MiniatureSettings:
-    """Compare the default recipe with controls that have no teacher, on a folder of labelled collections."""
+    """Compare the default recipe with controls that have no teacher, on a folder of labelled collections.
+
+    Example:
+        mmkd miniature --data collections --quick
+    """
 
     data: list[Path] = setting(help="folders of collections, each with a labels.csv and images")
     collections: list[str] = setting(factory=list, help="collections to train on; empty takes all that are not unseen")

@@ -53,19 +53,17 @@ ALL_THREE = {"task": 0.5, "affinity": 0.5, "relational": 3.0}
 SPREAD = {"teacher_temperature": "spread"}
 
 STAGE1, TASK_ALONE, NO_TEACHER = "stage 1", "task loss alone", "own starting towers"
-DEFAULT = "teachers, images without captions"
+DEFAULT = "teachers + images"
 
 ARMS: dict[str, Arm] = {
     TASK_ALONE: Arm(TASK, trials=RATES),
-    "task loss alone, screened pairs": Arm(TASK, screened=True, trials=RATES),
     "task loss on the teachers' pairs too": Arm(TASK, shared=True, trials=RATES),
     NO_TEACHER: Arm(TASK_AND_RELATIONS, "own", SPREAD, trials=RELATIONS),
-    f"{NO_TEACHER}, images": Arm(TASK_AND_RELATIONS, "own", SPREAD, images=True, trials=RELATIONS),
+    f"{NO_TEACHER} + images": Arm(TASK_AND_RELATIONS, "own", SPREAD, images=True, trials=RELATIONS),
     "earlier student": Arm(ALL_THREE, "self", SPREAD, trials=SHARES),
-    "earlier student, images": Arm(ALL_THREE, "self", SPREAD, images=True, trials=SHARES),
+    "earlier student + images": Arm(ALL_THREE, "self", SPREAD, images=True, trials=SHARES),
     "permuted teachers": Arm(TASK_AND_RELATIONS, "permuted", SPREAD, trials=RELATIONS),
-    "random projections": Arm(TASK_AND_RELATIONS, "random", SPREAD, trials=RELATIONS),
-    "random projections, images": Arm(TASK_AND_RELATIONS, "random", SPREAD, images=True, trials=RELATIONS),
+    "random projections + images": Arm(TASK_AND_RELATIONS, "random", SPREAD, images=True, trials=RELATIONS),
     "best teacher alone": Arm(ALL_THREE, "best", SPREAD, screened=True, trials=SHARES),
     "paper": Arm(
         {},
@@ -84,13 +82,13 @@ ARMS: dict[str, Arm] = {
         trials=tuple({"task": 1.0, "interactive": 1.0, "feature": weight} for weight in (2000.0, 400.0, 10000.0)),
     ),
     "teachers' relations": Arm(TASK_AND_RELATIONS, "all", SPREAD, trials=RELATIONS),
-    "teachers, fixed temperatures": Arm(ALL_THREE, "all", {}, True, trials=SHARES),
+    "teachers at fixed temperatures": Arm(ALL_THREE, "all", {}, True, trials=SHARES),
     "teachers": Arm(ALL_THREE, "all", SPREAD, True, trials=SHARES),
-    "teachers' relations, images": Arm(TASK_AND_RELATIONS, "all", SPREAD, images=True, trials=RELATIONS),
+    "teachers' relations + images": Arm(TASK_AND_RELATIONS, "all", SPREAD, images=True, trials=RELATIONS),
     DEFAULT: Arm(ALL_THREE, "all", SPREAD, True, images=True, trials=SHARES),
 }
 
 CONTROLS = tuple(
     name for name, arm in ARMS.items() if arm.source in ("none", "own", "permuted", "random", "self") and not arm.shared
 )
-QUICK = (TASK_ALONE, NO_TEACHER, f"{NO_TEACHER}, images", "teachers", DEFAULT)
+QUICK = (TASK_ALONE, f"{NO_TEACHER} + images", "teachers", DEFAULT)

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
+from mmkd.alignment.covariances import Covariances
 from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair
@@ -52,7 +53,7 @@ COMBINATIONS = (ENSEMBLE, ORACLE)
 STUDENT_VISION = "packaged:efficientnet-lite0"
 TEACHER_VISIONS = ("packaged:efficientnet-lite2", "packaged:efficientnet-lite1")
 DIM, HIDDEN = 128, 256
-POOL, PERCENTILE, MINIMUM = 1024, 80.0, 1
+POOL, PERCENTILE, FEWEST, MINIMUM = 1024, 80.0, 50, 1
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,7 @@ class Runner:
         captions = [pair.caption for pair in pairs]
         arrays = teacher_arrays(world, sources, rows, captions)
         if arm.screened:
-            reference = self.teachers(run.draw) if arm.source == "none" else sources
-            kept = self.screened(pairs, teacher_arrays(world, reference, rows, captions))
+            kept = self.screened(pairs, arrays)
             chosen = [k for k, pair in enumerate(kept) if len(pair.teachers or ()) >= MINIMUM]
             rows, pairs = rows[chosen], [kept[k] for k in chosen]
             captions = [pair.caption for pair in pairs]
@@ -202,7 +202,7 @@ class Runner:
         """The pairs with the teachers that the shipped rule leaves available for each; labels are hidden from it."""
         hidden = [replace(pair, label="", split="train") for pair in pairs]
         features = ArrayFeatures([pair.id for pair in hidden], arrays)
-        pools, _ = draw_pools(PairFolder(self.work, self.work, hidden), features, POOL, 0)
+        pools, _ = draw_pools(PairFolder(self.work, self.work, hidden), features, POOL, 0, FEWEST)
         screen = Screen(features, pools, "percentile", PERCENTILE, 1)
         passed, _ = screen.availability(hidden, ScreeningReport(list(arrays)))
         return [
@@ -314,7 +314,7 @@ class Runner:
         """All teachers in the student's width, fitted on the training pairs."""
         widths = {name: own["image"].shape[1] for name, own in arrays.items()}
         if arm.aligned == "procrustes":
-            aligner: Any = ProcrustesAligner.fit([arrays], widths, DIM)
+            aligner: Any = ProcrustesAligner.fit(Covariances.stream([arrays], widths, cross=True), DIM)
         else:
             torch.manual_seed(seed)
             aligner = AutoencoderAligner(widths, DIM)

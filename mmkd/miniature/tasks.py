@@ -26,7 +26,7 @@ from mmkd.miniature.world import World
 
 Endpoint = Literal["seen", "unseen", "retrieval"]
 SHOTS = 16
-FEWEST = 10  # images of a class in a test
+FEWEST, FEWEST_ON_VALIDATION = 10, 2  # images of a class
 RECALL = 10
 
 
@@ -105,12 +105,18 @@ class Draw:
     def validation(self, part: str = "validation") -> list[Question]:
         """Zero-shot classes of the seen collections in a part: what every choice is made on."""
         found: list[Question] = []
+        fewest = FEWEST_ON_VALIDATION if part == "validation" else FEWEST
         for name in self.world.seen:
-            found += self._classes(name, "seen", self.rows(part, [name]))
+            found += self._classes(name, "seen", self.rows(part, [name]), fewest=fewest)
         return found
 
     def _classes(
-        self, name: str, endpoint: Endpoint, rows: NDArray[np.int64], shots: NDArray[np.int64] | None = None
+        self,
+        name: str,
+        endpoint: Endpoint,
+        rows: NDArray[np.int64],
+        shots: NDArray[np.int64] | None = None,
+        fewest: int = FEWEST,
     ) -> list[Question]:
         label = {row: self.world.pairs[row].label for row in rows.tolist()}
         judged = set(rows.tolist())
@@ -118,7 +124,7 @@ class Draw:
             groups = {self.world.pairs[row].group for row in shots.tolist()}
             judged = {row for row in judged if self.world.pairs[row].group not in groups}
         counts = Counter(label[row] for row in judged)
-        labels = tuple(sorted(key for key, count in counts.items() if key and count >= FEWEST))
+        labels = tuple(sorted(key for key, count in counts.items() if key and count >= fewest))
         if len(labels) < 2:
             return []
         number = {key: k for k, key in enumerate(labels)}
