@@ -40,6 +40,7 @@ class MiniatureSettings:
     seeds: int = setting(3, "number of training seeds of each student")
     maximum: int = setting(1500, "maximum number of images of a collection")
     image_size: int = setting(128, "side of the images [pixels]")
+    page: Path | None = setting(None, "Markdown file in which the table between <!-- claim --> markers is replaced")
     protocol: str = setting("", "what fixed the experiment beforehand, such as a commit; recorded in claim.json")
     quick: bool = setting(False, "one draw, one seed, 20 % wrong captions, five arms, 300 images of a collection")
     workers: int = setting(2, "processes")
@@ -69,7 +70,7 @@ from mmkd.command.settings import nearest, resolved
 from mmkd.evaluation.results.summary import versions
 from mmkd.files import atomic_write_text, write_json
 from mmkd.miniature.arms import ARMS, DEFAULT, NO_TEACHER, QUICK, STAGE1
-from mmkd.miniature.report import Row, Scores, best_control, contrasts, primary, ranks, table
+from mmkd.miniature.report import Row, Scores, best_control, contrasts, primary, ranks, replace_table, summary, table
 from mmkd.miniature.runs import COMBINATIONS, Pool, Run, Runner, Sizes
 from mmkd.miniature.world import WorldSettings
 
@@ -179,7 +180,7 @@ def write(
     control = best_control(validation)
     found: dict[str, Any] = {
         "protocol": settings.protocol,
-        "settings": {k: v for k, v in resolved(settings).items() if k not in ("data", "work", "results")},
+        "settings": {k: v for k, v in resolved(settings).items() if k not in ("data", "work", "results", "page")},
         "versions": versions(),
         "seconds": seconds,
         "collections": {"seen": runner.world.seen, "unseen": runner.world.unseen},
@@ -195,10 +196,12 @@ def write(
     for row in found["rows"] + ([found["primary"]] if found["primary"] else []):
         row |= {"seeds": settings.seeds, "splits": settings.draws}
     names = [STAGE1, *arms, *baselines]
-    tables = [table(scores, names, settings.noise, endpoint) for endpoint in scores.present()]
+    tables = [summary(found), *(table(scores, names, settings.noise, endpoint) for endpoint in scores.present())]
     settings.results.mkdir(parents=True, exist_ok=True)
     write_json(settings.results / "claim.json", found)
     atomic_write_text(settings.results / "claim.md", "\n".join(tables))
+    if settings.page is not None:
+        replace_table(settings.page, tables[0])
     if not settings.quiet:
         print("\n".join(tables))
 

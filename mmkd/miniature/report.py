@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from mmkd.evaluation.statistics.bootstrap import difference, interval, replicate_weights, resampling_units
 from mmkd.evaluation.statistics.comparisons import above_chance, average_ranks, holm
 from mmkd.evaluation.statistics.metrics import Floats
+from mmkd.files import atomic_write_text
 from mmkd.miniature.arms import CONTROLS, DEFAULT
 from mmkd.miniature.tasks import Draw, Question
 
@@ -27,6 +29,7 @@ Answers = Mapping[str, NDArray[np.bool_]]
 ENDPOINTS = ("seen", "unseen", "retrieval")
 PRIMARY_ENDPOINTS, PRIMARY_NOISE = ("seen", "unseen"), (0.2, 0.4)
 REPLICATES = 2000
+MARKERS = "<!-- claim -->", "<!-- /claim -->"
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,45 @@ def table(scores: Scores, names: Sequence[str], noises: Sequence[float], endpoin
             cells.append(f"{100 * values[0]:.1f} [{100 * low:.1f}, {100 * high:.1f}] ({100 * normalised[0]:.1f})")
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """The contrasts as a table in Markdown, one row for each other arm or teacher; bold where Holm's p is below .05."""
+    columns = list(dict.fromkeys((row["endpoint"], row["noise"]) for row in found["rows"]))
+    cells: dict[str, dict[tuple[str, float], str]] = {}
+    for row in found["rows"]:
+        text = f"{row['delta']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+        shown = f"**{text}**" if row["holm_p"] < 0.05 else text
+        cells.setdefault(row["contrast"].rpartition(" - ")[2], {})[row["endpoint"], row["noise"]] = shown
+    lines = [f"| *{DEFAULT}* minus | " + " | ".join(f"{name}, {noise:.0%} wrong" for name, noise in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, own in cells.items():
+        control = name in CONTROLS
+        lines.append(
+            "| " + " | ".join([f"control: {name}" if control else name, *(own[key] for key in columns)]) + " |"
+        )
+    if found["primary"] is not None:
+        one = found["primary"]
+        lines += [
+            "",
+            f"Primary contrast ({one['contrast']}; {one['endpoint']}, 20 and 40 % wrong captions together): "
+            f"{one['delta']:+.1f} [{one['low']:+.1f}, {one['high']:+.1f}], p = {one['p']:.3f}; {one['n']} images, "
+            f"{one['splits']} draws, {one['seeds']} seeds each.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def replace_table(page: Path, table: str) -> None:
+    """Put the table between the markers ``<!-- claim -->`` and ``<!-- /claim -->`` of a page.
+
+    Raises:
+        ValueError: the page lacks the markers.
+    """
+    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not begin or not end:
+        raise ValueError(f"{page} lacks the lines {MARKERS[0]} and {MARKERS[1]}, between which the table goes")
+    atomic_write_text(page, f"{before}{begin}\n{table}{end}{after}")
 
 
 def ranks(scores: Scores, names: Sequence[str], noise: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Nothing of a draw is here: which rows a model is trained on and judged by is `mm
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,8 +90,13 @@ class World:
             )
         pairs = [pair for name in (*self.seen, *self.unseen) for pair in read[name]]
         pixels = read_images(pairs, found, settings.image_size, settings.cache, settings.quiet)
-        self.near = near_unseen(pixels, np.array([pair.source in self.unseen for pair in pairs]))
-        kept = np.flatnonzero(~self.near)
+        is_unseen = np.array([pair.source in self.unseen for pair in pairs])
+        digest = hashlib.sha256("\n".join([str(settings.image_size), *self.unseen, *(p.id for p in pairs)]).encode())
+        near = _cached(
+            settings.cache / f"near-{digest.hexdigest()[:24]}.safetensors",
+            lambda: torch.from_numpy(near_unseen(pixels, is_unseen)),
+        )
+        kept = np.flatnonzero(~near.numpy())
         self.pairs = [pairs[row] for row in kept.tolist()]
         self._pixels, self._kept = pixels, kept
         self.texts = {text: row for row, text in enumerate(dict.fromkeys(self._all_texts()))}
@@ -147,10 +152,14 @@ class World:
         prompts = [prompt for label, source in labels for prompt in self.prompts(label, source)]
         return [*(pair.caption for pair in self.pairs), *VAGUE, *prompts]
 
-    def _cached(self, what: str, encode) -> Tensor:  # type: ignore[no-untyped-def]
+    def _cached(self, what: str, encode: Callable[[], Tensor]) -> Tensor:
         content = "\n".join([what, str(self.settings.image_size), *(pair.id for pair in self.pairs), *self.texts])
-        path = self.settings.cache / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.safetensors"
-        if not path.is_file():
-            with torch.inference_mode():
-                atomic_write_bytes(path, save({"outputs": encode().contiguous()}))
-        return load_file(path)["outputs"]
+        return _cached(self.settings.cache / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.safetensors", encode)
+
+
+def _cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor in a file, made where there is none."""
+    if not path.is_file():
+        with torch.inference_mode():
+            atomic_write_bytes(path, save({"outputs": make().contiguous()}))
+    return load_file(path)["outputs"]

@@ -1,12 +1,13 @@
 """Paired differences of arms over draws, seeds and groups."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mmkd.miniature.arms import ARMS, CONTROLS, DEFAULT, NO_TEACHER
-from mmkd.miniature.report import Row, Scores, best_control, contrasts, primary, table
+from mmkd.miniature.report import Row, Scores, best_control, contrasts, primary, replace_table, summary, table
 from mmkd.miniature.tasks import Question
 
 ROWS = 240
@@ -82,6 +83,20 @@ def test_the_table_has_chance_normalised_means(scores):
     value = scores.mean(DEFAULT, 0.2, ["seen"])[0]
     assert f"{100 * value:.1f} [" in text
     assert f"({100 * (value - 1 / 3) / (2 / 3):.1f})" in text
+
+
+def test_the_summary_marks_controls_and_goes_between_the_markers_of_a_page(scores, tmp_path):
+    rows = contrasts(scores, [DEFAULT, NO_TEACHER], ["stage 1"], [0.2])["rows"]
+    text = summary({"rows": rows, "primary": {**primary(scores, NO_TEACHER), "splits": 3, "seeds": 3}})
+    delta = rows[0]["delta"]
+    assert re.search(rf"^\| control: {NO_TEACHER} \| \*\*\{delta:+.1f} \[", text, re.MULTILINE)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- claim -->\nold\n<!-- /claim -->\nafter\n")
+    replace_table(page, text)
+    assert page.read_text() == f"before\n<!-- claim -->\n{text}<!-- /claim -->\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        replace_table(page, text)
 
 
 def test_controls_know_nothing_and_the_best_is_chosen_by_validation():
