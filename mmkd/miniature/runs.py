@@ -43,7 +43,7 @@ from mmkd.miniature.training import (
     train,
 )
 from mmkd.miniature.world import World, WorldSettings
-from mmkd.training.batches import Batches, JoinedBatches, StoredBatches
+from mmkd.training.batches import Batches, JoinedBatches, StoredBatches, batches_from
 from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.settings import BatchSettings
 
@@ -53,6 +53,7 @@ COMBINATIONS = (ENSEMBLE, ORACLE)
 STUDENT_VISION = "packaged:efficientnet-lite0"
 TEACHER_VISIONS = ("packaged:efficientnet-lite2", "packaged:efficientnet-lite1")
 DIM, HIDDEN = 128, 256
+ALIGNING_STEPS = 300  # of the paper's autoencoder
 POOL, PERCENTILE, FEWEST, MINIMUM = 1024, 80.0, 50, 1
 
 
@@ -319,9 +320,11 @@ class Runner:
             torch.manual_seed(seed)
             aligner = AutoencoderAligner(widths, DIM)
             objective, optimizer = AlignObjective(aligner), torch.optim.Adam(aligner.parameters(), lr=1e-3)
-            for _ in range(300):
+            features = {"teachers": ArrayFeatures([pair.id for pair in pairs], arrays)}
+            settings = BatchSettings(batch_size=self.sizes.stage2.batch_size, seed=seed)
+            for batch in batches_from(StoredBatches(pairs, settings, features=features), 0, ALIGNING_STEPS):
                 optimizer.zero_grad()
-                objective({"teachers": arrays})["loss"].backward()
+                objective(batch)["loss"].backward()
                 optimizer.step()
             aligner.eval()
         return {
