@@ -56,6 +56,8 @@ def start(settings: LoopSettings) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir=str(RunFolder(settings.output).path / TENSORBOARD_FOLDER)),
     )
     settle_group(str(accelerator.distributed_type))
+    if accelerator.device.type == "cuda" and settings.precision == "fp32":
+        logger.warning("training in fp32 on a GPU; --precision bf16 is faster and takes less memory")
     torch.manual_seed(settings.seed)
     return accelerator
 
