@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
-from mmkd.distillation.options import DistillOptions
+from mmkd.distillation.options import LOSSES_OF_IMAGES, DistillOptions
 from mmkd.student.settings import ModelSettings
 from mmkd.training.settings import LoopSettings, ValidationSettings
 
@@ -33,6 +33,9 @@ class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSet
     model: str = setting(help="folder or Hub id of the stage-1 student")
     features: Path | None = setting(None, "raw teacher features, for the losses affinity, relational and heads")
     aligned: Path | None = setting(None, "aligned teacher features, for the losses feature and interactive")
+    images: Path | None = setting(
+        None, "folder of pairs whose images, without their captions, join every batch in the losses of images alone"
+    )
     teachers: list[str] = setting(factory=list, help="teachers to distil; empty takes all")
     standardizer: Path | None = setting(None, "folder of `mmkd align --aligner phi-s`, for standardized heads")
 
@@ -40,6 +43,11 @@ class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSet
         """Check both groups of settings, and fill in what the recipe gives."""
         DistillOptions.__post_init__(self)
         ValidationSettings.__post_init__(self)
+        if self.images is not None and not any(self.losses[name] for name in LOSSES_OF_IMAGES):
+            raise ValueError(
+                f"--images {self.images} needs a weight of {' or '.join(LOSSES_OF_IMAGES)}; give one, "
+                "or leave --images out"
+            )
 
 
 if __name__ == "__main__":
@@ -49,13 +57,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.data.features import FeatureKind
-from mmkd.data.features.lookup import MODALITIES, TeacherFeatures, available_features, seen_pairs
+from mmkd.data.features.lookup import MODALITIES, Features, TeacherFeatures, available_features, seen_pairs
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
 from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
 from mmkd.distillation.heads import TeacherHeads, angular_dispersion
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import require_width
+from mmkd.distillation.weighting import spread_scales
 from mmkd.student.folder import load_student, save_student, training_provenance
 from mmkd.student.trainable import make_trainable
 from mmkd.training.batches import training_batches
@@ -63,7 +72,7 @@ from mmkd.training.dataset import TeacherStores
 from mmkd.training.loop import fit, start
 from mmkd.training.validation import validation_of
 
-DISPERSION_PAIRS = 8192
+DISPERSION_PAIRS, SPREAD_PAIRS = 8192, 2048
 
 
 def main(settings: DistillSettings) -> None:
@@ -72,12 +81,17 @@ def main(settings: DistillSettings) -> None:
     if settings.quiet:
         disable_progress_bar()
     folder, held_out = hold_out_split(open_pairs(settings.pairs, "train"), settings.hold_out)
+    images = None if settings.images is None else open_pairs(settings.images, "train")
     features = open_features(settings, folder)
+    if images is not None:
+        for name, store in features.items():
+            if not seen_pairs(store, images.pairs, f"--{name}").any():
+                raise ValueError(f"the {name} features hold none of the images of {settings.images}; extract them, too")
     model, processor = load_student(settings.model)
     if "aligned" in features:
         require_width(features["aligned"].dims, model.config.projection_dim)
     make_trainable(model, settings)
-    batches = training_batches(folder, model, processor, settings, features)
+    batches = training_batches(folder, model, processor, settings, features, images)
     validation = validation_of(settings, settings.pairs, processor, held_out, features)
     teachers = teachers_of([settings.features, settings.aligned], settings.teachers)
     provenance = training_provenance("distill", folder, [settings.model], teachers)
@@ -110,7 +124,10 @@ def distill_objective(
         else:
             dispersions = dispersions_of(raw, pairs)
         heads = TeacherHeads(model.config.projection_dim, raw.dims, standardizer)
-    return DistillObjective(model, settings, seed=settings.seed, heads=heads, dispersions=dispersions)
+    scales = {}
+    if settings.teacher_temperature == "spread" and "teachers" in features:
+        scales = spread_scales(features_of_some(features["teachers"], pairs, SPREAD_PAIRS), settings.spread_factor)
+    return DistillObjective(model, settings, seed=settings.seed, heads=heads, dispersions=dispersions, scales=scales)
 
 
 def open_standardizer(folder: Path | None, widths: dict[str, int]) -> PhiSAligner:
@@ -136,14 +153,19 @@ def open_standardizer(folder: Path | None, widths: dict[str, int]) -> PhiSAligne
 
 def dispersions_of(features: TeacherFeatures, pairs: Sequence[Pair]) -> dict[str, float]:
     """``MODALITY/TEACHER`` to the angular dispersion over some thousand training pairs, evenly picked."""
-    chosen = pairs[:: max(1, len(pairs) // DISPERSION_PAIRS)]
-    found = available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
+    found = features_of_some(features, pairs, DISPERSION_PAIRS)
     return {
         f"{modality}/{name}": angular_dispersion(teacher[modality][teacher["mask"]])
         for modality in MODALITIES
         for name, teacher in found.items()
         if teacher["mask"].sum() > 1
     }
+
+
+def features_of_some(features: TeacherFeatures, pairs: Sequence[Pair], count: int) -> Features:
+    """Features of about `count` pairs, evenly picked, as far as screening allows them."""
+    chosen = pairs[:: max(1, len(pairs) // count)]
+    return available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
 
 
 def open_features(settings: DistillSettings, folder: PairFolder) -> TeacherStores:

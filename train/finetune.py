@@ -51,8 +51,9 @@ from mmkd.student.folder import load_student, save_student, training_provenance,
 from mmkd.student.trainable import add_adapter, make_trainable
 from mmkd.training.batches import training_batches
 from mmkd.training.classification import PromptClassification
+from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.loop import fit, start
-from mmkd.training.objectives import ContrastiveObjective, Objective
+from mmkd.training.objectives import Objective
 
 
 def main(settings: FinetuneSettings) -> None:

@@ -1,246 +1,209 @@
-"""The paper's experiment at a size that two cores can do: does one student learn from many teachers on real images?
+"""The claim at a size that two cores can do: is a student of many teachers better than it could be without them?
 
-Specialists and generalists are trained on groups that the student never sees, students on pairs whose captions are
-partly wrong, by every objective at the same budget; all are asked the same questions about a third set of groups, and
-the default is compared with every rival by paired intervals. Each stage is the command a user would type. Started
-again, what has finished is skipped. Choices are made with ``--split validation``; ``test`` is for the report.
+Teachers with other vision towers are trained on most groups of several collections, students on a tenth of that, with
+partly wrong captions, by every arm at the same number of steps and of tuning trials. The arms include controls without
+any teacher. Tuning reads the validation groups of draw 0 alone; the report reads the test groups of the other draws,
+and collections that no model was trained on. Started again, what has finished is skipped.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mmkd.command.settings import check_arguments, run, setting
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MiniatureSettings:
-    """The paper's experiment on a folder of small collections of real images.
-
-    Settings of a stage are given under its name: `--distill.max_steps 800`.
+    """Compare the default recipe with controls that have no teacher, on a folder of labelled collections.
 
     Example:
         mmkd miniature --data collections --quick
     """
 
-    data: Path = setting(help="folder of collections, each with a labels.csv and images")
-    work: Path = setting(Path("miniature-work"), "folder for everything between; the same command goes on in it")
-    results: Path = setting(Path("miniature-results"), "folder for miniature.json or ablations.json and its table")
-    readme: Path | None = setting(None, "file in which the table between the markers is replaced")
+    data: list[Path] = setting(help="folders of collections, each with a labels.csv and images")
+    collections: list[str] = setting(factory=list, help="collections to train on; empty takes all that are not unseen")
+    unseen: list[str] = setting(
+        factory=list, help="collections that no model is trained on; empty takes every third one with two labels"
+    )
+    work: Path = setting(
+        Path("miniature-work"), "folder for images, models and answers; the same command resumes in it"
+    )
+    results: Path = setting(Path("miniature-results"), "folder for claim.json and claim.md")
+    arms: list[str] = setting(factory=list, help="arms by name; empty takes all")
     noise: list[float] = setting(factory=lambda: [0.0, 0.2, 0.4], help="shares of the student's captions made wrong")
-    seeds: list[int] = setting(factory=lambda: [1, 2, 3], help="of the students; teachers have one each")
-    split: Literal["validation", "test"] = setting("test", "groups that are reported; choose on validation")
-    rivals: list[str] = setting(factory=list, help="rivals by name, by default all")
-    ablations: bool = setting(False, "one change of the default at a time, instead of the rivals")
-    quick: bool = setting(False, "one seed, the rivals that must be beaten, and fewer images")
-    workers: int = setting(2, "stages that run at the same time")
-    quiet: bool = setting(False, "no progress bars")
-    training: dict[str, Any] = setting(factory=dict, help="settings of every training")
-    teacher: dict[str, Any] = setting(factory=dict, help="settings of each teacher's training, a pretraining")
-    stage1: dict[str, Any] = setting(factory=dict, help="settings of the students' pretraining")
-    quarter: dict[str, Any] = setting(factory=dict, help="what is smaller in a student a quarter as large")
-    screen: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
-    align: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
-    distill: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
-    eval: dict[str, Any] = setting(factory=dict, help="settings of the stage of that name")
+    draws: int = setting(3, "number of assignments of groups to teachers, student and test")
+    seeds: int = setting(3, "number of training seeds of each student")
+    maximum: int = setting(1500, "maximum number of images of a collection")
+    image_size: int = setting(128, "side of the images [pixels]")
+    page: Path | None = setting(None, "Markdown file in which the table between <!-- claim --> markers is replaced")
+    protocol: str = setting("", "what fixed the experiment beforehand, such as a commit; recorded in claim.json")
+    quick: bool = setting(False, "one draw, one seed, 20 % wrong captions, five arms, 300 images of a collection")
+    workers: int = setting(2, "processes")
+    quiet: bool = setting(False, "show no progress bars")
+
+    def __post_init__(self) -> None:
+        """Apply ``quick`` and refuse values out of range.
+
+        Raises:
+            ValueError: the message names the setting and what is allowed.
+        """
+        if self.quick:
+            self.draws, self.seeds, self.noise, self.maximum = 1, 1, [0.2], min(self.maximum, 300)
+        for name in ("draws", "seeds", "maximum", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.noise or not all(0 <= share < 1 for share in self.noise):
+            raise ValueError(f"--noise {self.noise}: give shares from 0 to below 1")
 
 
 if __name__ == "__main__":
     check_arguments(MiniatureSettings)  # before the imports that take seconds
 
-from mmkd.command.stages import Stage, StageRunner
-from mmkd.data.folder import open_pairs, write_manifest
-from mmkd.evaluation.datasets.pairs import slug
-from mmkd.files import fingerprint, write_json
-from mmkd.miniature.data import deal, with_noise, write_table
-from mmkd.miniature.plan import (
-    ABLATIONS,
-    ENSEMBLE,
-    GENERALISTS,
-    ORACLE,
-    QUARTER,
-    QUICK,
-    RIVALS,
-    SPECIALISTS,
-    STAGE1,
-    TEACHER,
-    Plan,
-    Rival,
-)
-from mmkd.miniature.report import Report
+import numpy as np
 
-QUICK_ROWS = 300  # of each collection
-SEED = 42  # of splits and wrong captions
-CLEAN, STANDARDIZER = "clean", "phi-s"
+from mmkd.command.settings import nearest, resolved
+from mmkd.evaluation.results.summary import versions
+from mmkd.files import atomic_write_text, write_json
+from mmkd.miniature.arms import ARMS, DEFAULT, NO_TEACHER, QUICK, STAGE1
+from mmkd.miniature.report import Row, Scores, best_control, contrasts, primary, ranks, replace_table, summary, table
+from mmkd.miniature.runs import COMBINATIONS, Pool, Run, Runner, Sizes
+from mmkd.miniature.world import WorldSettings
+
+TUNING_DRAW, TUNING_NOISE = 0, 0.2
 
 
 def main(settings: MiniatureSettings) -> None:
-    """Run what has not finished, compare, and write results and table.
+    """Run what has not finished, and write ``claim.json`` and ``claim.md``.
 
     Raises:
-        FileNotFoundError: the folder holds too few of the collections.
-        ValueError: unknown rivals, shares or seeds out of range, or a stage that failed.
-        SystemExit: with 0, SIGTERM or SIGUSR1 came; the stages at hand have saved.
+        FileNotFoundError: there are too few collections.
+        ValueError: unknown arms or collections.
     """
-    started = time.monotonic()
-    rivals = check(settings)
-    experiment = Experiment(settings, rivals)
-    with experiment.runner:
-        experiment.prepare()
-        experiment.train()
-        results = experiment.evaluate()
-    report = Report(settings, results, experiment.rows(), experiment.facts)
-    report.write(round(time.monotonic() - started))
+    began = time.monotonic()
+    arms = chosen_arms(settings)
+    world = WorldSettings(
+        tuple(settings.data),
+        tuple(settings.collections),
+        tuple(settings.unseen),
+        settings.work / "world",
+        settings.image_size,
+        settings.maximum,
+        settings.quiet,
+    )
+    runner = Runner(world, settings.work, Sizes())
+    runner.prepare()
+    with Pool(runner, settings.workers, settings.quiet) as pool:
+        draws = range(1, settings.draws + 1)
+        teachers = [(number, name) for number in (TUNING_DRAW, *draws) for name in runner.specialists]
+        pool.map("teachers", Runner.teacher, teachers)
+        best = {number: runner.best_teacher(number) for number in (TUNING_DRAW, *draws)}
+        trials = tuned(pool, runner, arms, best)
+        runs = [
+            Run(draw, noise, seed, name, trials[name])
+            for draw in draws
+            for noise in settings.noise
+            for seed in range(1, settings.seeds + 1)
+            for name in arms
+        ]
+        train_students(pool, runs, best)
+    write(settings, runner, arms, runs, trials, round(time.monotonic() - began))
 
 
-def check(settings: MiniatureSettings) -> dict[str, Rival]:
-    """The rivals that are asked for, by name.
+def chosen_arms(settings: MiniatureSettings) -> list[str]:
+    """Names of the arms to run, always with the default and a control.
 
     Raises:
-        ValueError: a name that is unknown, or a share or seed out of range.
+        ValueError: an unknown name; the message has the nearest and all known ones.
     """
-    if settings.quick:
-        settings.seeds = settings.seeds[:1]
-    if settings.ablations:
-        return {f"{group}: {name}": rival for group, own in ABLATIONS.items() for name, rival in own.items()}
-    known = {**RIVALS, **QUARTER}
-    unknown = [name for name in settings.rivals if name not in known]
-    if unknown or not settings.seeds or not all(0 <= share < 1 for share in settings.noise):
-        raise ValueError(
-            f"rivals {unknown or settings.rivals} must be among {', '.join(known)}; seeds {settings.seeds} at least "
-            f"one; noise {settings.noise} shares from 0 to below 1"
-        )
-    names = settings.rivals or (QUICK if settings.quick else list(known))
-    return {name: known[name] for name in dict.fromkeys((*QUICK, *names))}
+    for name in settings.arms:
+        if name not in ARMS:
+            raise ValueError(f"--arms {name!r} is unknown{nearest(name, ARMS)}; known: {', '.join(ARMS)}")
+    asked = settings.arms or (QUICK if settings.quick else tuple(ARMS))
+    return [name for name in ARMS if name in {*asked, DEFAULT, NO_TEACHER}]
 
 
-class Experiment:
-    """All stages in their order; what each made is kept for those that build on it."""
+def train_students(pool: Pool, runs: Sequence[Run], best: dict[int, str]) -> None:
+    """Stage 1 of every draw, noise and seed, the earlier students that some arms learn from, then the arms."""
+    starts = list(dict.fromkeys(Run(run.draw, run.noise, run.seed) for run in runs))
+    pool.map("stage 1", Runner.stage1, [(start,) for start in starts])
+    if any(ARMS[run.arm].source == "self" for run in runs):
+        pool.map("earlier students", Runner.student, [(start.earlier, "") for start in starts])
+    pool.map("students", Runner.student, [(run, best[run.draw]) for run in runs])
 
-    def __init__(self, settings: MiniatureSettings, rivals: dict[str, Rival]) -> None:
-        """Nothing is run yet."""
-        self.settings, self.rivals = settings, rivals
-        names = ("training", "teacher", "stage1", "quarter", "screen", "align", "distill", "eval")
-        self.plan = Plan(settings.work, {name: getattr(settings, name) for name in names})
-        self.runner = StageRunner(settings.work, settings.quiet)
-        self.noises = {noise_name(share): share for share in settings.noise}
-        self.teachers: dict[str, dict[str, Stage]] = {}
-        self.students: dict[tuple[str, str], list[Stage]] = {}
-        self.facts: dict[str, Any] = {}
 
-    def prepare(self) -> None:
-        """Curate all collections as one, and deal their groups to teachers, student, validation and test."""
-        work, settings = self.settings.work, self.settings
-        found = write_table(settings.data, work / "table.csv", QUICK_ROWS if settings.quick else None)
-        self.data = fingerprint([work / "table.csv"])
-        values = {"source": str(settings.data), "table": str(work / "table.csv"), "seed": SEED}
-        self.curated = Stage("curate", "pairs", work / "pairs" / "all", values, [self.data])
-        self.runner.run(self.curated)
-        folder = open_pairs(self.curated.output)
-        parts = deal(folder.pairs, SEED)
-        split = {"teachers": "train", "student": "train", "validation": "validation", "test": "test"}
-        own = {name: [replace(pair, split=split[name]) for pair in pairs] for name, pairs in parts.items()}
-        held_out = own["validation"] + own["test"]
-        replaced: dict[str, dict[str, int]] = {}
-        for name, share in {CLEAN: 0.0, **self.noises}.items():
-            for path, part, others in ((name, "student", held_out), (f"teachers-{name}", "teachers", [])):
-                pairs, kinds = with_noise(own[part], share, SEED)
-                write_manifest(work / "pairs" / path, pairs + others, folder.image_root)
-                write_json(work / "pairs" / path / "replaced.json", kinds)
-                replaced[path] = dict(Counter(kinds.values()))
-        counts = {name: {"pairs": len(p), "groups": len({x.group or x.id for x in p})} for name, p in parts.items()}
-        self.facts |= {
-            "data_fingerprint": self.data,
-            "collections": found,
-            "parts": counts,
-            "captions_replaced": replaced,
-        }
+def tuned(pool: Pool, runner: Runner, arms: Sequence[str], best: dict[int, str]) -> dict[str, int]:
+    """Number of the trial with the highest validation score in the tuning draw, by arm."""
+    trials = {
+        name: [Run(TUNING_DRAW, TUNING_NOISE, 1, name, trial) for trial in range(len(ARMS[name].trials))]
+        for name in arms
+    }
+    train_students(pool, [run for own in trials.values() for run in own], best)
+    return {
+        name: max(own, key=lambda run: (runner.validation_score(run), -run.trial)).trial for name, own in trials.items()
+    }
 
-    def train(self) -> None:
-        """Teachers, their features, screened pairs and targets, stage 1 and every student."""
-        names = (*SPECIALISTS, *GENERALISTS)
-        self.teachers = {
-            noise: {name: self.plan.teacher(name, noise, k, self.curated) for k, name in enumerate(names)}
-            for noise in self.noises
-        }
-        teachers = list({s.name: s for own in self.teachers.values() for s in own.values()}.values())
-        self._run(teachers[:1])  # alone first: it encodes what all share
-        self._run(teachers[1:])
-        features = {noise: self.plan.extract(noise, self.teachers[noise], self.curated) for noise in self.noises}
-        self._run(features.values())
-        subsets = {rival.teachers for rival in self.rivals.values()} | {()}
-        screened = {(n, own): self.plan.screen(n, features[n], own) for n in self.noises for own in subsets}
-        self._run(screened.values())
-        kinds = {(rival.aligner, rival.teachers) for rival in self.rivals.values()}
-        if any(rival.has_heads for rival in self.rivals.values()):
-            kinds.add((STANDARDIZER, ()))
-        aligned = {
-            (kind, n, own): self.plan.align(kind, n, screened[n, own], own) for n in self.noises for kind, own in kinds
-        }
-        self._run(aligned.values())
-        self._train_students(screened, aligned)
 
-    def _train_students(self, screened: dict[Any, Stage], aligned: dict[Any, Stage]) -> None:
-        """Stage 1 by noise, seed and size; from each, every rival for as long."""
-        sizes = sorted({rival.size for rival in self.rivals.values()})
-        stage1 = {
-            (noise, seed, size): self.plan.stage1(noise, seed, size, self.curated)
-            for size in sizes
-            for noise in self.noises
-            for seed in self.settings.seeds
-        }
-        self._run(stage1.values())
-        for noise in self.noises:
-            for name, rival in self.rivals.items():
-                made_from = [screened[noise, rival.teachers], aligned[rival.aligner, noise, rival.teachers]]
-                self.students[name, noise] = [
-                    self.plan.student(slug(name), rival, noise, seed, stage1[noise, seed, rival.size], made_from)
-                    for seed in self.settings.seeds
+def write(
+    settings: MiniatureSettings,
+    runner: Runner,
+    arms: Sequence[str],
+    runs: Sequence[Run],
+    trials: dict[str, int],
+    seconds: int,
+) -> None:
+    """Score everything and write the results."""
+    draws = [runner.draw(number) for number in range(1, settings.draws + 1)]
+    rows = []
+    for noise in settings.noise:
+        for name in (STAGE1, *arms):
+            own = [run for run in runs if run.noise == noise and run.arm == (arms[0] if name == STAGE1 else name)]
+            answers = {
+                draw.number: [
+                    runner.answers_of(run.start if name == STAGE1 else run) for run in own if run.draw == draw.number
                 ]
-            self.students[STAGE1, noise] = [stage1[noise, seed, "full"] for seed in self.settings.seeds]
-        self._run([stage for stages in self.students.values() for stage in stages])
-
-    def evaluate(self) -> dict[float, list[Path]]:
-        """Folders of results by share of noise: students in one, teachers and their ensemble in another."""
-        split = self.settings.split
-        values: dict[str, Any] = {"split": split, "captioned": ["medpix2"]}
-        questions = self.settings.data / "vqa_rad" / "vqa_rad.json"
-        if questions.is_file():
-            values["questions"] = str(questions.resolve())
-        stages: dict[float, list[Stage]] = {}
-        for noise, share in self.noises.items():
-            students = {s.output.name: s for (_, n), made in self.students.items() if n == noise for s in made}
-            first = dict(list(students.items())[:1])
-            stages[share] = [
-                self.plan.evaluate(f"{split}/{noise}/students", students, list(students)[1:], values),
-                self.plan.evaluate(f"{split}/{noise}/teachers", {**first, **self.teachers[noise]}, [], values),
-            ]
-        self._run([stage for own in stages.values() for stage in own])
-        return {share: [stage.output for stage in own] for share, own in stages.items()}
-
-    def rows(self) -> dict[float, dict[str, list[str]]]:
-        """By share of noise the encoders behind each row, one for each seed."""
-        found: dict[float, dict[str, list[str]]] = {}
-        for noise, share in self.noises.items():
-            teachers = {f"{TEACHER}{name}": [name] for name in self.teachers[noise]}
-            found[share] = {**teachers, ENSEMBLE: ["ensemble"], ORACLE: ["oracle"]}
-            for (name, own), made in self.students.items():
-                if own == noise:
-                    found[share][name] = [stage.output.name for stage in made]
-        return found
-
-    def _run(self, stages: Iterable[Stage]) -> None:
-        self.runner.run_all(list(stages), self.settings.workers)
-
-
-def noise_name(share: float) -> str:
-    """Folder name of a share of wrong captions."""
-    return f"noise-{round(100 * share):02d}" if share else CLEAN
+                for draw in draws
+            }
+            rows.append(Row(name, noise, answers))
+    baselines = [*runner.specialists, *COMBINATIONS]
+    of_teachers = {draw.number: runner.teacher_answers(draw.number) for draw in draws}
+    for noise in settings.noise:
+        rows += [Row(name, noise, {n: [own[name]] for n, own in of_teachers.items()}) for name in baselines]
+    scores = Scores(draws, rows)
+    validation = {
+        name: float(np.mean([runner.validation_score(run) for run in runs if run.arm == name])) for name in arms
+    }
+    control = best_control(validation)
+    found: dict[str, Any] = {
+        "protocol": settings.protocol,
+        "settings": {k: v for k, v in resolved(settings).items() if k not in ("data", "work", "results", "page")},
+        "versions": versions(),
+        "seconds": seconds,
+        "collections": {"seen": runner.world.seen, "unseen": runner.world.unseen},
+        "trials": {name: dict(ARMS[name].trials[trial]) for name, trial in trials.items()},
+        "validation": validation,
+        "control": control,
+        "screening": {str(noise): runner.screening(Run(1, noise, 1)) for noise in settings.noise},
+        "teachers": {draw.number: runner.teacher_fields(draw.number) for draw in draws},
+        "primary": primary(scores, control) if {0.2, 0.4} <= set(settings.noise) else None,
+        **contrasts(scores, [STAGE1, *arms], baselines, settings.noise),
+        "ranks": {str(noise): ranks(scores, [STAGE1, *arms, *baselines], noise) for noise in settings.noise},
+    }
+    for row in found["rows"] + ([found["primary"]] if found["primary"] else []):
+        row |= {"seeds": settings.seeds, "splits": settings.draws}
+    names = [STAGE1, *arms, *baselines]
+    tables = [summary(found), *(table(scores, names, settings.noise, endpoint) for endpoint in scores.present())]
+    settings.results.mkdir(parents=True, exist_ok=True)
+    write_json(settings.results / "claim.json", found)
+    atomic_write_text(settings.results / "claim.md", "\n".join(tables))
+    if settings.page is not None:
+        replace_table(settings.page, tables[0])
+    if not settings.quiet:
+        print("\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ from mmkd.student.folder import save_student, training_provenance
 from mmkd.student.towers import starting_student
 from mmkd.student.trainable import make_trainable
 from mmkd.training.batches import training_batches
+from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.loop import fit, start
-from mmkd.training.objectives import ContrastiveObjective
 from mmkd.training.validation import validation_of
 
 

@@ -38,11 +38,14 @@ RECIPES = {
     "quickstart": ("mmkd.train.pipeline", "the full pipeline on packaged real images, in five minutes"),
     "push": ("mmkd.hub.push", "upload a model, adapter, features or pairs to the Hub, with a card"),
     "export": ("mmkd.hub.export", "export both towers for deployment: ONNX, torch.export or int8"),
-    "miniature": ("mmkd.train.miniature", "the paper's experiment on small datasets of real images"),
+    "miniature": (
+        "mmkd.train.miniature",
+        "compare the default recipe with controls without a teacher, on labelled folders",
+    ),
     "doctor": ("mmkd.hub.doctor", "diagnose the installation"),
     "convert": ("mmkd.hub.convert", "convert the authors' checkpoint to a from_pretrained folder, and back"),
 }
-PIPELINES = {"quickstart": "quickstart.yaml", "miniature": "miniature.yaml"}
+PIPELINES = {"quickstart": "quickstart.yaml"}
 DISTRIBUTED = ("pretrain", "extract", "align", "distill", "finetune", "eval")
 EXTRAS = {
     **dict.fromkeys(("accelerate", "psutil"), "train"),

@@ -156,34 +156,33 @@ class TeacherHeads(nn.Module):
 
 def heads_loss(
     heads: TeacherHeads,
-    student: Mapping[Modality, Tensor],
+    student: Tensor,
+    modality: Modality,
     teachers: Mapping[str, Mapping[str, Tensor]],
     weights: Mapping[str, Tensor],
     dispersions: Mapping[str, float],
 ) -> Tensor:
-    """Mean over modalities, samples and their teachers of the error of each teacher's head.
+    """Mean over samples and their teachers of the error of each teacher's head, in one modality.
 
     Args:
         heads: one for each teacher.
-        student: modality -> `(rows, dim)` unit-norm student features.
+        student: `(rows, dim)` unit-norm student features.
+        modality: of the features.
         teachers: teacher -> modality -> `(rows, width)` raw features.
         weights: per teacher `(rows,)`, at least 0.
         dispersions: ``MODALITY/TEACHER`` to the angular dispersion where the error is `angular_error`; where none is
             given, it is `standardized_error`.
     """
-    total = student["image"].new_zeros(())
-    for modality in MODALITIES:
-        errors = {}
-        for name, teacher in teachers.items():
-            predicted = heads(name, student[modality], modality)
-            target = heads.targets(name, teacher[modality], modality)
-            dispersion = dispersions.get(f"{modality}/{name}")
-            if dispersion is None:
-                errors[name] = standardized_error(predicted, target)
-            else:
-                errors[name] = angular_error(predicted, target, dispersion)
-        total = total + mean_over_teachers(errors, weights) / 2
-    return total
+    errors = {}
+    for name, teacher in teachers.items():
+        predicted = heads(name, student, modality)
+        target = heads.targets(name, teacher[modality], modality)
+        dispersion = dispersions.get(f"{modality}/{name}")
+        if dispersion is None:
+            errors[name] = standardized_error(predicted, target)
+        else:
+            errors[name] = angular_error(predicted, target, dispersion)
+    return mean_over_teachers(errors, weights)
 
 
 def _head(dim: int, width: int) -> nn.Sequential:

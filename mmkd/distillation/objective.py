@@ -13,15 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmkd.data.features.lookup import MODALITIES, Modality
+from mmkd.data.features.lookup import Modality
 from mmkd.distillation import losses
 from mmkd.distillation.heads import TeacherHeads, heads_loss
 from mmkd.distillation.options import ALIGNED_LOSSES, DistillOptions
+from mmkd.distillation.rows import Rows, captioned_rows
 from mmkd.distillation.targets import TeacherSimilarities, TeacherWeights, combined_target, teacher_weights
 from mmkd.distillation.weighting import sample_teacher
-from mmkd.distributed import gather
 from mmkd.student.embed import embed
-from mmkd.training.objectives import Embeddings, Objective, gathered, task_loss
+from mmkd.training.objectives import Objective, gathered, task_loss
 
 
 class DistillObjective(Objective):
@@ -45,6 +45,7 @@ class DistillObjective(Objective):
         seed: int = 0,
         heads: TeacherHeads | None = None,
         dispersions: Mapping[str, float] | None = None,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
         """Put the student and the losses that `options` name together.
 
@@ -54,10 +55,11 @@ class DistillObjective(Objective):
             seed: of random choices, which depend on it, the epoch and the pair's index alone.
             heads: needed when the heads loss has a weight.
             dispersions: ``MODALITY/TEACHER`` to the angular dispersion, when heads learn by angle.
+            scales: inverse temperatures of teachers that replace those of `options`, see `spread_scales`.
         """
         super().__init__()
         self.model, self.options, self.seed = model, options, seed
-        self.heads, self.dispersions = heads, dict(dispersions or {})
+        self.heads, self.dispersions, self.scales = heads, dict(dispersions or {}), dict(scales or {})
         self.weights = options.losses
         shared = self.weights["affinity"] > 0 and options.affinity_scale == "shared"
         if self.weights["task"] == 0 and not shared:
@@ -74,72 +76,83 @@ class DistillObjective(Objective):
         return embed(self.model, batch)
 
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``loss`` and every part that has a weight, unweighted."""
+        """``loss`` and every part that has a weight, unweighted.
+
+        Where the batch has ``captioned``, images without a caption take part in the losses of images alone.
+        """
         student, options = gathered(embeddings), self.options
-        teachers = TeacherSimilarities(batch, student.row_offset, options) if options.reasons_for_raw() else None
-        weights = teacher_weights(batch, options, self.seed, teachers, self.training)
+        teachers = None
+        if options.reasons_for_raw():
+            teachers = TeacherSimilarities(batch, student.row_offset, options, self.scales)
+        whole = Rows(student, teachers, batch)
+        pairs = captioned_rows(whole) if "captioned" in batch else whole
         parts: dict[str, Tensor] = {}
         if self.weights["task"]:
-            mask = None if teachers is None else teachers.negatives_mask()
-            parts["task"] = task_loss(student, self.model, mask)
+            mask = None if pairs.teachers is None else pairs.teachers.negatives_mask()
+            parts["task"] = pairs.weight * task_loss(pairs.student, self.model, mask)
         if any(self.weights[name] for name in ALIGNED_LOSSES):
-            parts |= self._aligned_losses(student, batch["aligned"], weights, batch)
+            parts |= self._aligned_losses(whole, pairs)
         if teachers is not None:
-            parts |= self._raw_losses(student, teachers, weights, batch)
+            parts |= self._raw_losses(whole, pairs)
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return {"loss": total, **parts}
 
-    def _aligned_losses(
-        self, student: Embeddings, aligned: Mapping[str, Any], weights: TeacherWeights, batch: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        names, options = sorted(aligned), self.options
+    def _teacher_weights(self, rows: Rows, unscreened: bool = False) -> TeacherWeights:
+        return teacher_weights(rows.batch, self.options, self.seed, rows.teachers, self.training, unscreened)
+
+    def _aligned_losses(self, whole: Rows, pairs: Rows) -> dict[str, Tensor]:
+        parts, (image, image_mask) = {}, self._target("image", whole)
+        text, mask = self._target("text", pairs)
+        if self.weights["feature"]:
+            error = losses.feature_cosine if self.options.feature_form == "cosine" else losses.feature_squared
+            of_texts = pairs.weight * error(pairs.student.text, text, mask)
+            parts["feature"] = error(whole.student.image, image, image_mask) + of_texts
+        if self.weights["interactive"]:
+            if pairs is not whole:
+                image = self._target("image", pairs)[0]
+            learned = self.interactive_logit_scale
+            scale = losses.PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
+            columns = pairs.gather(image), pairs.gather(text), pairs.gather(mask)
+            student = pairs.student
+            parts["interactive"] = pairs.weight * losses.interactive(
+                student.image, student.text, *columns, scale, student.row_offset, student.chunk
+            )
+        return parts
+
+    def _target(self, modality: Modality, rows: Rows) -> tuple[Tensor, Tensor]:
+        """What the rows' aligned teachers make together in a modality, `(rows, dim)`, and which rows have any."""
+        aligned, options, batch = rows.batch["aligned"], self.options, rows.batch
+        names, weights = sorted(aligned), self._teacher_weights(rows)
         share = torch.stack([weights[name] for name in names], dim=1)
         if options.target == "random":
             share = sample_teacher(share > 0, self.seed, batch["epoch"], batch["index"]).float()
         form: Literal["mean", "leave_one_out"] = "leave_one_out" if options.target == "leave_one_out" else "mean"
-        image, text = (
-            combined_target(
-                torch.stack([aligned[name][modality].float() for name in names], dim=1),
-                share,
-                form,
-                options.target_norm == "unit",
-            )
-            for modality in MODALITIES
-        )
-        mask = share.sum(dim=1) > 0
-        parts = {}
-        if self.weights["feature"]:
-            error = losses.feature_cosine if options.feature_form == "cosine" else losses.feature_squared
-            parts["feature"] = error(student.image, image, mask) + error(student.text, text, mask)
-        if self.weights["interactive"]:
-            learned = self.interactive_logit_scale
-            scale = losses.PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
-            columns = gather(image), gather(text), gather(mask)
-            offset, chunk = student.row_offset, student.chunk
-            parts["interactive"] = losses.interactive(student.image, student.text, *columns, scale, offset, chunk)
+        features = torch.stack([aligned[name][modality].float() for name in names], dim=1)
+        return combined_target(features, share, form, options.target_norm == "unit"), share.sum(dim=1) > 0
+
+    def _raw_losses(self, whole: Rows, pairs: Rows) -> dict[str, Tensor]:
+        assert whole.teachers is not None and pairs.teachers is not None
+        parts, student = {}, pairs.student
+        if self.weights["affinity"]:
+            own, weights = self.affinity_logit_scale, self._teacher_weights(pairs)
+            scale = (self.model.get_parameter("logit_scale") if own is None else own).float().exp()
+            both = pairs.teachers.across("image", weights), pairs.teachers.across("text", weights)
+            parts["affinity"] = pairs.weight * losses.affinity(*student[:4], *both, scale, student.chunk)
+        if self.weights["heads"]:
+            parts["heads"] = (self._heads("image", whole) + self._heads("text", pairs)) / 2
+        if self.weights["relational"]:
+            parts["relational"] = (self._relational("image", whole) + self._relational("text", pairs)) / 2
         return parts
 
-    def _raw_losses(
-        self, student: Embeddings, teachers: TeacherSimilarities, weights: TeacherWeights, batch: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        parts = {}
-        image, text, all_images, all_texts, row_offset = student
-        if self.weights["affinity"]:
-            own = self.affinity_logit_scale
-            scale = (self.model.get_parameter("logit_scale") if own is None else own).float().exp()
-            both = teachers.across("image", weights), teachers.across("text", weights)
-            parts["affinity"] = losses.affinity(image, text, all_images, all_texts, *both, scale, student.chunk)
-        if self.weights["heads"]:
-            assert self.heads is not None
-            own_features: dict[Modality, Tensor] = {"image": image, "text": text}
-            parts["heads"] = heads_loss(self.heads, own_features, teachers.teachers, weights, self.dispersions)
-        if self.weights["relational"]:
-            unscreened, fixed = self.options.relational_teachers == "all", self.options.relational_scale
-            if unscreened:
-                weights = teacher_weights(batch, self.options, self.seed, teachers, self.training, unscreened)
-            images = teachers.within("image", weights, unscreened)
-            texts = teachers.within("text", weights, unscreened)
-            of_images = losses.relational(image, all_images, images, fixed, row_offset, student.chunk)
-            of_texts = losses.relational(text, all_texts, texts, fixed, row_offset, student.chunk)
-            parts["relational"] = (of_images + of_texts) / 2
-        return parts
+    def _heads(self, modality: Modality, rows: Rows) -> Tensor:
+        assert self.heads is not None
+        features, weights = rows.features(modality)[0], self._teacher_weights(rows)
+        error = heads_loss(self.heads, features, modality, rows.batch["teachers"], weights, self.dispersions)
+        return rows.weight * error
+
+    def _relational(self, modality: Modality, rows: Rows) -> Tensor:
+        assert rows.teachers is not None
+        unscreened, scale = self.options.relational_teachers == "all", self.options.relational_scale
+        teachers = rows.teachers.within(modality, self._teacher_weights(rows, unscreened), unscreened)
+        own, others = rows.features(modality)
+        return rows.weight * losses.relational(own, others, teachers, scale, *rows.student[4:], rows.student.chunk)

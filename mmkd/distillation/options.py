@@ -16,6 +16,7 @@ from mmkd.command.settings import nearest, setting
 DISTILL_LOSSES = ("task", "affinity", "feature", "interactive", "relational", "heads")
 RAW_LOSSES = ("affinity", "relational", "heads")
 ALIGNED_LOSSES = ("feature", "interactive")
+LOSSES_OF_IMAGES = ("feature", "relational", "heads")  # these learn from images without captions, too
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
@@ -65,12 +66,22 @@ class DistillOptions:
     affinity_scale: Literal["shared", "own"] = setting(
         "shared", "the student's scale in the affinity loss: the task's logit_scale, or one learned for it"
     )
+    teacher_temperature: Literal["fixed", "spread"] = setting(
+        "fixed",
+        "inverse temperatures of the teachers as given by --teacher_scale and --relational_scale, or of each teacher "
+        "and loss --spread_factor over the standard deviation of its cosines",
+    )
+    spread_factor: float = setting(3.5, "inverse temperature times the standard deviation of a teacher's cosines")
     teacher_scale: float = setting(50.0, "inverse temperature of the teachers' image-text softmax")
     teacher_scales: dict[str, float] = setting(factory=dict, help="the same of single teachers, by name")
-    relational_scale: float = setting(20.0, "inverse temperature of the relational loss")
+    relational_scale: float = setting(20.0, "inverse temperature of the relational loss, of student and teachers")
     relational_teachers: Literal["all", "available"] = setting(
         "all",
         "whose relations count: all with features, for a wrong caption spoils none of an image, or those screened",
+    )
+    relational_only: list[str] = setting(
+        factory=list,
+        help="teachers without an image-text space, for the losses relational and heads alone",
     )
     teacher_weights: dict[str, float] = setting(
         factory=dict, help="how much TEACHER counts, or MODALITY/TEACHER for pairs of that modality; 1 where not given"
@@ -92,7 +103,7 @@ class DistillOptions:
         self.target_norm = self.target_norm or preset["target_norm"]
         self.feature_form = self.feature_form or preset["feature_form"]
         self.interactive_scale = self.interactive_scale or preset["interactive_scale"]
-        for name in ("teacher_scale", "relational_scale"):
+        for name in ("teacher_scale", "relational_scale", "spread_factor"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
         for name, scale in self.teacher_scales.items():
             _require(0 < scale < math.inf, f"teacher_scales.{name}", scale, "above 0")
@@ -114,11 +125,13 @@ class DistillOptions:
         return [f"losses.{name}" for name in ALIGNED_LOSSES if self.losses[name]]
 
     def require_known(self, teachers: Sequence[str], modalities: Sequence[str]) -> None:
-        """Refuse scales and weights of teachers or modalities that are not there.
+        """Refuse scales, weights and other settings of teachers or modalities that are not there.
 
         Raises:
             ValueError: a name that is unknown; the message has the nearest and all known ones.
         """
+        for name in self.relational_only:
+            _known("--relational_only: teacher", name, teachers)
         for key, mapping in (("teacher_scales", self.teacher_scales), ("teacher_weights", self.teacher_weights)):
             for name in mapping:
                 modality, slash, teacher = name.rpartition("/")

@@ -32,10 +32,23 @@ class TeacherSimilarities:
     Features are gathered from all processes once and normalized once, however many losses read them.
     """
 
-    def __init__(self, batch: Mapping[str, Any], row_offset: int, options: DistillOptions) -> None:
-        """Normalize and gather ``batch["teachers"]``; `row_offset` is the column of the first row."""
+    def __init__(
+        self,
+        batch: Mapping[str, Any],
+        row_offset: int,
+        options: DistillOptions,
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
+        """Normalize and gather ``batch["teachers"]``.
+
+        Args:
+            batch: of this process.
+            row_offset: the column of the first row.
+            options: inverse temperatures.
+            scales: inverse temperatures that replace those of the options, see `spread_scales`.
+        """
         self.teachers: Mapping[str, Mapping[str, Tensor]] = batch["teachers"]
-        self.row_offset, self.options = row_offset, options
+        self.row_offset, self.options, self.scales = row_offset, options, scales or {}
         self.rows = {
             (modality, name): F.normalize(teacher[modality].float(), dim=1)
             for modality in MODALITIES
@@ -54,9 +67,10 @@ class TeacherSimilarities:
                 self.columns[OTHER[modality], name],
                 weights[name],
                 self.masks[name],
-                scales.get(name, scale),
+                scales.get(name, self.scales.get(f"across/{name}", scale)),
             )
             for name in self.teachers
+            if name not in self.options.relational_only
         ]
 
     def within(self, modality: Modality, weights: TeacherWeights, unscreened: bool = False) -> list[TeacherSimilarity]:
@@ -64,18 +78,23 @@ class TeacherSimilarities:
         scale, masks = self.options.relational_scale, self.unscreened_masks if unscreened else self.masks
         return [
             TeacherSimilarity(
-                self.rows[modality, name], self.columns[modality, name], weights[name], masks[name], scale
+                self.rows[modality, name],
+                self.columns[modality, name],
+                weights[name],
+                masks[name],
+                self.scales.get(f"{modality}/{name}", scale),
             )
             for name in self.teachers
         ]
 
     def confidence(self) -> TeacherWeights:
-        """Per teacher the probability of the own pair, the mean of both directions, `(rows,)`."""
+        """Per teacher with an image-text space the own pair's probability, mean of both directions, `(rows,)`."""
         masks = {name: teacher["mask"] for name, teacher in self.teachers.items()}
         images, texts = self.across("image", masks), self.across("text", masks)
+        names = [name for name in self.teachers if name not in self.options.relational_only]
         return {
             name: (teacher_confidence(one, self.row_offset) + teacher_confidence(other, self.row_offset)) / 2
-            for name, one, other in zip(self.teachers, images, texts, strict=True)
+            for name, one, other in zip(names, images, texts, strict=True)
         }
 
     def negatives_mask(self) -> NegativesMask | None:

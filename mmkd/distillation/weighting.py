@@ -1,6 +1,6 @@
-"""Options that change which teacher or pair counts: weights by name, confidence, dropout, sampling, false negatives.
+"""Options of how much a teacher or pair counts: temperatures, weights, confidence, dropout, false negatives.
 
-None of them is used by the default recipe. Random choices depend on the seed, the epoch and the pair alone: neither on
+Random choices depend on the seed, the epoch and the pair alone: neither on
 the batch nor on the number of processes.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mmkd.data.features.lookup import MODALITIES
 from mmkd.distillation.losses import TeacherSimilarity
 from mmkd.training.chunked_loss import rows_at_once
 from mmkd.training.objectives import MASKED
@@ -27,6 +29,31 @@ def weights_by_name(weights: Mapping[str, float], teacher: str, modalities: Sequ
         modalities: of each pair.
     """
     return [weights.get(f"{modality}/{teacher}", weights.get(teacher, 1.0)) for modality in modalities]
+
+
+def spread_scales(features: Mapping[str, Mapping[str, Tensor]], factor: float) -> dict[str, float]:
+    """Inverse temperatures at which the softmax of every teacher is equally sharp, however narrow its cosines.
+
+    ``factor / sd`` of a teacher's cosines: between images and texts of different pairs, between images, and between
+    texts. For Gaussian cosines the softmax over N columns then has about ``N exp(-factor^2)`` effective neighbours.
+
+    Args:
+        features: teacher -> ``image`` and ``text`` `(n, width)` of sample pairs, and ``mask`` `(n,)` of those it has.
+        factor: inverse temperature times standard deviation.
+
+    Returns:
+        ``across/TEACHER``, ``image/TEACHER`` and ``text/TEACHER`` to the inverse temperature; none of a teacher with
+        fewer than three pairs, nor of one whose images and texts differ in width ``across``.
+    """
+    scales = {}
+    for name, teacher in features.items():
+        image, text = (F.normalize(teacher[side][teacher["mask"]].float(), dim=1) for side in MODALITIES)
+        for key, left, right in (("across", image, text), ("image", image, image), ("text", text, text)):
+            if len(left) < 3 or left.shape[1] != right.shape[1]:
+                continue
+            cosines = (left @ right.T)[~torch.eye(len(left), dtype=torch.bool)]
+            scales[f"{key}/{name}"] = factor / max(cosines.std().item(), 1e-3)
+    return scales
 
 
 def teacher_confidence(teacher: TeacherSimilarity, row_offset: int) -> Tensor:

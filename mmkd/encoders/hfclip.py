@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from mmkd.encoders.authors_checkpoint import from_authors, infer_config
 from mmkd.encoders.clip_encoder import HFClipEncoder
@@ -55,6 +56,28 @@ def load(spec: TeacherSpec, device: str) -> HFClipEncoder:
         raise ValueError(f"{spec.weights}: {type(model).__name__} has no get_image_features and get_text_features")
     processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=trusted)
     return build(spec, model, device, processor, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
+
+
+def load_towers(spec: TeacherSpec, device: str) -> HFClipEncoder:
+    """The towers of a student without its projections: a teacher of relations alone, for ``--relational_only``.
+
+    Pooled outputs of the narrower tower are padded with zeros, which leaves its cosines as they are. A student's own
+    starting towers keep it from forgetting what they could tell apart; every gain of other teachers is measured against
+    them.
+
+    Raises:
+        FileNotFoundError: the folder, the repository or a file is not there.
+        ValueError: not a student of this package.
+    """
+    encoder = load(spec, device)
+    model = encoder.model
+    if not isinstance(model, MMKDClipModel):
+        raise ValueError(f"towers:{spec.weights}: {type(model).__name__} is no MMKDClipModel; give a student's folder")
+    projections = (model.visual_projection, model.text_projection)
+    widths = [next(m for m in part.modules() if isinstance(m, nn.Linear)).in_features for part in projections]
+    encoder.dim = max(widths)
+    model.visual_projection, model.text_projection = (nn.ZeroPad1d((0, encoder.dim - width)) for width in widths)
+    return encoder
 
 
 def load_unimed(spec: TeacherSpec, device: str) -> HFClipEncoder:

@@ -20,7 +20,7 @@ from mmkd.files import fingerprint
 
 logger = logging.getLogger(__name__)
 
-Form = Literal["openclip", "hfclip", "ours", "unimed", "pmcclip", "medclip", "python"]
+Form = Literal["openclip", "hfclip", "ours", "unimed", "pmcclip", "medclip", "python", "towers"]
 UNDECLARED = "not declared"
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _announced: set[str] = set()

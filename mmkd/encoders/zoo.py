@@ -40,6 +40,7 @@ LOADERS: dict[str, Callable[[TeacherSpec, str], DualEncoder]] = {
     "pmcclip": pmcclip.load,
     "medclip": medclip.load,
     "python": python_form.load,
+    "towers": hfclip.load_towers,
 }
 
 
@@ -49,7 +50,8 @@ def load_encoder(name_or_path: str, device: str = "cpu", weights: Path | None = 
     Args:
         name_or_path: a teacher's name in any case; a folder of `MMKDClipModel`, transformers or open_clip; a Hub id
             (``owner/name``); ``open_clip:ARCHITECTURE[:PRETRAINED]``, a tag or a file, by default OpenAI's weights (a
-            slash may stand for the second colon); ``python:module.function``; or a YAML file.
+            slash may stand for the second colon); ``python:module.function``; ``towers:FOLDER``, a student without its
+            projections; or a YAML file.
         device: for the model.
         weights: a local folder or file instead of the specification's weights.
 
@@ -88,6 +90,8 @@ def find_spec(name_or_path: str) -> TeacherSpec:
         return TeacherSpec(name, "openclip", pretrained, architecture=architecture)
     if colon and prefix == "python":
         return TeacherSpec(rest, "python", rest)
+    if colon and prefix == "towers":
+        return dataclasses.replace(find_spec(rest), form="towers")
     if path.suffix in (".yaml", ".yml"):
         return read_spec(path)
     if path.is_dir():

@@ -1,229 +1,41 @@
-"""The miniature's collections, each a folder of real images with a list, read into one table with captions.
+"""The collections of the experiment: whose images teachers see, which the student sees, and which nobody sees.
 
-Where a collection has no captions they are made of its facts by several templates: a text tower that sees one wording
-learns the wording. Groups keep their collection's name, so that equal case numbers of two collections stay apart.
-
-Who sees which groups, and captions as wrong as those of figures.
-
-Teachers' groups, the student's groups and those of the test are disjoint; validation groups are taken out of the
-student's share, and every choice is made on them.
+A collection is a folder with a ``labels.csv`` (file, modality, label, caption, group) and its images. A row without a
+caption gets one made of its label by one of several templates, none of which is a prompt of the test. A draw assigns
+whole groups to the teachers, to the student, to validation and to test; no model sees the unseen collections.
 """
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
 
+from mmkd.data.images import open_image
+from mmkd.data.readers import is_empty, read_csv
 from mmkd.data.splits import hashed
 from mmkd.data.table import Pair
-
-Facts = dict[str, str]
-
-COLUMNS = ("file", "modality", "label", "caption", "group", "source")
-
-
-@dataclass(frozen=True)
-class Collection:
-    """How one folder is read.
-
-    Attributes:
-        modality: of all its images, or the column's own where empty.
-        label: the class of a row, empty where it has none.
-        templates: captions with the row's facts in braces; empty where the collection has captions of its own.
-    """
-
-    modality: str
-    label: Callable[[Facts], str]
-    templates: tuple[str, ...] = ()
-
-
-def _none(_: Facts) -> str:
-    return ""
-
-
-def _own(facts: Facts) -> str:
-    return facts["label"]
-
-
-COLLECTIONS: dict[str, Collection] = {
-    "medpix2": Collection("", lambda facts: facts["location_category"].lower()),
-    "brain_mri": Collection(
-        "MRI",
-        _own,
-        (
-            "Brain MRI, {label}.",
-            "MR imaging of the head: {label}.",
-            "{label} on a magnetic resonance image of the brain.",
-            "Cranial magnetic resonance imaging of a patient with {label}.",
-        ),
-    ),
-    "covid_cxr_notes": Collection("", _none),
-    "vqa_rad": Collection(
-        "radiology",
-        lambda facts: {"CHEST": "chest", "ABD": "abdomen", "HEAD": "head"}.get(facts["label"], ""),
-        (
-            "Radiology of the {label}.",
-            "Radiologic image, {label}.",
-            "The {label} in a radiologic examination.",
-            "Image of the {label} from a radiology case.",
-        ),
-    ),
-    "ham10000": Collection(
-        "dermatoscopy",
-        _own,
-        (
-            "Dermatoscopy of the {localization}: {label}.",
-            "Skin lesion of a {age}-year-old {sex}, {label}.",
-            "{label}, seen through a dermatoscope.",
-            "Pigmented skin lesion on the {localization}; the diagnosis was {label}.",
-        ),
-    ),
-    "lc25000_lung": Collection(
-        "histopathology",
-        _own,
-        (
-            "Lung tissue, H&E: {label}.",
-            "Histology of the lung with {label}.",
-            "{label} in a stained section.",
-            "Micrograph of a lung specimen, {label}.",
-        ),
-    ),
-    "dsb2018": Collection(
-        "microscopy",
-        _own,
-        (
-            "Cell nuclei, {label}.",
-            "{label}: a field with {nuclei} nuclei.",
-            "Microscopy of nuclei, {label}.",
-            "About {nuclei} nuclei in a microscope field, {label}.",
-        ),
-    ),
-    "bccd": Collection(
-        "microscopy",
-        _own,
-        (
-            "Blood smear with {rbc} red and {wbc} white cells.",
-            "Stained blood smear, {rbc} erythrocytes and {platelets} platelets.",
-            "Peripheral blood under the microscope.",
-            "Red cells and leukocytes in a blood smear.",
-        ),
-    ),
-    "kvasir_seg": Collection(
-        "endoscopy",
-        _own,
-        (
-            "Endoscopy of the bowel: {size} polyp.",
-            "A {size} polyp seen in colonoscopy.",
-            "Colonoscopic view, {size} polyp.",
-            "{size} polyp of the colon.",
-        ),
-    ),
-    "fundus": Collection(
-        "fundus",
-        _none,
-        ("Color fundus photograph.", "Retinal vessels in a fundus photograph.", "Photograph of the ocular fundus."),
-    ),
-    "oct": Collection(
-        "OCT",
-        _none,
-        ("Optical coherence tomography, {label}.", "OCT of the macula: {label}.", "Retinal OCT scan with {label}."),
-    ),
-}
-
-MODALITIES = {"MR": "MRI", "radiology (X-ray/CT/MR)": "radiology"}  # one name for each
-
-
-def write_table(data: Path, path: Path, smallest: int | None = None) -> list[str]:
-    """Write the table that ``mmkd curate --table`` reads, files relative to `data`.
-
-    Args:
-        data: the folder of collections.
-        path: of the CSV file.
-        smallest: keep this many rows of each collection, evenly spread, for a quick try.
-
-    Returns:
-        The collections that were found.
-
-    Raises:
-        FileNotFoundError: `data` does not exist or holds fewer than two of the collections.
-    """
-    found = [name for name in COLLECTIONS if (data / name / "labels.csv").is_file()]
-    if len(found) < 2:
-        raise FileNotFoundError(f"--data {data}: at least two of {', '.join(COLLECTIONS)} are needed, found {found}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cases = medpix_cases(data)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for name in found:
-            rows = read_facts(data / name / "labels.csv")
-            step = max(1, len(rows) // smallest) if smallest else 1
-            writer.writerows(_row(name, facts, cases) for facts in rows[::step])
-    return found
-
-
-def read_facts(path: Path) -> list[Facts]:
-    """The rows of a ``labels.csv``."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def medpix_cases(data: Path) -> dict[str, str]:
-    """Case of each MedPix image by its number there: VQA-RAD shows some of the same images."""
-    path = data / "medpix2" / "labels.csv"
-    if not path.is_file():
-        return {}
-    return {facts["file"].rpartition("_")[2]: facts["group"] for facts in read_facts(path)}
-
-
-def _row(name: str, facts: Facts, cases: dict[str, str]) -> dict[str, str]:
-    collection = COLLECTIONS[name]
-    modality = collection.modality or MODALITIES.get(facts["modality"], facts["modality"])
-    label = collection.label(facts)
-    group = f"{name}/{facts['group']}" if facts["group"] else ""
-    shared = cases.get(Path(facts["file"]).name) if name == "vqa_rad" else None
-    return {
-        "file": f"{name}/{facts['file']}",
-        "modality": modality,
-        "label": label,
-        "caption": " ".join(facts["caption"].split())
-        or _caption(collection, facts | {"label": label or facts["label"]}),
-        "group": f"medpix2/{shared}" if shared else group,
-        "source": name,
-    }
-
-
-def _caption(collection: Collection, facts: Facts) -> str:
-    """One of the templates, chosen by the file's name, among those whose facts are all known."""
-    facts = facts | {"label": collection.label(facts) or facts["label"]}
-    facts = facts | {"size": "large" if float(facts.get("polyp_fraction") or 0) > 0.15 else "small"}
-    known = {key: value for key, value in facts.items() if value and value != "unknown"}
-    usable = []
-    for template in collection.templates:
-        try:
-            usable.append(template.format(**known))
-        except KeyError:
-            continue
-    if not usable:
-        return ""
-    number = int.from_bytes(hashlib.sha256(facts["file"].encode()).digest()[:8], "big")
-    sentence = usable[number % len(usable)]
-    return sentence[0].upper() + sentence[1:]
-
+from mmkd.training.dataset import center_crop
 
 PARTS = ("teachers", "student", "validation", "test")
-
-SHARES = {"teachers": 0.45, "student": 0.25, "validation": 0.10, "test": 0.20}
-
-SHARES_OF = {"vqa_rad": {"teachers": 0.25, "student": 0.40, "validation": 0.10, "test": 0.25}}
-
+SHARES = (0.60, 0.06, 0.10, 0.24)  # of the groups of a label; the student's part is a tenth of the teachers'
+TEMPLATES = (
+    "Figure 1. {label}.",
+    "{modality} of a patient with {label}.",
+    "The diagnosis was {label}.",
+    "{modality} demonstrates {label}, as described in the text.",
+    "Case of {label} from our series.",
+    "Representative {modality}; {label} was confirmed.",
+    "{label} in a follow-up examination.",
+    "Panel A: {label} ({modality}).",
+)
 VAGUE = (
     "Representative image.",
     "Figure panel, see text for details.",
@@ -232,55 +44,165 @@ VAGUE = (
     "Typical case from our series.",
     "Image obtained during the examination.",
 )
+NEAR = 4  # bits of a 64-bit perceptual hash
 
 
-def deal(pairs: Sequence[Pair], seed: int) -> dict[str, list[Pair]]:
-    """Pairs by part: whole groups, every label of every collection in the same shares.
+def find_collections(folders: Sequence[Path]) -> dict[str, Path]:
+    """Every folder with a ``labels.csv`` in `folders`, or that is one of them, by name; the first of equal names.
+
+    Raises:
+        FileNotFoundError: there are fewer than three.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in (folder, *sorted(folder.iterdir() if folder.is_dir() else ())):
+            if (path / "labels.csv").is_file():
+                found.setdefault(path.name, path)
+    if len(found) < 3:
+        raise FileNotFoundError(
+            f"{', '.join(map(str, folders))}: {len(found)} collections (folders with a labels.csv); 3 are needed, "
+            "of which one stays unseen"
+        )
+    return found
+
+
+def read_collection(folder: Path, maximum: int, seed: int) -> list[Pair]:
+    """The rows of a collection as pairs, whole groups, at most `maximum`; images are named relative to the folder.
+
+    Raises:
+        ValueError: there is no column ``file``.
+    """
+    table = read_csv(folder / "labels.csv")
+    if "file" not in table.columns:
+        raise ValueError(f"{folder / 'labels.csv'} has the columns {', '.join(table.columns)}; it needs file")
+    groups: dict[str, list[Pair]] = defaultdict(list)
+    for row in table.rows:
+        cells = {key: "" if is_empty(value) else " ".join(value.split()) for key, value in row.cells.items()}
+        label, modality = cells.get("label", ""), cells.get("modality", "") or folder.name
+        caption = cells.get("caption", "") or _caption(label, modality, cells["file"])
+        group = cells.get("group", "") or cells["file"]
+        groups[group].append(
+            Pair(
+                id=f"{folder.name}/{cells['file']}",
+                image=cells["file"],
+                caption=caption,
+                modality=modality,
+                label=label,
+                group=f"{folder.name}/{group}",
+                source=folder.name,
+            )
+        )
+    chosen: list[Pair] = []
+    for name in sorted(groups, key=lambda name: hashed(seed, name)):
+        if len(chosen) + len(groups[name]) <= maximum:
+            chosen += groups[name]
+    return chosen
+
+
+def _caption(label: str, modality: str, file: str) -> str:
+    """One of the templates, chosen by the file's name; empty where there is no label."""
+    if not label:
+        return ""
+    number = int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big")
+    sentence = TEMPLATES[number % len(TEMPLATES)].format(label=label, modality=modality)
+    return sentence[0].upper() + sentence[1:]
+
+
+def read_images(
+    pairs: Sequence[Pair], folders: dict[str, Path], size: int, cache: Path, quiet: bool
+) -> NDArray[np.uint8]:
+    """The central square of every image, `(n, size, size, 3)`, kept in a file of the folder `cache` and mapped from it.
+
+    Raises:
+        UnreadableImageError: an image is missing or broken; the message names it.
+    """
+    digest = hashlib.sha256("\n".join([str(size), *(pair.id for pair in pairs)]).encode()).hexdigest()[:16]
+    path = cache / f"images-{digest}.npy"
+    if not path.is_file():
+        pixels = np.empty((len(pairs), size, size, 3), dtype=np.uint8)
+        for row, pair in enumerate(tqdm(pairs, "images", disable=quiet, unit="image")):
+            pixels[row] = np.asarray(center_crop(open_image(folders[pair.source] / pair.image), size))
+        partial = path.with_suffix(".partial.npy")
+        cache.mkdir(parents=True, exist_ok=True)
+        np.save(partial, pixels)
+        partial.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+def near_unseen(pixels: NDArray[np.uint8], unseen: np.ndarray) -> np.ndarray:
+    """Which images `(n,)` are nearly equal to an unseen one by their perceptual hash, the unseen ones themselves not.
 
     Args:
-        pairs: all of them.
-        seed: of the order in which the groups of a label are dealt out.
+        pixels: `(n, size, size, 3)`.
+        unseen: `(n,)` bool.
     """
-    groups: dict[str, list[Pair]] = defaultdict(list)
+    import imagehash
+
+    bits = np.stack([imagehash.phash(Image.fromarray(image)).hash.ravel() for image in pixels])
+    hashes = np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+    near = np.zeros(len(hashes), dtype=bool)
+    for own in np.unique(hashes[unseen]):
+        near |= np.bitwise_count(hashes ^ own) <= NEAR
+    return near & ~unseen
+
+
+def assign(pairs: Sequence[Pair], seed: int) -> np.ndarray:
+    """A name of `PARTS` for each of n pairs `(n,)`: whole groups, each label of each collection in the same shares."""
+    strata: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    known: set[str] = set()
     for pair in pairs:
-        groups[pair.group or f"pair {pair.id}"].append(pair)
-    strata: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name, members in groups.items():
-        strata[members[0].source, members[0].label].append(name)
-    dealt: dict[str, list[Pair]] = {part: [] for part in PARTS}
-    for (source, _), names in sorted(strata.items()):
-        names.sort(key=lambda name: hashed(seed, name))
-        bounds = np.cumsum([SHARES_OF.get(source, SHARES)[part] for part in PARTS]) * len(names)
-        for position, name in enumerate(names):
-            part = PARTS[min(int(np.searchsorted(bounds, position + 0.5)), len(PARTS) - 1)]
-            dealt[part] += groups[name]
-    return dealt
+        if pair.group not in known:
+            known.add(pair.group)
+            strata[pair.source, pair.label][pair.group] = None
+    part_of: dict[str, str] = {}
+    for groups in strata.values():
+        bounds = np.cumsum(SHARES) * len(groups)
+        for position, name in enumerate(sorted(groups, key=lambda name: hashed(seed, name))):
+            part_of[name] = PARTS[min(int(np.searchsorted(bounds, position + 0.5)), len(PARTS) - 1)]
+    return np.array([part_of[pair.group] for pair in pairs])
 
 
-def with_noise(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], dict[str, str]]:
-    """The same pairs, a share of them with another pair's caption or one that says nothing.
+@dataclass(frozen=True)
+class Noise:
+    """Pairs of which some captions are wrong.
+
+    Attributes:
+        pairs: n pairs.
+        kind: `(n,)` ``right``, ``within`` (the caption of another label of the same collection), ``other`` (of another
+            collection) or ``vague`` (a sentence that says nothing).
+    """
+
+    pairs: list[Pair]
+    kind: np.ndarray
+
+
+def with_noise(pairs: Sequence[Pair], share: float, seed: int) -> Noise:
+    """The same pairs with a share of the captions replaced: half within the collection, a quarter each other and vague.
 
     Args:
         pairs: the student's.
-        share: of pairs whose caption is replaced, half of them by the caption of a pair drawn at random that has
-            another caption, half by a vague sentence.
+        share: of the pairs.
         seed: of the draw; a larger share keeps the replacements of a smaller one.
-
-    Returns:
-        The pairs, and pair id -> ``wrong`` or ``vague``.
     """
     generator = np.random.default_rng(seed)
-    order = generator.permutation(len(pairs))
-    donors = generator.integers(0, len(pairs), len(pairs))
-    changed = list(pairs)
-    kinds: dict[str, str] = {}
-    for turn, position in enumerate(order[: round(share * len(pairs))]):
-        pair = pairs[position]
-        donor = int(donors[position])
-        while pairs[donor].caption == pair.caption:
-            donor = (donor + 1) % len(pairs)
-        wrong = turn % 2 == 0
-        caption = pairs[donor].caption if wrong else VAGUE[turn // 2 % len(VAGUE)]
-        changed[position] = dataclasses.replace(pair, caption=caption)
-        kinds[pair.id] = "wrong" if wrong else "vague"
-    return changed, kinds
+    order, donors = generator.permutation(len(pairs)), generator.permutation(len(pairs))
+    changed, kinds = list(pairs), np.full(len(pairs), "right", dtype="<U6")
+    for turn, row in enumerate(order[: round(share * len(pairs))].tolist()):
+        pair, kind = pairs[row], ("within", "other", "within", "vague")[turn % 4]
+        caption = VAGUE[turn // 4 % len(VAGUE)]
+        if kind != "vague":
+            rolled = (pairs[donor] for donor in np.roll(donors, -row).tolist())
+            found = next((other for other in rolled if _differs(pair, other, kind == "within")), None)
+            if found is None:  # a collection with one label alone
+                kind = "vague"
+            else:
+                caption = found.caption
+        changed[row], kinds[row] = replace(pair, caption=caption), kind
+    return Noise(changed, kinds)
+
+
+def _differs(pair: Pair, other: Pair, within: bool) -> bool:
+    if not within:
+        return other.source != pair.source and other.caption != ""
+    same = other.label == pair.label if pair.label else other.caption == pair.caption
+    return other.source == pair.source and not same and other.group != pair.group

@@ -1,257 +1,230 @@
-"""What the miniature found: ``miniature.json`` or ``ablations.json``, and the table that goes into a page.
+"""What the experiment found: paired differences of arms with intervals, one primary contrast, and the tables.
 
-The default student against every rival: paired intervals of the mean over tasks, seeds averaged in each replicate.
-
-A row's score is the mean over kinds of task of the mean over tasks of their headline metric. A rival trained with
-several seeds has in each bootstrap replicate the mean of its seeds' scores, so that an interval speaks of the recipe
-and of the held-out groups, which every row shares draw by draw.
+In a bootstrap replicate the groups of every question, the draws and, within a draw, the seeds are drawn with
+replacement, the same for all arms: an interval covers test images, assignment of groups and training seeds. A score is
+the mean over an endpoint's questions of balanced accuracy (of retrieval: recall at ten, both ways).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
+from numpy.typing import NDArray
 
-from mmkd.command.settings import resolved
-from mmkd.evaluation.results.summary import mean_of_kinds, versions
-from mmkd.evaluation.statistics.bootstrap import difference, interval, plain
+from mmkd.evaluation.statistics.bootstrap import difference, interval, replicate_weights, resampling_units
+from mmkd.evaluation.statistics.comparisons import above_chance, average_ranks, holm
 from mmkd.evaluation.statistics.metrics import Floats
-from mmkd.files import atomic_write_text, read_json, write_json
-from mmkd.miniature.plan import ABLATIONS, DEFAULT, ENSEMBLE, PAPER, TASK, TEACHER, UNCHANGED
+from mmkd.files import atomic_write_text
+from mmkd.miniature.arms import CONTROLS, DEFAULT
+from mmkd.miniature.tasks import Draw, Question
 
-METRIC = "mean over kinds of task (zero-shot, linear probe, retrieval, questions) of means over tasks"
+Answers = Mapping[str, NDArray[np.bool_]]
+"""Right answers of one model by question."""
 
-ABOUT = ("title", "kind", "primary_metric")
-
-PLACES = ("data", "work", "results", "readme")  # on this machine
-
-BEATEN_EVERYWHERE = (TASK, PAPER)
-
-ENSEMBLE_BEATEN_FROM = 0.4
+ENDPOINTS = ("seen", "unseen", "retrieval")
+PRIMARY_ENDPOINTS, PRIMARY_NOISE = ("seen", "unseen"), (0.2, 0.4)
+REPLICATES = 2000
+MARKERS = "<!-- claim -->", "<!-- /claim -->"
 
 
 @dataclass(frozen=True)
-class Report:
-    """Compares rows and writes what came out.
+class Row:
+    """An arm, a teacher or a combination of teachers at one share of wrong captions.
 
     Attributes:
-        settings: of the miniature.
-        folders: by share of noise, results of `mmkd eval`.
-        rows: by share of noise, row -> its encoders, one for each seed.
-        facts: about data and captions, for the JSON.
+        answers: by draw those of each seed; teachers have one.
     """
 
-    settings: Any
-    folders: dict[float, list[Path]]
-    rows: dict[float, dict[str, list[str]]]
-    facts: dict[str, Any]
-
-    def write(self, seconds: int) -> None:
-        """Write JSON, table and, if asked for, the page's table; print the table."""
-        name = "ablations" if self.settings.ablations else "miniature"
-        rows: list[dict[str, Any]] = []
-        scores: dict[str, Any] = {}
-        for noise, folders in self.folders.items():
-            results = Results(folders)
-            own = {row: results.score(encoders) for row, encoders in self.rows[noise].items()}
-            rows += (self._ablations if self.settings.ablations else self._rivals)(results, own, noise)
-            scores[f"{noise:g}"] = {
-                row: {**results.with_interval(score), "tasks": score.points} for row, score in own.items()
-            }
-        found = {
-            "rows": rows,
-            "scores": scores,
-            "command": self.command(),
-            "metric": METRIC,
-            "tasks": {name: {key: task[key] for key in ABOUT} for name, task in results.tasks.items()},
-            "split": self.settings.split,
-            "seeds": self.settings.seeds,
-            "seconds": seconds,
-            "versions": versions(),
-            "settings": {key: value for key, value in resolved(self.settings).items() if key not in PLACES},
-            **self.facts,
-        }
-        write_json(self.settings.results / f"{name}.json", found)
-        table = ablation_table(rows) if self.settings.ablations else rival_table(rows)
-        atomic_write_text(self.settings.results / f"{name}.md", table + "\n")
-        if self.settings.readme:
-            short = table if self.settings.ablations else rival_table(brief(rows))
-            replace_between(self.settings.readme, name, short)
-        print(f"\n{table}\n\n{self.settings.results / name}.json")
-
-    def _rivals(self, results: Results, scores: dict[str, Score], noise: float) -> list[dict[str, Any]]:
-        """The default against every other row."""
-        ours = scores[DEFAULT]
-        return [self._row(results, name, noise, ours, theirs) for name, theirs in scores.items() if name != DEFAULT]
-
-    def _ablations(self, results: Results, scores: dict[str, Score], noise: float) -> list[dict[str, Any]]:
-        """Every variant against the default."""
-        variants = {name: score for name, score in scores.items() if name.partition(": ")[0] in ABLATIONS}
-        return [self._row(results, name, noise, score, scores[UNCHANGED]) for name, score in variants.items()]
-
-    def command(self) -> str:
-        """The command that made it, without the folders of this machine."""
-        options = " --ablations" if self.settings.ablations else ""
-        options += " --quick" if self.settings.quick else ""
-        return f"mmkd miniature --data DIR{options}" + (" --split validation" if self.settings.split != "test" else "")
-
-    def _row(self, results: Results, name: str, noise: float, ours: Score, theirs: Score) -> dict[str, Any]:
-        compared = results.compare(ours, theirs)
-        beaten = name in BEATEN_EVERYWHERE or name.startswith(TEACHER)
-        beaten |= name == ENSEMBLE and noise >= ENSEMBLE_BEATEN_FROM
-        images = {id for task in results.tasks.values() for id in task["ids"]}
-        return {
-            "rival": name,
-            "noise": noise,
-            "metric": METRIC,
-            **compared,
-            "n": len(images),
-            "must_beat": bool(beaten) and not self.settings.ablations,
-        }
+    name: str
+    noise: float
+    answers: Mapping[int, Sequence[Answers]]
 
 
-def rival_table(rows: list[dict[str, Any]]) -> str:
-    """One line a rival, one column a share of noise: the default's score minus the rival's, in points."""
-    shares = list(dict.fromkeys(row["noise"] for row in rows))
-    cells = {(row["rival"], row["noise"]): row for row in rows}
-    lines = [
-        "| default student minus | " + " | ".join(f"{share:.0%} wrong captions" for share in shares) + " |",
-        "|---|" + "---|" * len(shares),
-    ]
-    for name in dict.fromkeys(row["rival"] for row in rows):
-        shown = [_cell(cells[name, share]) if (name, share) in cells else "" for share in shares]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    own = {share: next(row["ours"] for row in rows if row["noise"] == share) for share in shares}
-    lines.append(
-        "| *score of the default student* | " + " | ".join(f"{100 * own[share]:.1f}" for share in shares) + " |"
-    )
-    return "\n".join(lines)
+class Scores:
+    """Scores of all rows, each with replicates; rows of one noise are compared under the same draws."""
+
+    def __init__(self, draws: Sequence[Draw], rows: Sequence[Row], seed: int = 0) -> None:
+        """Score every row on every question of every draw, `REPLICATES` times and once as it is."""
+        generator = np.random.default_rng(seed)
+        self.draws = {draw.number: draw for draw in draws}
+        chosen = generator.integers(0, len(draws), (REPLICATES, len(draws)))
+        self._draws = np.concatenate([np.arange(len(draws))[None], chosen])
+        self._seeds = generator.random((REPLICATES + 1, len(draws), 64))
+        self.questions = {question.name: question for question in draws[0].test}
+        self._scores: dict[tuple[str, float, str], Floats] = {}
+        for name in self.questions:
+            judges = {draw.number: self._judge(next(q for q in draw.test if q.name == name), draw) for draw in draws}
+            for row in rows:
+                scored = [np.stack([judges[n](own[name]) for own in row.answers[n]]) for n in judges]
+                self._scores[row.name, row.noise, name] = self._over_draws(scored)
+        self._chances = {name: question.chance for name, question in self.questions.items()}
+
+    def of(self, name: str, noise: float, question: str) -> Floats:
+        """Score of a row on a question, `(1 + replicates,)`, the first without resampling."""
+        return self._scores[name, noise, question]
+
+    def mean(self, name: str, noise: float, endpoints: Sequence[str], chance: bool = False) -> Floats:
+        """Mean over endpoints of the mean over their questions, `(1 + replicates,)`; optionally relative to chance."""
+        means = []
+        for endpoint in endpoints:
+            own = [q for q in self.questions.values() if q.endpoint == endpoint]
+            values = [self.of(name, noise, question.name) for question in own]
+            if chance:
+                values = [above_chance(v, self._chances[q.name]) for v, q in zip(values, own, strict=True)]
+            if values:
+                means.append(np.mean(values, axis=0))
+        return np.mean(means, axis=0)
+
+    def present(self) -> list[str]:
+        """Endpoints that have questions."""
+        return [name for name in ENDPOINTS if any(q.endpoint == name for q in self.questions.values())]
+
+    def _judge(self, question: Question, draw: Draw) -> Callable[[NDArray[np.bool_]], Floats]:
+        """From right answers `(rows,)` to the score, `(1 + replicates,)`."""
+        groups = [draw.world.pairs[row].group for row in question.rows]
+        classes = question.classes
+        if question.kind == "retrieval":  # images and captions are two halves of one score
+            classes = np.repeat([0, 1], len(question.rows) // 2)
+        units = resampling_units([str(k) for k in question.classes], groups)
+        seed = zlib.crc32(question.name.encode()) + (0 if question.endpoint == "unseen" else draw.number)
+        weights = np.concatenate([np.ones((1, len(groups))), *replicate_weights(units, REPLICATES, seed)])
+        one_hot = np.eye(int(classes.max()) + 1)[classes]
+        support = weights @ one_hot
+
+        def score(right: NDArray[np.bool_]) -> Floats:
+            with np.errstate(invalid="ignore"):
+                return np.nanmean((weights @ (one_hot * right[:, None])) / support, axis=1)
+
+        return score
+
+    def _over_draws(self, scored: Sequence[Floats]) -> Floats:
+        """Mean over resampled draws and seeds of `(seeds, 1 + replicates)` of each draw."""
+        total = np.zeros(REPLICATES + 1)
+        everything = np.arange(REPLICATES + 1)
+        for turn in range(len(scored)):
+            for number, own in enumerate(scored):
+                picked = self._draws[:, turn] == number
+                seeds = (self._seeds[:, turn, : len(own)] * len(own)).astype(int)
+                seeds[0] = np.arange(len(own))
+                means = np.mean([own[seeds[:, k], everything] for k in range(len(own))], axis=0)
+                total += np.where(picked, means, 0)
+        return total / len(scored)
 
 
-def brief(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of all teachers the one that comes closest at each share of noise, and the other rows as they are."""
+def contrasts(scores: Scores, arms: Sequence[str], baselines: Sequence[str], noises: Sequence[float]) -> dict[str, Any]:
+    """Every difference of the default from another row, the primary one first, Holm-adjusted over the others.
+
+    Args:
+        scores: of all rows.
+        arms: all arms that were run, the default among them.
+        baselines: teachers and their combinations, which are not trained on the student's pairs.
+        noises: shares of wrong captions.
+
+    Returns:
+        ``primary``, one row, or None where its noise or a control is missing; and ``rows``.
+    """
+    counts = {e: sum(len(q.rows) for q in scores.questions.values() if q.endpoint == e) for e in ENDPOINTS}
     found = []
-    for noise in dict.fromkeys(row["noise"] for row in rows):
-        own = [row for row in rows if row["noise"] == noise]
-        teachers = [row for row in own if row["rival"].startswith(TEACHER)]
-        if teachers:
-            closest = min(teachers, key=lambda row: row["low"] if row["low"] is not None else row["delta"])
-            found.append({**closest, "rival": f"the closest of {len(teachers)} teachers"})
-        found += [row for row in own if row not in teachers]
-    return found
+    for noise in noises:
+        for endpoint in scores.present():
+            for other in (*arms, *baselines):
+                if other != DEFAULT:
+                    ours, theirs = (scores.mean(name, noise, [endpoint]) for name in (DEFAULT, other))
+                    found.append(_contrast(ours, theirs, other, noise, endpoint, counts[endpoint]))
+    adjusted = holm({str(k): row["p"] for k, row in enumerate(found)})
+    for k, row in enumerate(found):
+        row["holm_p"] = adjusted[str(k)]
+    return {"rows": found}
 
 
-def ablation_table(rows: list[dict[str, Any]]) -> str:
-    """One line a variant: its score and its difference from the default."""
-    lines = ["| changed | to | wrong captions | score | minus default |", "|---|---|---|---|---|"]
-    for row in rows:
-        group, _, name = row["rival"].partition(": ")
-        lines.append(f"| {group} | {name} | {row['noise']:.0%} | {row['ours']:.3f} | {_cell(row)} |")
-    return "\n".join(lines)
+def primary(scores: Scores, control: str) -> dict[str, Any]:
+    """The one contrast of the protocol: default minus the best control, over both endpoints and both shares."""
+    both = [
+        np.mean([scores.mean(name, noise, PRIMARY_ENDPOINTS) for noise in PRIMARY_NOISE], axis=0)
+        for name in (DEFAULT, control)
+    ]
+    n = sum(len(q.rows) for q in scores.questions.values() if q.endpoint in PRIMARY_ENDPOINTS)
+    return _contrast(both[0], both[1], control, None, "seen and unseen", n)
 
 
-def replace_between(page: Path, name: str, table: str) -> None:
-    """Put the table between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+def _contrast(ours: Floats, theirs: Floats, other: str, noise: float | None, endpoint: str, n: int) -> dict[str, Any]:
+    found = difference(ours[0], theirs[0], ours[1:], theirs[1:])
+    return {
+        "contrast": f"{DEFAULT} - {other}",
+        "endpoint": endpoint,
+        "noise": noise,
+        "delta": 100 * found["difference"],
+        "low": 100 * found["low"],
+        "high": 100 * found["high"],
+        "p": found["p"],
+        "n": n,
+    }
+
+
+def best_control(validation: Mapping[str, float]) -> str:
+    """The control with the highest validation score."""
+    return max((name for name in CONTROLS if name in validation), key=lambda name: validation[name])
+
+
+def table(scores: Scores, names: Sequence[str], noises: Sequence[float], endpoint: str) -> str:
+    """Scores of an endpoint with 95 % intervals in Markdown, chance-normalised means at the end of each cell."""
+    lines = ["| " + " | ".join([endpoint, *(f"{noise:.0%} wrong" for noise in noises)]) + " |"]
+    lines.append("|---" * (len(noises) + 1) + "|")
+    for name in names:
+        cells = []
+        for noise in noises:
+            values, normalised = (scores.mean(name, noise, [endpoint], chance) for chance in (False, True))
+            low, high = interval(values[1:])
+            cells.append(f"{100 * values[0]:.1f} [{100 * low:.1f}, {100 * high:.1f}] ({100 * normalised[0]:.1f})")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """The contrasts as a table in Markdown, one row for each other arm or teacher; bold where Holm's p is below .05."""
+    columns = list(dict.fromkeys((row["endpoint"], row["noise"]) for row in found["rows"]))
+    cells: dict[str, dict[tuple[str, float], str]] = {}
+    for row in found["rows"]:
+        text = f"{row['delta']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+        shown = f"**{text}**" if row["holm_p"] < 0.05 else text
+        cells.setdefault(row["contrast"].rpartition(" - ")[2], {})[row["endpoint"], row["noise"]] = shown
+    lines = [f"| *{DEFAULT}* minus | " + " | ".join(f"{name}, {noise:.0%} wrong" for name, noise in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, own in cells.items():
+        control = name in CONTROLS
+        lines.append(
+            "| " + " | ".join([f"control: {name}" if control else name, *(own[key] for key in columns)]) + " |"
+        )
+    if found["primary"] is not None:
+        one = found["primary"]
+        lines += [
+            "",
+            f"Primary contrast ({one['contrast']}; {one['endpoint']}, 20 and 40 % wrong captions together): "
+            f"{one['delta']:+.1f} [{one['low']:+.1f}, {one['high']:+.1f}], p = {one['p']:.3f}; {one['n']} images, "
+            f"{one['splits']} draws, {one['seeds']} seeds each.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def replace_table(page: Path, table: str) -> None:
+    """Put the table between the markers ``<!-- claim -->`` and ``<!-- /claim -->`` of a page.
 
     Raises:
         ValueError: the page lacks the markers.
     """
-    text = page.read_text(encoding="utf-8")
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if start not in text or end not in text or text.index(start) > text.index(end):
-        raise ValueError(f"{page} lacks the lines {start} and {end} between which the table goes")
-    before, after = text.split(start, 1)[0], text.split(end, 1)[1]
-    atomic_write_text(page, f"{before}{start}\n{table}\n{end}{after}")
+    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not begin or not end:
+        raise ValueError(f"{page} lacks the lines {MARKERS[0]} and {MARKERS[1]}, between which the table goes")
+    atomic_write_text(page, f"{before}{begin}\n{table}{end}{after}")
 
 
-def _cell(row: dict[str, Any]) -> str:
-    """Difference in points with its interval, bold where the interval excludes zero."""
-    if row["low"] is None:
-        return f"{100 * row['delta']:+.1f}"
-    text = f"{100 * row['delta']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-    return f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
-
-
-@dataclass(frozen=True)
-class Score:
-    """A row's point values by task and their replicates ``(replicates,)`` under draws that all tasks share."""
-
-    points: dict[str, float]
-    replicates: dict[str, Floats]
-
-
-class Results:
-    """The cells that `mmkd eval` left in one or several folders, made on the same held-out pairs."""
-
-    def __init__(self, folders: Sequence[Path]) -> None:
-        """Read what was asked; cells are read when a row is."""
-        self.folders = list(folders)
-        self.tasks: dict[str, dict[str, Any]] = {}
-        for folder in self.folders:
-            for path in sorted((folder / "tasks").glob("*.json")):
-                task = read_json(path)
-                known = self.tasks.setdefault(task["name"], task)
-                if known["ids"] != task["ids"]:
-                    raise ValueError(f"{path}: other images than in {self.folders[0]}; evaluate on the same pairs")
-        if not self.tasks:
-            raise FileNotFoundError(f"{', '.join(map(str, folders))} hold no results; run `mmkd eval` first")
-
-    def score(self, encoders: Sequence[str], tasks: Sequence[str] | None = None) -> Score:
-        """The mean of several encoders (seeds of one recipe) on each task.
-
-        Raises:
-            FileNotFoundError: an encoder was not evaluated.
-        """
-        found = [self._single(encoder, tasks or list(self.tasks)) for encoder in encoders]
-        names = set.intersection(*(set(single.points) for single in found))
-        return Score(
-            {name: float(np.mean([single.points[name] for single in found])) for name in sorted(names)},
-            {name: np.mean([single.replicates[name] for single in found], axis=0) for name in sorted(names)},
-        )
-
-    def mean(self, score: Score, tasks: Sequence[str] | None = None) -> tuple[float, Floats]:
-        """Mean over kinds of means over tasks, and its replicates."""
-        names = [name for name in tasks or score.points if name in score.points]
-        point = float(mean_of_kinds(self.tasks, {name: np.array(score.points[name]) for name in names}))
-        return point, mean_of_kinds(self.tasks, {name: score.replicates[name] for name in names})
-
-    def compare(self, ours: Score, theirs: Score) -> dict[str, Any]:
-        """``delta = ours - theirs`` over the tasks both have, with interval, p and both scores."""
-        common = [name for name in ours.points if name in theirs.points]
-        (own, own_replicates), (other, other_replicates) = self.mean(ours, common), self.mean(theirs, common)
-        found = difference(own, other, own_replicates, other_replicates)
-        return {
-            "delta": plain(found["difference"]),
-            "low": plain(found["low"]),
-            "high": plain(found["high"]),
-            "p": plain(found["p"]),
-            "ours": own,
-            "theirs": other,
-            "tasks": len(common),
-        }
-
-    def with_interval(self, score: Score) -> dict[str, Any]:
-        """Overall score and interval of a row."""
-        point, replicates = self.mean(score)
-        low, high = interval(replicates)
-        return {"value": point, "low": plain(low), "high": plain(high)}
-
-    def _single(self, encoder: str, tasks: Sequence[str]) -> Score:
-        points, replicates = {}, {}
-        folder = next((folder for folder in self.folders if (folder / "cells" / encoder).is_dir()), None)
-        if folder is None:
-            raise FileNotFoundError(f"no results of {encoder} in {', '.join(map(str, self.folders))}")
-        for name in tasks:
-            path = folder / "cells" / encoder / f"{name}.json"
-            if not path.is_file():
-                continue
-            cell, headline = read_json(path), self.tasks[name]["primary_metric"]
-            if cell["undefined"] is None:
-                points[name] = float(cell["metrics"][headline]["value"])
-                replicates[name] = safetensors.numpy.load_file(path.with_suffix(".safetensors"))[f"together.{headline}"]
-        return Score(points, replicates)
+def ranks(scores: Scores, names: Sequence[str], noise: float) -> dict[str, Any]:
+    """Average rank of each row over all questions, and Wilcoxon's test of the default against it."""
+    values = {name: np.array([scores.of(name, noise, q)[0] for q in scores.questions]) for name in names}
+    return average_ranks(DEFAULT, values)

@@ -41,28 +41,16 @@ def embed(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
             and ``text_embeds``.
         batch: ``pixel_values`` (rows, 3, size, size), normalized, or uint8 beside ``pixel_statistics``; ``input_ids``
             and ``attention_mask`` (rows, tokens); ``text_lengths``, a list with the tokens of each row, without which
-            the captions are taken in one run. Or ``pooled_images`` and ``pooled_texts`` (rows, width), stored outputs
-            of frozen towers: then only the projections are run.
+            the captions are taken in one run. In place of either, ``pooled_images`` or ``pooled_texts`` (rows, width),
+            stored outputs of a frozen tower: then only its projection is run.
 
     Returns:
         Unit-norm ``image`` and ``text`` features (rows, dim), in fp32.
     """
-    if "pooled_images" in batch:
-        images = model.get_submodule("visual_projection")(batch["pooled_images"])
-        texts = model.get_submodule("text_projection")(batch["pooled_texts"])
-        return {"image": F.normalize(images.float(), dim=1), "text": F.normalize(texts.float(), dim=1)}
-    pixels, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
-    if "pixel_statistics" in batch:
-        pixels = normalized_pixels(pixels, batch["pixel_statistics"])
-    chunks = text_chunks(batch["text_lengths"]) if "text_lengths" in batch else []
-    if len(chunks) < 2:
-        output = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
-        images, texts = output.image_embeds, output.text_embeds
-    else:
-        images = model(pixel_values=pixels).image_embeds
-        runs = [(ids[start:stop, :longest], mask[start:stop, :longest]) for start, stop, longest in chunks]
-        texts = torch.cat([model(input_ids=run, attention_mask=run_mask).text_embeds for run, run_mask in runs])
-    return {"image": F.normalize(images.float(), dim=1), "text": F.normalize(texts.float(), dim=1)}
+    return {
+        "image": F.normalize(_image_features(model, batch).float(), dim=1),
+        "text": F.normalize(_text_features(model, batch).float(), dim=1),
+    }
 
 
 def normalized_pixels(pixels: Tensor, statistics: PixelStatistics) -> Tensor:
@@ -135,6 +123,24 @@ def _best_bounds(lengths: np.ndarray, count: int) -> list[int]:
         widest = int(np.argmax(np.diff(bounds)))
         bounds.insert(widest + 1, (bounds[widest] + bounds[widest + 1]) // 2)
     return bounds
+
+
+def _image_features(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    if "pooled_images" in batch:
+        return model.get_submodule("visual_projection")(batch["pooled_images"])
+    pixels = batch["pixel_values"]
+    if "pixel_statistics" in batch:
+        pixels = normalized_pixels(pixels, batch["pixel_statistics"])
+    return model(pixel_values=pixels).image_embeds
+
+
+def _text_features(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    if "pooled_texts" in batch:
+        return model.get_submodule("text_projection")(batch["pooled_texts"])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    chunks = text_chunks(batch["text_lengths"]) if "text_lengths" in batch else [(0, len(ids), ids.shape[1])]
+    runs = [(ids[start:stop, :longest], mask[start:stop, :longest]) for start, stop, longest in chunks]
+    return torch.cat([model(input_ids=run, attention_mask=run_mask).text_embeds for run, run_mask in runs])
 
 
 @lru_cache(maxsize=16)

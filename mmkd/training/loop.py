@@ -12,8 +12,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from mmkd.command.launch import StopRequest
 from mmkd.distributed import mean_over_processes, rank, settle_group, whole, world_size
 from mmkd.files import refuse_existing
 from mmkd.student.trainable import set_training_mode
-from mmkd.training.batches import Batches
+from mmkd.training.batches import Batches, batches_from
 from mmkd.training.checkpoints import Checkpoints
 from mmkd.training.gradient_cache import cached_backward, set_seed
 from mmkd.training.log import StepLog, profiled_steps, report_skipped, timed
@@ -57,6 +56,8 @@ def start(settings: LoopSettings) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir=str(RunFolder(settings.output).path / TENSORBOARD_FOLDER)),
     )
     settle_group(str(accelerator.distributed_type))
+    if accelerator.device.type == "cuda" and settings.precision == "fp32":
+        logger.warning("training in fp32 on a GPU; --precision bf16 is faster and takes less memory")
     torch.manual_seed(settings.seed)
     return accelerator
 
@@ -97,7 +98,7 @@ def fit(
     # smoothing=0: the time left follows from all steps of this start, with their checkpoints and evaluations.
     bar = tqdm(total=total, initial=progress.step, disable=log.hidden, unit="step", desc=name, smoothing=0)
     with StopRequest() as request, profiled_steps(folder.path, settings.profile_steps) as profiled, bar:
-        for batch, waited, began in timed(_remaining(batches, progress.step, total)):
+        for batch, waited, began in timed(batches_from(batches, progress.step, total)):
             rate = set_learning_rate(training.optimizer, progress.step, total, settings)
             values, is_finite, stop = training.step(batch, progress.step, request.requested)
             progress.count(is_finite)
@@ -120,15 +121,6 @@ def fit(
                 raise SystemExit(0)
     log.close()
     checkpoints.finish(write_output, best=validation is not None and validation.best_metric is not None)
-
-
-def _remaining(batches: Batches, step: int, total: int) -> Iterator[dict[str, Any]]:
-    """The batches from step number `step` on, with their ``epoch``."""
-    while step < total:
-        epoch, skip = divmod(step, len(batches))
-        for batch in islice(batches.epoch(epoch, skip), total - step):
-            yield {**batch, "epoch": epoch}
-            step += 1
 
 
 class _Training:

@@ -25,7 +25,7 @@ import torch
 
 from mmkd.student.embed import PixelStatistics, padding_free_share, text_chunks
 from mmkd.student.trainable import enable_gradient_checkpointing
-from mmkd.training.objectives import ContrastiveObjective
+from mmkd.training.contrastive import ContrastiveObjective
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 CONTEXT = 256

@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 
 from mmkd.distillation import objective as stage2
-from mmkd.distillation import targets
+from mmkd.distillation import rows, targets
 from mmkd.distillation.heads import TeacherHeads
 from mmkd.distillation.options import DistillOptions
-from mmkd.distributed import mean_over_processes, rank, settle_group, wait_for_everyone
-from mmkd.training import chunked_loss, objectives
+from mmkd.distributed import mean_over_processes, rank, settle_group, wait_for_everyone, world_size
+from mmkd.training import chunked_loss, contrastive, objectives
 
 settle_group(str(Accelerator().distributed_type))
 chunked_loss.LARGEST_MATRIX["cpu"] = 48  # three rows of a whole batch at a time
@@ -44,7 +44,7 @@ class Student(torch.nn.Module):
         self.logit_scale = torch.nn.Parameter(torch.tensor([math.log(20.0)]))
 
 
-def parts_of(rows, options):
+def parts_of(rows, options, some_without_caption):
     torch.manual_seed(0)
     model = Student(rows)
     heads = TeacherHeads(DIM, WIDTHS)
@@ -58,6 +58,8 @@ def parts_of(rows, options):
         "modality": [("ct", "mri")[k % 2] for k in range(ROWS)][rows],
         "epoch": 3,
     }
+    if some_without_caption:
+        batch["captioned"] = (torch.arange(ROWS) % 5 != 1)[rows]  # 6 of the first process, 7 of the second
     normal = {side: torch.nn.functional.normalize(getattr(model, side), dim=1) for side in ("image", "text")}
     parts = objective.loss(normal, batch)
     parts["loss"].backward()
@@ -75,15 +77,17 @@ def relative(ours, expected):
     return ((ours - expected).norm() / expected.norm()).item()
 
 
-for target in ("mean", "random", "leave_one_out"):
+for target, without in (("mean", False), ("random", False), ("leave_one_out", False), ("mean", True)):
     half = slice(8 * rank(), 8 * rank() + 8)
-    own, parts = parts_of(half, options(target=target))
+    own, parts = parts_of(half, options(target=target), without)
     gather = objectives.gather
-    stage2.gather = targets.gather = objectives.gather = lambda rows: rows
-    objectives.rank = lambda: 0
-    whole, expected = parts_of(slice(None), options(target=target))
-    stage2.gather = targets.gather = objectives.gather = gather
-    objectives.rank = rank
+    rows.gather = targets.gather = objectives.gather = lambda rows: rows
+    objectives.rank = rows.rank = lambda: 0
+    rows.world_size = lambda: 1
+    whole, expected = parts_of(slice(None), options(target=target), without)
+    rows.gather = targets.gather = objectives.gather = gather
+    objectives.rank = rows.rank = rank
+    rows.world_size = world_size
     for name, value in expected.items():
         assert relative(mean_over_processes(parts[name]), value.detach()) < 1e-6, (target, name)
     for name, parameter in own.named_parameters():
@@ -97,7 +101,7 @@ for target in ("mean", "random", "leave_one_out"):
 normalize = torch.nn.functional.normalize
 half, everyone = slice(8 * rank(), 8 * rank() + 8), Student(slice(None))
 student = Student(half)
-objective = objectives.ContrastiveObjective(student, gather_gradient=False)
+objective = contrastive.ContrastiveObjective(student, gather_gradient=False)
 sides = {side: normalize(getattr(student, side), dim=1) for side in ("image", "text")}
 loss = objective.loss(sides, {})["loss"]
 loss.backward()

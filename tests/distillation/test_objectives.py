@@ -11,8 +11,8 @@ from torch import nn
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions, checked_weights, require_width
-from mmkd.distillation.weighting import sample_teacher
-from mmkd.training.objectives import ContrastiveObjective
+from mmkd.distillation.weighting import sample_teacher, spread_scales
+from mmkd.training.contrastive import ContrastiveObjective
 
 
 class Student(nn.Module):
@@ -23,7 +23,7 @@ class Student(nn.Module):
         self.image, self.text = nn.Parameter(image), nn.Parameter(text)
         self.logit_scale = nn.Parameter(torch.tensor([logit_scale]))
 
-    def forward(self, input_ids, attention_mask, pixel_values):
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None):
         return SimpleNamespace(image_embeds=self.image, text_embeds=self.text)
 
 
@@ -39,7 +39,7 @@ def batch(rows=6, teachers=("a", "b"), widths=(8, 8), seed=0, **more):
         }
 
     both = {name: features(width, k) for k, (name, width) in enumerate(zip(teachers, widths, strict=True))}
-    nothing = dict.fromkeys(("input_ids", "attention_mask", "pixel_values"))
+    nothing = {"input_ids": torch.zeros(rows, 1), "attention_mask": torch.ones(rows, 1), "pixel_values": None}
     return {**nothing, "index": torch.arange(rows), "epoch": 0, "teachers": both, "aligned": both, **more}
 
 
@@ -173,9 +173,10 @@ class Towers(nn.Module):
         self.vision, self.words = nn.Linear(5, 8), nn.Embedding(20, 8)
         self.logit_scale = nn.Parameter(torch.tensor([1.0]))
 
-    def forward(self, input_ids, attention_mask, pixel_values):
-        text = (self.words(input_ids) * attention_mask[:, :, None]).sum(dim=1)
-        return SimpleNamespace(image_embeds=self.vision(pixel_values), text_embeds=text)
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None):
+        if input_ids is None:
+            return SimpleNamespace(image_embeds=self.vision(pixel_values))
+        return SimpleNamespace(text_embeds=(self.words(input_ids) * attention_mask[:, :, None]).sum(dim=1))
 
 
 def test_a_batch_may_be_encoded_in_pieces():
@@ -194,3 +195,63 @@ def test_a_batch_may_be_encoded_in_pieces():
     whole = objective(data)
     for name, part in objective.loss(joined, data).items():
         torch.testing.assert_close(part, whole[name])
+
+
+def kept_rows(value, rows):
+    if isinstance(value, dict):
+        return {key: kept_rows(nested, rows) for key, nested in value.items()}
+    return value[rows] if isinstance(value, torch.Tensor) else value
+
+
+def test_images_without_captions_take_part_in_the_losses_of_images_alone():
+    losses = {"task": 1, "affinity": 1, "feature": 1, "interactive": 1, "relational": 1}
+    captioned = torch.tensor([True, False, True, True, False, True, True, True])
+    embeddings = {side: F.normalize(torch.randn(8, 8), dim=1) for side in ("image", "text")}
+    given = batch(8, modality=[""] * 8)
+    some = distill(student(8), losses).loss(embeddings, {**given, "captioned": captioned})
+    every = distill(student(8), losses).loss(embeddings, given)
+    without = distill(student(8), losses).loss(kept_rows(embeddings, captioned), kept_rows(given, captioned))
+    for name in ("task", "affinity", "interactive"):
+        torch.testing.assert_close(some[name], without[name])
+    objective = distill(student(8), {"relational": 1})
+    images = F.normalize(torch.randn(8, 8), dim=1)
+    moved = {"image": torch.where(captioned[:, None], embeddings["image"], images), "text": embeddings["text"]}
+    first = objective.loss(embeddings, {**given, "captioned": captioned})["relational"]
+    assert objective.loss(moved, {**given, "captioned": captioned})["relational"] != first  # their images count
+    moved = {"image": embeddings["image"], "text": torch.where(captioned[:, None], embeddings["text"], images)}
+    torch.testing.assert_close(objective.loss(moved, {**given, "captioned": captioned})["relational"], first)
+    assert every["relational"] != some["relational"]
+
+
+def test_a_batch_without_any_caption_is_refused():
+    with pytest.raises(ValueError, match="no caption at all; raise --batch_size"):
+        distill(student(), {"relational": 1})({**batch(), "captioned": torch.zeros(6).bool()})
+
+
+def test_teachers_without_an_image_text_space_take_part_in_the_relations_alone():
+    embeddings = {side: F.normalize(torch.randn(6, 8), dim=1) for side in ("image", "text")}
+    options = {"losses": {"affinity": 1, "relational": 1}, "relational_only": ["b"]}
+    given = batch(modality=[""] * 6)
+    both, one = distill(student(), **options).loss(embeddings, given), batch(modality=[""] * 6)
+    one["teachers"] = {"a": given["teachers"]["a"]}
+    alone = distill(student(), {"affinity": 1, "relational": 1}).loss(embeddings, one)
+    torch.testing.assert_close(both["affinity"], alone["affinity"])
+    assert both["relational"] != alone["relational"]
+
+
+def test_spread_scales_make_narrow_teachers_as_sharp_as_wide_ones():
+    generator = torch.Generator().manual_seed(0)
+    common, own = torch.randn(1, 64, generator=generator), torch.randn(512, 64, generator=generator)
+    mask = torch.ones(512, dtype=torch.bool)
+    teachers = {
+        name: {"image": common + width * own, "text": common + width * own.flip(1), "mask": mask}
+        for name, width in (("narrow", 0.3), ("wide", 3.0))
+    }
+    scales = spread_scales(teachers, 3.5)
+    assert scales["image/narrow"] > 3 * scales["image/wide"]
+    for name in teachers:
+        unit = F.normalize(teachers[name]["image"], dim=1)
+        cosines = (unit @ unit.T)[~torch.eye(512, dtype=torch.bool)].view(512, 511)
+        assert (scales[f"image/{name}"] * cosines.std()).item() == pytest.approx(3.5, rel=1e-3)
+    teachers["narrow"]["text"] = torch.randn(512, 32)
+    assert "across/narrow" not in spread_scales(teachers, 3.5)

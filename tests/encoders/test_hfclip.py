@@ -138,6 +138,25 @@ def test_a_folder_of_ours_by_path(ours, images):
     assert encoder.provenance["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), abs=1e-4)
 
 
+def test_the_towers_of_a_student_keep_their_cosines(ours, plip, images):
+    folder, model, processor = ours
+    encoder = load_encoder(f"towers:{folder}")
+    model.visual_projection = model.text_projection = torch.nn.Identity()
+    tokens = processor(text=TEXTS, padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = {
+            "image": model.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output,
+            "text": model.get_text_features(**tokens).pooler_output,
+        }
+    found = {"image": encoder.encode_images(images), "text": encoder.encode_texts(TEXTS)}
+    for name, pooled in expected.items():
+        unit = functional.normalize(pooled.float(), dim=1)
+        assert found[name].shape[1] == encoder.dim
+        torch.testing.assert_close(found[name] @ found[name].T, unit @ unit.T, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no MMKDClipModel; give a student's folder"):
+        load_encoder(f"towers:{plip[0]}")
+
+
 def test_a_damaged_folder_of_ours(ours):
     weights = ours[0] / "model.safetensors"
     state = load_file(weights)

@@ -8,7 +8,7 @@ import torch
 from captioned_batches import batch, descending, model
 
 from mmkd.student.embed import MOST_CHUNKS, PixelStatistics, embed, normalized_pixels, padding_free_share, text_chunks
-from mmkd.training.objectives import ContrastiveObjective
+from mmkd.training.contrastive import ContrastiveObjective
 
 
 def test_chunks_are_the_best_there_are():

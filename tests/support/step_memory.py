@@ -13,8 +13,9 @@ import sys
 import torch
 from transformers import BertConfig, CLIPVisionConfig
 
+from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.gradient_cache import cached_backward
-from mmkd.training.objectives import ContrastiveObjective, ObjectiveWrapper
+from mmkd.training.objectives import ObjectiveWrapper
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}

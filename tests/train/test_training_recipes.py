@@ -28,6 +28,8 @@ from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import hold_out_split, open_pairs, write_manifest
 from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
+from mmkd.training.batches import JoinedBatches, StoredBatches
+from mmkd.training.settings import BatchSettings
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 CONFIGS = Path(mmkd.train.configs.__file__).parent
@@ -340,6 +342,40 @@ def test_distilling_twice_gives_the_same_bytes(tmp_path, world):
     assert told["started_from"] == [{"weights": "student", "license": "not stated"}]
 
 
+def test_images_without_captions_join_every_batch(tmp_path, world):
+    more = ("--max_steps", 2, "--teacher_temperature", "spread", "--losses.affinity", 0)
+    alone, joined = tmp_path / "alone", tmp_path / "joined"
+    distill(alone, world, *more)
+    distill(joined, world, *more, "--images", world / "pairs")
+    first, both = log(alone)[0], log(joined)[0]
+    assert first["task"] == both["task"]  # the same captioned pairs, whose losses see no other image
+    assert first["relational"] != both["relational"]
+    after, without = tensors(joined), tensors(alone)
+    assert any(not torch.equal(after[name], without[name]) for name in without)
+    with pytest.raises(ValueError, match="needs a weight of feature or relational or heads"):
+        distill(tmp_path / "none", world, "--losses.relational", 0, "--images", world / "pairs")
+
+
+def test_joined_batches_number_images_apart_and_resume_where_they_stopped(world):
+    features = {"teachers": TeacherFeatures.open(world / "features")}
+    pairs = open_pairs(world / "pairs", "train").pairs
+    order = BatchSettings(batch_size=4, seed=1)
+    own = {"pooled_images": torch.arange(PAIRS)[:, None].float(), "pooled_texts": torch.zeros(PAIRS, 2)}
+    images = {name: tensor[:5] for name, tensor in own.items()}
+    batches = JoinedBatches(
+        StoredBatches(pairs, order, own, features), StoredBatches(pairs[:5], order, images, features), PAIRS
+    )
+    whole = [batch for epoch in range(3) for batch in batches.epoch(epoch)]
+    assert len(whole) == 3 * len(batches) == 9
+    resumed = [*batches.epoch(1, 2), *batches.epoch(2)]
+    for one, other in zip(whole[5:], resumed, strict=True):
+        assert one["ids"] == other["ids"]
+    for batch in whole:
+        assert batch["captioned"].tolist() == [True] * 4 + [False] * 4
+        assert (batch["index"][4:] >= PAIRS).all()
+        assert len(batch["teachers"]["one"]["image"]) == len(batch["ids"]) == 8
+
+
 def test_recipe_paper_is_a_set_of_named_settings(tmp_path, world):
     paper = distill(tmp_path / "paper", world, "--recipe", "paper")
     assert (paper.target, paper.target_norm, paper.feature_form) == ("random", "stored", "squared")
@@ -466,6 +502,7 @@ EXAMPLES = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(encoding="utf-8"),
 def test_examples_of_the_page_on_distillation_run(tmp_path, world, example):
     given = yaml.safe_load(example)
     folders = {"features": world / "features", "aligned": world / "aligned", "standardizer": tmp_path / "standard"}
+    folders["images"] = world / "pairs"
     if "standardizer" in given:
         align(tmp_path / "standard", world, "--aligner", "phi-s")
     (tmp_path / "distill.yaml").write_text(example)

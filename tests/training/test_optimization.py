@@ -3,7 +3,7 @@ import tiny_run
 import torch
 from torch import nn
 
-from mmkd.training.objectives import ContrastiveObjective
+from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.optimizer import WeightAverage, build_optimizer, clamp_scales, rate_factors, set_learning_rate
 from mmkd.training.settings import LoopSettings, check
 

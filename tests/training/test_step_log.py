@@ -7,9 +7,9 @@ import torch
 from captioned_batches import batch, descending, model
 from safetensors.torch import save_file
 
+from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.log import StepLog, memory_gb, teacher_use
 from mmkd.training.loop import fit, start
-from mmkd.training.objectives import ContrastiveObjective
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.settings import LoopSettings
 from mmkd.training.tracking import chosen_trackers, draw_losses, environment, git_state, plain_settings

@@ -1,0 +1,94 @@
+"""The whole experiment on pictures whose class is their colour, through the function that the command calls."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmkd.miniature.arms import ARMS, DEFAULT, NO_TEACHER
+from mmkd.miniature.runs import Sizes
+from mmkd.train import miniature
+
+COLOURS = {"red lesion": (200, 40, 40), "green lesion": (40, 200, 40)}
+
+
+@pytest.fixture(scope="module")
+def collections(tmp_path_factory):
+    root, generator = tmp_path_factory.mktemp("collections"), np.random.default_rng(0)
+    for name in ("skin", "retina", "colon"):
+        (root / name).mkdir()
+        rows = ["file,modality,label,caption,group"]
+        for label, colour in COLOURS.items():
+            for k in range(60):
+                pixels = np.clip(np.array(colour) + generator.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                file = f"{label.split()[0]}{k}.png"
+                Image.fromarray(pixels).save(root / name / file)
+                rows.append(f"{file},photograph,{label},,g{label}{k}")
+        (root / name / "labels.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture
+def settings(collections, tmp_path, monkeypatch):
+    sizes = Sizes()
+    small = {
+        name: replace(getattr(sizes, name), steps=steps, batch_size=16)
+        for name, steps in (("teacher", 30), ("stage1", 5), ("stage2", 10))
+    }
+    monkeypatch.setattr(miniature, "Sizes", lambda: Sizes(**small))
+    return miniature.MiniatureSettings(
+        data=[collections],
+        unseen=["colon"],
+        work=tmp_path / "work",
+        results=tmp_path / "results",
+        arms=["paper", "repaired paper", "permuted teachers", "earlier student"],
+        noise=[0.2, 0.4],
+        draws=1,
+        seeds=1,
+        image_size=32,
+        workers=1,
+        quiet=True,
+    )
+
+
+def test_the_experiment_reports_every_arm_and_resumes_to_the_same_figures(settings):
+    miniature.main(settings)
+    path = settings.results / "claim.json"
+    found = json.loads(path.read_text())
+    arms = {*settings.arms, DEFAULT, NO_TEACHER}
+    assert set(found["trials"]) == arms
+    assert found["control"] in arms - {DEFAULT, "paper", "repaired paper"}
+    assert found["collections"] == {"seen": ["retina", "skin"], "unseen": ["colon"]}
+    assert found["primary"]["contrast"] == f"{DEFAULT} - {found['control']}"
+    others = {row["contrast"].rpartition(" - ")[2] for row in found["rows"]}
+    assert arms - {DEFAULT} < others
+    assert {"stage 1", "skin", "generalist 1", "ensemble of the teachers"} < others
+    for fields in found["teachers"]["1"].values():  # colours are learned from frozen towers
+        assert fields["inside"] > 0.8
+    assert set(found["screening"]["0.4"]) == {"right", "within", "other", "vague"}
+    assert str(settings.data[0]) not in path.read_text()
+    answers = sorted(settings.work.rglob("answers.safetensors"))
+    assert len(answers) == 3 + 3 * len(arms) + 2 * len(arms) + 2
+    removed, kept = answers[-1], answers[0].stat().st_mtime_ns
+    before = removed.read_bytes()
+    for file in removed.parent.iterdir():
+        file.unlink()
+    removed.parent.rmdir()
+    miniature.main(settings)
+    assert removed.read_bytes() == before
+    assert answers[0].stat().st_mtime_ns == kept
+    again = json.loads(path.read_text())
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+
+
+def test_unknown_names_are_refused_before_anything_is_read(collections, tmp_path):
+    settings = miniature.MiniatureSettings(data=[collections], arms=["task los alone"], work=tmp_path / "work")
+    with pytest.raises(ValueError, match="'task los alone' is unknown .did you mean 'task loss alone'"):
+        miniature.main(settings)
+    with pytest.raises(ValueError, match="collections nowhere are not there; found: colon, retina, skin"):
+        miniature.main(miniature.MiniatureSettings(data=[collections], unseen=["nowhere"], work=tmp_path / "work"))
+    with pytest.raises(ValueError, match="--draws is 0"):
+        miniature.MiniatureSettings(data=[collections], draws=0)
+    assert set(ARMS) >= {DEFAULT, NO_TEACHER}
