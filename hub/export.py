@@ -139,8 +139,8 @@ def show(settings: ExportSettings, comparison: dict[str, Any]) -> None:
         lowest = ", ".join(f"{tower} {value:.4f}" for tower, value in comparison["lowest_cosine"].items())
         print(f"lowest cosine similarity to the model on random inputs: {lowest}")
     for name, task in comparison.get("zero_shot", {}).items():
-        frame = task["frames"]["image"]
-        print(f"\n{name}: {frame['n']} images in {frame['groups']} groups")
+        units = task["units"]["image"]
+        print(f"\n{name}: {units['n']} images in {units['groups']} groups")
         for row, cell in task["rows"].items():
             print(f"  {row:<18}" + "  ".join(_scores(cell["metrics"])))
         for other, metrics in task["differences"].items():

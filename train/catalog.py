@@ -1,4 +1,4 @@
-"""Datasets of an evaluation: what is known, what is on this machine, whether it is what its manifest says.
+"""Datasets of an evaluation: list them, show their manifests, and check the data on this machine against them.
 
 ``mmkd eval --datasets NAME`` evaluates on those that are listed, checked or added here.
 """
@@ -18,7 +18,7 @@ from mmkd.evaluation.datasets.catalog import catalog
 
 @dataclass
 class ListSettings:
-    """List datasets, a line each: tier A is open, B asks for registration, C for credentials and an agreement.
+    """List datasets, a line each: tier A is open, B needs registration, C credentials and an agreement.
 
     Example:
         mmkd datasets ls --suite paper58 --modality OCT
@@ -68,7 +68,7 @@ class AddSettings:
     """Check a manifest and add it to your own catalog.
 
     Example:
-        mmkd datasets add ours.yaml
+        mmkd datasets add clinic.yaml
     """
 
     manifest: Path = setting(help="a YAML file", positional=True)
@@ -94,7 +94,7 @@ from mmkd.data.splits import hashed
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.catalog import CATALOG, compared_with, find_manifests, load_suite, own_catalog
 from mmkd.evaluation.datasets.dataset import Dataset, open_dataset
-from mmkd.evaluation.datasets.manifest import ASKED, VARIABLE, DatasetNotFoundError, Manifest, locate, read_manifest
+from mmkd.evaluation.datasets.manifest import TASKS, VARIABLE, DatasetNotFoundError, Manifest, locate, read_manifest
 from mmkd.evaluation.slides.cohort import read_cohort
 from mmkd.files import atomic_write_text
 
@@ -130,13 +130,14 @@ def list_datasets(settings: ListSettings) -> None:
     if settings.markdown:
         print("\n".join(_markdown(chosen)))
         return
-    rows = [COLUMNS, *(_row(manifest, settings.data) for manifest in chosen)]
+    named = [[getattr(manifest, column) for column in COLUMNS[:-1]] for manifest in chosen]
+    rows = [COLUMNS, *([*own, _presence(m, settings.data)] for own, m in zip(named, chosen, strict=True))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     present = sum(row[-1] == "present" for row in rows)
-    where = "" if settings.data or os.environ.get(VARIABLE) else f" (--data DIR or {VARIABLE} tells where data lie)"
-    print(f"\n{len(chosen)} datasets, {present} on this machine{where}; `mmkd datasets show ID` tells of each")
+    where = "" if settings.data or os.environ.get(VARIABLE) else f" (--data DIR or {VARIABLE} sets the folder of data)"
+    print(f"\n{len(chosen)} datasets, {present} on this machine{where}; see `mmkd datasets show ID`")
 
 
 @main.register
@@ -195,8 +196,8 @@ def add(settings: AddSettings) -> None:
     folder = settings.catalog or own_catalog()
     path = folder / f"{manifest.id}.yaml"
     if manifest.id in catalog(folder):
-        mended = f", or remove {path}" if path.is_file() else ""
-        raise ValueError(f"{settings.manifest}: id {manifest.id!r} is taken; choose another{mended}")
+        removal = f", or remove {path}" if path.is_file() else ""
+        raise ValueError(f"{settings.manifest}: id {manifest.id!r} is taken; choose another{removal}")
     atomic_write_text(path, settings.manifest.read_text(encoding="utf-8"))
     print(f"{path}: `mmkd eval --datasets {manifest.id}` finds it now")
 
@@ -205,19 +206,8 @@ def _files(own: Path | None) -> list[Path]:
     return [*CATALOG.glob("*.yaml"), *(own or own_catalog()).glob("*.yaml")]
 
 
-def _row(manifest: Manifest, data: Path | None) -> tuple[str, ...]:
-    return (
-        manifest.id,
-        manifest.task,
-        manifest.modality,
-        manifest.tier,
-        manifest.license,
-        _presence(manifest, data),
-    )
-
-
 def _whereabouts(manifest: Manifest, data: Path | None) -> str:
-    """Where a dataset lies on this machine, or how it would get there."""
+    """Where a dataset is on this machine, or where to get it."""
     try:
         return f"present: {', '.join(map(str, locate(manifest, data)))}"
     except DatasetNotFoundError as error:
@@ -233,7 +223,7 @@ def _presence(manifest: Manifest, data: Path | None) -> str:
 
 
 def _markdown(manifests: list[Manifest]) -> list[str]:
-    """A table in which the name of a dataset leads to where it is to be had."""
+    """A table with a link to the source of each dataset."""
     heads = (
         "dataset",
         "task",
@@ -247,7 +237,7 @@ def _markdown(manifests: list[Manifest]) -> list[str]:
         "license",
     )
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---:|---:|---:|---|---|---|---|"]
-    for manifest in sorted(manifests, key=lambda own: ASKED.index(own.task) if own.task in ASKED[3:] else 0):
+    for manifest in sorted(manifests, key=lambda own: TASKS.index(own.task) if own.task in TASKS[3:] else 0):
         name = f"[{manifest.id}]({manifest.register})" if manifest.register else manifest.id
         counts = (_stated(manifest, "n", "n_questions"), _stated(manifest, "n_test", "n_test_questions"))
         source = compared_with(manifest.id)

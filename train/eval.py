@@ -5,9 +5,9 @@
     mmkd eval --num_processes 2 --encoders student,biomedclip --datasets busi.yaml,kvasir.yaml --data data
     mmkd eval --watch runs/distill --encoders biomedclip,plip --suite offline --data data
 
-Every encoder embeds images and texts once; all tasks read that cache. Each cell (encoder x task) is a file of its own,
-written whole, so that the same command after a kill, or with one more encoder, makes only what is missing. Processes
-share the work; the results are the same bytes whatever their number.
+Every encoder embeds images and texts once; all tasks read that cache. Each result (encoder x task) is one file, written
+whole, so that the same command after a kill, or with one more encoder, computes only what is missing. Processes share
+the work; the results are the same bytes whatever their number.
 """
 
 from __future__ import annotations
@@ -93,20 +93,20 @@ def run_once(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
 def print_summary(summary: dict[str, Any]) -> None:
     """The primary metric of every row on every task, and accuracy beside balanced accuracy."""
     for name, task in summary["tasks"].items():
-        frame = next(iter(task["frames"].values()))
+        units = next(iter(task["units"].values()))
         chance = task["chance"].get(task["primary_metric"])
         print(
-            f"\n{name}: {task['primary_metric']}, {frame['n']} images in {frame['groups']} groups"
+            f"\n{name}: {task['primary_metric']}, {units['n']} samples in {units['groups']} groups"
             + (f", chance {chance:.3f}" if chance is not None else "")
         )
         width = max(map(len, task["rows"]))
-        for row, cell in task["rows"].items():
-            metric = cell["metrics"].get(task["primary_metric"])
+        for row, result in task["rows"].items():
+            metric = result["metrics"].get(task["primary_metric"])
             beside = [own for own in ("balanced_accuracy", "accuracy") if own != task["primary_metric"]]
-            others = {own.replace("_", " "): cell["metrics"].get(own) for own in beside}
+            others = {own.replace("_", " "): result["metrics"].get(own) for own in beside}
             more = "".join(f"  {name} {_shown(own)}" for name, own in others.items() if own)
-            print(f"  {row:<{width}}  {_shown(metric) + more if metric else cell['undefined']}")
-        for own in task["frames"].values():
+            print(f"  {row:<{width}}  {_shown(metric) + more if metric else result['undefined']}")
+        for own in task["units"].values():
             if own.get("pooled"):
                 print(f"  classes with a single group are resampled together: {', '.join(own['pooled'])}")
     block = summary["means"]["all"]["overall"]

@@ -24,7 +24,7 @@ MOST_SHARES = 4  # a group takes at most this part of a subsample
 
 MEANINGS = {
     **dict.fromkeys(("train", "training", "trn", "tr"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation"),
+    **dict.fromkeys(("validation", "valid", "val", "validate", "dev", "development"), "validation"),
     **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "held-out"), "test"),
 }
 

@@ -23,9 +23,9 @@ from mmkd.evaluation.datasets.dataset import Dataset, Samples, open_dataset, spl
 from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, Manifest
 from mmkd.evaluation.datasets.pairs import PROBED, PairsDataset, open_pairs_dataset
 from mmkd.evaluation.datasets.questions import read_questions
-from mmkd.evaluation.embeddings.cache import Content
-from mmkd.evaluation.embeddings.embed import Embedded, image_digests
-from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord, embed_everything
+from mmkd.evaluation.embeddings.cache import DatasetInputs
+from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.encoders import EncoderRecord, embed_everything
 from mmkd.evaluation.results.store import ResultStore, fingerprint_of
 from mmkd.evaluation.results.summary import Table, overall, split_summary, suite_means, task_summary
 from mmkd.evaluation.settings import EvalSettings
@@ -34,7 +34,6 @@ from mmkd.evaluation.suite import run_task, tasks_for, texts_of
 from mmkd.evaluation.tasks.task import Task, TaskOptions
 from mmkd.student.folder import read_provenance
 
-OF_BAGS = ("survival", "diagnosis")
 Load = Callable[[str], DualEncoder]
 
 
@@ -62,24 +61,23 @@ class SuiteRun:
         }
 
     def evaluate(self, inputs: DatasetInputs) -> None:
-        """Make the cells of every task on one dataset; its vectors leave memory afterwards."""
+        """Evaluate every task on one dataset; its vectors leave memory afterwards."""
         dataset = inputs.open()
-        assert isinstance(dataset, Dataset)
         name, settings = dataset.manifest.dataset, self.settings
-        encoders = [each.embedded(inputs, image_pairs(dataset), dataset) for each in self.known]
+        encoders = [each.embedded(inputs, dataset) for each in self.known]
         unreadable = {key: reason for each in encoders for key, reason in each.unreadable.items()}
         samples = split_samples(dataset, settings.split, inputs.digests, unreadable)
         tasks, skipped = tasks_for(samples, settings.kinds, self.options) if samples.held_out else ([], {})
         if not tasks:
             kinds, count = ", ".join(settings.kinds), len(samples.held_out)
             skipped = skipped or {name: f"no task of {kinds} on its {count} readable {settings.split} samples"}
-        cells = self._cells(name, resampled_pairs(samples))
-        table = run_tasks(tasks, samples, encoders, self.teachers, cells, settings.quiet or settings.pairs is None)
+        results = self._results(name, resampled_pairs(samples))
+        table = run_tasks(tasks, samples, encoders, self.teachers, results, settings.quiet or settings.pairs is None)
         self.skipped |= skipped
         if rank() > 0:
             return
         for task in tasks:
-            summary = task_summary(cells.describe(task), table[task.name], self.student, cells)
+            summary = task_summary(results.describe(task), table[task.name], self.student, results)
             self.tasks[task.name] = summary | {"contaminated": marks(self.known, dataset)}
         self.unreadable |= {f"{name}/{key}": reason for key, reason in unreadable.items()}
         for each in encoders:
@@ -87,14 +85,14 @@ class SuiteRun:
         self.datasets[name] = {
             **dataset.summary(),
             "manifest_sha256": fingerprint_of(asdict(dataset.manifest)),
-            "content": [*inputs.content.images, *inputs.content.texts],
+            "content": [*inputs.image_hashes, *inputs.text_hashes],
             "notes": dataset.notes,
             "splits": split_summary(dataset.listed, inputs.digests, settings.split),
         }
 
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json` for the datasets evaluated so far."""
-        replicates = self._cells("", []).together
+        replicates = self._results("", []).together
         return {
             "student": self.student,
             "teachers": self.teachers,
@@ -108,8 +106,8 @@ class SuiteRun:
             **suite_means(self.tasks, self.student, self.teachers, replicates),
         }
 
-    def _cells(self, dataset: str, resampled: list[Pair]) -> ResultStore:
-        """Cells of a dataset; those of different datasets have independent draws."""
+    def _results(self, dataset: str, resampled: list[Pair]) -> ResultStore:
+        """Results of a dataset; different datasets have independent draws."""
         seed = self.settings.seed if self.settings.pairs is not None else seed_of(self.settings.seed, dataset)
         return ResultStore(self.settings.output, resampled, self.settings.replicates, seed)
 
@@ -162,7 +160,7 @@ def task_options(settings: EvalSettings) -> TaskOptions:
 
 
 def resampled_pairs(samples: Samples) -> list[Pair]:
-    """What is drawn together: the held-out pairs, or all where the splits of questions are not those of images."""
+    """The pairs that are resampled together: those held out, or all where questions have splits of their own."""
     if samples.manifest.task != "vqa":
         return samples.held_out
     return [*samples.train, *samples.validation, *samples.held_out]
@@ -184,7 +182,8 @@ def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[
             continue
         if manifest.task == "survival":
             read_cohort(opened, None)  # for its errors, before anything is embedded
-        found.append(inputs_of(opened, partial(open_dataset, manifest, settings.data), settings.split, options))
+        texts = texts_of(opened, settings.split, options)
+        found.append(DatasetInputs.of(opened, partial(open_dataset, manifest, settings.data), texts, quiet=True))
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
         raise ValueError(f"none of the {len(manifests)} datasets is on this machine. {reasons}")
@@ -198,27 +197,8 @@ def open_inputs(settings: EvalSettings) -> tuple[list[DatasetInputs], dict[str, 
     trains = "probe" in settings.kinds or "vqa" in settings.kinds
     questions = read_questions(settings.questions) if settings.questions else []
     dataset = open_pairs_dataset(settings.pairs, settings.split, trains, settings.within, settings.captioned, questions)
-    quiet = settings.quiet or rank() > 0
-    return [inputs_of(dataset, lambda: dataset, settings.split, task_options(settings), quiet)], {}
-
-
-def inputs_of(
-    opened: Dataset,
-    reopen: Callable[[], Dataset],
-    split: str,
-    options: TaskOptions | None = None,
-    quiet: bool = True,
-) -> DatasetInputs:
-    """What is embedded of a dataset; of slides, whose features lie in bags, the sentences alone."""
-    digests = image_digests(opened, quiet)
-    texts = texts_of(opened, split, options or TaskOptions())
-    content = Content.of(image_pairs(opened), digests, texts)
-    return DatasetInputs(opened.manifest.dataset, reopen, digests, texts, content)
-
-
-def image_pairs(dataset: Dataset) -> Sequence[Pair]:
-    """The pairs whose images are embedded: none of a dataset of slides."""
-    return [] if dataset.manifest.task in OF_BAGS else dataset.pairs
+    texts = texts_of(dataset, settings.split, task_options(settings))
+    return [DatasetInputs.of(dataset, lambda: dataset, texts, settings.quiet or rank() > 0)], {}
 
 
 def marks(known: Sequence[EncoderRecord], dataset: Dataset) -> dict[str, str]:
@@ -250,21 +230,21 @@ def run_tasks(
     samples: Samples,
     encoders: list[Embedded],
     teachers: list[str],
-    cells: ResultStore,
+    results: ResultStore,
     quiet: bool,
 ) -> Table:
-    """Every cell of these tasks; processes share the tasks, and the first one then has all cells.
+    """Results of these tasks; processes share the tasks, and the first one then has all results.
 
     Returns:
-        Cells by task and row on the first process, nothing on the others.
+        Results by task and row on the first process, empty on the others.
     """
     hidden = quiet or rank() > 0
     own = tasks[rank() :: world_size()]
     table = {
-        task.name: run_task(task, samples, encoders, teachers, cells)
+        task.name: run_task(task, samples, encoders, teachers, results)
         for task in tqdm(own, desc="tasks", unit="task", disable=hidden)
     }
     if world_size() > 1:
         wait_for_everyone()
-        table = {} if rank() else {task.name: run_task(task, samples, encoders, teachers, cells) for task in tasks}
+        table = {} if rank() else {task.name: run_task(task, samples, encoders, teachers, results) for task in tasks}
     return table

@@ -1,4 +1,4 @@
-"""The settings of an evaluation, and what of them is refused before anything is loaded."""
+"""The settings of an evaluation, and the checks before anything is loaded."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class EvalSettings:
     pairs: Path | None = setting(None, "folder of pairs")
     suite: str | None = setting(None, "name of a list of datasets; `mmkd datasets ls` shows them")
     datasets: list[str] = setting(factory=list, help="manifests of datasets, or ids of the catalog")
-    data: Path | None = setting(None, "where the data of suite and datasets lie: ${DATA} in their manifests")
-    output: Path = setting(Path("results"), "folder of cells and summary.json; what is there already is kept")
+    data: Path | None = setting(None, "folder of the data: ${DATA} in manifests")
+    output: Path = setting(Path("results"), "folder of results and summary.json; existing results are kept")
     cache: Path | None = setting(None, "folder of embeddings, by default OUTPUT/embeddings; may be shared")
-    split: Literal["train", "validation", "test"] = setting("test", "which pairs are evaluated on")
+    split: Literal["train", "validation", "test"] = setting("test", "split that is evaluated")
     tasks: list[str] = setting(factory=list, help=f"kinds of task, by default all: {', '.join(TASK_KINDS)}")
     probe_on: Literal["pooled", "joint"] | None = setting(
         None,
-        "image vectors of the probes, before the projection or in the joint space; by default pooled, of pairs joint",
+        "image vectors of the probes, before the projection (pooled) or after it; null = pooled, of pairs joint",
     )
     probe_search: Literal["sweep", "fast"] = setting(
-        "sweep", "a probe's C by 13 fits on the validation images, or dim * classes / 100"
+        "sweep", "C of a probe: by 13 fits on the validation images, or dim * classes / 100"
     )
     probe_curve: bool | None = setting(
-        None, "probe few images and parts of the training set, too; by default true, of pairs false"
+        None, "also probe with few images and parts of the training set; null = true, of pairs false"
     )
     questions: Path | None = setting(None, "(pairs) JSON in the form of VQA-RAD, its images in images/ beside it")
     within: Literal["modality", "source"] = setting(
@@ -66,7 +66,8 @@ class EvalSettings:
     precision: Precision = setting("float32", "in which encoders compute; tf32 and bfloat16 are faster on GPUs")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one, another for each process")
     cache_frozen_towers: Path | None = setting(
-        None, "(pairs) folder for tower outputs of models of ours; those that share towers encode with them once"
+        None,
+        "(pairs) folder for tower outputs of this package's checkpoints; equal towers compute once",
     )
     watch: Path | None = setting(None, "output of a training: evaluate its checkpoints as they appear, as the student")
     poll_seconds: float = setting(30.0, "(watch) polling interval [s]")
@@ -92,11 +93,11 @@ def check(settings: EvalSettings, sources: dict[str, str]) -> None:
         sources: encoders by name.
 
     Raises:
-        ValueError: what came, what is allowed and what to do.
+        ValueError: a setting is not allowed; the message states which values are.
     """
     given = [name for name in ("pairs", "suite", "datasets") if getattr(settings, name)]
     if len(given) != 1:
-        raise ValueError(f"give one of --pairs, --suite and --datasets; {' and '.join(given) or 'none'} came")
+        raise ValueError(f"give one of --pairs, --suite and --datasets; {' and '.join(given) or 'none'} given")
     _refuse_unused(settings, given[0])
     for kind in settings.tasks:
         if kind not in TASK_KINDS:

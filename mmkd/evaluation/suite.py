@@ -50,31 +50,31 @@ def texts_of(dataset: Dataset, split: str, options: TaskOptions) -> list[str]:
 
 
 def run_task(
-    task: Task, samples: Samples, encoders: list[Embedded], teachers: list[str], folder: ResultStore
+    task: Task, samples: Samples, encoders: list[Embedded], teachers: list[str], store: ResultStore
 ) -> dict[str, Result]:
-    """Every cell of a task: each encoder, the teachers' ensemble and the best teacher of each modality.
+    """All results of a task: each encoder, the teachers' ensemble and the best teacher of each modality.
 
     Args:
-        task: the column.
+        task: that is evaluated.
         samples: the pairs behind it.
         encoders: all of them, embedded.
         teachers: names of those that make up ensemble and oracle; both need two with finite vectors.
-        folder: where cells are kept.
+        store: of the results.
 
     Returns:
-        Cells by row.
+        Results by row.
     """
     pairs = [*samples.train, *samples.validation, *samples.held_out]
-    question = fingerprint_of([folder.describe(task), [[pair.id, samples.digests[pair.id]] for pair in pairs]])
-    cells: dict[str, Result] = {}
+    question = fingerprint_of([store.describe(task), [[pair.id, samples.digests[pair.id]] for pair in pairs]])
+    results: dict[str, Result] = {}
     outputs: dict[str, Outputs] = {}
     for embedded in encoders:
         name = embedded.name
         made_of = [question, embedded.fingerprint, *_extra_fingerprint(task, embedded)]
-        cells[name], outputs[name] = folder.result(task, name, made_of, _single(task, embedded))
-    members = [e for e in encoders if e.name in teachers and cells[e.name]["undefined"] is None]
+        results[name], outputs[name] = store.result(task, name, made_of, _single(task, embedded))
+    members = [e for e in encoders if e.name in teachers and results[e.name]["undefined"] is None]
     if len(members) < 2:
-        return cells
+        return results
     made_from = [question, [[member.name, member.fingerprint, *_extra_fingerprint(task, member)] for member in members]]
     theirs = {member.name: outputs[member.name] for member in members}
 
@@ -85,10 +85,10 @@ def run_task(
         composed, chosen = best_by_modality(task, theirs)
         return composed, {"chosen": chosen}
 
-    cells[ENSEMBLE], _ = folder.result(task, ENSEMBLE, made_from, ensemble)
+    results[ENSEMBLE], _ = store.result(task, ENSEMBLE, made_from, ensemble)
     if not task.manifest.target_is_modality:  # a choice by modality would reveal the answer
-        cells[ORACLE], _ = folder.result(task, ORACLE, made_from, oracle)
-    return cells
+        results[ORACLE], _ = store.result(task, ORACLE, made_from, oracle)
+    return results
 
 
 def _extra_fingerprint(task: Task, embedded: Embedded) -> list[Any]:

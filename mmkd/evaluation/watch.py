@@ -1,8 +1,8 @@
 """Evaluate a student while it is trained: each checkpoint as it appears, and the finished model at the end.
 
 A checkpoint's weights are put into the student that the run started from and written as a folder, which is evaluated
-like any other; teachers' embeddings and cells are taken over, so that only the student is embedded anew. Checkpoints
-that were removed before their turn came are passed over.
+like any other; teachers' embeddings and results are reused, so that only the student is embedded anew. Checkpoints that
+were removed before their evaluation are skipped.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Evaluate = Callable[[Path, Path], dict[str, Any]]
 
 
 def watch(run: Path, output: Path, evaluate: Evaluate, poll_seconds: float, quiet: bool = False) -> None:
-    """Evaluate what a training writes until it is finished; started again, go on with what is new.
+    """Evaluate what a training writes until it is finished; started again, it resumes with new checkpoints.
 
     Args:
         run: the training's ``--output``; its checkpoints lie in ``run.partial`` until it is finished.
         output: gets ``step-N/`` for each checkpoint, ``final/``, and a line for each in ``watch.jsonl``.
         evaluate: from a student's folder and a folder for the results to their summary.
-        poll_seconds: time between two looks.
-        quiet: say nothing while waiting.
+        poll_seconds: polling interval [s].
+        quiet: print nothing while waiting.
 
     Raises:
         FileNotFoundError: there is neither a finished nor an unfinished run.
@@ -48,7 +48,7 @@ def watch(run: Path, output: Path, evaluate: Evaluate, poll_seconds: float, quie
     if not run.is_dir() and not folder.path.is_dir():
         raise FileNotFoundError(f"--watch {run}: neither {run} nor {folder.path} is there; start the training first")
     before: Path | None = None
-    told = False
+    announced = False
     while True:
         found = _agreed(folder, output)
         for name, student in _students(folder, found, output):
@@ -57,13 +57,13 @@ def watch(run: Path, output: Path, evaluate: Evaluate, poll_seconds: float, quie
             summary = evaluate(student, output / name)
             if rank() == 0:
                 _note(output, name, summary)
-            before, told = output / name, False
+            before, announced = output / name, False
         if FINAL in found or _is_done(output, FINAL):
             return
         if not found:
-            if not (told or quiet or rank()):
+            if not (announced or quiet or rank()):
                 print(f"waiting for the next checkpoint in {folder.checkpoints}")
-                told = True
+                announced = True
             time.sleep(poll_seconds)
 
 
@@ -97,7 +97,7 @@ def write_student(checkpoint: Path, settings: Path, target: Path) -> None:
 
 
 def take_over(before: Path | None, after: Path) -> None:
-    """Copy the cells and scores of all rows but the student's from one results folder to the next."""
+    """Copy the results and scores of all rows but the student's from one results folder to the next."""
     if before is None or after.exists() or rank() > 0:
         return
     for kind in ("cells", "scores"):
@@ -107,7 +107,7 @@ def take_over(before: Path | None, after: Path) -> None:
 
 
 def _agreed(folder: RunFolder, output: Path) -> list[str]:
-    """What there is to do, as the first process sees it: names of checkpoints in order, and the finished model."""
+    """Names of the checkpoints to evaluate in order, and of the finished model, as found by the first process."""
     found: list[str] = []
     if rank() == 0:
         whole = [path for path in sorted(folder.checkpoints.glob("step-*")) if damage(path) is None]
@@ -141,9 +141,9 @@ def _students(folder: RunFolder, found: list[str], output: Path) -> Iterator[tup
 def _note(output: Path, name: str, summary: dict[str, Any]) -> None:
     """Add a line with the overall score of every row and the primary metric of the student on every task."""
     student = {
-        task: cell["metrics"].get(own["primary_metric"])
+        task: result["metrics"].get(own["primary_metric"])
         for task, own in summary["tasks"].items()
-        if (cell := own["rows"].get(STUDENT))
+        if (result := own["rows"].get(STUDENT))
     }
     overall = {row: own for row, own in summary["overall"]["rows"].items() if row not in (ORACLE, ENSEMBLE)}
     line = {"name": name, "overall": overall, "tasks": student}

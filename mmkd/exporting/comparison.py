@@ -23,7 +23,8 @@ from mmkd.encoders.encoder import BATCH_SIZE, DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.dataset import split_samples
 from mmkd.evaluation.datasets.pairs import PairsDataset
-from mmkd.evaluation.embeddings.encoders import DatasetInputs, embed_everything
+from mmkd.evaluation.embeddings.cache import DatasetInputs
+from mmkd.evaluation.embeddings.encoders import embed_everything
 from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import run_task, tasks_for
@@ -117,7 +118,7 @@ def zero_shot(
         ValueError: the pairs allow no zero-shot task; the message holds the reasons.
     """
     dataset, names = PairsDataset(open_pairs(pairs, split), split), {str(path): name for name, path in exports.items()}
-    inputs = DatasetInputs.of("pairs", dataset, lambda: dataset, sorted(dataset.prompts()), quiet)
+    inputs = DatasetInputs.of(dataset, lambda: dataset, sorted(dataset.prompts()), quiet)
 
     def load(place: str) -> DualEncoder:
         return ExportedEncoder(Path(place), names[place]) if place in names else load_encoder(place)
@@ -125,7 +126,7 @@ def zero_shot(
     with tempfile.TemporaryDirectory(prefix="mmkd-compare-") as temporary:
         sources = {MODEL: str(source), **{name: str(path) for name, path in exports.items()}}
         known = embed_everything(sources, [inputs], load, Path(temporary) / "embeddings", BATCH_SIZE, quiet)
-        embedded = [each.embedded(inputs, dataset.pairs, dataset) for each in known]
+        embedded = [each.embedded(inputs, dataset) for each in known]
         samples = split_samples(dataset, split, inputs.digests, embedded[0].unreadable)
         tasks, skipped = tasks_for(samples, ["zeroshot"], TaskOptions())
         if not tasks:

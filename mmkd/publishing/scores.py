@@ -96,7 +96,7 @@ def _table_row(task: dict[str, Any], result: dict[str, Any], summary: dict[str, 
 
 def _units(task: dict[str, Any]) -> dict[str, Any]:
     """Counts of a task's images, or of the questions, cases or captions that it has instead."""
-    units: dict[str, dict[str, Any]] = task["frames"]
+    units: dict[str, dict[str, Any]] = task["units"]
     return units["image"] if "image" in units else next(iter(units.values()))
 
 

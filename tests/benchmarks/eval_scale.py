@@ -32,14 +32,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
 from simulated_slides import KINDS, QUESTIONS, SLIDES, Slides, asked, write_bags
-from simulated_suite import SIZES, Simulated, write_cache
+from simulated_suite import SIZES, Simulated, simulated_inputs, write_cache
 
 from mmkd.data.features.shards import TensorMap
 from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
-from mmkd.evaluation.run import SuiteRun, image_pairs, inputs_of
+from mmkd.evaluation.embeddings.cache import DatasetInputs
+from mmkd.evaluation.embeddings.encoders import EncoderRecord
+from mmkd.evaluation.run import SuiteRun
 from mmkd.evaluation.settings import EvalSettings
 
 
@@ -49,13 +50,13 @@ def reading(known: EncoderRecord, inputs: DatasetInputs, collection: Dataset) ->
     for _ in range(5):
         for side in times:
             began = time.perf_counter()
-            embedded = known.embedded(inputs, collection.pairs, collection)
+            embedded = known.embedded(inputs, collection)
             if side == "ours":
                 embedded.image_matrix(collection.pairs)
             else:
-                files = inputs.content.files(known.cache / inputs.name, known.fingerprint)
+                files = inputs.files(known.cache / inputs.name, known.fingerprint)
                 shards = [
-                    TensorMap(file).arrays["vectors"].astype(np.float32) for file in files[: len(inputs.content.images)]
+                    TensorMap(file).arrays["vectors"].astype(np.float32) for file in files[: len(inputs.image_hashes)]
                 ]
                 rows = (row for shard in shards for row in shard)
                 vectors = dict(zip((pair.id for pair in collection.pairs), rows, strict=True))
@@ -121,10 +122,10 @@ def main() -> None:
         largest = max(manifests, key=lambda manifest: sum(SIZES.get(manifest.id, (0,)))).id
         for manifest in manifests:
             collection = collection_of(manifest, chosen.share, output)
-            inputs = inputs_of(collection, lambda own=collection: own, "test")
+            inputs = simulated_inputs(collection)
             written += write(known, inputs, collection, chosen.tiles)
             took = clock.time(lambda own=inputs: run.evaluate(own))
-            images += len(image_pairs(collection))
+            images += len(collection.image_pairs)
             if manifest.id == largest and manifest.id in SIZES:
                 sides = reading(known[0], inputs, collection)
             for folder in [*(own.cache for own in known), output / "bags"]:

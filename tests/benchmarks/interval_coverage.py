@@ -43,7 +43,7 @@ def main() -> None:
         image, caption = (shared + OWN * generator.normal(size=given.pairs) for _ in range(2))
         ranks = [RANKS[sum(ease > bar for bar in BARS)] for ease in (image, caption)]
         outputs = {"image.rank": ranks[0], "caption.rank": ranks[1][captions]}
-        _, drawn = replicate(partial(task.metrics, outputs), task.frames, given.replicates, seed)
+        _, drawn = replicate(partial(task.metrics, outputs), task.units, given.replicates, seed)
         low, high = interval(drawn["mean_recall"])
         widths.append(high - low)
         held += low <= truth <= high

@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from simulated_suite import Simulated
+from simulated_suite import Simulated, simulated_inputs
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.catalog import find_manifests
-from mmkd.evaluation.embeddings.cache import SHARD_SIZE, write_vectors
-from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
-from mmkd.evaluation.run import SuiteRun, inputs_of
+from mmkd.evaluation.embeddings.cache import SHARD_SIZE, DatasetInputs, write_vectors
+from mmkd.evaluation.embeddings.encoders import EncoderRecord
+from mmkd.evaluation.run import SuiteRun
 from mmkd.evaluation.settings import EvalSettings
 from mmkd.evaluation.statistics import ranks
 from mmkd.evaluation.statistics.ranks import search
@@ -68,7 +68,7 @@ class Watch(threading.Thread):
 def opened(pool: int) -> tuple[Hashed, DatasetInputs]:
     """The dataset: one caption for each image, all distinct."""
     collection = Hashed(replace(find_manifests(["rocov2"])[0], id="simulated"), 0, pool)
-    return collection, inputs_of(collection, lambda: collection, "test")
+    return collection, simulated_inputs(collection)
 
 
 def simulate(known: EncoderRecord, pool: int) -> None:
@@ -83,7 +83,7 @@ def simulate(known: EncoderRecord, pool: int) -> None:
         caption = image + 3.2 * generator.standard_normal((rows, DIM), dtype=np.float32)
         for whole, part in ((images, image), (captions, caption)):
             whole[start : start + rows] = part / np.linalg.norm(part, axis=1, keepdims=True)
-    files = iter(inputs.content.files(known.cache / inputs.name, known.fingerprint))
+    files = iter(inputs.files(known.cache / inputs.name, known.fingerprint))
     order = np.array([place[text] for text in inputs.texts])
     for whole, rows in ((images, np.arange(pool)), (captions, order)):
         for start in range(0, pool, SHARD_SIZE):

@@ -1,6 +1,5 @@
 """Datasets of the catalog's sizes with simulated embeddings: what the benchmarks of an evaluation judge."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -9,8 +8,10 @@ import torch
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import SHARD_SIZE, shards_of, write_vectors
-from mmkd.evaluation.embeddings.encoders import DatasetInputs, EncoderRecord
+from mmkd.evaluation.embeddings.cache import SHARD_SIZE, DatasetInputs, shards_of, write_vectors
+from mmkd.evaluation.embeddings.encoders import EncoderRecord
+from mmkd.evaluation.suite import texts_of
+from mmkd.evaluation.tasks.task import TaskOptions
 
 JOINT, POOLED = 512, 768
 # Images for learning and for tests, as published or about so.
@@ -88,17 +89,23 @@ class Simulated(Dataset):
         return pair.id
 
 
+def simulated_inputs(collection: Dataset) -> DatasetInputs:
+    """What is embedded of a simulated dataset."""
+    texts = texts_of(collection, "test", TaskOptions())
+    return DatasetInputs.of(collection, lambda: collection, texts, quiet=True)
+
+
 def write_cache(known: EncoderRecord, number: int, inputs: DatasetInputs, collection: Dataset) -> int:
     """Write an encoder's shards: images stand near the mean direction of their class; returns the bytes."""
     joint_noise, pooled_noise = noise_of(number)
     classes = list(collection.manifest.classes) or [""]
     position = {name: k for k, name in enumerate(classes)}
     centres = np.random.default_rng([number, len(classes)]).normal(size=(len(classes), JOINT)).astype(np.float32)
-    files = inputs.content.files(known.cache / inputs.name, known.fingerprint)
-    pairs: Sequence[Pair] = collection.pairs if inputs.content.images else []
-    for turn, (file, part) in enumerate(zip(files, [*shards_of(pairs), *shards_of(inputs.texts)], strict=True)):
+    files = inputs.files(known.cache / inputs.name, known.fingerprint)
+    parts = [*shards_of(collection.image_pairs), *shards_of(inputs.texts)]
+    for turn, (file, part) in enumerate(zip(files, parts, strict=True)):
         rows = (np.arange(len(part)) + 97 * turn) % SHARD_SIZE
-        joint, is_image = joint_noise[rows], turn < len(inputs.content.images)
+        joint, is_image = joint_noise[rows], turn < len(inputs.image_hashes)
         if is_image and classes != [""]:
             joint += 0.1 * centres[[position[pair.label.split("|")[0]] for pair in part]]
         joint /= np.linalg.norm(joint, axis=1, keepdims=True)

@@ -22,7 +22,7 @@ from mmkd.evaluation.datasets.catalog import (
     load_suite,
     suite_names,
 )
-from mmkd.evaluation.datasets.manifest import ASKED, PRIMARY_METRICS, make_manifest, read_manifest
+from mmkd.evaluation.datasets.manifest import PRIMARY_METRICS, TASKS, make_manifest, read_manifest
 from mmkd.evaluation.slides.diagnosis import SlideTask
 from mmkd.evaluation.slides.survival import Survival
 from mmkd.evaluation.tasks.classification import Classification, MultiLabel
@@ -42,9 +42,9 @@ GOOD["classes"] = {"x": ["an x"], "y": []}
         ({"id": "A b"}, "lower-case letters, digits and hyphens"),
         ({"source": {"cvs": "a"}}, r"source must name one of .* \(did you mean 'csv'\?\)"),
         ({"source": {"csv": "a", "wds": "b"}}, "source must name one of"),
-        ({"source": {"csv": "a", "lable": "b"}}, r"csv knows no 'lable' \(did you mean 'label'\?\)"),
-        ({"source": {"wds": "a", "where": {}}}, "wds knows no 'where'"),
-        ({"expects": {"n_tests": 3}}, r"expects knows no 'n_tests' \(did you mean 'n_test'\?\)"),
+        ({"source": {"csv": "a", "lable": "b"}}, r"csv has no key 'lable' \(did you mean 'label'\?\)"),
+        ({"source": {"wds": "a", "where": {}}}, "wds has no key 'where'"),
+        ({"expects": {"n_tests": 3}}, r"expects has no key 'n_tests' \(did you mean 'n_test'\?\)"),
         ({"expects": {"n_test": "many"}}, "expects.n_test must be int"),
         ({"classes": ["x"]}, "needs at least two classes"),
         ({"classes": {"x|y": [], "z": []}}, "joins the findings"),
@@ -150,7 +150,7 @@ def test_counts_are_confirmed_and_agree():
 
 
 def test_the_primary_metric_is_that_of_the_task_unless_a_manifest_names_another():
-    assert set(PRIMARY_METRICS) == set(ASKED)
+    assert set(PRIMARY_METRICS) == set(TASKS)
     assert (
         MultiLabel.primary_metric == PRIMARY_METRICS["multilabel"]
         and Retrieval.primary_metric == PRIMARY_METRICS["retrieval"]

@@ -76,8 +76,8 @@ def test_tables(tmp_path):
     assert collection.digest(collection.pairs[15]) == "missing"
     only = open_dataset(manifest(source | {"where": {"group": ["g6", "g7"]}}, split="held-out"), tmp_path)
     assert [pair.split for pair in only.pairs] == ["test"] * 4
-    dealt = open_dataset(manifest(source | {"group_pattern": r"/(\d)"}, split="dealt"), tmp_path)
-    assert len({pair.split for pair in dealt.pairs if pair.group == "1"}) == 1
+    assigned = open_dataset(manifest(source | {"group_pattern": r"/(\d)"}, split="assigned"), tmp_path)
+    assert len({pair.split for pair in assigned.pairs if pair.group == "1"}) == 1
 
 
 def test_tables_as_their_publishers_write_them(tmp_path):
@@ -109,22 +109,22 @@ def test_findings_in_columns_and_in_one_text(tmp_path):
     [
         (["a.png,cat,p1,train", "b.png,dog,p1,test"], {}, r"1 groups are in several splits: p1 \(test and train\)"),
         (["a.png,cat,,train", "b.png,dgo,,test"], {}, r"label 'dgo' \(did you mean 'dog'\?\)"),
-        (["a.png,cat,,train", "b.png,cat,,test"], {}, r"class 'dog' of the manifest is nowhere in the data"),
+        (["a.png,cat,,train", "b.png,cat,,test"], {}, r"class 'dog' of the manifest is not in the data"),
         (["a.png,cat,,train", "b.png,dog,,"], {}, "1 of 2 rows have no split"),
-        (["a.png,cat,,train", "b.png,dog,,val"], {}, "no sample is for tests"),
+        (["a.png,cat,,train", "b.png,dog,,val"], {}, "no sample is in the test split"),
         (["a.png,cat,,train", "b.png,dog,,foo"], {}, "split 'foo' is none of train"),
         (["a.png,cat,,train", "b.png,,,test"], {"classes": ["cat", "x"]}, "class 'x'"),
         (["a.png,cat,,train", "b.png,dog,,test"], {"expects": {"n_test": 2}}, "n_test is 1, the manifest expects 2"),
         (["a.png,cat,,train", "b.png,dog,,test"], {"group": "grup"}, r"no column 'grup' for group \(did you mean"),
         (["a.png,cat,,train", "b.png,dog,test"], {}, "line 3: not as many values"),
-        (["a.png,cat,,train", "b.png,dog,,test"], {"sha256": "0" * 64}, "the manifest says 0000"),
-        (["a.png,cat,,train", "b.png,dog,,test", "b.png,cat,,test"], {}, "b.png stands in 2 rows.*labels .* 'cat', 'd"),
+        (["a.png,cat,,train", "b.png,dog,,test"], {"sha256": "0" * 64}, "the manifest states 0000"),
+        (["a.png,cat,,train", "b.png,dog,,test", "b.png,cat,,test"], {}, "b.png is in 2 rows.*labels are 'cat', 'd"),
         (
             ["a.png,cat,,train", "b.png,dog,,test", "a.png,cat,,test"],
             {},
-            "a.png stands in 2 rows.*splits .* 'test', 't",
+            "a.png is in 2 rows.*splits are 'test', 't",
         ),
-        (["a.png,cat,,train", "b.png,dog,,test", "b.png,dog,,test"], {}, "b.png stands in 2 rows, keep one"),
+        (["a.png,cat,,train", "b.png,dog,,test", "b.png,dog,,test"], {}, "b.png is in 2 rows; keep one"),
         (
             ["a.png,cat,,train"] * 2,
             {"task": "retrieval", "classes": {}, "source": {"caption": "label"}},
@@ -133,11 +133,11 @@ def test_findings_in_columns_and_in_one_text(tmp_path):
         (
             ["a.png,cat,,train", "a.png,dog,,test"],
             {"task": "retrieval", "classes": {}, "source": {"caption": "label"}},
-            "a.png stands in 2 rows",
+            "a.png is in 2 rows",
         ),
         (["a.png,cat,,train"], {"source": {"where": {"label": "cow"}}}, "holds no samples, or `where` leaves none"),
         (["a.png,cat,1,train"], {"source": {"label": ["group"]}}, "class 'group'|label 'group'"),
-        (["a.png,cat,-1,test"], {"source": {"label": ["group"]}}, "column 'group' says '-1', neither 0 nor 1"),
+        (["a.png,cat,-1,test"], {"source": {"label": ["group"]}}, "'group' holds '-1', neither 0 nor 1"),
     ],
 )
 def test_what_manifest_and_data_disagree_on(tmp_path, rows, changes, match):
@@ -185,7 +185,7 @@ def test_a_folder_of_images_is_named_as_seen_from_the_table(tmp_path):
     collection = open_dataset(manifest(source | {"images": "images"}), tmp_path)
     assert all(collection.image(pair).size for pair in collection.pairs)
     for wrong in ("imags", "${DATA}/t/images"):
-        with pytest.raises(ValueError, match=r"is no folder in .*/t; name it as seen from the table"):
+        with pytest.raises(ValueError, match=r"is no folder in .*/t; name it relative to the folder"):
             open_dataset(manifest(source | {"images": wrong}), tmp_path)
 
 
@@ -343,7 +343,7 @@ def test_slides_of_a_cohort(tmp_path):
     for row, match in {
         "s5,c5,-2,0": "pets:s5: time '-2'",
         "s5,c1,9,1": "case c1 disagree",
-        "s4,c2,3,": "s4 stands in 2",
+        "s4,c2,3,": "s4 is in 2",
     }.items():
         table(tmp_path / "cohort", [*rows, row], "slide,case,months,censored")
         with pytest.raises(ValueError, match=match):

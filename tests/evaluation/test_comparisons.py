@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest, make_manifest
-from mmkd.evaluation.datasets.tables import read_bags
+from mmkd.evaluation.datasets.readers import read_bags
 from mmkd.evaluation.report.leaderboard import task_notes
 from mmkd.evaluation.results.store import ResultStore, write_scores
 from mmkd.evaluation.results.summary import dataset_ranks, mean_block, task_summary
@@ -173,9 +173,9 @@ def test_the_table_of_scores_gives_the_aurocs(tmp_path):
 def test_classes_with_a_single_group_are_named_and_reported(tmp_path):
     groups = [f"g{k}" for k in range(8)] + ["m", "m", "m", "n"]
     task, _ = classification({"benign": 8, "malignant": 3, "normal": 1}, groups)
-    assert task.frames["image"].pooled == ("malignant", "normal")
+    assert task.units["image"].pooled == ("malignant", "normal")
     described = ResultStore(tmp_path, task.pairs, 100, 0).describe(task)
-    assert described["frames"]["image"]["pooled"] == ["malignant", "normal"]
+    assert described["units"]["image"]["pooled"] == ["malignant", "normal"]
     (note,) = [own for own in task_notes(described) if "resampled together" in own]
     assert "malignant, normal" in note
     assert resampling_units(["a", "b", "b", "b"], ["1", "2", "3", "4"]).pooled == ("a", "b")

@@ -2,12 +2,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from fake_dataset import make_samples
 from sklearn.metrics import roc_auc_score
 
+from mmkd.data.features.store import VectorStore
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import Table, UndefinedMetricError
+from mmkd.evaluation.embeddings.cache import StoredVectors, UndefinedMetricError, write_vectors
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
@@ -65,7 +67,7 @@ def encoder(data, generator, knows, dim=24, width=40):
 
 def judged(task, embedded, replicates=200):
     outputs = task.outputs(embedded)
-    points, drawn = replicate(lambda weights: task.metrics(outputs, weights), task.frames, replicates, 42)
+    points, drawn = replicate(lambda weights: task.metrics(outputs, weights), task.units, replicates, 42)
     return points, {name: interval(values) for name, values in drawn.items()}
 
 
@@ -98,7 +100,7 @@ def test_random_vectors_are_at_chance_within_the_interval_and_an_oracle_is_near_
             assert set(task.description["chance"]) <= set(points)
             both = task.ensemble([oracle, oracle], [task.outputs(oracle)] * 2)
             assert points[task.primary_metric] == pytest.approx(
-                task.metrics(both, {name: np.ones((1, len(f.units))) for name, f in task.frames.items()})[
+                task.metrics(both, {name: np.ones((1, len(f.units))) for name, f in task.units.items()})[
                     task.primary_metric
                 ][0],
                 abs=1e-6,
@@ -333,10 +335,10 @@ def test_zero_shot_of_a_dataset_is_that_of_clip_benchmark():
     assert points["balanced_accuracy"] == pytest.approx(np.mean(recalls), abs=1e-12)
 
 
-def test_retrieval_is_the_same_whether_vectors_are_read_at_once_or_in_stretches(monkeypatch):
+def test_retrieval_is_the_same_whether_vectors_are_read_at_once_or_in_parts(monkeypatch, tmp_path):
     data, _ = dataset(manifest("retrieval"), counts=(0, 0, 60))
     (task,), _ = retrieval.tasks(data, OPTIONS)
-    members = [tabled(task, seed) for seed in range(2)]
+    members = [stored(task, seed, tmp_path) for seed in range(2)]
     whole = [task.outputs(members[0]), task.ensemble(members, [])]
     monkeypatch.setattr(retrieval, "WHOLE", 7)
     for expected, found in zip(whole, [task.outputs(members[0]), task.ensemble(members, [])], strict=True):
@@ -344,12 +346,15 @@ def test_retrieval_is_the_same_whether_vectors_are_read_at_once_or_in_stretches(
             np.testing.assert_allclose(found[name], array, rtol=1e-5, err_msg=name)
 
 
-def tabled(task, seed):
-    """An encoder whose vectors lie in several parts, in half precision, and in another order than the task's."""
+def stored(task, seed, folder):
+    """An encoder whose vectors lie in several shards, in half precision, and in another order than the task's."""
     generator = np.random.default_rng(seed)
     ids, captions = [pair.id for pair in task.pairs], list(task.captions)
-    tables = []
-    for keys in (ids, captions):
-        parts = [generator.normal(size=(n, 24)).astype(np.float16) for n in (13, len(keys) - 13)]
-        tables.append(Table(generator.permutation(keys).tolist(), parts))
-    return Embedded(f"e{seed}", "f", {}, tables[0], {}, tables[1])
+    found = []
+    for name, keys in (("images", ids), ("texts", captions)):
+        files = [folder / f"{seed}-{name}-{part}" for part in range(2)]
+        for file, count in zip(files, (13, len(keys) - 13), strict=True):
+            vectors = torch.from_numpy(generator.normal(size=(count, 24)))
+            write_vectors(file, [str(k) for k in range(count)], {"vectors": vectors}, {}, [])
+        found.append(StoredVectors(generator.permutation(keys).tolist(), VectorStore(files), "vectors"))
+    return Embedded(f"e{seed}", "f", {}, found[0], {}, found[1])

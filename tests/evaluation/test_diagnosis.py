@@ -14,7 +14,7 @@ from sklearn.metrics import cohen_kappa_score
 from torch.nn import functional
 
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.embeddings.cache import Content, UndefinedMetricError
+from mmkd.evaluation.embeddings.cache import DatasetInputs, UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded, embed, read_embedded
 from mmkd.evaluation.slides import diagnosis
 from mmkd.evaluation.slides.attention import train_attention
@@ -64,11 +64,11 @@ def test_oracles_stand_near_one_and_random_bags_near_chance(slides, monkeypatch)
     assert [task.variant for task in found] == ["", "ratio", "mil", "mean"]
     for task in found:
         outputs = task.outputs(encoder("oracle", slides))
-        points, _ = replicate(lambda w, t=task, o=outputs: t.metrics(o, w), task.frames, 100, 0)
+        points, _ = replicate(lambda w, t=task, o=outputs: t.metrics(o, w), task.units, 100, 0)
         assert points["macro_auroc"] > 0.95, task.name
         assert points["balanced_accuracy"] > 0.9, task.name
         outputs = task.outputs(encoder("random", slides))
-        _, values = replicate(lambda w, t=task, o=outputs: t.metrics(o, w), task.frames, 300, 0)
+        _, values = replicate(lambda w, t=task, o=outputs: t.metrics(o, w), task.units, 300, 0)
         low, high = interval(values["macro_auroc"])
         assert low <= 0.5 <= high, task.name
         assert task.primary_metric_values(outputs, {"image": np.ones((1, 40))}).keys() == {"balanced_accuracy"}
@@ -91,7 +91,7 @@ def test_a_tumour_of_few_tiles_orders_slides_better_than_it_answers(slides, tmp_
         write_bag(tmp_path / "few" / f"{pair.id.removeprefix('slides:')}.h5", tiles, proj=tiles)
     few = replace(slides, dataset=SlideDataset(slides.manifest, slides.held_out, tmp_path))
     for task in diagnosis.tasks(few, TaskOptions())[0][:2]:
-        points, _ = replicate(partial(task.metrics, task.outputs(encoder("few", few))), task.frames, 2, 0)
+        points, _ = replicate(partial(task.metrics, task.outputs(encoder("few", few))), task.units, 2, 0)
         assert points["macro_auroc"] > 0.95 and points["balanced_accuracy"] == 0.5
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_asked_says_why(slides):
 
 def test_of_slides_only_sentences_are_embedded(slides, tmp_path):
     texts = sorted({text for own in slides.manifest.prompts().values() for text in own})
-    content = Content.of([], {}, texts)
-    embed(FakeEncoder("fake"), "f", content, slides.dataset, texts, tmp_path, quiet=True)
-    found = read_embedded("fake", "f", {}, content, [], texts, tmp_path)
+    inputs = DatasetInputs.of(slides.dataset, lambda: slides.dataset, texts, quiet=True)
+    embed(FakeEncoder("fake"), "f", inputs, tmp_path, quiet=True)
+    found = read_embedded("fake", "f", {}, inputs, tmp_path)
     assert found.text_matrix(texts).shape == (len(texts), 41) and not found.unreadable

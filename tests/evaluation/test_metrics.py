@@ -112,7 +112,7 @@ def test_label_metrics_of_resamples_are_those_of_scikit_learn(scale):
             true, drawn = positive[rows, label], scores[rows, label]
             assert areas[row, label] == pytest.approx(roc_auc_score(true, drawn), abs=1e-9)
             assert precisions[row, label] == pytest.approx(average_precision_score(true, drawn), abs=1e-9)
-    assert metrics.label_mean(areas) == pytest.approx(areas.mean(axis=1), abs=1e-12)
+    assert metrics.defined_mean(areas) == pytest.approx(areas.mean(axis=1), abs=1e-12)
 
 
 def test_a_label_without_positives_is_undefined_and_left_out_of_the_mean():
@@ -120,7 +120,7 @@ def test_a_label_without_positives_is_undefined_and_left_out_of_the_mean():
     scores = np.array([[0.9, 0.2], [0.1, 0.3], [0.8, 0.1]])
     for measure in (metrics.label_aurocs, metrics.label_precisions):
         found = measure(positive, scores, ones(3))
-        assert found[0, 0] == 1.0 and np.isnan(found[0, 1]) and metrics.label_mean(found)[0] == 1.0
+        assert found[0, 0] == 1.0 and np.isnan(found[0, 1]) and metrics.defined_mean(found)[0] == 1.0
 
 
 def test_fractional_weights_are_weighted_samples():

@@ -11,14 +11,14 @@ def test_the_notes_of_a_task_state_its_size_and_what_its_intervals_lack():
     task = {
         "kind": "vqa",
         "primary_metric": "accuracy",
-        "frames": {"image": {"n": 40, "groups": 30, "resampling": "groups"}},
+        "units": {"image": {"n": 40, "groups": 30, "resampling": "groups"}},
         "chance": {"accuracy": 0.2},
     }
     assert task_notes(task) == ["Visual question answering; accuracy; 40 samples from 30 sources; chance 0.20."]
     few = {"image": {"n": 40, "groups": 3, "resampling": "groups"}}
-    assert "not informative" in task_notes({**task, "frames": few})[1]
+    assert "not informative" in task_notes({**task, "units": few})[1]
     one = {"image": {"n": 40, "groups": 1, "resampling": BY_IMAGE}}
-    assert "too narrow" in task_notes({**task, "frames": one, "left_out": ["cyst"]})[1]
+    assert "too narrow" in task_notes({**task, "units": one, "left_out": ["cyst"]})[1]
     assert task_notes({**task, "left_out": ["cyst"]})[-1].endswith("cyst.")
 
 

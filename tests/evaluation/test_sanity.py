@@ -125,7 +125,7 @@ def with_tokens(embedded):
 
 def primary_metric(task, encoder):
     """The value, and its interval, of a task's primary metric; and all values."""
-    points, drawn = replicate(partial(task.metrics, task.outputs(encoder)), task.frames, REPLICATES, 0)
+    points, drawn = replicate(partial(task.metrics, task.outputs(encoder)), task.units, REPLICATES, 0)
     return points, {name: interval(own) for name, own in drawn.items()}
 
 

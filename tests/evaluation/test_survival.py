@@ -77,7 +77,7 @@ def test_a_known_hazard_is_found_and_noise_is_not(cohort, tasks, variant, monkey
     assert high < low - 0.2
     if variant != "clinical":
         noise = task.outputs(Embedded("random", "f"))
-        points, values = replicate(lambda weights: task.metrics(noise, weights), task.frames, 200, 0)
+        points, values = replicate(lambda weights: task.metrics(noise, weights), task.units, 200, 0)
         low, high = interval(values["c_index"])
         assert low <= 0.5 <= high and abs(points["c_index"] - 0.5) < 0.1, variant
         both = task.ensemble([], [outputs, noise])

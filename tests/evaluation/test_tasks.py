@@ -32,7 +32,7 @@ def random_embedding(data, dim=16, seed=0):
 
 
 def value(task, outputs, metric):
-    ones = {name: np.ones((1, len(frame.units))) for name, frame in task.frames.items()}
+    ones = {name: np.ones((1, len(frame.units))) for name, frame in task.units.items()}
     return task.metrics(outputs, ones)[metric][0]
 
 
@@ -187,7 +187,7 @@ def test_an_image_and_its_caption_are_drawn_together():
     right = np.random.default_rng(0).random(50) < 0.5
     captions = right[[pairs.index(pair) for pair in task.sample_pairs["caption"]]]
     outputs = {"image.rank": np.where(right, 1.0, 40.0), "caption.rank": np.where(captions, 1.0, 40.0)}
-    _, drawn = replicate(partial(task.metrics, outputs), task.frames, 50, 0)
+    _, drawn = replicate(partial(task.metrics, outputs), task.units, 50, 0)
     assert drawn["mean_recall"].std() > 0.03
     np.testing.assert_allclose(drawn["image_to_text_recall@1"], drawn["text_to_image_recall@1"])
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from fake_dataset import FakeDataset
 from PIL import Image
 
 from mmkd.data.features.store import VectorStore
@@ -10,27 +11,32 @@ from mmkd.data.images import UnreadableImageError
 from mmkd.data.table import Pair
 from mmkd.encoders import extraction
 from mmkd.encoders.encoder import DualEncoder
+from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.embeddings import cache
 from mmkd.evaluation.embeddings import embed as embed_module
-from mmkd.evaluation.embeddings.cache import Column, Content, Rows, Table, UndefinedMetricError, stacked, write_vectors
+from mmkd.evaluation.embeddings.cache import DatasetInputs, StoredVectors, UndefinedMetricError, rows_of, write_vectors
 from mmkd.evaluation.embeddings.embed import embed, read_embedded
 
 KEYS = [f"k{number}" for number in range(10)]
 
 
-def test_rows_in_any_order_over_several_parts():
-    generator = np.random.default_rng(0)
-    parts = [generator.normal(size=(rows, 3)).astype(np.float16) for rows in (4, 0, 5, 1)]
-    table, whole = Table(KEYS, parts), np.concatenate(parts).astype(np.float32)
-    np.testing.assert_array_equal(Rows(table, KEYS)[:], whole)
+def test_rows_in_any_order_over_several_shards(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(rows, 3, generator=generator).half() for rows in (4, 0, 5, 1)]
+    files = [tmp_path / str(k) for k in range(len(parts))]
+    for file, part in zip(files, parts, strict=True):
+        write_vectors(file, [str(k) for k in range(len(part))], {"vectors": part}, {}, [])
+    vectors, whole = StoredVectors(KEYS, VectorStore(files), "vectors"), torch.cat(parts).float().numpy()
+    np.testing.assert_array_equal(rows_of(vectors, KEYS, "images")[:], whole)
     for rows in ([9, 0, 5, 5, 3], [2, 3, 4, 5], [7], []):
-        np.testing.assert_array_equal(Rows(table, [KEYS[row] for row in rows])[:], whole[rows])
-    np.testing.assert_array_equal(table["k4"], whole[4])
-    assert list(table) == KEYS and len(table) == 10 and "k10" not in table
+        np.testing.assert_array_equal(rows_of(vectors, [KEYS[row] for row in rows], "images")[:], whole[rows])
+    np.testing.assert_array_equal(rows_of(vectors, KEYS, "images")[3:6], whole[3:6])
+    np.testing.assert_array_equal(vectors["k4"], whole[4])
+    assert list(vectors) == KEYS and len(vectors) == 10 and "k10" not in vectors
     with pytest.raises(UndefinedMetricError, match="no vectors of 2 of 3 images"):
-        stacked(table, ["k1", "x", "y"], "images")
+        rows_of(vectors, ["k1", "x", "y"], "images")
     with pytest.raises(ValueError, match="9 keys for 10 vectors"):
-        Table(KEYS[:9], parts)
+        StoredVectors(KEYS[:9], VectorStore(files), "vectors")
 
 
 def test_numbers_beyond_half_precision_are_kept(tmp_path):
@@ -40,10 +46,10 @@ def test_numbers_beyond_half_precision_are_kept(tmp_path):
     store = VectorStore(files)
     assert store.gather("vectors", np.arange(4)).dtype == np.float16
     assert store.gather("pooled", np.arange(2)).dtype == np.float32
-    vectors, pooled = Column(store, "vectors"), Column(store, "pooled")
+    vectors, pooled = (rows_of(StoredVectors("abcd", store, name), "abcd", "images") for name in ("vectors", "pooled"))
     np.testing.assert_array_equal(vectors[1:3], [[1, 1, 1], [2, 2, 2]])
     np.testing.assert_array_equal(pooled[:2], np.full((2, 3), 1e6))
-    assert vectors.shape == pooled.shape == (4, 3) and np.isnan(pooled[np.array([3])]).all()
+    assert vectors[:].shape == pooled[:].shape == (4, 3) and np.isnan(pooled[3:]).all()
 
 
 class Wide(DualEncoder):
@@ -62,9 +68,10 @@ class Wide(DualEncoder):
         raise NotImplementedError
 
 
-class Source:
+class Source(FakeDataset):
     def __init__(self, numbers):
-        self.pairs = [Pair(f"p{number}", "", "") for number in numbers]
+        manifest = Manifest("toy", "retrieval", "CT", {}, "CC0-1.0")
+        super().__init__(manifest, [Pair(f"p{number}", "", "") for number in numbers])
 
     def image(self, pair):
         if pair.id == "p5":
@@ -77,10 +84,10 @@ class Source:
 
 def test_pooled_vectors_stand_beside_joint_ones(tmp_path):
     source = Source([1, 2, 5, 7, 99, 3])
-    content = Content.of(source.pairs, {pair.id: pair.id for pair in source.pairs}, [])
-    embed(Wide("wide", 2, {}), "f", content, source, [], tmp_path, batch_size=2, quiet=True)
-    found = read_embedded("wide", "f", {}, content, source.pairs, [], tmp_path)
-    assert found.unreadable == {"p5": "corrupt"} and not found.pooled_is_joint
+    inputs = DatasetInputs.of(source, lambda: source, [], quiet=True)
+    embed(Wide("wide", 2, {}), "f", inputs, tmp_path, batch_size=2, quiet=True)
+    found = read_embedded("wide", "f", {}, inputs, tmp_path)
+    assert found.unreadable == {"p5": "corrupt"} and len(found.pooled) == 5
     kept = [pair for pair in source.pairs if pair.id in ("p1", "p2", "p7")]
     np.testing.assert_array_equal(found.pooled_matrix(kept)[:, 0], [1, 2, 7])
     np.testing.assert_allclose(np.linalg.norm(found.image_matrix(kept), axis=1), 1, atol=1e-3)
@@ -94,11 +101,11 @@ def test_pooled_vectors_stand_beside_joint_ones(tmp_path):
 def test_a_killed_run_resumes_at_the_shard_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_SIZE", 2)
     source = Source([1, 2, 5, 7, 9, 3, 4])
-    content = Content.of(source.pairs, {pair.id: pair.id for pair in source.pairs}, [])
+    inputs = DatasetInputs.of(source, lambda: source, [], quiet=True)
 
     def run(folder, workers):
         monkeypatch.setattr(extraction, "share_of_cores", lambda: workers)
-        embed(Wide("wide", 2, {}), "f", content, source, [], folder, batch_size=2, quiet=True)
+        embed(Wide("wide", 2, {}), "f", inputs, folder, batch_size=2, quiet=True)
 
     run(tmp_path / "whole", 1)
     read, source.image = [], lambda pair: read.append(pair.id) or Source.image(source, pair)

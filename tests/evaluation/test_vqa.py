@@ -52,7 +52,7 @@ def test_the_head_looks_at_the_image_and_the_controls_do_not():
     assert values["question_only_accuracy"] < 0.75 and values["shuffled_image_accuracy"] < 0.8
     again = task.outputs(embedded)
     assert all(np.array_equal(outputs[name], again[name]) for name in outputs)
-    assert task.frames["image"].groups == len({pair.group for pair in task.pairs})
+    assert task.units["image"].groups == len({pair.group for pair in task.pairs})
 
 
 def test_answers_come_from_training_and_validation_only():

@@ -151,10 +151,10 @@ def test_a_split_by_group_keeps_groups_whole(tmp_path):
     disjoint = tasks(replace(samples, train=pairs), TaskOptions())[0][2]
     groups = {split: {pair.group for pair, _ in own} for split, own in disjoint.questions.items()}
     assert not groups["test"] & (groups["train"] | groups["validation"])
-    assert disjoint.frames["image"].groups == len(groups["test"])
+    assert disjoint.units["image"].groups == len(groups["test"])
 
 
-def test_without_a_stated_split_images_are_dealt_out(tmp_path):
+def test_without_a_stated_split_images_are_assigned_by_hash(tmp_path):
     samples, _, _ = world(tmp_path, stated=False)
     assert [task.name for task in tasks(samples, TaskOptions())[0]] == [ALL[2], ALL[3], ALL[4]]
 

@@ -111,7 +111,7 @@ def images(found: dict[str, Any], kind: str) -> str:
         about = ["dataset", "test"]
         note = """
 OCT is six example images of four classes: a check that it runs, nothing else. `modality` asks which of nine
-modalities the images of ten folders are, in splits dealt by patient, case or lesion; VQA-RAD and the official
+modalities the images of ten folders are, in splits assigned by patient, case or lesion; VQA-RAD and the official
 examples are left out, whose tables do not tell (VQA-RAD says "X-ray/CT/MR" of each) or hold one image of each.
 """
     else:
@@ -217,8 +217,8 @@ def clinical(found: dict[str, Any]) -> str:
     note = """
 ## Survival: clinical tables of TCGA
 
-Tables without slides: Cox on their own covariates, out of fold, the same for every encoder. The last column is
-scikit-survival's Cox model on the same covariates and folds with the same ridge.
+Tables without slides: Cox on their own covariates, out of fold, the same for every encoder. Folds keep all cases of a
+site together. The last column is scikit-survival's Cox model on the same covariates and folds with the same ridge.
 """
     header = ["cohort", "cases", "deaths", "covariates", "Harrell C", "Uno C", "scikit-survival, Harrell C"]
     return f"{note}\n{_table(header, lines)}"

@@ -98,9 +98,20 @@ def gather(work: Path) -> dict[str, Any]:
 def brief(task: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """What the documents say of a task."""
     known = ("kind", "primary_metric", "dataset", "variant", "chance", "pool", "train")
-    stated = ("unanswerable", "shared_images", "questions", "closed", "covariates", "search", "takes", "event")
+    stated = (
+        "unanswerable",
+        "shared_images",
+        "questions",
+        "closed",
+        "covariates",
+        "search",
+        "takes",
+        "event",
+        "folds_by",
+        "sites",
+    )
     found = {key: task[key] for key in known if key in task} | {k: description[k] for k in stated if k in description}
-    found["n"] = next(iter(task["frames"].values()))["n"]
+    found["n"] = next(iter(task["units"].values()))["n"]
     if "event" in found:
         found["event"] = sum(found["event"])
     found["rows"] = {
@@ -135,7 +146,7 @@ def coverage(dataset: str) -> dict[str, Any]:
         drawn = [generator.choice([-1.0, 1.0], (len(own), DIM)).astype(np.float32) / DIM**0.5 for own in keys]
         images, texts = (dict(zip(own, vectors, strict=True)) for own, vectors in zip(keys, drawn, strict=True))
         outputs = task.outputs(Embedded("random", "", images=images, texts=texts))
-        points, replicates = replicate(partial(task.primary_metric_values, outputs), task.frames, REPLICATES, SEED)
+        points, replicates = replicate(partial(task.primary_metric_values, outputs), task.units, REPLICATES, SEED)
         low, high = interval(replicates[task.primary_metric])
         values.append(float(points[task.primary_metric]))
         held += low <= chance <= high

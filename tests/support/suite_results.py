@@ -84,7 +84,7 @@ def write_suite(folder, asked, undefined=(), marked=None, rows=tuple(SKILLS), sk
             "title": f"Which class of {dataset}?",
             "kind": kind,
             "primary_metric": PRIMARY[kind],
-            "frames": {"image": {"n": SAMPLES, "groups": SAMPLES, "resampling": "groups"}},
+            "units": {"image": {"n": SAMPLES, "groups": SAMPLES, "resampling": "groups"}},
             "chance": {PRIMARY[kind]: 1 / 3},
             "dataset": dataset,
             "modality": modality,

@@ -50,7 +50,7 @@ def test_an_oracle_is_near_one_and_noise_at_chance(folder, tmp_path):
     summary = evaluate(folder, tmp_path / "results", ("student", "perfect", "random"))
     for name, task in summary["tasks"].items():
         assert primary_metric(summary, name, "perfect")["value"] > 0.99, name
-        if task["frames"]["image"]["n"] < 48:
+        if task["units"]["image"]["n"] < 48:
             continue
         random = primary_metric(summary, name, "random")
         assert random["low"] - 0.05 <= task["chance"][task["primary_metric"]] <= random["high"] + 0.05, name
@@ -66,7 +66,7 @@ def test_rows_differences_and_overall(folder, tmp_path, capsys):
     task = summary["tasks"]["retrieval"]
     assert list(task["rows"]) == ["ct", "ensemble", "mri", "oracle", "stage1", "student"]
     assert task["rows"]["oracle"]["chosen"] == {
-        f"{frame}:{m}": "ct" if m == "CT" else "mri" for frame in ("image", "caption") for m in ("CT", "MRI")
+        f"{unit}:{m}": "ct" if m == "CT" else "mri" for unit in ("image", "caption") for m in ("CT", "MRI")
     } | {key: task["rows"]["oracle"]["chosen"][key] for key in ("image:X-ray", "caption:X-ray")}
     assert "oracle" not in summary["tasks"]["zeroshot-modality"]["rows"]
     found = task["differences"]["ct"]["mean_recall"]
@@ -139,7 +139,7 @@ def test_unreadable_images_are_counted_and_the_run_goes_on(tmp_path, capsys):
     summary = evaluate(folder, tmp_path / "results", ("student", "ct"))
     assert set(summary["unreadable"]) == {"pairs/p3", "pairs/p7", "pairs/p9"}
     assert summary["unreadable"]["pairs/p9"] == "missing"
-    assert summary["tasks"]["zeroshot-modality"]["frames"]["image"]["n"] == 21
+    assert summary["tasks"]["zeroshot-modality"]["units"]["image"]["n"] == 21
     assert "3 images could not be read" in capsys.readouterr().out
 
 

@@ -47,7 +47,7 @@ def test_tasks_rows_and_reasons(first):
     assert {"zeroshot-lungs", "probe-lungs", "retrieval-notes"} <= set(summary["tasks"])
     assert kinds == {"zeroshot", "probe", "retrieval"}
     task = summary["tasks"]["zeroshot-lungs"]
-    assert (task["dataset"], task["modality"], task["frames"]["image"]["n"]) == ("lungs", "CT", 47)
+    assert (task["dataset"], task["modality"], task["units"]["image"]["n"]) == ("lungs", "CT", 47)
     assert "example.org/gone" in summary["skipped_datasets"]["gone"]
     assert list(summary["unreadable"]) == ["lungs/lungs:images/3.png"]
     assert primary_metric(summary, "zeroshot-lungs", "student") > primary_metric(summary, "zeroshot-lungs", "weak")
@@ -88,13 +88,13 @@ def test_the_report_tells_the_means_of_the_summary(first):
 def test_scores_of_samples(first):
     output, summary = first
     table = pyarrow.parquet.read_table(output / "scores/student/zeroshot-lungs.parquet").to_pydict()
-    assert len(table["id"]) == 47 and set(table["frame"]) == {"image"}
+    assert len(table["id"]) == 47 and set(table["unit"]) == {"image"}
     right = [target == prediction for target, prediction in zip(table["target"], table["prediction"], strict=True)]
     assert table["score"] == [float(own) for own in right]
     accuracy = summary["tasks"]["zeroshot-lungs"]["rows"]["student"]["metrics"]["accuracy"]["value"]
     assert np.mean(right) == pytest.approx(accuracy)
     ranks = pyarrow.parquet.read_table(output / "scores/student/retrieval-notes.parquet").to_pydict()
-    assert set(ranks["frame"]) == {"image", "caption"} and set(ranks["target"]) == {None}
+    assert set(ranks["unit"]) == {"image", "caption"} and set(ranks["target"]) == {None}
 
 
 def test_the_lock_names_all_a_result_depends_on(first):
@@ -158,7 +158,7 @@ def test_a_store_of_features_answers_what_it_can(data, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pairs": Path("pairs")}, "pairs and datasets came"),
+        ({"pairs": Path("pairs")}, "pairs and datasets given"),
         ({"questions": Path("q.json")}, "--questions belongs to --pairs"),
         ({"cache_frozen_towers": Path("towers")}, "--cache_frozen_towers belongs to --pairs"),
         ({"names": ("gone",)}, "none of the 1 datasets is on this machine"),

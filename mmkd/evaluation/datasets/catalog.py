@@ -1,4 +1,4 @@
-"""The catalog of datasets that comes with the package, suites of them, and a user's own manifests beside.
+"""The catalog of datasets of the package, suites of them, and a user's own manifests.
 
 ``mmkd/evaluation/catalog/`` holds one manifest a file, ``suites.yaml``, ``training_data.yaml``, and in
 ``publications.yaml`` where each dataset was published and which public text its counts and classes were compared with.
@@ -82,14 +82,14 @@ def find_manifests(names: str | Sequence[str], own: Path | None = None) -> list[
     for name in [name.strip() for name in listed if name.strip()]:
         for manifest in _named(name, own):
             if found.setdefault(manifest.id, manifest) != manifest:
-                raise ValueError(f"{name}: another manifest with the id {manifest.id!r} is asked for, too")
+                raise ValueError(f"{name}: another manifest with the id {manifest.id!r} is given, too")
     return list(found.values())
 
 
 def contaminated(encoder: str, manifest: Manifest) -> bool:
     """Whether an encoder is known to have trained on a dataset, or on what it was made from.
 
-    False says only that its publication does not state it.
+    False only means that its publication does not state it.
 
     Args:
         encoder: name of a teacher of the zoo, in any case.

@@ -1,14 +1,13 @@
-"""From a manifest to the dataset on this machine: read, checked against the manifest, dealt into splits.
+"""From a manifest to the dataset on this machine: read, checked against the manifest, assigned to splits.
 
-What a manifest and its data disagree on is an error before any encoder runs: classes that are not there, labels that
-are not classes, other counts than those expected, groups on both sides of a split. What merely limits an evaluation (a
-class without test images) is noted.
+Where manifest and data disagree, an error is raised before any encoder runs: absent classes, labels that are not
+classes, other counts than those expected, groups in several splits. What merely limits an evaluation (a class without
+test images) is noted.
 """
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,8 @@ from PIL import Image
 from mmkd.command.settings import nearest
 from mmkd.data.splits import assign_splits, meaning_of
 from mmkd.data.table import SPLITS, Pair
-from mmkd.evaluation.datasets.columns import read_hf, read_parquet
 from mmkd.evaluation.datasets.manifest import (
-    DEALT,
+    ASSIGNED,
     HELD_OUT,
     DatasetNotFoundError,
     Manifest,
@@ -30,15 +28,15 @@ from mmkd.evaluation.datasets.manifest import (
     source_kind,
     where_to_get,
 )
-from mmkd.evaluation.datasets.packed import read_medmnist, read_wds
 from mmkd.evaluation.datasets.questions import Question
-from mmkd.evaluation.datasets.source import Reading, Sample, group_of
-from mmkd.evaluation.datasets.tables import read_bags, read_csv, read_imagefolder, read_question_files
+from mmkd.evaluation.datasets.readers import READERS
+from mmkd.evaluation.datasets.source import Sample, Store, group_of
 
+OF_BAGS = ("survival", "diagnosis")
 ABOUT = ("title", "task", "modality", "license", "tier", "citation")
 
 
-class Dataset(ABC):
+class Dataset:
     """A dataset opened for evaluation: pairs, their images, questions about them, bags of slides.
 
     Attributes:
@@ -50,8 +48,11 @@ class Dataset(ABC):
         notes: what limits an evaluation without forbidding it, such as a class without test images.
     """
 
-    def __init__(self, manifest: Manifest, pairs: Sequence[Pair], questions: Sequence[Question] = ()) -> None:
-        """Keep what was read."""
+    def __init__(
+        self, manifest: Manifest, pairs: Sequence[Pair], questions: Sequence[Question] = (), store: Store | None = None
+    ) -> None:
+        """Keep what was read; ``store`` holds the images, unless a subclass reads them in its own way."""
+        self._store = store
         self.manifest = manifest
         self.pairs = pairs
         self.questions = list(questions)
@@ -63,6 +64,11 @@ class Dataset(ABC):
     def listed(self) -> Sequence[Pair]:
         """All pairs of the source, also those that no task reads."""
         return self.pairs
+
+    @property
+    def image_pairs(self) -> Sequence[Pair]:
+        """The pairs whose images are embedded: none of slides, whose features lie in bags."""
+        return [] if self.manifest.task in OF_BAGS else self.pairs
 
     def prompts(self) -> set[str]:
         """Every sentence about its classes."""
@@ -79,17 +85,19 @@ class Dataset(ABC):
         """What results state about the dataset; plain JSON values."""
         return {key: getattr(self.manifest, key) for key in ABOUT}
 
-    @abstractmethod
     def image(self, pair: Pair) -> Image.Image:
-        """The image of a pair.
+        """The image of a pair; several threads may read at once.
 
         Raises:
-            UnreadableImageError: it is missing, broken or refused; the reason says which.
+            UnreadableImageError: it is missing, broken or refused; with the reason.
         """
+        assert self._store is not None
+        return self._store.image(pair.image)
 
-    @abstractmethod
     def digest(self, pair: Pair) -> str:
         """A hash of the stored image; equal images have equal ones. ``"missing"`` where it cannot be read."""
+        assert self._store is not None
+        return self._store.digest(pair.image)
 
 
 @dataclass(frozen=True)
@@ -129,38 +137,9 @@ def split_samples(dataset: Dataset, split: str, digests: dict[str, str], unreada
     return Samples(dataset.manifest, held_out, by_split["train"], by_split["validation"], digests, dataset)
 
 
-READERS: dict[str, Callable[[Manifest, Sequence[Path]], Reading]] = {
-    "imagefolder": read_imagefolder,
-    "csv": read_csv,
-    "parquet": read_parquet,
-    "hf": read_hf,
-    "wds": read_wds,
-    "medmnist": read_medmnist,
-    "bags": read_bags,
-    "questions": read_question_files,
-}
-
 SHOWN = 5
 
 SEED = 42
-
-
-class ManifestDataset(Dataset):
-    """A collection whose images lie in the store its source came with."""
-
-    def __init__(self, manifest: Manifest, pairs: Sequence[Pair], reading: Reading) -> None:
-        """Keep what was read."""
-        super().__init__(manifest, pairs, reading.questions)
-        self._store = reading.store
-        self.root = reading.root
-
-    def image(self, pair: Pair) -> Image.Image:
-        """See `Dataset`."""
-        return self._store.image(pair.image)
-
-    def digest(self, pair: Pair) -> str:
-        """See `Dataset`."""
-        return self._store.digest(pair.image)
 
 
 def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
@@ -175,7 +154,7 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
 
     Raises:
         DatasetNotFoundError: it is not on this machine.
-        ValueError: manifest and data disagree, or the data are broken; the message says in what and what to do.
+        ValueError: manifest and data disagree, or the data are broken; the message states where and what to do.
     """
     paths = locate(manifest, data)
     kind = source_kind(manifest)
@@ -193,13 +172,14 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
         raise DatasetNotFoundError(f"{error}; {where_to_get(manifest)}") from error
     except ValueError as error:
         raise ValueError(f"{manifest.id}: {error}") from None
-    collection = ManifestDataset(manifest, _pairs(manifest, reading.samples, splits), reading)
+    pairs = _pairs(manifest, reading.samples, splits)
+    dataset = Dataset(manifest, pairs, reading.questions, reading.store)
+    dataset.root = reading.root
     if kind == "bags":
-        samples = zip(collection.pairs, reading.samples, strict=True)
-        collection.metadata = {pair.id: sample.metadata for pair, sample in samples}
-    collection.notes = [*reading.notes, *_notes(manifest, collection.pairs)]
-    _check_counts(manifest, collection)
-    return collection
+        dataset.metadata = {pair.id: own.metadata for pair, own in zip(pairs, reading.samples, strict=True)}
+    dataset.notes = [*reading.notes, *_notes(manifest, pairs)]
+    _check_counts(manifest, dataset)
+    return dataset
 
 
 def _verify_sum(manifest: Manifest, paths: Sequence[Path]) -> None:
@@ -210,11 +190,11 @@ def _verify_sum(manifest: Manifest, paths: Sequence[Path]) -> None:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != manifest.sha256.lower():
-        raise ValueError(f"{paths[0]} has the SHA-256 {digest.hexdigest()}, the manifest says {manifest.sha256}")
+        raise ValueError(f"{paths[0]} has the SHA-256 {digest.hexdigest()}, the manifest states {manifest.sha256}")
 
 
 def _settle_labels(manifest: Manifest, samples: Sequence[Sample]) -> None:
-    """Labels in the manifest's words, each a class.
+    """Rename labels to the manifest's classes.
 
     Raises:
         ValueError: a label is no class, a class occurs nowhere, or an image of a single label has none or several.
@@ -238,12 +218,14 @@ def _settle_labels(manifest: Manifest, samples: Sequence[Sample]) -> None:
     absent = [name for name in manifest.classes if name not in found]
     if absent and manifest.task != "survival":
         near = nearest(absent[0], found)
-        raise ValueError(f"class {absent[0]!r}{near} of the manifest is nowhere in the data, which have {_told(found)}")
+        raise ValueError(
+            f"class {absent[0]!r}{near} of the manifest is not in the data, which have {_most_common(found)}"
+        )
     if manifest.task in ("classification", "ordinal", "diagnosis"):
         odd = next((sample for sample in samples if len(sample.labels) != 1), None)
         if odd is not None:
-            said = f"{len(odd.labels)} labels ({', '.join(odd.labels)})" if odd.labels else "no label"
-            raise ValueError(f"{odd.name} has {said}; a {manifest.task} needs one for each")
+            count = f"{len(odd.labels)} labels ({', '.join(odd.labels)})" if odd.labels else "no label"
+            raise ValueError(f"{odd.name} has {count}; a {manifest.task} needs one for each")
 
 
 def _refuse_repeats(manifest: Manifest, samples: Sequence[Sample]) -> None:
@@ -257,16 +239,16 @@ def _refuse_repeats(manifest: Manifest, samples: Sequence[Sample]) -> None:
     for name, own in rows.items():
         labels, splits = {"|".join(sample.labels) for sample in own}, {sample.split for sample in own}
         if len(own) > 1 and (manifest.task != "retrieval" or len(splits) > 1):
-            told = "".join(
-                f"; its {what} there are {', '.join(map(repr, sorted(found)))}"
+            differing = "".join(
+                f"; its {what} are {', '.join(map(repr, sorted(found)))}"
                 for what, found in (("labels", labels), ("splits", splits))
                 if len(found) > 1
             )
-            raise ValueError(f"{name} stands in {len(own)} rows, keep one for each image or slide{told}")
+            raise ValueError(f"{name} is in {len(own)} rows; keep one for each image or slide{differing}")
 
 
 def _splits(manifest: Manifest, samples: Sequence[Sample]) -> list[str]:
-    """Train, validation or test for each sample; assigned by groups where the data do not say, slides by sites.
+    """Train, validation or test for each sample; assigned by groups where the data state none, slides by sites.
 
     Raises:
         ValueError: a split's name is unknown, some samples have none, a group is in several, or no sample is for tests.
@@ -276,22 +258,22 @@ def _splits(manifest: Manifest, samples: Sequence[Sample]) -> list[str]:
         return ["test"] * len(samples)
     groups = [f"group {sample.group}" if sample.group else f"image {sample.name}" for sample in samples]
     strata = ["|".join(sample.labels) for sample in samples]
-    given = [""] * len(samples) if manifest.split == DEALT else _named_splits(manifest, samples)
+    given = [""] * len(samples) if manifest.split == ASSIGNED else _named_splits(manifest, samples)
     if not any(given):
         sites = [sample.metadata.get("site", "") for sample in samples]
         return assign_splits(sites if all(sites) else groups, given, strata, SEED)[0]
     if not all(given):
         raise ValueError(
-            f"{given.count('')} of {len(given)} rows have no split; fill the column, or `split: dealt` to deal out all"
+            f"{given.count('')} of {len(given)} rows have no split; fill the column, or set `split: assigned`"
         )
     _refuse_overlaps(groups, given)
     if "test" not in given:
-        raise ValueError("no sample is for tests; `splits: {val: test}` in the source can name another split so")
+        raise ValueError("no sample is in the test split; `splits: {val: test}` in the source maps another split to it")
     if "validation" not in given:
         rows = [row for row, split in enumerate(given) if split == "train"]
         own = assign_splits([groups[r] for r in rows], [""] * len(rows), [strata[r] for r in rows], SEED)[0]
-        for row, dealt in zip(rows, own, strict=True):
-            given[row] = "validation" if dealt == "validation" else "train"
+        for row, split in zip(rows, own, strict=True):
+            given[row] = "validation" if split == "validation" else "train"
     return given
 
 
@@ -301,7 +283,7 @@ def _named_splits(manifest: Manifest, samples: Sequence[Sample]) -> list[str]:
     unknown = sorted(name for name, split in meanings.items() if name and not split)
     if unknown:
         raise ValueError(
-            f"split {unknown[0]!r} is none of {', '.join(SPLITS)}; `splits: {{{unknown[0]}: test}}` in the source tells"
+            f"split {unknown[0]!r} is none of {', '.join(SPLITS)}; map it by `splits: {{{unknown[0]}: test}}`"
         )
     return [meanings[sample.split] for sample in samples]
 
@@ -311,12 +293,12 @@ def _refuse_overlaps(groups: Sequence[str], splits: Sequence[str]) -> None:
     for group, split in zip(groups, splits, strict=True):
         if group.startswith("group "):
             sides[group.removeprefix("group ")].add(split)
-    torn = sorted(group for group, own in sides.items() if len(own) > 1)
-    if torn:
-        shown = ", ".join(f"{group} ({' and '.join(sorted(sides[group]))})" for group in torn[:SHOWN])
+    mixed = sorted(group for group, own in sides.items() if len(own) > 1)
+    if mixed:
+        shown = ", ".join(f"{group} ({' and '.join(sorted(sides[group]))})" for group in mixed[:SHOWN])
         raise ValueError(
-            f"{len(torn)} groups are in several splits: {shown}; a patient, case or slide belongs to one. Mend the "
-            "table, or `split: dealt` to deal out whole groups"
+            f"{len(mixed)} groups are in several splits: {shown}; a patient, case or slide belongs to one. Fix the "
+            "table, or set `split: assigned` to assign whole groups"
         )
 
 
@@ -375,11 +357,11 @@ def _check_counts(manifest: Manifest, collection: Dataset) -> None:
         if counts[key] != expected:
             raise ValueError(
                 f"{manifest.id}: {key} is {counts[key]}, the manifest expects {expected}; is this another version or "
-                "a part of the data? `expects` says what is to be there"
+                "a part of the data? see `expects`"
             )
 
 
-def _told(found: Counter[str]) -> str:
+def _most_common(found: Counter[str]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in found.most_common(SHOWN)) + (
         "..." if len(found) > 5 else ""
     )

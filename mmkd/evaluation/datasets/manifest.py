@@ -1,4 +1,4 @@
-"""A dataset of an evaluation as its manifest says: at most ten lines of YAML for what is asked and of what."""
+"""The manifest of a dataset: at most ten lines of YAML for its task, its source and its classes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import yaml
 from mmkd.command.settings import convert, nearest
 from mmkd.data.prompts import FAMILIES, family, label_prompts
 
-Asked = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]
+DatasetTask = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]
 
-ASKED: tuple[str, ...] = get_args(Asked)
+TASKS: tuple[str, ...] = get_args(DatasetTask)
 
-PRIMARY_METRICS: dict[str, str] = {  # the metric that stands for a dataset whose manifest names none
+PRIMARY_METRICS: dict[str, str] = {  # of a dataset whose manifest names none
     "classification": "balanced_accuracy",
     "multilabel": "macro_auroc",
     "ordinal": "quadratic_kappa",
@@ -40,7 +40,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # the kinds of task that a dataset is eva
 
 ARTICLE = re.compile(r"^(an?|the) ")
 
-HELD_OUT, DEALT = "held-out", "dealt"  # in place of the column of the split
+HELD_OUT, ASSIGNED = "held-out", "assigned"  # in place of the column of the split
 
 COUNTS = (
     "n",
@@ -50,8 +50,9 @@ COUNTS = (
     "n_questions",
     "n_test_questions",
     "n_cases",
-)  # What each kind of source may be told beside where it lies; ROW_KEYS go with every kind.
-SOURCES: dict[str, tuple[str, ...]] = {
+)
+
+SOURCES: dict[str, tuple[str, ...]] = {  # kind of source -> its keys beside the path; ROW_KEYS go with every kind
     "imagefolder": ("skip",),
     "csv": ("file", "label", "caption", "images", "where"),
     "parquet": ("image", "label", "caption", "images", "where", "question", "answer"),
@@ -71,18 +72,18 @@ class Manifest:
 
     Attributes:
         id: short name, letters, digits and hyphens.
-        task: what is asked of it; the order of ``classes`` is the grade's where it is ordinal.
+        task: what it is evaluated on; of an ordinal task ``classes`` are in the order of the grades.
         modality: for macro means and for the sentences that describe classes.
         source: kind of source -> where it lies, and the columns of a table.
         license: as its publisher states it.
         title: for people.
-        classes: class as the data name it -> phrases that stand for it in sentences.
+        classes: name of the class in the data -> phrases that describe it in prompts.
         templates: family of sentences (`prompts.FAMILIES`); empty = that of the modality.
-        primary_metric: metric that stands for the dataset; empty = that of `PRIMARY_METRICS`.
+        primary_metric: metric that represents the dataset; empty = that of `PRIMARY_METRICS`.
         expects: counts that are publicly stated, such as ``n_test``; another count is an error.
         group: column of patient, case or slide.
-        split: column of the split; ``held-out`` where all of it is for testing, ``dealt`` where a column
-            that would be taken is not.
+        split: column of the split; ``held-out`` where all of it is for testing, ``assigned`` where a column
+            of that name is not read and groups are assigned by hash.
         derived_from: data it was made from, for the marks of contamination.
         citation: where it was published.
         sha256: of the file it is read from.
@@ -91,7 +92,7 @@ class Manifest:
     """
 
     id: str
-    task: Asked
+    task: DatasetTask
     modality: str
     source: dict[str, Any]
     license: str
@@ -214,7 +215,7 @@ def _classes(value: Any) -> dict[str, list[str]]:
 
 
 def _check(manifest: Manifest) -> None:
-    """What no type says."""
+    """Raise on values that no type excludes."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", manifest.id):
         raise ValueError(f"id {manifest.id!r} must be lower-case letters, digits and hyphens")
     kinds = [key for key in manifest.source if key in SOURCES]
@@ -227,13 +228,13 @@ def _check(manifest: Manifest) -> None:
     for key in manifest.source:
         if key != kinds[0] and key not in allowed:
             raise ValueError(
-                f"source: {kinds[0]} knows no {key!r}{nearest(key, allowed)}; it knows {', '.join(allowed)}"
+                f"source: {kinds[0]} has no key {key!r}{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
             )
     if manifest.task in ("classification", "multilabel", "ordinal") and len(manifest.classes) < 2:
         raise ValueError(f"a {manifest.task} needs at least two classes, not {list(manifest.classes)}")
     wrong = next((key for key in manifest.expects if key not in COUNTS), None)
     if wrong is not None:
-        raise ValueError(f"expects knows no {wrong!r}{nearest(wrong, COUNTS)}; it knows {', '.join(COUNTS)}")
+        raise ValueError(f"expects has no key {wrong!r}{nearest(wrong, COUNTS)}; allowed: {', '.join(COUNTS)}")
     if manifest.templates and not family(manifest.templates):
         raise ValueError(f"templates {manifest.templates!r} are none of {', '.join(FAMILIES)}")
 
@@ -246,7 +247,7 @@ SHOWN = 5
 
 
 class DatasetNotFoundError(Exception):
-    """The data are not on this machine; the message says where they are to be had."""
+    """The data are not on this machine; the message states where to get them."""
 
 
 def source_kind(manifest: Manifest) -> str:
@@ -289,7 +290,7 @@ def _sized(stem: Path, size: Any) -> Path:
 
 
 def where_to_get(manifest: Manifest) -> str:
-    """Where a dataset is to be had, as a part of a sentence."""
+    """Where to get a dataset, as a part of a sentence."""
     if not manifest.register:
-        return "its manifest does not say where it is to be had"
+        return "its manifest does not state where to get it"
     return f"{TIERS[manifest.tier]} {manifest.register}"

@@ -1,37 +1,39 @@
-"""What every kind of source gives: samples as its publisher tells of them, and a store from which images are read."""
+"""Samples of a source, the store that their images are read from, and how a manifest names columns, rows and labels."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
 from mmkd.command.settings import nearest
-from mmkd.data.archives import ArchivedFile
 from mmkd.data.images import UnreadableImageError, finish_image, open_header, read_image_bytes
-from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.manifest import ASSIGNED, HELD_OUT, Manifest
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.files import is_inside
 
 MISSING = "missing"
 
+IN_BRACES = re.compile(r"\{([^{}]+)\}")
+
+TRUE, FALSE = ("1", "1.0", "true", "yes"), ("", "0", "0.0", "false", "no")
+
 
 @dataclass(slots=True)
 class Sample:
-    """An image, caption or slide in its publisher's words.
+    """An image, caption or slide as its publisher describes it.
 
     Attributes:
         name: of the image in its store.
         labels: classes; several where it has several.
         caption: a sentence about it.
         group: patient, case or slide.
-        split: as it is called there; empty where none is given.
+        split: name that the publisher uses; empty where none is given.
         metadata: further columns, of slides.
     """
 
@@ -46,15 +48,9 @@ class Sample:
 class Store:
     """Images by name."""
 
-    def data(self, name: str) -> bytes:
-        """What is stored under a name.
-
-        Raises:
-            UnreadableImageError: there is nothing, or it cannot be read.
-        """
-        raise UnreadableImageError(
-            "missing", f"{name}: there are no images here; slides are read through their features"
-        )
+    def __init__(self, read: Callable[[str], bytes]) -> None:
+        """Keep what gives the bytes stored under a name, or raises `UnreadableImageError`."""
+        self.data = read
 
     def image(self, name: str) -> Image.Image:
         """The image as upright 8-bit RGB.
@@ -72,31 +68,17 @@ class Store:
             return MISSING
 
 
-class Files(Store):
-    """Images in files under a folder that no name and no link leaves."""
+def files_under(folder: Path) -> Store:
+    """Images in files under a folder; a name or link that leaves it is refused."""
+    root = folder.resolve()
 
-    def __init__(self, root: Path) -> None:
-        """Resolve the folder once."""
-        self.root = root.resolve()
-
-    def data(self, name: str) -> bytes:
-        """The bytes of a file."""
-        path = self.root / name
-        if not is_inside(name) or not path.resolve().is_relative_to(self.root):
-            raise UnreadableImageError("missing", f"{name} lies outside {self.root}; refused")
+    def read(name: str) -> bytes:
+        path = root / name
+        if not is_inside(name) or not path.resolve().is_relative_to(root):
+            raise UnreadableImageError("missing", f"{name} lies outside {root}; refused")
         return read_image_bytes(path)
 
-
-class Members(Store):
-    """Images inside tar files, read by offset."""
-
-    def __init__(self, places: dict[str, ArchivedFile]) -> None:
-        """Keep where each lies."""
-        self.places = places
-
-    def data(self, name: str) -> bytes:
-        """The bytes of a member."""
-        return read_image_bytes(self.places[name])
+    return Store(read)
 
 
 @dataclass
@@ -119,7 +101,7 @@ class Reading:
 
 
 def images_folder(manifest: Manifest, folder: Path) -> Path:
-    """The folder of the images: that of the table, or the one that ``images`` names as seen from there.
+    """The folder of the images: that of the table, or the one that ``images`` names relative to it.
 
     Raises:
         ValueError: it is not there.
@@ -127,7 +109,7 @@ def images_folder(manifest: Manifest, folder: Path) -> Path:
     name = str(manifest.source.get("images", ""))
     if not (folder / name).is_dir():
         raise ValueError(
-            f"source: images {name!r} is no folder in {folder}; name it as seen from the table, which lies there"
+            f"source: images {name!r} is no folder in {folder}; name it relative to the folder of the table"
         )
     return folder / name
 
@@ -149,7 +131,7 @@ def chosen(manifest: Manifest, key: str, columns: Iterable[str], needed: bool, d
 
 
 def passes(row: dict[str, Any], where: dict[str, Any]) -> bool:
-    """Whether a row has one of the wanted values in every column that is asked for."""
+    """Whether a row has one of the wanted values in every column of the conditions."""
     return all(
         str(row.get(column)) in [str(value) for value in (wanted if isinstance(wanted, list) else [wanted])]
         for column, wanted in where.items()
@@ -172,13 +154,7 @@ def check_where(manifest: Manifest, columns: Sequence[str]) -> dict[str, Any]:
     return where
 
 
-def is_skipped(manifest: Manifest, name: str) -> bool:
-    """Whether a file is named by one of the patterns of ``skip``."""
-    skip = manifest.source.get("skip") or []
-    return any(fnmatch(name, pattern) for pattern in ([skip] if isinstance(skip, str) else skip))
-
-
-def cut(manifest: Manifest, text: str) -> list[str]:
+def split_labels(manifest: Manifest, text: str) -> list[str]:
     """The labels that a text holds: one, or for multi-label data those between separators."""
     if manifest.task != "multilabel":
         return [text.strip()] if text.strip() else []
@@ -201,3 +177,79 @@ def group_of(manifest: Manifest, name: str, given: str) -> str:
     if found is None:
         raise ValueError(f"source: group_pattern {pattern!r} finds no group in {name!r}")
     return found[1] if found.groups() else found[0]
+
+
+def table_fields(manifest: Manifest, columns: Sequence[str], image: str) -> dict[str, Any]:
+    """The column of each field of a table with images; ``label`` may be several, one for each class.
+
+    Raises:
+        ValueError: one that is named or needed is not there.
+    """
+    label = manifest.source.get("label")
+    if isinstance(label, list):
+        absent = next((name for name in label if name not in columns), None)
+        if absent is not None:
+            raise ValueError(f"source: no column {absent!r} for label; the table has {', '.join(columns)}")
+    else:
+        label = chosen(manifest, "label", columns, manifest.task in ("classification", "multilabel", "ordinal"))
+    return {
+        image: _file_field(manifest, image, columns),
+        "label": label,
+        "caption": chosen(manifest, "caption", columns, manifest.task == "retrieval"),
+        "group": chosen(manifest, "group", columns, False),
+        "split": split_column(manifest, columns),
+    }
+
+
+def split_column(manifest: Manifest, columns: Sequence[str]) -> str:
+    """The column of the split; empty where none is to be read."""
+    return "" if manifest.split in (HELD_OUT, ASSIGNED) else chosen(manifest, "split", columns, False)
+
+
+def row_sample(manifest: Manifest, row: dict[str, Any], fields: dict[str, Any], name: str) -> Sample:
+    """A row as a sample; empty cells are empty texts."""
+    label = fields["label"]
+    if isinstance(label, list):
+        labels = [column for column in label if _is_set(row[column], column, name)]
+    elif label and isinstance(row[label], (list, tuple)):
+        labels = [str(value) for value in row[label]]
+    else:
+        labels = split_labels(manifest, _text(row[label])) if label else []
+    texts = {key: _text(row[fields[key]]) if fields[key] else "" for key in ("caption", "group", "split")}
+    return Sample(name, labels, " ".join(texts["caption"].split()), texts["group"], texts["split"])
+
+
+def _file_field(manifest: Manifest, image: str, columns: Sequence[str]) -> str:
+    """The column of the image, or a pattern of columns in braces such as ``{class}/{name}.jpg``."""
+    pattern = str(manifest.source.get(image) or "")
+    used = IN_BRACES.findall(pattern)
+    absent = next((name for name in used if name not in columns), None)
+    if absent is not None:
+        near = nearest(absent, columns)
+        raise ValueError(f"source: {image} names a column {absent!r}{near}; the table has {', '.join(columns)}")
+    return pattern if used else chosen(manifest, image, columns, True)
+
+
+def file_name(row: dict[str, str], field: str) -> str:
+    """The file of a row; an ending that a pattern adds is not doubled where the column has it."""
+    if "{" not in field:
+        return row[field]
+    name = IN_BRACES.sub(lambda found: row[found[1]], field)
+    ending = PurePosixPath(field).suffix
+    return name.removesuffix(ending) if ending and name.lower().endswith(2 * ending.lower()) else name
+
+
+def _is_set(value: Any, column: str, name: str) -> bool:
+    """Whether a cell of a column of zeros and ones is 1; an empty cell counts as 0.
+
+    Raises:
+        ValueError: it holds something else, such as -1 for an uncertain finding.
+    """
+    text = _text(value).strip().lower()
+    if text not in (*TRUE, *FALSE):
+        raise ValueError(f"{name}: {column!r} holds {value!r}, neither 0 nor 1; leave such rows out with `where`")
+    return text in TRUE
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -6,12 +6,11 @@ while the encoder computes. Processes share the missing shards; which of them wr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,44 +24,19 @@ from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, encode_shards, read_or_reason
 from mmkd.encoders.frozen_encoder import FrozenEncoder
+from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.embeddings.cache import (
-    Column,
-    Content,
+    DatasetInputs,
     Rows,
-    Table,
+    StoredVectors,
     Vectors,
     rows_of,
     shards_of,
-    stacked,
+    text_ids,
     write_vectors,
 )
 from mmkd.evaluation.embeddings.tokens import TokenSource
-
-
-class ImageSource(Protocol):
-    """Where the images of an evaluation come from: a folder of pairs, or a dataset that a manifest describes."""
-
-    @property
-    def pairs(self) -> Sequence[Pair]:
-        """In the order in which they are embedded."""
-
-    def image(self, pair: Pair) -> Image.Image:
-        """The image of a pair; several threads may read at once.
-
-        Raises:
-            UnreadableImageError: it cannot be read; the reason says why.
-            ValueError: it lies outside the folder.
-        """
-
-    def digest(self, pair: Pair) -> str:
-        """A hash of the stored image; ``"missing"`` where it cannot be read."""
-
-
-def image_digests(source: ImageSource, quiet: bool = False) -> dict[str, str]:
-    """A hash of every image by pair id; ``"missing"`` where it cannot be read."""
-    shown = tqdm(source.pairs, desc="hashing images", unit="image", disable=quiet)
-    return {pair.id: source.digest(pair) for pair in shown}
 
 
 @dataclass
@@ -97,20 +71,15 @@ class Embedded:
         Raises:
             UndefinedMetricError: some have no vectors.
         """
-        return stacked(self.images, [pair.id for pair in pairs], "images")
+        return self.image_rows(pairs)[:]
 
     def image_rows(self, pairs: Sequence[Pair]) -> Rows | Vectors:
         """The same as `image_matrix`, of which ranges are read on demand."""
         return rows_of(self.images, [pair.id for pair in pairs], "images")
 
-    @property
-    def pooled_is_joint(self) -> bool:
-        """Whether `pooled_matrix` gives joint vectors because there are no others."""
-        return not self.pooled
-
     def pooled_matrix(self, pairs: Sequence[Pair]) -> Vectors:
         """Image vectors before the projection, ``(n, width)``; the joint ones where the encoder has no others."""
-        return stacked(self.images if self.pooled_is_joint else self.pooled, [pair.id for pair in pairs], "images")
+        return rows_of(self.pooled or self.images, [pair.id for pair in pairs], "images")[:]
 
     def text_matrix(self, texts: Sequence[str]) -> Vectors:
         """Text vectors, ``(n, dim)``.
@@ -118,7 +87,7 @@ class Embedded:
         Raises:
             UndefinedMetricError: some have no vectors.
         """
-        return stacked(self.texts, texts, "sentences")
+        return self.text_rows(texts)[:]
 
     def text_rows(self, texts: Sequence[str]) -> Rows | Vectors:
         """The same as `text_matrix`, of which ranges are read on demand."""
@@ -150,9 +119,7 @@ class _ImageTask(EncodingTask[Pair]):
 def embed(
     encoder: DualEncoder,
     fingerprint: str,
-    content: Content,
-    source: ImageSource,
-    texts: Sequence[str],
+    inputs: DatasetInputs,
     cache: Path,
     batch_size: int = 32,
     quiet: bool = False,
@@ -162,68 +129,58 @@ def embed(
     Args:
         encoder: any dual encoder.
         fingerprint: of it (`encoder_fingerprint`).
-        content: of the source's pairs and `texts`.
-        source: pairs and their images.
-        texts: distinct captions and prompts.
+        inputs: what is embedded.
         cache: folder of the encoder's shards.
         batch_size: images or texts at a time.
         quiet: no progress bar.
     """
-    files = content.files(cache, fingerprint)
-    pairs = source.pairs if content.images else []  # slides have features in bags, and no image to embed
-    images = list(enumerate(shards_of(pairs)))[rank() :: world_size()]
-    own_texts = list(zip(files[len(content.images) :], shards_of(texts), strict=True))[rank() :: world_size()]
-    total = sum(len(part) for _, part in [*images, *own_texts])
+    files, dataset = inputs.files(cache, fingerprint), inputs.open()
+    images = list(enumerate(shards_of(dataset.image_pairs)))[rank() :: world_size()]
+    texts = list(zip(files[len(inputs.image_hashes) :], shards_of(inputs.texts), strict=True))[rank() :: world_size()]
+    total = sum(len(part) for _, part in [*images, *texts])
     with tqdm(total=total, desc=encoder.name, unit="item", disable=quiet or rank() > 0) as bar:
         task = _ImageTask(encoder, files)
-        if isinstance(encoder, FrozenEncoder) and isinstance(source, PairsDataset):
-            folder = source.folder
+        if isinstance(encoder, FrozenEncoder) and isinstance(dataset, PairsDataset):
+            folder = dataset.folder
             encoder.encode_shards(task, folder, images, lambda j, p: {"vectors": j, "pooled": p}, bar.update)
         else:
-            read = partial(_read, source)
-            encode_shards([task], images, read, batch_size, progress=bar.update)
-        for file, part in own_texts:
+            encode_shards([task], images, partial(_read, dataset), batch_size, progress=bar.update)
+        for file, part in texts:
             if not is_whole(file):
                 _embed_texts(encoder, part, file, batch_size)
             bar.update(len(part))
 
 
 def read_embedded(
-    name: str,
-    fingerprint: str,
-    provenance: dict[str, Any],
-    content: Content,
-    pairs: Sequence[Pair],
-    texts: Sequence[str],
-    cache: Path,
+    name: str, fingerprint: str, provenance: dict[str, Any], inputs: DatasetInputs, cache: Path
 ) -> Embedded:
     """The vectors that `embed` wrote, memory-mapped; images that could not be read are listed.
 
     Raises:
         FileNotFoundError: a shard is missing.
     """
-    files = content.files(cache, fingerprint)
+    files = inputs.files(cache, fingerprint)
     headers = [read_header(file) for file in files]
-    count = len(content.images)
-    image_store = VectorStore(files[:count], [header.rows for header in headers[:count]], keep_open=False)
-    text_store = VectorStore(files[count:], [header.rows for header in headers[count:]], keep_open=False)
+    count = len(inputs.image_hashes)
+    images = VectorStore(files[:count], [header.rows for header in headers[:count]], keep_open=False)
+    texts = VectorStore(files[count:], [header.rows for header in headers[count:]], keep_open=False)
     unreadable = {key: reason for header in headers for key, reason in header.notes["skipped"].items()}
-    ids = [pair.id for pair in pairs if pair.id not in unreadable]
+    ids = [id for id in inputs.images if id not in unreadable]
     has_pooled = any("pooled" in header.tensors for header in headers)
     return Embedded(
         name,
         fingerprint,
         provenance,
-        Table(ids, [Column(image_store, "vectors")]),
-        Table(ids, [Column(image_store, "pooled")]) if has_pooled else {},
-        Table(texts, [Column(text_store, "vectors")]),
+        StoredVectors(ids, images, "vectors"),
+        StoredVectors(ids, images, "pooled") if has_pooled else {},
+        StoredVectors(inputs.texts, texts, "vectors"),
         unreadable,
         list(dict.fromkeys(failure for header in headers for failure in header.notes["failures"])),
     )
 
 
-def _read(source: ImageSource, pair: Pair) -> Image.Image | str:
-    image = read_or_reason(lambda: source.image(pair))
+def _read(dataset: Dataset, pair: Pair) -> Image.Image | str:
+    image = read_or_reason(lambda: dataset.image(pair))
     assert not isinstance(image, Tensor)
     return image
 
@@ -234,8 +191,7 @@ def _embed_texts(encoder: DualEncoder, texts: Sequence[str], file: Path, batch_s
     for start in range(0, len(texts), batch_size):
         batch = texts[start : start + batch_size]
         parts.append(_or_nan(encoder, lambda own: (encoder.encode_texts(own), None), batch, failures)[0])
-    ids = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
-    write_vectors(file, ids, {"vectors": torch.cat(parts)}, {}, failures)
+    write_vectors(file, text_ids(texts), {"vectors": torch.cat(parts)}, {}, failures)
 
 
 def _or_nan(

@@ -18,8 +18,9 @@ from mmkd.data.features.store import FeatureStore
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import by_name
-from mmkd.evaluation.embeddings.cache import Content, Table
-from mmkd.evaluation.embeddings.embed import Embedded, ImageSource, embed, image_digests, read_embedded
+from mmkd.evaluation.datasets.dataset import Dataset
+from mmkd.evaluation.embeddings.cache import DatasetInputs
+from mmkd.evaluation.embeddings.embed import Embedded, embed, read_embedded
 from mmkd.evaluation.embeddings.tokens import TokenSource
 from mmkd.files import fingerprint
 
@@ -30,33 +31,6 @@ FEATURES = "features:"
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.txt", "*.yaml")
 
 NOT_WEIGHTS = ("settings.yaml", "report.json", "provenance.json")
-
-
-@dataclass
-class DatasetInputs:
-    """What is embedded of one folder of pairs or one dataset.
-
-    Attributes:
-        name: sub-folder of the cache; empty for a folder of pairs.
-        open: gives the pairs and their images; opened again where it is needed, so that not all lie in memory.
-        digests: pair id -> hash of its image.
-        texts: distinct captions, prompts and questions.
-        content: hashes of all that.
-    """
-
-    name: str
-    open: Callable[[], ImageSource]
-    digests: dict[str, str]
-    texts: list[str]
-    content: Content
-
-    @classmethod
-    def of(
-        cls, name: str, opened: ImageSource, reopen: Callable[[], ImageSource], texts: Sequence[str], quiet: bool
-    ) -> DatasetInputs:
-        """Hash the images of an opened source."""
-        digests = image_digests(opened, quiet)
-        return cls(name, reopen, digests, list(texts), Content.of(opened.pairs, digests, texts))
 
 
 @dataclass(frozen=True)
@@ -83,16 +57,16 @@ class EncoderRecord:
     load: Callable[[], DualEncoder] | None = None
     batch_size: int = 32
 
-    def embedded(self, inputs: DatasetInputs, pairs: Sequence[Pair], source: ImageSource) -> Embedded:
-        """Its vectors of the pairs of one source, memory-mapped, and what gives tokens on demand."""
+    def embedded(self, inputs: DatasetInputs, dataset: Dataset) -> Embedded:
+        """Its vectors of an opened dataset, memory-mapped, and what gives tokens on demand."""
         if self.stored is not None:
-            return self.stored.embedded(self.name, pairs)
+            return self.stored.embedded(self.name, dataset.image_pairs)
         cache = self.cache / inputs.name
-        found = read_embedded(self.name, self.fingerprint, self.provenance, inputs.content, pairs, inputs.texts, cache)
+        found = read_embedded(self.name, self.fingerprint, self.provenance, inputs, cache)
         if self.load is not None:
             digests = inputs.digests
             found.tokens = TokenSource(
-                self.load, source.image, lambda pair: digests[pair.id], self.fingerprint, cache, self.batch_size
+                self.load, dataset.image, lambda pair: digests[pair.id], self.fingerprint, cache, self.batch_size
             )
         return found
 
@@ -133,14 +107,14 @@ def embed_everything(
         )
         for each in inputs:
             folder = own.cache / each.name
-            if not all(map(is_whole, each.content.files(folder, own.fingerprint))):
-                embed(encoder, own.fingerprint, each.content, each.open(), each.texts, folder, batch_size, quiet)
+            if not all(map(is_whole, each.files(folder, own.fingerprint))):
+                embed(encoder, own.fingerprint, each, folder, batch_size, quiet)
         known.append(own)
     return known
 
 
 def named_sources(encoders: list[str]) -> dict[str, str]:
-    """Sources by the name they have in the results: what stands before ``=``, else the last part of the source.
+    """Sources by the name they have in the results: the part before ``=``, else the last part of the source.
 
     Raises:
         ValueError: none is given, two have one name, or a name is reserved.
@@ -200,9 +174,9 @@ class StoredFeatures:
             name,
             self.fingerprint,
             self.provenance,
-            Table([pair.id for pair in kept], [_unit(image.numpy())]),
+            dict(zip((pair.id for pair in kept), _unit(image.numpy()), strict=True)),
             {},
-            Table(list(captions), [_unit(text.numpy()[list(captions.values())])]),
+            dict(zip(captions, _unit(text.numpy()[list(captions.values())]), strict=True)),
             failures=failures,
         )
 

@@ -7,7 +7,6 @@ to that size; tokens before the map, such as the class token, are kept.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -27,6 +26,7 @@ from mmkd.data.images import UnreadableImageError
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
+from mmkd.evaluation.embeddings.cache import text_ids
 
 FORMAT = 1
 SIDE = 7
@@ -86,8 +86,7 @@ class TokenSource:
         """
         file = self._file("texts", texts)
         if not is_whole(file):
-            ids = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
-            write_shard(file, ids, self._text_tokens(texts))
+            write_shard(file, text_ids(texts), self._text_tokens(texts))
         store, rows = VectorStore([file]), np.arange(len(texts))
         return store.gather("tokens", rows), store.gather("mask", rows)
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.numpy
 from PIL import Image
 
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import PairFolder
 from mmkd.data.images import UnreadableImageError, open_image
 from mmkd.evaluation.report.leaderboard import Leaderboard
+from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.tasks.task import Outputs
 from mmkd.files import read_json
 from mmkd.pages.page import Section, number
@@ -77,12 +77,9 @@ class Examples:
     """Examples from one task and one folder of pairs."""
 
     def __init__(self, board: Leaderboard, folder: PairFolder, name: str) -> None:
-        """Read what the task asks and the student's outputs."""
+        """Read the task's description and the student's outputs."""
         self.task: dict[str, Any] = read_json(board.results / "tasks" / f"{name}.json")
-        stored = safetensors.numpy.load_file(board.results / "cells" / board.student / f"{name}.safetensors")
-        self.outputs: Outputs = {
-            key.removeprefix("outputs."): array for key, array in stored.items() if key.startswith("outputs.")
-        }
+        self.outputs: Outputs = ResultStore(board.results, [], 0, 0).outputs(board.student, name)
         self.folder = folder
         self.pairs = {pair.id: pair for pair in folder.pairs}
         self._thumbnails: dict[str, str] = {}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.report.leaderboard import (
@@ -17,6 +15,7 @@ from mmkd.evaluation.report.leaderboard import (
     Task,
     accuracies_beside,
     between,
+    interval_text,
     kind_label,
     p_value,
     p_values,
@@ -24,6 +23,7 @@ from mmkd.evaluation.report.leaderboard import (
     tone,
 )
 from mmkd.evaluation.report.tables import differences_table, heat, modalities_tables
+from mmkd.evaluation.results.store import stored_array
 from mmkd.evaluation.settings import STAGE1
 from mmkd.evaluation.statistics.metrics import Integers
 from mmkd.files import read_json
@@ -174,8 +174,7 @@ def confusions_section(board: Leaderboard) -> Section:
 
 
 def _interval(label: str, role: str, metric: Metric) -> Interval:
-    inside = "no interval" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
-    numbers = f"{number(metric['value'])} ({inside})"
+    numbers = f"{number(metric['value'])} ({interval_text(metric)})"
     return Interval(label, role, metric["value"], metric["low"], metric["high"], numbers)
 
 
@@ -216,31 +215,20 @@ def _amount(metric: str, ending: str) -> float | None:
 
 def _confusion(board: Leaderboard, name: str, task: Task) -> tuple[Integers | None, list[str]]:
     """Counts ``(truth, answer)`` of the student, None where the task does not choose one of several classes."""
-    file = board.results / "cells" / board.student / f"{name}.safetensors"
     described = board.results / "tasks" / f"{name}.json"
-    if board.metric(name, board.student) is None or not file.is_file() or not described.is_file():
+    if board.metric(name, board.student) is None or not described.is_file():
         return None, []
     description = read_json(described)
     targets, classes = description.get("targets"), description.get("classes")
     if not isinstance(targets, list) or not isinstance(classes, list) or not 2 <= len(classes) <= MOST_CLASSES:
         return None, []
-    answers = _answers(file)
-    if answers is None or len(answers) != len(targets) or not all(isinstance(target, int) for target in targets):
+    scores = stored_array(board.results, board.student, name, "outputs.image.scores")
+    if scores is None or len(scores) != len(targets) or not all(isinstance(target, int) for target in targets):
         return None, []
+    answers = scores.argmax(axis=1)
     counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(counts, (np.array(targets, dtype=np.int64), answers), 1)
     return counts, [str(own) for own in classes]
-
-
-def _answers(file: Path) -> Integers | None:
-    try:
-        with safe_open(file, "np") as tensors:
-            if "outputs.image.scores" not in tensors.keys():  # noqa: SIM118
-                return None
-            scores = tensors.get_tensor("outputs.image.scores")
-    except SafetensorError:
-        return None
-    return scores.argmax(axis=1) if scores.ndim == 2 else None
 
 
 def _gallery(charts: Sequence[Chart], rest: str, shown: int = OPEN_CHARTS) -> list[Block]:

@@ -8,15 +8,15 @@ where the student is worse.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
+from mmkd.evaluation.results.store import stored_array
 from mmkd.evaluation.results.summary import Replicates, dataset_ranks, mean_block, mean_of_kinds
 from mmkd.evaluation.settings import STAGE1
 from mmkd.evaluation.statistics.bootstrap import BY_IMAGE
@@ -153,7 +153,7 @@ class Leaderboard:
         return found if found and found["value"] is not None else None
 
     def reason(self, name: str, row: str, metric: str = "") -> str:
-        """Why a result has no number for a metric."""
+        """Why a metric of a result is undefined."""
         result, metric = self.result(name, row), metric or self.all_tasks[name]["primary_metric"]
         if result is None:
             return "not evaluated"
@@ -243,11 +243,11 @@ class Leaderboard:
             for row in self.rows:
                 if self.metric(task, row) is None:
                     continue
-                file = self.results / "cells" / row / f"{task}.safetensors"
-                values = _stored(file, f"together.{self.all_tasks[task]['primary_metric']}")
+                metric = self.all_tasks[task]["primary_metric"]
+                values = stored_array(self.results, row, task, f"together.{metric}")
                 if values is None:
                     return lambda row, task: NOT_STORED
-                found[row, task] = values
+                found[row, task] = values.astype(np.float64)
         return lambda row, task: found[row, task]
 
 
@@ -275,7 +275,7 @@ def metric_label(metric: str) -> str:
 
 def sample_counts(task: Task) -> tuple[int, int]:
     """Held-out samples of a task, and groups (patients, slides) they come from."""
-    units = task["frames"]
+    units = task["units"]
     own = units["image"] if "image" in units else next(iter(units.values()))
     return int(own["n"]), int(own["groups"])
 
@@ -362,12 +362,11 @@ def facts(board: Leaderboard) -> list[tuple[str, str]]:
         over = counted(len(mean.tasks), "task") + (
             f" of {kinds} kinds, each kind with equal weight" if kinds > 1 else ""
         )
-        inside = "no interval" if own["low"] is None else f"95 % interval {number(own['low'])} to {number(own['high'])}"
-        found.append(("Primary metric", f"{number(own['value'])} ({inside}), mean of {', '.join(names)} over {over}"))
+        value = f"{number(own['value'])} ({interval_text(own)})"
+        found.append(("Primary metric", f"{value}, mean of {', '.join(names)} over {over}"))
     if (relative := mean.above_chance.get(board.student)) and relative["value"] is not None:
-        low, high = (signed(relative[key]) for key in ("low", "high"))
-        inside = "no interval" if relative["low"] is None else f"95 % interval {low} to {high}"
-        found.append(("Relative to chance", f"{signed(relative['value'])} ({inside}); 0 is chance, 1 is all right"))
+        value = f"{signed(relative['value'])} ({interval_text(relative, signed)})"
+        found.append(("Relative to chance", f"{value}; 0 is chance, 1 is all correct"))
     balanced, accuracy = board.accuracies(board.student)
     if balanced is not None and accuracy is not None:
         over = counted(len(board.classifications(mean.tasks)), "classification task")
@@ -423,11 +422,11 @@ def task_notes(task: Task) -> list[str]:
         sizes += f", {len(task['classes'])} classes"
     known = f"; chance {number(chance)}" if chance is not None else ""
     notes = [f"{kind_label(task['kind']).capitalize()}; {metric_label(task['primary_metric'])}; {sizes}{known}."]
-    if any(own["resampling"] == BY_IMAGE for own in task["frames"].values()):
+    if any(own["resampling"] == BY_IMAGE for own in task["units"].values()):
         notes.append("All samples come from one source: samples are drawn instead, and the intervals are too narrow.")
     elif groups < TOO_FEW_GROUPS:
         notes.append("With so few sources the intervals are not informative.")
-    pooled = sorted({name for own in task["frames"].values() for name in own.get("pooled", [])})
+    pooled = sorted({name for own in task["units"].values() for name in own.get("pooled", [])})
     if pooled:
         notes.append(
             f"A class with a single source has no variance of its own, so these are resampled together: "
@@ -442,10 +441,14 @@ def task_notes(task: Task) -> list[str]:
     return notes
 
 
+def interval_text(metric: Metric, shown: Callable[[float | None], str] = number) -> str:
+    """The 95 % interval of a value or difference."""
+    return "no interval" if metric["low"] is None else f"{shown(metric['low'])} to {shown(metric['high'])}"
+
+
 def between(found: Metric) -> str:
     """A difference with its interval."""
-    inside = "no interval" if found["low"] is None else f"{signed(found['low'])} to {signed(found['high'])}"
-    return f"{signed(found['difference'])} ({inside})"
+    return f"{signed(found['difference'])} ({interval_text(found, signed)})"
 
 
 def p_value(value: float | None) -> str:
@@ -491,11 +494,3 @@ def _place(item: tuple[str, Task]) -> tuple[int, str, str, str]:
     kinds = list(KINDS)
     kind = kinds.index(task["kind"]) if task["kind"] in kinds else len(kinds)
     return kind, modality_of(task), task.get("dataset") or name, task.get("variant", "")
-
-
-def _stored(file: Path, name: str) -> Floats | None:
-    try:
-        with safe_open(file, "np") as tensors:
-            return tensors.get_tensor(name).astype(np.float64) if name in tensors.keys() else None  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None

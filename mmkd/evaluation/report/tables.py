@@ -11,7 +11,7 @@ from mmkd.evaluation.report.leaderboard import (
     Leaderboard,
     Metric,
     accuracies_beside,
-    between,
+    interval_text,
     kind_label,
     metric_label,
     modality_of,
@@ -63,7 +63,7 @@ def leaderboard_section(board: Leaderboard) -> Section:
     lead = (
         "Mean over kinds of task of the mean over tasks, with its 95 % interval, each over the tasks that every "
         "encoder of the column has; their number is in the first row. Relative to chance is the mean of (score - "
-        "chance) / (1 - chance): 0 is chance, 1 is all right, whatever the number of classes. Accuracy and balanced "
+        "chance) / (1 - chance): 0 is chance, 1 is all correct, whatever the number of classes. Accuracy and balanced "
         "accuracy are means without an interval. A dot marks the best encoder of a column. Ensemble and oracle are "
         "composed of the teachers; the oracle is selected on these test sets and is optimistic."
     )
@@ -344,24 +344,23 @@ def scored(metric: Metric | None, best: bool = False) -> Cell:
     """A value with its interval."""
     if metric is None or metric["value"] is None:
         return NONE
-    inside = "no interval" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
-    return Cell(number(metric["value"]), inside, metric["value"], best=best)
+    return Cell(number(metric["value"]), interval_text(metric), metric["value"], best=best)
 
 
 def compared(found: Metric | None) -> Cell:
     """A difference with interval, p and Holm-adjusted p, colored where the interval excludes zero."""
     if found is None or found["difference"] is None:
         return NONE
-    inside = between(found).partition("(")[2].rstrip(")")
-    return Cell(signed(found["difference"]), f"{inside}, {p_values(found)}", found["difference"], tone(found))
+    note = f"{interval_text(found, signed)}, {p_values(found)}"
+    return Cell(signed(found["difference"]), note, found["difference"], tone(found))
 
 
 def heat(metric: Metric | None, best: bool) -> Cell:
     """A value on a tint that grows with it."""
     if metric is None or metric["value"] is None:
         return NONE
-    inside = "" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
-    return Cell(number(metric["value"]), inside, metric["value"], best=best, tint=metric["value"])
+    note = "" if metric["low"] is None else interval_text(metric)
+    return Cell(number(metric["value"]), note, metric["value"], best=best, tint=metric["value"])
 
 
 def _result(board: Leaderboard, name: str, row: str, best: float | None) -> Cell:

@@ -1,11 +1,11 @@
-"""The cells of a table of results: one encoder on one task, kept so that a second run makes only what is missing.
+"""Results of one encoder on one task, stored so that a second run computes only what is missing.
 
-A cell is two files under ``cells/ENCODER/``: ``TASK.safetensors`` with per-sample outputs and bootstrap replicates,
-and, written last, ``TASK.json`` with point values and intervals; ``scores/ENCODER/TASK.parquet`` says how each sample
-was answered. A cell's key is the hash of all it was made from; one with another key is made again.
+A result is two files under ``cells/ENCODER/``: ``TASK.safetensors`` with per-sample outputs and bootstrap replicates,
+and, written last, ``TASK.json`` with point values and intervals; ``scores/ENCODER/TASK.parquet`` holds the scores of
+each sample. A result's key is the hash of all that it depends on; one with another key is computed again.
 
 Replicates are drawn twice: stratified by the task's own classes for the task's intervals, and from one draw of all
-held-out groups, stratified by modality, for means over tasks, whose errors go together because their images do.
+held-out groups, stratified by modality, for means over tasks, which share images and therefore errors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+from numpy.typing import NDArray
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.embeddings.cache import UndefinedMetricError
@@ -43,10 +44,10 @@ Result = dict[str, Any]
 
 
 class ResultStore:
-    """Cells of one evaluation, and how their intervals are made."""
+    """Results of one evaluation, and how their intervals are computed."""
 
     def __init__(self, path: Path, held_out: list[Pair], replicates: int, seed: int) -> None:
-        """Name the folder of the results and what is drawn from; nothing is written yet."""
+        """Name the folder of the results and the pairs that are resampled; nothing is written yet."""
         self.path = path
         self.replicates = replicates
         self.seed = seed
@@ -59,20 +60,20 @@ class ResultStore:
         return resampling_units([pair.modality for pair in self._held_out], [pair.group for pair in self._held_out])
 
     def describe(self, task: Task) -> dict[str, Any]:
-        """Write what the task asks to ``tasks/TASK.json`` and return it."""
+        """Write the task's description to ``tasks/TASK.json`` and return it."""
         description = {
             "name": task.name,
             "title": task.title,
             "kind": task.kind,
             "primary_metric": task.primary_metric,
-            "frames": {
+            "units": {
                 name: {
-                    "n": len(frame.units),
-                    "groups": frame.groups,
-                    "resampling": frame.resampling,
-                    **({"pooled": list(frame.pooled)} if frame.pooled else {}),
+                    "n": len(own.units),
+                    "groups": own.groups,
+                    "resampling": own.resampling,
+                    **({"pooled": list(own.pooled)} if own.pooled else {}),
                 }
-                for name, frame in task.frames.items()
+                for name, own in task.units.items()
             },
             "modalities": task.modalities,
             **task.description,
@@ -86,42 +87,42 @@ class ResultStore:
     def result(
         self, task: Task, encoder: str, made_from: list[Any], compute: Callable[[], tuple[Outputs, Result]]
     ) -> tuple[Result, Outputs]:
-        """Read a cell, or make it.
+        """Read a result, or compute it.
 
         Args:
-            task: the column.
-            encoder: the row.
-            made_from: fingerprints of the weights, images and questions behind it, plain JSON values.
-            compute: gives the per-sample outputs and what else the cell shall record.
+            task: what is evaluated.
+            encoder: name of the encoder.
+            made_from: fingerprints of the weights, images and questions it depends on, plain JSON values.
+            compute: gives the per-sample outputs and further entries of the result.
 
         Returns:
-            The cell as in its JSON file, and the per-sample outputs.
+            The result as in its JSON file, and the per-sample outputs.
         """
         key = fingerprint_of([FORMAT, self.replicates, self.seed, encoder, made_from])
         file = self._file(encoder, task.name, "json")
-        if file.is_file() and (cell := read_json(file)).get("key") == key:
-            return cell, self.outputs(encoder, task.name)
+        if file.is_file() and (result := read_json(file)).get("key") == key:
+            return result, self.outputs(encoder, task.name)
         try:
             outputs, extra = compute()
-            cell, replicates, together = self._evaluate(task, outputs)
+            result, replicates, together = self._evaluate(task, outputs)
         except UndefinedMetricError as reason:
             outputs, extra, replicates, together = {}, {}, {}, {}
-            cell = {"undefined": str(reason), "metrics": {}, "by_modality": {}}
-        cell |= {"encoder": encoder, "task": task.name, "key": key, **extra}
+            result = {"undefined": str(reason), "metrics": {}, "by_modality": {}}
+        result |= {"encoder": encoder, "task": task.name, "key": key, **extra}
         tensors = {f"outputs.{name}": np.ascontiguousarray(array) for name, array in outputs.items()}
         tensors |= {f"replicates.{name}": np.ascontiguousarray(values) for name, values in replicates.items()}
         tensors |= {f"together.{name}": np.ascontiguousarray(values) for name, values in together.items()}
         atomic_write_bytes(self._file(encoder, task.name, "safetensors"), safetensors.numpy.save(tensors))
         write_scores(self.path / "scores" / encoder / f"{task.name}.parquet", task, outputs)
-        write_json(file, cell)
-        return cell, outputs
+        write_json(file, result)
+        return result, outputs
 
     def outputs(self, encoder: str, task: str) -> Outputs:
-        """Per-sample outputs of a cell."""
+        """Per-sample outputs of a result."""
         return self._tensors(encoder, task, "outputs.")
 
     def replicate_values(self, encoder: str, task: str) -> Metrics:
-        """Bootstrap replicates of a cell, ``{metric: (replicates,)}``."""
+        """Bootstrap replicates of a result, ``{metric: (replicates,)}``."""
         return self._tensors(encoder, task, "replicates.")
 
     def together(self, encoder: str, task: str) -> Floats:
@@ -137,9 +138,9 @@ class ResultStore:
                 f"the encoder gave vectors that are not finite; {count} outputs ({', '.join(unsound)}) are undefined"
             )
             return {"undefined": reason, "metrics": {}, "by_modality": {}}, {}, {}
-        points, replicates = replicate(partial(task.metrics, outputs), task.frames, self.replicates, self.seed)
+        points, replicates = replicate(partial(task.metrics, outputs), task.units, self.replicates, self.seed)
         shared = self._shared(task)
-        if all(shared[name].same_draws(own) for name, own in task.frames.items()):
+        if all(shared[name].same_draws(own) for name, own in task.units.items()):
             together = {task.primary_metric: replicates[task.primary_metric]}
         else:
             _, together = replicate(partial(task.primary_metric_values, outputs), shared, self.replicates, self.seed)
@@ -147,17 +148,17 @@ class ResultStore:
         for name, value in points.items():
             low, high = interval(replicates[name])
             metrics[name] = {"value": plain(value), "low": plain(low), "high": plain(high)}
-        cell = {"undefined": None, "metrics": metrics, "by_modality": _by_modality(task, outputs)}
+        result = {"undefined": None, "metrics": metrics, "by_modality": _by_modality(task, outputs)}
         if fitted := {name: array.tolist() for name, array in outputs.items() if "." not in name}:
-            cell["fitted"] = fitted
+            result["fitted"] = fitted
         if extras := task.extras(outputs):
-            cell["extras"] = extras
-        return cell, replicates, together
+            result["extras"] = extras
+        return result, replicates, together
 
     def _shared(self, task: Task) -> dict[str, ResamplingUnits]:
-        """Frames on the draws of all held-out groups; the task's own where it asks of other samples than these."""
+        """Units on the draws of all held-out groups; the task's own where it has other samples than these."""
         if any(pair.id not in self._position for pairs in task.sample_pairs.values() for pair in pairs):
-            return task.frames
+            return task.units
         return {
             name: subset_units(self._whole, [self._position[pair.id] for pair in pairs])
             for name, pairs in task.sample_pairs.items()
@@ -170,6 +171,15 @@ class ResultStore:
         with safetensors.safe_open(self._file(encoder, task, "safetensors"), framework="np") as stored:
             names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118
             return {name[len(prefix) :]: stored.get_tensor(name) for name in names}
+
+
+def stored_array(results: Path, encoder: str, task: str, name: str) -> NDArray[Any] | None:
+    """One array of a result: ``outputs.NAME``, ``replicates.METRIC`` or ``together.METRIC``; None if it is missing."""
+    try:
+        with safetensors.safe_open(results / "cells" / encoder / f"{task}.safetensors", "np") as stored:
+            return stored.get_tensor(name) if name in stored.keys() else None  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return None
 
 
 def fingerprint_of(values: Any) -> str:
@@ -191,11 +201,11 @@ def _by_modality(task: Task, outputs: Outputs) -> dict[str, dict[str, float]]:
 
 
 def write_scores(path: Path, task: Task, outputs: Outputs) -> None:
-    """Write ``frame, id, score, target, prediction`` and the task's own columns of each sample, or remove the file.
+    """Write ``unit, id, score, target, prediction`` and the task's own columns of each sample, or remove the file.
 
     Args:
         path: of the file.
-        task: what was asked.
+        task: that was evaluated.
         outputs: per-sample outputs of an encoder; empty where the result is undefined.
     """
     if not outputs or not all(np.isfinite(array).all() for array in outputs.values()):
@@ -212,7 +222,7 @@ def write_scores(path: Path, task: Task, outputs: Outputs) -> None:
     for unit, scores in task.sample_scores(outputs).items():
         targets, predictions = answers.get(unit, (None, None))
         columns = {
-            "frame": pyarrow.array([unit] * len(scores)).dictionary_encode(),
+            "unit": pyarrow.array([unit] * len(scores)).dictionary_encode(),
             "id": pyarrow.array([pair.id for pair in task.sample_pairs[unit]]),
             "score": pyarrow.array(np.asarray(scores, dtype=np.float64)),
             "target": named(targets, len(scores)),

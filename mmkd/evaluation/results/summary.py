@@ -25,13 +25,13 @@ from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import Result, ResultStore
 from mmkd.evaluation.statistics.bootstrap import Metrics, interval, plain_values
 from mmkd.evaluation.statistics.comparisons import above_chance, average_ranks, paired_differences
-from mmkd.evaluation.statistics.metrics import Floats
+from mmkd.evaluation.statistics.metrics import Floats, defined_mean
 from mmkd.training.tracking import git_state
 
 PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")
 
 BRIEF = (
-    *("title", "kind", "primary_metric", "frames"),
+    *("title", "kind", "primary_metric", "units"),
     *("chance", "classes", "class_counts", "pool", "train", "left_out", "folds_by", "sites"),
     *("dataset", "modality", "variant"),
 )
@@ -40,14 +40,14 @@ Table = dict[str, dict[str, Result]]
 
 
 def task_summary(
-    description: dict[str, Any], cells: dict[str, Result], student: str, folder: ResultStore
+    description: dict[str, Any], results: dict[str, Result], student: str, folder: ResultStore
 ) -> dict[str, Any]:
     """One task in brief: the results of all rows, and ``student - row`` for every other row and metric."""
     name = description["name"]
     brief = {key: description[key] for key in BRIEF if key in description}
-    values = {row: folder.replicate_values(row, name) for row in cells}
-    shown = {row: {k: v for k, v in cell.items() if k not in ("key", "task", "encoder")} for row, cell in cells.items()}
-    measured = {row: cell["metrics"] for row, cell in cells.items() if cell["metrics"]}
+    values = {row: folder.replicate_values(row, name) for row in results}
+    shown = {row: {k: v for k, v in own.items() if k not in ("key", "task", "encoder")} for row, own in results.items()}
+    measured = {row: own["metrics"] for row, own in results.items() if own["metrics"]}
     differences: dict[str, Any] = {row: {} for row in measured if row != student and student in measured}
     for metric in measured.get(student, {}):
         points = {row: _number(own[metric]) for row, own in measured.items()}
@@ -60,7 +60,7 @@ def task_summary(
 def split_summary(pairs: Sequence[Pair], digests: dict[str, str], split: str) -> dict[str, Any]:
     """How many pairs and groups each split has, and how many groups and images the held-out one shares.
 
-    A pair without a group is a group of its own. Identical images are looked for only where ``digests`` covers the
+    A pair without a group is a group of its own. Identical images are counted only where ``digests`` covers the
     other splits too; else their number is None.
     """
     counts = {
@@ -94,7 +94,7 @@ Replicates = Callable[[str, str], Floats]
 
 
 def suite_means(tasks: Summaries, student: str, teachers: Sequence[str], replicates: Replicates) -> dict[str, Any]:
-    """What `summary.json` says of all datasets together.
+    """The entries of `summary.json` over all datasets.
 
     Args:
         tasks: summary of each task, of any variant; variants other than the main one are left out.
@@ -186,7 +186,7 @@ def dataset_ranks(tasks: Summaries, student: str) -> dict[str, Any]:
 
 
 def best_teachers(by_modality: dict[str, dict[str, Any]], teachers: Sequence[str]) -> dict[str, Any]:
-    """The teacher with the highest mean in each modality: chosen on the test sets, a mark to be measured against."""
+    """The teacher with the highest mean in each modality: selected on the test sets, hence optimistic."""
     chosen = {modality: _best(block, teachers) for modality, block in by_modality.items()}
     return {
         modality: {"row": row, "value": by_modality[modality]["rows"][row]["value"], "n": by_modality[modality]["n"]}
@@ -213,9 +213,11 @@ def win_tie_loss(tasks: Summaries) -> dict[str, Any]:
 def mean_of_kinds(tasks: dict[str, dict[str, Any]], values: Metrics) -> Floats:
     """Mean over kinds of means over tasks; a task that a replicate leaves undefined is left out of that replicate."""
     kinds = sorted({tasks[task]["kind"] for task in values})
-    return _nan_mean(
-        [_nan_mean([own for task, own in values.items() if tasks[task]["kind"] == kind]) for kind in kinds]
-    )
+    means = [
+        defined_mean(np.stack([own for task, own in values.items() if tasks[task]["kind"] == kind], axis=-1))
+        for kind in kinds
+    ]
+    return defined_mean(np.stack(means, axis=-1))
 
 
 def _main(tasks: Summaries) -> Summaries:
@@ -266,14 +268,6 @@ def _with_interval(value: float, replicates: Floats) -> dict[str, float | None]:
     return plain_values({"value": value, "low": low, "high": high})
 
 
-def _nan_mean(rows: list[Floats]) -> Floats:
-    """Mean over the first axis of what is defined; NaN where nothing is."""
-    stacked = np.stack(rows)
-    defined = ~np.isnan(stacked)
-    count, total = defined.sum(axis=0), np.where(defined, stacked, 0.0).sum(axis=0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-
 VERSION = 1
 
 
@@ -281,7 +275,7 @@ def lock_of(summary: dict[str, Any]) -> dict[str, Any]:
     """The lock of an evaluation.
 
     Args:
-        summary: what ``summary.json`` says, with settings.
+        summary: the content of ``summary.json``, with settings.
 
     Returns:
         JSON values: hash of every manifest and of all images and texts of every dataset, fingerprint and source of

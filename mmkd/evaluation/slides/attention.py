@@ -1,9 +1,9 @@
-"""Gated attention over the tiles of a slide or case: which tiles count is learnt with the answer (Ilse et al., 2018).
+"""Gated attention over the tiles of a slide or case; the weights of tiles are learned (Ilse et al., 2018).
 
 ``a_k = softmax_k(w^T (tanh(V h_k) * sigmoid(U h_k)))`` over the tiles ``k`` of one bag and ``z = sum_k a_k h_k``, from
 which one linear layer answers. Bags differ in length, so tiles of several bags lie one after another in one matrix,
 with the number of its bag beside each: nothing is padded. Training takes 4096 tiles of a bag at a time, testing all.
-The number of epochs is fixed: nothing is chosen on what is tested.
+The number of epochs is fixed: nothing is selected on test data.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def sampled(tiles: Vectors, choice: np.random.Generator) -> Vectors:
 
 
 def tile_moments(read: Read, bags: Sequence[int]) -> tuple[Vectors, Vectors]:
-    """Mean and spread ``(width,)`` over the tiles of bags, each bag having the same say."""
+    """Mean and spread ``(width,)`` over the tiles of bags, each bag with equal weight."""
     first = second = np.zeros(1)
     for bag in bags:
         tiles = read(bag).astype(np.float64)

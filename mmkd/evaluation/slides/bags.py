@@ -30,7 +30,7 @@ NAMED = 5
 
 
 class EncoderBags:
-    """The bags of one encoder; files are opened when a slide is asked for, and the last ones stay in memory."""
+    """The bags of one encoder; files are opened when a slide is read, and the last ones are kept in memory."""
 
     def __init__(self, encoder: str, files: dict[str, Path], memory: int = MEMORY) -> None:
         """Keep where each slide's file lies.
@@ -68,7 +68,7 @@ class EncoderBags:
         return self._read(slide, FEATURE_NAMES)
 
     def joint(self, slide: str, width: int) -> Vectors:
-        """Unit vectors of the tiles in the joint space, ``(N, width)``; features of that width stand in for ``proj``.
+        """Unit vectors of the tiles in the joint space, ``(N, width)``; of features where ``proj`` is missing.
 
         Raises:
             UndefinedMetricError: as `features`, or the file holds no vectors of that width.
@@ -154,8 +154,8 @@ class EncoderBags:
         known = (*FEATURE_NAMES, *JOINT_NAMES, "coords")
         rows = {name: file[name].shape[-2] for name in known if len(getattr(file.get(name), "shape", ())) > 1}
         if len(set(rows.values())) > 1:
-            told = ", ".join(f"{name} of {count} tiles" for name, count in rows.items())
-            raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} holds {told}; make it again")
+            counts = ", ".join(f"{name} of {count} tiles" for name, count in rows.items())
+            raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} holds {counts}; make it again")
 
     def _keep(self, key: tuple[str, str], vectors: Vectors) -> None:
         if vectors.nbytes > self._memory:
@@ -183,7 +183,7 @@ class EncoderBags:
 
 
 class BagFolder:
-    """Bags of several encoders, one folder each, or of one encoder right in the folder."""
+    """Bags of several encoders, one folder each, or of one encoder in the folder itself."""
 
     def __init__(self, root: Path) -> None:
         """Name the folder; nothing is read yet.
@@ -197,7 +197,7 @@ class BagFolder:
         self._last: EncoderBags | None = None
 
     def encoders(self) -> list[str]:
-        """Names of the folders that hold bags; that of the root itself where bags lie right in it."""
+        """Names of the folders that hold bags; that of the root itself where it holds bags."""
         inside = [path.name for path in sorted(self.root.iterdir()) if path.is_dir() and bag_files(path)]
         return inside or ([_owner(self.root)] if bag_files(self.root) else [])
 
@@ -205,7 +205,7 @@ class BagFolder:
         """The bags of an encoder.
 
         Raises:
-            UndefinedMetricError: there are none; the message says whose there are.
+            UndefinedMetricError: there are none; the message names the encoders that have some.
         """
         if self._last is not None and self._last.encoder == encoder:
             return self._last
@@ -214,9 +214,9 @@ class BagFolder:
         if not files and encoder == _owner(self.root):
             files = bag_files(self.root)
         if not files:
-            known = ", ".join(self.encoders()) or "nobody"
+            known = ", ".join(self.encoders()) or "no encoder"
             raise UndefinedMetricError(
-                f"no bags of {encoder} in {self.root} (there are those of {known}); `mmkd tile` makes them"
+                f"no bags of {encoder} in {self.root} (there are bags of {known}); `mmkd tile` makes them"
             )
         self._last = EncoderBags(encoder, files)
         return self._last
@@ -261,16 +261,16 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _owner(folder: Path) -> str:
-    """Whose features lie right in a folder: as their file says, else as the folder is called."""
+    """The encoder of the bags in a folder: from their attribute, else the folder's name."""
     import h5py
 
     files = bag_files(folder)
     try:
         with h5py.File(next(iter(files.values())), "r") as file:
-            said = file.attrs.get("encoder")
+            name = file.attrs.get("encoder")
     except (OSError, StopIteration):
-        said = None
-    return str(said) if said else folder.name.removeprefix("features_")
+        name = None
+    return str(name) if name else folder.name.removeprefix("features_")
 
 
 def _first(stored: Any, names: Sequence[str]) -> str | None:

@@ -57,26 +57,26 @@ class Cohort:
     left_out: dict[str, int]
 
 
-def read_cohort(collection: Dataset, available: set[str] | None) -> Cohort:
+def read_cohort(dataset: Dataset, available: set[str] | None) -> Cohort:
     """The cases of a dataset.
 
     Args:
-        collection: the dataset; its metadata hold ``time`` and ``event`` of every slide.
+        dataset: its metadata hold ``time`` and ``event`` of every slide.
         available: slides that count; all if None.
 
     Raises:
         ValueError: a time or event cannot be understood, or slides of one case disagree.
     """
     pairs: dict[str, list[Pair]] = {}
-    for pair in collection.pairs:
+    for pair in dataset.pairs:
         pairs.setdefault(pair.group or pair.id, []).append(pair)
     left_out = {"no time or event": 0, "no bag": 0}
     kept: dict[str, tuple[list[str], Pair, tuple[float, bool]]] = {}
     for case in sorted(pairs):
-        known = {outcome for pair in pairs[case] if (outcome := _outcome(pair, collection.metadata.get(pair.id, {})))}
+        known = {outcome for pair in pairs[case] if (outcome := _outcome(pair, dataset.metadata.get(pair.id, {})))}
         if len(known) > 1:
-            told = "; ".join(f"time {time:g}, event {event:d}" for time, event in sorted(known))
-            raise ValueError(f"{collection.manifest.id}: slides of case {case} disagree: {told}")
+            differing = "; ".join(f"time {time:g}, event {event:d}" for time, event in sorted(known))
+            raise ValueError(f"{dataset.manifest.id}: slides of case {case} disagree: {differing}")
         slides = [slide for pair in pairs[case] if (slide := slide_of(pair)) and _counts(slide, available)]
         if not known or not slides:
             left_out["no bag" if known else "no time or event"] += 1
@@ -87,7 +87,7 @@ def read_cohort(collection: Dataset, available: set[str] | None) -> Cohort:
         np.array([outcome[1] for _, _, outcome in kept.values()], dtype=np.bool_),
     )
     firsts = [pair for _, pair, _ in kept.values()]
-    rows = [collection.metadata.get(pair.id, {}) for pair in firsts]
+    rows = [dataset.metadata.get(pair.id, {}) for pair in firsts]
     names, covariates = _covariates(rows)
     sites = [str(row.get("site", "")).strip() for row in rows]
     own = [slides for slides, _, _ in kept.values()]

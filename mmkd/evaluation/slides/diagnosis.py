@@ -2,7 +2,7 @@
 
 - ``diagnosis-ID``: zero-shot. Every tile gets its similarity to every class' sentences; a class' score on the slide is
   the mean over the ``j`` tiles that are most like it (top-j pooling, MI-Zero). The answer is that of j = 50, fixed
-  beforehand; 1, 5, 10 and 100 stand beside it.
+  beforehand; 1, 5, 10 and 100 are reported, too.
 - ``diagnosis-ID-ratio``: zero-shot. The share of tiles whose nearest class it is: for two classes, the tumour ratio.
 - ``diagnosis-ID-mil``: gated attention over the tiles, trained on the training slides; probabilities averaged over 5
   seeds.
@@ -39,7 +39,7 @@ SEEDS = 5
 
 
 class SlideTask(Classification):
-    """Name the class of each held-out slide; the frame ``image`` holds slides."""
+    """Name the class of each held-out slide; the unit ``image`` is a slide."""
 
     kind = "diagnosis"
 
@@ -83,7 +83,7 @@ class SlideTask(Classification):
 
 
 class TopTiles(SlideTask):
-    """Zero-shot: the tiles most like a class speak for the slide; or the share of tiles that are most like it."""
+    """Zero-shot: mean score of the tiles most similar to a class, or share of the tiles nearest to it."""
 
     def __init__(self, samples: Samples, bags: BagFolder, variant: str = "") -> None:
         """Fix slides and sentences; variant ``ratio`` counts tiles."""
@@ -114,10 +114,6 @@ class TopTiles(SlideTask):
             found[f"balanced_accuracy_top_{j}"] = metrics.balanced_accuracy(self.targets, answers, weights["image"])
             found[f"macro_auroc_top_{j}"] = metrics.macro_auroc(self.targets, metrics.margins(scores), weights["image"])
         return found
-
-    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
-        """Mean of the members' scores, which are standardised or shares."""
-        return {key: np.mean([own[key] for own in outputs], axis=0) for key in outputs[0]}
 
 
 class TrainedTask(SlideTask):
@@ -199,14 +195,14 @@ def tasks(samples: Samples, options: TaskOptions) -> tuple[list[SlideTask], dict
 
 def check(samples: Samples) -> None:
     """Raise where labels are not the manifest's or cases lie on both sides."""
-    learnt = [*samples.train, *samples.validation]
-    strange = sorted({pair.label for pair in [*learnt, *samples.held_out]} - set(samples.manifest.classes))
-    if strange:
+    training = [*samples.train, *samples.validation]
+    unknown = sorted({pair.label for pair in [*training, *samples.held_out]} - set(samples.manifest.classes))
+    if unknown:
         raise ValueError(
-            f"{samples.manifest.id}: labels {listed(strange)} are not among its classes "
+            f"{samples.manifest.id}: labels {listed(unknown)} are not among its classes "
             f"({listed(list(samples.manifest.classes))})"
         )
-    shared = sorted({p.group for p in learnt if p.group} & {p.group for p in samples.held_out if p.group})
+    shared = sorted({p.group for p in training if p.group} & {p.group for p in samples.held_out if p.group})
     if shared:
         raise ValueError(
             f"{samples.manifest.id}: {len(shared)} cases lie in training and held-out slides: {listed(shared)}"

@@ -1,15 +1,15 @@
-"""Survival prediction: a case is all tiles of all its slides, the answer a risk, out of five folds.
+"""Survival prediction: a case is all tiles of all its slides, the prediction a risk, in five folds.
 
 Folds keep the cases of a hospital together where the table states the ``site`` of each; else they keep cases together.
 
 - ``survival-ID``: mean tile, standardised, elastic-net Cox whose penalty inner cross-validation chooses.
 - ``survival-ID-mil-cox``: gated attention over tiles, trained by the partial likelihood among the cases of a step.
 - ``survival-ID-mil-nll``: the same by the likelihood of discrete hazards in four intervals of time.
-- ``survival-ID-clinical``: Cox on the table's own covariates, without any image: the mark that images have to beat.
+- ``survival-ID-clinical``: Cox on the table's own covariates, without any image: the baseline of images.
 
-Every case is answered by the fold that has not seen it, after a fixed number of epochs; neither sign nor epoch nor
-cut-off is chosen on it. Risks are told in units of the training cases of their fold (median 0, spread 1), so that
-above 0 is the half of higher risk. Concordance compares cases of one fold only, and is the mean over folds.
+Every case is predicted by the model of the other folds, after a fixed number of epochs; neither sign nor epoch nor
+cut-off is chosen on it. Risks are in units of the training cases of their fold (median 0, spread 1), so that above 0 is
+the half of higher risk. Concordance compares cases of one fold only, and is the mean over folds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mmkd.evaluation.slides.attention import train_attention
 from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of
 from mmkd.evaluation.slides.cohort import Cohort, read_cohort, site_folds, stratified_folds
 from mmkd.evaluation.statistics.bootstrap import Metrics, plain, resampling_units
-from mmkd.evaluation.statistics.metrics import Floats, Integers
+from mmkd.evaluation.statistics.metrics import Floats, Integers, defined_mean
 from mmkd.evaluation.statistics.survival import (
     censoring_weights,
     concordance,
@@ -59,7 +59,7 @@ Chosen = dict[str, float]
 
 
 class Survival(Task):
-    """Order cases by risk; the frame ``image`` holds cases."""
+    """Order cases by risk; the unit ``image`` is a case."""
 
     kind, primary_metric = "survival", "c_index"
 
@@ -76,7 +76,7 @@ class Survival(Task):
         self.cohort, self.outcomes = cohort, cohort.outcomes
         by_site = site_folds(self.outcomes.event, cohort.sites, FOLDS, SEED)
         self.folds = stratified_folds(self.outcomes.event, FOLDS, SEED) if by_site is None else by_site
-        self.frames = {
+        self.units = {
             "image": resampling_units(["died" if e else "censored" for e in self.outcomes.event], cohort.cases)
         }
         self.sample_pairs = {"image": cohort.sample_pairs}
@@ -95,10 +95,10 @@ class Survival(Task):
         )
 
     def outputs(self, embedded: Embedded) -> Outputs:
-        """``image.risk`` ``(n,)`` by the fold that has not seen the case, and what the fit of each fold has chosen."""
+        """``image.risk`` ``(n,)`` by the model of the other folds, and what the fit of each fold chose."""
         deaths = int(self.outcomes.event.sum())
         if deaths == 0:
-            raise UndefinedMetricError(f"all {len(self.outcomes)} cases are censored: nothing tells who died first")
+            raise UndefinedMetricError(f"all {len(self.outcomes)} cases are censored, so that no two can be compared")
         if deaths < FEWEST_DEATHS:
             raise UndefinedMetricError(
                 f"{deaths} of {len(self.outcomes)} cases died; at least {FEWEST_DEATHS} are needed"
@@ -117,11 +117,7 @@ class Survival(Task):
 
     @abstractmethod
     def fold_risks(self, prepared: Any, train: Integers, test: Integers) -> tuple[Floats, Chosen]:
-        """Risks of ``test`` in units of ``train``, and what the fit has chosen."""
-
-    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
-        """Mean of the members' risks, which are in the same units."""
-        return {"image.risk": np.mean([own["image.risk"] for own in outputs], axis=0)}
+        """Risks of ``test`` in units of ``train``, so that ensembles can average them, and what the fit has chosen."""
 
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """Concordance of Harrell and of Uno: means over the folds in which any two cases can be compared."""
@@ -133,7 +129,7 @@ class Survival(Task):
             importance = censoring_weights(self.outcomes[train], own, horizon)
             found["c_index"].append(concordance(own, risks, part))
             found["c_index_uno"].append(concordance(own, risks, part, importance))
-        return {name: _mean_defined(np.stack(values)) for name, values in found.items()}
+        return {name: defined_mean(np.stack(values, axis=-1)) for name, values in found.items()}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
         """Share of the pairs with a case that are in the right order; one half where it has none."""
@@ -290,11 +286,3 @@ def in_units_of(train: Floats, test: Floats) -> Floats:
     """Risks of ``test`` less the median of those of ``train``, in units of their spread; 0 where they have none."""
     spread = train.std()
     return (test - np.median(train)) / spread if spread > 0 else np.zeros(len(test))
-
-
-def _mean_defined(values: Floats) -> Floats:
-    """Mean over folds ``(folds, replicates)`` of what is not NaN."""
-    known = ~np.isnan(values)
-    count = known.sum(axis=0)
-    total = np.where(known, values, 0.0).sum(axis=0)
-    return np.divide(total, count, out=np.full(values.shape[1], np.nan), where=count > 0)

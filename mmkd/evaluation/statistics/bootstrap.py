@@ -3,7 +3,7 @@
 Patients (groups) are drawn with replacement inside each class, and the same draws serve every encoder, so that the
 difference of two encoders is taken replicate by replicate. A class with a single group would never vary and would make
 the interval too narrow; such classes are pooled into one stratum and named in the result. A replicate may then lack one
-of them. Where there is only one group in all, images are drawn instead, and the result says so.
+of them. Where there is only one group in all, images are drawn instead, which the result states.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Metrics = dict[str, Floats]
 
 @dataclass(frozen=True)
 class ResamplingUnits:
-    """What is resampled: the samples' strata and groups.
+    """What is resampled: the groups of the samples, and their strata.
 
     Attributes:
-        units: which drawing unit (group) each sample belongs to, ``(n,)``.
-        strata: the stratum of each unit, ``(units,)``.
+        units: number of the group that each sample belongs to, ``(n,)``.
+        strata: the stratum of each group, ``(groups,)``.
         groups: how many independent groups there are; as many as units unless images are drawn instead.
-        resampling: what is drawn, in words.
+        resampling: a description of what is drawn.
         pooled: classes that share a stratum because one of them has a single group.
     """
 
@@ -54,7 +54,7 @@ class ResamplingUnits:
     pooled: tuple[str, ...] = ()
 
     def same_draws(self, other: ResamplingUnits) -> bool:
-        """Whether every replicate weighs samples as it does in another frame."""
+        """Whether every replicate weighs samples as the other units do."""
         return np.array_equal(self.units, other.units) and np.array_equal(self.strata, other.strata)
 
 
@@ -134,15 +134,15 @@ def _counts(generator: np.random.Generator, size: int, units: int) -> Integers:
     return np.bincount(picks.ravel(), minlength=size * units).reshape(size, units)
 
 
-@lru_cache(maxsize=4)  # those of a task and those that the tasks of its dataset share, for two frames
+@lru_cache(maxsize=4)  # those of a task and those that the tasks of its dataset share, for two units
 def _kept_draws(strata: bytes, replicates: int, seed: int, chunk: int) -> list[NDArray[np.uint16]]:
     """`draws` of a dataset, which are the same for every encoder."""
     return list(draws(strata, replicates, seed, chunk))
 
 
-def chunk_size(frames: Iterable[ResamplingUnits]) -> int:
-    """Replicates drawn at a time from frames that go together: 100, fewer where one has very many units."""
-    return _held(len(sampling.strata) for sampling in frames)
+def chunk_size(units: Iterable[ResamplingUnits]) -> int:
+    """Replicates drawn at a time for units that go together: 100, fewer where one has very many groups."""
+    return _held(len(sampling.strata) for sampling in units)
 
 
 def _held(counts: Iterable[int]) -> int:
@@ -150,27 +150,27 @@ def _held(counts: Iterable[int]) -> int:
 
 
 def replicate(
-    metrics: Callable[[dict[str, Floats]], Metrics], frames: dict[str, ResamplingUnits], replicates: int, seed: int
+    metrics: Callable[[dict[str, Floats]], Metrics], units: dict[str, ResamplingUnits], replicates: int, seed: int
 ) -> tuple[dict[str, float], Metrics]:
     """Point values on the full set, and replicates.
 
     Args:
-        metrics: from weights ``(r, n)`` of each frame to values ``(r,)`` of each metric.
-        frames: sampling frames by name.
+        metrics: from weights ``(r, n)`` of each unit to values ``(r,)`` of each metric.
+        units: what is resampled, by name.
         replicates: how many.
         seed: the same seed gives the same draws for every encoder.
 
     Returns:
-        ``{metric: value}`` and ``{metric: (replicates,)}``; the latter NaN where a frame has one unit alone.
+        ``{metric: value}`` and ``{metric: (replicates,)}``; the latter NaN where one has a single group.
     """
-    ones = {name: np.ones((1, len(sampling.units))) for name, sampling in frames.items()}
+    ones = {name: np.ones((1, len(sampling.units))) for name, sampling in units.items()}
     points = {name: float(values[0]) for name, values in metrics(ones).items()}
-    if min(len(sampling.strata) for sampling in frames.values()) < 2:
+    if min(len(sampling.strata) for sampling in units.values()) < 2:
         return points, {name: np.full(replicates, np.nan) for name in points}
-    chunk = chunk_size(frames.values())
-    at_once = _held(len(sampling.units) for sampling in frames.values())
-    streams = [replicate_weights(sampling, replicates, seed, chunk, at_once) for sampling in frames.values()]
-    chunks = [metrics(dict(zip(frames, weights, strict=True))) for weights in zip(*streams, strict=True)]
+    chunk = chunk_size(units.values())
+    at_once = _held(len(sampling.units) for sampling in units.values())
+    streams = [replicate_weights(sampling, replicates, seed, chunk, at_once) for sampling in units.values()]
+    chunks = [metrics(dict(zip(units, weights, strict=True))) for weights in zip(*streams, strict=True)]
     return points, {name: np.concatenate([chunk[name] for chunk in chunks]) for name in points}
 
 
@@ -183,17 +183,17 @@ def interval(values: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def difference(ours: float, theirs: float, our_replicates: Floats, their_replicates: Floats) -> dict[str, Any]:
-    """Paired difference ``ours - theirs`` with its interval and two-sided p.
+def difference(value: float, other: float, replicates: Floats, other_replicates: Floats) -> dict[str, Any]:
+    """Paired difference ``value - other`` with its interval and two-sided p.
 
     ``p = 2 min(P(d <= 0), P(d >= 0))`` over the replicates, each count plus one, at most 1.
     """
-    differences = our_replicates - their_replicates
+    differences = replicates - other_replicates
     low, high = interval(differences)
     defined = differences[~np.isnan(differences)]
     tails = [(defined <= 0).sum() + 1, (defined >= 0).sum() + 1]
     p = min(1.0, 2 * min(tails) / (len(defined) + 1)) if not np.isnan(low) else float("nan")
-    return {"difference": ours - theirs, "low": low, "high": high, "p": p}
+    return {"difference": value - other, "low": low, "high": high, "p": p}
 
 
 def _pool_singles(strata: Integers) -> Integers:
@@ -207,10 +207,10 @@ def _pool_singles(strata: Integers) -> Integers:
 
 
 def plain(value: float) -> float | None:
-    """A number as JSON knows it: NaN becomes null."""
+    """A number for JSON: NaN becomes null."""
     return None if np.isnan(value) else float(value)
 
 
 def plain_values(values: dict[str, float]) -> dict[str, float | None]:
-    """Numbers as JSON knows them; see `plain`."""
+    """Numbers for JSON; see `plain`."""
     return {name: plain(value) for name, value in values.items()}

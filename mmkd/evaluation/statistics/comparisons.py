@@ -83,5 +83,5 @@ def average_ranks(reference: str, scores: Mapping[str, Floats]) -> dict[str, dic
 
 
 def above_chance(scores: Floats, chance: float) -> Floats:
-    """``(score - chance) / (1 - chance)``: 0 for random answers, 1 for all right, negative below chance."""
+    """``(score - chance) / (1 - chance)``: 0 for random answers, 1 for all correct, negative below chance."""
     return (scores - chance) / (1 - chance)

@@ -2,7 +2,7 @@
 
 A resample with replacement is the same samples with integer weights, so every metric takes weights ``(replicates, n)``
 and returns one value for each row; row of ones = the metric itself. No copies are made and scores are sorted once for
-all replicates. UndefinedMetricError values are NaN, never a guess.
+all replicates. Undefined values are NaN.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EXACT = 1 << 24  # whole numbers below it are exact in single precision
 
 
 def kept(function: Callable[..., Found]) -> Callable[..., Found]:
-    """Keep what a function made of its last arrays, since every chunk of replicates asks the same of one encoder."""
+    """Cache a function's results for its last arrays, which every chunk of replicates of one encoder repeats."""
     found: OrderedDict[tuple[Any, ...], Found] = OrderedDict()
 
     @wraps(function)
@@ -118,7 +118,7 @@ def macro_auroc(targets: Integers, scores: Floats, weights: Floats) -> Floats:
         scores: ``(n, classes)``.
         weights: ``(replicates, n)``.
     """
-    return label_mean(label_aurocs(targets[:, None] == np.arange(scores.shape[1]), scores, weights))
+    return defined_mean(label_aurocs(targets[:, None] == np.arange(scores.shape[1]), scores, weights))
 
 
 def frequency_mean(values: Floats, targets: Integers, weights: Floats) -> Floats:
@@ -145,13 +145,13 @@ def label_precisions(positive: NDArray[np.bool_], scores: Floats, weights: Float
     return np.stack(found, axis=1)
 
 
-def label_mean(values: Floats) -> Floats:
-    """Mean ``(replicates,)`` over the labels that are defined, of ``(replicates, labels)``."""
+def defined_mean(values: Floats) -> Floats:
+    """Mean over the last axis of what is defined, such as labels of ``(replicates, labels)``; NaN where nothing is."""
     return _mean_where(values, ~np.isnan(values))
 
 
 def recall_at(k: int, ranks: Floats, weights: Floats) -> Floats:
-    """Share of queries whose best positive stands among the first ``k``.
+    """Share of queries whose best positive is among the first ``k``.
 
     Args:
         k: how many answers count.
@@ -182,8 +182,8 @@ def margins(scores: Floats) -> Floats:
     """Each class' score minus the log-mean-exp of the others: comparable across samples, unlike the raw score.
 
     Two classes give the score difference. The softmax of the scores is a rising function of the margin of its class, so
-    that both rank alike; margins do not saturate. Source of the need: a one-versus-rest AUROC over raw cosines rewards
-    images that are close to every text.
+    that both rank alike; margins do not saturate. Reason: a one-versus-rest AUROC over raw cosines rewards images that
+    are close to every text.
 
     Args:
         scores: ``(n, classes)`` with at least two classes.
@@ -203,7 +203,7 @@ def _auroc(positive: NDArray[np.bool_], scores: Floats, columns: Columns, totals
     cumulative weights are needed at the scores of positives alone.
     """
     ranking = _ranking(positive, scores)
-    cumulative = _running(ranking.stretches @ columns)
+    cumulative = _running(ranking.segments @ columns)
     below, through = cumulative[ranking.below], cumulative[ranking.through]
     own = (ranking.positives @ columns).astype(np.float64)
     positives = own.sum(axis=0)
@@ -215,7 +215,7 @@ def _auroc(positive: NDArray[np.bool_], scores: Floats, columns: Columns, totals
 def _average_precision(positive: NDArray[np.bool_], scores: Floats, columns: Columns) -> Floats:
     """Average precision from weights ``(n, replicates)``; NaN where a replicate has no positive."""
     ranking = _ranking(positive, -scores)
-    through = _running(ranking.stretches @ columns)[ranking.through].astype(np.float64)
+    through = _running(ranking.segments @ columns)[ranking.through].astype(np.float64)
     own = (ranking.positives @ columns).astype(np.float64)
     precision = np.divide(_running(own), through, out=np.zeros_like(through), where=through > 0)
     return _divide((own * precision).sum(axis=0), own.sum(axis=0))
@@ -226,13 +226,13 @@ class Ranking:
     """Samples by rising score, and the runs of equal scores that hold a positive.
 
     Attributes:
-        stretches: sums weights ``(n, ...)`` from each start or end of such a run to the next; the first is of none.
+        segments: sums weights ``(n, ...)`` from each start or end of such a run to the next; the first is of none.
         below: how many of these sums lie before each run.
         through: the same with the run itself.
         positives: sums the weights of the positives of each run.
     """
 
-    stretches: Any
+    segments: Any
     below: Integers
     through: Integers
     positives: Any
@@ -264,7 +264,7 @@ def _chooser(samples: Integers, bounds: Integers, n: int) -> Any:
 
 
 def _running(values: Columns) -> Columns:
-    """Running sums over the first axis: those inside of blocks and those of blocks, since numpy goes cell by cell."""
+    """Running sums over the first axis: those inside of blocks and those of blocks, faster than numpy's."""
     side = max(1, int(np.sqrt(len(values))))
     blocks = np.zeros((-(-len(values) // side), side, values.shape[1]), values.dtype)
     flat = blocks.reshape(-1, values.shape[1])
@@ -306,5 +306,5 @@ def _divide(numerator: Floats, denominator: Floats) -> Floats:
 
 
 def _mean_where(values: Floats, kept: NDArray[np.bool_]) -> Floats:
-    """Row means over the entries kept."""
-    return _divide(np.where(kept, values, 0.0).sum(axis=1), kept.sum(axis=1).astype(np.float64))
+    """Means over the last axis of the entries kept."""
+    return _divide(np.where(kept, values, 0.0).sum(axis=-1), kept.sum(axis=-1).astype(np.float64))

@@ -64,7 +64,7 @@ def search(queries: Any, pool: Any, right: Answers) -> Found:
     """Rank the best right answer of every query.
 
     Args:
-        queries: ``(n, dim)``, any floating type; stretches of them are read as they are needed, as of the pool.
+        queries: ``(n, dim)``, any floating type; parts of them are read as they are needed, as of the pool.
         pool: ``(m, dim)``.
         right: indices into the pool of each query's right answers, at least one each.
 
@@ -89,7 +89,7 @@ def _ranked(similarities: torch.Tensor, right: Answers) -> Found:
 
 
 def _parts(queries: int, pool: int) -> list[slice]:
-    """Stretches of queries whose similarities are held at once."""
+    """Parts of the queries whose similarities are held at once."""
     rows = max(1, min(queries, BLOCK_ELEMENTS // pool))
     return [slice(start, min(start + rows, queries)) for start in range(0, queries, rows)]
 

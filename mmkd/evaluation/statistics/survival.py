@@ -1,7 +1,7 @@
 """Metrics of survival: concordance of risks with the order of deaths, Kaplan-Meier curves, the log-rank test.
 
-Times and events are those of cases: ``event`` says that the case died at ``time``; otherwise it was censored then. The
-concordances are sums over pairs of cases, so that a thousand bootstrap replicates are two matrix products.
+Times and events are those of cases: ``event`` is true where the case died at ``time`` and false where it was censored.
+The concordances are sums over pairs of cases, so that a thousand bootstrap replicates are two matrix products.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Outcomes:
 
 
 def concordance(outcomes: Outcomes, risks: Floats, weights: Floats, importance: Floats | None = None) -> Floats:
-    """Share of comparable pairs in which the case that died first has the higher risk; tied risks count one half.
+    """Share of comparable pairs in which the case that died earlier has the higher risk; tied risks count one half.
 
     A pair is comparable if one case died and the other lived longer, or was censored at that very time (Harrell). With
     ``importance = 1 / G(t)^2`` for each death it no longer depends on the censoring (Uno et al., 2011).
@@ -65,7 +65,7 @@ def concordance(outcomes: Outcomes, risks: Floats, weights: Floats, importance: 
 
 
 def pairs_of(outcomes: Outcomes, risks: Floats) -> tuple[Floats, Floats]:
-    """Which pairs can be compared, ``(n, n)`` who died first in rows; and how far risks agree, 0 to 1."""
+    """Which pairs are comparable, ``(n, n)``, the earlier death in rows; and whether risks agree, 0, 0.5 or 1."""
     time, event = outcomes.time, outcomes.event
     later = (time[None, :] > time[:, None]) | ((time[None, :] == time[:, None]) & ~event[None, :])
     comparable = (event[:, None] & later).astype(np.float64)
@@ -184,7 +184,7 @@ class CoxPath:
                     break
                 bound *= 2
             if ((ahead - new) * (new - b)).sum() > 0:
-                momentum = 1.0  # the way led uphill: start gathering speed again
+                momentum = 1.0  # the step increased the loss: restart the momentum
             following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
             ahead = new + (momentum - 1) / following * (new - b)
             change = np.abs(new - b).max()

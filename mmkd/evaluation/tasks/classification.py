@@ -51,7 +51,7 @@ class Classification(Task):
         self.pairs, self.classes = list(pairs), list(classes)
         names = class_names(manifest, self.pairs)
         self.targets: Integers = np.array([self.classes.index(name) for name in names], dtype=np.int64)
-        self.frames = {"image": resampling_units(names, [pair.group for pair in self.pairs])}
+        self.units = {"image": resampling_units(names, [pair.group for pair in self.pairs])}
         self.sample_pairs = {"image": self.pairs}
         self.ordinal, self.medmnist = manifest.task == "ordinal", "medmnist" in manifest.source
         if self.ordinal:
@@ -94,7 +94,7 @@ class Classification(Task):
             "balanced_accuracy": metrics.balanced_accuracy(self.targets, answers, image),
             "accuracy": metrics.accuracy(self.targets, answers, image),
             "macro_f1": metrics.macro_f1(self.targets, answers, image),
-            "macro_auroc": metrics.label_mean(areas),
+            "macro_auroc": metrics.defined_mean(areas),
         }
         if len(self.classes) > 2:
             found["weighted_auroc"] = metrics.frequency_mean(areas, self.targets, image)
@@ -178,7 +178,7 @@ class MultiLabel(Task):
         self.positive: NDArray[np.bool_] = self.findings(pairs)
         any_finding = np.any(self.positive, axis=1).tolist()
         strata = ["finding" if own else "none" for own in any_finding]
-        self.frames = {"image": resampling_units(strata, [pair.group for pair in pairs])}
+        self.units = {"image": resampling_units(strata, [pair.group for pair in pairs])}
         self.sample_pairs = {"image": self.pairs}
         self.medmnist = "medmnist" in manifest.source
         counts = self.positive.sum(axis=0)
@@ -217,8 +217,8 @@ class MultiLabel(Task):
         areas = metrics.label_aurocs(self.positive, scores, image)
         precisions = metrics.label_precisions(self.positive, scores, image)
         found = {
-            "macro_auroc": metrics.label_mean(areas),
-            "mean_average_precision": metrics.label_mean(precisions),
+            "macro_auroc": metrics.defined_mean(areas),
+            "mean_average_precision": metrics.defined_mean(precisions),
             "label_accuracy": metrics.weighted_mean(self.sample_scores(outputs)["image"], image),
         }
         if self.medmnist:
@@ -233,7 +233,9 @@ class MultiLabel(Task):
         if self.primary_metric != "macro_auroc":
             return super().primary_metric_values(outputs, weights)
         scores = outputs["image.scores"].astype(np.float64)
-        return {self.primary_metric: metrics.label_mean(metrics.label_aurocs(self.positive, scores, weights["image"]))}
+        return {
+            self.primary_metric: metrics.defined_mean(metrics.label_aurocs(self.positive, scores, weights["image"]))
+        }
 
     def extras(self, outputs: Outputs) -> dict[str, Any]:
         """Why metrics of a label are undefined, if they are."""

@@ -1,7 +1,7 @@
 """The learning curve of a probe: few images of each class, and parts of the training set.
 
 For each of five seeds the training images of a class are put in an order; every setting takes a first part of it, so
-that what is learnt from is nested. C is ``dim * classes / 100``. Each setting is a metric of its own, the mean over
+that the training sets are nested. C is ``dim * classes / 100``. Each setting is a metric of its own, the mean over
 seeds, under the same bootstrap draws as all others; the orders are kept in the task's description.
 """
 
@@ -67,7 +67,7 @@ class ProbeCurve(Classification):
         return [*found, ("100%", 0, np.arange(len(self.train)))]
 
     def outputs(self, embedded: Embedded) -> Outputs:
-        """Answers after learning from every index set."""
+        """Answers after training on every index set."""
         train, test = probed_features(embedded, self.probe_on, [self.train, self.pairs])
         exponent, answers = fast_exponent(train.shape[1], self.train_targets), []
         for _, _, rows in self.index_sets():
@@ -97,7 +97,7 @@ class ProbeCurve(Classification):
         return {self.primary_metric: np.mean([own["balanced_accuracy"] for own in each], axis=0)}
 
     def extras(self, outputs: Outputs) -> dict[str, Any]:
-        """The curve: images learnt from and balanced accuracy of each seed, by setting."""
+        """The curve: training images and balanced accuracy of each seed, by setting."""
         curve: dict[str, dict[str, Any]] = {}
         ones = np.ones((1, len(self.targets)))
         for (setting, _, rows), answers in zip(self.index_sets(), outputs["image.answers"].T, strict=True):
@@ -106,11 +106,11 @@ class ProbeCurve(Classification):
         return {"curve": curve, **super().extras(outputs)}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
-        """Share of index sets after which an image is answered rightly."""
+        """Share of index sets after which an image is answered correctly."""
         return {"image": (outputs["image.answers"] == self.targets[:, None]).mean(axis=1)}
 
     def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
-        """The true class and the answer after learning from all training images."""
+        """The true class and the answer after training on all training images."""
         return {"image": self._named(self.targets, outputs["image.answers"][:, -1])}
 
     def _measured(self, answers: Integers, weights: Floats) -> Metrics:

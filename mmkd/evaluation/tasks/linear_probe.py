@@ -7,26 +7,59 @@ every class C is ``dim * classes / 100``. Classes with too few training images a
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.statistics.metrics import Integers
 from mmkd.evaluation.tasks.classification import Classification, MultiLabel, class_names, label_sets
 from mmkd.evaluation.tasks.learning_curve import ProbeCurve
 from mmkd.evaluation.tasks.logistic_regression import log_mean, probe, probed_features
-from mmkd.evaluation.tasks.task import Outputs, TaskOptions, task_name
+from mmkd.evaluation.tasks.task import Outputs, Task, TaskOptions, task_name
 
 TITLE = "Linear probe"
 
 
-class LinearProbe(Classification):
-    """One of several classes, learned from the training images' vectors."""
+class Probe(Task):
+    """What probes of classes and of findings share: training images, their vectors, and how C is found."""
 
     kind = "probe"
+
+    def learn_from(self, samples: Samples, options: TaskOptions, validated: bool, left_out: list[str]) -> None:
+        """Fix what is learned from.
+
+        Args:
+            samples: training and validation images.
+            options: vectors, and how C is found.
+            validated: whether validation images allow a search for C.
+            left_out: classes or findings that cannot be probed.
+        """
+        self.train, self.validation = samples.train, samples.validation
+        self.probe_on, self.search = options.probe_on, options.probe_search if validated else "fast"
+        self.description |= {
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "left_out": left_out,
+            "probe_on": self.probe_on,
+            "search": self.search,
+        }
+
+    @abstractmethod
+    def targets_of(self, pairs: Sequence[Pair]) -> Integers:
+        """What each pair shows: its class ``(n,)``, or its findings ``(n, labels)``."""
+
+    def outputs(self, embedded: Embedded) -> Outputs:
+        """See `probe`."""
+        parts = probed_features(embedded, self.probe_on, [self.train, self.validation, self.sample_pairs["image"]])
+        return probe(parts, self.targets_of(self.train), self.targets_of(self.validation), self.search)
+
+
+class LinearProbe(Classification, Probe):
+    """One of several classes, learned from the training images' vectors."""
 
     def __init__(self, samples: Samples, classes: list[str], options: TaskOptions) -> None:
         """Fix the images of the three splits.
@@ -38,34 +71,17 @@ class LinearProbe(Classification):
         """
         own = samples.where(lambda pair: pair.label in classes)
         super().__init__(samples.manifest, TITLE, own.held_out, classes)
-        self.train, self.validation = own.train, own.validation
-        self.train_targets, self.validation_targets = self.targets_of(self.train), self.targets_of(self.validation)
-        self.probe_on = options.probe_on
-        all_validated = len(set(self.validation_targets.tolist())) == len(classes)
-        self.search = options.probe_search if all_validated else "fast"
         known = {pair.label for pair in samples.held_out} - {""}
-        self.description |= {
-            "train": len(self.train),
-            "validation": len(self.validation),
-            "left_out": sorted(known - set(classes)),
-            "probe_on": self.probe_on,
-            "search": self.search,
-        }
-
-    def outputs(self, embedded: Embedded) -> Outputs:
-        """See `probe`."""
-        parts = probed_features(embedded, self.probe_on, [self.train, self.validation, self.pairs])
-        return probe(parts, self.train_targets, self.validation_targets, self.search)
+        validated = {pair.label for pair in own.validation} == set(classes)
+        self.learn_from(own, options, validated, sorted(known - set(classes)))
 
     def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
         """Logarithm of the mean of the members' probabilities."""
         return {"image.scores": log_mean([own["image.scores"] for own in outputs])}
 
 
-class MultiLabelProbe(MultiLabel):
+class MultiLabelProbe(MultiLabel, Probe):
     """A probe of its own for each finding, all with one C."""
-
-    kind = "probe"
 
     def __init__(self, samples: Samples, labels: list[str], options: TaskOptions) -> None:
         """Fix the images of the three splits.
@@ -76,25 +92,12 @@ class MultiLabelProbe(MultiLabel):
             options: vectors, and how C is found.
         """
         super().__init__(samples.manifest, TITLE, samples.held_out, labels)
-        self.train, self.validation = samples.train, samples.validation
-        self.train_targets, self.validation_targets = self.findings(self.train), self.findings(self.validation)
-        self.probe_on, self.search = options.probe_on, options.probe_search if self.validation else "fast"
-        self.description |= {
-            "train": len(self.train),
-            "validation": len(self.validation),
-            "left_out": [label for label in samples.manifest.classes if label not in labels],
-            "probe_on": self.probe_on,
-            "search": self.search,
-        }
+        left_out = [label for label in samples.manifest.classes if label not in labels]
+        self.learn_from(samples, options, bool(samples.validation), left_out)
 
-    def outputs(self, embedded: Embedded) -> Outputs:
-        """See `probe`."""
-        parts = probed_features(embedded, self.probe_on, [self.train, self.validation, self.pairs])
-        return probe(parts, self.train_targets, self.validation_targets, self.search)
-
-    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
-        """Mean of the members' logits."""
-        return {"image.scores": np.mean([own["image.scores"] for own in outputs], axis=0)}
+    def targets_of(self, pairs: Sequence[Pair]) -> Any:
+        """See `Probe`."""
+        return self.findings(pairs)
 
 
 def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Any], dict[str, str]]:

@@ -27,7 +27,7 @@ from mmkd.evaluation.tasks.task import Outputs, Task, TaskOptions, task_name
 
 RECALLS, MEAN_OF = (1, 5, 10, 50, 200), (1, 5, 10)
 DIRECTIONS = (("image_to_text", "image"), ("text_to_image", "caption"))
-WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them in stretches
+WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them in parts
 
 
 class Retrieval(Task):
@@ -45,11 +45,11 @@ class Retrieval(Task):
         self.pairs = list(first.values())
         self.captions = sorted({pair.caption for pair in captioned})
         self.right_captions, self.right_images = positives([p.caption for p in captioned], contents, self.captions)
-        holders = self.right_images.values[self.right_images.starts[:-1]].tolist()  # the first image of each caption
-        self.sample_pairs = {"image": self.pairs, "caption": [self.pairs[k] for k in holders]}
+        first_images = self.right_images.values[self.right_images.starts[:-1]].tolist()
+        self.sample_pairs = {"image": self.pairs, "caption": [self.pairs[k] for k in first_images]}
         whole = resampling_units([pair.modality for pair in self.pairs], [pair.group for pair in self.pairs])
         # A caption is drawn with its image: the two directions err together, and so must their replicates.
-        self.frames = {"image": whole, "caption": subset_units(whole, holders)}
+        self.units = {"image": whole, "caption": subset_units(whole, first_images)}
         to_text = random_recalls(self.right_captions, len(self.captions))
         to_image = random_recalls(self.right_images, len(self.pairs))
         chance = {f"image_to_text_recall@{k}": to_text[k] for k in RECALLS}
@@ -111,8 +111,8 @@ class Retrieval(Task):
         return {"mean_recall": mean, **found}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
-        """Mean over 1, 5 and 10 of whether the answer stands that high."""
-        ranks = {key: outputs[f"{key}.rank"] for key in self.frames}
+        """Mean over 1, 5 and 10 of whether a correct answer is among the first."""
+        ranks = {key: outputs[f"{key}.rank"] for key in self.units}
         return {key: np.mean([rank <= k for k in MEAN_OF], axis=0) for key, rank in ranks.items()}
 
 
@@ -134,14 +134,14 @@ def _too_few(samples: Samples) -> str:
 
 
 def captioned_pairs(samples: Samples) -> tuple[list[Pair], list[str]]:
-    """Held-out pairs with a caption, and what tells their images apart: the hash, or the id where there is none."""
+    """Held-out pairs with a caption, and what identifies their images: the hash, or the id where there is none."""
     captioned = [pair for pair in samples.held_out if pair.caption.strip()]
     digests = [samples.digests[pair.id] for pair in captioned]
     return captioned, [pair.id if own == MISSING else own for pair, own in zip(captioned, digests, strict=True)]
 
 
 class EndToEnd:
-    """Vectors of several encoders laid end to end, each times its weight, to be read in stretches."""
+    """Vectors of several encoders laid end to end, each times its weight, read in parts."""
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[float]) -> None:
         """Take rows ``(n, dim)`` of each encoder, and as many weights."""
@@ -188,7 +188,7 @@ def similarity_spread(images: Any, captions: Any) -> float:
 
 
 def _moments(rows: Any) -> tuple[Floats, Floats]:
-    """Mean outer product ``(dim, dim)`` and mean ``(dim,)`` of ``(n, dim)``, read in stretches."""
+    """Mean outer product ``(dim, dim)`` and mean ``(dim,)`` of ``(n, dim)``, read in parts."""
     parts = (rows[start : start + WHOLE].astype(np.float64) for start in range(0, len(rows), WHOLE))
     sums = [(part.T @ part, part.sum(axis=0)) for part in parts]
     return sum(square for square, _ in sums) / len(rows), sum(total for _, total in sums) / len(rows)

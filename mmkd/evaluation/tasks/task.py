@@ -2,7 +2,7 @@
 
 A task type is a module with a function ``tasks(samples, options)``: from the images of one dataset to its tasks, and
 the reasons why others are left out. A task turns an encoder's embeddings into per-sample outputs, and outputs plus
-bootstrap weights into metrics. Outputs are arrays named ``FRAME.NAME`` whose first axis is that frame's samples; hence
+bootstrap weights into metrics. Outputs are arrays named ``UNIT.NAME`` whose first axis is the unit's samples; hence
 rows of different encoders can be combined (the best teacher of each modality) without knowledge of the task. An array
 whose name has no dot is not an output of samples but a result of the fit, such as a probe's C.
 """
@@ -56,16 +56,16 @@ class Task(ABC):
         primary_metric: the metric that represents the task.
         manifest: of its dataset.
         variant: which of several tasks of this kind on the dataset; empty for the main one.
-        name: file name of its cells, ``KIND-ID`` or ``KIND-ID-VARIANT``.
+        name: file name of its results, ``KIND-ID`` or ``KIND-ID-VARIANT``.
         title: for people.
-        frames: what is resampled, by name; ``image`` always exists.
-        sample_pairs: the pair behind each sample of each frame.
+        units: what is resampled, by kind of sample; ``image`` always exists.
+        sample_pairs: the pair behind each sample of each unit.
         description: everything a reader needs to reproduce or evaluate it; plain JSON values.
     """
 
     kind: str
     primary_metric: str
-    frames: dict[str, ResamplingUnits]
+    units: dict[str, ResamplingUnits]
     sample_pairs: dict[str, list[Pair]]
     description: dict[str, Any]
 
@@ -97,7 +97,7 @@ class Task(ABC):
 
     @property
     def modalities(self) -> dict[str, list[str]]:
-        """Modality of each sample of each frame."""
+        """Modality of each sample of each unit."""
         return {name: [pair.modality for pair in pairs] for name, pairs in self.sample_pairs.items()}
 
     @abstractmethod
@@ -113,16 +113,16 @@ class Task(ABC):
         return []
 
     def extras(self, outputs: Outputs) -> dict[str, Any]:
-        """Further results of a cell: curves and tables that do not belong to single samples; plain JSON values."""
+        """Further entries of a result: curves and tables that do not belong to single samples; plain JSON values."""
         return {}
 
-    @abstractmethod
     def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
-        """Per-sample outputs of several encoders together, with equal weights."""
+        """Per-sample outputs of several encoders together, with equal weights: by default the mean of theirs."""
+        return {key: np.mean([own[key] for own in outputs], axis=0) for key in outputs[0] if "." in key}
 
     @abstractmethod
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
-        """Metric values ``(replicates,)`` under weights ``(replicates, n)`` of each frame."""
+        """Metric values ``(replicates,)`` under weights ``(replicates, n)`` of each unit."""
 
     def primary_metric_values(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """The primary metric alone."""
@@ -130,14 +130,14 @@ class Task(ABC):
 
     @abstractmethod
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
-        """How well each sample of each frame was answered, 0 to 1, ``(n,)``."""
+        """How well each sample of each unit was answered, 0 to 1, ``(n,)``."""
 
     def sample_answers(self, outputs: Outputs) -> dict[str, tuple[list[str], list[str]]]:
-        """The target and the prediction of each sample, by frame, where answers have names."""
+        """The target and the prediction of each sample, by unit, where answers have names."""
         return {}
 
     def sample_columns(self, outputs: Outputs) -> dict[str, dict[str, NDArray[Any]]]:
-        """Further columns ``(n,)`` of the table of scores, by frame: what the task's metrics are computed from."""
+        """Further columns ``(n,)`` of the table of scores, by unit: what the task's metrics are computed from."""
         return {}
 
 
@@ -154,17 +154,17 @@ def best_by_modality(task: Task, outputs: dict[str, Outputs]) -> tuple[Outputs, 
         outputs: by encoder.
 
     Returns:
-        The composed outputs, and the encoder chosen for each ``FRAME:MODALITY``.
+        The composed outputs, and the encoder chosen for each ``UNIT:MODALITY``.
     """
     composed: Outputs = {key: array.copy() for key, array in next(iter(outputs.values())).items() if "." in key}
     chosen: dict[str, str] = {}
     scores = {name: task.sample_scores(own) for name, own in outputs.items()}
-    for frame_name, modalities in task.modalities.items():
+    for unit, modalities in task.modalities.items():
         for modality in sorted(set(modalities)):
             rows = np.array([m == modality for m in modalities])
-            best = max(outputs, key=lambda name: scores[name][frame_name][rows].mean())
-            chosen[f"{frame_name}:{modality}"] = best
+            best = max(outputs, key=lambda name: scores[name][unit][rows].mean())
+            chosen[f"{unit}:{modality}"] = best
             for key in composed:
-                if key.startswith(frame_name + "."):
+                if key.startswith(f"{unit}."):
                     composed[key][rows] = outputs[best][key][rows]
     return composed, chosen

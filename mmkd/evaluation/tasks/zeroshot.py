@@ -44,10 +44,6 @@ class ZeroShot(Classification):
         """``image.scores``: standardised similarities, ``(n, classes)``."""
         return {"image.scores": standardise(similarities(embedded, embedded.image_matrix(self.pairs), self.prompts))}
 
-    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
-        """Mean of the members' standardised similarities."""
-        return {"image.scores": np.mean([own["image.scores"] for own in outputs], axis=0)}
-
 
 class MultiLabelZeroShot(MultiLabel):
     """Every finding, described by one set of prompts with and one without it."""
@@ -67,10 +63,6 @@ class MultiLabelZeroShot(MultiLabel):
         margins = (with_it - without).astype(np.float64)
         spread = margins.std()
         return {"image.scores": margins / (spread if spread > 0 else 1.0)}
-
-    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
-        """Mean of the members' scores, which share one scale."""
-        return {"image.scores": np.mean([own["image.scores"] for own in outputs], axis=0)}
 
 
 def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Any], dict[str, str]]:

@@ -1,16 +1,16 @@
-"""Visual question answering with a frozen encoder: a small head picks one of the answers seen in training.
+"""Visual question answering with a frozen encoder: a small head chooses one of the training answers.
 
 With ``v`` and ``q`` the unit vectors of image and question, ``[v, q, v * q, |v - q|]`` goes through one hidden layer to
 the answers of training and validation questions. The head trains for a fixed number of epochs; the epoch that does best
-on validation questions is taken, or the last where there are none. Beside the accuracy stand two controls: a head that
-sees the question alone, and the same head shown another question's image, which tell how much is guessed from words.
-An answer that no training question had cannot be given and counts as wrong.
+on validation questions is taken, or the last where there are none. Two controls are reported beside the accuracy: a
+head that receives the question alone, and the same head with another question's image; they measure how much follows
+from text. An answer that no training question had cannot be given and counts as wrong.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ class VisualQuestions(Task):
         metadata: dict[str, Any],
         variant: str = "",
     ) -> None:
-        """Fix the questions of each split and the answers seen in training.
+        """Fix the questions of each split and the training answers.
 
         Args:
             manifest: of the dataset.
@@ -60,7 +60,8 @@ class VisualQuestions(Task):
         self.pairs = [pair for pair, _ in test]
         self.targets = np.array([self.answers.get(question.answer, -1) for _, question in test])
         self.closed = np.array([question.closed for _, question in test])
-        self.frames = {"image": resampling_units(["closed" if c else "open" for c in self.closed], _groups(self.pairs))}
+        groups = [pair.group or pair.id for pair in self.pairs]  # questions about one image are resampled together
+        self.units = {"image": resampling_units(["closed" if c else "open" for c in self.closed], groups)}
         self.sample_pairs = {"image": self.pairs}
         common = Counter(question.answer for _, question in questions["train"]).most_common(1)[0][0]
         guess = float(np.mean(self.targets == self.answers[common]))
@@ -93,18 +94,15 @@ class VisualQuestions(Task):
             split: torch.tensor([self.answers.get(question.answer, -1) for _, question in own])
             for split, own in self.questions.items()
         }
-        (image, text), blind = found["test"], {s: (torch.zeros_like(i), t) for s, (i, t) in found.items()}
-        seeing, guessing = train_head(found, targets, len(self.answers)), train_head(blind, targets, len(self.answers))
+        (image, text), question_only = found["test"], {s: (torch.zeros_like(i), t) for s, (i, t) in found.items()}
+        head = train_head(found, targets, len(self.answers))
+        control = train_head(question_only, targets, len(self.answers))
         other = torch.from_numpy(np.random.default_rng(SEED).permutation(len(image)))
         return {
-            "image.answers": _probabilities(seeing, image, text),
-            "image.question_only": _probabilities(guessing, torch.zeros_like(image), text),
-            "image.shuffled_image": _probabilities(seeing, image[other], text),
+            "image.answers": _probabilities(head, image, text),
+            "image.question_only": _probabilities(control, torch.zeros_like(image), text),
+            "image.shuffled_image": _probabilities(head, image[other], text),
         }
-
-    def ensemble(self, members: Sequence[Embedded], outputs: Sequence[Outputs]) -> Outputs:
-        """Mean of the members' probabilities."""
-        return {key: np.mean([own[key] for own in outputs], axis=0) for key in outputs[0]}
 
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """Accuracy over all, open and closed questions, and that of the controls over all."""
@@ -125,7 +123,7 @@ class VisualQuestions(Task):
         return {"undefined_metrics": lacking} if lacking else {}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
-        """1 where the answer is right."""
+        """1 where the answer is correct."""
         return {"image": self._right(outputs["image.answers"])}
 
     def _right(self, probabilities: Any) -> Floats:
@@ -163,27 +161,41 @@ def train_head(inputs: dict[str, tuple[Tensor, Tensor]], targets: dict[str, Tens
         head = nn.Sequential(nn.Linear(train.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, answers))
     optimizer = torch.optim.AdamW(head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     validation = fused(*inputs["validation"]) if len(targets["validation"]) else None
-    best, kept = -1.0, head.state_dict()
-    for _ in range(EPOCHS):
+
+    def epoch() -> None:
         for rows in torch.randperm(len(train), generator=generator).split(BATCH_SIZE):
             loss = nn.functional.cross_entropy(head(train[rows]), target[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        if validation is not None:
-            with torch.no_grad():
-                score = (head(validation).argmax(dim=1) == targets["validation"]).float().mean().item()
-            if score > best:
-                best, kept = score, {name: value.clone() for name, value in head.state_dict().items()}
-    head.load_state_dict(kept if validation is not None else head.state_dict())
+
+    def score() -> float:
+        with torch.no_grad():
+            return (head(validation).argmax(dim=1) == targets["validation"]).float().mean().item()
+
+    return train_epochs(head, EPOCHS, epoch, score if validation is not None else None)
+
+
+def train_epochs(
+    head: nn.Module, epochs: int, epoch: Callable[[], None], score: Callable[[], float] | None
+) -> nn.Module:
+    """Train for a number of epochs and keep the weights of the one that does best on validation questions.
+
+    Args:
+        head: is trained in place.
+        epochs: how many.
+        epoch: trains for one.
+        score: accuracy on validation questions; None where there are none, and the last epoch is kept.
+    """
+    best, kept = -1.0, {}
+    for _ in range(epochs):
+        epoch()
+        if score is not None and (value := score()) > best:  # of equals the earliest
+            best, kept = value, {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    head.load_state_dict(kept or head.state_dict())
     return head.eval()
 
 
 @torch.no_grad()
 def _probabilities(head: nn.Module, image: Tensor, text: Tensor) -> Any:
     return head(fused(image, text)).softmax(dim=1).numpy()
-
-
-def _groups(pairs: Sequence[Pair]) -> list[str]:
-    """A group for each sample: questions about one image belong together."""
-    return [pair.group or pair.id for pair in pairs]

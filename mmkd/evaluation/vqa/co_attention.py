@@ -21,7 +21,7 @@ from mmkd.encoders.encoder import NoTokens
 from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.tasks.task import Outputs
-from mmkd.evaluation.vqa.answer_head import VisualQuestions
+from mmkd.evaluation.vqa.answer_head import VisualQuestions, train_epochs
 
 WIDTH, HEADS, LAYERS, DROPOUT = 128, 4, 2, 0.1
 
@@ -30,7 +30,7 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, WARMUP, SEED = 10, 64, 1e-3, 1e
 
 @dataclass(frozen=True)
 class TokenQuestions:
-    """Questions of one split; tokens stand once for each image and text.
+    """Questions of one split; tokens are stored once for each image and text.
 
     Attributes:
         images: ``(images, tokens, width)``, half precision.
@@ -81,10 +81,10 @@ class CoAttention(nn.Module):
             mask: `(n, tokens)`, True where a token is no padding.
         """
         image, text, padding = self.image(images), self.text(texts), ~mask
-        for look, read in zip(self.image_layers, self.text_layers, strict=True):
+        for image_layer, text_layer in zip(self.image_layers, self.text_layers, strict=True):
             image, text = (
-                look(image, text, memory_key_padding_mask=padding),
-                read(text, image, tgt_key_padding_mask=padding),
+                image_layer(image, text, memory_key_padding_mask=padding),
+                text_layer(text, image, tgt_key_padding_mask=padding),
             )
         kept = mask.unsqueeze(2)
         words = (text * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
@@ -104,24 +104,24 @@ def train_co_attention(train: TokenQuestions, validation: TokenQuestions, answer
         optimizer = torch.optim.AdamW(head.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         steps = EPOCHS * -(-len(train) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-        best, kept = -1.0, head.state_dict()
-        for _ in range(EPOCHS):
+
+        def epoch() -> None:
             head.train()
             rows = order.permutation(len(train))
             for start in range(0, len(rows), BATCH_SIZE):
                 batch = rows[start : start + BATCH_SIZE]
-                wanted = torch.from_numpy(train.targets[batch]).to(device)
-                loss = nn.functional.cross_entropy(head(*train.batch(batch, device)), wanted)
+                target = torch.from_numpy(train.targets[batch]).to(device)
+                loss = nn.functional.cross_entropy(head(*train.batch(batch, device)), target)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            if len(validation):
-                score = float((answer(head, validation).argmax(axis=1) == validation.targets).mean())
-                if score > best:
-                    best, kept = score, {name: value.clone() for name, value in head.state_dict().items()}
-    head.load_state_dict(kept if len(validation) else head.state_dict())
-    return head.eval()
+
+        def score() -> float:
+            return float((answer(head, validation).argmax(axis=1) == validation.targets).mean())
+
+        train_epochs(head, EPOCHS, epoch, score if len(validation) else None)
+    return head
 
 
 @torch.no_grad()
@@ -167,22 +167,22 @@ class MeterQuestions(VisualQuestions):
         splits = self._tokens(embedded)
         train, validation, test = (splits[name] for name in ("train", "validation", "test"))
         answers = len(self.answers)
-        seeing = train_co_attention(train, validation, answers)
-        guessing = train_co_attention(_blind(train), _blind(validation), answers)
+        head = train_co_attention(train, validation, answers)
+        control = train_co_attention(_without_image(train), _without_image(validation), answers)
         other = np.random.default_rng(SEED).permutation(len(test))
         return {
-            "image.answers": answer(seeing, test),
-            "image.question_only": answer(guessing, _blind(test)),
-            "image.shuffled_image": answer(seeing, replace(test, image_rows=test.image_rows[other])),
+            "image.answers": answer(head, test),
+            "image.question_only": answer(control, _without_image(test)),
+            "image.shuffled_image": answer(head, replace(test, image_rows=test.image_rows[other])),
         }
 
     def _tokens(self, embedded: Embedded) -> dict[str, TokenQuestions]:
         """Questions of every split over one table of images and one of texts."""
         if embedded.tokens is None:
-            raise UndefinedMetricError("only vectors of this encoder are at hand, no sequences of tokens")
-        asked = [item for own in self.questions.values() for item in own]
-        pairs = list({pair.id: pair for pair, _ in asked}.values())
-        texts = sorted({question.text for _, question in asked})
+            raise UndefinedMetricError("this encoder has vectors alone, no sequences of tokens")
+        questions = [item for own in self.questions.values() for item in own]
+        pairs = list({pair.id: pair for pair, _ in questions}.values())
+        texts = sorted({question.text for _, question in questions})
         try:
             images = embedded.tokens.images(pairs)
             words, mask = embedded.tokens.texts(texts)
@@ -205,7 +205,7 @@ class MeterQuestions(VisualQuestions):
         }
 
 
-def _blind(questions: TokenQuestions) -> TokenQuestions:
+def _without_image(questions: TokenQuestions) -> TokenQuestions:
     """The same questions about one empty patch."""
-    nothing = np.zeros((1, 1, questions.images.shape[2]), dtype=np.float16)
-    return replace(questions, images=nothing, image_rows=np.zeros_like(questions.image_rows))
+    empty = np.zeros((1, 1, questions.images.shape[2]), dtype=np.float16)
+    return replace(questions, images=empty, image_rows=np.zeros_like(questions.image_rows))

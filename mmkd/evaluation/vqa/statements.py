@@ -1,9 +1,9 @@
 """Closed questions without training: the image lies closer to one of the statements that answer the question.
 
-Of every closed test question that `choices` can turn, the statement with the highest cosine is the answer.
-Beside the accuracy stands the AUROC of "yes" against "no" over the difference of their cosines, which does not depend
-on where an encoder's bias towards negations lies. The controls are another question's image, and the mean of all test
-images, which is what the statements alone give away.
+Of every closed test question that `choices` can convert, the statement with the highest cosine is the answer. The AUROC
+of "yes" against "no" over the difference of their cosines is also given; it does not depend on an encoder's bias
+towards negations. The controls are another question's image, and the mean of all test images, which measures what
+follows from the statements alone.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Choices:
 
 
 def choices(question: str) -> Choices | None:
-    """Answers that a closed question allows and a statement for each; None where the question cannot be turned."""
+    """Answers that a closed question allows and a statement for each; None where the question cannot be converted."""
     words = EDGE.sub("", " ".join(question.split())).replace("Is/are", "Are").split()
     if len(words) < 2:
         return None
@@ -102,7 +102,7 @@ def choices(question: str) -> Choices | None:
 
 
 def _asks_whether_any(words: list[str]) -> bool:
-    """Whether "or" lists what is looked for together, as in "Are there masses or cysts?"."""
+    """Whether "or" joins alternatives of one question, as in "Are there masses or cysts?"."""
     first, second = words[0], words[1].lower()
     return (first in BE and second == "there") or first in ("any", "evidence", *DO, *MODAL)
 
@@ -110,14 +110,14 @@ def _asks_whether_any(words: list[str]) -> bool:
 def _both_ways(words: list[str]) -> tuple[str, str] | None:
     """The statement that a question answered by yes affirms, and its contrary."""
     first, rest = words[0], words[1:]
-    told = " ".join(rest)
+    text = " ".join(rest)
     if first in BE and rest[0].lower() == "there" and len(rest) > 1:
         return _existence(" ".join(rest[1:]), f"there {first}")
     if first in ("any", "evidence"):
         return _existence(" ".join(words), "there is")
-    if first in MODAL and (seen := re.match(rf"{SEE}\s+(.+)", told, re.IGNORECASE)):
+    if first in MODAL and (seen := re.match(rf"{SEE}\s+(.+)", text, re.IGNORECASE)):
         return _existence(seen[1], "there is")
-    if first in DO and (seen := re.match(r"you\s+(?:see|notice|appreciate)\s+(.+)", told, re.IGNORECASE)):
+    if first in DO and (seen := re.match(r"you\s+(?:see|notice|appreciate)\s+(.+)", text, re.IGNORECASE)):
         return _existence(seen[1], "there is")
     if first not in (*BE, *DO, *HAVE, *MODAL) or len(rest) < 2:
         return None
@@ -137,16 +137,16 @@ def _existence(thing: str, there: str) -> tuple[str, str]:
 
 
 def _subject_length(words: list[str]) -> int:
-    """How many words stand before what is said of the subject."""
+    """Number of words of the subject, before the predicate."""
     if words[0].lower() in PRONOUNS and words[1].lower() in [*DETERMINERS, *PLACES]:
         return 1
     for place in range(1 if words[0].lower() not in DETERMINERS else 2, len(words)):
         word, before = words[place].lower().strip(","), words[place - 1].lower()
         if before in ("of", "and") or before in DETERMINERS:
             continue
-        says = word in DETERMINERS or word in PLACES or word in VERBS or word in STATES
+        begins = word in DETERMINERS or word in PLACES or word in VERBS or word in STATES
         formed = word.endswith(("ed", "ing", "ible", "able")) and word not in NOUNS_IN_ED_ING and len(word) > 4
-        if says or formed:
+        if begins or formed:
             return place
     return max(1, len(words) - 1)
 
@@ -207,7 +207,7 @@ SEED = 0
 
 NOTHING = -2.0  # below any cosine: places of questions with fewer choices than others
 
-Turned = list[tuple[Pair, Question, Choices]]
+Converted = list[tuple[Pair, Question, Choices]]
 
 
 class StatementQuestions(Task):
@@ -215,30 +215,30 @@ class StatementQuestions(Task):
 
     kind, primary_metric = "vqa", "accuracy"
 
-    def __init__(self, manifest: Manifest, turned: Turned, left_out: int, metadata: dict[str, Any]) -> None:
+    def __init__(self, manifest: Manifest, converted: Converted, left_out: int, metadata: dict[str, Any]) -> None:
         """Fix the questions.
 
         Args:
             manifest: of the dataset.
-            turned: test questions that could be turned into statements.
-            left_out: closed test questions that could not.
+            converted: test questions that were converted into statements.
+            left_out: closed test questions that could not be converted.
             metadata: further entries of the description.
         """
         super().__init__(manifest, "Zero-shot visual question answering by statements", "zeroshot")
-        self.turned = turned
-        self.pairs = [pair for pair, _, _ in turned]
-        self.targets = np.array([own.index(question.answer) for _, question, own in turned])
-        self.yes_no = np.array([own.answers == ("yes", "no") for _, _, own in turned])
+        self.converted = converted
+        self.pairs = [pair for pair, _, _ in converted]
+        self.targets = np.array([own.index(question.answer) for _, question, own in converted])
+        self.yes_no = np.array([own.answers == ("yes", "no") for _, _, own in converted])
         kinds = ["yes or no" if is_yes_no else "choice" for is_yes_no in self.yes_no]
-        self.frames = {"image": resampling_units(kinds, [pair.group or pair.id for pair in self.pairs])}
+        self.units = {"image": resampling_units(kinds, [pair.group or pair.id for pair in self.pairs])}
         self.sample_pairs = {"image": self.pairs}
-        sizes = np.array([len(own.answers) for _, _, own in turned])
+        sizes = np.array([len(own.answers) for _, _, own in converted])
         self.describe(
             {
                 "ids": [pair.id for pair in self.pairs],
-                "statements": [list(own.statements) for _, _, own in turned],
+                "statements": [list(own.statements) for _, _, own in converted],
                 "targets": self.targets.tolist(),
-                "questions": {"test": len(turned)},
+                "questions": {"test": len(converted)},
                 "yes_no": int(self.yes_no.sum()),
                 "left_out": left_out,
                 "unanswerable": float(np.mean(self.targets < 0)),
@@ -258,13 +258,13 @@ class StatementQuestions(Task):
         images = embedded.image_matrix(self.pairs)
         mean = images.mean(axis=0, keepdims=True)
         other = np.random.default_rng(SEED).permutation(len(images))
-        flat = [text for _, _, own in self.turned for text in own.statements]
+        flat = [text for _, _, own in self.converted for text in own.statements]
         vectors = embedded.text_matrix(flat)
-        owners = np.repeat(np.arange(len(self.turned)), [len(own.statements) for _, _, own in self.turned])
-        places = np.concatenate([np.arange(len(own.statements)) for _, _, own in self.turned])
+        owners = np.repeat(np.arange(len(self.converted)), [len(own.statements) for _, _, own in self.converted])
+        places = np.concatenate([np.arange(len(own.statements)) for _, _, own in self.converted])
 
         def cosines(shown: Any) -> Any:
-            scores = np.full((len(self.turned), places.max() + 1), NOTHING, dtype=np.float32)
+            scores = np.full((len(self.converted), places.max() + 1), NOTHING, dtype=np.float32)
             scores[owners, places] = (shown * vectors).sum(axis=1)
             return scores
 
@@ -286,13 +286,13 @@ class StatementQuestions(Task):
         image = weights["image"]
         right = self._right(outputs["image.scores"])
         margin = self._margin(outputs)
-        judged = self.yes_no & (self.targets >= 0)
+        scored = self.yes_no & (self.targets >= 0)
         return {
             "accuracy": metrics.weighted_mean(right, image),
             "yes_no_accuracy": metrics.weighted_mean(right, image * self.yes_no),
             "choice_accuracy": metrics.weighted_mean(right, image * ~self.yes_no),
-            "yes_no_auroc": metrics.auroc(self.targets[judged] == 0, margin[judged], image[:, judged])
-            if judged.any()
+            "yes_no_auroc": metrics.auroc(self.targets[scored] == 0, margin[scored], image[:, scored])
+            if scored.any()
             else np.full(len(image), np.nan),
             "question_only_accuracy": metrics.weighted_mean(self._right(outputs["image.mean_image"]), image),
             "shuffled_image_accuracy": metrics.weighted_mean(self._right(outputs["image.shuffled_image"]), image),
@@ -302,7 +302,7 @@ class StatementQuestions(Task):
         """Why there is no number of one kind of question, if that is so."""
         kinds = {"yes_no": ("yes or no", self.yes_no), "choice": ("a choice", ~self.yes_no)}
         lacking = {
-            f"{key}_accuracy": f"no test question asks for {name}"
+            f"{key}_accuracy": f"no test question is of the kind {name}"
             for key, (name, own) in kinds.items()
             if not own.any()
         }
@@ -312,7 +312,7 @@ class StatementQuestions(Task):
         return {"undefined_metrics": lacking} if lacking else {}
 
     def sample_scores(self, outputs: Outputs) -> dict[str, Floats]:
-        """1 where the answer is right."""
+        """1 where the answer is correct."""
         return {"image": self._right(outputs["image.scores"])}
 
     def sample_columns(self, outputs: Outputs) -> dict[str, dict[str, Any]]:
@@ -332,11 +332,11 @@ class StatementQuestions(Task):
         return (scores.argmax(axis=1) == self.targets).astype(np.float64)
 
 
-def turn(asked: Sequence[tuple[Pair, Question]]) -> tuple[Turned, int]:
-    """Closed questions with their statements, and how many could not be turned."""
-    closed = [(pair, question, choices(question.text)) for pair, question in asked if question.closed]
-    turned = [(pair, question, own) for pair, question, own in closed if own is not None]
-    return turned, len(closed) - len(turned)
+def convert(questions: Sequence[tuple[Pair, Question]]) -> tuple[Converted, int]:
+    """Closed questions with their statements, and how many could not be converted."""
+    closed = [(pair, question, choices(question.text)) for pair, question in questions if question.closed]
+    converted = [(pair, question, own) for pair, question, own in closed if own is not None]
+    return converted, len(closed) - len(converted)
 
 
 def _standardised(scores: Any, reference: Any) -> Any:

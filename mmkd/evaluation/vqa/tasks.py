@@ -2,8 +2,8 @@
 
 Three heads: over frozen vectors, over tokens with co-attention, and by statements without training on closed questions.
 The two that train do so on every split. Some well-known datasets have test questions about images that training
-questions are about, too. Their official split is kept, since others report on it, and the number of images it shares is
-stated; beside it stands a split by image. The questions of a folder of pairs belong to the split of their image.
+questions are about, too. Their official split is kept, since it is commonly reported, and the number of shared images
+is stated; a split by image is evaluated, too. The questions of a folder of pairs belong to the split of their image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmkd.evaluation.datasets.questions import Question, question_texts
 from mmkd.evaluation.tasks.task import Task, TaskOptions, task_name
 from mmkd.evaluation.vqa.answer_head import VisualQuestions
 from mmkd.evaluation.vqa.co_attention import MeterQuestions
-from mmkd.evaluation.vqa.statements import StatementQuestions, choices, turn
+from mmkd.evaluation.vqa.statements import StatementQuestions, choices, convert
 
 TEST, VALIDATION = 0.2, 0.1
 TRAINED: dict[str, type[VisualQuestions]] = {"vectors": VisualQuestions, "meter": MeterQuestions}
@@ -61,11 +61,11 @@ def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Task], dict[str,
                 found.append(made(manifest, split.questions, split.metadata, variant))
     if "zeroshot" not in options.question_heads:
         return found, {}
-    turned, left_out = turn(splits[0].questions["test"])
-    if len(turned) < 2:
-        reason = f"{len(turned)} closed test questions can be turned into statements"
+    converted, left_out = convert(splits[0].questions["test"])
+    if len(converted) < 2:
+        reason = f"{len(converted)} closed test questions can be converted into statements"
         return found, {task_name("vqa", manifest, "zeroshot"): reason}
-    found.append(StatementQuestions(manifest, turned, left_out, {"split": splits[0].metadata["split"]}))
+    found.append(StatementQuestions(manifest, converted, left_out, {"split": splits[0].metadata["split"]}))
     return found, {}
 
 
@@ -92,8 +92,8 @@ def question_splits(samples: Samples, kinds: Sequence[str]) -> tuple[list[Questi
         return ([split], "") if split.is_usable else ([], reason)
     questions = samples.dataset.questions
     pairs = [*samples.train, *samples.validation, *samples.held_out]
-    holders = {samples.digests.get(pair.id, pair.sha256): pair for pair in pairs}
-    placed = [(holders[question.sha256], question) for question in questions if question.sha256 in holders]
+    pair_of = {samples.digests.get(pair.id, pair.sha256): pair for pair in pairs}
+    placed = [(pair_of[question.sha256], question) for question in questions if question.sha256 in pair_of]
     if len(placed) < 3:
         return [], f"{len(placed)} of its {len(questions)} questions are about an image that can be read"
     found = [_official(placed)] if "official" in kinds and any(question.split for _, question in placed) else []
@@ -106,8 +106,8 @@ def _of_images(samples: Samples) -> QuestionSplit:
     """Every question in the split of its image."""
     parts: dict[str, list[Placed]] = {}
     for split, pairs in (("train", samples.train), ("validation", samples.validation), ("test", samples.held_out)):
-        holders = {samples.digests[pair.id]: pair for pair in pairs if pair.id in samples.digests}
-        parts[split] = [(holders[q.sha256], q) for q in samples.dataset.questions if q.sha256 in holders]
+        pair_of = {samples.digests[pair.id]: pair for pair in pairs if pair.id in samples.digests}
+        parts[split] = [(pair_of[q.sha256], q) for q in samples.dataset.questions if q.sha256 in pair_of]
     return QuestionSplit("", parts, {"split": "that of the image"})
 
 
