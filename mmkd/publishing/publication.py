@@ -26,6 +26,29 @@ KINDS = (
 )
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What is to be published, and how.
+
+    Attributes:
+        folder: with the content.
+        staged: an empty folder, which gets the files of the repository.
+        repo: ``user/name``.
+        template: of the card, in Jinja.
+        license: under which the publisher offers the content; None states no licence.
+    """
+
+    folder: Path
+    staged: Path
+    repo: str
+    template: str
+    license: str | None
+
+    def write_card(self, card: str) -> None:
+        """Write ``README.md``."""
+        (self.staged / CARD_FILE).write_text(card, encoding="utf-8")
+
+
 @dataclass
 class Publication:
     """A repository as it is uploaded.
