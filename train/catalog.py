@@ -1,4 +1,4 @@
-"""Datasets of an evaluation: what is known, what is on this machine, whether it is what its manifest says.
+"""Datasets of an evaluation: list them, find them on this machine, and check them against their manifests.
 
 ``mmkd eval --datasets NAME`` evaluates on those that are listed, checked or added here.
 """
@@ -18,7 +18,7 @@ from mmkd.evaluation.datasets.catalog import catalog
 
 @dataclass
 class ListSettings:
-    """List datasets, a line each: tier A is open, B asks for registration, C for credentials and an agreement.
+    """List datasets, a line each: tier A is open, B needs registration, C credentials and an agreement.
 
     Example:
         mmkd datasets ls --suite paper58 --modality OCT
@@ -135,8 +135,8 @@ def list_datasets(settings: ListSettings) -> None:
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     present = sum(row[-1] == "present" for row in rows)
-    where = "" if settings.data or os.environ.get(VARIABLE) else f" (--data DIR or {VARIABLE} tells where data lie)"
-    print(f"\n{len(chosen)} datasets, {present} on this machine{where}; `mmkd datasets show ID` tells of each")
+    where = "" if settings.data or os.environ.get(VARIABLE) else f" (--data DIR or {VARIABLE} sets the folder of data)"
+    print(f"\n{len(chosen)} datasets, {present} on this machine{where}; `mmkd datasets show ID` describes one")
 
 
 @main.register

@@ -2,7 +2,7 @@
 
 Images are files under one root or members of tars below it. A manifest names the root relative to its own folder, so
 that a stage that only chooses pairs (`screen`) writes a manifest and points at the images of the stage before. Later
-stages know pairs by ``id`` alone: features are looked up by it, and the order of the manifest carries no meaning.
+stages identify pairs by ``id`` only: features are looked up by it, and the order of the manifest has no meaning.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Choice = tuple[np.ndarray, list[Pair]]  # positions in the source, (n,), and the
 
 
 class PairFolder:
-    """Pairs and the root their images lie under."""
+    """Pairs and the root of their images."""
 
     def __init__(self, path: Path, image_root: Path, pairs: Sequence[Pair]) -> None:
         self.path = path
@@ -50,7 +50,7 @@ class PairFolder:
         self._resolved_root = image_root.resolve()
 
     def image_path(self, pair: Pair) -> Path | ArchivedFile:
-        """Where the image of a pair lies, for `open_image` or `read_image_bytes`.
+        """Place of the image of a pair, for `open_image` or `read_image_bytes`.
 
         Raises:
             ValueError: the path, or the link it names, leaves the image root.
@@ -102,7 +102,7 @@ def write_manifest(folder: Path, pairs: Iterable[Pair], images: Path | None = No
 
     Args:
         folder: where; created when missing.
-        pairs: in the order they shall have.
+        pairs: in the order to write.
         images: the root of the images, by default ``folder/images``; stored relative to ``folder``.
     """
     import pyarrow as pa
@@ -114,7 +114,7 @@ def write_manifest(folder: Path, pairs: Iterable[Pair], images: Path | None = No
 
 
 def write_choice(output: Path, source: PairFolder, choices: Iterable[Choice]) -> None:
-    """Write the chosen pairs with the teachers they were given; images stay where they are.
+    """Write the chosen pairs with their available teachers; images stay where they are.
 
     Args:
         output: the folder.
@@ -155,25 +155,25 @@ def _published_pairs(folder: Path) -> list[Pair]:
 
 
 def in_chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, list[Pair]]]:
-    """All pairs, some thousands at a time, each chunk with the position it begins at."""
+    """All pairs in chunks of some thousands, each with the position of its first pair."""
     for start in range(0, len(pairs), CHUNK):
         yield start, list(pairs[start : start + CHUNK])
 
 
 def ids_of(pairs: Sequence[Pair]) -> list[str]:
-    """The ids of all pairs; of a table only this column is read."""
+    """The ids of all pairs."""
     return pairs.column("id").to_pylist() if isinstance(pairs, PairTable) else [pair.id for pair in pairs]
 
 
 def pairs_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[Pair]:
-    """The pairs at some positions, (n,)."""
+    """The pairs at these positions, (n,)."""
     return list(pairs.take(positions)) if isinstance(pairs, PairTable) else [pairs[k] for k in positions.tolist()]
 
 
 def hold_out_split(folder: PairFolder, share: float) -> tuple[PairFolder, PairFolder | None]:
-    """Training pairs, and a share of them that is held out for evaluation: whole groups, chosen by hash alone.
+    """Split training pairs into those to train on and a share that is held out: whole groups, chosen by hash.
 
-    A pair stays on its side whatever others come or go, on any machine and for any seed.
+    The side of a pair does not depend on other pairs, the machine or the seed.
 
     Args:
         folder: the training split.
@@ -212,7 +212,7 @@ def _has_validation_split(folder: PairFolder) -> bool:
 
 
 def _number(key: str) -> int:
-    """A number below 2^64 that depends on the key alone."""
+    """A number below 2^64 that depends on the key only."""
     return int.from_bytes(hashlib.sha256(f"hold out {key}".encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
@@ -226,18 +226,18 @@ def select(
             pairs left.
     """
     share, count = _share(part)
-    wanted = {"modalities": modalities, "labels": labels, "sources": list(sources)}
-    if not any(wanted.values()) and count == 1:
+    chosen_values = {"modalities": modalities, "labels": labels, "sources": list(sources)}
+    if not any(chosen_values.values()) and count == 1:
         return _at_least_two(pairs, pairs)
-    known: dict[str, set[str]] = {name: set() for name in wanted}
+    known: dict[str, set[str]] = {name: set() for name in chosen_values}
     fits: list[bool] = []
     for ids, groups, *columns in in_columns(pairs, ("id", "group", "modality", "label", "source")):
-        for name, column in zip(wanted, columns, strict=True):
+        for name, column in zip(chosen_values, columns, strict=True):
             known[name].update(column)
         for id, group, *own in zip(ids, groups, *columns, strict=True):
-            chosen = all(not v or value in v for value, v in zip(own, wanted.values(), strict=True))
+            chosen = all(not v or value in v for value, v in zip(own, chosen_values.values(), strict=True))
             fits.append(chosen and _stated_number(group or id) % count == share - 1)
-    for name, values in wanted.items():
+    for name, values in chosen_values.items():
         for value in values:
             if value not in known[name]:
                 raise ValueError(
@@ -261,5 +261,5 @@ def _share(part: str | None) -> tuple[int, int]:
 
 
 def _stated_number(key: str) -> int:
-    """The same for all pairs of a group, whatever else the folder holds."""
+    """A number below 2^64 that depends on the key only; the shares of `select` rest on it."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")

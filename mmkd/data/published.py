@@ -1,4 +1,4 @@
-"""The list of the authors' published folder, ``meta.jsonl``, read as it is.
+"""Read ``meta.jsonl``, the list of the authors' published folder.
 
 Each line gives ``folderid``, ``id``, ``imgpath``, ``txt`` and ``available_clips``
 (https://github.com/wangshansong1/MMKD-CLIP). Torch stays out of this file, so that worker processes which only read

@@ -1,4 +1,4 @@
-"""The one interface of student and teachers: from images and texts to unit vectors in one space.
+"""The interface of student and teachers: images and texts to unit vectors in a shared embedding space.
 
 Everything that differs between models (preprocessing, tokenizer, context, pooling) stays behind `encode_images` and
 `encode_texts`, so that extraction and evaluation treat a teacher, a student and a user's own model alike. Encoding is
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 
 class NoTokens(Exception):
-    """An encoder gives one vector for each image and text, but no sequences of tokens; the message says which."""
+    """An encoder gives one vector for each image and text, but no token sequences; the message names the encoder."""
 
 
 class DualEncoder(ABC):
@@ -76,7 +76,7 @@ class DualEncoder(ABC):
         return self._encode(prepared, lambda batch: self.image_features(list(batch)), "image")
 
     def encode_prepared_and_pooled(self, prepared: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-        """Encode n prepared images in one pass, into the common space and as they are before the projection into it.
+        """Encode n prepared images in one pass, with and without the projection into the shared space.
 
         Returns:
             (n, dim) as `encode_images`; and (n, width) float32 on the CPU, of any length, None where the model has no
@@ -97,7 +97,7 @@ class DualEncoder(ABC):
         return joint, torch.cat(before) if before else None
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Encode n texts; what exceeds the context is cut off.
+        """Encode n texts, truncated to the context.
 
         Equal texts are encoded once, and texts of similar length together, so that little of a batch is padding.
 
@@ -113,11 +113,11 @@ class DualEncoder(ABC):
         return encoded[[rows[text] for text in texts]]
 
     def prepare(self, image: Image.Image) -> Any:
-        """One RGB image as `image_features` takes it, by default as it is; several threads may prepare at once."""
+        """Preprocess one RGB image for `image_features`, by default not at all; may be called by several threads."""
         return image
 
     def prepare_any(self, image: Tensor | Image.Image) -> Any:
-        """`prepare`, or its fast form where that is chosen, of a Pillow image or (3, height, width) uint8."""
+        """`prepare`, or its fast form if that is chosen, for a Pillow image or (3, height, width) uint8."""
         if self.fast and self.fast_prepare is not None:
             return self.fast_prepare(to_tensor(to_rgb(image)) if isinstance(image, Image.Image) else image)
         return self.prepare(to_rgb(image) if isinstance(image, Image.Image) else to_image(image))
@@ -127,7 +127,7 @@ class DualEncoder(ABC):
         """Features of one batch of prepared images, (n, dim), of any length, on any device."""
 
     def image_and_pooled(self, prepared: list[Any]) -> tuple[Tensor, Tensor | None]:
-        """`image_features` and, where the model projects them, what it projects: (n, width)."""
+        """`image_features`, and the features before the projection, (n, width), if the model has one."""
         return self.image_features(prepared), None
 
     @abstractmethod
@@ -135,21 +135,21 @@ class DualEncoder(ABC):
         """Features of one batch of texts, (n, dim), of any length, on any device."""
 
     def image_token_features(self, prepared: list[Any]) -> Tensor:
-        """What the image tower makes of every patch of a batch of prepared images, (n, tokens, width).
+        """Features of every patch of a batch of prepared images, (n, tokens, width).
 
         Raises:
-            NoTokens: the encoder has no such thing to give.
+            NoTokens: the encoder gives no token sequences.
         """
         raise NoTokens(f"{self.name} ({type(self).__name__}) gives no sequences of image and text tokens")
 
     def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """What the text tower makes of every token of a batch of texts.
+        """Features of every token of a batch of texts.
 
         Returns:
-            (n, tokens, width), and which of them are no padding, (n, tokens).
+            (n, tokens, width), and the mask of tokens that are not padding, (n, tokens).
 
         Raises:
-            NoTokens: the encoder has no such thing to give.
+            NoTokens: the encoder gives no token sequences.
         """
         raise NoTokens(f"{self.name} ({type(self).__name__}) gives no sequences of image and text tokens")
 
@@ -174,7 +174,7 @@ class DualEncoder(ABC):
 
 
 def with_input_of(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What `run` gives, and what `module` was given meanwhile."""
+    """The output of `run`, and the input that `module` received in it."""
     given: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     try:
@@ -185,7 +185,7 @@ def with_input_of(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor,
 
 
 class FastSquare:
-    """The usual preprocessing in a fifth of the time: shortest side resized, central square, mean and deviation.
+    """The usual preprocessing in a fifth of the time: resize the shortest side, crop the central square, normalize.
 
     Pillow's bicubic resize of a photograph takes longer than decoding it. torch's antialiased kernel on uint8 computes
     the same filter: 0.3 % of the values are one grey level apart, all others equal. Several threads may use it at once.

@@ -28,7 +28,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Draft:
-    """What is to be published, and how.
+    """The content to publish, with its name, card template and licence.
 
     Attributes:
         folder: with the content.
@@ -51,7 +51,7 @@ class Draft:
 
 @dataclass
 class Publication:
-    """A repository as it is uploaded.
+    """A repository, ready for upload.
 
     Attributes:
         repo_type: model or dataset.
@@ -76,13 +76,13 @@ class Publication:
         return {path.relative_to(self.staged).as_posix(): path.stat().st_size for path in files}
 
     def left_out(self, folder: Path) -> list[str]:
-        """Names at the top of the published folder of which nothing is staged."""
+        """Top-level names of the published folder that are not staged."""
         staged = {path.name for path in self.staged.iterdir()}
         return sorted(path.name for path in folder.iterdir() if path.name not in staged)
 
 
 def kind_of(folder: Path) -> Kind:
-    """What a folder holds.
+    """The kind of content of a folder.
 
     Raises:
         FileNotFoundError: there is no such folder.
