@@ -39,9 +39,8 @@ import torch
 
 from mmkd.command.settings import nearest
 from mmkd.data.features.published import PublishedFeatures
-from mmkd.data.folder import open_pairs
+from mmkd.data.folder import META_FILE, open_pairs
 from mmkd.data.images import open_image
-from mmkd.data.published import META_FILE
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import find_spec, load_encoder

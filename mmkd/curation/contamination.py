@@ -23,9 +23,8 @@ from mmkd.curation.duplicates import Fingerprints, bit_ranges
 from mmkd.curation.pictures import prepare_picture
 from mmkd.curation.readers import ARTICLE, LABELS_FILE, list_rows
 from mmkd.data.archives import ArchivedFile
-from mmkd.data.folder import open_pairs
+from mmkd.data.folder import META_FILE, open_pairs
 from mmkd.data.images import UnreadableImageError, read_image_bytes
-from mmkd.data.published import META_FILE
 from mmkd.data.readers import IMAGE_SUFFIXES, find_file
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import TABLE_FILE, map_table

@@ -16,8 +16,8 @@ from typing import Any
 
 from mmkd.curation.samples import Fragment, Item, RawSample, Refused, kind_of
 from mmkd.data.archives import ArchivedFile, DamagedArchiveError
+from mmkd.data.folder import META_FILE, PublishedSample, read_published
 from mmkd.data.images import read_image_bytes
-from mmkd.data.published import META_FILE, PublishedSample, read_published
 from mmkd.data.readers import (
     IMAGE_SUFFIXES,
     TarMember,

@@ -26,7 +26,7 @@ from mmkd.curation.readers import (
     sample_of_row,
 )
 from mmkd.curation.samples import Item
-from mmkd.data.published import META_FILE
+from mmkd.data.folder import META_FILE
 from mmkd.data.readers import HUB_PREFIX, IMAGE_SUFFIXES, hub_errors, list_files, open_hub_dataset, parse_hub_address
 
 PACKAGED = "packaged"

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mmkd.command.settings import nearest
 from mmkd.data.archives import ArchivedFile, archived_file
-from mmkd.data.published import META_FILE, read_published
 from mmkd.data.table import (
     FIELDS,
     SPLITS,
@@ -33,11 +34,23 @@ from mmkd.data.table import (
     take_rows,
     write_table,
 )
-from mmkd.files import is_inside
+from mmkd.files import is_folder_name, is_inside, json_lines, parse_json_object
 
+META_FILE = "meta.jsonl"
 CHUNK = 4096
 
 Choice = tuple[np.ndarray, list[Pair]]  # positions in the source, (n,), and the pairs with their teachers
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedSample:
+    """One line of the authors' ``meta.jsonl`` (https://github.com/wangshansong1/MMKD-CLIP)."""
+
+    id: str
+    folder: str
+    image: str
+    caption: str
+    teachers: tuple[str, ...]
 
 
 class PairFolder:
@@ -141,6 +154,39 @@ def write_choice(output: Path, source: PairFolder, choices: Iterable[Choice]) ->
 
 def _relative(images: Path, folder: Path) -> str:
     return Path(os.path.relpath(images, folder)).as_posix()
+
+
+def read_published(folder: Path) -> list[PublishedSample]:
+    """All samples that ``folder/meta.jsonl`` lists, in its order.
+
+    Raises:
+        FileNotFoundError: there is no ``meta.jsonl``.
+        ValueError: a line is not JSON or lacks a key (the message names it), or an id occurs twice.
+    """
+    path = folder / META_FILE
+    samples = []
+    for line, content in json_lines(path):
+        place = f"{path}:{line}"
+        try:
+            samples.append(_published_sample(parse_json_object(content, place), place))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+    if len({sample.id for sample in samples}) != len(samples):
+        raise ValueError(f"{path} lists an id twice; ids must be unique")
+    return samples
+
+
+def _published_sample(row: dict[str, Any], place: str) -> PublishedSample:
+    missing = [key for key in ("id", "folderid", "imgpath", "txt") if not isinstance(row.get(key), str)]
+    if missing:
+        raise ValueError(f"{place} lacks {', '.join(missing)}; found: {', '.join(row)}")
+    for key in ("id", "folderid"):
+        if not is_folder_name(row[key]):
+            raise ValueError(f"{place}: {key} {row[key]!r} is not the name of a folder; refused")
+    teachers = row.get("available_clips") or []
+    if not isinstance(teachers, list) or not all(map(is_folder_name, teachers)):
+        raise ValueError(f"{place}: available_clips is {teachers!r}; it must be a list of teachers' names")
+    return PublishedSample(row["id"], row["folderid"], row["imgpath"], row["txt"], tuple(teachers))
 
 
 def _published_pairs(folder: Path) -> list[Pair]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mmkd.data.published import META_FILE, read_published
+from mmkd.data.folder import META_FILE, read_published
 from mmkd.files import read_json
 
 UNSTATED, OTHERS = "not stated", "others"  # a licence or source that is not stated; those beyond the listed ones

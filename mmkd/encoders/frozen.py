@@ -29,8 +29,7 @@ from mmkd.data.images import UnreadableImageError, read_image_bytes
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
 from mmkd.distributed import chosen_device, rank, wait_for_everyone, world_size
-from mmkd.encoders.clip_encoder import HFClipEncoder
-from mmkd.encoders.encoder import with_input_of
+from mmkd.encoders.encoder import HFClipEncoder, with_input_of
 from mmkd.encoders.extraction import EncodingTask, encode_shards, read_or_reason, share_of_cores
 from modeling_mmkd import MMKDClipModel, clean_text
 

@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair
-from mmkd.encoders.clip_encoder import HFClipEncoder
-from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.encoder import DualEncoder, HFClipEncoder
 from mmkd.encoders.extraction import EncodingTask
 from mmkd.encoders.frozen import FrozenTowers
 from modeling_mmkd import MMKDClipModel

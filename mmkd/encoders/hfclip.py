@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 from mmkd.encoders.authors_checkpoint import from_authors, infer_config
-from mmkd.encoders.clip_encoder import HFClipEncoder
-from mmkd.encoders.encoder import FastSquare
+from mmkd.encoders.encoder import FastSquare, HFClipEncoder
 from mmkd.encoders.spec import TeacherSpec, describe
 from mmkd.encoders.weights import (
     CONFIG_FILES,

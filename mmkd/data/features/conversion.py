@@ -15,10 +15,9 @@ from torch import Tensor
 from mmkd.data.features import FeatureKind, FeatureType
 from mmkd.data.features.published import ENDINGS, FEATURE_FILES, PublishedFeatures
 from mmkd.data.features.writer import FeatureWriter
-from mmkd.data.folder import PairFolder, in_chunks
+from mmkd.data.folder import META_FILE, PairFolder, PublishedSample, in_chunks
 from mmkd.data.images import read_image_bytes
 from mmkd.data.provenance import published_teacher
-from mmkd.data.published import META_FILE, PublishedSample
 from mmkd.data.table import Pair
 from mmkd.files import atomic_write_lines, is_folder_name
 

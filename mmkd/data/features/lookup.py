@@ -17,7 +17,7 @@ from mmkd.data.features import FeatureKind
 from mmkd.data.features.index import SHOWN, Ids, changes, digests, fingerprinted
 from mmkd.data.features.published import PublishedFeatures
 from mmkd.data.features.store import FeatureStore, store_paths
-from mmkd.data.published import META_FILE
+from mmkd.data.folder import META_FILE
 from mmkd.data.table import Pair
 from mmkd.distributed import rank
 
