@@ -46,7 +46,7 @@ from huggingface_hub.utils import HFValidationError, disable_progress_bars, vali
 
 from mmkd.publishing.datasets import stage_features, stage_pairs
 from mmkd.publishing.model import parse_size, stage_adapter, stage_model
-from mmkd.publishing.publication import Publication, kind_of
+from mmkd.publishing.publication import Draft, Publication, kind_of
 from mmkd.publishing.upload import Uploaded, require_token, upload
 
 SHOWN_FILES = 5
@@ -89,10 +89,10 @@ def staging_place(folder: Path) -> Path | None:
 
 
 def make_publication(settings: PushSettings, staged: Path) -> Publication:
-    """Stage what would be uploaded into an empty folder; every fault of the folder is found here."""
+    """Stage the files to upload in an empty folder; raises for every fault of the published folder."""
     check_repo(settings.repo)
     shard_bytes = parse_size(settings.max_shard_size)
-    folder, repo, license = settings.folder, settings.repo, settings.license
+    folder = settings.folder
     kind = kind_of(folder)
     if settings.results is not None and kind != "model":
         raise ValueError(f"--results belongs to a model; {folder} holds {kind}")
@@ -104,13 +104,14 @@ def make_publication(settings: PushSettings, staged: Path) -> Publication:
         check_repo(settings.base_model, "--base_model")
     name = "model_card.md" if kind in ("model", "adapter") else "dataset_card.md"
     template = (importlib.resources.files("mmkd.hub") / name).read_text(encoding="utf-8")
+    draft = Draft(folder, staged, settings.repo, template, settings.license)
     if kind == "model":
-        return stage_model(folder, staged, repo, template, settings.results, license, shard_bytes)
+        return stage_model(draft, settings.results, shard_bytes)
     if kind == "adapter":
-        return stage_adapter(folder, staged, repo, template, license, settings.base_model)
+        return stage_adapter(draft, settings.base_model)
     if kind == "features":
-        return stage_features(folder, staged, repo, template, license)
-    return stage_pairs(folder, staged, repo, template, license, settings.images)
+        return stage_features(draft)
+    return stage_pairs(draft, settings.images)
 
 
 def check_repo(repo: str, option: str = "--repo") -> None:

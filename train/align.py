@@ -8,10 +8,10 @@ each teacher, the aligner itself and ``report.json`` with ``report.html``: agree
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.training.settings import LoopSettings
@@ -25,16 +25,13 @@ class AlignSettings(LoopSettings):
         mmkd align --pairs screened --features features --output aligned
     """
 
-    GROUPS: ClassVar[dict[str, str]] = {"data": "teachers batch_size", "model": "aligner form dim noise"}
+    GROUPS: ClassVar[dict[str, str]] = {"data": "teachers batch_size", "model": "aligner dim noise"}
 
     pairs: Path = setting(help="folder of pairs; its training split is what the aligner is fitted on")
     features: Path = setting(help="folder with one feature store for each teacher")
     teachers: list[str] = setting(factory=list, help="teachers to align; empty takes all")
     aligner: Literal["procrustes", "autoencoder", "phi-s"] = setting(
         "procrustes", "rotation to agreement, the paper's autoencoder, or equal variances in each teacher's own space"
-    )
-    form: Literal["store", "published"] = setting(
-        "store", "one store for each teacher, or the authors' layout with a small file beside each sample"
     )
     dim: int = setting(512, "width of the shared space: the student's projection_dim (phi-s keeps each teacher's)")
     epochs: int = setting(20, "passes over the pairs (autoencoder)")
@@ -50,26 +47,23 @@ if __name__ == "__main__":
 from mmkd.alignment.aligner import Aligner
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
 from mmkd.alignment.covariances import Covariances
-from mmkd.alignment.folder import aligned, chunks, write_stores
 from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.alignment.report import alignment_page, alignment_report
 from mmkd.command.settings import save_settings
-from mmkd.data.features.conversion import write_published
-from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
+from mmkd.data.features.lookup import Features, TeacherFeatures, available_features, seen_pairs
+from mmkd.data.features.writer import SHARD_SIZE, FeatureWriter
 from mmkd.data.folder import open_pairs
 from mmkd.data.provenance import teachers_of
-from mmkd.data.published import META_FILE, PublishedSample, read_published
 from mmkd.data.table import Pair
 from mmkd.distributed import rank, wait_for_everyone
-from mmkd.files import atomic_folder, is_folder_name, write_json
+from mmkd.files import atomic_folder, write_json
 from mmkd.pages.page import write_page
 from mmkd.training.batches import StoredBatches
 from mmkd.training.loop import fit, start
 from mmkd.training.settings import BatchSettings
 
 REPORTED_PAIRS = 5000
-PUBLISHED_FOLDER = "pairs"
 
 
 def main(settings: AlignSettings) -> None:
@@ -103,7 +97,7 @@ def main(settings: AlignSettings) -> None:
 
 
 def closed_form(settings: AlignSettings, features: TeacherFeatures, pairs: Sequence[Pair]) -> Aligner:
-    """The aligner that needs no training, fitted by all processes together, the same on each."""
+    """An aligner that needs no training, fitted by all processes together and the same on each."""
     is_phi_s = settings.aligner == "phi-s"
     covariances = Covariances.stream(chunks(features, pairs), features.dims, cross=not is_phi_s)
     return PhiSAligner.fit(covariances) if is_phi_s else ProcrustesAligner.fit(covariances, settings.dim)
@@ -112,33 +106,44 @@ def closed_form(settings: AlignSettings, features: TeacherFeatures, pairs: Seque
 def write(
     folder: Path, aligner: Aligner, features: TeacherFeatures, pairs: Sequence[Pair], settings: AlignSettings
 ) -> None:
-    """Write aligner, aligned features of every pair that has raw ones, and the report on training pairs."""
+    """Write the aligner, the aligned features and the report on training pairs."""
     aligner.save(folder)
-    if settings.form == "published":
-        samples = published_samples(features, settings)
-        write_published(folder, samples, "aligned", lambda ids: aligned(features, ids, aligner))
-    else:
-        write_stores(folder, aligner, features, teachers_of([settings.features]))
+    write_stores(folder, aligner, features, teachers_of([settings.features]))
     sample = pairs[:: -(-len(pairs) // REPORTED_PAIRS)]
     report = alignment_report(next(chunks(features, sample)), aligner)
     write_json(folder / "report.json", report)
     write_page(folder / "report.html", alignment_page(report))
 
 
-def published_samples(features: TeacherFeatures, settings: AlignSettings) -> list[PublishedSample]:
-    """What the authors' layout lists: their own samples, or those pairs of ours that have features.
+def chunks(features: TeacherFeatures, pairs: Sequence[Pair]) -> Iterator[Features]:
+    """Features of the pairs, some thousands at a time."""
+    for begin in range(0, len(pairs), SHARD_SIZE):
+        chosen = pairs[begin : begin + SHARD_SIZE]
+        yield available_features(features, [pair.id for pair in chosen], [pair.teachers for pair in chosen])
 
-    Raises:
-        ValueError: a pair's id cannot be the name of a folder.
+
+def write_stores(
+    folder: Path, aligner: Aligner, features: TeacherFeatures, teachers: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write the aligned features of every pair that has raw ones, one store for each teacher.
+
+    Args:
+        folder: where the stores go.
+        aligner: fitted on some of the pairs.
+        features: raw.
+        teachers: weights and licences of the raw features' teachers, which the stores keep.
     """
-    if (settings.pairs / META_FILE).is_file():
-        return read_published(settings.pairs)
-    known = set(features.ids)
-    pairs = [pair for pair in open_pairs(settings.pairs).pairs if pair.id in known]
-    for pair in pairs:
-        if not is_folder_name(pair.id):
-            raise ValueError(f"pair {pair.id!r} cannot name a folder, as --form published needs; use --form store")
-    return [PublishedSample(pair.id, PUBLISHED_FOLDER, pair.image, pair.caption, ()) for pair in pairs]
+    raw = {teacher["teacher"]: teacher for teacher in teachers}
+    writers = {name: FeatureWriter(folder / name, name) for name in features.names}
+    for begin in range(0, len(features.ids), SHARD_SIZE):
+        ids = features.ids[begin : begin + SHARD_SIZE]
+        fingerprints = features.fingerprints(ids)
+        for name, found in aligner.transform_all(features.lookup(ids)).items():
+            mask = found["mask"]
+            own = [id for id, present in zip(ids, mask.tolist(), strict=True) if present]
+            writers[name].add(own, found["image"][mask], found["text"][mask], fingerprints[name][1][mask.numpy()])
+    for name, writer in writers.items():
+        writer.finish({"aligner": aligner.kind, "width_before": aligner.widths[name], "raw": raw.get(name, {})})
 
 
 if __name__ == "__main__":

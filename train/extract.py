@@ -138,8 +138,8 @@ def load_teacher(name: str, source: str, settings: ExtractSettings) -> DualEncod
     encoder = with_frozen_towers(encoder, settings.cache_frozen_towers, settings.quiet)
     if rank() == 0 and not settings.quiet:
         shown = ("preprocessing", "tokenizer", "context", "pooling", "license")
-        facts = "; ".join(f"{key} {encoder.provenance[key]}" for key in shown)
-        print(f"{name}: {encoder.dim} wide; {facts}")
+        details = "; ".join(f"{key} {encoder.provenance[key]}" for key in shown)
+        print(f"{name}: {encoder.dim} wide; {details}")
     return encoder
 
 

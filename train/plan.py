@@ -6,7 +6,7 @@ beside the figures that rest on it. Exit code 1 means that a stage cannot run wi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -65,7 +65,7 @@ if __name__ == "__main__":
 from transformers import AutoConfig
 
 from mmkd.files import write_json
-from mmkd.training.planning import Assumptions, Estimate, ModelSize, Stage, estimate, measure
+from mmkd.training.planning import Estimate, Hardware, ModelSize, Stage, estimate, measure
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 EXTRACTED_AT_ONCE = 256
@@ -75,7 +75,7 @@ def main(settings: PlanSettings) -> None:
     """Measure, estimate and print.
 
     Raises:
-        SystemExit: with 1 where a stage cannot run as asked.
+        SystemExit: with 1 where a stage cannot run with these settings.
     """
     size = measured_model(settings.model, settings.precision)
     estimates = plan(settings, size)
@@ -87,14 +87,14 @@ def main(settings: PlanSettings) -> None:
 
 
 def measured_model(name: str, precision: Literal["fp32", "bf16"]) -> ModelSize:
-    """The size of the paper's student, or of the one in a folder, with weights of no meaning."""
+    """The size of the paper's student, or of the one in a folder, with random weights."""
     config = MMKDClipConfig() if name == PAPER else AutoConfig.from_pretrained(name)
     side = getattr(config.vision_config, "image_size", None)
     return measure(MMKDClipModel(config), side if isinstance(side, int) else 224, precision)
 
 
 def plan(settings: PlanSettings, size: ModelSize) -> list[Estimate]:
-    """Estimates of extraction and both trainings."""
+    """Estimates of pretraining, extraction and distillation."""
 
     def stage(name: str, epochs: float) -> Stage:
         return Stage(
@@ -106,50 +106,35 @@ def plan(settings: PlanSettings, size: ModelSize) -> list[Estimate]:
             gradient_checkpointing=settings.gradient_checkpointing,
         )
 
+    known = {field.name for field in fields(Hardware)}
+    hardware = Hardware(**{name: value for name, value in vars(settings).items() if name in known})
     at_once = EXTRACTED_AT_ONCE * settings.gpus
     extract = Stage(name="extract", pairs=settings.pairs, models=settings.teachers, trains=False, batch_size=at_once)
-    assumed = Assumptions(
-        efficiency=settings.efficiency,
-        images_per_core=settings.images_per_core,
-        cores_per_gpu=settings.cores_per_gpu,
-        mean_tokens=settings.mean_tokens,
-        price=settings.price,
-    )
-    return [
-        estimate(
-            each,
-            size,
-            settings.gpu,
-            settings.gpus,
-            precision=settings.precision,
-            sharded=settings.sharded,
-            assumed=assumed,
-        )
-        for each in (stage("pretrain", settings.pretrain_epochs), extract, stage("distill", settings.distill_epochs))
-    ]
+    stages = stage("pretrain", settings.pretrain_epochs), extract, stage("distill", settings.distill_epochs)
+    return [estimate(each, size, hardware) for each in stages]
 
 
 def report(settings: PlanSettings, size: ModelSize, estimates: list[Estimate]) -> list[str]:
-    """Lines of the plan: figures, then what they rest on, then what will not work."""
-    lines = [f"{'stage':<10}{'steps':>10}{'hours':>10}{'GPU hours':>12}{'price':>12}{'GB a GPU':>10}  limited by"]
+    """Lines of the plan: figures, assumptions, hints and warnings."""
+    lines = [f"{'stage':<10}{'steps':>10}{'hours':>10}{'GPU hours':>12}{'price':>12}{'GB per GPU':>12}  limited by"]
     for each in estimates:
         lines.append(
             f"{each.stage:<10}{each.steps:>10,}{each.hours:>10.1f}{each.gpu_hours:>12,.0f}{each.price:>12,.0f}"
-            f"{each.memory_gb:>10.1f}  {each.limit}"
+            f"{each.memory_gb:>12.1f}  {each.limit}"
         )
     gpu_hours = sum(each.gpu_hours for each in estimates)
     price = sum(each.price for each in estimates)
-    lines.append(f"{'together':<20}{sum(each.hours for each in estimates):>10.1f}{gpu_hours:>12,.0f}{price:>12,.0f}")
+    lines.append(f"{'total':<20}{sum(each.hours for each in estimates):>10.1f}{gpu_hours:>12,.0f}{price:>12,.0f}")
     features = settings.pairs * settings.teachers * 2 * size.dim * 2
     measured = (
-        f"measured: {size.parameters / 1e6:.0f} M parameters; activations {size.image_bytes / 1e6:.0f} MB an image and "
-        f"{size.token_bytes / 1e6:.2f} MB a token ({settings.precision})"
+        f"measured: {size.parameters / 1e6:.0f} M parameters; activations {size.image_bytes / 1e6:.0f} MB per image, "
+        f"{size.token_bytes / 1e6:.2f} MB per token ({settings.precision})"
     )
     assumed = (
         f"assumed: {settings.gpus} x {settings.gpu} at {settings.efficiency:.0%} of peak; {settings.pairs:,} pairs; "
-        f"{settings.mean_tokens:g} tokens a caption and a tenth more of padding; {settings.cores_per_gpu} cores a GPU, "
-        f"{settings.images_per_core:g} images/s each; {settings.price:g} a GPU hour; communication hidden behind the "
-        "backward pass; curate, screen, align and eval are small beside these and not counted"
+        f"{settings.mean_tokens:g} tokens per caption, 10 % padding; {settings.cores_per_gpu} cores per GPU, "
+        f"{settings.images_per_core:g} images/s each; {settings.price:g} per GPU hour; communication overlaps with the "
+        "backward pass; curate, screen, align and eval are small and not counted"
     )
     disk = f"features of {settings.teachers} teachers on disk: {features / 1e9:.0f} GB in half precision"
     hints = [f"hint: {hint}" for each in estimates for hint in each.hints]

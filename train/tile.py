@@ -1,9 +1,9 @@
-"""Tile: whole slides to bags of features, one HDF5 file a slide, for survival and diagnosis in `mmkd eval`.
+"""Cut whole slides into tiles and encode them: one HDF5 file per slide, for survival and diagnosis in `mmkd eval`.
 
 Tissue is found on a thumbnail; its tiles are read at the requested resolution and encoded in batches.
 ``OUTPUT/ENCODER/SLIDE.h5`` holds ``features`` (before the projection, or the joint vectors where the encoder has no
-projection), ``proj`` (the joint space, unit length) and ``coords``. A file appears whole or not at all; run the same
-command again to resume. A slide that cannot be read is listed in ``skipped.json``, and the run goes on.
+projection), ``proj`` (the joint space, unit length) and ``coords``. Files are written atomically; run the
+same command again to resume. Slides that cannot be read are listed in ``skipped.json``.
 """
 
 from __future__ import annotations

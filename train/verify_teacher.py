@@ -1,6 +1,6 @@
 """Verify a teacher: encode the authors' demo samples and compare with the features they published.
 
-A cosine above 0.999 on every sample, image and text, says that weights, preprocessing, tokenizer, context and pooling
+A cosine above 0.999 on every sample, image and text, shows that weights, preprocessing, tokenizer, context and pooling
 are the authors'. It verifies what the specification of a teacher only infers. The demo folder is the authors'
 (``meta.jsonl`` and ``features/``, https://github.com/wangshansong1/MMKD-CLIP); weights are given as in `extract`.
 """
@@ -39,9 +39,8 @@ import torch
 
 from mmkd.command.settings import nearest
 from mmkd.data.features.published import PublishedFeatures
-from mmkd.data.folder import open_pairs
+from mmkd.data.folder import META_FILE, open_pairs
 from mmkd.data.images import open_image
-from mmkd.data.published import META_FILE
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import find_spec, load_encoder
@@ -104,23 +103,23 @@ def show(result: dict[str, Any], settings: VerifySettings) -> None:
     Raises:
         ValueError: the features differ.
     """
-    samples, facts = result["samples"], result["teacher"]
+    samples, provenance = result["samples"], result["teacher"]
     worst = {side: min(sample[side] for sample in samples.values()) for side in ("image", "text")}
     if not settings.quiet:
         for key in ("weights", "fingerprint", "preprocessing", "tokenizer", "context", "pooling", "note"):
-            print(f"{key}: {facts[key]}")
+            print(f"{key}: {provenance[key]}")
         print(f"{'sample':<34}{'image':>10}{'text':>10}")
         for id, sample in samples.items():
             print(f"{id:<34}{sample['image']:>10.5f}{sample['text']:>10.5f}")
     summary = f"{len(samples)} samples, smallest cosine {worst['image']:.5f} of images and {worst['text']:.5f} of texts"
     if result["passed"]:
-        print(f"{facts['teacher']}: the published features, to a cosine above {settings.threshold} ({summary})")
+        print(f"{provenance['teacher']}: the published features, to a cosine above {settings.threshold} ({summary})")
         return
     sides = " and ".join(side for side in worst if worst[side] <= settings.threshold)
-    noted = f"; note of its specification: {facts['note']}" if facts["note"] else ""
+    noted = f"; note of its specification: {provenance['note']}" if provenance["note"] else ""
     raise ValueError(
-        f"{facts['teacher']}: the {sides} features are not the published {result['published_name']} ({summary}): check "
-        f"weights, preprocessing, tokenizer, context and pooling above, and try others in a YAML file{noted}"
+        f"{provenance['teacher']}: the {sides} features are not the published {result['published_name']} ({summary}); "
+        f"check weights, preprocessing, tokenizer, context and pooling above, and try others in a YAML file{noted}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mmkd.data.features.lookup import Modality
+from mmkd.data.features.lookup import MODALITIES, Features, Modality
 from mmkd.files import atomic_write_bytes, read_json, write_json
 
 Own = TypeVar("Own", bound="Aligner")
@@ -41,6 +41,14 @@ class Aligner(ABC):
     @abstractmethod
     def transform(self, name: str, features: Tensor, modality: Modality) -> Tensor:
         """Features `(n, width)` of one teacher and modality in the target space, `(n, dim)`, not unit-norm."""
+
+    def transform_all(self, features: Features) -> Features:
+        """Features of all teachers and both modalities in the target space."""
+        return {
+            name: {modality: self.transform(name, found[modality], modality).float() for modality in MODALITIES}
+            | {"mask": found["mask"]}
+            for name, found in features.items()
+        }
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -34,17 +34,12 @@ def alignment_report(features: Features, aligner: Aligner) -> dict[str, Any]:
         teachers of different widths that is always so before alignment), and ``retrieval`` (per teacher and ``mean``),
         the share of samples whose own caption, or image, comes first among its n.
     """
-    after: Features = {
-        name: {modality: aligner.transform(name, teacher[modality], modality).float() for modality in MODALITIES}
-        | {"mask": teacher["mask"]}
-        for name, teacher in features.items()
-    }
     return {
         "aligner": aligner.kind,
         "dim": aligner.dim,
         "teachers": {name: int(teacher["mask"].sum()) for name, teacher in features.items()},
         "before": _measures(features),
-        "after": _measures(after),
+        "after": _measures(aligner.transform_all(features)),
     }
 
 

@@ -1,8 +1,8 @@
-"""Start several processes, and stop them by a signal to `mmkd`.
+"""Start several processes, and forward signals from `mmkd` to them.
 
 Schedulers, containers and users send their signal to `mmkd`. torchrun ends its processes half a minute after SIGTERM
-and reports a failure, whereas a training process saves after the current step and exits with 0, and the launcher with
-it. Requests to stop (SIGTERM, SIGUSR1) are therefore forwarded to the training processes, and other signals to the
+and reports a failure, whereas a training process saves after the current step and exits with 0, as then does the
+launcher. Requests to stop (SIGTERM, SIGUSR1) are therefore forwarded to the training processes, other signals to the
 launcher. The launcher runs in a session of its own, out of reach of a signal to the whole process group.
 """
 
@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-TO_THE_LAUNCHER = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
+LAUNCHER_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
 
 
 def launch(command: Sequence[str], environment: Mapping[str, str], module: str) -> int:
@@ -39,7 +39,7 @@ def launch(command: Sequence[str], environment: Mapping[str, str], module: str) 
         for process in training or [launcher.pid]:
             _send(process, number)
 
-    handled = (*SIGNALS, *TO_THE_LAUNCHER) if threading.current_thread() is threading.main_thread() else ()
+    handled = (*SIGNALS, *LAUNCHER_SIGNALS) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, forward) for number in handled}
     try:
         return launcher.wait()
@@ -70,14 +70,14 @@ def _send(process: int, number: int) -> None:
 class StopRequest:
     """A request to stop, as schedulers send it: a context in which SIGTERM and SIGUSR1 only set `requested`.
 
-    The run saves, exits with 0, and is queued again. Outside the main thread Python sets no handlers, and signals keep
-    their usual effect.
+    The run saves, exits with 0, and can be queued again. Outside the main thread Python sets no handlers, and signals
+    have their usual effect.
     """
 
-    def __init__(self, pass_on: Callable[[int], None] | None = None) -> None:
-        """Nothing is requested yet; ``pass_on`` forwards the signal to other processes."""
+    def __init__(self, forward: Callable[[int], None] | None = None) -> None:
+        """Nothing is requested yet; ``forward`` also passes the signal to other processes."""
         self.requested = False
-        self._pass_on = pass_on
+        self._forward = forward
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -93,21 +93,21 @@ class StopRequest:
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         self.requested = True
-        if self._pass_on is not None:
-            self._pass_on(number)
+        if self._forward is not None:
+            self._forward(number)
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Block requests to stop until the end of the block; a process started in it blocks them until `let_through`."""
+def blocked_signals() -> Iterator[None]:
+    """Block requests to stop within the context; a process started in it blocks them until `unblock_signals`."""
     _mask("SIG_BLOCK")
     try:
         yield
     finally:
-        let_through()
+        unblock_signals()
 
 
-def let_through() -> None:
+def unblock_signals() -> None:
     """Unblock requests to stop in this process."""
     _mask("SIG_UNBLOCK")
 

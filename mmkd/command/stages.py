@@ -1,8 +1,8 @@
-"""Stages run as the commands a user would type, each in a process of its own, and remembered when they have finished.
+"""Run stages as the commands that a user would type, each in its own process, and skip those that have finished.
 
-What finished stands in ``WORK/stages.json`` under a hash of its settings and of all it was made from; started again, it
-is skipped. Where the system can fork, torch and transformers are imported once for all processes. A request to stop
-goes to the stages that run: they save, and no other begins.
+``WORK/stages.json`` lists finished stages with a hash of their settings and inputs. If the system can fork, torch and
+transformers are imported once for all processes. A request to stop is forwarded to the running stages: they save, and
+no other stage starts.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any
 import yaml
 
 from mmkd.command import cli
-from mmkd.command.launch import StopRequest, held_back, let_through
+from mmkd.command.launch import StopRequest, blocked_signals, unblock_signals
 from mmkd.files import atomic_write_text, read_json, remove, write_json
 
 PRELOADED = ["modeling_mmkd", "torchvision", "accelerate"]
-FILLED_BIT_BY_BIT = ("extract", "eval")  # the others' output is there whole or not at all
+INCREMENTAL = ("extract", "eval")  # the output of the other stages is complete or absent
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Stage:
     """One command.
 
     Attributes:
-        recipe: its name behind ``mmkd``.
-        name: how it is called in the record; unique.
-        output: the file or folder it writes.
-        values: its settings beside ``output``.
-        made_from: what else the result depends on: keys of earlier stages, hashes of tables.
+        recipe: the command, without ``mmkd``.
+        name: unique name in the record.
+        output: the file or folder that it writes.
+        values: its other settings.
+        made_from: further inputs of the result: keys of earlier stages, hashes of tables.
     """
 
     recipe: str
@@ -60,7 +60,7 @@ class Stage:
 
 
 class StageRunner:
-    """Runs each stage once; while it is entered, requests to stop reach the running stages."""
+    """Runs each stage once; a context in which requests to stop are forwarded to the running stages."""
 
     def __init__(self, work: Path, quiet: bool = False) -> None:
         """Read the record of earlier runs in `work`."""
@@ -69,7 +69,7 @@ class StageRunner:
         self.known: dict[str, dict[str, Any]] = read_json(self.record) if self.record.is_file() else {}
         self._processes = _processes()
         self._running: set[int] = set()
-        self._request = StopRequest(self._pass_on)
+        self._request = StopRequest(self._forward)
         self._lock = threading.Lock()
 
     def __enter__(self) -> StageRunner:
@@ -82,25 +82,28 @@ class StageRunner:
         self._request.__exit__(kind, error, trace)
 
     def finished(self, stage: Stage) -> bool:
-        """Whether its output of these very settings is there."""
+        """Whether the output of these settings exists."""
         before = self.known.get(stage.name, {})
-        whole = before.get("seconds") is not None or stage.recipe not in FILLED_BIT_BY_BIT
+        whole = before.get("seconds") is not None or stage.recipe not in INCREMENTAL
         return before.get("key") == stage.key and whole and stage.output.exists()
 
     def run(self, stage: Stage, heading: str = "") -> None:
-        """Write the stage's settings as YAML and start ``mmkd RECIPE --config`` on it, unless it finished before.
+        """Write the stage's settings as YAML and run ``mmkd RECIPE --config`` on it, unless it has finished.
 
         Raises:
-            ValueError: the stage failed or was stopped; its own message stands above.
-            SystemExit: with 0, this process was asked to stop; what is whole stays.
+            ValueError: the stage failed or was stopped; it has printed its own message.
+            SystemExit: with 0, this process was requested to stop; complete outputs stay.
         """
         heading = heading or stage.name
-        self._stop_if_asked(heading)
+        self._stop_if_requested(heading)
         if self.finished(stage):
             print(f"{heading}: done before", flush=True)
             return
         if self.known.get(stage.name, {}).get("key") != stage.key:
-            for path in (stage.output, stage.output.with_name(stage.output.name + ".partial")):  # of other settings
+            for path in (
+                stage.output,
+                stage.output.with_name(stage.output.name + ".partial"),
+            ):  # of other settings
                 remove(path)
         self._remember(stage, None)
         config = self.work / "configs" / f"{stage.name.replace(' ', '-').replace('/', '-')}.yaml"
@@ -110,7 +113,7 @@ class StageRunner:
         started = time.monotonic()
         code = self.start(stage.recipe, ["--config", str(config), *(["--quiet"] if self.quiet else [])])
         if code != 0 or not stage.output.exists():
-            self._stop_if_asked(heading)
+            self._stop_if_requested(heading)
         if code != 0:
             raise ValueError(f"stage {stage.name} failed (exit code {code}); fix it and run the command again")
         if not stage.output.exists():
@@ -118,7 +121,7 @@ class StageRunner:
         self._remember(stage, round(time.monotonic() - started, 1))
 
     def run_all(self, stages: Sequence[Stage], workers: int = 1) -> None:
-        """Run stages that do not depend on each other, several at a time; the first failure stops those not begun.
+        """Run independent stages, several at a time; after a failure no other stage starts.
 
         Raises:
             ValueError: a stage failed.
@@ -137,38 +140,38 @@ class StageRunner:
                 raise
 
     def start(self, recipe: str, arguments: list[str]) -> int | None:
-        """Run ``mmkd RECIPE`` in a process of its own; returns its exit code."""
+        """Run ``mmkd RECIPE`` in its own process; returns the exit code."""
         process = self._processes.Process(target=_command, args=([recipe, *arguments],))
-        with held_back():  # a signal to the whole group must not end the process that forks the others
+        with blocked_signals():  # a signal to the process group must not end the fork server
             process.start()
             self._running.add(process.pid)
-        if self._request.requested:  # just before, when there was nobody to tell
+        if self._request.requested:  # before the process was registered
             process.terminate()
         process.join()
         self._running.discard(process.pid)
         return process.exitcode
 
     def check(self, recipe: str, name: str, values: dict[str, Any]) -> None:
-        """Have a stage check the names and types of its settings.
+        """Check the names and types of a stage's settings.
 
         Raises:
-            ValueError: it refused; its own message stands above.
-            SystemExit: with 0, this process was asked to stop.
+            ValueError: a setting is wrong; the stage has printed the message.
+            SystemExit: with 0, this process was requested to stop.
         """
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / f"{name}.yaml"
             config.write_text(yaml.safe_dump(values), encoding="utf-8")
             code = self.start(recipe, ["--config", str(config), "--check"])
-        self._stop_if_asked(f"the settings of {name}")
+        self._stop_if_requested(f"the settings of {name}")
         if code != 0:
             raise ValueError(f"the settings of {name} are wrong; nothing was started")
 
-    def _pass_on(self, number: int) -> None:
+    def _forward(self, number: int) -> None:
         for process in tuple(self._running):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    def _stop_if_asked(self, heading: str) -> None:
+    def _stop_if_requested(self, heading: str) -> None:
         if self._request.requested:
             print(f"stopped by a signal at {heading}; run the same command to resume", file=sys.stderr)
             raise SystemExit(0)
@@ -180,16 +183,16 @@ class StageRunner:
 
 
 def _command(arguments: list[str]) -> None:
-    """``mmkd`` in a process that was started while signals were held back."""
-    let_through()
+    """Run ``mmkd`` in a process that was started with blocked signals."""
+    unblock_signals()
     cli.main(arguments)
 
 
 def _processes() -> Any:
-    """Starts a process for each stage; where the system can fork, torch and transformers are imported once for all."""
+    """The context that starts processes: a fork server with torch and transformers imported, or ``spawn``."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # first: as it starts, some versions of Python let signals through again
+    resource_tracker.ensure_running()  # first, because its start unblocks signals in some versions of Python
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context

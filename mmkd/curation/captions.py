@@ -44,7 +44,7 @@ MODALITY_KNOWN: tuple[str, ...] = (
 
 
 def clean_text(text: str) -> str:
-    """Unicode in composed form, without control characters, white space as single blanks."""
+    """Text in composed Unicode, without control characters, with single spaces."""
     normal = unicodedata.normalize("NFC", text)
     if not normal.isprintable():
         normal = "".join(c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else " " for c in normal)
@@ -52,7 +52,7 @@ def clean_text(text: str) -> str:
 
 
 def caption_from_labels(label: str, modality: str, key: str) -> str:
-    """A sentence that states the label and the modality, or an empty one where there is neither.
+    """A sentence that states the label and the modality; empty if there is neither.
 
     Args:
         label: may be empty.
@@ -126,7 +126,7 @@ def decode_caption(data: str | bytes | None) -> tuple[str, bool]:
 
 
 def clean_caption(text: str) -> str:
-    """A caption without markup, in composed Unicode, white space as single blanks; panel letters stay."""
+    """A caption without markup, in composed Unicode, with single spaces; panel letters stay."""
     if "&" in text:
         for _ in range(MOST_ENTITY_ROUNDS):  # "&amp;lt;" is common
             text = html.unescape(text)
@@ -138,20 +138,20 @@ def clean_caption(text: str) -> str:
     return SPACE_BEFORE.sub(r"\1", clean_text(text))
 
 
-def language_of(text: str, wanted: tuple[str, ...] = ()) -> str:
-    """The most likely language of a caption among those of publication and those wanted, as an ISO 639-1 code.
+def language_of(text: str, requested: tuple[str, ...] = ()) -> str:
+    """The most likely language of a caption among languages of publication and requested ones, as an ISO 639-1 code.
 
     Raises:
-        ValueError: a wanted language is unknown.
+        ValueError: a requested language is unknown.
     """
-    return str(_identifier(wanted).classify(text)[0])
+    return str(_identifier(requested).classify(text)[0])
 
 
 @cache
-def _identifier(wanted: tuple[str, ...]) -> Any:
+def _identifier(requested: tuple[str, ...]) -> Any:
     import py3langid
 
-    py3langid.set_languages(sorted({*PUBLICATION_LANGUAGES, *wanted}))
+    py3langid.set_languages(sorted({*PUBLICATION_LANGUAGES, *requested}))
     return py3langid
 
 
@@ -181,10 +181,10 @@ FEWEST_PANELS = 2
 
 
 def split_panels(caption: str) -> list[str]:
-    """One caption for each panel of a compound caption, or the caption alone where it names no panels.
+    """One caption for each panel of a compound caption, or the caption itself if it names no panels.
 
     Panels are marked ``(A)``, ``(b)``, ``(A, B)`` or ``(a-c)`` before their text and must begin with the first letter
-    and go on in order. The text before the first mark belongs to all of them.
+    and continue in order. The text before the first mark belongs to all of them.
 
     >>> split_panels("CT of the chest. (A) Axial view. (B) Coronal view.")
     ['CT of the chest. (A) Axial view.', 'CT of the chest. (B) Coronal view.']
@@ -228,7 +228,7 @@ def mention_sentences(context: dict[str, Any], figure: str, most: int) -> list[s
 
 
 def _letters(mark: str) -> list[int]:
-    """The panels a mark names, as numbers: ``a-c`` is 0, 1, 2."""
+    """The panels that a label names, as numbers: ``a-c`` is 0, 1, 2."""
     numbers = [LETTERS.index(letter) for letter in re.findall(r"\b[a-z]\b", mark.lower())]
     if len(numbers) == 2 and re.search(r"[-–]", mark):
         return list(range(numbers[0], numbers[1] + 1))

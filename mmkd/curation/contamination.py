@@ -1,4 +1,4 @@
-"""Training pairs compared with test sets: the same image, nearly the same image, or the same article.
+"""Find training pairs that occur in test sets: the same image, a near-duplicate image, or the same article.
 
 A test set is a folder of pairs (its test and validation splits), a folder with ``labels.csv``, a list of article
 numbers or SHA-256 sums (``.txt``), a dataset manifest of an evaluation catalog (``.yaml``), whose images are read
@@ -23,9 +23,8 @@ from mmkd.curation.duplicates import Fingerprints, bit_ranges
 from mmkd.curation.pictures import prepare_picture
 from mmkd.curation.readers import ARTICLE, LABELS_FILE, list_rows
 from mmkd.data.archives import ArchivedFile
-from mmkd.data.folder import open_pairs
+from mmkd.data.folder import META_FILE, open_pairs
 from mmkd.data.images import UnreadableImageError, read_image_bytes
-from mmkd.data.published import META_FILE
 from mmkd.data.readers import IMAGE_SUFFIXES, find_file
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import TABLE_FILE, map_table
@@ -34,7 +33,7 @@ from mmkd.data.table import TABLE_FILE, map_table
 def find_in_test_sets(
     parts: Sequence[Path], prints: Fingerprints, bounds: np.ndarray, exclusions: Exclusions, distance: int
 ) -> dict[int, tuple[str, str]]:
-    """Which pairs are in a test set.
+    """The pairs that occur in a test set.
 
     Args:
         parts: Arrow files of the parts.
@@ -65,7 +64,7 @@ def find_in_test_sets(
 
 
 def near_test_image(hashes: np.ndarray, tests: np.ndarray, distance: int) -> np.ndarray:
-    """For each of n hashes the first of m test hashes within ``distance`` bits, -1 for none."""
+    """For each of n hashes the first of m test hashes within ``distance`` bits; -1 if there is none."""
     nearest = np.full(len(hashes), -1)
     if not len(tests):
         return nearest
@@ -110,7 +109,7 @@ class Exclusions:
 
 
 def read_exclusions(manifests: Sequence[Path], pool: Executor | None = None) -> Exclusions:
-    """Everything that the named evaluation sets hold.
+    """The images and articles of the named evaluation sets.
 
     Args:
         manifests: what `--exclude-manifests` names.
@@ -144,7 +143,7 @@ def read_exclusions(manifests: Sequence[Path], pool: Executor | None = None) -> 
 
 
 def checksums(manifests: Sequence[Path]) -> dict[str, str]:
-    """For each named set a checksum of its lists, to notice that it has changed; images are not read.
+    """A checksum of the lists of each named set, to detect changes; images are not read.
 
     Raises:
         FileNotFoundError: one of them does not exist.
@@ -162,7 +161,7 @@ def checksums(manifests: Sequence[Path]) -> dict[str, str]:
 
 
 def fingerprints_of(image: Path | ArchivedFile) -> tuple[str, int | None]:
-    """SHA-256 and perceptual hash of an image file; empty and None where it cannot be read."""
+    """SHA-256 and perceptual hash of an image file; empty and None if it cannot be read."""
     try:
         data = read_image_bytes(image)
     except UnreadableImageError:
@@ -175,7 +174,7 @@ def fingerprints_of(image: Path | ArchivedFile) -> tuple[str, int | None]:
 
 
 def _sets(manifests: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    """Every evaluation set under a name of its own."""
+    """The evaluation sets by unique names."""
     for given in manifests:
         if not given.exists():
             raise FileNotFoundError(f"--exclude_manifests {given}: no such file or folder")
@@ -197,7 +196,7 @@ def _is_collection(path: Path) -> bool:
 
 
 def _contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str], str]:
-    """Images, article numbers and sums of one set, and why it was left out if it was."""
+    """Images, article numbers and checksums of one set, and the reason if it was left out."""
     if path.suffix == ".txt":
         text = path.read_text(encoding="utf-8", errors="replace")
         return [], sorted({*ARTICLE.findall(text), *SHA256.findall(text)}), ""
@@ -224,7 +223,7 @@ def _catalog_contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str],
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     source = manifest.get("source") if isinstance(manifest, dict) else None
     if not isinstance(source, dict) or not source:
-        raise ValueError(f"{path} has no `source: {{imagefolder: FOLDER}}`; it is no dataset manifest")
+        raise ValueError(f"{path} has no `source: {{imagefolder: FOLDER}}`; it is not a dataset manifest")
     places = [os.path.expandvars(str(value)) for value in source.values() if isinstance(value, str)]
     there = [Path(place) for place in places if "$" not in place and Path(place).exists()]
     if not there:

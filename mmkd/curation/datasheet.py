@@ -31,7 +31,7 @@ CHARTS = {"modality": "modalities", "caption_words": "caption words", "short_sid
 
 
 def count_columns(table: PairTable) -> dict[str, Any]:
-    """Counts of a manifest's pairs by `COLUMNS`, caption length and image size; pairs without a group are one each."""
+    """Counts of pairs by `COLUMNS`, caption length and image size; a pair without a group is a group of its own."""
     import pyarrow.compute as pc
 
     counts: dict[str, Any] = {"pairs": len(table)}
@@ -78,7 +78,7 @@ def write_sheet(
 
 
 def count_table(title: str, counts: dict[str, int]) -> Table:
-    """A table of counts, the most frequent first, what lies beyond the first forty together."""
+    """A table of counts, the most frequent first, with one row for all beyond the first forty."""
     shown = _first(dict(sorted(counts.items(), key=lambda item: -item[1])))
     rest = [count for name, count in counts.items() if name not in shown]
     more = [[f"{len(rest)} more", f"{sum(rest):,}"]] if rest else []

@@ -1,4 +1,4 @@
-"""Parts judged together: which pairs stay, in which split, and how labels and modalities are spelt.
+"""Decisions over all parts: which pairs stay, in which split, and how labels and modalities are spelt.
 
 Only fixed-width fingerprints are held for all pairs. In this order: pairs in a test set go, then repeated images (the
 held-out copy stays, else the first) and repeated keys, then near duplicates, then what is over ``max_pairs``. Groups
@@ -36,7 +36,7 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Decisions:
-    """What is done with each of n pairs.
+    """The decision for each of n pairs.
 
     Attributes:
         reasons: (n,) int8, 0 for pairs that stay, else 1 + the position in `REASONS`.
@@ -59,7 +59,7 @@ class Decisions:
         return np.asarray(self.reasons[self.bounds[part] : self.bounds[part + 1]] == 0)
 
     def fingerprint(self) -> str:
-        """Equal for equal decisions."""
+        """A hash that is equal for equal decisions."""
         data = self.reasons.tobytes() + self.splits.tobytes() + repr(self.spellings).encode("utf-8", "surrogatepass")
         return hashlib.sha256(data).hexdigest()
 
@@ -70,7 +70,7 @@ class Decisions:
 
 
 def decide(parts: Sequence[Path], rules: Rules, exclusions: Exclusions) -> Decisions:
-    """Which pairs of all parts stay; the order of the parts is the order in which the first of equals is kept."""
+    """Decide which pairs of all parts stay; of equal pairs the first in the order of the parts is kept."""
     import pyarrow as pa
 
     prints, bounds = read_fingerprints(parts)
@@ -112,7 +112,7 @@ def decide(parts: Sequence[Path], rules: Rules, exclusions: Exclusions) -> Decis
 
 
 def read_fingerprints(parts: Sequence[Path]) -> tuple[Fingerprints, np.ndarray]:
-    """The fingerprints of all parts after one another, and where each part's rows begin (parts + 1,)."""
+    """The concatenated fingerprints of all parts, and the first row of each part, (parts + 1,)."""
     bounds = np.cumsum([0, *(map_table(part).num_rows for part in parts)])
     count = int(bounds[-1])
     prints = Fingerprints(
@@ -139,7 +139,7 @@ def read_fingerprints(parts: Sequence[Path]) -> tuple[Fingerprints, np.ndarray]:
 
 
 def merged_spellings(parts: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """Labels and modalities that differ from a more frequent one in case alone, each with that one."""
+    """Labels and modalities that differ from a more frequent one in case only, with that one."""
     import pyarrow.compute as pc
 
     merged: dict[str, dict[str, str]] = {}
@@ -158,7 +158,7 @@ def merged_spellings(parts: Sequence[Path]) -> dict[str, dict[str, str]]:
 def _assigned(
     prints: Fingerprints, texts: pa.Table, rows: np.ndarray, rules: Rules, spellings: dict[str, dict[str, str]]
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """The split (m,) of each of some pairs, and counts."""
+    """The split of m pairs, (m,), and counts."""
     stated = prints.stated[rows]
     counts = {"stated": int((stated > 0).sum()), "groups_joined": 0, "near_images_across_splits": 0}
     if not stated.any() and not (rules.validation_share or rules.test_share):
@@ -178,7 +178,7 @@ def _assigned(
 
 
 def join_near_groups(groups: list[str], near: np.ndarray, stated: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Groups with near images as one group, unless the source states different splits for them.
+    """Join groups that share near-duplicate images, unless the source states different splits for them.
 
     Args:
         groups: the group of each of m rows.
@@ -210,7 +210,7 @@ def join_near_groups(groups: list[str], near: np.ndarray, stated: np.ndarray) ->
 
 
 def _numbers(texts: Sequence[str]) -> list[int]:
-    """Equal numbers for equal texts, in the order in which these come."""
+    """Numbers of texts in order of their first occurrence; equal texts have equal numbers."""
     known: dict[str, int] = {}
     return [known.setdefault(text, len(known)) for text in texts]
 
@@ -218,7 +218,7 @@ def _numbers(texts: Sequence[str]) -> list[int]:
 def _groups_and_classes(
     texts: pa.Table, rows: np.ndarray, spellings: dict[str, dict[str, str]]
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """The group of each row, or its key alone where it has none, and its modality and label."""
+    """The group of each row (its key if it has none), its modality and its label."""
     chosen = texts.take(rows)
     groups, keys, modalities, labels = (chosen[name].to_pylist() for name in ("group", "key", "modality", "label"))
     named = [f"group:{group}" if group else f"file:{key}" for group, key in zip(groups, keys, strict=True)]

@@ -1,4 +1,4 @@
-"""Equal and nearly equal pairs among millions, in memory of some 250 bytes a pair and independent of any order.
+"""Find equal and near-duplicate pairs among millions, in about 250 bytes per pair and independent of their order.
 
 Exact: of equal SHA-256 sums one stays. Near: candidate pairs share a range of bits, found by sorting one key array at a
 time; each candidate is then measured. With distance d, two hashes of 64 bits that differ in at most d bits are equal in
@@ -49,7 +49,7 @@ class Fingerprints:
 
 
 def first_of_equals(keys: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """For each of n rows the row (n,) that stays of equal keys, (n,) or (n, k): of the lowest rank, then the first."""
+    """The row that stays for each of n rows with equal keys, (n,) or (n, k): the one of lowest rank, then the first."""
     rows = keys[:, None] if keys.ndim == 1 else keys
     order = np.lexsort((ranks, *rows.T[::-1]))
     ordered = rows[order]
@@ -63,7 +63,7 @@ def first_of_equals(keys: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 def near_components(
     prints: Fingerprints, rows: np.ndarray, mode: NearMode, distance: int, caption_similarity: float
 ) -> np.ndarray:
-    """The connected set (m,) to which each of some pairs belongs, where nearly equal ones are connected.
+    """The connected component of each of m pairs, (m,); near-duplicates are connected.
 
     Args:
         prints: of n pairs.
@@ -89,7 +89,7 @@ def near_components(
 
 
 def candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of rows (left < right) of equal keys (n,), in pieces; each row with at most the next thousand."""
+    """Pairs of rows (left < right) of equal keys (n,), in chunks; each row with at most the next thousand."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     alive = np.flatnonzero(ordered[:-1] == ordered[1:])
@@ -112,7 +112,7 @@ def bit_ranges(hashes: np.ndarray, distance: int) -> Iterator[np.ndarray]:
 
 
 def _keys(prints: Fingerprints, rows: np.ndarray, mode: NearMode, distance: int) -> Iterator[np.ndarray]:
-    """Key arrays (m,) one after another; a near pair has an equal key in one of them."""
+    """Arrays of keys (m,), one at a time; near-duplicates have an equal key in one of them."""
     captions = bands(prints.signature)
     if mode == "caption":
         yield from (captions[rows, band] for band in range(BANDS))
@@ -124,7 +124,7 @@ def _keys(prints: Fingerprints, rows: np.ndarray, mode: NearMode, distance: int)
 
 
 def _mixed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Two keys (n,) as one; unequal ones rarely meet, and are measured then."""
+    """Combine two keys (n,) into one; collisions are rare, and are resolved by measuring the distance."""
     with np.errstate(over="ignore"):
         return (first * np.uint64(0x9E3779B97F4A7C15)) ^ (second * np.uint64(0xC2B2AE3D27D4EB4F))
 

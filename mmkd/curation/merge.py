@@ -1,4 +1,4 @@
-"""Parts written as one folder of pairs: tars, the manifest and the list of what was dropped.
+"""Merge parts into one folder of pairs: tars, the manifest and the list of dropped samples.
 
 An archive of which nothing is dropped is linked, not copied; of another the kept ranges are copied as they are. Memory
 holds the rows of one part at a time.
@@ -79,7 +79,7 @@ def write_merged_manifest(
 
 
 def dropped_rows(parts: Sequence[Path], decisions: Decisions) -> Iterator[dict[str, str]]:
-    """Every pair that a comparison dropped: its place, key and reason, and for test sets which one."""
+    """Every pair that a comparison dropped: its place, key, reason and, if any, the test set."""
     for number, part in enumerate(parts):
         start = int(decisions.bounds[number])
         gone = np.flatnonzero(~decisions.kept(number))
@@ -92,7 +92,7 @@ def dropped_rows(parts: Sequence[Path], decisions: Decisions) -> Iterator[dict[s
 
 
 def _runs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges (start, end) that follow each other without a gap, joined."""
+    """Join ranges (start, end) that follow each other without a gap."""
     if len(starts):
         cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
         for run_starts, run_ends in zip(np.split(starts, cuts), np.split(ends, cuts), strict=True):
@@ -100,7 +100,7 @@ def _runs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Whether the file system took a hard link."""
+    """Whether the file system accepted a hard link."""
     try:
         os.link(source, target)
     except OSError:
@@ -109,7 +109,7 @@ def _linked(source: Path, target: Path) -> bool:
 
 
 def _copy(source: Path, target: Path, ranges: Iterator[tuple[int, int]]) -> None:
-    """Copy ranges (start, end) of an archive into a whole archive."""
+    """Copy ranges (start, end) of an archive into a complete archive."""
     partial = target.with_name(f"{target.name}.partial")
     with source.open("rb") as old, partial.open("wb") as new:
         for start, end in ranges:
@@ -123,7 +123,7 @@ def _copy(source: Path, target: Path, ranges: Iterator[tuple[int, int]]) -> None
 
 
 def reason_counts(*counts: dict[str, int]) -> dict[str, int]:
-    """Counts by reason added up, in the order of names."""
+    """The sum of counts by reason, sorted by name."""
     total: Counter[str] = Counter()
     for some in counts:
         total.update(some)

@@ -1,4 +1,4 @@
-"""One unit's work: a shard of the source judged sample by sample and written as a part of the output.
+"""Curate one unit: check the samples of a shard of the source and write them as a part of the output.
 
 A part is three files: a tar with the kept images, captions and metadata, an Arrow table with their rows and
 fingerprints, and a JSON with all counts, written last. A unit whose JSON exists is done; a killed one leaves partial
@@ -42,7 +42,7 @@ STATED = ("", *SPLITS)  # the split that a source states, by the number that sta
 
 
 class DroppedError(Exception):
-    """A sample that goes, under a reason."""
+    """A sample is dropped for a reason."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -50,7 +50,7 @@ class DroppedError(Exception):
 
 
 class PartWriter:
-    """Judges the samples of a unit and writes its part."""
+    """Checks the samples of a unit and writes its part."""
 
     def __init__(self, folder: Path, number: int, rules: Rules) -> None:
         """Write part ``number`` into ``folder``."""
@@ -109,7 +109,7 @@ class PartWriter:
         self.dropped.append(dropped_row(place, key, reason))
 
     def _keep(self, sample: RawSample) -> None:
-        """Cheapest check first: an image is read only when nothing else speaks against it."""
+        """Check a sample, cheapest check first: an image is read only if all other checks pass."""
         rules = self.rules
         metadata = decode_metadata(sample.metadata, rules.fields)
         modality, reason = rules.judge(sample.key, metadata)
@@ -210,7 +210,7 @@ def dropped_row(place: str, key: str, reason: str, test_set: str = "") -> dict[s
 
 
 def row_schema() -> Any:
-    """Columns of a part: those of the manifest, then where the pair lies in the part's tar, and its fingerprints."""
+    """Columns of a part: those of the manifest, the pair's place in the part's tar, and its fingerprints."""
     import pyarrow as pa
 
     texts = ("id", "caption", "modality", "label", "group", "source", "license", "sha256", "key", "article",

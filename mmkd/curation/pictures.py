@@ -1,6 +1,6 @@
-"""One image checked, measured, hashed and made ready to be stored, with no more decoding than that needs.
+"""Check, measure, hash and prepare one image for storage, with as little decoding as possible.
 
-An upright 8-bit JPEG is kept as it is. To know that it is whole and what it looks like, its grey values at an eighth of
+An upright 8-bit JPEG is kept as it is. To check it and compute its hash, its grey values at an eighth of
 the size are enough: they need all of the file, and a fifth of the time of all its pixels.
 """
 
@@ -28,7 +28,7 @@ HASH_SIDE = 64
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image as it is stored: ending, bytes, size in pixels, and the perceptual hash of what it shows."""
+    """A stored image: file extension, bytes, size in pixels, and perceptual hash."""
 
     suffix: str
     content: bytes
@@ -73,7 +73,7 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """The grey values of a JPEG whose header is read, at the smallest size that still has `HASH_SIDE` pixels a side.
+    """The grey values of a JPEG whose header was read, at the smallest size of at least `HASH_SIDE` pixels per side.
 
     Raises:
         UnreadableImageError: the file is cut off or broken.

@@ -1,4 +1,4 @@
-"""Rows and members of every form as samples: what the columns and names of a collection mean.
+"""Convert rows and members of every form to samples: the meaning of columns and names of a collection.
 
 Columns and keys have different names in every dataset; the names in use are tried in turn (`NAMES`). Images of lists
 lie beside the list or in a usual folder beside it (`FOLDERS`), and never outside. The members of a tar are grouped by
@@ -16,8 +16,8 @@ from typing import Any
 
 from mmkd.curation.samples import Fragment, Item, RawSample, Refused, kind_of
 from mmkd.data.archives import ArchivedFile, DamagedArchiveError
+from mmkd.data.folder import META_FILE, PublishedSample, read_published
 from mmkd.data.images import read_image_bytes
-from mmkd.data.published import META_FILE, PublishedSample, read_published
 from mmkd.data.readers import (
     IMAGE_SUFFIXES,
     TarMember,
@@ -168,7 +168,7 @@ def read_tar(path: Path) -> Iterator[Item]:
 
 
 class _TarReader:
-    """Members waiting for the rest of their sample."""
+    """Members of samples that are not yet complete."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -201,7 +201,7 @@ class _TarReader:
             yield self._sample(key, self.waiting.pop(key))
 
     def leftovers(self) -> Iterator[Item]:
-        """Tars without any JSON hold images and captions alone; elsewhere a sample without all three is a fragment."""
+        """Tars without JSON hold images and captions only; in others a sample that lacks one of three is a fragment."""
         room = MOST_FRAGMENT_BYTES
         for key, parts in self.waiting.items():
             if not self.has_metadata and len(parts) == 2:
@@ -228,7 +228,7 @@ class _TarReader:
 
 @lru_cache(maxsize=1)
 def _rows_of(path: Path, _modified: int, _size: int) -> list[ListRow]:
-    """The rows of a list; those read last are kept, because a list is worked off in several units."""
+    """The rows of a list, cached, because several units read one list."""
     if path.name == META_FILE:
         return [(f"{META_FILE}:{n}", {"published": sample}) for n, sample in enumerate(read_published(path.parent), 1)]
     table = read_csv(path)
@@ -290,7 +290,7 @@ def _sample_of_line(folder: Path, row: dict[str, Any], place: str) -> Item:
 def _listed(
     root: Path, place: str, key: str, image: str, caption: str | bytes | None, metadata: dict[str, Any]
 ) -> RawSample | Refused:
-    """A sample whose image is a file that a list or a folder names."""
+    """A sample whose image is a file named by a list or a folder."""
     path = find_file(root, image, FOLDERS)
     if path is None:
         return Refused(place, "path_outside", key)
@@ -301,12 +301,12 @@ def _listed(
 
 
 def _first(row: Mapping[str, Any], meaning: str) -> Any:
-    """The value under the first name in use for an image, a caption, a key or an article."""
+    """The value of the first known name for an image, a caption, a key or an article."""
     return next((row[name] for name in NAMES[meaning] if row.get(name) not in (None, "")), None)
 
 
 def _metadata(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The other fields of a row; an article's number is searched in the key where none is given."""
+    """The other fields of a row; the article's number is searched in the key if none is given."""
     kept = {name: row[name] for name in KEPT if name in row}
     found = ARTICLE.search(key)
     return kept | {"article_accession_id": _first(row, "article") or (found[0] if found else None)}

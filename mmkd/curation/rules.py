@@ -1,4 +1,4 @@
-"""What is kept and what is dropped: rules read from YAML, each drop under its name.
+"""Rules of curation, read from YAML: what is kept, and the reason for each dropped sample.
 
 Modalities, licence families and the presets are data files beside this one: ``paper.yaml`` for WebDataset tars,
 ``list.yaml`` for labelled images, ``any.yaml`` for all else; a file of your own replaces them. A condition names a
@@ -39,7 +39,7 @@ DEFAULT_REASON = "drop_rule"
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """``field`` holds one of ``any``, and nothing outside ``only``; texts are compared without regard to case."""
+    """``field`` holds one of ``any``, and nothing outside ``only``; the comparison ignores case."""
 
     field: str
     any: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Rules:
-    """Everything that decides what a curation writes: with equal rules and sources two runs write equal bytes.
+    """Everything that determines the output of a curation: equal rules and sources give equal bytes.
 
     Attributes:
         licenses: families of ``licenses.yaml`` or single licences; empty for any.
@@ -104,7 +104,7 @@ class Rules:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        """Refuse values that would drop everything or have no meaning, before anything is read."""
+        """Refuse invalid values, and those that would drop everything, before anything is read."""
         wrong = [value for value in self.panel_types if value not in PANEL_TYPES]
         if wrong:
             raise ValueError(f"panel_types: {wrong[0]!r} is unknown; allowed: {', '.join(PANEL_TYPES)}")
@@ -131,7 +131,7 @@ class Rules:
         return tuple(sorted({condition.field for condition in (*self.keep, *self.drop)}))
 
     def judge(self, key: str, metadata: Metadata) -> tuple[str, str]:
-        """Modality and an empty string for a sample that stays, an empty modality and the reason for one that goes."""
+        """Modality and empty reason of a sample that is kept; empty modality and reason of a dropped one."""
         if self.licenses and not set(_license_names(key, metadata)) & set(self.licenses):
             return "", "license"
         if self.panel_types and metadata.text("image_panel_type") not in self.panel_types:
@@ -160,7 +160,7 @@ class Rules:
 
 
 def read_rules(preset: str, **changes: Any) -> Rules:
-    """The rules of a preset or a YAML file, with single values changed.
+    """The rules of a preset or a YAML file, with some values changed.
 
     Args:
         preset: paper, list, any, or a file.
@@ -197,7 +197,7 @@ def read_rules(preset: str, **changes: Any) -> Rules:
 
 
 def plain_license(name: str) -> str:
-    """A licence without versions, hyphens and case: ``CC-BY-NC 4.0`` is ``CC BY NC``."""
+    """A licence without version, hyphens and case: ``CC-BY-NC 4.0`` is ``CC BY NC``."""
     return " ".join(LICENSE_NOISE.sub(" ", name.upper().replace("CC 0", "CC0")).split())
 
 
@@ -208,7 +208,7 @@ def license_family(name: str) -> str:
 
 
 def _license_names(key: str, metadata: Metadata) -> tuple[str, ...]:
-    """The licence and its family; where none is stated, the family that BIOMEDICA's key names."""
+    """The licence and its family; if none is stated, the family from BIOMEDICA's key."""
     stated = metadata.text("article_license") or metadata.text("license")
     if stated:
         return _plain_and_family(stated)

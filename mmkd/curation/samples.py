@@ -1,4 +1,4 @@
-"""What every source yields, whatever its form: samples as found, things refused unread, and the metadata of a sample.
+"""The items that every source yields: samples, refused items, and the metadata of a sample.
 
 BIOMEDICA stores the whole article beside every figure. Decoding into a declared set of fields checks that all of it is
 JSON and builds only the fields that rules and captions use, in a fifth of the time of ``json.loads``.
@@ -22,7 +22,7 @@ METADATA_SUFFIX = "json"
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """One image with what its source states about it; nothing is decoded yet.
+    """One image with the metadata of its source; nothing is decoded yet.
 
     Attributes:
         key: the source's own name of the sample.
@@ -47,7 +47,7 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Something that is no sample, and the reason under which it is counted."""
+    """An item that is not a sample, and the reason under which it is counted."""
 
     place: str
     reason: str
@@ -56,7 +56,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """A sample of which members are missing here; they may be in another shard.
+    """An incomplete sample; its other members may be in another shard.
 
     Attributes:
         members: ``image``, ``caption`` and ``metadata``, as far as they are here, as suffix and bytes.
@@ -97,18 +97,18 @@ class MetadataError(ValueError):
 
 
 class Metadata:
-    """The metadata of a sample: texts by name, labels as lists, the article's context left undecoded."""
+    """The metadata of a sample: texts by name, labels as lists, the article's context not yet decoded."""
 
     def __init__(self, values: Any) -> None:
         self._values = values
 
     def text(self, name: str) -> str:
-        """A text field, empty where it is missing; numbers become text."""
+        """A text field, empty if it is missing; numbers become text."""
         value = getattr(self._values, name)
         return "" if value is None or value == "None" else str(value).strip()
 
     def values(self, name: str) -> list[str]:
-        """A field as a list of texts, whatever it is."""
+        """A field of any type as a list of texts."""
         value = getattr(self._values, name)
         if value is None:
             return []

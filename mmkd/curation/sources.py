@@ -1,4 +1,4 @@
-"""A source cut into units of work: one tar, one Parquet file, some thousand rows of a list; each is read on its own.
+"""Divide a source into units of work: one tar, one Parquet file, or some thousand rows of a list.
 
 The order of units is the order of the output, and depends on names alone. Tars of a repository on the Hub are fetched
 one by one, when they are read, and deleted; other repositories are streamed by `datasets`.
@@ -26,7 +26,7 @@ from mmkd.curation.readers import (
     sample_of_row,
 )
 from mmkd.curation.samples import Item
-from mmkd.data.published import META_FILE
+from mmkd.data.folder import META_FILE
 from mmkd.data.readers import HUB_PREFIX, IMAGE_SUFFIXES, hub_errors, list_files, open_hub_dataset, parse_hub_address
 
 PACKAGED = "packaged"
@@ -40,7 +40,7 @@ SHOWN_NAMES = 5
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A part of a source.
+    """A unit of work.
 
     Attributes:
         number: its place in the source.
@@ -63,7 +63,7 @@ class Unit:
     state: str = ""
 
     def read(self, scratch: Path) -> Iterator[Item]:
-        """The unit's samples; files from the Hub pass through ``scratch``."""
+        """The samples of the unit; files from the Hub are stored in ``scratch`` meanwhile."""
         path = Path(self.path)
         if self.kind == "tar":
             return read_tar(path)
@@ -107,7 +107,7 @@ def plan_units(source: str, table: Path | None = None) -> list[Unit]:
 
 
 def checksum_of(units: list[Unit]) -> str:
-    """Equal for sources of equal names, sizes and lists, wherever they lie."""
+    """A hash that is equal for sources of equal names, sizes and lists, independent of their place."""
     described = [str(asdict(unit) | {"path": Path(unit.path).name, "table": ""}) for unit in units]
     return hashlib.sha256("\n".join(described).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -124,7 +124,7 @@ def preset_of(source: str, table: Path | None = None) -> str:
 
 
 def attribution(source: str) -> str | None:
-    """The text that says where the images of a source come from, None where it has none."""
+    """The text about the origin of the images of a source; None if there is none."""
     if source == PACKAGED:
         return packaged_attribution()
     file = Path(source) / ATTRIBUTION_FILE
@@ -158,7 +158,7 @@ def _local_units(path: Path, table: Path | None) -> list[dict[str, Any]]:
 
 
 def _suffix_of_folder(folder: Path) -> str:
-    """The kind of file that a folder is read for: tars before Parquet before JSON lines before images."""
+    """The kind of files to read from a folder: tars, else Parquet, else JSON lines, else images."""
     suffixes = {name.rpartition(".")[2].lower() for _, _, files in os.walk(folder) for name in files if "." in name}
     return next((s for s in ("tar", "parquet", "jsonl", *sorted(IMAGE_SUFFIXES)) if s in suffixes), "")
 
@@ -171,7 +171,7 @@ def _file_units(path: Path) -> list[dict[str, Any]]:
 
 
 def _line_units(path: Path) -> list[dict[str, Any]]:
-    """Ranges of whole lines, by byte, so that each is read without reading those before."""
+    """Byte ranges of whole lines, so that each can be read without those before."""
     units: list[dict[str, Any]] = []
     start = position = first = 0
     size = path.stat().st_size
@@ -203,7 +203,7 @@ def _nothing(path: Path) -> str:
 
 
 def _hub_units(source: str) -> list[dict[str, Any]]:
-    """The tars of a dataset repository, or where it has none the shards that `datasets` streams.
+    """The tars of a dataset repository, or the shards that `datasets` streams if it has none.
 
     Raises:
         ValueError: the address has another form.
@@ -227,7 +227,7 @@ def _hub_units(source: str) -> list[dict[str, Any]]:
 
 
 def _read_hub_tar(address: str, scratch: Path) -> Iterator[Item]:
-    """The samples of one tar on the Hub, which lies in ``scratch`` as long as it is read."""
+    """The samples of one tar on the Hub, which is stored in ``scratch`` while it is read."""
     from huggingface_hub import hf_hub_download
 
     repository, revision, name = parse_hub_address(address)

@@ -1,4 +1,4 @@
-"""A whole curation: units processed by any number of processes and machines, then judged together and written.
+"""A whole curation: process units on any number of processes and machines, then decide over all parts and write.
 
 Parts are collected in ``OUTPUT.parts`` beside the output. They stay when a run is killed, and the next run continues
 with them; with ``--shard i/n`` machines that share the folder divide the units, and the same command without it writes
@@ -123,10 +123,10 @@ def _refuse_rules_without_effect(units: list[Unit], rules: Rules) -> None:
 
 
 def _open_parts(parts: Path, settings: dict[str, Any], units: list[Unit], overwrite: bool) -> None:
-    """Make the folder of parts, or check that the existing one belongs to this run."""
-    wanted = settings | {"units": [asdict(unit) for unit in units]}
+    """Create the folder of parts, or check that the existing one belongs to this run."""
+    expected = settings | {"units": [asdict(unit) for unit in units]}
     file = parts / SETTINGS_FILE
-    if file.is_file() and read_json(file) == wanted:
+    if file.is_file() and read_json(file) == expected:
         return
     if parts.exists() and any(parts.iterdir()):
         if not overwrite:
@@ -136,7 +136,7 @@ def _open_parts(parts: Path, settings: dict[str, Any], units: list[Unit], overwr
             )
         remove(parts)
     parts.mkdir(parents=True, exist_ok=True)
-    write_json(file, wanted)
+    write_json(file, expected)
 
 
 def _is_done(parts: Path, unit: Unit) -> bool:
@@ -144,12 +144,12 @@ def _is_done(parts: Path, unit: Unit) -> bool:
 
 
 def _work_unit(unit: Unit, parts: Path, rules: Rules) -> None:
-    """Write one unit's part; runs in worker processes."""
+    """Write the part of one unit; runs in worker processes."""
     PartWriter(parts, unit.number, rules).write(unit.read(parts / "scratch"))
 
 
 def _work(function: Any, tasks: Sequence[Task], workers: int, bar: Any) -> list[Any]:
-    """``function`` of every task, in their order, on ``workers`` processes.
+    """Apply ``function`` to every task, in order, on ``workers`` processes.
 
     Raises:
         OSError: a worker process was killed.
@@ -188,7 +188,7 @@ def _counted(result: Any, progress: tqdm) -> Any:
 
 
 def _quiet_on_interrupt() -> None:
-    """^C reaches every process of a terminal; only the first one prints."""
+    """Ignore ^C, which reaches every process of a terminal, in worker processes."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
@@ -203,7 +203,7 @@ def _finish(
     workers: int,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Judge the parts together and write the output."""
+    """Decide over all parts and write the output."""
     joined = PartWriter(parts, count, rules).write(joined_samples(parts, count))
     files = [parts / f"{number:06d}.arrow" for number in range(count + 1)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet_on_interrupt) as pool:
@@ -236,7 +236,7 @@ def _finish(
 
 
 def _account(parts: Path, count: int, joined: dict[str, Any], decisions: Decisions) -> dict[str, Any]:
-    """Counts of all parts together: read + added by splitting = kept + dropped."""
+    """Counts over all parts: read + added by splitting = kept + dropped."""
     own = [read_json(parts / f"{number:06d}.json") for number in range(count)]
     every = [*own, joined]
     rows = sum(part["kept"] for part in every)
@@ -259,7 +259,7 @@ def _dropped_in_parts(parts: Path, count: int) -> Iterator[dict[str, str]]:
 
 
 def joined_samples(parts: Path, count: int) -> Iterator[Item]:
-    """Samples that the fragments of all parts make together, and what is missing of the others.
+    """Samples that are complete with the fragments of all parts, and what the others lack.
 
     Args:
         parts: the folder of parts.
@@ -281,7 +281,7 @@ def joined_samples(parts: Path, count: int) -> Iterator[Item]:
 
 
 class _FragmentFiles:
-    """The members that parts keep of their fragments, by part, number and kind."""
+    """The members of fragments that parts keep, by part, number and kind."""
 
     def __init__(self, parts: Path) -> None:
         self.parts = parts

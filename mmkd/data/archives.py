@@ -1,6 +1,6 @@
-"""Tar files as stores of images: members found without being unpacked, read by offset, and written the same each time.
+"""Tar files of images: list members without unpacking, read them by offset, and write reproducible files.
 
-A reader that knows where a member lies needs one ``pread`` for it, in any order and from any process, so that the
+A reader with the offset of a member needs one ``pread`` for it, in any order and from any process, so that the
 shards people stream with WebDataset are random-access stores as well. Nothing is ever extracted: a member's name is
 only a key, and links and devices are reported by name instead of followed.
 """
@@ -27,7 +27,7 @@ REFERENCE = re.compile(r"(.+\.tar)@(\d+)\+(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of a tar file: its name, where its bytes begin, how many they are, and whether it is a plain file."""
+    """A member of a tar file: its name, offset, size, and whether it is a plain file."""
 
     name: str
     offset: int
@@ -36,12 +36,12 @@ class Member:
 
 
 class DamagedArchiveError(ValueError):
-    """A tar file that is cut off or holds no header where one must be; what came before is good."""
+    """A tar file is truncated or lacks a header; earlier members are intact."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArchivedFile:
-    """A file inside a tar file, as much of a path as reading needs."""
+    """A file inside a tar file, by archive, offset and size."""
 
     archive: Path
     offset: int
@@ -66,16 +66,16 @@ class ArchivedFile:
 
 
 def archived_file(root: Path, image: str) -> ArchivedFile | None:
-    """The file a manifest's image names inside an archive, None where the image is a file of its own."""
+    """The archived file that a manifest's image names; None if the image is a separate file."""
     match = REFERENCE.fullmatch(image)
     return ArchivedFile(root / match[1], int(match[2]), int(match[3])) if match else None
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The members of an uncompressed tar file in their order, without reading their contents; folders are passed over.
+    """The members of an uncompressed tar file in order, without their contents and without folders.
 
     Raises:
-        DamagedArchiveError: the file is cut off, or is no tar file from some point on; what came before is good.
+        DamagedArchiveError: the file is truncated or damaged; earlier members are intact.
     """
     end = path.stat().st_size
     with path.open("rb", buffering=0) as file:
@@ -89,13 +89,13 @@ def members(path: Path) -> Iterator[Member]:
                     plain = entry.isreg() and not entry.issparse()
                     yield Member(entry.name, entry.offset_data, entry.size if plain else 0, plain)
         except (tarfile.TarError, ValueError, RecursionError) as error:
-            raise DamagedArchiveError(f"{path} is damaged or is no tar file: {error}") from error
+            raise DamagedArchiveError(f"{path} is damaged or not a tar file: {error}") from error
         if os.pread(file.fileno(), BLOCK, archive.offset) != bytes(BLOCK):
             raise DamagedArchiveError(f"{path} ends without the empty blocks of a whole tar file")
 
 
 class _Headers:
-    """A file as `tarfile` reads it, in which no header may claim more than a mebibyte."""
+    """A file for `tarfile` that refuses headers of more than a mebibyte."""
 
     def __init__(self, file: RawIOBase | BinaryIO) -> None:
         self.name, self.mode = getattr(file, "name", ""), "rb"
@@ -108,14 +108,14 @@ class _Headers:
 
 
 class ArchiveWriter:
-    """Writes a tar file whose bytes depend on nothing but names and contents."""
+    """Writes a tar file whose bytes depend on names and contents only."""
 
     def __init__(self, file: BinaryIO) -> None:
         """Write to an open file at its beginning."""
         self._file, self._offset = file, 0
 
     def add(self, name: str, data: bytes) -> Member:
-        """Append a file and say where its bytes lie."""
+        """Append a file; returns its place."""
         header = tarfile.TarInfo(name)
         header.size, header.mode = len(data), 0o644
         block = header.tobuf(tarfile.GNU_FORMAT)
@@ -127,14 +127,14 @@ class ArchiveWriter:
         return member
 
     def finish(self) -> None:
-        """Write the end of the archive and make sure that it is on the disk."""
+        """Write the end of the archive and flush it to the disk."""
         self._file.write(bytes(2 * BLOCK + -(self._offset + 2 * BLOCK) % END_BYTES))
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
 class _Descriptors(threading.local):
-    """The archives that this thread has open, so that no thread closes what another reads."""
+    """The open archives of this thread, so that no thread closes a file that another reads."""
 
     def __init__(self) -> None:
         self.open: dict[tuple[Path, int, int], int] = {}
@@ -144,7 +144,7 @@ _OPEN = _Descriptors()
 
 
 def _descriptor(path: Path) -> int:
-    """An open descriptor of the file that lies at ``path`` now, not of one that it has replaced."""
+    """An open descriptor of the current file at ``path``, not of one that it has replaced."""
     status = path.stat()
     key = path, status.st_ino, status.st_mtime_ns
     descriptor = _OPEN.open.get(key)

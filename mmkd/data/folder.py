@@ -2,7 +2,7 @@
 
 Images are files under one root or members of tars below it. A manifest names the root relative to its own folder, so
 that a stage that only chooses pairs (`screen`) writes a manifest and points at the images of the stage before. Later
-stages know pairs by ``id`` alone: features are looked up by it, and the order of the manifest carries no meaning.
+stages identify pairs by ``id`` only: features are looked up by it, and the order of the manifest has no meaning.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mmkd.command.settings import nearest
 from mmkd.data.archives import ArchivedFile, archived_file
-from mmkd.data.published import META_FILE, read_published
 from mmkd.data.table import (
     FIELDS,
     SPLITS,
@@ -33,15 +34,27 @@ from mmkd.data.table import (
     take_rows,
     write_table,
 )
-from mmkd.files import is_inside
+from mmkd.files import is_folder_name, is_inside, json_lines, parse_json_object
 
+META_FILE = "meta.jsonl"
 CHUNK = 4096
 
 Choice = tuple[np.ndarray, list[Pair]]  # positions in the source, (n,), and the pairs with their teachers
 
 
+@dataclass(frozen=True, slots=True)
+class PublishedSample:
+    """One line of the authors' ``meta.jsonl`` (https://github.com/wangshansong1/MMKD-CLIP)."""
+
+    id: str
+    folder: str
+    image: str
+    caption: str
+    teachers: tuple[str, ...]
+
+
 class PairFolder:
-    """Pairs and the root their images lie under."""
+    """Pairs and the root of their images."""
 
     def __init__(self, path: Path, image_root: Path, pairs: Sequence[Pair]) -> None:
         self.path = path
@@ -50,7 +63,7 @@ class PairFolder:
         self._resolved_root = image_root.resolve()
 
     def image_path(self, pair: Pair) -> Path | ArchivedFile:
-        """Where the image of a pair lies, for `open_image` or `read_image_bytes`.
+        """Place of the image of a pair, for `open_image` or `read_image_bytes`.
 
         Raises:
             ValueError: the path, or the link it names, leaves the image root.
@@ -102,7 +115,7 @@ def write_manifest(folder: Path, pairs: Iterable[Pair], images: Path | None = No
 
     Args:
         folder: where; created when missing.
-        pairs: in the order they shall have.
+        pairs: in the order to write.
         images: the root of the images, by default ``folder/images``; stored relative to ``folder``.
     """
     import pyarrow as pa
@@ -114,7 +127,7 @@ def write_manifest(folder: Path, pairs: Iterable[Pair], images: Path | None = No
 
 
 def write_choice(output: Path, source: PairFolder, choices: Iterable[Choice]) -> None:
-    """Write the chosen pairs with the teachers they were given; images stay where they are.
+    """Write the chosen pairs with their available teachers; images stay where they are.
 
     Args:
         output: the folder.
@@ -143,6 +156,39 @@ def _relative(images: Path, folder: Path) -> str:
     return Path(os.path.relpath(images, folder)).as_posix()
 
 
+def read_published(folder: Path) -> list[PublishedSample]:
+    """All samples that ``folder/meta.jsonl`` lists, in its order.
+
+    Raises:
+        FileNotFoundError: there is no ``meta.jsonl``.
+        ValueError: a line is not JSON or lacks a key (the message names it), or an id occurs twice.
+    """
+    path = folder / META_FILE
+    samples = []
+    for line, content in json_lines(path):
+        place = f"{path}:{line}"
+        try:
+            samples.append(_published_sample(parse_json_object(content, place), place))
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+    if len({sample.id for sample in samples}) != len(samples):
+        raise ValueError(f"{path} lists an id twice; ids must be unique")
+    return samples
+
+
+def _published_sample(row: dict[str, Any], place: str) -> PublishedSample:
+    missing = [key for key in ("id", "folderid", "imgpath", "txt") if not isinstance(row.get(key), str)]
+    if missing:
+        raise ValueError(f"{place} lacks {', '.join(missing)}; found: {', '.join(row)}")
+    for key in ("id", "folderid"):
+        if not is_folder_name(row[key]):
+            raise ValueError(f"{place}: {key} {row[key]!r} is not the name of a folder; refused")
+    teachers = row.get("available_clips") or []
+    if not isinstance(teachers, list) or not all(map(is_folder_name, teachers)):
+        raise ValueError(f"{place}: available_clips is {teachers!r}; it must be a list of teachers' names")
+    return PublishedSample(row["id"], row["folderid"], row["imgpath"], row["txt"], tuple(teachers))
+
+
 def _published_pairs(folder: Path) -> list[Pair]:
     pairs = [
         Pair(s.id, s.image, s.caption, group=s.id, source="MMKD-CLIP published data", teachers=s.teachers)
@@ -155,25 +201,25 @@ def _published_pairs(folder: Path) -> list[Pair]:
 
 
 def in_chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, list[Pair]]]:
-    """All pairs, some thousands at a time, each chunk with the position it begins at."""
+    """All pairs in chunks of some thousands, each with the position of its first pair."""
     for start in range(0, len(pairs), CHUNK):
         yield start, list(pairs[start : start + CHUNK])
 
 
 def ids_of(pairs: Sequence[Pair]) -> list[str]:
-    """The ids of all pairs; of a table only this column is read."""
+    """The ids of all pairs."""
     return pairs.column("id").to_pylist() if isinstance(pairs, PairTable) else [pair.id for pair in pairs]
 
 
 def pairs_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[Pair]:
-    """The pairs at some positions, (n,)."""
+    """The pairs at these positions, (n,)."""
     return list(pairs.take(positions)) if isinstance(pairs, PairTable) else [pairs[k] for k in positions.tolist()]
 
 
 def hold_out_split(folder: PairFolder, share: float) -> tuple[PairFolder, PairFolder | None]:
-    """Training pairs, and a share of them that is held out for evaluation: whole groups, chosen by hash alone.
+    """Split training pairs into those to train on and a share that is held out: whole groups, chosen by hash.
 
-    A pair stays on its side whatever others come or go, on any machine and for any seed.
+    The side of a pair does not depend on other pairs, the machine or the seed.
 
     Args:
         folder: the training split.
@@ -212,7 +258,7 @@ def _has_validation_split(folder: PairFolder) -> bool:
 
 
 def _number(key: str) -> int:
-    """A number below 2^64 that depends on the key alone."""
+    """A number below 2^64 that depends on the key only."""
     return int.from_bytes(hashlib.sha256(f"hold out {key}".encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
@@ -226,18 +272,18 @@ def select(
             pairs left.
     """
     share, count = _share(part)
-    wanted = {"modalities": modalities, "labels": labels, "sources": list(sources)}
-    if not any(wanted.values()) and count == 1:
+    chosen_values = {"modalities": modalities, "labels": labels, "sources": list(sources)}
+    if not any(chosen_values.values()) and count == 1:
         return _at_least_two(pairs, pairs)
-    known: dict[str, set[str]] = {name: set() for name in wanted}
+    known: dict[str, set[str]] = {name: set() for name in chosen_values}
     fits: list[bool] = []
     for ids, groups, *columns in in_columns(pairs, ("id", "group", "modality", "label", "source")):
-        for name, column in zip(wanted, columns, strict=True):
+        for name, column in zip(chosen_values, columns, strict=True):
             known[name].update(column)
         for id, group, *own in zip(ids, groups, *columns, strict=True):
-            chosen = all(not v or value in v for value, v in zip(own, wanted.values(), strict=True))
+            chosen = all(not v or value in v for value, v in zip(own, chosen_values.values(), strict=True))
             fits.append(chosen and _stated_number(group or id) % count == share - 1)
-    for name, values in wanted.items():
+    for name, values in chosen_values.items():
         for value in values:
             if value not in known[name]:
                 raise ValueError(
@@ -261,5 +307,5 @@ def _share(part: str | None) -> tuple[int, int]:
 
 
 def _stated_number(key: str) -> int:
-    """The same for all pairs of a group, whatever else the folder holds."""
+    """A number below 2^64 that depends on the key only; the shares of `select` rest on it."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")

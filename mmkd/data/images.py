@@ -1,4 +1,4 @@
-"""Any image file a collection may hold, as 8-bit RGB, or a named reason why not.
+"""Read any image file as 8-bit RGB, or give a named reason why it cannot be used.
 
 What a file states is followed where it is clear and decided here where it is not:
 
@@ -136,7 +136,7 @@ def read_image_bytes(path: Path | ArchivedFile) -> bytes:
             return path.read_bytes()
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a folder; a pipe would be waited for without end
-            raise UnreadableImageError("missing", f"{path} is no file")
+            raise UnreadableImageError("missing", f"{path} is not a file")
         if status.st_size > MAX_FILE_BYTES:
             raise UnreadableImageError("too_large", f"{path} has more than {MAX_FILE_BYTES} bytes")
         return path.read_bytes()
@@ -149,7 +149,7 @@ def read_image_bytes(path: Path | ArchivedFile) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as 8-bit RGB: deep grey windowed, transparency on white."""
+    """A decoded image of any mode as 8-bit RGB: deep grey is windowed, transparency composited on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
@@ -162,7 +162,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether the bytes are an upright, opaque, 8-bit grey or RGB JPEG or PNG, which every reader shows alike."""
+    """Whether the bytes are an upright, opaque, 8-bit grey or RGB JPEG or PNG, which all readers decode alike."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -205,7 +205,7 @@ def _window(values: np.ndarray) -> np.ndarray:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or the EXIF block is broken."""
+    """The EXIF orientation; 1 (upright) if there is none or the EXIF block is broken."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
@@ -225,7 +225,7 @@ def shrink(image: Image.Image, short_side: int) -> Image.Image:
 
 
 def encode(image: Image.Image, quality: int | None) -> tuple[str, bytes]:
-    """Suffix and bytes, for an image that was JPEG and is resized as JPEG, else as PNG.
+    """Suffix and bytes: JPEG for a resized JPEG, else PNG.
 
     Args:
         image: 8-bit RGB.
@@ -241,7 +241,7 @@ def encode(image: Image.Image, quality: int | None) -> tuple[str, bytes]:
 
 
 def check_quality(quality: int) -> None:
-    """Refuse a JPEG quality that no encoder has or no training should see.
+    """Refuse a JPEG quality out of range, or too low for training.
 
     Raises:
         ValueError: it is not 50 to 100.

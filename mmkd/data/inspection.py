@@ -1,4 +1,4 @@
-"""Any folder of pairs checked image by image, counted, and written in the forms that others read."""
+"""Check every image of a folder of pairs, count pairs, and write them in other forms."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int, advance
             writer = ArchiveWriter(file)
             for pair in batch:
                 data = read_image_bytes(folder.image_path(pair))
-                facts = {k: v for k, v in asdict(pair).items() if k not in ("image", "caption")}
+                metadata = {k: v for k, v in asdict(pair).items() if k not in ("image", "caption")}
                 writer.add(f"{pair.id}.{_suffix(data, pair)}", data)
-                writer.add(f"{pair.id}.json", json.dumps(facts, ensure_ascii=False).encode())
+                writer.add(f"{pair.id}.json", json.dumps(metadata, ensure_ascii=False).encode())
                 writer.add(f"{pair.id}.txt", pair.caption.encode())
                 advance(1)
             writer.finish()
@@ -95,7 +95,7 @@ def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int, advance
 
 
 def write_parquet(folder: PairFolder, file: Path, advance: Callable[[int], Any]) -> None:
-    """Write the rows of pairs without their images: what may be passed on where licences forbid the images."""
+    """Write the rows of pairs without their images, for redistribution if licences forbid that of the images."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

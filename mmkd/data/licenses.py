@@ -17,7 +17,7 @@ UNDECLARED = ("", "unknown", "none", "not declared", "not stated", "undeclared",
 
 @dataclass(frozen=True)
 class Terms:
-    """How strict a licence is.
+    """Strictness of a licence.
 
     Attributes:
         strictness: 0 for licences that require credit at most; the higher, the stricter.
@@ -87,12 +87,12 @@ def strictest(licenses: Iterable[str]) -> Terms:
 
 
 def is_open(license: str) -> bool:
-    """Whether a licence is declared and restricts no use; whatever is not known to be open counts as not."""
+    """Whether a licence is declared and restricts no use; a licence that is not known to be open is not."""
     return terms(license) == OPEN
 
 
 def hub_id(license: str) -> str | None:
-    """How the Hub spells a licence in a card; None where it has no word for it."""
+    """The Hub's identifier of a licence; None if it has none."""
     return HUB_IDS.get(_plain(license))
 
 

@@ -1,8 +1,8 @@
-"""Training pixels, fast: from a file to a random square of uint8 in about a third of Pillow's time.
+"""Fast reading of training images: from a file to a random square of uint8 in about a third of Pillow's time.
 
 Nearly all of a collection is upright 8-bit grey or colour JPEG. Those are decoded by libjpeg-turbo through simplejpeg,
 whose pixels are Pillow's own bit for bit, at 1/2, 1/4 or 1/8 size where that is enough; everything else is read by
-`open_image`, which knows what odd files mean. Sizes are read from the header, and bombs refused, before any decoding.
+`open_image`, which handles all other files. Sizes are read from the header, and bombs refused, before any decoding.
 The crop is resized as uint8 in channels-last memory, where torch's antialiased bicubic kernel takes a seventh of
 Pillow's time and differs by a rounding. Evaluation does not come here: its pixels are the processor's, exactly.
 """
@@ -101,7 +101,7 @@ def crop_box(width: int, height: int, generator: np.random.Generator) -> tuple[i
 
 
 def _plain_jpeg(data: bytes, name: str, minimum_side: int, draft_side: int | None) -> np.ndarray | None:
-    """(height, width, 3) of an upright grey or YCbCr JPEG; None for all else, and for what Pillow shall judge."""
+    """(height, width, 3) of an upright grey or YCbCr JPEG; None for all others, and for those that Pillow checks."""
     if simplejpeg is None or not data.startswith(JPEG_START):
         return None
     if _has_metadata(data) and orientation(open_header(data, name, minimum_side)) != 1:
@@ -123,7 +123,7 @@ def _plain_jpeg(data: bytes, name: str, minimum_side: int, draft_side: int | Non
 
 
 def _has_metadata(data: bytes) -> bool:
-    """Whether a JPEG file has an EXIF or XMP segment before its pixels, or segments that do not add up."""
+    """Whether a JPEG file has an EXIF or XMP segment before its pixels, or inconsistent segments."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]

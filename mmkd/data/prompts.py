@@ -1,4 +1,4 @@
-"""What a class is called when it is shown to a text encoder: several plain sentences for each modality.
+"""Prompts: several plain sentences for each class and modality.
 
 A collection names its modality in its own words ("MRI", "x-ray radiography"), so a modality is recognised by the words
 in its name. Classes are described by the mean of their sentences, which is steadier than any one of them.
@@ -88,13 +88,13 @@ def modality_prompts(modality: str) -> list[str]:
 
 
 def label_prompts(label: str, modality: str) -> list[str]:
-    """Sentences that name a finding as images of this modality show it; any modality where it is empty or unknown."""
+    """Sentences that name a finding in images of this modality; of any modality if it is empty or unknown."""
     kin = family(modality)
     return [template.format(_plain(label)) for template in (FAMILIES[kin][2] if kin else ANY_MODALITY)]
 
 
 def family(modality: str) -> str | None:
-    """The family whose words occur in the name of a modality, the first of several; None where none does."""
+    """The first family whose words occur in the name of a modality; None if there is none."""
     lowered = modality.lower()
     return next((name for name, (words, _, _) in FAMILIES.items() if re.search(words, lowered)), None)
 

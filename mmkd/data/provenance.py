@@ -1,4 +1,4 @@
-"""What data and weights were made with: versions of packages, and the teachers of feature stores with their licences.
+"""Provenance of data and weights: versions of packages, and the teachers of feature stores with their licences.
 
 ``teachers.yaml`` beside this file lists the teachers known by name: their loaders read it in `mmkd.encoders.zoo`, and
 the authors' published features, which state nothing about their teachers, take weights, licence and note from it.
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mmkd.data.published import META_FILE, read_published
+from mmkd.data.folder import META_FILE, read_published
 from mmkd.files import read_json
 
 UNSTATED, OTHERS = "not stated", "others"  # a licence or source that is not stated; those beyond the listed ones

@@ -1,4 +1,4 @@
-"""One reader for each form in which a collection is kept; what its columns and names mean is decided by the caller.
+"""One reader for each form of a collection; the caller interprets columns and names.
 
 - CSV: `read_csv`; JSON lines: `mmkd.files.json_lines`; Parquet: `parquet_rows` and `ParquetCells`;
 - tars: `tar_members`; folders: `list_files` and `find_file`;
@@ -89,14 +89,14 @@ def read_csv(path: Path) -> Table:
         columns = tuple(name.strip() for name in next(reader, []))
         rows = [_table_row(columns, cells, reader.line_num + skipped) for cells in reader if cells]
     except csv.Error as error:
-        raise ValueError(f"{path} is no readable CSV: {error}") from error
+        raise ValueError(f"{path} is not readable as CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
     return Table(columns, rows)
 
 
 def is_empty(cell: str) -> bool:
-    """Whether a cell is empty, or holds a mark that spreadsheets, pandas and people leave in an empty one."""
+    """Whether a cell is empty, or holds a usual mark of spreadsheets or pandas for an empty one."""
     return cell.strip().lower() in EMPTY_CELLS
 
 
@@ -104,7 +104,7 @@ def parquet_columns(path: Path) -> list[str]:
     """The names of a Parquet file's columns.
 
     Raises:
-        ValueError: it is no Parquet file.
+        ValueError: it is not a Parquet file.
     """
     return list(_parquet(path).schema_arrow.names)
 
@@ -123,7 +123,7 @@ def parquet_rows(
         The row group, the position in it, and the values by column.
 
     Raises:
-        ValueError: it is no Parquet file, or a damaged one.
+        ValueError: it is not a Parquet file, or damaged.
         OSError: the disk cannot be read.
     """
     import pyarrow as pa
@@ -151,7 +151,7 @@ class ParquetCells:
         """The value of a cell.
 
         Raises:
-            ValueError: it is no Parquet file, or a damaged one.
+            ValueError: it is not a Parquet file, or damaged.
         """
         import pyarrow as pa
 
@@ -168,7 +168,7 @@ class ParquetCells:
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A member of a WebDataset tar: the key and suffix that its name gives, and where its bytes lie.
+    """A member of a WebDataset tar: key and suffix from its name, and its place.
 
     Attributes:
         key: folder and name without the last suffix; members of one sample share it.
@@ -184,7 +184,7 @@ class TarMember:
 
 
 def tar_members(path: Path) -> Iterator[TarMember]:
-    """The members of a tar in their order; folders and the ``._`` files of macOS are passed over.
+    """The members of a tar in order, without folders and the ``._`` files of macOS.
 
     Raises:
         DamagedArchiveError: the tar is cut off or damaged; what came before is good.
@@ -248,7 +248,7 @@ def parse_hub_address(address: str) -> tuple[str, str | None, str]:
 
 
 def open_hub_dataset(repository: str, **options: Any) -> Any:
-    """A data set of the Hub, or a folder that ``save_to_disk`` wrote, with images as bytes; its code is never run.
+    """A dataset of the Hub, or a folder from ``save_to_disk``, with images as bytes; its code is never run.
 
     Args:
         repository: ``OWNER/NAME``, or the folder.
@@ -312,7 +312,7 @@ def _table_row(columns: Sequence[str], cells: list[str], line: int) -> TableRow:
 
 
 def _refuse_open_quote(path: Path, text: str, delimiter: str) -> None:
-    """A quote that is never closed would swallow all rows after it: a line put behind the text must stay a line."""
+    """Refuse a quote that is never closed, which would swallow all rows after it: an appended line must stay a line."""
     *before, last = csv.reader(io.StringIO(f"{text}\nlast line", newline=""), delimiter=delimiter)
     if last != ["last line"]:
         line = 1 + sum(1 + "".join(row).count("\n") for row in before)
@@ -320,7 +320,7 @@ def _refuse_open_quote(path: Path, text: str, delimiter: str) -> None:
 
 
 def _decode(data: bytes) -> str:
-    """UTF-8, or what spreadsheets write where it is not: UTF-16 with its mark, or the Windows code page."""
+    """Decode UTF-8, else UTF-16 with a byte-order mark, else the Windows code page."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", errors="replace")
     try:
@@ -340,7 +340,7 @@ def _parquet(path: Path) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> Exception:
-    """The error itself where the disk failed, else one that names the file."""
+    """The error itself if the disk failed, else one that names the file."""
     if isinstance(error, OSError) and error.errno:
         return error
-    return ValueError(f"{path} is no Parquet file, or a damaged one: {error}")
+    return ValueError(f"{path} is not a Parquet file, or damaged: {error}")

@@ -1,4 +1,4 @@
-"""Train, validation and test: whole groups, by the collection's own split first and by hash where it has none.
+"""Train, validation and test splits of whole groups: the collection's own split, or by hash if it has none.
 
 A group (patient, case, specimen) is never cut. Names such as ``dev`` or ``testing`` mean train, validation or test.
 Groups without a split are assigned by the hash of the group, stratified by class: about 60 % train, 15 % validation and
@@ -30,7 +30,7 @@ MEANINGS = {
 
 
 def meaning_of(name: str) -> str:
-    """Train, validation or test for a name in use, an empty string for any other."""
+    """Train, validation or test for a usual name of a split; empty for any other."""
     return MEANINGS.get(name.strip().lower(), "")
 
 
@@ -75,7 +75,7 @@ def assign_splits(
 
 
 def subsample(strata: Sequence[Hashable], groups: Sequence[str], maximum: int, seed: int) -> list[int]:
-    """At most ``maximum`` of n rows: whole groups, each stratum in proportion and at least once while there is room.
+    """Choose at most ``maximum`` of n rows: whole groups, stratified, each stratum at least once if there is room.
 
     Of a group that alone would take more than a quarter of ``maximum`` a part is kept, evenly from its rows, so that a
     few huge groups (slides, volumes) leave room for each other.
@@ -124,20 +124,20 @@ def _in_turn(groups: Sequence[str], strata: Sequence[Hashable], seed: int, none_
 
 
 def _majority(counts: Counter[str]) -> str:
-    """The most frequent split given to a group, of equals the held-out one; empty where none was given."""
+    """The most frequent split of a group, of equally frequent ones the held-out one; empty if it has none."""
     named = [(count, SPLITS.index(split)) for split, count in counts.items() if split]
     return SPLITS[max(named)[1]] if named else ""
 
 
 def _by_shares(n: int, shares: tuple[float, float]) -> list[str]:
-    """Splits of n groups in hash order: train first, for one group has to be learnt from before any is tested."""
+    """Splits of n groups in hash order, with at least one training group."""
     test = max(1, round(shares[1] * n)) if shares[1] and n > 1 else 0
     validation = max(1, round(shares[0] * n)) if shares[0] and n >= FEWEST_GROUPS_FOR_VALIDATION else 0
     return ["train"] * (n - test - validation) + ["validation"] * validation + ["test"] * test
 
 
 def _fill_empty(chosen: dict[str, str], order: list[str], shares: tuple[float, float]) -> set[str]:
-    """Give groups of the largest split to an empty one; returns the groups that changed sides."""
+    """Move groups of the largest split to an empty one; returns the moved groups."""
     filled: set[str] = set()
     for split, share in (("train", 1 - sum(shares)), ("test", shares[1]), ("validation", shares[0])):
         sizes = Counter(chosen.values())
@@ -157,7 +157,7 @@ FEWEST_PAIRS = 8
 def partition(pairs: Sequence[Pair], count: int) -> dict[str, dict[str, Any]]:
     """Divide training pairs among ``count`` specialists: by modality, else by group.
 
-    Labels are never divided: a specialist that sees one class has no reason to tell it from another.
+    Labels are never divided: a specialist that sees one class does not learn to distinguish it from others.
 
     Args:
         pairs: the training pairs.

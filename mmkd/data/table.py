@@ -1,4 +1,4 @@
-"""Pairs as columns: the manifest of a folder of pairs, an Arrow file that is mapped and read row by row on demand.
+"""The manifest of a folder of pairs: an Arrow file that is memory-mapped and read row by row on demand.
 
 2.9 million `Pair` objects are some four gigabytes in every process that holds them; the same rows in an Arrow file are
 mapped memory that all processes of a machine share, and a `Pair` exists only while it is used. The root of the images
@@ -38,7 +38,7 @@ LEAVES_ROOT = r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^.:|\x00|^$"
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An image and its caption, with what is known about both.
+    """An image and its caption, with their metadata.
 
     Attributes:
         id: unique in its manifest.
@@ -82,7 +82,7 @@ class PairTable(Sequence[Pair]):
             rows: (n,) the rows to show, in this order; by default all.
 
         Raises:
-            ValueError: the file is no Arrow file or lacks a column.
+            ValueError: the file is not an Arrow file or lacks a column.
             ModuleNotFoundError: pyarrow is not installed.
         """
         self.path = path
@@ -127,7 +127,7 @@ class PairTable(Sequence[Pair]):
 
     @property
     def metadata(self) -> dict[bytes, bytes] | None:
-        """Of the file's schema."""
+        """Metadata of the file's schema."""
         found: dict[bytes, bytes] | None = self._table.schema.metadata
         return found
 
@@ -147,7 +147,7 @@ class PairTable(Sequence[Pair]):
 
 
 def in_columns(pairs: Sequence[Pair], names: Sequence[str]) -> Iterator[list[list[Any]]]:
-    """Some attributes of all pairs, a list each, some thousands of pairs at a time; of a table only these are read."""
+    """Attributes of all pairs, one list each, some thousands of pairs at a time; only these columns are read."""
     for start in range(0, len(pairs), ROWS_TOGETHER):
         some = pairs[start : start + ROWS_TOGETHER]
         if isinstance(some, PairTable):
@@ -168,7 +168,7 @@ def batches(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
 
 
 def take_rows(pairs: Sequence[Pair], rows: np.ndarray) -> Sequence[Pair]:
-    """The pairs at these positions, (n,) integers, as a table if they were one."""
+    """The pairs at these positions, (n,) integers; a table for a table."""
     return pairs.take(rows) if isinstance(pairs, PairTable) else [pairs[row] for row in rows.tolist()]
 
 
@@ -184,7 +184,7 @@ def map_table(path: Path) -> pa.Table:
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_file(file).read_all()
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no whole Arrow file ({error}); curate again or restore it") from error
+        raise ValueError(f"{path} is not a complete Arrow file ({error}); curate again or restore it") from error
 
 
 def table_schema(columns: dict[str, pa.DataType], image_root: str) -> pa.Schema:
@@ -198,7 +198,7 @@ def table_schema(columns: dict[str, pa.DataType], image_root: str) -> pa.Schema:
 
 
 def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Write a manifest from tables of some rows each; it appears whole or not at all."""
+    """Write a manifest atomically from tables of some rows each."""
     import pyarrow as pa
 
     partial = path.with_name(f".{path.name}.partial")
@@ -224,7 +224,7 @@ def image_root(table: PairTable) -> str:
 
 
 def check_table(table: PairTable) -> None:
-    """Refuse what no stage writes: wrong types, empty cells, repeated ids, unknown splits, images outside the root.
+    """Refuse wrong types, empty cells, repeated ids, unknown splits, and images outside the root.
 
     Raises:
         ValueError: with the first wrong row.

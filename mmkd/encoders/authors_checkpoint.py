@@ -90,7 +90,7 @@ def from_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_authors`, bit for bit: the authors' names, fused and transposed as they store the tensors.
+    """The exact inverse of `from_authors`: tensors with the authors' names, fused and transposed as they store them.
 
     Raises:
         ValueError: a key of a tower that the authors' form cannot hold.
@@ -175,7 +175,7 @@ def empty_model(config: MMKDClipConfig) -> MMKDClipModel:
 
 
 def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None) -> MMKDClipConfig:
-    """Read the sizes off the authors' tensors; heads are 64 wide, as in the published model.
+    """Derive the sizes from the authors' tensors; heads are 64 wide, as in the published model.
 
     Args:
         state: without prefixes (`unwrap`).
@@ -206,7 +206,7 @@ def infer_config(state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = 
 
 
 def _renamed(key: str, value: Tensor) -> dict[str, Tensor] | None:
-    """The tensors of `MMKDClipModel` for one of the authors', or None when the key is not of their form."""
+    """The tensors of `MMKDClipModel` for one tensor of the authors; None for an unknown key."""
     block = re.fullmatch(r"visual\.transformer\.resblocks\.(\d+)\.(.+)", key)
     if key == "logit_scale":
         return {key: value.reshape(-1)}
@@ -229,7 +229,7 @@ def _renamed(key: str, value: Tensor) -> dict[str, Tensor] | None:
 
 
 def _measured(state: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
-    """Sizes by part of the model, as far as the tensors that show them are there."""
+    """Sizes by part of the model, as far as tensors determine them."""
     measured: dict[str, dict[str, int]] = {"vision": {}, "text": {}, "model": {}}
     for (part, name), (key, axis) in MEASURED.items():
         if key in state and state[key].ndim > axis:

@@ -1,4 +1,4 @@
-"""The one interface of student and teachers: from images and texts to unit vectors in one space.
+"""The interface of student and teachers: images and texts to unit vectors in a shared embedding space.
 
 Everything that differs between models (preprocessing, tokenizer, context, pooling) stays behind `encode_images` and
 `encode_texts`, so that extraction and evaluation treat a teacher, a student and a user's own model alike. Encoding is
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from mmkd.data.images import to_rgb
 from mmkd.data.pixels import to_image, to_tensor
+from modeling_mmkd import MMKDClipModel
 
 BATCH_SIZE = 64
 
@@ -26,7 +27,7 @@ Item = TypeVar("Item")
 
 
 class NoTokens(Exception):
-    """An encoder gives one vector for each image and text, but no sequences of tokens; the message says which."""
+    """An encoder gives one vector for each image and text, but no token sequences; the message names the encoder."""
 
 
 class DualEncoder(ABC):
@@ -76,7 +77,7 @@ class DualEncoder(ABC):
         return self._encode(prepared, lambda batch: self.image_features(list(batch)), "image")
 
     def encode_prepared_and_pooled(self, prepared: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-        """Encode n prepared images in one pass, into the common space and as they are before the projection into it.
+        """Encode n prepared images in one pass, with and without the projection into the shared space.
 
         Returns:
             (n, dim) as `encode_images`; and (n, width) float32 on the CPU, of any length, None where the model has no
@@ -97,7 +98,7 @@ class DualEncoder(ABC):
         return joint, torch.cat(before) if before else None
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Encode n texts; what exceeds the context is cut off.
+        """Encode n texts, truncated to the context.
 
         Equal texts are encoded once, and texts of similar length together, so that little of a batch is padding.
 
@@ -113,11 +114,11 @@ class DualEncoder(ABC):
         return encoded[[rows[text] for text in texts]]
 
     def prepare(self, image: Image.Image) -> Any:
-        """One RGB image as `image_features` takes it, by default as it is; several threads may prepare at once."""
+        """Preprocess one RGB image for `image_features`, by default not at all; may be called by several threads."""
         return image
 
     def prepare_any(self, image: Tensor | Image.Image) -> Any:
-        """`prepare`, or its fast form where that is chosen, of a Pillow image or (3, height, width) uint8."""
+        """`prepare`, or its fast form if that is chosen, for a Pillow image or (3, height, width) uint8."""
         if self.fast and self.fast_prepare is not None:
             return self.fast_prepare(to_tensor(to_rgb(image)) if isinstance(image, Image.Image) else image)
         return self.prepare(to_rgb(image) if isinstance(image, Image.Image) else to_image(image))
@@ -127,7 +128,7 @@ class DualEncoder(ABC):
         """Features of one batch of prepared images, (n, dim), of any length, on any device."""
 
     def image_and_pooled(self, prepared: list[Any]) -> tuple[Tensor, Tensor | None]:
-        """`image_features` and, where the model projects them, what it projects: (n, width)."""
+        """`image_features`, and the features before the projection, (n, width), if the model has one."""
         return self.image_features(prepared), None
 
     @abstractmethod
@@ -135,21 +136,21 @@ class DualEncoder(ABC):
         """Features of one batch of texts, (n, dim), of any length, on any device."""
 
     def image_token_features(self, prepared: list[Any]) -> Tensor:
-        """What the image tower makes of every patch of a batch of prepared images, (n, tokens, width).
+        """Features of every patch of a batch of prepared images, (n, tokens, width).
 
         Raises:
-            NoTokens: the encoder has no such thing to give.
+            NoTokens: the encoder gives no token sequences.
         """
         raise NoTokens(f"{self.name} ({type(self).__name__}) gives no sequences of image and text tokens")
 
     def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """What the text tower makes of every token of a batch of texts.
+        """Features of every token of a batch of texts.
 
         Returns:
-            (n, tokens, width), and which of them are no padding, (n, tokens).
+            (n, tokens, width), and the mask of tokens that are not padding, (n, tokens).
 
         Raises:
-            NoTokens: the encoder has no such thing to give.
+            NoTokens: the encoder gives no token sequences.
         """
         raise NoTokens(f"{self.name} ({type(self).__name__}) gives no sequences of image and text tokens")
 
@@ -174,7 +175,7 @@ class DualEncoder(ABC):
 
 
 def with_input_of(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What `run` gives, and what `module` was given meanwhile."""
+    """The output of `run`, and the input that `module` received in it."""
     given: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     try:
@@ -184,8 +185,66 @@ def with_input_of(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor,
     return found, given[-1]
 
 
+class HFClipEncoder(DualEncoder):
+    """A transformers model with ``get_image_features`` and ``get_text_features``, and its processor."""
+
+    def __init__(
+        self, name: str, dim: int, provenance: dict[str, Any], model: Any, processor: Any, context: int
+    ) -> None:
+        """Take a model in evaluation mode."""
+        super().__init__(name, dim, provenance)
+        self.model = model
+        self.processor = processor
+        self.context = context
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """See `DualEncoder`; (3, height, width)."""
+        return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
+
+    def image_features(self, prepared: list[Tensor]) -> Tensor:
+        """See `DualEncoder`."""
+        own = {"pooled_only": True} if isinstance(self.model, MMKDClipModel) else {}
+        pixels = torch.stack(prepared).to(self.model.device)
+        return _pooled(self.model.get_image_features(pixel_values=pixels, **own))
+
+    def image_and_pooled(self, prepared: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """See `DualEncoder`; models such as SigLIP have no projection."""
+        projection = getattr(self.model, "visual_projection", None)
+        if projection is None:
+            return self.image_features(prepared), None
+        return with_input_of(projection, lambda: self.image_features(prepared))
+
+    def text_features(self, texts: list[str]) -> Tensor:
+        """See `DualEncoder`."""
+        return _pooled(self.model.get_text_features(**self._tokens(texts)))
+
+    def image_token_features(self, prepared: list[Tensor]) -> Tensor:
+        """See `DualEncoder`; the rows of a convolutional tower's map follow one another."""
+        states = self._tower("vision_model")(pixel_values=torch.stack(prepared).to(self.model.device)).last_hidden_state
+        return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+
+    def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """See `DualEncoder`."""
+        inputs = self._tokens(texts)
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids))
+        return self._tower("text_model")(input_ids=ids, attention_mask=mask).last_hidden_state, mask.bool()
+
+    def _tokens(self, texts: list[str]) -> Any:
+        """Tokens of a batch; SigLIP pools the last position of the whole context, other towers a text's own tokens."""
+        padding = "max_length" if "siglip" in self.model.config.model_type else True
+        options = {"padding": padding, "truncation": True, "max_length": self.context, "return_tensors": "pt"}
+        return self.processor(text=texts, **options).to(self.model.device)
+
+    def _tower(self, name: str) -> Any:
+        tower = getattr(self.model, name, None)
+        if tower is None:
+            raise NoTokens(f"{self.name}: {type(self.model).__name__} has no {name} that gives token sequences")
+        return tower
+
+
 class FastSquare:
-    """The usual preprocessing in a fifth of the time: shortest side resized, central square, mean and deviation.
+    """The usual preprocessing in a fifth of the time: resize the shortest side, crop the central square, normalize.
 
     Pillow's bicubic resize of a photograph takes longer than decoding it. torch's antialiased kernel on uint8 computes
     the same filter: 0.3 % of the values are one grey level apart, all others equal. Several threads may use it at once.
@@ -219,3 +278,8 @@ class FastSquare:
     def _offset(self, side: int) -> int:
         rest = side - self.size
         return round(rest / 2) if self.centre == "round" else rest // 2
+
+
+def _pooled(output: Any) -> Tensor:
+    """The projected features; since version 5, transformers wraps them."""
+    return output if isinstance(output, Tensor) else output.pooler_output

@@ -1,4 +1,4 @@
-"""From images to shards of vectors, the one way for all that encodes many: teacher features, embeddings, tower outputs.
+"""Encode many images into shards of vectors: teacher features, embeddings of an evaluation, outputs of frozen towers.
 
 Images are read, decoded and prepared by threads while the encoders compute, across the borders of shards; encoders that
 prepare alike share the work. What a shard holds depends on its images alone: its batches are always the same ones,
@@ -34,7 +34,7 @@ Readable = Tensor | Image.Image
 
 
 class EncodingTask(ABC, Generic[Item]):
-    """What one encoder makes of the images of each shard, and where that is written.
+    """The output of one encoder for the images of each shard, and where it is written.
 
     Attributes:
         encoder: prepares the images.
@@ -49,7 +49,7 @@ class EncodingTask(ABC, Generic[Item]):
         """Whether a shard is done."""
 
     def refuses(self, item: Item) -> str:
-        """Why an item is left out whatever its image shows, empty for no reason."""
+        """The reason why an item is left out whatever its image; empty if there is none."""
         return ""
 
     @abstractmethod
@@ -115,7 +115,7 @@ def group_tasks(tasks: Sequence[FeatureTask]) -> list[list[FeatureTask]]:
 
 
 def read_or_reason(read: Callable[[], Readable]) -> Readable | str:
-    """An image, or why it cannot be read."""
+    """An image, or the reason why it cannot be read."""
     try:
         return read()
     except UnreadableImageError as error:
@@ -126,7 +126,7 @@ def read_or_reason(read: Callable[[], Readable]) -> Readable | str:
 
 @dataclass
 class _Batch(Generic[Item]):
-    """Items of one shard that go through the encoders together, their images being read meanwhile."""
+    """A batch of items of one shard, whose images are being read."""
 
     shard: int
     tasks: Sequence[EncodingTask[Item]]
@@ -143,7 +143,7 @@ def encode_shards(
     workers: int = 0,
     progress: Callable[[int], object] = lambda items: None,
 ) -> None:
-    """Write the shards that a task has not done yet.
+    """Write the missing shards of all tasks.
 
     Args:
         tasks: which share the images, and refuse the same ones.
@@ -181,7 +181,7 @@ def _pending(
     batch_size: int,
     progress: Callable[[int], object],
 ) -> Iterator[_Batch[Item]]:
-    """The batches of those shards that a task has not done yet, always the same ones for the same shard."""
+    """The batches of the missing shards, always the same ones for the same shard."""
     for shard, items in shards:
         pending = [task for task in tasks if not task.has(shard)]
         if not pending:
@@ -194,7 +194,7 @@ def _pending(
 def _read_ahead(
     batches: Iterator[_Batch[Item]], read: Callable[[Item], Readable | str], readers: ThreadPoolExecutor, ahead: int
 ) -> Iterator[_Batch[Item]]:
-    """The same batches in the same order, with the images of the next ones being read."""
+    """The same batches in the same order, while the images of the next ones are read."""
     waiting: deque[_Batch[Item]] = deque()
     for batch in batches:
         encoders = {_preparation(task.encoder): task.encoder for task in batch.tasks}
@@ -212,18 +212,18 @@ def _read_ahead(
 def _prepare(
     read: Callable[[Item], Readable | str], item: Item, encoders: dict[str, DualEncoder]
 ) -> dict[str, Any] | str:
-    """The image of an item as each of the encoders takes it, or why there is none."""
+    """The image of an item, preprocessed for each encoder, or the reason why it cannot be read."""
     image = read(item)
     return image if isinstance(image, str) else {key: own.prepare_any(image) for key, own in encoders.items()}
 
 
 def _preparation(encoder: DualEncoder) -> str:
-    """Names what an encoder does to an image before its model is run; equal names, equal pixels."""
+    """The name of an encoder's preprocessing; equal names give equal pixels."""
     return f"{type(encoder).__name__} {encoder.provenance.get('preprocessing', id(encoder))}"
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Arrays of several batches, one after another, NaN where a batch has none but others do."""
+    """Concatenated arrays of several batches; NaN where a batch lacks an array that others have."""
     found = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         tail = next(part[name].shape[1:] for part in parts if name in part)
@@ -233,6 +233,6 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def share_of_cores() -> int:
-    """Cores of this machine for each process on it."""
+    """Number of cores for each process of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

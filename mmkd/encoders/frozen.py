@@ -1,4 +1,4 @@
-"""Frozen towers are run once for each image and text: their pooled outputs are cached and shared by every run.
+"""Cache of the pooled outputs of frozen towers, which every run shares: each image and text is encoded once.
 
 Where a tower is frozen, its output for an image that is not cropped at random never changes. Training then needs the
 projections alone, which are thousands of times cheaper, and so does encoding with any model that has the same tower:
@@ -29,8 +29,7 @@ from mmkd.data.images import UnreadableImageError, read_image_bytes
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
 from mmkd.distributed import chosen_device, rank, wait_for_everyone, world_size
-from mmkd.encoders.clip_encoder import HFClipEncoder
-from mmkd.encoders.encoder import with_input_of
+from mmkd.encoders.encoder import HFClipEncoder, with_input_of
 from mmkd.encoders.extraction import EncodingTask, encode_shards, read_or_reason, share_of_cores
 from modeling_mmkd import MMKDClipModel, clean_text
 
@@ -46,7 +45,7 @@ class FrozenTowers:
     """Both towers of a model, in evaluation mode, with their cached outputs."""
 
     def __init__(self, cache: Path, model: MMKDClipModel, processor: Any, quiet: bool = True) -> None:
-        """Open the outputs of these very towers under `cache`; nothing is encoded yet."""
+        """Open the outputs of these towers under `cache`; nothing is encoded yet."""
         self.encoder = HFClipEncoder("frozen tower", 0, {}, model, processor, processor.tokenizer.model_max_length)
         self.model, self.quiet = model, quiet
         self._images = TowerOutputs(cache / f"vision-{_vision_fingerprint(model, processor)[:24]}")
@@ -136,26 +135,26 @@ class FrozenTowers:
 
 
 class TowerOutputs:
-    """The outputs of one tower by key, float32, so that what is read back is what was computed.
+    """The outputs of one tower by key, in float32 and thus exact.
 
     Several processes may add to one folder at a time, and a killed run loses at most the shard it worked on.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open the shards that are there; nothing is read yet."""
+        """Open the existing shards; nothing is read yet."""
         self.folder = folder
         self.refresh()
 
     def refresh(self) -> None:
-        """Find shards that have been written since; damaged ones are left out, and their outputs made again."""
+        """Find new shards; damaged ones are ignored, and their outputs computed again."""
         self._store = VectorStore([file for file in sorted(self.folder.glob("shard-*.safetensors")) if is_whole(file)])
 
     def rows(self, keys: Sequence[str]) -> Any:
-        """Row of each key, (n,) int64, -1 where it is not there."""
+        """Row of each key, (n,) int64; -1 if it is missing."""
         return self._store.rows(keys)
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """The keys that are not there, of distinct ones."""
+        """The missing keys among distinct ones."""
         return [key for key, row in zip(keys, self.rows(keys).tolist(), strict=True) if row < 0]
 
     def add(self, keys: Sequence[str], outputs: Tensor) -> None:
@@ -163,12 +162,12 @@ class TowerOutputs:
         write_shard(shard_file(self.folder, list(keys)), keys, {OUTPUTS: outputs.float()})
 
     def read(self, keys: Sequence[str]) -> Tensor:
-        """Outputs (n, width) of n keys, all of which must be there."""
+        """Outputs (n, width) of n keys, all of which must be cached."""
         return torch.from_numpy(self._store.gather(OUTPUTS, self.rows(keys)))
 
 
 class _TowerTask(EncodingTask[str]):
-    """Outputs of the vision tower by the hash of the file."""
+    """Outputs of the vision tower by the hash of the image file."""
 
     def __init__(self, encoder: HFClipEncoder, outputs: TowerOutputs) -> None:
         super().__init__(encoder)
@@ -191,7 +190,7 @@ class _TowerTask(EncodingTask[str]):
 
 
 def _path_and_key(folder: PairFolder, pair: Pair) -> tuple[ImageFile | str, str]:
-    """Where the pair's image lies, and the hash of the file; or the reason why it cannot be read."""
+    """Path and hash of the pair's image file, or the reason why it cannot be read."""
     try:
         path = folder.image_path(pair)
         return path, hashlib.sha256(read_image_bytes(path)).hexdigest()
@@ -202,14 +201,14 @@ def _path_and_key(folder: PairFolder, pair: Pair) -> tuple[ImageFile | str, str]
 
 
 def _vision_fingerprint(model: MMKDClipModel, processor: Any) -> str:
-    """Of the tower's weights and of the pixels it is given."""
+    """Fingerprint of the tower's weights and of its preprocessing."""
     settings = processor.image_processor.to_dict()
     described = {key: value for key, value in settings.items() if key.startswith("do_") or key in PIXELS}
     return _fingerprint(model.vision_model, [type(processor.image_processor).__name__, described])
 
 
 def _text_fingerprint(model: MMKDClipModel, processor: Any) -> str:
-    """Of the tower's weights, its pooling and its tokens."""
+    """Fingerprint of the tower's weights, pooling and tokenizer."""
     tokenizer = processor.tokenizer
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     details = [type(tokenizer).__name__, vocabulary, tokenizer.model_max_length, model.config.text_pooling]

@@ -13,15 +13,14 @@ from torch.nn import functional
 
 from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair
-from mmkd.encoders.clip_encoder import HFClipEncoder
-from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.encoder import DualEncoder, HFClipEncoder
 from mmkd.encoders.extraction import EncodingTask
 from mmkd.encoders.frozen import FrozenTowers
 from modeling_mmkd import MMKDClipModel
 
 
 class FrozenEncoder(DualEncoder):
-    """An encoder of a model of this package that reads cached outputs of its towers, and computes projections only."""
+    """Encoder of a model of this package that reads cached outputs of its towers."""
 
     def __init__(self, encoder: HFClipEncoder, towers: FrozenTowers) -> None:
         """Take the name, width and provenance of `encoder`."""
@@ -36,7 +35,7 @@ class FrozenEncoder(DualEncoder):
         arrays: Callable[[Tensor, Tensor], dict[str, Tensor]],
         progress: Callable[[int], object] = lambda pairs: None,
     ) -> None:
-        """Write the shards of a task that are missing, of cached outputs; see `mmkd.encoders.extraction.encode_shards`.
+        """Write the missing shards of a task from cached outputs; see `mmkd.encoders.extraction.encode_shards`.
 
         Args:
             task: what writes them.
@@ -91,7 +90,7 @@ class FrozenEncoder(DualEncoder):
 
 
 def with_frozen_towers(encoder: DualEncoder, cache: Path | None, quiet: bool = True) -> DualEncoder:
-    """The encoder with cached tower outputs where it is a model of this package; any other is returned as it is."""
+    """The encoder with cached tower outputs if it is a model of this package; any other encoder unchanged."""
     if cache is None or not isinstance(encoder, HFClipEncoder) or not isinstance(encoder.model, MMKDClipModel):
         return encoder
     return FrozenEncoder(encoder, FrozenTowers(cache, encoder.model, encoder.processor, quiet))

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import nn
 
 from mmkd.encoders.authors_checkpoint import from_authors, infer_config
-from mmkd.encoders.clip_encoder import HFClipEncoder
-from mmkd.encoders.encoder import FastSquare
+from mmkd.encoders.encoder import FastSquare, HFClipEncoder
 from mmkd.encoders.spec import TeacherSpec, describe
 from mmkd.encoders.weights import (
     CONFIG_FILES,
@@ -48,8 +47,8 @@ def load(spec: TeacherSpec, device: str) -> HFClipEncoder:
     names = spec.files or WEIGHT_FILES
     local = Path(spec.weights)
     sharded = local.is_dir() and any((local / name).is_file() for name in SHARDED)
-    wanted = [*CONFIG_FILES, *(["*.py"] if spec.trust_remote_code else [])]
-    folder = fetch(spec.weights, wanted, () if sharded else names, revision=spec.revision, gated=spec.gated)
+    patterns = [*CONFIG_FILES, *(["*.py"] if spec.trust_remote_code else [])]
+    folder = fetch(spec.weights, patterns, () if sharded else names, revision=spec.revision, gated=spec.gated)
     trusted = spec.trust_remote_code
     model = load_transformers(AutoModel, spec.weights, folder, trust_remote_code=trusted)
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
@@ -81,7 +80,7 @@ def load_towers(spec: TeacherSpec, device: str) -> HFClipEncoder:
 
 
 def load_unimed(spec: TeacherSpec, device: str) -> HFClipEncoder:
-    """Load UniMed-CLIP; the sizes of the towers are read off the tensors, heads are 64 wide.
+    """Load UniMed-CLIP; the sizes of the towers follow from the tensors, heads are 64 wide.
 
     Raises:
         FileNotFoundError: the checkpoint or the tokenizer is not there.
@@ -134,7 +133,7 @@ def build(spec: TeacherSpec, model: Any, device: str, processor: Any, weight_fil
 
 
 def _fast_square(image_processor: Any) -> FastSquare | None:
-    """The fast form of an image processor, if it is of the usual kind."""
+    """The fast form of an image processor of the usual kind; None for another."""
     side = dict(image_processor.size).get("shortest_edge")
     usual = (
         getattr(image_processor, "do_center_crop", False)
@@ -146,9 +145,9 @@ def _fast_square(image_processor: Any) -> FastSquare | None:
 
 def _preprocessing(image_processor: Any) -> str:
     """All settings that affect the pixels."""
-    facts = [f"size {dict(image_processor.size)}"]
+    settings = [f"size {dict(image_processor.size)}"]
     if getattr(image_processor, "do_center_crop", False):
-        facts.append(f"centre crop {dict(image_processor.crop_size)}")
-    facts.append(f"resample {int(image_processor.resample)}")
-    facts += [f"mean {tuple(image_processor.image_mean)}", f"std {tuple(image_processor.image_std)}"]
-    return f"{type(image_processor).__name__} {' '.join(facts)}"
+        settings.append(f"centre crop {dict(image_processor.crop_size)}")
+    settings.append(f"resample {int(image_processor.resample)}")
+    settings += [f"mean {tuple(image_processor.image_mean)}", f"std {tuple(image_processor.image_std)}"]
+    return f"{type(image_processor).__name__} {' '.join(settings)}"

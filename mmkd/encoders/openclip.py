@@ -104,7 +104,7 @@ class OpenClipEncoder(DualEncoder):
         return found["text_intermediates"][-1], tokens != 0
 
     def _tokens(self, texts: list[str]) -> Tensor:
-        """Tokens (batch, tokens) without the columns that are padding in every text, where these may be left out."""
+        """Tokens (batch, tokens) without the columns that are padding in every text, if they may be left out."""
         tokens = self.tokenizer(texts)
         if self.padding is not None:
             tokens = tokens[:, : int((tokens != self.padding).sum(dim=1).max())]
@@ -211,15 +211,15 @@ def find_by_architecture(spec: TeacherSpec) -> tuple[Path, dict[str, Any], dict[
     if not Path(spec.weights).is_dir() and spec.weights.count("/") != 1:
         tags = open_clip.list_pretrained_tags_by_model(spec.architecture)
         raise ValueError(
-            f"{spec.weights!r} is no file, folder, Hub id or tag of {spec.architecture}; tags: {', '.join(tags)}"
+            f"{spec.weights!r} is not a file, folder, Hub id or tag of {spec.architecture}; tags: {', '.join(tags)}"
         )
     files = spec.files or WEIGHT_FILES
     return first_file(_fetch(spec, files), files), config, stated
 
 
 def _fetch(spec: TeacherSpec, files: Sequence[str]) -> Path:
-    wanted = [CONFIG_FILE, "config.json", *TOKENIZER_FILES]
-    return fetch(spec.weights, wanted, files, revision=spec.revision, repo_type=spec.repo_type, gated=spec.gated)
+    patterns = [CONFIG_FILE, "config.json", *TOKENIZER_FILES]
+    return fetch(spec.weights, patterns, files, revision=spec.revision, repo_type=spec.repo_type, gated=spec.gated)
 
 
 def _tokenizer(folder: Path, text_config: dict[str, Any], context: int) -> tuple[Any, str]:

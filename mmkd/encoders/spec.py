@@ -71,7 +71,7 @@ class TeacherSpec:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without the weights.
+        """Check the name and the weights.
 
         Raises:
             ValueError: the name is not fit for a folder, or there are no weights.
@@ -81,7 +81,7 @@ class TeacherSpec:
 
 
 def read_spec(path: Path) -> TeacherSpec:
-    """A teacher of one's own from YAML; its weights path may be relative to the file.
+    """Read a user's teacher from YAML; the path of its weights may be relative to the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -143,7 +143,7 @@ def describe(
 
 
 def announce(provenance: dict[str, Any]) -> None:
-    """Log once how a teacher treats its input, and warn when its license restricts or is not declared."""
+    """Log the preprocessing of a teacher once, and warn if its licence is restrictive or not declared."""
     name, license = provenance["teacher"], provenance["license"]
     if name in _announced or rank() > 0:
         return
@@ -160,6 +160,6 @@ def announce(provenance: dict[str, Any]) -> None:
 
 
 def _commit(files: Sequence[Path]) -> str:
-    """The commit of files in the Hub's cache, nothing for files elsewhere."""
+    """The commit of files in the Hub's cache; empty for other files."""
     folder = files[0].parent if files else Path()
     return folder.name if folder.parent.name == "snapshots" else ""

@@ -1,4 +1,4 @@
-"""Weights from a folder or the Hub, read without running code and loaded with every key accounted for.
+"""Read weights from a folder or the Hub without running code, and load them strictly.
 
 A state dict whose prefix does not match leaves random weights behind a loader that is not strict. Every loader here
 goes through `load_strictly`, or through `load_transformers` where transformers renames keys of older releases; both
@@ -93,7 +93,7 @@ def companion(folder: Path, hub_id: str, patterns: Sequence[str]) -> Path:
 
 
 def first_file(folder: Path, names: Iterable[str]) -> Path:
-    """The first of some files that exists in ``folder``.
+    """The first of these files that exists in ``folder``.
 
     Raises:
         FileNotFoundError: none does.
@@ -106,7 +106,7 @@ def first_file(folder: Path, names: Iterable[str]) -> Path:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name from a safetensors or torch file, without training envelope and wrappers' prefixes.
+    """Tensors by name from a safetensors or torch file, without the other state of training and wrappers' prefixes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -122,7 +122,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def unwrap(checkpoint: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint without training envelope and prefixes.
+    """The tensors of a checkpoint, without the other state of training and without prefixes.
 
     Args:
         checkpoint: what the file held: a state dictionary, or a dictionary with one under ``state_dict``.
@@ -166,7 +166,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def _diagnosis(path: Path, message: str) -> str:
-    """What an unreadable weight file seems to be, and what to do.
+    """The probable kind of an unreadable weight file, and what to do.
 
     Args:
         path: the file.
@@ -277,7 +277,7 @@ def read_transformers(model_class: Any, source: str, folder: Path | None, **opti
             options = {"trust_remote_code": False, **options}
             return model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
     except SafetensorError as error:
-        raise ValueError(f"{source} is truncated or no safetensors file: {error}") from error
+        raise ValueError(f"{source} is truncated or not a safetensors file: {error}") from error
     except Exception:  # torch's unpickler raises anything: where the file is broken, `read_tensors` raises a better one
         for path in sorted(folder.glob("*.bin")) if folder else ():
             read_tensors(path)
@@ -324,16 +324,16 @@ def _download(
         hint = f" (gated: {access})" if gated else ""
         kind = " --repo-type dataset" if repo_type == "dataset" else ""
         raise FileNotFoundError(
-            f"{source} is no folder here and not in the Hub's cache, and the Hub cannot be reached{hint}. Where there "
-            f"is a network, run `hf download {source}{kind} --local-dir DIR`, copy DIR here, and name DIR instead (a "
-            "teacher's to `mmkd extract` as --weights.NAME DIR, to all as `weights: DIR` in a YAML file); or copy the "
+            f"{source} is neither a local folder nor in the Hub's cache, and the Hub cannot be reached{hint}. With a "
+            f"network, run `hf download {source}{kind} --local-dir DIR`, copy DIR here, and give DIR instead (for a "
+            "teacher of `mmkd extract` as --weights.NAME DIR, elsewhere as `weights: DIR` in a YAML file); or copy the "
             "Hub's cache, ~/.cache/huggingface"
         ) from error
     return Path(folder)
 
 
 def require_hub() -> None:
-    """Check that the Hub answers, once and briefly: its client retries for most of a minute where there is no network.
+    """Check once and briefly that the Hub answers: without a network its client retries for most of a minute.
 
     Raises:
         OSError: the Hub does not answer, or fails.

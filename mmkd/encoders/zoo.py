@@ -1,7 +1,7 @@
 """The teachers by name, and the one function that loads any dual encoder by name, folder, Hub id or specification.
 
 `TEACHERS` are the paper's nine and `NEWER_TEACHERS` those that appeared since, as ``mmkd/data/teachers.yaml`` lists
-them. A YAML file of one's own gives the same keys.
+them. A user's YAML file has the same keys.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def by_name(
             other = f" with a name other than {' and '.join(taken)}" if taken else ""
             raise ValueError(f"{what} {entry!r}: give a source, or NAME=SOURCE{other}")
         if name.lower() in map(str.lower, named):
-            raise ValueError(f"two {what}s are called {name!r}; tell them apart with NAME=SOURCE")
+            raise ValueError(f"two {what}s are called {name!r}; distinguish them with NAME=SOURCE")
         named[name] = source
     return named
 

@@ -1,4 +1,4 @@
-"""An export compared with its model in one run: milliseconds, megabytes, cosine similarity and zero-shot accuracy.
+"""Compare an export with its model in one run: milliseconds, megabytes, cosine similarity, zero-shot accuracy.
 
 Times are medians of alternated runs on the same inputs and threads, so that other load on the machine affects all rows
 alike. Accuracy is that of the zero-shot tasks of ``mmkd eval``, with paired differences to the model.
@@ -60,7 +60,7 @@ class ExportedEncoder(DualEncoder):
 def measure(
     model: MMKDClipModel, model_bytes: int, exports: dict[str, Path], side: int, repeats: int
 ) -> dict[str, Any]:
-    """Milliseconds an item, and megabytes, of the model and its exports.
+    """Milliseconds per item and megabytes of the model and its exports.
 
     Args:
         model: in evaluation mode.

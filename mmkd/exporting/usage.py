@@ -1,4 +1,4 @@
-"""Images and texts to unit vectors with the two towers in this folder; without mmkd-clip, and with ONNX without torch.
+"""Encode images and texts with the two towers in this folder; needs no mmkd-clip, and with ONNX no torch.
 
     pip install numpy pillow tokenizers onnxruntime        # torch instead of onnxruntime where the towers end in .pt2
     python usage.py picture.png "an MRI of the brain" "a chest radiograph"
@@ -108,7 +108,7 @@ def _load_program(path: Path) -> Tower:
 
 
 def main() -> None:
-    """Print how well each text fits an image."""
+    """Print the similarity of each text with an image."""
     picture, *texts = sys.argv[1:]
     encoder = Encoder(Path(__file__).parent)
     with Image.open(picture) as image:

@@ -1,7 +1,7 @@
 """Model and dataset cards: what a folder states, filled into the templates ``model_card.md`` and ``dataset_card.md``.
 
-Nothing is guessed: a card calls "not stated" whatever the folder does not state. Text that comes from files is escaped
-for Markdown tables, and folders are reduced to their last name, so that no path of this machine is published.
+Nothing is guessed: what a folder does not state is "not stated" in the card. Text from files is escaped for Markdown
+tables, and folders are reduced to their last name, so that no path of this machine is published.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from mmkd.data.licenses import NONE_DECLARED, OPEN, hub_id, strictest, terms
 from mmkd.data.provenance import OTHERS, UNSTATED
 from mmkd.files import read_json
+from mmkd.publishing.publication import Draft
 
 SETTINGS_FILE = "settings.yaml"
 FOLDER_SETTINGS = ("output", "pairs", "features", "aligned")
@@ -39,12 +40,12 @@ Component = tuple[str, str]
 
 @dataclass(frozen=True)
 class Scores:
-    """An evaluation as a card shows it.
+    """The scores of an evaluation for a card.
 
     Attributes:
-        rows: of the table, one for each task: cells by column, escaped.
+        rows: of the table, one for each task: escaped text by column.
         index: entries of the ``model-index``.
-        on: what was evaluated on: a split of pairs, or the test images of datasets.
+        on: the evaluated data: a split of pairs, or the test images of datasets.
         checks: shared groups and images.
     """
 
@@ -60,11 +61,8 @@ def escape(value: Any) -> str:
 
 
 def model_card(
-    template: str,
-    folder: Path,
-    repo: str,
+    draft: Draft,
     provenance: Row,
-    license: str | None,
     sizes: dict[str, str],
     recipe: str,
     scores: Scores | None = None,
@@ -73,77 +71,64 @@ def model_card(
     """The card of a model, or of an adapter where ``base`` is given.
 
     Args:
-        template: Jinja.
-        folder: of the model, with its processor.
-        repo: ``user/name``.
+        draft: of the publication.
         provenance: ``provenance.json`` of the folder; empty where it has none.
-        license: under which the publisher offers the weights, or None.
         sizes: rows of the table of sizes, escaped.
         recipe: from `recipe_yaml`.
         scores: of the evaluation, or None.
         base: Hub id of the adapter's model.
     """
-    facts = provenance_facts(provenance)
+    metadata = provenance_metadata(provenance)
     starts = [row for link in lineage(provenance) for row in link.get("started_from") or ()]
     bases = [row["weights"] for row in starts if not row.get("provenance")]
     data = ModelCardData(
         language="en",
-        license=_card_license(license),
+        license=_card_license(draft.license),
         library_name="peft" if base else "transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=[
             *TAGS,
-            *(["knowledge-distillation"] if facts["teachers"] else []),
+            *(["knowledge-distillation"] if metadata["teachers"] else []),
             *([f"base_model:adapter:{base}"] if base else []),
         ],
-        model_name=repo.split("/")[1],
+        model_name=draft.repo.split("/")[1],
         base_model=base or [name for name in bases if name.count("/") == 1 and ":" not in name] or None,
         eval_results=scores.index if scores is not None and scores.index else None,
     )
     card = ModelCard.from_template(
         data,
-        template_str=template,
-        name=repo.split("/")[1],
-        repo=repo,
+        template_str=draft.template,
+        name=draft.repo.split("/")[1],
+        repo=draft.repo,
         base=base,
         sizes=sizes,
         recipe=recipe,
         scores=scores,
-        image_size=image_size(folder),
-        license_statement=license_statement(components(provenance), license, "the weights"),
+        image_size=image_size(draft.folder),
+        license_statement=license_statement(components(provenance), draft.license, "the weights"),
         transformers_version=MINIMUM_TRANSFORMERS,
-        **facts,
+        **metadata,
     )
     return str(card.content)
 
 
-def dataset_card(
-    template: str,
-    repo: str,
-    license: str | None,
-    parts: list[Component],
-    count: int,
-    data_file: str | None,
-    **facts: Any,
-) -> str:
+def dataset_card(draft: Draft, parts: list[Component], count: int, data_file: str | None, **metadata: Any) -> str:
     """The card of pairs (``data_file`` is their manifest) or of features (None).
 
     Args:
-        template: Jinja.
-        repo: ``user/name``.
-        license: under which the publisher offers the dataset, or None.
+        draft: of the publication.
         parts: what it was made from, with licences.
         count: of the pairs.
         data_file: what `datasets` loads.
-        facts: further values of the template, escaped.
+        metadata: further values of the template, escaped.
     """
     shared = {hub_id(name) for _, name in parts}
     alike = next(iter(shared)) if len(shared) == 1 and data_file else None
     configs = [{"config_name": "default", "data_files": [{"split": "all", "path": data_file}]}]
     data = DatasetCardData(
         language="en",
-        license=_card_license(license) or alike,
-        pretty_name=repo.split("/")[1],
+        license=_card_license(draft.license) or alike,
+        pretty_name=draft.repo.split("/")[1],
         task_categories=["zero-shot-image-classification"],
         size_categories=next((label for limit, label in SIZES if count < limit), "n>10M"),
         tags=["mmkd-clip", "biomedical", "image-text-pairs" if data_file else "feature-extraction"],
@@ -151,13 +136,13 @@ def dataset_card(
     )
     card = DatasetCard.from_template(
         data,
-        template_str=template,
-        name=repo.split("/")[1],
-        repo=repo,
+        template_str=draft.template,
+        name=draft.repo.split("/")[1],
+        repo=draft.repo,
         count=count,
         data_file=data_file,
-        license_statement=license_statement(parts, license, "this dataset" if data_file else "these features"),
-        **facts,
+        license_statement=license_statement(parts, draft.license, "this dataset" if data_file else "these features"),
+        **metadata,
     )
     return str(card.content)
 
@@ -181,7 +166,7 @@ def components(provenance: Row) -> list[Component]:
     return list(dict.fromkeys(found))
 
 
-def provenance_facts(provenance: Row) -> Row:
+def provenance_metadata(provenance: Row) -> Row:
     """Teachers, starting weights and data of a model and its predecessors, as the template takes them."""
     links = list(lineage(provenance))
     data = [
@@ -237,7 +222,7 @@ def count_rows(counts: dict[str, int], licensed: bool = False) -> list[Row]:
 
 
 def license_statement(parts: list[Component], license: str | None, what: str) -> str:
-    """The publisher's licence, the strictest of the licences involved, and whose it is."""
+    """The publisher's licence, and the strictest of the licences involved with its owners."""
     offered = (
         f"The publisher offers {what} under `{escape(license)}`." if license else "The publisher states no licence."
     )
@@ -257,7 +242,7 @@ def license_statement(parts: list[Component], license: str | None, what: str) ->
     if undeclared or worst != OPEN:
         sentences.append(
             "Whether a model is bound by the licences of its teachers and training data is not settled everywhere: "
-            "take legal advice; this card is none."
+            "take legal advice; this card is not legal advice."
         )
     return " ".join(sentences)
 
@@ -298,7 +283,7 @@ def model_sizes(folder: Path, parameters: int, dtypes: Iterable[str]) -> dict[st
     architecture = vision.get("architecture") or f"{vision.get('model_type')}, {_layers(vision)}"
     path = folder / "tokenizer_config.json"
     context = read_json(path).get("model_max_length", UNSTATED) if path.is_file() else UNSTATED
-    if isinstance(context, (int, float)) and context > 10**6:  # transformers' way to say that there is no limit
+    if isinstance(context, (int, float)) and context > 10**6:  # transformers' value for no limit
         context = UNSTATED
     return {
         "parameters": f"{parameters / 1e6:.1f} million, {', '.join(sorted(set(dtypes)))}",

@@ -1,8 +1,8 @@
 """Pairs and features as Hub datasets.
 
-Pairs are published without their images unless every image is under a licence that lets it be passed on: the SHA-256 of
-each image in the manifest lets whoever has the images check that they are the same. What is downloaded again from the
-Hub is a folder that every stage reads.
+Pairs are published without their images unless the licence of every image allows redistribution: with the SHA-256 of
+each image in the manifest, owners of the images can check that they are the same. Every stage reads the folder that is
+downloaded from the Hub.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmkd.data.licenses import is_open
 from mmkd.data.provenance import UNSTATED, store_teacher
 from mmkd.data.table import TABLE_FILE, Pair
 from mmkd.publishing import card as cards
-from mmkd.publishing.publication import CARD_FILE, Publication, stage_file
+from mmkd.publishing.publication import Draft, Publication, stage_file
 from mmkd.student.folder import describe_pairs
 
 IMAGES_FOLDER = "images"
@@ -27,34 +27,29 @@ ATTRIBUTION = "ATTRIBUTION.md"
 SKIPPED_FILE = "skipped.jsonl"
 ALIGNER_FILES = ("aligner.json", "aligner.safetensors", "report.json")
 REPLACES = [f"{place}{kind}-*.safetensors" for place in ("", "*/") for kind in ("shard", "ids")]
-TEACHER_FACTS = ("preprocessing", "tokenizer", "context", "pooling", "aligner")
+TEACHER_DETAILS = ("preprocessing", "tokenizer", "context", "pooling", "aligner")
 SHOWN_LICENSES = 5
 TABLES = {"source": "sources", "modality": "modalities", "split": "splits"}
 
 
-def stage_pairs(
-    folder: Path, staged: Path, repo: str, template: str, license: str | None, images: bool | None
-) -> Publication:
-    """Stage a folder of pairs.
+def stage_pairs(draft: Draft, images: bool | None) -> Publication:
+    """Stage a folder of pairs that curate or screen has written.
 
     Args:
-        folder: written by curate or screen.
-        staged: an empty folder.
-        repo: ``user/name``.
-        template: of the card.
-        license: under which the publisher offers the dataset, or None.
+        draft: of the publication.
         images: with or without them; None decides by their licences.
 
     Raises:
         FileNotFoundError: an image that would be uploaded is missing.
         ValueError: the manifest is damaged.
     """
+    folder, staged = draft.folder, draft.staged
     pairs = open_pairs(folder)
     licenses = Counter(pair.license for pair in pairs.pairs)
     restricted = {name: count for name, count in licenses.items() if not is_open(name)}
     with_images = images if images is not None else not restricted
     named = (replace(pair, image=_name(pairs, pair)) if with_images else pair for pair in pairs.pairs)
-    write_manifest(staged, named)  # written anew: the folder's own states where its images are on this machine
+    write_manifest(staged, named)  # not the folder's own, which states the place of the images on this machine
     if (folder / ATTRIBUTION).is_file():
         stage_file(folder / ATTRIBUTION, staged / ATTRIBUTION)
     if with_images:
@@ -62,9 +57,7 @@ def stage_pairs(
     described = describe_pairs(pairs)
     parts = [(f"{count} pairs", name or UNSTATED) for name, count in licenses.items()]
     card = cards.dataset_card(
-        template,
-        repo,
-        license,
+        draft,
         parts,
         described["pairs"],
         TABLE_FILE,
@@ -74,18 +67,19 @@ def stage_pairs(
         tables={title: cards.count_rows(described[key]) for title, key in TABLES.items()},
         datasheet=_datasheet(folder),
     )
-    (staged / CARD_FILE).write_text(card, encoding="utf-8")
-    notes = [*_image_notes(restricted, images, len(pairs.pairs)), *_conflict(parts, license)]
+    draft.write_card(card)
+    notes = [*_image_notes(restricted, images, len(pairs.pairs)), *_conflict(parts, draft.license)]
     return Publication("dataset", staged, notes, [f"{IMAGES_FOLDER}/*"])
 
 
-def stage_features(folder: Path, staged: Path, repo: str, template: str, license: str | None) -> Publication:
+def stage_features(draft: Draft) -> Publication:
     """Stage one feature store, or a folder of several.
 
     Raises:
         FileNotFoundError: a store is unfinished or lacks a shard.
         ValueError: a store is damaged.
     """
+    folder, staged = draft.folder, draft.staged
     is_one = (folder / "meta.json").is_file()
     paths = [folder] if is_one else sorted(path.parent for path in folder.glob("*/meta.json"))
     teachers, parts = [], []
@@ -101,9 +95,8 @@ def stage_features(folder: Path, staged: Path, repo: str, template: str, license
         if not is_one and (folder / name).is_file():
             stage_file(folder / name, staged / name)
     count = max(row["count"] for row in teachers)
-    card = cards.dataset_card(template, repo, license, parts, count, None, teachers=teachers, is_one=is_one)
-    (staged / CARD_FILE).write_text(card, encoding="utf-8")
-    return Publication("dataset", staged, _conflict(parts, license), REPLACES)
+    draft.write_card(cards.dataset_card(draft, parts, count, None, teachers=teachers, is_one=is_one))
+    return Publication("dataset", staged, _conflict(parts, draft.license), REPLACES)
 
 
 def _conflict(parts: list[cards.Component], license: str | None) -> list[str]:
@@ -145,9 +138,9 @@ def _image_notes(restricted: dict[str, int], images: bool | None, count: int) ->
 
 def _store_row(meta: dict[str, Any], teacher: dict[str, Any]) -> cards.Row:
     provenance = meta.get("provenance") or {}
-    facts = [f"{key} {cards.escape(provenance[key])}" for key in TEACHER_FACTS if provenance.get(key)]
+    details = [f"{key} {cards.escape(provenance[key])}" for key in TEACHER_DETAILS if provenance.get(key)]
     numbers = {key: meta[key] for key in ("dim", "count", "dtype")}
-    return {**cards.teacher_row(teacher), **numbers, "facts": "; ".join(facts)}
+    return {**cards.teacher_row(teacher), **numbers, "details": "; ".join(details)}
 
 
 def _datasheet(folder: Path) -> str:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from mmkd.data.provenance import UNSTATED
 from mmkd.files import read_json, write_json
 from mmkd.publishing import card as cards
-from mmkd.publishing.publication import ADAPTER_CONFIG, CARD_FILE, Publication, stage_file
+from mmkd.publishing.publication import ADAPTER_CONFIG, Draft, Publication, stage_file
 from mmkd.publishing.scores import read_scores
 from mmkd.student.folder import INDEX_FILE, PROVENANCE_FILE, WEIGHTS_FILE, read_provenance, read_weights, weight_files
 from modeling_mmkd.configuration_mmkd import AUTO_MAP
@@ -36,61 +36,50 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def stage_model(
-    folder: Path, staged: Path, repo: str, template: str, results: Path | None, license: str | None, shard_bytes: int
-) -> Publication:
-    """Stage a model.
+def stage_model(draft: Draft, results: Path | None, shard_bytes: int) -> Publication:
+    """Stage a model that pretrain, distill, merge, finetune or convert has written.
 
     Args:
-        folder: written by pretrain, distill, finetune or convert.
-        staged: an empty folder.
-        repo: ``user/name``.
-        template: of the card.
+        draft: of the publication.
         results: folder of ``mmkd eval``, or None.
-        license: under which the publisher offers the weights, or None.
         shard_bytes: largest file of weights.
 
     Raises:
         FileNotFoundError: weights, processor, tokenizer or results are missing.
         ValueError: a file is damaged, or the results are of other weights.
     """
+    folder, staged = draft.folder, draft.staged
     files, provenance = weight_files(folder), read_provenance(folder)
     tensors = read_headers(files)
     scores = read_scores(results, files) if results is not None else None
     sizes = cards.model_sizes(folder, count_parameters(tensors), {dtype for dtype, _ in tensors.values()})
-    recipe = cards.recipe_yaml(folder)
-    card = cards.model_card(template, folder, repo, provenance, license, sizes, recipe, scores)
+    card = cards.model_card(draft, provenance, sizes, cards.recipe_yaml(folder), scores)
     sources = [*_code(folder), *_processor(folder)]
     if provenance:
         sources.append(folder / PROVENANCE_FILE)
     for path in sources:
         stage_file(path, staged / path.name)
     _stage_config(folder, staged)
-    (staged / CARD_FILE).write_text(card, encoding="utf-8")
+    draft.write_card(card)
     stage_weights(folder, files, staged, shard_bytes)
-    notes = _notes(folder, provenance, license)
+    notes = _notes(draft, provenance)
     if results is None:
         notes.append("no --results are given: the card will hold no evaluation")
     return Publication("model", staged, notes, REPLACES)
 
 
-def stage_adapter(
-    folder: Path, staged: Path, repo: str, template: str, license: str | None, base: str | None = None
-) -> Publication:
-    """Stage an adapter.
+def stage_adapter(draft: Draft, base: str | None = None) -> Publication:
+    """Stage an adapter that finetune or peft has written.
 
     Args:
-        folder: written by finetune or by peft.
-        staged: an empty folder.
-        repo: ``user/name``.
-        template: of the card.
-        license: under which the publisher offers it, or None.
+        draft: of the publication.
         base: Hub id of its model; None where the folder states it.
 
     Raises:
         FileNotFoundError: the weights are missing.
         ValueError: a file is damaged, it adapts another kind of model, or its model's Hub id is not stated.
     """
+    folder, staged = draft.folder, draft.staged
     config = _adapter_config(folder)
     weights = folder / ADAPTER_FILE
     if not weights.is_file():
@@ -102,13 +91,12 @@ def stage_adapter(
     beside = folder.parent if folder.name == "adapter" and provenance else folder  # where finetune keeps its settings
     recipe = cards.recipe_yaml(folder if (folder / cards.SETTINGS_FILE).is_file() else beside)
     sizes = _adapter_sizes(config, tensors)
-    card = cards.model_card(template, folder, repo, provenance, license, sizes, recipe, base=base)
+    draft.write_card(cards.model_card(draft, provenance, sizes, recipe, base=base))
     write_json(staged / ADAPTER_CONFIG, {**config, BASE: base})
     stage_file(weights, staged / ADAPTER_FILE)
     if provenance:
         stage_file(folder / PROVENANCE_FILE, staged / PROVENANCE_FILE)
-    (staged / CARD_FILE).write_text(card, encoding="utf-8")
-    return Publication("model", staged, _notes(folder, provenance, license), [ADAPTER_FILE])
+    return Publication("model", staged, _notes(draft, provenance), [ADAPTER_FILE])
 
 
 def parse_size(text: str) -> int:
@@ -156,11 +144,11 @@ def stage_weights(folder: Path, files: Sequence[Path], staged: Path, shard_bytes
     save_torch_state_dict(read_weights(folder), staged, max_shard_size=shard_bytes)
 
 
-def _notes(folder: Path, provenance: dict[str, Any], license: str | None) -> list[str]:
-    conflict = cards.license_conflict(cards.components(provenance), license)
+def _notes(draft: Draft, provenance: dict[str, Any]) -> list[str]:
+    conflict = cards.license_conflict(cards.components(provenance), draft.license)
     notes = [conflict] if conflict else []
     if not provenance:
-        notes.append(f"{folder} has no {PROVENANCE_FILE}: the card cannot name teachers, data and their licences")
+        notes.append(f"{draft.folder} has no {PROVENANCE_FILE}: the card cannot name teachers, data and their licences")
     return notes
 
 
@@ -194,8 +182,8 @@ def _processor(folder: Path) -> list[Path]:
     for kind, names in (("image processor", PROCESSOR), ("tokenizer", TOKENIZER)):
         if not any((folder / name).is_file() for name in names):
             raise FileNotFoundError(
-                f"{folder} has no {kind} ({' or '.join(names[:2])}), so nobody could use the model; save the one that "
-                "it was trained with there"
+                f"{folder} has no {kind} ({' or '.join(names[:2])}), so the model cannot be used; save the one it was "
+                "trained with there"
             )
     return [folder / name for name in PROCESSOR + TOKENIZER + OPTIONAL if (folder / name).is_file()]
 

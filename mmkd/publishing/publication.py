@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mmkd.data.published import META_FILE
+from mmkd.data.folder import META_FILE
 from mmkd.data.table import TABLE_FILE
 from mmkd.files import read_json
 
@@ -26,9 +26,32 @@ KINDS = (
 )
 
 
+@dataclass(frozen=True)
+class Draft:
+    """The content to publish, with its name, card template and licence.
+
+    Attributes:
+        folder: with the content.
+        staged: an empty folder, which gets the files of the repository.
+        repo: ``user/name``.
+        template: of the card, in Jinja.
+        license: under which the publisher offers the content; None states no licence.
+    """
+
+    folder: Path
+    staged: Path
+    repo: str
+    template: str
+    license: str | None
+
+    def write_card(self, card: str) -> None:
+        """Write ``README.md``."""
+        (self.staged / CARD_FILE).write_text(card, encoding="utf-8")
+
+
 @dataclass
 class Publication:
-    """A repository as it is uploaded.
+    """A repository, ready for upload.
 
     Attributes:
         repo_type: model or dataset.
@@ -53,13 +76,13 @@ class Publication:
         return {path.relative_to(self.staged).as_posix(): path.stat().st_size for path in files}
 
     def left_out(self, folder: Path) -> list[str]:
-        """Names at the top of the published folder of which nothing is staged."""
+        """Top-level names of the published folder that are not staged."""
         staged = {path.name for path in self.staged.iterdir()}
         return sorted(path.name for path in folder.iterdir() if path.name not in staged)
 
 
 def kind_of(folder: Path) -> Kind:
-    """What a folder holds.
+    """The kind of content of a folder.
 
     Raises:
         FileNotFoundError: there is no such folder.

@@ -1,4 +1,4 @@
-"""Scores with their intervals, from the results of an evaluation to a card: a table and the Hub's ``model-index``.
+"""Convert results of an evaluation to a card: a table of scores with intervals, and the Hub's ``model-index``.
 
 Only results of the published weights are accepted, by the fingerprint that the evaluation stores. The index has no
 field for an interval, so it is in the metric's name and, as numbers, in its arguments.
@@ -95,7 +95,7 @@ def _table_row(task: dict[str, Any], result: dict[str, Any], summary: dict[str, 
 
 
 def _units(task: dict[str, Any]) -> dict[str, Any]:
-    """Counts of a task's images, or of the questions, cases or captions that it has instead."""
+    """Counts of a task's images, or of its questions, cases or captions."""
     units: dict[str, dict[str, Any]] = task["units"]
     return units["image"] if "image" in units else next(iter(units.values()))
 

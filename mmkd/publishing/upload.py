@@ -1,8 +1,8 @@
 """Upload of a publication by ``HfApi.upload_folder``, with retries and errors that state what to do.
 
-The library uploads only what changed and resumes where it was cut off. Added here: retries of the calls that it makes
-once, the check that a repository meant to be private is private, and a card edited on the Hub stays. The token is read
-where the library keeps it, and never shown.
+The library uploads only what changed, resumes, and retries reads and transfers of files. Added here: retries of the
+calls that it makes once (creating the repository, the commit), a check that a repository meant to be private is
+private, and protection of a card that was edited on the Hub. The token is read from the library and never shown.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def upload(
     overwrite_card: bool,
     notify: Callable[[str], None],
 ) -> Uploaded:
-    """Create the repository where it does not exist, and upload the staging folder.
+    """Create the repository if it does not exist, and upload the staging folder.
 
     Args:
         publication: what to upload; its card gets a last line by which a later upload recognises edits.
@@ -129,7 +129,7 @@ def require_token() -> str:
 
 
 def with_retries(action: Callable[[], T], repo: str, token: str, notify: Callable[[str], None]) -> T:
-    """The action's value; failures that may pass are retried after growing waits, or as long as the Hub requests.
+    """Run an action, and retry after temporary failures with growing waits, or as long as the Hub requests.
 
     Raises:
         PermissionError: the Hub refuses this token.
@@ -183,7 +183,7 @@ def _short(error: BaseException, token: str) -> str:
 
 
 def _http_cause(error: BaseException | None) -> BaseException | None:
-    """The HTTP or connection error behind an error, None where there is none."""
+    """The HTTP or connection error behind an error; None if there is none."""
     while error is not None:
         if isinstance(error, (TransportError, ConnectionError)):
             return error

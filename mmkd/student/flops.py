@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted by torch, and the peaks of the devices they are compared with.
+"""Floating-point operations of a training step, counted by torch, and the peak rates of devices.
 
 `torch.utils.flop_counter.FlopCounterMode` counts the products of a forward pass on the meta device, where nothing is
 computed: two operations are one multiplication and one addition. For a transformer layer of width d and feed-forward

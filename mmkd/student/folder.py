@@ -1,4 +1,4 @@
-"""The student's folder: read to continue training, written when trained, with ``provenance.json`` beside the weights.
+"""Read and write the student's folder, with ``provenance.json`` beside the weights.
 
 Each training stage records its teachers, data and starting weights with their licences, and keeps the provenance of the
 folder that it started from, so that a published model documents the whole chain. Folder names of this machine are left
@@ -119,7 +119,7 @@ def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """The provenance in a model's folder, empty where there is none.
+    """The provenance in a model's folder; empty if there is none.
 
     Raises:
         ValueError: ``provenance.json`` is there but not an object of JSON.

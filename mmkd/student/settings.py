@@ -1,4 +1,4 @@
-"""Settings of a student's training that concern the model, apart from `trainable`, so that help needs no torch."""
+"""Settings of the model in training, separate from `mmkd.student.trainable` so that ``--help`` needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmkd.command.settings import setting
 
 @dataclass(kw_only=True)
 class ModelSettings:
-    """How a model is trained, whatever it is trained for."""
+    """Settings of the model that every kind of training has."""
 
     GROUP: ClassVar[str] = "model"
 

@@ -301,7 +301,7 @@ def _refuse_unknown(kind: str, name: str, allowed: str) -> None:
 
 
 def _tiny_tokenizer() -> BertTokenizer:
-    """A WordPiece vocabulary of characters: small, and without unknown words in plain English."""
+    """A WordPiece vocabulary of characters: small, and without unknown words in English."""
     characters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:-+()/%'"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
     return BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=CONTEXT)

@@ -1,4 +1,4 @@
-"""Builds a student from the weights of a vision tower and of a text tower, joined by new projections.
+"""Build a student from the weights of a vision tower and a text tower, with new projections.
 
 A tower is named by the source of its weights:
 

@@ -1,4 +1,4 @@
-"""Trainable and frozen parts of a model, its mode during training, how it computes, and low-rank adapters.
+"""Trainable and frozen parts of a model, its mode in training, attention and compilation, and low-rank adapters.
 
 Adapters (LoRA, DoRA) are peft's. They are inside the model's own layers, so that an objective trains the model
 unchanged, and are saved as a folder of peft's with a few megabytes. ``logit_scale`` is a bare parameter, which no
@@ -42,7 +42,7 @@ def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> None:
 
 
 def freeze(model: nn.Module, parts: list[str]) -> None:
-    """Freeze parts of a model; a tower that is frozen as a whole also costs no backward pass.
+    """Freeze parts of a model; a completely frozen tower needs no backward pass.
 
     Args:
         model: the model.

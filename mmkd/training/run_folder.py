@@ -1,4 +1,4 @@
-"""``OUTPUT.partial``: settings, log and checkpoints of an unfinished run, which becomes OUTPUT in one rename."""
+"""``OUTPUT.partial``: settings, log and checkpoints of an unfinished run, renamed to OUTPUT at its end."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SPARE_BYTES = 64 * 1024**2  # for logs and tokenizer, beside weights
 
 
 class RunFolder:
-    """The folder beside the output in which a run lives until it is finished."""
+    """The folder of an unfinished run, beside the output."""
 
     def __init__(self, output: Path) -> None:
-        """Name the folder; nothing is written yet."""
+        """Choose the paths; nothing is written yet."""
         self.output = output
         self.path = output.with_name(f"{output.name}.partial")
         self.checkpoints = self.path / "checkpoints"
@@ -40,7 +40,7 @@ class RunFolder:
         self._data, self._best = self.path / "data.json", self.path / "best"
 
     def begin(self, settings: Any, data: Mapping[str, Any], step: int) -> None:
-        """Write the settings and what the data are, and keep the lines of an earlier log up to `step`."""
+        """Write the settings and the identity of the data, and cut an earlier log after `step`."""
         save_settings(settings, self._settings)
         write_json(self._data, data)
         lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True) if self._log.is_file() else []
@@ -50,37 +50,37 @@ class RunFolder:
         """Compare with the settings and the data of the interrupted run.
 
         Raises:
-            ValueError: one that would change the result differs; the message names it, then and now.
+            ValueError: one that would change the result differs; the message names the old and the new value.
         """
         before, now = yaml.safe_load(self._settings.read_text(encoding="utf-8")), resolved(settings)
         changed = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
         if changed:
             listed = "; ".join(f"{key} was {before.get(key)!r}, is now {now[key]!r}" for key in changed)
             raise ValueError(
-                f"{self.path} holds an unfinished run with other settings: {listed}. Start it again as it was, "
-                f"choose another --output, or remove {self.path}"
+                f"{self.path} holds an unfinished run with other settings: {listed}. Start it with the "
+                f"same settings, choose another --output, or remove {self.path}"
             )
         known = read_json(self._data)
         changed = [key for key in data if known.get(key) != data[key]]
         if changed:
             listed = "; ".join(f"{key} was {known.get(key)}, is now {data[key]}" for key in changed)
             raise ValueError(
-                f"{self.path} holds an unfinished run on other data: {listed}. Put the data back as they were (and a "
-                "number of processes that shares the batch out in the same way), choose another --output, or remove "
+                f"{self.path} holds an unfinished run on other data: {listed}. Restore the data (and a "
+                "number of processes that divides the batch in the same way), choose another --output, or remove "
                 f"{self.path}"
             )
 
     def require_space(self, checkpoint_bytes: int) -> None:
-        """Refuse to go on where the next checkpoint would not fit.
+        """Refuse to continue if the next checkpoint would not fit on the disk.
 
         Raises:
-            OSError: the message says how much is free and how much is needed.
+            OSError: the message states the free and the required space.
         """
         free = shutil.disk_usage(self.path).free
         if free < checkpoint_bytes + SPARE_BYTES:
             raise OSError(
                 f"{self.path}: {free / 1e9:.2f} GB are free, but the next checkpoint needs "
-                f"{(checkpoint_bytes + SPARE_BYTES) / 1e9:.2f} GB; free some and start again, nothing is lost"
+                f"{(checkpoint_bytes + SPARE_BYTES) / 1e9:.2f} GB; free some space and run the same command to resume"
             )
 
     def log(self, line: dict[str, Any]) -> None:
@@ -89,18 +89,18 @@ class RunFolder:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def sync_log(self) -> None:
-        """Let the log survive a loss of power, before a checkpoint relies on it."""
+        """Flush the log to the disk, before a checkpoint relies on it."""
         if self._log.is_file():
             with self._log.open("rb") as file:
                 os.fsync(file.fileno())
 
     def best(self) -> dict[str, Any] | None:
-        """What `keep_best` was told about the weights it kept last."""
-        facts = self._best / "facts.json"
-        return read_json(facts) if facts.is_file() else None
+        """The metadata of the weights that `keep_best` kept last."""
+        metadata = self._best / "metadata.json"
+        return read_json(metadata) if metadata.is_file() else None
 
-    def keep_best(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Keep weights and what is known of them, in the place of those kept before.
+    def keep_best(self, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Keep weights and their metadata, instead of those kept before.
 
         Raises:
             OSError: the disk is full; those kept before stay.
@@ -112,7 +112,7 @@ class RunFolder:
             save_file(tensors, new / "objective.safetensors")
         except SafetensorError as error:
             raise OSError(f"{new} cannot be written: {error}") from error
-        write_json(new / "facts.json", facts)
+        write_json(new / "metadata.json", metadata)
         rename_folder(new, self._best)
 
     def best_weights(self) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ class RunFolder:
         return load_file(self._best / "objective.safetensors")
 
     def finish(self, write_output: Callable[[Path], None]) -> None:
-        """Put what `write_output` writes, settings, log and all else that is `KEPT` into one folder, and rename it.
+        """Write the output with settings, log and the other files in `KEPT` into one folder, and rename it.
 
         Raises:
             OSError: the disk is full; the checkpoints stay, and the same command finishes the run.
@@ -139,7 +139,7 @@ class RunFolder:
 
 
 def _step(line: str) -> float:
-    """The step of a line; one that a kill has cut off belongs to none."""
+    """The step of a line; infinite for a truncated line."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return int(json.loads(line)["step"])
     return float("inf")

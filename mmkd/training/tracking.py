@@ -1,7 +1,7 @@
-"""Where a run is watched and what it ran on: trackers' names, environment and git state, the curve of the losses.
+"""Trackers of a run, its environment and git state, and the plot of its losses.
 
-Nothing here sends anything by itself: TensorBoard writes files beside the output, and a tracker that talks to a server
-(wandb, trackio ...) runs only when it is named. Host, user and folder names are left out of what is written.
+Nothing is sent by default: TensorBoard writes files beside the output, and a tracker that sends data to a server
+(wandb, trackio ...) is used only when it is named. Names of hosts, users and folders are not written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CURVE_POINTS = 2000
 
 
 def chosen_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers that these names stand for: ``auto`` is TensorBoard where it is installed, ``none`` is none.
+    """The trackers to use: ``auto`` is TensorBoard if it is installed, ``none`` is no tracker.
 
     Raises:
         ValueError: an unknown name, a tracker that is not installed, or ``auto`` or ``none`` beside others.
@@ -44,18 +44,18 @@ def chosen_trackers(names: Sequence[str]) -> list[str]:
             allowed = ", ".join(TRACKERS)
             raise ValueError(f"--trackers {name}{nearest(name, TRACKERS)}: give {allowed}, or {AUTO} or {NONE} alone")
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"--trackers {name}: it is not installed; run `pip install {name}`, or give {NONE}")
+            raise ValueError(f"--trackers {name} is not installed; run `pip install {name}`, or give {NONE}")
     return list(names)
 
 
 def tracker_options(name: str, step: int) -> dict[str, dict[str, Any]]:
-    """Options of each tracker for a run of this name that has come to `step`: what came after it is written anew."""
+    """Options of each tracker for a run of this name that resumes after `step`."""
     named = {"name": name}
     return {"tensorboard": {"purge_step": step + 1}, "wandb": {**named, "resume": "allow"}, "trackio": named}
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """Settings as trackers take them: one level, names joined by dots, everything else as text."""
+    """Settings as trackers accept them: one level, names joined by dots, other types as text."""
     flat: dict[str, str | int | float | bool] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -66,10 +66,10 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, str | int | float |
 
 
 def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run depends on beside its settings and data: versions, devices, processes, the state of the code.
+    """The environment of a run: versions, devices, processes and the git state of the code.
 
     Args:
-        extra: more facts, as JSON values.
+        extra: further entries, as JSON values.
     """
     cuda = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if cuda else []
@@ -88,11 +88,11 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def git_state(path: Path) -> dict[str, Any] | None:
-    """Commit of the repository around a folder or file and whether files differ from it; None without one or git.
+    """Commit of the repository that holds a folder or file, and whether files differ from it; None without git.
 
-    A file has to be in the repository: one installed below some other checkout has no state.
+    A file must be tracked: a package installed below another checkout has no state.
     """
-    is_file, told = path.is_file(), []
+    is_file, outputs = path.is_file(), []
     own = [["ls-files", "--error-unmatch", path.name]] if is_file else []
     for command in (*own, ["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         call = ["git", "-C", str(path.parent if is_file else path), *command]
@@ -102,8 +102,8 @@ def git_state(path: Path) -> dict[str, Any] | None:
             return None
         if done.returncode:
             return None
-        told.append(done.stdout.strip())
-    return {"commit": told[-2], "changed": bool(told[-1])}
+        outputs.append(done.stdout.strip())
+    return {"commit": outputs[-2], "changed": bool(outputs[-1])}
 
 
 def write_environment(folder: Path, extra: Mapping[str, Any]) -> None:
@@ -112,14 +112,14 @@ def write_environment(folder: Path, extra: Mapping[str, Any]) -> None:
 
 
 def draw_losses(log: Path, output: Path) -> bool:
-    """Draw the losses of a ``log.jsonl`` over steps, each part faint and its moving mean bold, as PNG.
+    """Plot the losses of a ``log.jsonl`` over steps as PNG, with their moving means.
 
     Args:
-        log: the file of lines.
-        output: the picture to write.
+        log: the file.
+        output: the PNG file to write.
 
     Returns:
-        Whether it was drawn: not without matplotlib, nor for a log of fewer than two steps.
+        Whether it was written: it needs matplotlib and a log of at least two steps.
     """
     curves = _curves(log)
     if importlib.util.find_spec("matplotlib") is None or len(curves.get("loss", ())) < 2:
@@ -140,7 +140,7 @@ def draw_losses(log: Path, output: Path) -> bool:
 
 
 def _curves(log: Path) -> dict[str, list[tuple[int, float]]]:
-    """Points of the loss, its parts and what validation measured, thinned to what a picture shows."""
+    """Points of the loss, its parts and the validation losses, thinned for the plot."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     if not lines:
         return {}

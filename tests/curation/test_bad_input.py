@@ -154,5 +154,5 @@ def test_a_manifest_that_was_tampered_with(outcome, tmp_path):
         with pytest.raises(ValueError, match="refused"):
             open_pairs(folder)
     (tmp_path / "split" / "manifest.arrow").write_bytes((output / "manifest.arrow").read_bytes()[:100])
-    with pytest.raises(ValueError, match="no whole Arrow file"):
+    with pytest.raises(ValueError, match="not a complete Arrow file"):
         open_pairs(tmp_path / "split")

@@ -91,7 +91,7 @@ def test_parquet_rows_and_cells(tmp_path):
     cells = ParquetCells()
     assert [cells.read(path, "image", group, row) for group, row, _ in rows] == [b"%d" % n for n in range(7)]
     path.write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(ValueError, match="no Parquet file"):
+    with pytest.raises(ValueError, match="not a Parquet file"):
         list(parquet_rows(path))
     with pytest.raises(FileNotFoundError):
         list(parquet_rows(tmp_path / "none.parquet"))

@@ -88,7 +88,7 @@ def test_results_of_other_weights_are_refused(published_student, results, tmp_pa
             "pickled weights are not read",
         ),
         ({"config.json": "{"}, ValueError, "is not valid JSON"),
-        ({"manifest.arrow": "{}"}, ValueError, "no whole Arrow file"),
+        ({"manifest.arrow": "{}"}, ValueError, "not a complete Arrow file"),
     ],
 )
 def test_a_folder_that_holds_nothing_to_push_is_told_so(tmp_path, files, error, message, publication):

@@ -278,7 +278,7 @@ def test_without_a_network_it_says_at_once_what_to_do(tmp_path, monkeypatch, sta
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
-    with pytest.raises(FileNotFoundError, match=f"{repository} is no folder here .*`hf download {repository}"):
+    with pytest.raises(FileNotFoundError, match=f"{repository} is neither a local folder .*`hf download {repository}"):
         start(name)
     assert time.monotonic() - began < 10
 

@@ -16,7 +16,7 @@ from processes import forked, mmkd, stop_while_training
 from transformers import AutoModel, AutoProcessor
 
 import modeling_mmkd  # noqa: F401  registers MMKDClipModel with the Auto classes
-from mmkd.command.launch import held_back
+from mmkd.command.launch import blocked_signals
 from mmkd.data.splits import partition
 from mmkd.data.table import Pair
 from mmkd.training.checkpoints import newest_checkpoint
@@ -189,8 +189,8 @@ def test_a_signal_to_the_pipeline_has_its_stage_save_and_starts_no_other(tmp_pat
     assert {name: stage["seconds"] is not None for name, stage in stages.items()} == {"curate": True, "pretrain": False}
 
 
-def test_a_process_started_while_signals_are_held_back_does_not_end_by_them():
-    with held_back():
+def test_a_process_started_while_signals_are_blocked_signals_does_not_end_by_them():
+    with blocked_signals():
         process = subprocess.Popen(["sleep", "60"])
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):

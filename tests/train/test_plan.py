@@ -9,11 +9,11 @@ from captioned_batches import model
 
 from mmkd.student.flops import StepCost
 from mmkd.train.plan import PlanSettings, main
-from mmkd.training.planning import Assumptions, ModelSize, Stage, estimate, measure
+from mmkd.training.planning import Hardware, ModelSize, Stage, estimate, measure
 
 SIZE = ModelSize(
     parameters=200_000_000,
-    learning=200_000_000,
+    trainable=200_000_000,
     cost=StepCost(image=35e9, token=1.7e8, token_pair=3.7e4, image_passes=3, text_passes=3),
     image_bytes=175e6,
     token_bytes=2e6,
@@ -22,11 +22,12 @@ SIZE = ModelSize(
     dim=512,
 )
 STAGE = Stage(name="distill", pairs=1_000_000, epochs=2, batch_size=1024)
-ASSUMED = Assumptions(efficiency=0.5, images_per_core=1000, cores_per_gpu=100, mean_tokens=100, padding=1.0, price=2.0)
+ASSUMED = {"efficiency": 0.5, "images_per_core": 1000, "cores_per_gpu": 100, "mean_tokens": 100, "padding": 1.0}
+GPUS = Hardware(gpu="h100", gpus=8, price=2.0, **ASSUMED)
 
 
 def test_time_and_price_by_hand():
-    found = estimate(STAGE, SIZE, "h100", 8, assumed=ASSUMED)
+    found = estimate(STAGE, SIZE, GPUS)
     pair = 3 * (35e9 + 1.7e10 + 3.7e8)
     hours = 2_000_000 * pair / (8 * 0.5 * 989e12) / 3600
     assert found.hours == pytest.approx(hours)
@@ -36,38 +37,37 @@ def test_time_and_price_by_hand():
 
 
 def test_memory_by_hand():
-    found = estimate(STAGE, SIZE, "h100", 8, assumed=ASSUMED)
+    found = estimate(STAGE, SIZE, GPUS)
     activations = 128 * (175e6 + 100 * 2e6)
     loss = 6 * 128 * 1024 * 4 + 8 * 1024 * 512 * 4
     assert found.memory_gb == pytest.approx((200e6 * 18 + activations + loss) / 1e9 + 3.0)
-    sharded = estimate(STAGE, SIZE, "h100", 8, sharded=True, assumed=ASSUMED)
+    sharded = estimate(STAGE, SIZE, replace(GPUS, sharded=True))
     assert found.memory_gb - sharded.memory_gb == pytest.approx(200e6 * 16 * 7 / 8 / 1e9)
 
 
 def test_recomputing_costs_a_forward_pass_and_saves_memory():
-    plain = estimate(STAGE, SIZE, "h100", 8, assumed=ASSUMED)
+    plain = estimate(STAGE, SIZE, GPUS)
     for change in ({"micro_batch_size": 32}, {"gradient_checkpointing": True}):
-        other = estimate(replace(STAGE, **change), SIZE, "h100", 8, assumed=ASSUMED)
+        other = estimate(replace(STAGE, **change), SIZE, GPUS)
         assert other.hours == pytest.approx(plain.hours * 4 / 3)
         assert other.memory_gb < plain.memory_gb / 2
 
 
 def test_what_does_not_fit_is_told_with_what_does():
     large = replace(STAGE, batch_size=4096)
-    (warning,) = estimate(large, SIZE, "h100", 8, assumed=ASSUMED).warnings
+    (warning,) = estimate(large, SIZE, GPUS).warnings
     assert "do not fit into the 80 GB of a h100; --micro_batch_size 128 fits" in warning
     fitting = replace(large, micro_batch_size=128)
-    assert not estimate(fitting, SIZE, "h100", 8, assumed=ASSUMED).warnings
-    huge = replace(SIZE, parameters=6_000_000_000, learning=6_000_000_000)
-    (warning,) = estimate(STAGE, huge, "a100", 8, assumed=ASSUMED).warnings
-    assert "whatever the micro-batch; take --sharded true" in warning
-    warnings = estimate(replace(STAGE, batch_size=1000), SIZE, "v100", 3, assumed=ASSUMED).warnings
-    assert "shared out evenly among 3" in warnings[0] and "no bf16" in warnings[1]
+    assert not estimate(fitting, SIZE, GPUS).warnings
+    huge = replace(SIZE, parameters=6_000_000_000, trainable=6_000_000_000)
+    (warning,) = estimate(STAGE, huge, replace(GPUS, gpu="a100")).warnings
+    assert "whatever the micro-batch; use --sharded true" in warning
+    warnings = estimate(replace(STAGE, batch_size=1000), SIZE, replace(GPUS, gpu="v100", gpus=3)).warnings
+    assert "divided evenly among 3" in warnings[0] and "no bf16" in warnings[1]
 
 
 def test_slow_decoding_is_the_limit():
-    slow = replace(ASSUMED, cores_per_gpu=1)
-    found = estimate(STAGE, SIZE, "h100", 8, assumed=slow)
+    found = estimate(STAGE, SIZE, replace(GPUS, cores_per_gpu=1))
     assert found.limit == "decoding" and found.hours == pytest.approx(2_000_000 / 8 / 1000 / 3600)
     assert "cores" in found.hints[0] and not found.warnings
 
@@ -91,13 +91,13 @@ def test_the_command_prints_figures_assumptions_and_warnings(tmp_path, capsys):
     common = {"model": str(tmp_path / "student"), "pairs": 10_000, "output": tmp_path / "plan.json"}
     main(PlanSettings(gpus=4, gpu="a100", batch_size=1024, precision="fp32", **common))
     text = capsys.readouterr().out
-    for part in ("pretrain", "extract", "distill", "together", "measured:", "assumed: 4 x a100", "2.5 a GPU hour"):
+    for part in ("pretrain", "extract", "distill", "total", "measured:", "assumed: 4 x a100", "2.5 per GPU hour"):
         assert part in text
     stages = json.loads((tmp_path / "plan.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == ["pretrain", "extract", "distill"]
     with pytest.raises(SystemExit):
         main(PlanSettings(gpus=3, gpu="a100", batch_size=1024, **common))
-    assert "warning: pretrain: a batch of 1024 cannot be shared out evenly among 3 GPUs" in capsys.readouterr().out
+    assert "warning: pretrain: a batch of 1024 cannot be divided evenly among 3 GPUs" in capsys.readouterr().out
 
 
 def test_wrong_settings_are_refused():

@@ -1,13 +1,12 @@
 """Conversion between feature stores and the authors' folder of features (`mmkd.data.features.published`).
 
-`import_published` makes feature stores of the same numbers; `export_published` and `write_published` write the folder.
+`import_published` makes feature stores of the same numbers; `export_published` writes the folder.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 from mmkd.data.features import FeatureKind, FeatureType
 from mmkd.data.features.published import ENDINGS, FEATURE_FILES, PublishedFeatures
 from mmkd.data.features.writer import FeatureWriter
-from mmkd.data.folder import PairFolder, in_chunks
+from mmkd.data.folder import META_FILE, PairFolder, PublishedSample, in_chunks
 from mmkd.data.images import read_image_bytes
 from mmkd.data.provenance import published_teacher
-from mmkd.data.published import META_FILE, PublishedSample
 from mmkd.data.table import Pair
 from mmkd.files import atomic_write_lines, is_folder_name
 
@@ -107,26 +105,6 @@ def export_published(
 
     atomic_write_lines(output / META_FILE, lines())
     return counts[0], counts[1]
-
-
-def write_published(folder: Path, samples: Sequence[PublishedSample], kind: FeatureKind, lookup: Lookup) -> None:
-    """Write features of samples in the authors' layout: one file of tensors beside each sample, ``meta.jsonl`` last.
-
-    Args:
-        folder: where; nothing of it is read.
-        samples: what to write; ids and folders must be names of folders.
-        kind: which file of the layout.
-        lookup: from ids to what `PublishedFeatures.lookup` returns.
-    """
-
-    def lines() -> Iterator[str]:
-        for begin in range(0, len(samples), SAMPLES_AT_ONCE):
-            part = samples[begin : begin + SAMPLES_AT_ONCE]
-            found: dict[FeatureKind, dict[str, dict[str, Tensor]]] = {kind: lookup([sample.id for sample in part])}
-            for row, sample in enumerate(part):
-                yield _write_sample(folder, replace(sample, teachers=_teachers(found, row, None)), found, row)
-
-    atomic_write_lines(folder / META_FILE, lines())
 
 
 def _teachers(

@@ -1,13 +1,13 @@
-"""Which row of a store an id has, and whether the pair behind the id is still the same.
+"""The row of each id in a store, and fingerprints that show whether the pair behind an id has changed.
 
 Ids are found by their 96-bit BLAKE2 digests, sorted: looking up n ids is one binary search in three arrays (``key`` 64
 bits, ``check`` 32, ``row`` 32), which a finished store keeps in a memory-mapped file. Two ids are taken for one only
 if all 96 bits agree, which among 20 million happens with a probability of 1e-14.
 
-Features are found by the id of a pair. A caption that is rewritten under the same id, or a manifest that assigns the
-ids anew, would train on targets that belong to something else, and nothing would look wrong. A store therefore keeps a
-fingerprint for each row: a 16-bit checksum of the caption and one of the image (of the SHA-256 that the manifest states
-or, where it states none, of the file's name without its folder). 0 stands for unknown; checksums of the two kinds of
+Features are found by the id of a pair. With a caption rewritten under the same id, or a manifest that assigns the ids
+again, training would silently use targets of other pairs. A store therefore keeps a fingerprint for each row: a 16-bit
+checksum of the caption and one of the image (of the SHA-256 that the manifest states or, if it states none, of the
+file's name without its folder). 0 stands for unknown; checksums of the two kinds of
 image differ in their lowest bit and are not compared. A single change goes unnoticed once in 65,536 times (an image's
 once in 32,768), one of several pairs practically never.
 """
@@ -70,7 +70,7 @@ class IdIndex:
         return cls(**arrays)
 
     def save(self, folder: Path) -> tuple[str, str]:
-        """Write the index under a name made of its content, and return this name and the file's SHA-256."""
+        """Write the index under a name derived from its content; returns the name and the SHA-256 of the file."""
         data = safetensors.numpy.save({"key": self.key, "check": self.check, "row": self.row})
         digest = hashlib.sha256(data).hexdigest()
         name = f"ids-{digest[:12]}.safetensors"
@@ -81,35 +81,35 @@ class IdIndex:
         """Number of rows."""
         return len(self.key)
 
-    def rows(self, wanted: np.ndarray) -> np.ndarray:
-        """The row of each digest (n,), -1 where there is none; (n,) int64."""
-        found = np.full(len(wanted), -1, dtype=np.int64)
+    def rows(self, requested: np.ndarray) -> np.ndarray:
+        """The row of each digest, (n,) int64; -1 if there is none."""
+        found = np.full(len(requested), -1, dtype=np.int64)
         if not len(self):
             return found
-        order = np.argsort(wanted["key"])  # neighbours in the map are read together
-        pending, at = order, np.searchsorted(self.key, wanted["key"][order])
+        order = np.argsort(requested["key"])  # neighbours in the map are read together
+        pending, at = order, np.searchsorted(self.key, requested["key"][order])
         while len(pending):
             here = np.minimum(at, len(self) - 1)
-            same = (at < len(self)) & (self.key[here] == wanted["key"][pending])
-            exact = same & (self.check[here] == wanted["check"][pending])
+            same = (at < len(self)) & (self.key[here] == requested["key"][pending])
+            exact = same & (self.check[here] == requested["check"][pending])
             found[pending[exact]] = self.row[here[exact]]
             again = same & ~exact  # another id with the same 64 bits: the next entry may be the one
             pending, at = pending[again], at[again] + 1
         return found
 
     def repeated(self) -> int | None:
-        """A row whose id an earlier row has as well, None where all differ."""
+        """A row whose id an earlier row has, too; None if all ids differ."""
         same = np.flatnonzero((self.key[1:] == self.key[:-1]) & (self.check[1:] == self.check[:-1]))
         return int(self.row[same[0] + 1]) if len(same) else None
 
     def missing_from(self, others: Sequence[IdIndex]) -> np.ndarray:
-        """Rows, in ascending order, whose ids none of ``others`` has; (m,) int64."""
+        """Rows whose ids none of ``others`` has, in ascending order; (m,) int64."""
         kept = [np.zeros(0, dtype=np.int64)]
         for begin in range(0, len(self), COMPARED_TOGETHER):
             part = slice(begin, begin + COMPARED_TOGETHER)
-            wanted = np.empty(len(self.key[part]), dtype=DIGEST)
-            wanted["key"], wanted["check"] = self.key[part], self.check[part]
-            absent = np.all([other.rows(wanted) < 0 for other in others], axis=0)
+            requested = np.empty(len(self.key[part]), dtype=DIGEST)
+            requested["key"], requested["check"] = self.key[part], self.check[part]
+            absent = np.all([other.rows(requested) < 0 for other in others], axis=0)
             kept.append(self.row[part][absent].astype(np.int64))
         return np.sort(np.concatenate(kept))
 
@@ -123,7 +123,7 @@ class Ids(Sequence[str]):
 
     @classmethod
     def joined(cls, parts: Sequence[tuple[Ids, IdIndex]]) -> Ids:
-        """Every id of several sequences, once: those of the first, then those of the second that the first lacks ..."""
+        """The union of several sequences: the ids of the first, then those of the second that the first lacks ..."""
         rows = [np.arange(len(index)) for _, index in parts[:1]]
         rows += [index.missing_from([other for _, other in parts[:k]]) for k, (_, index) in enumerate(parts) if k]
         starts = np.cumsum([0, *map(len, rows)])

@@ -1,4 +1,4 @@
-"""The features of several teachers, looked up together, and whether they belong to the pairs they are used with."""
+"""Look up the features of several teachers together, and check that they belong to the pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmkd.data.features import FeatureKind
 from mmkd.data.features.index import SHOWN, Ids, changes, digests, fingerprinted
 from mmkd.data.features.published import PublishedFeatures
 from mmkd.data.features.store import FeatureStore, store_paths
-from mmkd.data.published import META_FILE
+from mmkd.data.folder import META_FILE
 from mmkd.data.table import Pair
 from mmkd.distributed import rank
 
@@ -53,13 +53,13 @@ class TeacherFeatures:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a resumed run must find again: of each teacher the width and the checksum of its store."""
+        """Width and checksum of the store of each teacher, which must not change before a run is resumed."""
         checksums = {name: f", store {store.checksum[:16]}" for name, store in self.stores.items()}
         return {name: f"{dim} wide{checksums.get(name, '')}" for name, dim in self.dims.items()}
 
     @cached_property
     def ids(self) -> Sequence[str]:
-        """Every pair that at least one of them has features of; for stores a sequence on disk, read in slices."""
+        """The ids of all pairs with features of at least one teacher; for stores a sequence on disk, read in slices."""
         if self._published is not None:
             return self._published.ids
         return Ids.joined([(store.ids, store.index) for store in self._by_index.values()])
@@ -118,7 +118,7 @@ class TeacherFeatures:
         return np.any([rows >= 0 for rows in self._rows(ids).values()], axis=0)
 
     def fingerprints(self, ids: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Which of n pairs teachers have features of, and what these pairs were then.
+        """The pairs among n with features of each teacher, and the fingerprints of these pairs at extraction.
 
         Returns:
             name -> (n,) bool, and (n,) of `FINGERPRINT`, zeros where they are unknown.
@@ -133,13 +133,13 @@ class TeacherFeatures:
         return [name for name, store in self.stores.items() if store.meta["ids"]["sha256"] == key]
 
     def _rows(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Rows of the ids in each distinct index; teachers that have the same pairs share one."""
-        wanted = digests(ids)
-        return {key: store.index.rows(wanted) for key, store in self._by_index.items()}
+        """Rows of the ids in each distinct index; teachers of the same pairs share one."""
+        requested = digests(ids)
+        return {key: store.index.rows(requested) for key, store in self._by_index.items()}
 
 
 def seen_pairs(features: TeacherFeatures, pairs: Sequence[Pair], place: object) -> np.ndarray:
-    """Which of n pairs at least one teacher has features of, (n,) bool, none of them changed since.
+    """Mask of n pairs with features of at least one teacher, (n,) bool; refuse pairs that have changed since.
 
     Feature stores without fingerprints are accepted with a warning.
 
@@ -187,7 +187,7 @@ def seen_pairs(features: TeacherFeatures, pairs: Sequence[Pair], place: object) 
 def available_features(
     features: TeacherFeatures, ids: Sequence[str], teachers: Sequence[Sequence[str] | None]
 ) -> dict[str, dict[str, Tensor]]:
-    """Teacher features of B pairs, as far as screening allows them.
+    """Teacher features of B pairs, with the masks of screening.
 
     Args:
         features: where they are looked up.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmkd.data.features import FeatureKind
 from mmkd.data.features.index import FINGERPRINT, fingerprints
-from mmkd.data.published import META_FILE, read_published
+from mmkd.data.folder import META_FILE, read_published
 
 FEATURE_FILES: dict[FeatureKind, str] = {"raw": "clips_output.pt", "aligned": "clips_project_output.pt"}
 ENDINGS = (("image", "img"), ("text", "txt"))

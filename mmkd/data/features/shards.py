@@ -35,7 +35,7 @@ NUMPY_TYPES |= {"U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What the header of a shard says; reading it costs no more than opening the file.
+    """The header of a shard; reading it costs no more than opening the file.
 
     Attributes:
         start: the file up to its data.
@@ -49,7 +49,7 @@ class ShardHeader:
 
     @property
     def sha256(self) -> str:
-        """Stands for the whole file, since the header carries the checksum of the data."""
+        """Checksum of the header, and thus of the file, since the header holds the checksum of the data."""
         return hashlib.sha256(self.start).hexdigest()
 
     @property
@@ -70,8 +70,8 @@ class TensorMap:
 
         Args:
             path: the file.
-            scattered: single rows are read in random order: the system shall not read what lies around them, which on
-                a disk costs a hundred times the row.
+            scattered: single rows are read in random order: turn off read-ahead, which on a disk costs a hundred times
+                the row.
 
         Raises:
             FileNotFoundError: it is not there.
@@ -103,7 +103,7 @@ def shard_file(folder: Path, *content: Any, kind: str = "shard") -> Path:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a shard is there in full length; one that is not is to be made again."""
+    """Whether a shard exists in full length; another is written again."""
     try:
         read_header(file)
         return True
@@ -118,7 +118,7 @@ def write_shard(
     fingerprints: np.ndarray | None = None,
     notes: dict[str, Any] | None = None,
 ) -> None:
-    """Write a shard whole, or not at all.
+    """Write a shard atomically.
 
     Args:
         path: the file.
@@ -191,7 +191,7 @@ def read_tensors(path: Path) -> tuple[bytes, dict[str, Any], dict[str, str]]:
 
 
 def checksums_match(path: Path, header: ShardHeader) -> bool:
-    """Whether the arrays of a shard are those that were written; every byte is read."""
+    """Whether the checksum of a shard's arrays matches; every byte is read."""
     arrays = TensorMap(path).arrays
     return _checksum(arrays) == header.notes["sha256"]
 

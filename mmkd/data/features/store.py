@@ -1,4 +1,4 @@
-"""The vector store: rows of numbers by id, opened at once, read by id or by row, in the order of microseconds a row.
+"""The vector store: rows of numbers by id, which opens at once and reads by id or row in microseconds per row.
 
 `VectorStore` reads any shards (`mmkd.data.features.shards`): cached embeddings of an evaluation, outputs of frozen
 towers and tokens are stores of that kind. A batch of random rows is a binary search for their ids and one fancy index
@@ -42,7 +42,7 @@ class VectorStore:
     """Rows of several shards, one after another."""
 
     def __init__(self, shards: Sequence[Path], rows: Sequence[int] | None = None, keep_open: bool = True) -> None:
-        """Take shards that are whole; nothing is mapped yet.
+        """Take complete shards; nothing is mapped yet.
 
         Args:
             shards: the files.
@@ -73,7 +73,7 @@ class VectorStore:
         return IdIndex.of(digests(self.ids))
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """The row of each of n ids, -1 where there is none; (n,) int64."""
+        """The row of each of n ids, (n,) int64; -1 if there is none."""
         return self.index.rows(digests(ids))
 
     def has(self, name: str) -> bool:
@@ -114,7 +114,7 @@ class VectorStore:
         return found
 
     def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each shard: which of the rows lie in it, and where in it, in ascending order."""
+        """For each shard the positions of its rows, and these rows within the shard, ascending."""
         order = np.argsort(rows, kind="stable")
         order = order[np.searchsorted(rows[order], 0) :]
         if not len(order):
@@ -167,7 +167,7 @@ class FeatureStore(VectorStore):
     """
 
     def __init__(self, path: Path) -> None:
-        """Read ``meta.json``, map the index, and check that every shard is there in full length.
+        """Read ``meta.json`` and check that every shard exists in full length.
 
         Raises:
             FileNotFoundError: the store is unfinished (no ``meta.json``) or a file is missing.
@@ -186,7 +186,7 @@ class FeatureStore(VectorStore):
         super().__init__([path / shard["file"] for shard in shards], [shard["rows"] for shard in shards])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy in another process maps the files anew."""
+        """A copy in another process maps the files again."""
         return FeatureStore, (self.path,)
 
     @cached_property
@@ -219,7 +219,7 @@ class FeatureStore(VectorStore):
 def faults(
     path: Path, every_byte: bool, progress: Callable[[int], object] = lambda rows: None
 ) -> Iterator[FileNotFoundError | ValueError]:
-    """What is wrong with a feature store; it is what readers refuse and what `mmkd features verify` reports.
+    """Faults of a feature store, which readers refuse and `mmkd features verify` reports.
 
     Args:
         path: the store.
@@ -287,7 +287,7 @@ def _shard_fault(
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The ``meta.json`` of a store, checked against its own checksum and for values that cannot be.
+    """The ``meta.json`` of a store, verified by its own checksum and for impossible values.
 
     Raises:
         FileNotFoundError: the store is unfinished.
@@ -321,7 +321,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def meta_sha256(meta: dict[str, Any]) -> str:
-    """The checksum of ``meta.json``, which stands for the whole store."""
+    """The checksum of ``meta.json``, and thus of the whole store."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
@@ -331,7 +331,7 @@ def store_paths(folder: Path) -> list[Path]:
 
 
 def unfinished(folder: Path) -> dict[str, int]:
-    """Feature stores that are still being extracted: name -> shards that are there."""
+    """Unfinished feature stores: name -> number of shards."""
     found = {path.name: len(list(path.glob("shard-*.safetensors"))) for path in folder.iterdir() if path.is_dir()}
     return {
         name: count for name, count in sorted(found.items()) if count and not (folder / name / "meta.json").exists()
@@ -339,7 +339,7 @@ def unfinished(folder: Path) -> dict[str, int]:
 
 
 def _slice(rows: np.ndarray) -> slice | np.ndarray:
-    """Neighbouring rows in order as a slice, which is copied in one go; any others as they are."""
+    """Consecutive rows as a slice, which is copied at once; any others unchanged."""
     first, last = int(rows[0]), int(rows[-1])
     if last - first == len(rows) - 1 and (len(rows) < 2 or bool((np.diff(rows) == 1).all())):
         return slice(first, last + 1)

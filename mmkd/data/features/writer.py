@@ -151,12 +151,12 @@ class FeatureExtraction:
         dtype: FeatureType,
         size: int = 0,
     ) -> None:
-        """Compare what is there with what is wanted; nothing is written yet.
+        """Compare the existing store with the requested pairs; nothing is written yet.
 
         Args:
             path: the store.
             name: the teacher.
-            ids: the pairs that the store shall hold.
+            ids: the pairs to store.
             fingerprints: of these pairs, (n,).
             provenance: of the teacher.
             dtype: how numbers are stored.
@@ -211,7 +211,7 @@ class FeatureExtraction:
         write_shard(self._file(shard), ids, {"features": features}, prints, {"skipped": skipped})
 
     def close(self) -> dict[str, str] | None:
-        """Finish the store if all shards are there and it has not been done.
+        """Finish the store if all shards exist and no process has finished it.
 
         Returns:
             id -> reason of the pairs that were left out, or None when it was not this process that finished the store.
@@ -246,12 +246,12 @@ class FeatureExtraction:
         return skipped if files else None
 
     def _tidy(self) -> None:
-        """Remove what a killed run, an earlier index or a shard without a readable image left in the folder."""
+        """Remove files of killed runs, earlier indices and shards without a readable image."""
         store = FeatureStore(self.path)
-        wanted = {self.path / store.meta["ids"]["file"], *store.files}
+        current = {self.path / store.meta["ids"]["file"], *store.files}
         for pattern in ("shard-*.safetensors", "ids-*.safetensors", ".*.tmp"):
             for file in self.path.glob(pattern):
-                if file not in wanted:
+                if file not in current:
                     file.unlink(missing_ok=True)
 
     def _file(self, shard: int) -> Path:
@@ -262,7 +262,7 @@ class FeatureExtraction:
         return self._files[shard]
 
     def _meta(self) -> bytes:
-        """The bytes of ``meta.json``, none when the store is unfinished."""
+        """The bytes of ``meta.json``; empty if the store is unfinished."""
         try:
             return (self.path / "meta.json").read_bytes()
         except FileNotFoundError:
@@ -335,7 +335,7 @@ def _merge_teacher(stores: Sequence[FeatureStore], output: Path) -> int:
 
 
 def shard_size(pairs: int) -> int:
-    """Pairs a shard: about a thousand shards, none of fewer than 256 pairs and none larger than the reader's best."""
+    """Pairs per shard: about a thousand shards of 256 to 16384 pairs."""
     size = SMALLEST_SHARD
     while size < SHARD_SIZE and size * SHARDS_WANTED < pairs:
         size *= 2
