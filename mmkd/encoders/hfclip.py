@@ -75,7 +75,8 @@ def load_towers(spec: TeacherSpec, device: str) -> HFClipEncoder:
     projections = (model.visual_projection, model.text_projection)
     widths = [next(m for m in part.modules() if isinstance(m, nn.Linear)).in_features for part in projections]
     encoder.dim = max(widths)
-    model.visual_projection, model.text_projection = (nn.ZeroPad1d((0, encoder.dim - width)) for width in widths)
+    for name, width in zip(("visual_projection", "text_projection"), widths, strict=True):
+        model.add_module(name, nn.ZeroPad1d((0, encoder.dim - width)))
     return encoder
 
 
