@@ -16,7 +16,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the marks of transformers' own tests, where `tests/conformance/fetch.py` has fetched them."""
+    """Know the marks of transformers' own tests, where `tests/support/transformers_tests.py` has fetched them."""
     files = list((ROOT / ".transformers-tests").glob("*/test_*.py"))
     spec = importlib.util.find_spec("transformers") if files else None
     if spec is not None and spec.origin is not None:

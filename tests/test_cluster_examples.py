@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import mmkd
 from safetensors.torch import load_file
 
 from mmkd.data.folder import write_manifest
@@ -49,7 +50,7 @@ def run(command, **more):
 def alone(pairs, tmp_path_factory):
     """The weights that one process comes to."""
     output = tmp_path_factory.mktemp("alone") / "model"
-    done = run([sys.executable, "-m", "mmkd.command.cli", "pretrain", "--pairs", pairs, "--output", output, *COMMON])
+    done = mmkd("pretrain", "--pairs", pairs, "--output", output, *COMMON, env=environment())
     assert done.returncode == 0, done.stderr
     return load_file(output / "model.safetensors")
 

@@ -1,34 +1,11 @@
 """Several processes on one machine (gloo), started as a user starts them."""
 
-import os
-import signal
-import subprocess
-import sys
 import textwrap
 
 import torch
+from processes import torchrun
 
 from mmkd.distributed import gather, gather_lists, mean_over_processes, rank, world_size
-
-WITHOUT_GPU = {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-
-def torchrun(*arguments, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    process = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        env=os.environ | WITHOUT_GPU,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the processes that torchrun started, too
-        raise
-    assert process.returncode == 0, errors[-3000:]
-    return errors
 
 
 def test_one_process_needs_no_group():

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from test_distributed import torchrun
-from test_modeling import in_another_process
+from processes import in_another_process, in_group
 from tiny_model import CONTEXT, save_tiny
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
@@ -213,7 +212,7 @@ def test_fsdp_wraps_and_trains_to_the_same_losses(folder, tmp_path, batch):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     torch.save(batch, tmp_path / "batch")
-    torchrun(script, folder, tmp_path / "batch")
+    in_group(script, folder, tmp_path / "batch")
     found = torch.load(tmp_path / "batch.losses", weights_only=True)
     model = MMKDClipModel.from_pretrained(folder)
     optimizer, expected = torch.optim.AdamW(model.parameters(), 3e-4), []

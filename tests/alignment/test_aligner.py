@@ -3,8 +3,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import in_group
 from safetensors.torch import save_file
-from test_distributed import torchrun
 
 from mmkd.alignment.autoencoder import AutoencoderAligner
 from mmkd.alignment.covariances import Covariances
@@ -170,7 +170,7 @@ def test_a_fit_is_the_same_bits_twice_and_the_same_to_rounding_in_any_order_and_
     flat = {f"{name}.{key}": value.contiguous() for name, t in shuffled.items() for key, value in t.items()}
     save_file(flat, tmp_path / "features.safetensors")
     (tmp_path / "program.py").write_text(SUM_PROGRAM)
-    torchrun(tmp_path / "program.py", tmp_path / "features.safetensors", tmp_path)
+    in_group(tmp_path / "program.py", tmp_path / "features.safetensors", tmp_path)
     expected, twice = (procrustes(pieces(features, 400), WIDTHS, dim=12).tensors() for _ in range(2))
     others = [procrustes(pieces(shuffled, 7), dict(reversed(WIDTHS.items())), dim=12).tensors()]
     first, second = (ProcrustesAligner.load(tmp_path / str(rank)).tensors() for rank in range(2))

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from stopped_run import stop_while_training
+from processes import stop_while_training
 
 from mmkd.data.folder import write_manifest
 from mmkd.data.table import Pair

@@ -4,7 +4,7 @@ import unittest
 
 import pytest
 import torch
-from mixins import load
+from transformers_tests import load
 
 from modeling_mmkd import (
     MMKDClipConfig,

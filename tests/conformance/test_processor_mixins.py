@@ -4,8 +4,8 @@ import tempfile
 import unittest
 
 import pytest
-from mixins import load
 from transformers import AutoImageProcessor, AutoTokenizer, BertTokenizer, CLIPImageProcessor, CLIPImageProcessorPil
+from transformers_tests import load
 
 from modeling_mmkd import MMKDClipProcessor
 

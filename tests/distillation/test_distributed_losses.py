@@ -2,7 +2,7 @@
 
 import textwrap
 
-from test_distributed import torchrun
+from processes import in_group
 
 PROGRAM = """
 import math
@@ -115,4 +115,4 @@ wait_for_everyone()
 def test_every_part_and_its_gradient(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
-    torchrun(program)
+    in_group(program)

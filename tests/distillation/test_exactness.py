@@ -1,17 +1,14 @@
 """The same global batch gives the same model: in one piece, in several, on several processes, with spread weights."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
 import step_memory
 import tiny_run
 import torch
+from processes import forked, in_group
 from safetensors.torch import load_file
-from test_distributed import torchrun
 
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions
@@ -78,7 +75,7 @@ def test_several_processes(tmp_path, reference, padded, processes):
     stopped = {"checkpoint_every": 8}
     wanted += [("stopped", {**stopped, "batches": {"killed_at": 13}}), ("stopped", stopped)]
     arguments = [text for name, more in wanted for text in (tmp_path / name, json.dumps(more))]
-    torchrun(tiny_run.__file__, tmp_path / "gradients.json", "differences", *arguments, processes=processes)
+    in_group(tiny_run.__file__, tmp_path / "gradients.json", "differences", *arguments, processes=processes)
     assert weights_file(tmp_path / "stopped").read_bytes() == weights_file(tmp_path / "whole").read_bytes()
     for name, more in runs.items():
         assert_same_run(tmp_path / name, padded if "batches" in more else reference)
@@ -96,7 +93,7 @@ def test_resumed_at_another_number_of_processes(tmp_path, reference):
     order = {"checkpoint_every": 4, "batches": {"order": str(tmp_path / "cut.order")}}
     wrong = {"max_steps": 5, "batches": {"wrong_step": 2}}
     runs = [(tmp_path / "cut", order), (tmp_path / "wrong", wrong)]
-    said = torchrun(tiny_run.__file__, *(text for path, more in runs for text in (path, json.dumps(more))))
+    said = in_group(tiny_run.__file__, *(text for path, more in runs for text in (path, json.dumps(more))))
     assert "step-00000008 was written by 1 processes, now there are 2" in said
     assert_same_run(tmp_path / "cut", reference)
     alone, first, second = (order_of(tmp_path / name) for name in ("whole.order.0", "cut.order.0", "cut.order.1"))
@@ -161,11 +158,8 @@ def test_pieces_summed_without_the_cache_would_be_another_gradient(batch):
 
 def test_memory_of_a_large_batch_is_that_of_a_piece_and_the_embeddings():
     """In one piece the batch of 256 would take some 350 MB more than the piece of 16."""
-    command = [sys.executable, step_memory.__file__, "16:16", "256:16"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    piece, batch = (json.loads(line)["growth_mb"] for line in done.stdout.splitlines())
+    cases = [forked(step_memory.__file__, case) for case in ("16:16", "256:16")]
+    piece, batch = (json.loads(case.stdout)["growth_mb"] for case in cases)
     assert batch < piece + 40
 
 

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from teacher_forms import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 from torch.nn import functional
 from transformers import (
     BertTokenizer,
@@ -20,8 +21,6 @@ from transformers import (
 from mmkd.encoders import zoo
 from mmkd.encoders.zoo import load_encoder
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
-
-from .conftest import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 
 LETTERS = [chr(code) for code in range(33, 127)]
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]

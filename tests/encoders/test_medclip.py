@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from teacher_forms import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 from torch.nn import functional
 from transformers import BertConfig, BertModel, BertTokenizer, SwinConfig, SwinModel
 
 from mmkd.encoders.zoo import load_encoder
-
-from .conftest import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 
 FILE, SWIN, BERT = "pytorch_model.bin", "swin-tiny-patch4-window7-224", "Bio_ClinicalBERT"
 SIZES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 32, "patch_size": 4, "window_size": 4}

@@ -4,11 +4,10 @@ import json
 import open_clip
 import pytest
 import torch
+from teacher_forms import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 
 from mmkd.encoders import zoo
 from mmkd.encoders.zoo import load_encoder
-
-from .conftest import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 VIT = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}

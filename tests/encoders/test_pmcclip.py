@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 from open_clip.modified_resnet import ModifiedResNet
+from teacher_forms import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 from torch.nn import functional
 from transformers import BertModel, BertTokenizer
 from transformers.models.bert import BertConfig
 
 from mmkd.encoders.pmcclip import IMAGE_FILE, PROJECTION_FILE, TEXT_FILE
 from mmkd.encoders.zoo import load_encoder
-
-from .conftest import TEXTS, check_odd_texts, randomized, rewrite, write_bert
 
 BERT = "BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)

@@ -1,12 +1,11 @@
 import pytest
 import torch
+from teacher_forms import check_odd_texts, randomized, rewrite, write_bert
 from transformers import CLIPImageProcessorPil
 
 from mmkd.encoders.authors_checkpoint import to_authors
 from mmkd.encoders.zoo import load_encoder
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
-
-from .conftest import check_odd_texts, randomized, rewrite, write_bert
 
 FILE, BERT = "unimed-clip-vit-b16.pt", "BiomedNLP-BiomedBERT-base-uncased-abstract"
 

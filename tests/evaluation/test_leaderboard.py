@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import safetensors.numpy
-from suite_results import write_suite
+from suite_results import DATASETS, write_marked_suite, write_suite
 
 import mmkd.train.report as recipe
 from mmkd.evaluation.report.leaderboard import Leaderboard, claims, comparison, distillation, p_value, title
@@ -14,23 +14,6 @@ from mmkd.files import read_json
 from mmkd.pages.page import to_html, to_markdown
 
 EVIL = '<img src=https://evil.example/x onerror=alert(1)> | "quoted" </script>'
-DATASETS = [
-    *((f"{m}-{k}", kind, m) for m in ("CT", "MRI", "OCT") for k in (1, 2) for kind in ("zeroshot", "probe")),
-    ("CT-1", "probe", "CT", "shots"),
-    ("roco", "retrieval", "CT"),
-    ("vqa-rad", "vqa", "MRI"),
-    ("tcga-blca", "survival", "pathology"),
-    ("camelyon16", "diagnosis", "pathology"),
-]  # fmt: skip
-
-DATASET = {
-    "title": "CT of one kind",
-    "task": "classification",
-    "modality": "CT",
-    "license": "CC-BY-4.0",
-    "tier": "B",
-    "splits": {"counts": {"test": {"pairs": 200, "groups": 90}}, "shared_groups": 0, "shared_images": 3},
-}
 
 
 class Page(HTMLParser):
@@ -75,18 +58,6 @@ def build(board):
 
 def read(folder):
     return Leaderboard(read_json(folder / "summary.json"), folder)
-
-
-def write_marked_suite(folder):
-    """Every kind of task, with a row undefined, a mark of contamination, a dataset left out and one described."""
-    write_suite(
-        folder,
-        DATASETS,
-        undefined=[("stage1", "retrieval-roco")],
-        marked={"CT-1": {"biomedclip": "PMC-15M holds its source"}},
-        skipped_datasets={"ddi": "not there; register at its site"},
-        datasets={"CT-1": DATASET},
-    )
 
 
 @pytest.fixture(scope="module")

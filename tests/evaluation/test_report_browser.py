@@ -2,7 +2,7 @@
 
 import pytest
 from chromium_page import PROGRAM, ChromiumPage
-from test_leaderboard import DATASETS, write_marked_suite
+from suite_results import DATASETS, write_marked_suite
 
 from mmkd.evaluation.report.page import ReportInputs, write_report
 

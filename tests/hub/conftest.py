@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from fake_encoder import make_pairs, write_pairs
-from hub_commands import TOKEN
 from huggingface_hub import constants
-from loopback_hub import LoopbackHub
+from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 
 from mmkd.command.settings import parse, save_settings

@@ -1,10 +1,8 @@
 """Conversion through the command: parity with the authors, refusals that leave nothing behind, the way back."""
 
 import json
-import os
 import pickle
 import socket
-import subprocess
 import sys
 import urllib.error
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from authors_form import HEADS_OF_64, TINY, inputs, reference, save_checkpoint, state_of, tokenizer
 from PIL import Image
+from processes import mmkd
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, BertConfig, CLIPImageProcessorPil
 
@@ -73,8 +72,7 @@ def test_authors_outputs(golden, tmp_path, name):
     paths = {"checkpoint": golden / f"{name}.pt", "config": golden / f"{name}.json", "output": tmp_path / name}
     if name == "tiny":
         arguments = [str(part) for key, value in paths.items() for part in (f"--{key}", value)]
-        command = [sys.executable, "-m", "mmkd.command.cli", "convert", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        done = mmkd("convert", *arguments)
         assert done.returncode == 0, done.stderr
     else:
         run(**paths)

@@ -5,9 +5,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from hub_commands import TOKEN
 from huggingface_hub import constants
-from loopback_hub import Repository
+from loopback_hub import TOKEN, Repository
 
 from mmkd.command.settings import parse
 from mmkd.encoders import weights as hub_access

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hub_commands import TOKEN, hub_environment, mmkd
 from huggingface_hub import DatasetCard, ModelCard
+from loopback_hub import TOKEN, hub_environment, mmkd_at
 from safetensors.torch import load_file
 
 from mmkd.data.features.lookup import TeacherFeatures
@@ -43,12 +43,13 @@ print("EMBEDDING", found[0].tolist())
 
 
 def python(hub, home, code, token=TOKEN):
+    """In an interpreter of its own, for libraries that keep where the Hub is when they are imported."""
     environment = hub_environment(hub, home, token)
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_a_dry_run_shows_card_and_files_and_touches_no_network(hub, published_student, tmp_path):
-    done = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student", "--dry-run", token=None)
+    done = mmkd_at(hub, tmp_path, "push", published_student, "--repo", "user/student", "--dry-run", token=None)
     assert done.returncode == 0, done.stderr
     assert hub.requests == []
     text, _, files = done.stdout.partition("\n--- ")
@@ -67,7 +68,7 @@ def test_a_dry_run_shows_card_and_files_and_touches_no_network(hub, published_st
 def test_pushing_again_uploads_only_what_changed(hub, published_student, tmp_path):
     student = shutil.copytree(published_student, tmp_path / "student")
     command = ("push", student, "--repo", "user/student", "--license", "cc-by-nc-4.0")
-    first = mmkd(hub, tmp_path, *command)
+    first = mmkd_at(hub, tmp_path, *command)
     assert first.returncode == 0, first.stderr
     files = hub.repository("user/student").files
     assert files["model.safetensors"] == ((student / "model.safetensors").read_bytes(), True)
@@ -77,13 +78,13 @@ def test_pushing_again_uploads_only_what_changed(hub, published_student, tmp_pat
     count = len(files) - (".gitattributes" in files)
     uploads, commits = hub.count("PUT", "/lfs/"), hub.count("POST", "/commit/")
     assert uploads and commits == 1
-    again = mmkd(hub, tmp_path, *command)
+    again = mmkd_at(hub, tmp_path, *command)
     assert f"0 files changed, {count} unchanged" in again.stdout
     assert (hub.count("PUT", "/lfs/"), hub.count("POST", "/commit/")) == (uploads, 1)
 
     settings = (student / "settings.yaml").read_text()
     (student / "settings.yaml").write_text(settings.replace("epochs: 1", "epochs: 7"))
-    third = mmkd(hub, tmp_path, *command)
+    third = mmkd_at(hub, tmp_path, *command)
     assert f"1 files changed (README.md), {count - 1} unchanged" in third.stdout
     assert hub.count("PUT", "/lfs/") == uploads
     assert b"epochs: 7" in hub.repository("user/student").files["README.md"][0]
@@ -91,7 +92,7 @@ def test_pushing_again_uploads_only_what_changed(hub, published_student, tmp_pat
 
 
 def test_what_was_pushed_loads_by_its_id_with_and_without_the_package(hub, published_student, tmp_path):
-    done = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student", "--max_shard_size", "100KB")
+    done = mmkd_at(hub, tmp_path, "push", published_student, "--repo", "user/student", "--max_shard_size", "100KB")
     assert done.returncode == 0, done.stderr
     files = hub.repository("user/student").files
     shards = [name for name in files if name.startswith("model-0")]
@@ -109,7 +110,7 @@ def test_what_was_pushed_loads_by_its_id_with_and_without_the_package(hub, publi
     assert len(expected) == model.config.projection_dim
     assert not any(fault.times for fault in hub.faults)
 
-    whole = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student")
+    whole = mmkd_at(hub, tmp_path, "push", published_student, "--repo", "user/student")
     assert f"removed {', '.join(sorted([*shards, 'model.safetensors.index.json']))}" in whole.stdout
 
 
@@ -125,7 +126,7 @@ def test_shards_hold_the_same_numbers(published_student, tmp_path):
 
 
 def test_a_private_repository_is_seen_with_a_token_alone(hub, published_student, tmp_path):
-    done = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/closed", "--private")
+    done = mmkd_at(hub, tmp_path, "push", published_student, "--repo", "user/closed", "--private")
     assert done.returncode == 0, done.stderr
     assert hub.repository("user/closed").private
     code = "from huggingface_hub import hf_hub_download; print(hf_hub_download('user/closed', 'config.json'))"
@@ -135,7 +136,7 @@ def test_a_private_repository_is_seen_with_a_token_alone(hub, published_student,
 
 
 def test_pairs_go_up_with_images_that_may_be_passed_on_and_come_down_as_they_were(hub, published_pairs, tmp_path):
-    done = mmkd(hub, tmp_path, "push", published_pairs, "--repo", "user/pairs")
+    done = mmkd_at(hub, tmp_path, "push", published_pairs, "--repo", "user/pairs")
     assert done.returncode == 0, done.stderr
     assert "check that none names a patient" in done.stderr
     files = hub.repository("user/pairs", "dataset").files
@@ -156,18 +157,18 @@ def test_images_without_a_licence_stay_where_they_are(hub, published_pairs, tmp_
     folder = shutil.copytree(published_pairs, tmp_path / "pairs")
     pairs = open_pairs(published_pairs).pairs
     write_manifest(folder, [replace(pairs[0], license=""), *pairs[1:]])
-    shown = mmkd(hub, tmp_path, "push", folder, "--repo", "user/pairs", "--dry-run")
+    shown = mmkd_at(hub, tmp_path, "push", folder, "--repo", "user/pairs", "--dry-run")
     assert (
         "images are not published, since licences restrict them or are not stated: not stated (1 pairs)" in shown.stderr
     )
     assert "images/deep" not in shown.stdout and "not uploaded: dropped.jsonl, images" in shown.stdout
     assert "The images themselves are not here" in shown.stdout
-    forced = mmkd(hub, tmp_path, "push", folder, "--repo", "user/pairs", "--dry-run", "--images", "true")
+    forced = mmkd_at(hub, tmp_path, "push", folder, "--repo", "user/pairs", "--dry-run", "--images", "true")
     assert "images are published although" in forced.stderr and "images/deep/0.png" in forced.stdout
 
 
 def test_features_go_up_with_their_teachers_licences(hub, published_features, tmp_path):
-    done = mmkd(hub, tmp_path, "push", published_features, "--repo", "user/features", "--license", "mit")
+    done = mmkd_at(hub, tmp_path, "push", published_features, "--repo", "user/features", "--license", "mit")
     assert done.returncode == 0, done.stderr
     assert "--license mit offers more than the strictest licence involved" in done.stderr
     files = hub.repository("user/features", "dataset").files
@@ -178,7 +179,7 @@ def test_features_go_up_with_their_teachers_licences(hub, published_features, tm
         (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "down" / name).write_bytes(data)
     assert TeacherFeatures.open(tmp_path / "down").dims == {"PLIP": 4, "UniMedCLIP": 4}
-    one = mmkd(hub, tmp_path, "push", published_features / "PLIP", "--repo", "user/plip", "--dry-run")
+    one = mmkd_at(hub, tmp_path, "push", published_features / "PLIP", "--repo", "user/plip", "--dry-run")
     assert "shard-00001.safetensors" in one.stdout and "--local-dir features/PLIP" in one.stdout
 
 
@@ -187,7 +188,7 @@ def test_features_go_up_with_their_teachers_licences(hub, published_features, tm
     [(None, "no token for the Hub"), ("hf_forgotten", "HTTP 401"), ("hf_reader_token", "HTTP 403")],
 )
 def test_without_the_right_to_write_one_line_says_so(hub, published_student, tmp_path, token, message):
-    done = mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student", token=token)
+    done = mmkd_at(hub, tmp_path, "push", published_student, "--repo", "user/student", token=token)
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
     assert ": error: " in error and message in error

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from hub_commands import hub_environment, mmkd
 from huggingface_hub import ModelCard
+from loopback_hub import hub_environment, mmkd_at
 
 from mmkd.command.settings import parse
 from mmkd.hub.push import PushSettings, make_publication
@@ -45,9 +45,9 @@ def publication(tmp_path_factory):
 
 def test_an_adapter_goes_up_and_is_loaded_onto_its_model(hub, published_student, published_adapter, tmp_path):
     peft = pytest.importorskip("peft")
-    assert mmkd(hub, tmp_path, "push", published_student, "--repo", "user/student").returncode == 0
+    assert mmkd_at(hub, tmp_path, "push", published_student, "--repo", "user/student").returncode == 0
     command = ("push", published_adapter, "--repo", "user/lungs", "--base_model", "user/student")
-    done = mmkd(hub, tmp_path, *command)
+    done = mmkd_at(hub, tmp_path, *command)
     assert done.returncode == 0, done.stderr
     files = {name: data for name, (data, _) in hub.repository("user/lungs").files.items()}
     assert {"adapter_config.json", "adapter_model.safetensors", "provenance.json", "README.md"} <= set(files)
@@ -57,7 +57,7 @@ def test_an_adapter_goes_up_and_is_loaded_onto_its_model(hub, published_student,
         "base_model_name_or_path": "user/student"
     }
     assert not any(str(published_student.parent).encode() in data for data in files.values())
-    again = mmkd(hub, tmp_path, *command)
+    again = mmkd_at(hub, tmp_path, *command)
     assert "0 files changed" in again.stdout
 
     loaded = subprocess.run(

@@ -1,8 +1,8 @@
 """The Hub's refusals and bad moments, met by the code that uploads, in this process and without real waits."""
 
 import pytest
-from hub_commands import TOKEN
 from huggingface_hub import constants
+from loopback_hub import TOKEN
 
 from mmkd.publishing.publication import Publication
 from mmkd.publishing.upload import is_edited, upload, with_mark

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
+from processes import in_another_process
 from safetensors.torch import load_file, save_file
-from test_modeling import in_another_process
 from tiny_model import save_tiny
 from transformers import AutoModel, AutoModelForZeroShotImageClassification
 

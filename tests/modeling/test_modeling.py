@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ import transformers
 from authors_form import HEADS_OF_64, TINY, inputs, reference, state_of, tokenizer
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from PIL import Image
+from processes import in_another_process
+from tiny_model import TEXT, VISION
 from torch.nn.functional import cross_entropy, gelu, normalize
 from transformers import (
     AutoConfig,
@@ -32,11 +33,6 @@ from transformers import (
 
 from mmkd.encoders.authors_checkpoint import from_authors, infer_config, to_authors
 from modeling_mmkd import PRESETS, MMKDClipConfig, MMKDClipModel, MMKDClipProcessor, modeling_mmkd
-
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-VISION = {**SMALL, "image_size": 32, "patch_size": 16}
-TEXT = {**SMALL, "vocab_size": 70, "max_position_embeddings": 40}
-
 
 TENTH = {"initializer_factor": 0.1}
 
@@ -374,27 +370,6 @@ def test_config_round_trip(tmp_path, vision):
         assert getattr(again, name).to_diff_dict() == getattr(config, name).to_diff_dict()
     shapes = [{key: value.shape for key, value in MMKDClipModel(c).state_dict().items()} for c in (config, again)]
     assert shapes[0] == shapes[1]
-
-
-HIDE = """
-import sys
-class Hiding:
-    def __init__(self, finder):
-        self.finder = finder
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-    def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
-HIDDEN = set(sys.argv[1].split(","))
-sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
-"""
-
-
-def in_another_process(hidden, code, *arguments, **environment):
-    command = [sys.executable, "-c", HIDE + code, hidden, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_hugging_faces_model_linter_reports_nothing():

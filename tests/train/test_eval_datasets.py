@@ -1,69 +1,20 @@
 """Datasets from manifests, judged one after another: means, marks, per-sample scores, resume, several processes."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fake_suite
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from fake_encoder import FakeEncoder, make_pairs, write_pairs
+from fake_suite import ENCODERS, evaluate, write_datasets
+from processes import in_group
 
 import mmkd.train.eval as recipe
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.evaluation import run as suite_run
 from mmkd.files import read_json
-
-ENCODERS = {
-    "student": FakeEncoder("student", 0.3),
-    "good": FakeEncoder("good", 0.4),
-    "weak": FakeEncoder("weak", 2.0),
-}
-LUNGS = """id: lungs
-task: classification
-modality: CT
-source: {csv: "${DATA}/lungs/labels.csv"}
-classes: {nodule: [nodule], cyst: [cyst], effusion: [effusion], healthy: [healthy]}
-license: CC0-1.0
-group: group
-derived_from: [Origin]
-"""
-NOTES = """id: notes
-task: retrieval
-modality: MRI
-source: {csv: "${DATA}/notes/labels.csv", caption: caption}
-license: CC0-1.0
-group: group
-"""
-GONE = """id: gone
-task: classification
-modality: CT
-source: {csv: "${DATA}/gone/labels.csv"}
-classes: [a, b]
-license: CC0-1.0
-register: https://example.org/gone
-"""
-
-
-def write_dataset(folder: Path, pairs, unreadable=()):
-    write_pairs(folder, pairs, unreadable)
-    with (folder / "labels.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file", "label", "caption", "group", "split"])
-        rows.writerows([f"images/{p.image}", p.label, p.caption, p.group, p.split] for p in pairs)
-
-
-def write_datasets(root: Path) -> Path:
-    splits = [*make_pairs(48), *make_pairs(48, "train", 48), *make_pairs(24, "validation", 96)]
-    write_dataset(root / "lungs", splits, unreadable=("p3",))
-    write_dataset(root / "notes", make_pairs(24))
-    for name, text in (("lungs", LUNGS), ("notes", NOTES), ("gone", GONE)):
-        (root / f"{name}.yaml").write_text(text)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +27,6 @@ def loads_fakes(monkeypatch):
     for encoder in ENCODERS.values():
         encoder.calls = 0
     monkeypatch.setattr(recipe, "load_encoder", lambda source, device: ENCODERS[source])
-
-
-def evaluate(data, output, encoders=("student", "good", "weak"), names=("lungs", "notes", "gone"), **settings):
-    settings = {"replicates": 100, "quiet": True, "tasks": ["zeroshot", "probe", "retrieval"], **settings}
-    settings.setdefault("probe_curve", False)
-    listed = [str(data / f"{name}.yaml") for name in names]
-    recipe.main(recipe.EvalSettings(encoders=list(encoders), datasets=listed, data=data, output=output, **settings))
-    return read_json(output / "summary.json")
 
 
 @pytest.fixture(scope="module")
@@ -226,26 +169,9 @@ def test_wrong_settings(data, tmp_path, settings, message):
         evaluate(data, tmp_path / "results", **settings)
 
 
-PROCESS = """
-import sys
-from pathlib import Path
-sys.path[:0] = {paths!r}
-import test_eval_datasets as tests
-import mmkd.train.eval as recipe
-recipe.load_encoder = lambda source, device: tests.ENCODERS[source]
-tests.evaluate(Path({data!r}), Path({output!r}))
-"""
-
-
 def test_two_processes_give_the_bytes_of_one(data, first, tmp_path):
     whole, _ = first
-    here = Path(__file__).resolve().parent
-    paths = [str(here), str(here.parent)]
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS.format(paths=paths, data=str(data), output=str(tmp_path / "results")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_group(fake_suite.__file__, data, tmp_path / "results")
     for kind in ("cells", "scores", "embeddings", "tasks"):
         ours = {p.relative_to(whole): p.read_bytes() for p in (whole / kind).rglob("*.*")}
         theirs = {

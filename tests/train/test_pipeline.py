@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stopped_run import stop_while_training
+from processes import forked, mmkd, stop_while_training
 from transformers import AutoModel, AutoProcessor
 
 import modeling_mmkd  # noqa: F401  registers MMKDClipModel with the Auto classes
@@ -41,12 +41,6 @@ def write_pictures(folder: Path) -> None:
             table.writerow([f"images/{number}.png", modality, label, "", f"patient {number // 2}", ""])
 
 
-def mmkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mmkd.command.cli", *arguments], cwd=folder, capture_output=True, text=True, timeout=240
-    )
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
@@ -56,7 +50,7 @@ def finished(tmp_path_factory):
     settings += ["--distill.epochs=1", "--distill.freeze=", "--merge.replicates=100"]
     settings += ["--eval.replicates=100", "--quiet"]
     command = ["quickstart", "--data", "my pictures", *settings]
-    done = mmkd(folder, *command)
+    done = mmkd(*command, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, command
 
@@ -84,7 +78,7 @@ def test_the_report_compares_student_and_three_teachers(finished):
 def test_started_again_it_does_nothing(finished):
     folder, command = finished
     before = (folder / "mmkd-clip" / "model.safetensors").stat().st_mtime_ns
-    done = mmkd(folder, *command)
+    done = mmkd(*command, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == 12
     assert (folder / "mmkd-clip" / "model.safetensors").stat().st_mtime_ns == before
@@ -97,7 +91,7 @@ def test_a_stage_killed_after_its_last_rename_is_done(finished):
     for name in ("merge", "report"):
         stages[name]["seconds"] = None
     record.write_text(json.dumps(stages))
-    done = mmkd(folder, *command)
+    done = mmkd(*command, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done before") == 12
 
@@ -107,8 +101,7 @@ def test_examples_run_on_the_student(finished, script):
     folder, _ = finished
     picture, pictures = "my pictures/images/0.png", "my pictures/images"
     arguments = {"zero_shot": [picture, "MRI", "fundus"], "search_images": [pictures, "MRI", "3"]}[script]
-    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "mmkd-clip", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = forked(ROOT / "examples" / f"{script}.py", "mmkd-clip", *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == {"zero_shot": 2, "search_images": 3}[script]
 
@@ -116,14 +109,14 @@ def test_examples_run_on_the_student(finished, script):
 def test_what_it_did_not_make_it_does_not_touch(tmp_path):
     (tmp_path / "mmkd-clip").mkdir()
     (tmp_path / "mmkd-clip" / "mine.txt").write_text("keep")
-    done = mmkd(tmp_path, "quickstart")
+    done = mmkd("quickstart", cwd=tmp_path)
     assert done.returncode == 1
     assert "mmkd-clip exists" in done.stderr
     assert (tmp_path / "mmkd-clip" / "mine.txt").read_text() == "keep"
 
 
 def test_a_misspelt_setting_of_a_late_stage_is_refused_before_any_work(tmp_path):
-    done = mmkd(tmp_path, "quickstart", "--distill.epoch=4")
+    done = mmkd("quickstart", "--distill.epoch=4", cwd=tmp_path)
     assert done.returncode == 1
     assert "did you mean 'epochs'" in done.stderr
     assert "settings of distill are wrong" in done.stderr
@@ -131,7 +124,7 @@ def test_a_misspelt_setting_of_a_late_stage_is_refused_before_any_work(tmp_path)
 
 
 def test_a_missing_folder_is_named_before_any_work(tmp_path):
-    done = mmkd(tmp_path, "quickstart", "--data", "nowhere")
+    done = mmkd("quickstart", "--data", "nowhere", cwd=tmp_path)
     assert done.returncode == 1
     assert "nowhere: no such folder" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -141,7 +134,7 @@ def test_one_group_alone_is_refused_before_any_training(tmp_path):
     write_pictures(tmp_path / "data")
     table = tmp_path / "data" / "labels.csv"
     table.write_text(re.sub(r"patient \d+", "patient 0", table.read_text()))
-    done = mmkd(tmp_path, "quickstart", "--data", "data")
+    done = mmkd("quickstart", "--data", "data", cwd=tmp_path)
     assert done.returncode == 1
     assert "at least two groups are needed" in done.stderr
     assert "pretrain" not in done.stdout
@@ -172,7 +165,7 @@ def test_pairs_that_leave_nothing_to_ask_are_refused_before_training(tmp_path):
     write_pictures(tmp_path / "pictures")
     table = tmp_path / "pictures" / "labels.csv"
     table.write_text("file,caption\n" + "".join(f"images/{number}.png,the same words\n" for number in range(60)))
-    done = mmkd(tmp_path, "quickstart", "--data", "pictures", "--quiet")
+    done = mmkd("quickstart", "--data", "pictures", "--quiet", cwd=tmp_path)
     assert done.returncode == 1
     assert "too much alike to evaluate on: " in done.stderr
     assert done.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_embed import model
+from captioned_batches import model
 
 from mmkd.student.flops import StepCost
 from mmkd.train.plan import PlanSettings, main

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import in_group
 from safetensors.torch import load_file
-from test_distributed import torchrun
 from transformers import BertConfig, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig
 
 import mmkd.distillation.options
@@ -450,7 +450,7 @@ def test_two_processes_give_the_model_of_one(tmp_path, world):
         "--target", "random",
     ]  # fmt: skip
     call("distill", *common, "--output", tmp_path / "one")
-    torchrun("-m", "mmkd.train.distill", *common, "--output", tmp_path / "two")
+    in_group("-m", "mmkd.train.distill", *common, "--output", tmp_path / "two")
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], atol=1e-5, rtol=0)

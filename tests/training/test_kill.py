@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run ends in the same bytes; `tests/kill_moments.py` visits more moments."""
+"""Killed at any moment and started again, a run ends in the same bytes; `kill_moments.py` visits more moments."""
 
 import kill_moments
 import pytest

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import logging
 import math
@@ -7,57 +6,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from pathlib import Path
 
 import pytest
+import regression_run
 import torch
+from processes import forked
+from regression_run import Numbers, Regression, settings, train
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from mmkd.training.loop import fit, start
-from mmkd.training.objectives import Objective
+from mmkd.training.loop import start
 from mmkd.training.optimizer import build_optimizer, learning_rate
-from mmkd.training.settings import BatchSettings, LoopSettings
 
 MEASURED = ("samples_per_second", "data_time", "memory_gb")
-
-
-class Regression(Objective):
-    """A few random layers with dropout, batch normalization and a scale that runs away without clamping."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
-        self.logit_scale = nn.Parameter(torch.tensor([4.6]))
-
-    def encode(self, batch):
-        return {"y": self.layers(batch["x"])}
-
-    def loss(self, embeddings, batch):
-        error = (embeddings["y"] - batch["y"]).square().mean()
-        return {"loss": error - self.logit_scale.sum(), "error": error}
-
-
-class Numbers:
-    def __init__(self, steps=5, wrong_at=()):
-        self.steps, self.wrong_at, self.read = steps, wrong_at, []
-
-    def __len__(self):
-        return self.steps
-
-    def identity(self):
-        return {"pairs": 6 * self.steps}
-
-    def epoch(self, epoch, skip=0):
-        for number in range(skip, self.steps):
-            self.read.append((epoch, number))
-            g = torch.Generator().manual_seed(100 * epoch + number)
-            x = torch.randn(6, 4, generator=g)
-            if (epoch, number) in self.wrong_at:
-                x[0, 0] = math.nan
-            yield {"x": x, "y": x.sum(dim=1, keepdim=True), "ids": [f"pair-{epoch}-{number}-{k}" for k in range(6)]}
 
 
 class Killed(Exception):
@@ -76,30 +37,6 @@ class Interrupted(Numbers):
             if (epoch, number) == self.at:
                 raise Killed
             yield batch
-
-
-@dataclasses.dataclass(kw_only=True)
-class Settings(LoopSettings, BatchSettings):
-    """As a recipe's."""
-
-
-def settings(folder, **more):
-    values = {"epochs": 3, "learning_rate": 1e-2, "dropout": 0.3, "quiet": True, "checkpoint_every": 4}
-    values |= {"trackers": ["none"], **more}
-    return Settings(output=folder / "model", **values)
-
-
-def train(chosen, batches=None):
-    accelerator = start(chosen)
-    objective = Regression()
-    fit(
-        accelerator,
-        objective,
-        batches or Numbers(),
-        chosen,
-        lambda folder: save_file(objective.state_dict(), folder / "model.safetensors"),
-    )
-    return objective
 
 
 def losses(folder):
@@ -151,32 +88,15 @@ def test_resumed_is_uninterrupted(tmp_path, at):
 
 def test_killed_process_resumes_to_the_same_bytes(tmp_path):
     """A real SIGKILL, wherever it falls; every run in a process of its own, as a command is."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        textwrap.dedent(f"""
-        import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        import torch
-        from test_loop import Numbers, settings, train
-        class Slow(Numbers):
-            def epoch(self, epoch, skip=0):
-                for batch in super().epoch(epoch, skip):
-                    time.sleep(float(sys.argv[2]))
-                    yield batch
-        torch.set_num_threads(1)
-        train(settings(Path(sys.argv[1]), checkpoint_every=1), Slow())
-        """)
-    )
     folder = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(program), str(folder), "0.05"])
+    process = subprocess.Popen([sys.executable, regression_run.__file__, str(folder), "0.05"])
     log = folder / "model.partial" / "log.jsonl"
     while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= 6):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    runs = [subprocess.Popen([sys.executable, str(program), str(tmp_path / name), "0"]) for name in ("killed", "whole")]
-    assert [run.wait() for run in runs] == [0, 0]
+    for name in ("killed", "whole"):
+        assert forked(regression_run.__file__, tmp_path / name, 0).returncode == 0
     assert weights(folder) == weights(tmp_path / "whole")
 
 

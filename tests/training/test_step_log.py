@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from captioned_batches import batch, descending, model
 from safetensors.torch import save_file
-from test_embed import batch, descending, model
 
 from mmkd.training.log import StepLog, memory_gb, teacher_use
 from mmkd.training.loop import fit, start

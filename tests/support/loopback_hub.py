@@ -8,13 +8,29 @@ connection instead of answering; it is used up ``times`` times.
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from processes import mmkd
+
+TOKEN = "hf_writer_token"
 PART_BYTES = 200_000  # larger files are uploaded in parts of this size
+
+
+def hub_environment(hub, home, token=TOKEN):
+    """What leads the Hub's client to the stand-in, and away from this machine's token and cache."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return kept | own | ({"HF_TOKEN": token} if token else {})
+
+
+def mmkd_at(hub, home, *arguments, token=TOKEN):
+    """``mmkd ARGUMENTS``, with the stand-in as the Hub."""
+    return mmkd(*arguments, env=hub_environment(hub, home, token), timeout=120)
 
 
 @dataclass
@@ -38,7 +54,7 @@ class LoopbackHub:
     """Start it with ``with LoopbackHub() as hub``; ``hub.url`` is the endpoint."""
 
     def __init__(self):
-        self.tokens = {"hf_writer_token": ("user", True), "hf_reader_token": ("user", False)}
+        self.tokens = {TOKEN: ("user", True), "hf_reader_token": ("user", False)}
         self.repositories, self.objects, self.parts = {}, {}, {}
         self.faults, self.requests, self.lock = [], [], threading.Lock()
 

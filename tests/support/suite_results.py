@@ -21,6 +21,24 @@ KAPLAN_MEIER = {
 }
 SAMPLES, REPLICATES, CLASSES = 200, 100, ["benign", "malignant", "normal"]
 
+DATASETS = [
+    *((f"{m}-{k}", kind, m) for m in ("CT", "MRI", "OCT") for k in (1, 2) for kind in ("zeroshot", "probe")),
+    ("CT-1", "probe", "CT", "shots"),
+    ("roco", "retrieval", "CT"),
+    ("vqa-rad", "vqa", "MRI"),
+    ("tcga-blca", "survival", "pathology"),
+    ("camelyon16", "diagnosis", "pathology"),
+]  # fmt: skip
+
+DATASET = {
+    "title": "CT of one kind",
+    "task": "classification",
+    "modality": "CT",
+    "license": "CC-BY-4.0",
+    "tier": "B",
+    "splits": {"counts": {"test": {"pairs": 200, "groups": 90}}, "shared_groups": 0, "shared_images": 3},
+}
+
 
 def write_suite(folder, asked, undefined=(), marked=None, rows=tuple(SKILLS), skills=None, **more):
     """Write ``summary.json``, cells and tasks.
@@ -107,3 +125,15 @@ def curve_of(skill):
     amounts = ("1-shot", "2-shot", "8-shot", "32-shot", "1%", "10%", "100%")
     means = {f"balanced_accuracy@{amount}": skill - 0.3 / (k + 1) for k, amount in enumerate(amounts)}
     return {name: {"value": mean, "low": mean - 0.05, "high": mean + 0.05} for name, mean in means.items()}
+
+
+def write_marked_suite(folder):
+    """Every kind of task, with a row undefined, a mark of contamination, a dataset left out and one described."""
+    write_suite(
+        folder,
+        DATASETS,
+        undefined=[("stage1", "retrieval-roco")],
+        marked={"CT-1": {"biomedclip": "PMC-15M holds its source"}},
+        skipped_datasets={"ddi": "not there; register at its site"},
+        datasets={"CT-1": DATASET},
+    )

@@ -1,6 +1,6 @@
 """Run the whole evaluation on the small real data, and write ``docs/results/offline.md`` and ``offline.json``.
 
-    python tests/evaluation/offline_results.py WORK
+    python tests/support/offline_results.py WORK
 
 runs the commands below in the folder WORK, as a user would type them, and writes both documents from what they left.
 Everything takes up what is there already: a killed run goes on where it was. ``shared/data`` lies beside the checkout,
@@ -55,7 +55,7 @@ COMMANDS = [
 
 def main(work: Path) -> None:
     data = os.environ.get("DATA", str(ROOT.parent / "shared" / "data"))
-    tests = str(ROOT / "tests" / "evaluation")
+    tests = str(ROOT / "tests" / "support")
     environment = os.environ | {"DATA": data, "TESTS": tests, "MMKD_DATA": data, "PYTHONPATH": tests}
     work.mkdir(parents=True, exist_ok=True)
     for command in COMMANDS:

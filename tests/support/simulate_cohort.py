@@ -1,6 +1,6 @@
 """Give the cases of a clinical table deaths of a known hazard, and bags of features that tell it or do not.
 
-    python tests/evaluation/simulate_cohort.py shared/data/tcga_survival/tcga_blca_clinical.csv sim/blca
+    python tests/support/simulate_cohort.py shared/data/tcga_survival/tcga_blca_clinical.csv sim/blca
     mmkd eval --datasets sim/blca/manifest.yaml --tasks survival --encoders hazard=ENCODER,noise=ENCODER,told=ENCODER
 
 Cases, slides, age and sex are the table's. Each case has a risk z from N(0, 1) and dies at a time of rate
