@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -49,9 +50,16 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a source file."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path: Path, top_level_only: bool = False) -> list[str]:
     """Absolute names a file imports; siblings keep their dot."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     nodes = tree.body if top_level_only else list(ast.walk(tree))
     names = []
     for node in nodes:
@@ -152,7 +160,7 @@ PRIVATE = {  # module -> library attributes with a leading underscore, and the v
 
 def test_private_names_of_libraries_are_read_in_listed_modules():
     own = {"_asdict", "_replace", "_fields", "_make", "_exit"}  # public names of namedtuple and of os
-    trees = {path: ast.parse(path.read_text()) for path in SOURCES}
+    trees = {path: tree_of(path) for path in SOURCES}
     attributes = {path: [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)] for path, tree in trees.items()}
     for path, tree in trees.items():
         own |= {node.attr for node in attributes[path] if isinstance(node.ctx, ast.Store)}
@@ -179,10 +187,9 @@ def test_every_recipe_has_a_console_name():
 
 def test_safe_reading_and_plain_style():
     for path in SOURCES:
-        tree = ast.parse(path.read_text())
         assert path.stem not in {"utils", "helpers", "common"}, path
         assert not {"pickle", "dill", "joblib", "shelve"} & {n.split(".")[0] for n in imports(path)}, path
-        for node in ast.walk(tree):
+        for node in ast.walk(tree_of(path)):
             where = f"{path}:{getattr(node, 'lineno', 0)}"
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{where} bare except"
             if isinstance(node, ast.Call):

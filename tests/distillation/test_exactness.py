@@ -16,14 +16,14 @@ from mmkd.student.trainable import set_training_mode
 from mmkd.training.gradient_cache import cached_backward, micro_batches, piece_of, set_seed
 from mmkd.training.objectives import ObjectiveWrapper
 
-STEPS = 20
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """One process, the batch in one piece."""
     folder = tmp_path_factory.mktemp("reference") / "one"
-    tiny_run.run(folder)
+    tiny_run.run(folder, batches={"order": f"{folder}.order"})
     assert len(log(folder)) == STEPS
     return folder
 
@@ -67,13 +67,13 @@ def test_several_processes(tmp_path, reference, padded, processes):
     """Without and with pieces, in one process group; on two also with weights spread by FSDP2, and captions in runs."""
     runs = {"whole": {}, "pieces": {"micro_batch_size": 4}}
     if processes == 2:
-        runs["spread"] = {"fsdp": True, "micro_batch_size": 5, "checkpoint_every": 8}
+        runs["spread"] = {"fsdp": True, "micro_batch_size": 5, "checkpoint_every": 4}
         in_runs = {"batch_size": 48, "batches": {"caption_runs": True}}
         runs |= {"captions": in_runs, "captions in pieces": {**in_runs, "micro_batch_size": 16}}
         runs["spread captions"] = {**in_runs, "fsdp": True, "micro_batch_size": 16}
     wanted = list(runs.items())
-    stopped = {"checkpoint_every": 8}
-    wanted += [("stopped", {**stopped, "batches": {"killed_at": 13}}), ("stopped", stopped)]
+    stopped = {"checkpoint_every": 4}
+    wanted += [("stopped", {**stopped, "batches": {"killed_at": 7}}), ("stopped", stopped)]
     arguments = [text for name, more in wanted for text in (tmp_path / name, json.dumps(more))]
     in_group(tiny_run.__file__, tmp_path / "gradients.json", "differences", *arguments, processes=processes)
     assert weights_file(tmp_path / "stopped").read_bytes() == weights_file(tmp_path / "whole").read_bytes()
@@ -87,18 +87,18 @@ def test_several_processes(tmp_path, reference, padded, processes):
 
 def test_resumed_at_another_number_of_processes(tmp_path, reference):
     """The rest of the run reads the same pairs in the same order, and comes to the same weights."""
-    tiny_run.run(tmp_path / "whole", max_steps=11, batches={"order": str(tmp_path / "whole.order")})
     with pytest.raises(tiny_run.Killed):
-        tiny_run.run(tmp_path / "cut", checkpoint_every=4, batches={"killed_at": 10})
+        tiny_run.run(tmp_path / "cut", checkpoint_every=4, batches={"killed_at": 6})
     order = {"checkpoint_every": 4, "batches": {"order": str(tmp_path / "cut.order")}}
     wrong = {"max_steps": 5, "batches": {"wrong_step": 2}}
     runs = [(tmp_path / "cut", order), (tmp_path / "wrong", wrong)]
     said = in_group(tiny_run.__file__, *(text for path, more in runs for text in (path, json.dumps(more))))
-    assert "step-00000008 was written by 1 processes, now there are 2" in said
+    assert "step-00000004 was written by 1 processes, now there are 2" in said
     assert_same_run(tmp_path / "cut", reference)
-    alone, first, second = (order_of(tmp_path / name) for name in ("whole.order.0", "cut.order.0", "cut.order.1"))
-    assert [step for step, _ in first] == list(range(8, STEPS))
-    assert [(step, a + b) for (step, a), (_, b) in zip(first, second, strict=True)][:3] == alone[8:]
+    alone = order_of(reference.with_name(f"{reference.name}.order.0"))
+    first, second = (order_of(tmp_path / f"cut.order.{rank}") for rank in range(2))
+    assert [step for step, _ in first] == list(range(4, STEPS))
+    assert [(step, a + b) for (step, a), (_, b) in zip(first, second, strict=True)] == alone[4:]
 
     # A pair of the second process alone is not finite: both skip the step, and the first tells of all its pairs.
     tiny_run.run(tmp_path / "alone", **wrong)

@@ -110,7 +110,7 @@ def fsdp_options():
 
 def run(output, *, batch_size=24, checkpointing=False, fsdp=False, batches=None, **more):
     """Train and write ``model.safetensors``; returns the objective."""
-    values = {"epochs": 4, "learning_rate": 1e-3, "quiet": True, **more}
+    values = {"epochs": 2, "learning_rate": 1e-3, "quiet": True, **more}
     settings = LoopSettings(output=Path(output), **values)
     accelerator = start(settings)
     if fsdp:  # accelerate itself chooses it on GPUs alone; from here on all is its code
