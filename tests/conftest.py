@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: offline by default, and the optional folders of real data and reference outputs."""
+"""Fixtures shared by all tests: offline, one thread, and the optional folders of real data and reference outputs."""
 
 import importlib.util
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores, and towers are tiny
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
