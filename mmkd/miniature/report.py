@@ -205,7 +205,7 @@ def summary(found: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"Primary contrast ({one['contrast']}; {one['endpoint']}, 20 and 40 % wrong captions together): "
-            f"{one['delta']:+.1f} [{one['low']:+.1f}, {one['high']:+.1f}], p = {one['p']:.3f}; {one['n']} images, "
+            f"{one['delta']:+.1f} [{one['low']:+.1f}, {one['high']:+.1f}], p = {one['p']:.4f}; {one['n']} images, "
             f"{one['splits']} draws, {one['seeds']} seeds each.",
         ]
     return "\n".join(lines) + "\n"
