@@ -246,7 +246,7 @@ def test_open_clip_from_a_file_equals_open_clip(tmp_path, monkeypatch, architect
         ("timm:vit_tiny_patch16_225", ValueError, "did you mean 'vit_tiny_patch16_224"),
         ("open_clip:ViT-B-32", ValueError, "ARCHITECTURE/PRETRAINED"),
         ("open_clip:ViT-B-33/openai", ValueError, "no architecture 'ViT-B-33'.*did you mean"),
-        ("open_clip:ViT-B-32/laion3b", ValueError, "'laion3b' is no .* tags: .*laion2b_s34b_b79k"),
+        ("open_clip:ViT-B-32/laion3b", ValueError, "'laion3b' is not .* tags: .*laion2b_s34b_b79k"),
         ("./nothing", FileNotFoundError, "neither a folder here nor a Hub id"),
         ("/not/there/at/all", FileNotFoundError, "neither a folder here nor a Hub id"),
     ],

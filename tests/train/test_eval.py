@@ -90,7 +90,7 @@ def test_rows_differences_and_overall(folder, tmp_path, capsys):
     }
     splits = summary["datasets"]["pairs"]["splits"]
     assert splits["shared_groups"] == 0 and splits["counts"]["test"]["pairs"] == 48
-    assert "retrieval: mean_recall, 48 images in 24 groups, chance" in capsys.readouterr().out
+    assert "retrieval: mean_recall, 48 samples in 24 groups, chance" in capsys.readouterr().out
 
 
 def test_a_second_run_makes_nothing_and_gives_the_same_bytes(folder, tmp_path):

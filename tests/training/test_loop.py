@@ -144,7 +144,10 @@ def test_no_room_for_the_next_checkpoint_is_said_before_the_step(tmp_path, monke
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     numbers = Numbers()
-    with pytest.raises(OSError, match=r"0.00 GB are free, but the next checkpoint needs 0.07 GB.*nothing is lost"):
+    with pytest.raises(
+        OSError,
+        match=r"0.00 GB are free, but the next checkpoint needs 0.07 GB; free some space and run the same command",
+    ):
         train(settings(tmp_path), numbers)
     assert numbers.read[-1] == (0, 3), "right after the checkpoint of step 4, so that no step is lost"
     monkeypatch.undo()
