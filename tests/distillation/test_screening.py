@@ -124,6 +124,19 @@ def test_pairs_differ_by_label_and_without_labels_by_words():
     assert not meanings.differ(meanings).any()
 
 
+def test_a_perfect_teacher_of_two_classes_in_several_words_passes_for_every_pair():
+    sentences = ("a microscopy image of {}", "micrograph showing {}", "{} under the microscope")
+    labels = ("lymphocyte", "monocyte")
+    pairs = [
+        Pair(f"{k}", "x.png", sentences[k // 2 % 3].format(labels[k % 2]), "cells", labels[k % 2]) for k in range(60)
+    ]
+    features = torch.eye(2)[torch.arange(60) % 2]
+    pool = Pool(Meanings.of(pairs, deciding_labels(pairs)), features, features)
+    assert above(features, features, pool.threshold(80)).all()
+    by_words = Pool(Meanings.of(pairs, {}), features, features)
+    assert not above(features, features, by_words.threshold(80)).any()  # the other words of a class are its mismatches
+
+
 def test_a_caption_that_names_another_label_has_its_meaning():
     labels = {words_of(label): label for label in ("tumor", "glioma tumor", "no tumor", "cyst")}
     for sentence, expected in (

@@ -226,7 +226,7 @@ def open_pairs_dataset(
     Args:
         path: the folder.
         split: held out.
-        trains: a task learns from the pairs of the other splits, so that these are embedded, too.
+        trains: a task learns from the training pairs, so that these and validation pairs are embedded, too.
         within: see `PairsDataset`.
         captioned: see `PairsDataset`.
         questions: see `PairsDataset`.
@@ -240,7 +240,10 @@ def open_pairs_dataset(
     held_out = [pair for pair in listed if pair.split == split]
     if not held_out:
         raise ValueError(f"{path} holds {len(listed)} pairs, none of them in split {split!r}")
-    folder.pairs = listed if trains else held_out
+    if not trains:
+        folder.pairs = held_out
+    elif split != "test":  # the test pairs are of no use, and are not read
+        folder.pairs = [pair for pair in listed if pair.split in (split, "train", "validation")]
     return PairsDataset(folder, split, within, captioned, questions, listed)
 
 
