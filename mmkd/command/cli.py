@@ -35,7 +35,7 @@ RECIPES = {
     "report": ("mmkd.train.report", "write one self-contained HTML page from an evaluation"),
     "plan": ("mmkd.train.plan", "estimate memory, time and cost of each stage on GPUs"),
     "pipeline": ("mmkd.train.pipeline", "the full pipeline from one YAML file"),
-    "quickstart": ("mmkd.train.pipeline", "the full pipeline on packaged real images, in five minutes"),
+    "quickstart": ("mmkd.train.pipeline", "the full pipeline on packaged real images"),
     "push": ("mmkd.hub.push", "upload a model, adapter, features or pairs to the Hub, with a card"),
     "export": ("mmkd.hub.export", "export both towers for deployment: ONNX, torch.export or int8"),
     "miniature": (

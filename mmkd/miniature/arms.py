@@ -1,7 +1,7 @@
 """The arms of the experiment: ways to go on from stage 1, each with the same number of steps and of tuning trials.
 
-An arm names its losses, whose features it learns from, and which data it sees. Controls have no teacher, or one that
-knows nothing: they show what a regularizer alone does.
+An arm names its losses, whose features it learns from, and which data it sees. Controls have no
+teacher, or teacher features without biomedical knowledge; they measure the effect of regularization alone.
 """
 
 from __future__ import annotations

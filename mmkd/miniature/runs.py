@@ -1,7 +1,11 @@
-"""Runs: a teacher, a student after stage 1, a student by one arm. Each writes one folder, whole or not at all."""
+"""Runs: a teacher, a student after stage 1, a student by one arm. Each writes one folder.
+
+A run is finished when the last file of its folder is there, which appears whole; one that was killed begins anew.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +111,9 @@ class Runner:
     def __init__(self, settings: WorldSettings, work: Path, sizes: Sizes) -> None:
         """Read the world."""
         torch.set_num_threads(1)
-        self.world, self.work, self.sizes = World(settings), work, sizes
+        self.world, self.folder, self.sizes = World(settings), work, sizes
+        key = hashlib.sha256(f"{self.world.key} {sizes}".encode()).hexdigest()[:12]
+        self.work = work / f"runs-{key}"  # other collections or sizes are other models
         self.draw = lru_cache(lambda number: Draw(self.world, number))
         self.teachers = lru_cache(self._teachers)
 
@@ -120,7 +126,7 @@ class Runner:
     def teacher(self, number: int, name: str) -> None:
         """Train a teacher on the pairs of its collections; a generalist on every second group of all."""
         output = self.work / f"draw-{number}" / "teachers" / name.replace(" ", "-")
-        if output.is_dir():
+        if (output / EMBEDDINGS).is_file():
             return
         draw, place = self.draw(number), list(self.specialists).index(name)
         rows = draw.rows("teachers", self.specialists[name])
@@ -138,7 +144,7 @@ class Runner:
     def stage1(self, run: Run) -> None:
         """Train a student on its own pairs, of which a share has wrong captions."""
         output = self.work / run.folder
-        if output.is_dir():
+        if (output / ANSWERS).is_file():
             return
         rows, noise = self.student_pairs(run)
         schedule = replace(self.sizes.stage1, seed=run.seed)
@@ -151,7 +157,7 @@ class Runner:
     def student(self, run: Run, best_teacher: str) -> None:
         """Go on from stage 1 by an arm."""
         output = self.work / run.folder
-        if output.is_dir():
+        if (output / ANSWERS).is_file():
             return
         arm, world, draw = ARMS[run.arm], self.world, self.draw(run.draw)
         change = dict(arm.trials[run.trial])
@@ -386,7 +392,7 @@ class Pool:
     def __init__(self, runner: Runner, workers: int, quiet: bool) -> None:
         """Start them; each reads the world by itself."""
         self.quiet = quiet
-        arguments = (runner.world.settings, runner.work, runner.sizes)
+        arguments = (runner.world.settings, runner.folder, runner.sizes)
         context = multiprocessing.get_context("spawn")
         self._executor = ProcessPoolExecutor(workers, context, _begin, arguments)
 

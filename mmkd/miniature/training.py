@@ -1,7 +1,6 @@
 """Models of the experiment: teachers, stage 1 and students, trained by the package's own loop and objectives.
 
-In the quick form every tower is frozen and a model is its two projections over stored outputs of the towers, trained in
-seconds. With ``trained_towers`` the vision tower of a student is trained end to end, and half of its text tower.
+Every tower is frozen: a model is its two projections over stored outputs of the towers, trained in seconds.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ def teacher_arrays(
 
 
 def train(objective: Objective, batches: Batches, schedule: Schedule, output: Path, quiet: bool = True) -> None:
-    """Run the package's loop; `output` is a folder that appears when the weights are written."""
+    """Run the package's loop; the folder `output` appears when the weights are written, in place of an old one."""
     settings = LoopSettings(
         output=output,
         epochs=schedule.steps,
@@ -115,6 +114,7 @@ def train(objective: Objective, batches: Batches, schedule: Schedule, output: Pa
         warmup_steps=min(20, schedule.steps // 10),
         checkpoint_every=schedule.steps + 1,
         trackers=["none"],
+        overwrite=True,
         seed=schedule.seed,
         quiet=quiet,
     )

@@ -58,7 +58,7 @@ class World:
         pairs: the rows, each with its own caption.
         seen: names of the collections that models are trained on.
         unseen: names of the others.
-        pixels: `(n, 3, size, size)` uint8, mapped from a file.
+        texts: number of every caption and prompt.
     """
 
     def __init__(self, settings: WorldSettings) -> None:
@@ -100,6 +100,12 @@ class World:
         self.pairs = [pairs[row] for row in kept.tolist()]
         self._pixels, self._kept = pixels, kept
         self.texts = {text: row for row, text in enumerate(dict.fromkeys(self._all_texts()))}
+
+    @property
+    def key(self) -> str:
+        """Hash of the images, texts and collections; models of one world do not fit another."""
+        content = [str(self.settings.image_size), *self.unseen, *(pair.id for pair in self.pairs), *self.texts]
+        return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
     def pixels(self, rows: Tensor) -> Tensor:
         """`(rows, 3, size, size)` uint8."""
