@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Source = Literal["none", "all", "own", "permuted", "random", "best", "self"]
-"""Whose features: no one's, all teachers', the student's own starting towers, all teachers' of other images of the same
-collection, random projections of the teachers' towers, the best teacher's on validation, or an earlier student's."""
+Source = Literal["none", "all", "all and own", "own", "permuted", "random", "best", "self"]
+"""Whose features: no one's; all teachers'; theirs and the student's own starting towers'; the starting towers' alone;
+all teachers' of other images of the same collection; random projections of the teachers' towers; the best teacher's on
+validation; or an earlier student's."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ ARMS: dict[str, Arm] = {
     "teachers": Arm(ALL_THREE, "all", SPREAD, True, trials=SHARES),
     "teachers' relations + images": Arm(TASK_AND_RELATIONS, "all", SPREAD, images=True, trials=RELATIONS),
     DEFAULT: Arm(ALL_THREE, "all", SPREAD, True, images=True, trials=SHARES),
+    f"teachers, {NO_TEACHER} + images": Arm(ALL_THREE, "all and own", SPREAD, True, images=True, trials=SHARES),
 }
 
 CONTROLS = tuple(

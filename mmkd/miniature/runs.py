@@ -54,6 +54,7 @@ from mmkd.training.settings import BatchSettings
 ANSWERS = "answers.safetensors"
 ENSEMBLE, ORACLE = "ensemble of the teachers", "best teacher of each question (oracle)"
 COMBINATIONS = (ENSEMBLE, ORACLE)
+OWN = "own starting towers"
 STUDENT_VISION = "packaged:efficientnet-lite0"
 TEACHER_VISIONS = ("packaged:efficientnet-lite2", "packaged:efficientnet-lite1")
 DIM, HIDDEN = 128, 256
@@ -172,9 +173,11 @@ class Runner:
         captions = [pair.caption for pair in pairs]
         arrays = teacher_arrays(world, sources, rows, captions)
         if arm.screened:
-            kept = self.screened(pairs, arrays)
+            kept = self.screened(pairs, {name: own for name, own in arrays.items() if name != OWN})
             chosen = [k for k, pair in enumerate(kept) if len(pair.teachers or ()) >= MINIMUM]
-            rows, pairs = rows[chosen], [kept[k] for k in chosen]
+            unscreened = (OWN,) if OWN in arrays else ()
+            rows = rows[chosen]
+            pairs = [replace(kept[k], teachers=(*(kept[k].teachers or ()), *unscreened)) for k in chosen]
             captions = [pair.caption for pair in pairs]
             arrays = {name: {key: value[chosen] for key, value in own.items()} for name, own in arrays.items()}
         stores = {"teachers": arrays} if arrays and not arm.aligned else {}
@@ -186,7 +189,7 @@ class Runner:
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
         options = DistillOptions(
             losses={**arm.losses, **change},
-            relational_only=list(sources) if arm.source in ("own", "permuted", "random") else [],
+            relational_only=list(sources) if arm.source in ("permuted", "random") else [n for n in sources if n == OWN],
             **arm.options,
         )
         scales = spread_scales(arrays, options.spread_factor) if options.teacher_temperature == "spread" else {}
@@ -292,15 +295,16 @@ class Runner:
         world = self.world
         if arm.source == "none":
             return {}
+        images, texts = world.pooled_images(STUDENT_VISION), world.pooled_texts
+        own = {OWN: Embedded(F.normalize(images, dim=1), F.normalize(texts, dim=1))}
         if arm.source == "own":
-            images, texts = world.pooled_images(STUDENT_VISION), world.pooled_texts
-            return {"own": Embedded(F.normalize(images, dim=1), F.normalize(texts, dim=1))}
+            return own
         if arm.source == "self":
             return {"self": self._kept(run.earlier.folder)}
         if arm.source == "random":
             generator, found = torch.Generator().manual_seed(run.draw), {}
             for k, name in enumerate(self.specialists):
-                images, texts = world.pooled_images(TEACHER_VISIONS[k % len(TEACHER_VISIONS)]), world.pooled_texts
+                images = world.pooled_images(TEACHER_VISIONS[k % len(TEACHER_VISIONS)])
                 maps = [torch.randn(part.shape[1], DIM, generator=generator) for part in (images, texts)]
                 found[name] = Embedded(F.normalize(images @ maps[0], dim=1), F.normalize(texts @ maps[1], dim=1))
             return found
@@ -315,7 +319,7 @@ class Runner:
                 order[sources == name] = shuffle(order[sources == name])
             shuffled = torch.from_numpy(shuffle(len(world.texts)))
             return {name: Embedded(own.image[order], own.text[shuffled]) for name, own in teachers.items()}
-        return teachers
+        return {**teachers, **own} if arm.source == "all and own" else teachers
 
     def _aligned(self, arm: Arm, arrays: Any, pairs: Sequence[Pair], seed: int) -> Any:
         """All teachers in the student's width, fitted on the training pairs."""
