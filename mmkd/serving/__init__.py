@@ -1,0 +1,1 @@
+"""What a user does with a model: predict, embed, search, calibrate, explain and serve."""
