@@ -132,7 +132,7 @@ def write_checkpoint(settings: ConvertSettings) -> None:
             f"--checkpoint {settings.checkpoint} holds no config.json; --to open_clip reads a model folder"
         )
     try:
-        config = MMKDClipConfig.from_pretrained(settings.checkpoint)
+        config = MMKDClipConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)
         state = read_weights(settings.checkpoint)
         require_same_keys(state, empty_model(config).state_dict(), "model.safetensors")
         authors = to_authors(state)
@@ -230,4 +230,4 @@ def _on_one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    run(ConvertSettings, main)
+    run(ConvertSettings, main, lambda settings: [settings.output])

@@ -64,4 +64,4 @@ def main(settings: ExplainSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(ExplainSettings, main)
+    run(ExplainSettings, main, lambda settings: [settings.output])

@@ -165,4 +165,4 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    run(ExportSettings, main)
+    run(ExportSettings, main, lambda settings: [settings.output])

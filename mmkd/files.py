@@ -1,17 +1,22 @@
-"""Outputs that appear whole or not at all, JSON, and names that cannot leave their folder.
+"""Outputs that appear whole or not at all and belong to one run, JSON and YAML, and names that cannot leave a folder.
 
 Every stage writes beside its destination and renames, so that a killed run never leaves half a file under the final
-name. Renames are atomic only within one file system, hence the temporary names are siblings.
+name. Renames are atomic only within one file system, hence the temporary names are siblings. A run holds its output
+with `exclusive`; what a killed run left beside it is then removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import stat
+import time
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -19,7 +24,14 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 ZIP_LIMIT_BYTES = 8 * 1024**3
+YAML_LIMIT_BYTES, DEEPEST_YAML, MOST_ALIASES = 16 * 1024**2, 50, 100
+
+
+class OutputInUseError(OSError):
+    """Another run writes the same output."""
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -56,8 +68,27 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be read") from error
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); it may be truncated, write it again") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file with the plain types alone; None if it is empty.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, over 16 MiB, nested too deeply, or full of aliases; the message names it.
+    """
+    if path.stat().st_size > YAML_LIMIT_BYTES:
+        raise ValueError(f"{path} has more than {YAML_LIMIT_BYTES} bytes; refused")
+    try:
+        text = path.read_text(encoding="utf-8")
+        _refuse_yaml_bombs(text)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
 def json_lines(path: Path, start: int = 0, stop: int | None = None, line: int = 1) -> Iterator[tuple[int, bytes]]:
@@ -94,6 +125,21 @@ def parse_json_object(content: bytes, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"{place} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _refuse_yaml_bombs(text: str) -> None:
+    """Refuse nesting that takes hours to parse, and copies of copies that would fill the memory when printed."""
+    depth = aliases = 0
+    for token in yaml.scan(text):
+        if isinstance(token, (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)):
+            depth += 1
+        elif isinstance(token, (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)):
+            depth += 1
+        elif isinstance(token, (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)):
+            depth -= 1
+        aliases += isinstance(token, yaml.AliasToken)
+        if depth > DEEPEST_YAML or aliases > MOST_ALIASES:
+            raise ValueError(f"nested deeper than {DEEPEST_YAML} levels, or more than {MOST_ALIASES} aliases")
 
 
 @contextlib.contextmanager
@@ -154,6 +200,44 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     raise FileExistsError(f"{path} exists; choose another --output, or replace it with --overwrite true")
+
+
+@contextlib.contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Hold an output against other runs, on this machine and on those that share its folder.
+
+    The lock is the system's and ends with the process, however that ends; the file that carries it, ``.NAME.lock``
+    beside the output, stays. Temporary siblings of a run that was killed are removed.
+
+    Args:
+        output: file or folder that is written.
+
+    Raises:
+        OutputInUseError: another run holds it; the message says which.
+    """
+    from filelock import FileLock, Timeout
+
+    output = Path.cwd() / output  # a link stays what it is
+    output.parent.mkdir(parents=True, exist_ok=True)
+    place = output.with_name(f".{output.name}.lock")
+    holder = place.read_text(encoding="utf-8", errors="replace").strip() if place.is_file() else ""
+    lock = FileLock(place, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputInUseError(
+            f"{output.name} is being written by another run ({holder or 'of which nothing more is known'}); wait for "
+            "it, stop it, or choose another output"
+        ) from None
+    try:
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        place.write_text(f"process {os.getpid()} on {platform.node()}, started {started}\n", encoding="utf-8")
+        for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
+            if re.fullmatch(r"[0-9a-f]{8}", left.name[len(output.name) + 2 : -len(".tmp")]):
+                remove(left)
+        yield
+    finally:
+        lock.release()
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

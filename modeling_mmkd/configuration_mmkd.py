@@ -42,6 +42,14 @@ AUTO_MAP = {  # lets a saved folder work without this package: the files are sav
     "AutoProcessor": "processing_mmkd.MMKDClipProcessor",
 }
 
+# What a configuration file may give a timm backbone: sizes and choices of its form. Others name files, which old
+# releases of timm load by unpickling.
+TIMM_ARGUMENTS = (
+    *("img_size", "patch_size", "in_chans", "dynamic_img_size", "dynamic_img_pad", "global_pool", "class_token"),
+    *("reg_tokens", "no_embed_class", "drop_rate", "drop_path_rate", "output_stride", "features_only", "out_indices"),
+)
+LARGEST_SIZE, MOST_LAYERS = 1 << 20, 1 << 10  # beyond those of any model; a forged file must not fill the memory
+
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions start behind the padding token's
 
 # Named sizes, from the paper's student to one for a telephone; each holds arguments of `MMKDClipConfig`. The widths are
@@ -174,19 +182,28 @@ def position_limit(config: Any) -> int | None:
 
 
 def _check_sizes(name: str, config: PreTrainedConfig) -> None:
-    """Refuse sizes that no tower can have, where its configuration states them.
+    """Refuse sizes that no tower can have, where its configuration states them, and files that timm would open.
 
     Raises:
-        ValueError: a size below 1, heads or patches that do not divide, or an unknown activation.
+        ValueError: a size below 1 or beyond any model's, an argument of timm that may name a file, heads or patches
+            that do not divide, or an unknown activation.
     """
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
     stated = {key: value for key in sizes if isinstance(value := getattr(config, key, None), int)}
     for key, value in stated.items():
-        if value < 1:
-            raise ValueError(f"{name}: {key} is {value}; it must be at least 1")
+        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_SIZE
+        if not 1 <= value <= most:
+            raise ValueError(f"{name}: {key} is {value}; allowed: 1 to {most}")
     for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
         if stated.get(whole, 0) % stated.get(part, 1):
             raise ValueError(f"{name}: {whole} {stated[whole]} must be a multiple of {part} {stated[part]}")
+    if config.model_type == "timm_wrapper":
+        arguments = config.model_args or {}
+        for key, value in arguments.items():
+            if key not in TIMM_ARGUMENTS or not isinstance(value, int | float | str | bool | list | tuple):
+                raise ValueError(f"{name}: model_args has {key!r}; allowed: {', '.join(TIMM_ARGUMENTS)}")
+        if ":" in config.architecture or "/" in config.architecture:
+            raise ValueError(f"{name}: architecture is {config.architecture!r}; allowed: a name of timm's, not a file")
     activation = getattr(config, "hidden_act", None)
     if isinstance(activation, str) and activation not in ACT2FN:
         raise ValueError(f"{name}: hidden_act is {activation!r}; allowed: {', '.join(sorted(ACT2FN))}")

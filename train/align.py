@@ -147,4 +147,4 @@ def write_stores(
 
 
 if __name__ == "__main__":
-    run(AlignSettings, main)
+    run(AlignSettings, main, lambda settings: [settings.output])

@@ -90,11 +90,12 @@ from tqdm import tqdm
 
 from mmkd.command.settings import nearest
 from mmkd.data.images import UnreadableImageError
+from mmkd.data.readers import DATA_VARIABLE
 from mmkd.data.splits import hashed
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.catalog import CATALOG, compared_with, find_manifests, load_suite, own_catalog
 from mmkd.evaluation.datasets.dataset import Dataset, open_dataset
-from mmkd.evaluation.datasets.manifest import TASKS, VARIABLE, DatasetNotFoundError, Manifest, locate, read_manifest
+from mmkd.evaluation.datasets.manifest import TASKS, DatasetNotFoundError, Manifest, locate, read_manifest
 from mmkd.evaluation.slides.cohort import read_cohort
 from mmkd.files import atomic_write_text
 
@@ -136,7 +137,8 @@ def list_datasets(settings: ListSettings) -> None:
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     present = sum(row[-1] == "present" for row in rows)
-    where = "" if settings.data or os.environ.get(VARIABLE) else f" (--data DIR or {VARIABLE} sets the folder of data)"
+    is_given = settings.data or os.environ.get(DATA_VARIABLE)
+    where = "" if is_given else f" (--data DIR or {DATA_VARIABLE} sets the folder of data)"
     print(f"\n{len(chosen)} datasets, {present} on this machine{where}; see `mmkd datasets show ID`")
 
 

@@ -107,6 +107,13 @@ def main(settings: CurateSettings) -> None:
     print(f"{settings.output}: {report['kept']} pairs ({splits}); dropped: {dropped}")
 
 
+def held(settings: CurateSettings) -> list[Path]:
+    """What this run alone may write: the output, or its shard's part of the work."""
+    number, total = _shard(settings.shard)
+    output = settings.output
+    return [output if total == 1 else output.with_name(f"{output.name}.{number}-of-{total}")]
+
+
 def _shard(text: str) -> tuple[int, int]:
     number, _, total = text.partition("/")
     if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
@@ -115,4 +122,4 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    run(CurateSettings, main)
+    run(CurateSettings, main, held)

@@ -196,4 +196,4 @@ def _open(
 
 
 if __name__ == "__main__":
-    run(DistillSettings, main)
+    run(DistillSettings, main, lambda settings: [settings.output])

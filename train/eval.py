@@ -130,4 +130,4 @@ def _shown(metric: dict[str, float | None]) -> str:
 
 
 if __name__ == "__main__":
-    run(EvalSettings, main)
+    run(EvalSettings, main, lambda settings: [settings.output])

@@ -173,4 +173,4 @@ def reasons(skipped: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    run(ExtractSettings, main)
+    run(ExtractSettings, main, lambda settings: [settings.output / name for name in named_sources(settings.teacher)])

@@ -207,4 +207,4 @@ def write(
 
 
 if __name__ == "__main__":
-    run(MiniatureSettings, main)
+    run(MiniatureSettings, main, lambda settings: [settings.work, settings.results])

@@ -208,4 +208,4 @@ def _source_hash(data: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    run(PipelineSettings, main)
+    run(PipelineSettings, main, lambda settings: [settings.work])

@@ -113,4 +113,4 @@ def refuse_other_sizes(settings: PretrainSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(PretrainSettings, main)
+    run(PretrainSettings, main, lambda settings: [settings.output])

@@ -62,4 +62,4 @@ def main(settings: ReportSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(ReportSettings, main)
+    run(ReportSettings, main, lambda settings: [settings.output])

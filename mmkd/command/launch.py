@@ -9,14 +9,21 @@ launcher. The launcher runs in a session of its own, out of reach of a signal to
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux; it is kept by the program that takes the place of the process
+STARTER = (
+    "import os, sys; from mmkd.command.launch import end_with_parent; end_with_parent(); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 LAUNCHER_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name))
 
@@ -32,7 +39,8 @@ def launch(command: Sequence[str], environment: Mapping[str, str], module: str) 
     Returns:
         Its exit code.
     """
-    launcher = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+    here = [sys.executable, "-c", STARTER, *command]
+    launcher = subprocess.Popen(here, env=os.environ | environment, start_new_session=True)
 
     def forward(number: int, _frame: FrameType | None) -> None:
         training = training_processes(launcher.pid, module) if number in SIGNALS else []
@@ -46,6 +54,20 @@ def launch(command: Sequence[str], environment: Mapping[str, str], module: str) 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Let the system end this process when the one that started it dies, even by SIGKILL; on Linux alone.
+
+    Without it, the processes of a killed launcher go on training, and keep their GPUs.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def training_processes(launcher: int, module: str) -> list[int]:

@@ -38,12 +38,15 @@ from cyclopts import App, Group, Parameter, Token
 from rich.console import Console
 from safetensors import SafetensorError
 
-from mmkd.files import atomic_write_text
+from mmkd.command.launch import end_with_parent
+from mmkd.files import atomic_write_text, exclusive, read_yaml
 
 T = TypeVar("T")
 Command = type | Mapping[str, type]
 
+DEBUG_VARIABLE = "MMKD_DEBUG"  # environment variable: show tracebacks
 COMMAND_VARIABLE = "MMKD_COMMAND"  # environment variable: the name under which `mmkd` runs a recipe
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the exit code that a shell gives a program whose reader left first
 BOOLEANS = ("true", "false", "yes", "no", "1", "0", "on", "off")
 NONE = ("none", "null", "")
@@ -79,17 +82,37 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def run(command: type[T] | Mapping[str, type[T]], main: Callable[[T], None]) -> None:
-    """Read the settings and call ``main`` with them; errors meant for the user become one line.
+def run(
+    command: type[T] | Mapping[str, type[T]],
+    main: Callable[[T], None],
+    outputs: Callable[[T], Iterable[Path]] = lambda settings: (),
+) -> None:
+    """Read the settings and call ``main`` with them; errors become one line, with ``--debug`` a traceback.
+
+    Args:
+        command: see `parse`.
+        main: the recipe.
+        outputs: files and folders that the run writes and holds against other runs; with several processes, the first
+            of them holds them for all.
 
     Raises:
         SystemExit: with 2 for wrong settings, 1 for an error of the recipe, 130 after ctrl-C.
+        ModuleNotFoundError: a package is not installed; `mmkd` says how to install it.
     """
     settings = _from_process(lambda: parse(command))
+    is_first = os.environ.get("RANK", "0") == "0"
+    if "RANK" in os.environ:
+        end_with_parent()
     try:
-        with ignore_broken_pipe():
+        with printable_output(), ignore_broken_pipe(), contextlib.ExitStack() as held:
+            for output in outputs(settings) if is_first else ():
+                held.enter_context(exclusive(output))
             main(settings)
-    except (ValueError, OSError, SafetensorError) as error:
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        if DEBUG_VARIABLE in os.environ:
+            raise
         fail(1, _message(error))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
@@ -154,6 +177,8 @@ def given_values(settings_class: type, argv: Sequence[str], action: str = "") ->
             both = isinstance(value, dict) and isinstance(values.get(name), dict)
             values[name] = {**values[name], **value} if both else value
     checks_only = given.pop("check", False)
+    if given.pop("debug", False):
+        os.environ[DEBUG_VARIABLE] = "1"  # also for the processes that a launcher starts
     mappings = {name: given.pop(name) for name in list(given) if isinstance(given[name], dict)}
     values |= given
     for field in dataclasses.fields(settings_class):
@@ -223,6 +248,30 @@ def save_settings(settings: Any, path: Path) -> None:
     atomic_write_text(path, yaml.safe_dump(resolved(settings), sort_keys=False, allow_unicode=True))
 
 
+class _Printable(io.TextIOWrapper):
+    """Text without the control characters by which data could give orders to a terminal."""
+
+    def write(self, text: str) -> int:
+        """See `io.TextIOWrapper`."""
+        return super().write(text.translate(CONTROLS))
+
+
+@contextlib.contextmanager
+def printable_output() -> Iterator[None]:
+    """Replace control characters in what the block prints: captions, names and ids come from files of others."""
+    before = sys.stdout
+    if not isinstance(before, io.TextIOWrapper):
+        yield
+        return
+    buffered = before.line_buffering
+    sys.stdout = _Printable(before.buffer, before.encoding, before.errors, line_buffering=buffered, write_through=True)
+    try:
+        yield
+    finally:
+        sys.stdout.detach()
+        sys.stdout = before
+
+
 @contextlib.contextmanager
 def ignore_broken_pipe() -> Iterator[None]:
     """Flush what the block prints, and end silently where the reader has gone, as after ``mmkd eval --help | head``.
@@ -258,6 +307,8 @@ def _app(settings_class: type, action: str) -> App:
         parameters.append(_option("config", list[str], [], Parameter(help=text, group=COMMON, show_default=False)))
     text = "only check the names and types of the settings"
     parameters.append(_option("check", bool, False, Parameter(help=text, group=COMMON, show_default=False)))
+    text = "show the traceback of an error"
+    parameters.append(_option("debug", bool, False, Parameter(help=text, group=COMMON, show_default=False)))
 
     def settings(**_: Any) -> None:
         """Bound by cyclopts, never called."""
@@ -344,10 +395,7 @@ def _tokens(argv: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
 
 def _read_yaml(path: Path | str, hints: Mapping[str, Any]) -> dict[str, Any]:
     path = _packaged(Path(path))
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    loaded = read_yaml(path) or {}
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold `key: value` lines, not a {type(loaded).__name__}")
     values: dict[str, Any] = {}
@@ -405,7 +453,7 @@ def fail(code: int, message: str, program: str = "") -> NoReturn:
     Raises:
         SystemExit: with the code.
     """
-    print(f"{program or _program()}: error: {message}", file=sys.stderr)
+    print(f"{program or _program()}: error: {message.translate(CONTROLS)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -415,11 +463,14 @@ def _program() -> str:
 
 
 def _message(error: Exception) -> str:
-    """An error of the operating system as ``FILE: what is wrong``, any other as it is."""
+    """An error of the operating system as ``FILE: what is wrong``, one that is meant for the user as it is."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}{'; free some and try again' if error.errno == errno.ENOSPC else ''}"
-    return str(error)
+    if isinstance(error, (ValueError, OSError, SafetensorError)):
+        return str(error)
+    told = " ".join(str(error).split())
+    return f"{type(error).__name__}: {told}; this was not expected: --debug shows where it happened"
 
 
 def _unknown(key: str, hints: Mapping[str, Any]) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mmkd.curation.duplicates import Fingerprints, bit_ranges
 from mmkd.curation.pictures import prepare_picture
@@ -25,9 +24,10 @@ from mmkd.curation.readers import ARTICLE, LABELS_FILE, list_rows
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import META_FILE, open_pairs
 from mmkd.data.images import UnreadableImageError, read_image_bytes
-from mmkd.data.readers import IMAGE_SUFFIXES, find_file
+from mmkd.data.readers import DATA_PLACE, DATA_VARIABLE, IMAGE_SUFFIXES, find_file
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import TABLE_FILE, map_table
+from mmkd.files import read_yaml
 
 
 def find_in_test_sets(
@@ -217,17 +217,15 @@ def _contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str], str]:
 
 def _catalog_contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str], str]:
     """Images of a dataset manifest: a folder, or a list with its folder."""
-    try:
-        manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    manifest = read_yaml(path)
     source = manifest.get("source") if isinstance(manifest, dict) else None
     if not isinstance(source, dict) or not source:
         raise ValueError(f"{path} has no `source: {{imagefolder: FOLDER}}`; it is not a dataset manifest")
-    places = [os.path.expandvars(str(value)) for value in source.values() if isinstance(value, str)]
-    there = [Path(place) for place in places if "$" not in place and Path(place).exists()]
+    data = os.environ.get(DATA_VARIABLE, DATA_PLACE)  # the only variable that a manifest may name
+    named = [str(value) for value in source.values() if isinstance(value, str)]
+    there = [place for text in named if (place := Path(text.replace(DATA_PLACE, data))).exists()]
     if not there:
-        return [], [], f"its data ({', '.join(places)}) is not on this disk"
+        return [], [], f"its data ({', '.join(named)}) is not on this disk"
     if _is_collection(there[0]):
         return _contents(there[0])
     root = there[0] if there[0].is_dir() else there[0].parent

@@ -14,11 +14,10 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from mmkd.curation.samples import Metadata
 from mmkd.data.images import JPEG_QUALITY, check_quality
 from mmkd.data.table import UNKNOWN
+from mmkd.files import read_yaml
 
 NearMode = Literal["off", "both", "image", "caption"]
 
@@ -264,10 +263,7 @@ def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:
 def _yaml(path: Path, missing: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(missing)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines")
     return values

@@ -33,6 +33,8 @@ LONGEST_CELL = 1 << 24
 
 KEPT_ROW_GROUPS = 2
 
+DATA_PLACE, DATA_VARIABLE = "${DATA}", "MMKD_DATA"  # in a dataset manifest, and the environment variable it stands for
+
 HUB_PREFIX = "hf://"
 
 HUB_FORM = "hf://datasets/OWNER/NAME, optionally with @REVISION and a folder after it"

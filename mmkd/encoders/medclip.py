@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmkd.encoders.spec import TeacherSpec, describe
 from mmkd.encoders.tower_pair import TowerPairEncoder, Towers, bert_files
-from mmkd.encoders.weights import companion, first_file, is_stray, load_transformers, read_state_dict
+from mmkd.encoders.weights import companion, first_file, is_stray, load_config, load_transformers, read_state_dict
 from mmkd.files import atomic_folder, extract_zip
 
 WEIGHT_FILE = "pytorch_model.bin"
@@ -34,7 +34,7 @@ def load(spec: TeacherSpec, device: str) -> TowerPairEncoder:
         FileNotFoundError: the folder, or a tower's configuration or tokenizer, is not there.
         ValueError: keys that do not fit.
     """
-    from transformers import AutoConfig, BertModel, SwinModel
+    from transformers import BertModel, SwinModel
 
     folder = _folder(spec.weights)
     file = first_file(folder, [WEIGHT_FILE])
@@ -43,7 +43,7 @@ def load(spec: TeacherSpec, device: str) -> TowerPairEncoder:
     unexpected = [key for key in state if key not in EXPECTED and not key.startswith((VISION, TEXT))]
     if missing or unexpected:
         raise ValueError(f"{file} does not fit MedCLIP; missing: {missing}; unexpected: {unexpected}")
-    swin = AutoConfig.from_pretrained(companion(folder, spec.vision_model, ["config.json"]), trust_remote_code=False)
+    swin = load_config(companion(folder, spec.vision_model, ["config.json"]))
     bert, tokenizer = bert_files(folder, spec.text_model)
     vision = load_transformers(SwinModel, str(file), config=swin, state_dict=_part(state, VISION)).to(device)
     text = load_transformers(BertModel, str(file), config=bert, state_dict=_part(state, TEXT)).to(device)

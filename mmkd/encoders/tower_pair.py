@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.weights import TOKENIZER_FILES, companion
+from mmkd.encoders.weights import TOKENIZER_FILES, companion, load_config
 
 # Hidden states and attention mask of a text tower to one vector a text, (batch, width).
 Pooling = Callable[[Any, Tensor], Tensor]
@@ -85,8 +85,8 @@ def bert_files(folder: Path, hub_id: str) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: neither is there.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     bert = companion(folder, hub_id, ["config.json", *TOKENIZER_FILES])
-    config = AutoConfig.from_pretrained(bert, trust_remote_code=False)
+    config = load_config(bert)
     return config, AutoTokenizer.from_pretrained(bert, trust_remote_code=False)

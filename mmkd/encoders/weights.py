@@ -266,6 +266,27 @@ def load_transformers(model_class: Any, source: str, folder: Path | None = None,
     return model.eval()
 
 
+def load_config(folder: Path | str) -> Any:
+    """The configuration of a model in a folder, without code of its own.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it describes no model; the message names it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except OSError:
+        raise
+    except Exception as error:  # configurations of transformers raise anything at values that they do not expect
+        raise _no_configuration(folder, error) from error
+
+
+def _no_configuration(folder: Path | str, error: Exception) -> ValueError:
+    return ValueError(f"{Path(folder) / 'config.json'} describes no model: {' '.join(str(error).split())}")
+
+
 def read_transformers(model_class: Any, source: str, folder: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A transformers model in fp32 and transformers' report about its keys, without a progress bar.
 
@@ -281,6 +302,8 @@ def read_transformers(model_class: Any, source: str, folder: Path | None, **opti
     except Exception:  # torch's unpickler raises anything: where the file is broken, `read_tensors` raises a better one
         for path in sorted(folder.glob("*.bin")) if folder else ():
             read_tensors(path)
+        if folder is not None:
+            load_config(folder)
         raise
 
 

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import load_file
 
 from mmkd.distributed import gather_lists, rank, wait_for_everyone
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
-from mmkd.files import atomic_write_text, rename_folder
+from mmkd.files import atomic_write_text, read_yaml, rename_folder
 from mmkd.student.folder import save_student
 from mmkd.student.towers import starting_student
 from mmkd.training.checkpoints import AVERAGE, WEIGHTS, damage
@@ -83,7 +82,7 @@ def write_student(checkpoint: Path, settings: Path, target: Path) -> None:
     tensors = load_file(checkpoint / WEIGHTS)
     if (checkpoint / AVERAGE).is_file():
         tensors |= load_file(checkpoint / AVERAGE)
-    model, processor = starting_student(yaml.safe_load(settings.read_text(encoding="utf-8")))
+    model, processor = starting_student(read_yaml(settings))
     own = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     expected = model.state_dict()
     if own.keys() != expected.keys() or any(own[name].shape != expected[name].shape for name in own):

@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 from mmkd.data.licenses import NONE_DECLARED, OPEN, hub_id, strictest, terms
 from mmkd.data.provenance import OTHERS, UNSTATED
-from mmkd.files import read_json
+from mmkd.files import read_json, read_yaml
 from mmkd.publishing.publication import Draft
 
 SETTINGS_FILE = "settings.yaml"
@@ -266,10 +266,7 @@ def recipe_yaml(folder: Path) -> str:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return ""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold `key: value` lines")
     kept = {key: _without_folders(key, value) for key, value in settings.items() if key not in NOT_THE_RECIPE}

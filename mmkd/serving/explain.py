@@ -19,7 +19,7 @@ from mmkd.data.images import shrink, to_rgb
 from mmkd.encoders.encoder import DualEncoder
 
 CELLS, WINDOW, SHORT_SIDE = 10, 3, 384
-COLOURS = {"black": "#1f3b73", "mid": "#f2a33a", "white": "#fff2b0"}
+COLD, WARM, HOT = "#1f3b73", "#f2a33a", "#fff2b0"
 
 
 def heat_map(
@@ -78,7 +78,9 @@ def overlay(image: Image.Image, heat: NDArray[np.float32], opacity: float = 0.65
     scaled = (255 * positive / max(float(positive.max()), np.finfo(np.float32).tiny)).round().astype(np.uint8)
     smooth = Image.fromarray(scaled).resize(image.size, Image.Resampling.BICUBIC)
     grey = ImageOps.grayscale(image).convert("RGB")
-    return Image.composite(ImageOps.colorize(smooth, **COLOURS), grey, smooth.point(lambda value: opacity * value))
+    return Image.composite(
+        ImageOps.colorize(smooth, COLD, HOT, WARM), grey, smooth.point(lambda value: opacity * value)
+    )
 
 
 def _windows(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:

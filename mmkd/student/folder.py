@@ -43,7 +43,8 @@ def load_student(name: str) -> tuple[MMKDClipModel, Any]:
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"--model {name}: no such folder; `mmkd pretrain --output {name}` writes one")
     folder = fetch(name, [*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json"])
-    return load_transformers(MMKDClipModel, name, folder), MMKDClipProcessor.from_pretrained(folder)
+    processor = MMKDClipProcessor.from_pretrained(folder, trust_remote_code=False)
+    return load_transformers(MMKDClipModel, name, folder), processor
 
 
 def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance: dict[str, Any] | None = None) -> None:

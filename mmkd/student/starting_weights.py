@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoTokenizer,
     BertConfig,
@@ -37,6 +36,7 @@ from mmkd.encoders.weights import (
     fetch,
     first_file,
     listed,
+    load_config,
     load_transformers,
     read_state_dict,
     read_transformers,
@@ -236,14 +236,14 @@ def _open_clip(name: str) -> VisionStart:
 def _transformers_vision(name: str) -> VisionStart:
     """The vision tower of a CLIP or of an `MMKDClipModel`."""
     folder = _folder(name)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     vision = getattr(config, "vision_config", config)
     if _is_mmkd_clip(config):
         state = load_transformers(MMKDClipModel, name, folder).vision_model.state_dict()
-        pixels = MMKDClipProcessor.from_pretrained(folder).image_processor
+        pixels = MMKDClipProcessor.from_pretrained(folder, trust_remote_code=False).image_processor
     elif vision.model_type == "clip_vision_model":
         state = _loaded(CLIPVisionModel, name, folder, vision)
-        pixels = CLIPImageProcessorPil.from_pretrained(folder)
+        pixels = CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
     else:
         raise ValueError(f"{name} is a {config.model_type!r}; allowed: a CLIP, an MMKD-CLIP folder or a timm: name")
     return VisionStart(vision, state, pixels.crop_size["height"], list(pixels.image_mean), list(pixels.image_std))
@@ -252,7 +252,7 @@ def _transformers_vision(name: str) -> VisionStart:
 def _transformers_text(name: str) -> TextStart:
     """A BERT-like encoder, or the text tower of an `MMKDClipModel`."""
     folder = _folder(name)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if _is_mmkd_clip(config):
         state = load_transformers(MMKDClipModel, name, folder).text_model.state_dict()

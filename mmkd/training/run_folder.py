@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmkd.command.settings import resolved, save_settings
-from mmkd.files import atomic_write_text, read_json, rename_folder, write_json
+from mmkd.files import atomic_write_text, read_json, read_yaml, rename_folder, write_json
 
 MAY_CHANGE = (
     *("quiet", "overwrite", "workers", "checkpoint_every", "checkpoints_kept", "skipped_in_a_row"),
@@ -52,7 +51,7 @@ class RunFolder:
         Raises:
             ValueError: one that would change the result differs; the message names the old and the new value.
         """
-        before, now = yaml.safe_load(self._settings.read_text(encoding="utf-8")), resolved(settings)
+        before, now = read_yaml(self._settings), resolved(settings)
         changed = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
         if changed:
             listed = "; ".join(f"{key} was {before.get(key)!r}, is now {now[key]!r}" for key in changed)

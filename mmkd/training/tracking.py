@@ -1,4 +1,4 @@
-"""Trackers of a run, its environment and git state, and the plot of its losses.
+"""Trackers of a run, its environment and commit, and the plot of its losses.
 
 Nothing is sent by default: TensorBoard writes files beside the output, and a tracker that sends data to a server
 (wandb, trackio ...) is used only when it is named. Names of hosts, users and folders are not written.
@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-import subprocess
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ import torch
 from mmkd.command.settings import nearest
 from mmkd.data.provenance import installed_versions
 from mmkd.distributed import world_size
-from mmkd.files import write_json
+from mmkd.files import is_inside, write_json
 
 AUTO, NONE = "auto", "none"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 ENVIRONMENT_FILE, CURVE_FILE, TENSORBOARD_FOLDER = "environment.json", "loss.png", "tensorboard"
 PACKAGES = ("mmkd-clip", "torch", "torchvision", "transformers", "accelerate", "numpy", "pillow", "simplejpeg", "peft")
 CURVE_POINTS = 2000
+PACKAGE = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
 
 
 def chosen_trackers(names: Sequence[str]) -> list[str]:
@@ -66,7 +67,7 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, str | int | float |
 
 
 def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The environment of a run: versions, devices, processes and the git state of the code.
+    """The environment of a run: versions, devices, processes and the commit of the code.
 
     Args:
         extra: further entries, as JSON values.
@@ -81,29 +82,38 @@ def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "processes": world_size(),
         "threads": torch.get_num_threads(),
-        "package_git": git_state(Path(__file__).resolve()),
-        "folder_git": git_state(Path.cwd()),
+        "package_commit": git_commit(PACKAGE),
+        "folder_commit": git_commit(Path.cwd()),
         **extra,
     }
 
 
-def git_state(path: Path) -> dict[str, Any] | None:
-    """Commit of the repository that holds a folder or file, and whether files differ from it; None without git.
+def git_commit(folder: Path) -> str | None:
+    """Commit that is checked out in a folder with a ``.git``; None elsewhere.
 
-    A file must be tracked: a package installed below another checkout has no state.
+    The files of git are read and git itself is never started: the configuration of a repository can name programs that
+    git then runs, and the folder may be anybody's.
     """
-    is_file, outputs = path.is_file(), []
-    own = [["ls-files", "--error-unmatch", path.name]] if is_file else []
-    for command in (*own, ["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        call = ["git", "-C", str(path.parent if is_file else path), *command]
-        try:
-            done = subprocess.run(call, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:
-            return None
-        outputs.append(done.stdout.strip())
-    return {"commit": outputs[-2], "changed": bool(outputs[-1])}
+    place = folder / ".git"
+    try:
+        if place.is_file():  # a worktree or submodule: ``gitdir: FOLDER``
+            place = folder / place.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+        head = (place / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref: "):
+            return _commit(head)
+        reference = head.removeprefix("ref: ")
+        shared = place / "commondir"
+        common = place / shared.read_text(encoding="utf-8").strip() if shared.is_file() else place
+        if is_inside(reference) and (common / reference).is_file():
+            return _commit((common / reference).read_text(encoding="utf-8").strip())
+        packed = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((_commit(line.split()[0]) for line in packed if line.endswith(f" {reference}")), None)
+    except (OSError, ValueError):
+        return None
+
+
+def _commit(text: str) -> str | None:
+    return text if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) else None
 
 
 def write_environment(folder: Path, extra: Mapping[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """What a run leaves beside its output: lines by name, trackers, environment, curve, profile."""
 
 import json
+import re
+import subprocess
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mmkd.training.log import StepLog, memory_gb, teacher_use
 from mmkd.training.loop import fit, start
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.settings import LoopSettings
-from mmkd.training.tracking import chosen_trackers, draw_losses, environment, git_state, plain_settings
+from mmkd.training.tracking import chosen_trackers, draw_losses, environment, git_commit, plain_settings
 
 
 class Batches:
@@ -88,7 +90,7 @@ def test_environment_says_versions_and_cost_and_no_places(output):
     assert found["training_cost"].startswith("training one pair with a caption of n tokens: 3 x")
     assert found["peak_flops"] == 1e9
     assert str(output.parent) not in text
-    assert set(found["package_git"] or {"commit": "", "changed": ""}) == {"commit", "changed"}
+    assert re.fullmatch("[0-9a-f]{40}", found["package_commit"] or "0" * 40)
 
 
 def test_curve_and_profile_are_there(output):
@@ -121,8 +123,40 @@ def test_tracker_names():
 def test_settings_are_flat_for_trackers(tmp_path):
     flat = plain_settings({"losses": {"task": 1.0}, "freeze": ["a"], "model": None, "steps": 3})
     assert flat == {"losses.task": 1.0, "freeze": "['a']", "model": "None", "steps": 3}
-    assert git_state(tmp_path) is None
     assert environment({"more": 1})["more"] == 1
+
+
+def git(folder, *arguments):
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_the_commit_of_a_folder_is_read_without_starting_git(tmp_path, monkeypatch):
+    assert git_commit(tmp_path) is None
+    git(tmp_path, "init", "--quiet")
+    assert git_commit(tmp_path) is None  # no commit yet
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    started = tmp_path / "started"
+    config = tmp_path / ".git" / "config"
+    config.write_text(f"{config.read_text()}[core]\n\tfsmonitor = touch {started}\n")
+    assert git_commit(tmp_path) == commit
+    git(tmp_path, "pack-refs", "--all")
+    assert git_commit(tmp_path) == commit
+    git(tmp_path, "worktree", "add", "--quiet", "--detach", str(tmp_path / "tree"))
+    assert git_commit(tmp_path / "tree") == commit
+    started.unlink(missing_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert environment({})["folder_commit"] == commit
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("head", ["", "ref: ../../../etc/hostname", "\0", "0" * 39])
+def test_a_forged_head_has_no_commit(tmp_path, head):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text(head)
+    assert git_commit(tmp_path) is None
 
 
 def test_teacher_use_counts_available_teachers_equally():

@@ -9,10 +9,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from mmkd.command.settings import convert, nearest
 from mmkd.data.prompts import FAMILIES, family, label_prompts
+from mmkd.data.readers import DATA_PLACE, DATA_VARIABLE
+from mmkd.files import read_yaml
 
 DatasetTask = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]
 
@@ -161,10 +161,7 @@ def read_manifest(path: Path) -> Manifest:
         FileNotFoundError: there is no such file.
         ValueError: it is not YAML, a key is unknown (the nearest known one is named) or a value is not allowed.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    values = read_yaml(path)
     try:
         return make_manifest(values)
     except ValueError as error:
@@ -239,8 +236,6 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"templates {manifest.templates!r} are none of {', '.join(FAMILIES)}")
 
 
-PLACE, VARIABLE = "${DATA}", "MMKD_DATA"
-
 TIERS = {"A": "download it from", "B": "register for it at", "C": "it needs credentials and an agreement, see"}
 
 SHOWN = 5
@@ -262,19 +257,21 @@ def locate(manifest: Manifest, data: Path | None = None) -> list[Path]:
         DatasetNotFoundError: some are not there, or there is no folder for ``${DATA}``.
     """
     kind = source_kind(manifest)
-    folder = str(data) if data is not None else os.environ.get(VARIABLE, "")
+    folder = str(data) if data is not None else os.environ.get(DATA_VARIABLE, "")
     given = manifest.source[kind]
     texts = [str(text) for text in (given if isinstance(given, list) else [given])]
-    if any(PLACE in text for text in texts) and not folder:
-        raise DatasetNotFoundError(f"no folder of data is given: --data DIR or {VARIABLE}; {where_to_get(manifest)}")
-    paths = [Path(text.replace(PLACE, folder)).expanduser() for text in texts]
+    if any(DATA_PLACE in text for text in texts) and not folder:
+        raise DatasetNotFoundError(
+            f"no folder of data is given: --data DIR or {DATA_VARIABLE}; {where_to_get(manifest)}"
+        )
+    paths = [Path(text.replace(DATA_PLACE, folder)).expanduser() for text in texts]
     if kind == "medmnist":
         paths = [_sized(paths[0], manifest.source.get("size"))]
     lacking = [path for path in paths if not path.exists()]
     if kind == "bags" and not lacking:
         table = paths[0] / str(manifest.source.get("table", "labels.csv"))
         lacking = [] if table.is_file() else [table]
-    is_hub_name = kind == "hf" and PLACE not in texts[0] and texts[0].count("/") == 1
+    is_hub_name = kind == "hf" and DATA_PLACE not in texts[0] and texts[0].count("/") == 1
     if lacking and not is_hub_name:
         raise DatasetNotFoundError(f"not at {', '.join(map(str, lacking[:SHOWN]))}; {where_to_get(manifest)}")
     return paths

@@ -14,7 +14,6 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from mmkd.evaluation.results.store import Result, ResultStore
 from mmkd.evaluation.statistics.bootstrap import Metrics, interval, plain_values
 from mmkd.evaluation.statistics.comparisons import above_chance, average_ranks, paired_differences
 from mmkd.evaluation.statistics.metrics import Floats, defined_mean
-from mmkd.training.tracking import git_state
+from mmkd.training.tracking import PACKAGE, git_commit
 
 PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")
 
@@ -295,5 +294,5 @@ def lock_of(summary: dict[str, Any]) -> dict[str, Any]:
         "datasets": datasets,
         "settings": summary["settings"],
         "versions": versions(),
-        "code": git_state(Path(__file__).resolve()),
+        "commit": git_commit(PACKAGE),
     }

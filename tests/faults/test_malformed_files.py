@@ -1,0 +1,186 @@
+"""Malformed files: every command answers with one line that names the file, or accepts it; never with a traceback.
+
+A seeded generator damages the files that commands read. ``MMKD_FAULTS=40`` runs that many rounds instead of two.
+"""
+
+import copy
+import json
+import os
+import random
+import sys
+from contextlib import suppress
+from itertools import pairwise
+
+import pytest
+import torch
+import yaml
+from fake_encoder import make_pairs, write_pairs
+from tiny_model import save_tiny
+
+from mmkd.command.settings import run
+from mmkd.data.features.writer import FeatureWriter
+from mmkd.data.folder import open_pairs
+from mmkd.train import catalog, features, pairs, plan
+
+ROUNDS = int(os.environ.get("MMKD_FAULTS", "2"))
+DEEP = 100_000
+STRANGE = (
+    "wide",
+    "",
+    None,
+    -1,
+    0,
+    2**63,
+    1e400,
+    0.5,
+    True,
+    [],
+    {},
+    [[]],
+    "\x1b[31m",
+    "\ud800",
+    "../../etc/passwd",
+    "x" * 9999,
+)
+
+
+def outcome(capsys, monkeypatch, settings, main, *arguments):
+    """Exit code and standard error of a command."""
+    monkeypatch.setattr(sys, "argv", ["mmkd test", *map(str, arguments)])
+    code = 0
+    try:
+        run(settings, main)
+    except SystemExit as ended:
+        code = ended.code or 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    return code, captured.err
+
+
+def answered(code, errors, file):
+    """Whether the command took the file, or refused it in a line with its name as an error that is expected."""
+    if not errors:
+        return True
+    return code in (1, 2) and len(errors.splitlines()) <= 2 and "not expected" not in errors and file in errors
+
+
+def damaged_bytes(content, generator):
+    """Bytes cut off, flipped, replaced by other kinds of content."""
+    flipped = bytearray(content)
+    for _ in range(8):
+        flipped[generator.randrange(len(flipped))] ^= 1 << generator.randrange(8)
+    return [
+        b"",
+        content[: generator.randrange(1, len(content))],
+        bytes(flipped),
+        b"\x00" * 64,
+        b"\xff\xfe" + content,
+        b"[" * DEEP,
+        b'{"a":' * DEEP,
+        generator.randbytes(2048),
+    ]
+
+
+def damaged_values(values, generator):
+    """Copies of a mapping in which one value of any depth is lost, or is of another type."""
+    places = []
+
+    def walk(part, place):
+        for key in part if isinstance(part, dict) else range(len(part)):
+            places.append((*place, key))
+            if isinstance(part[key], (dict, list)):
+                walk(part[key], (*place, key))
+
+    walk(values, ())
+    for place in generator.sample(places, min(6, len(places))):
+        for value in generator.sample(STRANGE, 2):
+            changed = copy.deepcopy(values)
+            part = changed
+            for key in place[:-1]:
+                part = part[key]
+            part[place[-1]] = value
+            yield changed
+        changed = copy.deepcopy(values)
+        part = changed
+        for key in place[:-1]:
+            part = part[key]
+        del part[place[-1]]
+        yield changed
+
+
+def variants(path, generator):
+    """Damaged contents of a file."""
+    content = path.read_bytes()
+    yield from damaged_bytes(content, generator)
+    if path.suffix == ".json":
+        for changed in damaged_values(json.loads(content), generator):
+            with suppress(UnicodeEncodeError):
+                yield json.dumps(changed).encode()
+    if path.suffix == ".yaml":
+        bomb = "a: &a [x, x]\n" + "".join(
+            f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijklmno")
+        )
+        yield bomb.encode()
+        for changed in damaged_values(yaml.safe_load(content), generator):
+            with suppress(UnicodeEncodeError, yaml.YAMLError):
+                yield yaml.safe_dump(changed).encode()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, pairs, features, a dataset manifest and settings, all sound."""
+    folder = tmp_path_factory.mktemp("faults")
+    save_tiny(folder / "model")
+    write_pairs(folder / "pairs", make_pairs(12))
+    found = open_pairs(folder / "pairs").pairs
+    rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    writer = FeatureWriter(folder / "features" / "PLIP", "PLIP")
+    writer.add([pair.id for pair in found], rows, rows)
+    writer.finish({"weights": "x"})
+    manifest = {
+        "id": "own",
+        "title": "Own",
+        "modality": "CT",
+        "task": "classification",
+        "classes": {"a": ["an a"], "b": ["a b"]},
+    }
+    (folder / "own.yaml").write_text(yaml.safe_dump({**manifest, "source": {"imagefolder": str(folder / "none")}}))
+    (folder / "settings.yaml").write_text(
+        yaml.safe_dump({"gpus": 2, "gpu": "h100", "pairs": 1000, "precision": "bf16"})
+    )
+    return folder
+
+
+def commands(folder):
+    """File, settings, recipe and arguments of commands that read it."""
+    model, manifest, store = folder / "model" / "config.json", folder / "pairs" / "manifest.arrow", folder / "features"
+    meta, own, options = store / "PLIP" / "meta.json", folder / "own.yaml", folder / "settings.yaml"
+    return {
+        "configuration": (model, plan.PlanSettings, plan.main, ["--model", folder / "model"]),
+        "settings": (options, plan.PlanSettings, plan.main, ["--config", options]),
+        "stats": (manifest, pairs.ACTIONS, pairs.main, ["stats", folder / "pairs"]),
+        "ls": (manifest, pairs.ACTIONS, pairs.main, ["ls", folder / "pairs"]),
+        "features": (meta, features.ACTIONS, features.main, ["ls", store]),
+        "verify": (meta, features.ACTIONS, features.main, ["verify", store, "--quiet"]),
+        "dataset": (own, catalog.ACTIONS, catalog.main, ["show", own]),
+    }
+
+
+@pytest.mark.parametrize("name", ["configuration", "settings", "stats", "ls", "features", "verify", "dataset"])
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_a_damaged_file_is_refused_in_one_line_that_names_it(world, capsys, monkeypatch, name, seed):
+    path, settings, main, arguments = commands(world)[name]
+    whole, generator, wrong = path.read_bytes(), random.Random(f"{name} {seed}"), []
+    assert outcome(capsys, monkeypatch, settings, main, *arguments)[1] == ""
+    count = 0
+    try:
+        for content in variants(path, generator):
+            path.write_bytes(content)
+            count += 1
+            code, errors = outcome(capsys, monkeypatch, settings, main, *arguments)
+            if not answered(code, errors, path.parent.name if name == "configuration" else path.name):
+                wrong.append((content[:80], code, errors[-300:]))
+    finally:
+        path.write_bytes(whole)
+    assert count >= 8
+    assert not wrong, f"{len(wrong)} of {count}: {wrong[:8]}"
