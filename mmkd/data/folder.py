@@ -92,6 +92,7 @@ def open_pairs(folder: Path, split: str | None = None) -> PairFolder:
     if (folder / TABLE_FILE).is_file():
         table = PairTable(folder / TABLE_FILE)
         root = folder / image_root(table)
+        _refuse_foreign_root(folder, root)
         check_table(table)
         pairs = table if split is None else table.in_split(split)
         total = len(table)
@@ -108,6 +109,21 @@ def open_pairs(folder: Path, split: str | None = None) -> PairFolder:
     if not pairs:
         raise ValueError(f"{folder} holds no pairs" + (f" in split {split!r} (of {total})" if split else ""))
     return PairFolder(folder, root, pairs)
+
+
+def _refuse_foreign_root(folder: Path, root: Path) -> None:
+    """Refuse a manifest whose images lie neither below it nor in another folder of pairs: any file might be named.
+
+    Raises:
+        ValueError: the message names both folders.
+    """
+    if root.resolve().is_relative_to(folder.resolve()):
+        return
+    if not any((place / name).is_file() for place in (root, root.parent) for name in (TABLE_FILE, META_FILE)):
+        raise ValueError(
+            f"{folder / TABLE_FILE} names images in {root}, which is no folder of pairs; refused. Move the folders of "
+            "pairs together, so that the one with the images stays where it was beside this one"
+        )
 
 
 def write_manifest(folder: Path, pairs: Iterable[Pair], images: Path | None = None) -> None:

@@ -3,7 +3,7 @@
 import ast
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ from tiny_model import save_tiny
 
 from mmkd.command.settings import fail, run
 from mmkd.curation.contamination import _catalog_contents
+from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.table import Pair
 from mmkd.encoders.weights import load_config
 from modeling_mmkd import MMKDClipConfig
 
@@ -106,3 +108,18 @@ def test_what_was_not_expected_is_one_line_and_a_traceback_on_request(monkeypatc
     monkeypatch.setenv("MMKD_DEBUG", "")
     with pytest.raises(KeyError):
         run(NoSettings, fails)
+
+
+def test_a_manifest_opens_no_images_outside_folders_of_pairs(tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "notes.txt").write_text("secret")
+    pair = Pair("p0", "notes.txt", "a caption")
+    write_manifest(tmp_path / "forged", [pair], images=tmp_path / "private")
+    with pytest.raises(ValueError, match="is no folder of pairs; refused"):
+        open_pairs(tmp_path / "forged")
+    write_manifest(tmp_path / "forged", [replace(pair, image="private/notes.txt")], images=Path("/"))
+    with pytest.raises(ValueError, match="is no folder of pairs; refused"):
+        open_pairs(tmp_path / "forged")
+    write_manifest(tmp_path / "private", [pair], images=tmp_path / "private")
+    write_manifest(tmp_path / "screened", [pair], images=tmp_path / "private")
+    assert open_pairs(tmp_path / "screened").image_path(pair) == (tmp_path / "private" / "notes.txt").resolve()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -98,7 +99,7 @@ def test_the_processes_of_a_killed_command_die_with_it():
 
 def is_running(process):
     try:
-        with open(f"/proc/{process}/stat", encoding="ascii") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+        state = Path(f"/proc/{process}/stat").read_text(encoding="ascii")
+        return state.rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
