@@ -28,6 +28,11 @@ import yaml
 
 ZIP_LIMIT_BYTES = 8 * 1024**3
 YAML_LIMIT_BYTES, DEEPEST_YAML, MOST_ALIASES = 16 * 1024**2, 50, 100
+YAML_STARTS = (
+    *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+    *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+)
+YAML_ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 class OutputInUseError(OSError):
@@ -131,12 +136,7 @@ def _refuse_yaml_bombs(text: str) -> None:
     """Refuse nesting that takes hours to parse, and copies of copies that would fill the memory when printed."""
     depth = aliases = 0
     for token in yaml.scan(text):
-        if isinstance(token, (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)):
-            depth += 1
-        elif isinstance(token, (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)):
-            depth += 1
-        elif isinstance(token, (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)):
-            depth -= 1
+        depth += isinstance(token, YAML_STARTS) - isinstance(token, YAML_ENDS)
         aliases += isinstance(token, yaml.AliasToken)
         if depth > DEEPEST_YAML or aliases > MOST_ALIASES:
             raise ValueError(f"nested deeper than {DEEPEST_YAML} levels, or more than {MOST_ALIASES} aliases")

@@ -4,6 +4,10 @@ Every stage is the command a user would type, run in its own process and printed
 only the order, the folder names and, when no teachers are named, a partition of the pairs among small specialists
 fine-tuned on the spot. Started again, it skips finished stages and resumes the one that was killed. The output is
 what validation prefers among stage 1, the distilled student and their averages (`mmkd merge --pairs`).
+
+The control, a student without a teacher, goes through the same steps with the relations of its own towers after stage 1
+in the place of the teachers' features, and is chosen on validation likewise: what the student is ahead of it comes from
+the teachers, not from training longer.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ class PipelineSettings:
     work: Path = setting(Path("mmkd-clip-work"), "folder of the stages' outputs: pairs, teachers, features, results")
     data: Path | None = setting(None, "folder with a labels.csv; without it, images that came with PyPI packages")
     teachers: list[str] = setting(factory=list, help="teachers by name or folder; empty trains specialists here")
+    control: bool = setting(True, "also train a student without a teacher, as long, for the report to compare with")
     specialists: int = setting(3, "how many specialists are trained when no teachers are named")
     seed: int = setting(42, "seed of every stage")
     quiet: bool = setting(False, "no progress bars")
@@ -56,12 +61,15 @@ from mmkd.data.folder import open_pairs
 from mmkd.data.splits import partition
 from mmkd.evaluation.datasets.dataset import split_samples
 from mmkd.evaluation.datasets.pairs import PROBED, PairsDataset
-from mmkd.evaluation.settings import DISTILLED, STAGE1
+from mmkd.evaluation.settings import DISTILLED, NO_TEACHER, STAGE1
 from mmkd.evaluation.suite import SUITE, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.files import refuse_existing
 
 SEEDED = ("curate", "pretrain", "align", "distill", "merge", "eval")
+OWN_TOWERS = "own-towers"
+CONTROL_LOSSES = {"task": 1.0, "relational": 3.0}
+CONTROL_STAGES = 3
 STAGES = ("curate", "pretrain", "extract", "screen", "align", "distill", "merge", "eval", "report")
 
 
@@ -101,8 +109,11 @@ def run_stages(settings: PipelineSettings, stages: Stages) -> None:
     stages.run("distill", "distill", distilled, {**inputs, **settings.distill})
     choice = {"models": [str(stage1), str(distilled)], "pairs": str(pairs)}
     stages.run("merge", "merge", settings.output, {**choice, **settings.merge})
-    encoders = [f"student={settings.output}", *teachers, f"{STAGE1}={stage1}", f"{DISTILLED}={distilled}"]
-    compared = {"encoders": encoders, "baselines": [STAGE1, DISTILLED], "pairs": str(pairs)}
+    baselines = {STAGE1: stage1, DISTILLED: distilled}
+    if settings.control:
+        baselines[NO_TEACHER] = train_control(stages, settings, pairs, stage1)
+    encoders = [f"student={settings.output}", *teachers, *(f"{name}={path}" for name, path in baselines.items())]
+    compared = {"encoders": encoders, "baselines": list(baselines), "pairs": str(pairs)}
     stages.run("eval", "eval", work / "results", {**compared, **settings.eval})
     stages.run("report", "report", settings.report, report_inputs(settings, stages))
 
@@ -147,6 +158,20 @@ def train_specialists(stages: Stages, settings: PipelineSettings, pairs: Path) -
     return folders
 
 
+def train_control(stages: Stages, settings: PipelineSettings, pairs: Path, stage1: Path) -> Path:
+    """Train and choose a student whose only teacher is its own state after stage 1; returns its folder."""
+    folder = settings.work / NO_TEACHER
+    features, trained, chosen = folder / "features", folder / "trained", folder / "model"
+    own = {"teacher": [f"{OWN_TOWERS}=towers:{stage1}"], "pairs": str(pairs)}
+    stages.run("extract", "own towers", features, {**settings.extract, **own})
+    inputs = {"pairs": str(pairs), "features": str(features), "model": str(stage1)}
+    without = {"losses": CONTROL_LOSSES, "relational_only": [OWN_TOWERS], "teacher_temperature": "spread"}
+    stages.run("distill", "control", trained, {**settings.distill, **inputs, **without})
+    choice = {"models": [str(stage1), str(trained)], "pairs": str(pairs)}
+    stages.run("merge", "choice of the control", chosen, {**choice, **settings.merge})
+    return chosen
+
+
 def report_inputs(settings: PipelineSettings, stages: Stages) -> dict[str, Any]:
     """Where the report finds what the stages left."""
     work = settings.work
@@ -170,6 +195,7 @@ class Stages:
         self.runner = StageRunner(settings.work, settings.quiet)
         self.record = self.runner.record
         self.total = len(STAGES) + (0 if settings.teachers else settings.specialists)
+        self.total += CONTROL_STAGES if settings.control else 0
         self.number = 0
         if not self.runner.known:
             refuse_existing(settings.work, settings.overwrite)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from mmkd.command.settings import nearest, setting
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
 
-STAGE1, DISTILLED = "stage1", "distilled"  # names of rows that the report explains
+STAGE1, DISTILLED, NO_TEACHER = "stage1", "distilled", "no-teacher"  # names of rows that the report explains
 TASK_KINDS = ("zeroshot", "retrieval", "probe", "vqa", "diagnosis", "survival")
 PAIRS_KINDS = ("zeroshot", "retrieval", "probe", "vqa")
 Precision = Literal["float32", "tf32", "bfloat16"]

@@ -71,6 +71,8 @@ def test_the_report_compares_student_and_three_teachers(finished):
     assert sorted(summary["teachers"]) == ["fundus", "mri", "ultrasound"]
     page = (folder / "report.html").read_text()
     assert "ot a clinical result" in page
+    assert summary["baselines"] == ["stage1", "distilled", "no-teacher"]
+    assert "the same training without a teacher: " in page and "trained as long" not in page
     assert "http://" not in page
     assert "https://" not in page
 
@@ -80,7 +82,7 @@ def test_started_again_it_does_nothing(finished):
     before = (folder / "mmkd-clip" / "model.safetensors").stat().st_mtime_ns
     done = mmkd(*command, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == 12
+    assert done.stdout.count("done before") == 15
     assert (folder / "mmkd-clip" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -93,7 +95,7 @@ def test_a_stage_killed_after_its_last_rename_is_done(finished):
     record.write_text(json.dumps(stages))
     done = mmkd(*command, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == 12
+    assert done.stdout.count("done before") == 15
 
 
 @pytest.mark.parametrize("script", ["zero_shot", "search_images"])
@@ -182,8 +184,8 @@ def test_a_signal_to_the_pipeline_has_its_stage_save_and_starts_no_other(tmp_pat
     printed, errors = stop_while_training(process, log, patience=200)
     assert process.returncode == 0, errors
     assert "stopped by a signal; saved at step" in errors
-    assert errors.endswith("stopped by a signal at [2/12] pretrain; run the same command to resume\n")
-    assert "[3/12]" not in printed
+    assert errors.endswith("stopped by a signal at [2/15] pretrain; run the same command to resume\n")
+    assert "[3/15]" not in printed
     assert newest_checkpoint(log.parent / "checkpoints") is not None
     stages = json.loads((tmp_path / "mmkd-clip-work" / "stages.json").read_text())
     assert {name: stage["seconds"] is not None for name, stage in stages.items()} == {"curate": True, "pretrain": False}

@@ -18,7 +18,7 @@ import numpy as np
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import stored_array
 from mmkd.evaluation.results.summary import Replicates, dataset_ranks, mean_block, mean_of_kinds
-from mmkd.evaluation.settings import STAGE1
+from mmkd.evaluation.settings import NO_TEACHER, STAGE1
 from mmkd.evaluation.statistics.bootstrap import BY_IMAGE
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.pages.page import counted, number, signed
@@ -300,6 +300,19 @@ def distillation(board: Leaderboard) -> str:
     )
 
 
+def over_control(board: Leaderboard) -> str:
+    """What teachers added over the same training without one; empty where no such control has results."""
+    found = board.mean().differences.get(NO_TEACHER)
+    if found is None or found["difference"] is None or found["low"] is None or found["high"] is None:
+        return ""
+    verb = {"ahead": "improved on", "level": "did not measurably improve on", "behind": "did not improve on"}
+    return (
+        f"The teachers {verb[tone(found)]} the same training without a teacher: "
+        f"{signed(100 * found['difference'], 1)} points [{signed(100 * found['low'], 1)}, "
+        f"{signed(100 * found['high'], 1)}]."
+    )
+
+
 def comparison(board: Leaderboard) -> str:
     """The student against its teachers: better than all, than the best, not different from it, or worse."""
     mean = board.mean()
@@ -333,7 +346,7 @@ def claims(board: Leaderboard) -> list[str]:
     if distillation(board):
         worse = tone(mean.differences[STAGE1]) == "behind"
         sentences += ["The student is worse than the model that distillation started from."] if worse else []
-        sentences += [comparison(board)]
+        sentences += [over_control(board), comparison(board)]
     sentences += [_against(board, best, f"its best teacher, {best}"), _against(board, ENSEMBLE, COMPOSED[ENSEMBLE])]
     clean = board.clean_against(best) if best else []
     if clean and len(clean) < len(board.tasks) and best in board.mean_of(clean).differences:
@@ -392,7 +405,7 @@ def caveat(board: Leaderboard) -> str:
     control = (
         "The difference from stage 1 includes the effect of training for longer: no model that was trained as long "
         "without a teacher is among the encoders. "
-        if distillation(board)
+        if distillation(board) and not over_control(board)
         else ""
     )
     return (
