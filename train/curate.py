@@ -28,7 +28,8 @@ class CurateSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "table salt preset max_pairs licenses modalities shard validation_share test_share exclude_manifests",
-        "images": "window frame burned_in secondary_captures short_side jpeg_quality minimum_side panel_types split_panels",
+        "images": "window frame burned_in secondary_captures short_side jpeg_quality minimum_side panel_types "
+        "split_panels",
         "captions": "minimum_words maximum_words languages mentions scrub",
         "duplicates": "near_duplicates image_distance caption_similarity",
         "computing": "seed workers quiet overwrite",

@@ -1,8 +1,8 @@
 """DICOM in curation: patient and study as salted hashes, modality by name, images with burned-in text left out.
 
 A header is read for the six elements of `HEADER` and one to join reports by; none of their values is kept. Patient and
-study become keyed hashes (HMAC-SHA-256). The key is a file that stays secret, so that nobody can hash all record numbers
-of a hospital and compare; by default the source's own first file, which whoever has only the pairs does not have.
+study become keyed hashes (HMAC-SHA-256). The key is a file that stays secret, so that nobody can hash all record
+numbers of a hospital and compare; by default the source's first file, which is not part of the pairs.
 """
 
 from __future__ import annotations

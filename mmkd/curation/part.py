@@ -167,9 +167,9 @@ class PartWriter:
     def _pictures(self, data: bytes, suffix: str) -> list[Picture]:
         """The image of a file, or with ``frame: each`` those of all frames of a DICOM file."""
         rules = self.rules
-        frames = (0,)
+        frames = [0]
         if rules.frame == EACH and form_of(data, f"image.{suffix}") == "dicom":
-            frames = tuple(range(1, count_frames(data, "image") + 1))
+            frames = list(range(1, count_frames(data, "image") + 1))
         sizes = rules.minimum_side, rules.short_side, rules.jpeg_quality
         return [prepare_picture(data, *sizes, rules.pixel_window(frame), suffix) for frame in frames]
 

@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmkd.curation.packaged import packaged_attribution, packaged_versions, read_packaged
 from mmkd.curation.dicom import read_salt
+from mmkd.curation.packaged import packaged_attribution, packaged_versions, read_packaged
 from mmkd.curation.readers import (
     LABELS_FILE,
     is_dicom_file,
