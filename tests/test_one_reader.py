@@ -16,6 +16,7 @@ from mmkd.curation.rules import read_rules
 from mmkd.curation.stream import curate
 from mmkd.data.folder import PairFolder, open_pairs, write_manifest
 from mmkd.data.images import open_image
+from mmkd.data.pixel_rules import Window
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import open_dataset
@@ -105,6 +106,10 @@ def test_evaluation_of_a_table(files):
     dataset = open_dataset(make_manifest(values | {"classes": classes, "source": source}))
     for pair in dataset.pairs:
         assert (np.asarray(dataset.image(pair)) == expected(files, pair.label)).all()
+    other = open_dataset(make_manifest(values | {"classes": classes, "source": source | {"window": "bone"}}))
+    for pair in other.pairs:
+        assert (np.asarray(other.image(pair)) == np.asarray(open_image(files / pair.label, window=Window("bone")))).all()
+        assert (other.digest(pair) == dataset.digest(pair)) is False  # or vectors of another window would be reused
 
 
 def test_the_processor_and_exported_folders(files, reader):

@@ -155,7 +155,7 @@ class PartWriter:
 
     def _header(self, sample: RawSample, data: bytes) -> Header | None:
         """The header of a DICOM file, None of all others; drops files of archives that may show text on a patient."""
-        if form_of(data, f"image.{sample.image_suffix}") != "dicom":
+        if not data or form_of(data, f"image.{sample.image_suffix}") != "dicom":
             return None
         header = read_header(data, "image", self.salt)
         if not sample.listed and header.burned_in and not self.rules.burned_in:
