@@ -108,7 +108,9 @@ def test_evaluation_of_a_table(files):
         assert (np.asarray(dataset.image(pair)) == expected(files, pair.label)).all()
     other = open_dataset(make_manifest(values | {"classes": classes, "source": source | {"window": "bone"}}))
     for pair in other.pairs:
-        assert (np.asarray(other.image(pair)) == np.asarray(open_image(files / pair.label, window=Window("bone")))).all()
+        assert (
+            np.asarray(other.image(pair)) == np.asarray(open_image(files / pair.label, window=Window("bone")))
+        ).all()
         assert (other.digest(pair) == dataset.digest(pair)) is False  # or vectors of another window would be reused
 
 

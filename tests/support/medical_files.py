@@ -9,7 +9,12 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from mmkd.curation.rules import read_rules
+from mmkd.curation.stream import curate
+from mmkd.data.table import map_table
+
 CT, MR = "CT_small.dcm", "MR_small.dcm"
+SECRETS = (b"SECRET", b"1.2.826.0.7", b"DOE", b"CompressedSamples")  # of headers and names of files
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 
 
@@ -67,3 +72,19 @@ def nifti(values, affine=None, compressed=False):
 
     data = nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine).to_bytes()
     return gzip.compress(data) if compressed else data
+
+
+def write(folder, files):
+    """Write files by name below a folder."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def run(source, output, preset="list", **options):
+    """Curate; the report and the rows of the manifest."""
+    more = {name: options.pop(name) for name in ("table", "salt", "workers", "columns") if name in options}
+    report = curate(str(source), output, read_rules(preset, **options), quiet=True, **more)
+    rows = map_table(output / "manifest.arrow").to_pylist()
+    return report, rows
