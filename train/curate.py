@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.curation.rules import NearMode, Rules, read_rules
+from mmkd.data.pixel_rules import WindowPreset
 
 
 @dataclass
@@ -26,22 +27,41 @@ class CurateSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "table preset max_pairs licenses modalities shard validation_share test_share exclude_manifests",
-        "images": "short_side jpeg_quality minimum_side panel_types split_panels",
+        "data": "table salt preset max_pairs licenses modalities shard validation_share test_share exclude_manifests",
+        "images": "window frame burned_in secondary_captures short_side jpeg_quality minimum_side panel_types "
+        "split_panels",
+        "reports": "reports query join text sections columns",
         "captions": "minimum_words maximum_words languages mentions scrub",
         "duplicates": "near_duplicates image_distance caption_similarity",
         "computing": "seed workers quiet overwrite",
     }
 
     source: str = setting(
-        help="folder or file of tars, Parquet, JSON lines, images or labels.csv, hf://..., or packaged"
+        help="folder or file of tars, Parquet, JSON lines, images, DICOM or labels.csv, hf://..., or packaged"
     )
     output: Path = setting(help="folder to write")
     table: Path | None = setting(None, "list of the images, if it is not SOURCE/labels.csv")
+    salt: Path | None = setting(
+        None, "secret file, the key of hashes of DICOM patients; without it the source's first file"
+    )
+    reports: str | None = setting(None, "reports of DICOM files: CSV, Parquet or the URL of a database")
+    query: str = setting("", "SQL that gives the reports, where they are in a database")
+    join: str = setting("AccessionNumber", "DICOM element that reports are joined by, or ELEMENT=COLUMN")
+    text: str = setting("ReportText", "column of the reports' text")
+    sections: list[str] = setting(factory=list, help="headings whose text becomes the caption, such as impression")
+    columns: list[str] = setting(
+        factory=list, help="FIELD=COLUMN of the reports or the list of images, such as group=PatientID"
+    )
     preset: str = setting(
         "auto", "rules: paper (auto: for tars), list (labelled images), any (all else) or a YAML file"
     )
     max_pairs: int = setting(0, "maximum number of pairs, in proportion to split, modality and label; 0 for all")
+    window: WindowPreset = setting(
+        "auto", "grey values of CT and NIfTI: lung, soft, bone, brain, three (RGB), or auto: the file's own"
+    )
+    frame: str = setting("middle", "frame of DICOM and slice of NIfTI: middle, a number from 1, or each (DICOM)")
+    burned_in: bool = setting(False, "keep files of DICOM folders that state to show text about the patient")
+    secondary_captures: bool = setting(False, "keep screenshots and scanned documents of DICOM folders")
     short_side: int = setting(0, "store larger images with this shorter side [pixels]; 0 keeps sizes")
     jpeg_quality: int = setting(95, "quality of resized JPEG; below 95 with 4:2:0 colour, which training reads faster")
     minimum_side: int | None = setting(None, "drop images with a shorter side [pixels] (preset: 16 for lists, else 8)")
@@ -74,6 +94,7 @@ class CurateSettings:
 if __name__ == "__main__":
     check_arguments(CurateSettings)  # before the imports that take seconds
 
+from mmkd.curation.reports import ReportSource, read_mapping
 from mmkd.curation.sources import preset_of
 from mmkd.curation.stream import curate
 from mmkd.data.table import SPLITS
@@ -83,11 +104,18 @@ def main(settings: CurateSettings) -> None:
     """Curate and print one line of counts."""
     preset = preset_of(settings.source, settings.table) if settings.preset == "auto" else settings.preset
     given = {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(Rules)}
+    columns, reports = read_mapping(settings.columns), None
+    if settings.reports is not None:
+        mapping = {"caption": settings.text} | columns
+        reports = ReportSource(settings.reports, settings.join, mapping, settings.query, tuple(settings.sections))
     report = curate(
         settings.source,
         settings.output,
         read_rules(preset, **{name: value for name, value in given.items() if value is not None}),
         table=settings.table,
+        salt=settings.salt,
+        columns=columns if settings.reports is None else None,
+        reports=reports,
         workers=settings.workers,
         shard=_shard(settings.shard),
         exclude=settings.exclude_manifests,

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -31,9 +31,10 @@ from mmkd.curation.datasheet import write_sheet
 from mmkd.curation.decisions import Decisions, decide
 from mmkd.curation.merge import dropped_rows, reason_counts, write_merged_manifest, write_shard
 from mmkd.curation.part import PartWriter
+from mmkd.curation.reports import ReportSource, write_reports
 from mmkd.curation.rules import Rules
 from mmkd.curation.samples import Item, RawSample, Refused
-from mmkd.curation.sources import ATTRIBUTION_FILE, PACKAGED, Unit, attribution, checksum_of, plan_units
+from mmkd.curation.sources import ATTRIBUTION_FILE, DICOM, PACKAGED, Unit, attribution, checksum_of, plan_units
 from mmkd.data.archives import ArchivedFile, members
 from mmkd.data.table import VERSION
 from mmkd.files import (
@@ -61,6 +62,9 @@ def curate(
     rules: Rules,
     *,
     table: Path | None = None,
+    salt: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    reports: ReportSource | None = None,
     workers: int = 1,
     shard: tuple[int, int] = (1, 1),
     exclude: Sequence[Path] = (),
@@ -74,6 +78,9 @@ def curate(
         output: the folder to write; parts lie beside it in ``OUTPUT.parts`` until it is complete.
         rules: what is kept and how.
         table: a list of the images in the folder ``source``, where it does not lie there as ``labels.csv``.
+        salt: file whose content is the key of hashes of patients, see `mmkd.curation.dicom`.
+        columns: field -> column of a list of images that names it otherwise.
+        reports: of DICOM files.
         workers: processes on this machine.
         shard: (i, n): process every n-th unit from the i-th on and stop there, unless n is 1.
         exclude: evaluation sets that the output must not contain.
@@ -90,9 +97,11 @@ def curate(
         OSError: the source cannot be read or the output not written; what is done stays for the next run.
     """
     name = source if "://" in source else Path(source).name  # paths of this machine stay private
-    units = plan_units(source, table)
+    units = plan_units(source, table, salt, columns)
+    rows = reports.read(units[0].key()) if reports is not None else {}
     _refuse_rules_without_effect(units, rules)
     settings = {"version": VERSION, "source": name, "units": checksum_of(units), "rules": rules.as_dict()}
+    settings |= {"reports": reports.describe(rows)} if reports is not None else {}
     settings = json.loads(json.dumps(settings | {"exclude": checksums(exclude)}))
     if not overwrite and (output / SETTINGS_FILE).is_file() and read_json(output / SETTINGS_FILE) == settings:
         report: dict[str, Any] = read_json(output / REPORT_FILE)
@@ -100,13 +109,15 @@ def curate(
     refuse_existing(output, overwrite)
     parts = output.with_name(f"{output.name}.parts")
     _open_parts(parts, settings, units, overwrite)
+    if reports is not None:
+        write_reports(parts, reports, rows)
     number, total = shard
     own = [unit for unit in units if unit.number % total == number - 1 and not _is_done(parts, unit)]
     tasks = [(unit, parts, rules) for unit in own]
     _work(_work_unit, tasks, workers, partial(tqdm, total=len(tasks), desc="curate", unit="shard", disable=quiet))
     if total > 1 or not all(_is_done(parts, unit) for unit in units):
         return None
-    return _finish(parts, len(units), output, source, settings, rules, exclude, workers, quiet)
+    return _finish(parts, units, output, source, settings, rules, exclude, workers, quiet)
 
 
 def _refuse_rules_without_effect(units: list[Unit], rules: Rules) -> None:
@@ -118,7 +129,7 @@ def _refuse_rules_without_effect(units: list[Unit], rules: Rules) -> None:
     kinds = {unit.kind for unit in units}
     if rules.mentions and not kinds & {"tar", "hub_tar"}:
         raise ValueError("--mentions: articles (image_context) come with WebDataset tars only; leave it out here")
-    if rules.panel_types and kinds <= {"list", "images", PACKAGED}:
+    if rules.panel_types and kinds <= {"list", "images", DICOM, PACKAGED}:
         raise ValueError("--panel_types: lists and folders of images state no type of panel; leave it out here")
 
 
@@ -145,7 +156,7 @@ def _is_done(parts: Path, unit: Unit) -> bool:
 
 def _work_unit(unit: Unit, parts: Path, rules: Rules) -> None:
     """Write the part of one unit; runs in worker processes."""
-    PartWriter(parts, unit.number, rules).write(unit.read(parts / "scratch"))
+    PartWriter(parts, unit.number, rules, unit.key()).write(unit.read(parts / "scratch"))
 
 
 def _work(function: Any, tasks: Sequence[Task], workers: int, bar: Any) -> list[Any]:
@@ -194,7 +205,7 @@ def _quiet_on_interrupt() -> None:
 
 def _finish(
     parts: Path,
-    count: int,
+    units: Sequence[Unit],
     output: Path,
     source: str,
     settings: dict[str, Any],
@@ -204,7 +215,8 @@ def _finish(
     quiet: bool,
 ) -> dict[str, Any]:
     """Decide over all parts and write the output."""
-    joined = PartWriter(parts, count, rules).write(joined_samples(parts, count))
+    count, key = len(units), units[0].key()
+    joined = PartWriter(parts, count, rules, key).write(joined_samples(parts, count))
     files = [parts / f"{number:06d}.arrow" for number in range(count + 1)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet_on_interrupt) as pool:
         exclusions = read_exclusions(exclude, pool if workers > 1 else None)
