@@ -125,7 +125,7 @@ def evaluate(settings: EvalSettings, sources: dict[str, str], load: Load) -> dic
 
     Raises:
         FileNotFoundError: the pairs, a manifest or an encoder's folder do not exist.
-        ValueError: a manifest or its data are wrong, no dataset is on this machine, or nothing can be evaluated.
+        ValueError: a manifest or its data are wrong, no dataset or nothing can be evaluated.
     """
     inputs, absent = open_inputs(settings)
     known = embed_everything(sources, inputs, load, settings.embeddings, settings.batch_size, settings.quiet)
@@ -170,11 +170,14 @@ def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[
     """The datasets on this machine and what is embedded of each, and the reasons why others are skipped.
 
     Raises:
-        ValueError: data that do not fit their manifest, groups in several splits, or none is on this machine.
+        ValueError: data that do not fit their manifest, groups in several splits, or none can be evaluated.
     """
     found, absent = [], {}
     options = task_options(settings)
     for manifest in tqdm(manifests, desc="opening", unit="dataset", disable=settings.quiet or rank() > 0):
+        if not set(manifest.kinds) & set(settings.kinds):  # nothing of it would be evaluated, so nothing is embedded
+            absent[manifest.id] = f"it is evaluated by {', '.join(manifest.kinds)}, not by {', '.join(settings.kinds)}"
+            continue
         try:
             opened = open_dataset(manifest, settings.data)
         except DatasetNotFoundError as error:
@@ -186,7 +189,7 @@ def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[
         found.append(DatasetInputs.of(opened, partial(open_dataset, manifest, settings.data), texts, quiet=True))
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
-        raise ValueError(f"none of the {len(manifests)} datasets is on this machine. {reasons}")
+        raise ValueError(f"none of the {len(manifests)} datasets can be evaluated. {reasons}")
     return found, absent
 
 

@@ -85,6 +85,12 @@ def test_the_report_tells_the_means_of_the_summary(first):
     assert "example.org/gone" in page and "content_sha256" in page and "gone" in text
 
 
+def test_a_dataset_without_a_requested_task_is_not_embedded(data, tmp_path):
+    summary = evaluate(data, tmp_path / "results", tasks=["zeroshot"])
+    assert "it is evaluated by retrieval, not by zeroshot" in summary["skipped_datasets"]["notes"]
+    assert not list((tmp_path / "results").rglob("*notes*"))
+
+
 def test_scores_of_samples(first):
     output, summary = first
     table = pyarrow.parquet.read_table(output / "scores/student/zeroshot-lungs.parquet").to_pydict()
@@ -161,7 +167,7 @@ def test_a_store_of_features_answers_what_it_can(data, tmp_path):
         ({"pairs": Path("pairs")}, "pairs and datasets given"),
         ({"questions": Path("q.json")}, "--questions belongs to --pairs"),
         ({"cache_frozen_towers": Path("towers")}, "--cache_frozen_towers belongs to --pairs"),
-        ({"names": ("gone",)}, "none of the 1 datasets is on this machine"),
+        ({"names": ("gone",)}, "none of the 1 datasets can be evaluated"),
     ],
 )
 def test_wrong_settings(data, tmp_path, settings, message):
