@@ -264,6 +264,14 @@ def is_inside(relative: str) -> bool:
     )
 
 
+def leads_inside(root: Path, path: Path) -> bool:
+    """Whether a path, with its links followed, stays inside a folder; a loop of links leads nowhere."""
+    try:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
 def is_folder_name(name: object) -> bool:
     """Whether a name from a file may become the name of a folder: one part of a path, and not a way out of it."""
     return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")

@@ -133,7 +133,7 @@ def clean_caption(text: str) -> str:
     if "\\" in text or "$" in text:
         text = _without_latex(text)
     if "<" in text:
-        text = TAG.sub("", text)
+        text = clean_text(TAG.sub("", text))  # single spaces, or the next pattern is quadratic in a run of them
         text = EMPTY_BRACKETS.sub("", text)
     return SPACE_BEFORE.sub(r"\1", clean_text(text))
 
@@ -159,7 +159,10 @@ def _without_latex(text: str) -> str:
     text = LATEX_DOCUMENT.sub(r"\1", text).replace("$$", "$")
     if not LATEX_COMMAND.search(text):
         return text
-    return str(_latex_reader().latex_to_text(text))
+    try:
+        return str(_latex_reader().latex_to_text(text))
+    except RecursionError:  # braces nested deeper than in any formula
+        return text
 
 
 @cache

@@ -139,10 +139,9 @@ class PartWriter:
         self.fixed.update(fixed)
         split = metadata.text("split")
         self.unknown_splits[split] += bool(split) and not meaning_of(split)
-        row = {
-            "modality": modality,
-            "label": label,
-            "group": clean_text(metadata.text("group") or metadata.text("article_accession_id"))
+        texts = {
+            "group": metadata.text("group")
+            or metadata.text("article_accession_id")
             or (header.patient if header is not None else ""),
             "study": metadata.text("study") or (header.study if header is not None else ""),
             "source": metadata.text("source"),
@@ -150,8 +149,10 @@ class PartWriter:
             "key": sample.key,
             "article": metadata.text("article_accession_id"),
             "panel_type": metadata.text("image_panel_type"),
-            "labels": metadata.values("image_secondary_label"),
         }
+        row: dict[str, Any] = {name: clean_text(text) for name, text in texts.items()}
+        labels = [clean_text(text) for text in metadata.values("image_secondary_label")]
+        row |= {"modality": modality, "label": label, "labels": labels}
         stated = {"stated_split": STATED.index(meaning_of(split))}
         for number, picture in enumerate(pictures, start=1):
             frame = f"frame {number}".encode() if len(pictures) > 1 else b""
@@ -257,7 +258,7 @@ class PartWriter:
 def dropped_row(place: str, key: str, reason: str, test_set: str = "") -> dict[str, str]:
     """One line of ``dropped.jsonl``."""
     row = {"row": place, "key": key, "reason": reason, "test_set": test_set}
-    return {name: value for name, value in row.items() if value}
+    return {name: clean_text(value) for name, value in row.items() if value}
 
 
 def row_schema() -> Any:

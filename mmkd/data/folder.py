@@ -34,7 +34,7 @@ from mmkd.data.table import (
     take_rows,
     write_table,
 )
-from mmkd.files import is_folder_name, is_inside, json_lines, parse_json_object
+from mmkd.files import is_folder_name, is_inside, json_lines, leads_inside, parse_json_object
 
 META_FILE = "meta.jsonl"
 CHUNK = 4096
@@ -70,7 +70,7 @@ class PairFolder:
         """
         archived = archived_file(self._resolved_root, pair.image)
         path = archived.archive if archived else self._resolved_root / pair.image
-        if not path.resolve().is_relative_to(self._resolved_root):
+        if not leads_inside(self._resolved_root, path):
             raise ValueError(f"pair {pair.id}: image {pair.image!r} lies outside {self.image_root}; refused")
         return archived or path
 
@@ -117,7 +117,7 @@ def _refuse_foreign_root(folder: Path, root: Path) -> None:
     Raises:
         ValueError: the message names both folders.
     """
-    if root.resolve().is_relative_to(folder.resolve()):
+    if leads_inside(folder, root):
         return
     if not any((place / name).is_file() for place in (root, root.parent) for name in (TABLE_FILE, META_FILE)):
         raise ValueError(

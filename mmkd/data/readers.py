@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmkd.data.archives import ArchivedFile, members
-from mmkd.files import is_inside
+from mmkd.files import is_inside, leads_inside
 
 NIFTI_GZ = "nii.gz"
 
@@ -262,8 +262,16 @@ def find_file(root: Path, name: str, folders: Sequence[str] = ("",)) -> Path | N
         return None
     spellings = dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
     candidates = [root / folder / spelling for folder in folders for spelling in spellings]
-    path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
-    return path if path.resolve().is_relative_to(root.resolve()) else None
+    path = next((candidate for candidate in candidates if _is_file(candidate)), candidates[0])
+    return path if leads_inside(root, path) else None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file system takes has none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def parse_hub_address(address: str) -> tuple[str, str | None, str]:

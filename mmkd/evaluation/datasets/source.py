@@ -16,7 +16,7 @@ from mmkd.data.images import finish_image, open_header, read_image_bytes
 from mmkd.data.pixel_rules import DEFAULT_WINDOW, UnreadableImageError, Window
 from mmkd.evaluation.datasets.manifest import ASSIGNED, HELD_OUT, Manifest
 from mmkd.evaluation.datasets.questions import Question
-from mmkd.files import is_inside
+from mmkd.files import is_inside, leads_inside
 
 MISSING = "missing"
 
@@ -81,7 +81,7 @@ def files_under(folder: Path) -> Store:
 
     def read(name: str) -> bytes:
         path = root / name
-        if not is_inside(name) or not path.resolve().is_relative_to(root):
+        if not is_inside(name) or not leads_inside(root, path):
             raise UnreadableImageError("missing", f"{name} lies outside {root}; refused")
         return read_image_bytes(path)
 
