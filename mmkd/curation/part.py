@@ -42,6 +42,7 @@ from mmkd.data.table import SPLITS, UNKNOWN
 from mmkd.files import write_json
 
 ID_LENGTH = 24
+STORED = (".tar", ".arrow")  # files of every part
 ACCEPTED_AS = {"jpg": ("jpg", "jpeg"), "png": ("png",)}
 OTHER_THAN_DICOM = IMAGE_SUFFIXES - {suffix[1:] for suffix in DICOM_SUFFIXES}
 STATED = ("", *SPLITS)  # the split that a source states, by the number that stands for it
@@ -87,6 +88,7 @@ class PartWriter:
         write_fragments(self.base, self.fragments)
         partial.replace(self.base.with_suffix(".tar"))
         counts = {
+            "bytes": {suffix: self.base.with_suffix(suffix).stat().st_size for suffix in STORED},
             "read": self.read,
             "kept": len(self.rows),
             "samples": len({row["sample"] for row in self.rows}),

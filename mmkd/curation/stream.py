@@ -30,7 +30,7 @@ from mmkd.curation.contamination import checksums, read_exclusions
 from mmkd.curation.datasheet import write_sheet
 from mmkd.curation.decisions import Decisions, decide
 from mmkd.curation.merge import dropped_rows, reason_counts, write_merged_manifest, write_shard
-from mmkd.curation.part import PartWriter
+from mmkd.curation.part import STORED, PartWriter
 from mmkd.curation.reports import ReportSource, write_reports
 from mmkd.curation.rules import Rules
 from mmkd.curation.samples import Item, RawSample, Refused
@@ -151,7 +151,13 @@ def _open_parts(parts: Path, settings: dict[str, Any], units: list[Unit], overwr
 
 
 def _is_done(parts: Path, unit: Unit) -> bool:
-    return (parts / f"{unit.number:06d}.json").is_file()
+    """Whether the part of a unit is finished, and as long as it was written; else it is made anew."""
+    base = parts / f"{unit.number:06d}"
+    try:
+        sizes = read_json(base.with_suffix(".json"))["bytes"]
+        return all(base.with_suffix(suffix).stat().st_size == sizes[suffix] for suffix in STORED)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _work_unit(unit: Unit, parts: Path, rules: Rules) -> None:

@@ -3,7 +3,7 @@
 A checkpoint holds weights, their average and Adam's moments as safetensors under the names of the parameters, whole
 even where they are sharded, so that a run may resume on another number of processes. Random state is not saved: every
 step has its own seed. A checkpoint is written under a temporary name and renamed when its last file,
-``checkpoint.json``, states the size of all the others; one whose sizes do not agree is skipped.
+``checkpoint.json``, states the checksums of all the others; one whose checksums do not agree is skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,7 +31,7 @@ from mmkd.distributed import (
     wait_for_everyone,
     world_size,
 )
-from mmkd.files import read_json, write_json
+from mmkd.files import fingerprint, is_folder_name, read_json, write_json
 from mmkd.training.optimizer import WeightAverage
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.settings import LoopSettings
@@ -123,8 +123,8 @@ class Checkpoints:
                 averaged = model_state(self.objective)
                 _write(temporary / AVERAGE, {n: tensor for n, tensor in averaged.items() if n in self.average.weights})
         if rank() == 0:
-            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-            write_json(temporary / PROGRESS, asdict(progress) | {"processes": world_size(), "sizes": sizes})
+            sums = {path.name: fingerprint([path]) for path in sorted(temporary.iterdir())}
+            write_json(temporary / PROGRESS, asdict(progress) | {"processes": world_size(), "sha256": sums})
             if final.exists():  # damaged, or the run would have resumed from it
                 shutil.rmtree(final)
             temporary.rename(final)
@@ -184,18 +184,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None when it is whole."""
     try:
-        sizes = read_json(path / PROGRESS)["sizes"]
-    except (OSError, ValueError, KeyError) as error:
+        found = read_json(path / PROGRESS)
+        sums = {name: str(found["sha256"][name]) for name in found["sha256"] if is_folder_name(name)}
+        numbers = [int(found[field.name]) for field in fields(Progress)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{PROGRESS} cannot be read ({error})"
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is truncated or missing"
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            return f"{name} is not a safetensors file ({error})"
+    if not {WEIGHTS, OPTIMIZER} <= sums.keys() or min(numbers) < 0:
+        return f"{PROGRESS} lacks entries"
+    for name, expected in sums.items():
+        if not (path / name).is_file() or fingerprint([path / name]) != expected:
+            return f"{name} is missing, or not as it was written"
     return None
 
 

@@ -82,6 +82,17 @@ def test_again_does_nothing_and_other_settings_are_refused(source, tmp_path, mon
         curate(str(source), output, rules(seed=1), quiet=True)
 
 
+@pytest.mark.parametrize("suffix", [".tar", ".arrow", ".json"])
+def test_a_part_that_was_cut_off_is_made_anew(source, undisturbed, tmp_path, suffix):
+    for number in (1, 2):
+        curate(str(source), tmp_path / "pairs", rules(), shard=(number, 3), quiet=True)
+    part = (tmp_path / "pairs.parts" / "000001").with_suffix(suffix)
+    part.write_bytes(part.read_bytes()[:-100])
+    curate(str(source), tmp_path / "pairs", rules(), shard=(3, 3), quiet=True)
+    curate(str(source), tmp_path / "pairs", rules(), quiet=True)
+    assert contents(tmp_path / "pairs") == contents(undisturbed)
+
+
 def test_parts_of_other_settings_are_not_mixed_in(source, tmp_path):
     curate(str(source), tmp_path / "pairs", rules(), shard=(1, 2), quiet=True)
     with pytest.raises(FileExistsError, match="other settings"):

@@ -15,6 +15,7 @@ from processes import forked
 from regression_run import Numbers, Regression, settings, train
 from safetensors.torch import load_file, save_file
 
+from mmkd.files import fingerprint
 from mmkd.training.loop import start
 from mmkd.training.optimizer import build_optimizer, learning_rate
 
@@ -170,25 +171,34 @@ def test_checkpoints_are_safetensors_by_name_of_parameter(tmp_path):
     assert {"exp_avg/layers.0.weight", "exp_avg_sq/logit_scale", "step/layers.3.bias"} <= set(moments)
     assert moments["step/logit_scale"].item() == 4
     save_file({"other": torch.zeros(3)}, newest / "objective.safetensors")
-    sizes = json.loads((newest / "checkpoint.json").read_text())
-    sizes["sizes"]["objective.safetensors"] = (newest / "objective.safetensors").stat().st_size
-    (newest / "checkpoint.json").write_text(json.dumps(sizes))
+    stated = json.loads((newest / "checkpoint.json").read_text())
+    stated["sha256"]["objective.safetensors"] = fingerprint([newest / "objective.safetensors"])
+    (newest / "checkpoint.json").write_text(json.dumps(stated))
     with pytest.raises(ValueError, match="step-00000004 is a checkpoint of another model"):
         train(settings(tmp_path, ema_decay=0.9))
 
 
-def test_truncated_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
+def cut_off(content):
+    return content[:100]
+
+
+def one_bit_flipped(content):
+    return content[:-3] + bytes([content[-3] ^ 4]) + content[-2:]
+
+
+@pytest.mark.parametrize("damage", [cut_off, one_bit_flipped])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, damage):
     train(settings(tmp_path / "whole"))
     with pytest.raises(Killed):
         train(settings(tmp_path / "cut"), Interrupted((2, 0)))
     checkpoints = tmp_path / "cut" / "model.partial" / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000004", "step-00000008"]
     newest = checkpoints / "step-00000008" / "objective.safetensors"
-    newest.write_bytes(newest.read_bytes()[:100])
+    newest.write_bytes(damage(newest.read_bytes()))
     rest = Numbers()
     with caplog.at_level(logging.WARNING):
         train(settings(tmp_path / "cut"), rest)
-    assert "step-00000008 is skipped: objective.safetensors is truncated" in caplog.text
+    assert "step-00000008 is skipped: objective.safetensors is missing, or not as it was written" in caplog.text
     assert rest.read[0] == (0, 4)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
