@@ -94,3 +94,25 @@ def test_fingerprints_follow_the_files_and_memory_is_bounded(tmp_path):
 def test_names_of_slides_lose_known_endings_only():
     assert slide_name("x/TCGA-2F.195576CF.svs") == slide_name("TCGA-2F.195576CF.h5") == "TCGA-2F.195576CF"
     assert slide_name("TCGA-2F.195576CF") == "TCGA-2F.195576CF"
+
+
+@pytest.mark.parametrize("kind", ["link", "soft", "storage", "virtual"])
+def test_values_in_other_files_are_not_read(tmp_path, kind):
+    with h5py.File(tmp_path / "private.h5", "w") as file:
+        file["features"] = np.ones((4, 3), dtype=np.float32)
+    (tmp_path / "private.bin").write_bytes(np.ones((4, 3), dtype=np.float32).tobytes())
+    (tmp_path / "bags").mkdir()
+    with h5py.File(tmp_path / "bags" / "a.h5", "w") as file:
+        if kind == "link":
+            file["features"] = h5py.ExternalLink(str(tmp_path / "private.h5"), "features")
+        elif kind == "soft":
+            file["features"] = h5py.SoftLink("/elsewhere")
+        elif kind == "storage":
+            place = [(str(tmp_path / "private.bin"), 0, h5py.h5f.UNLIMITED)]
+            file.create_dataset("features", (4, 3), np.float32, external=place)
+        else:
+            layout = h5py.VirtualLayout((4, 3), np.float32)
+            layout[:] = h5py.VirtualSource(str(tmp_path / "private.h5"), "features", (4, 3))
+            file.create_virtual_dataset("features", layout)
+    with pytest.raises(UndefinedMetricError, match="lies in another file"):
+        BagFolder(tmp_path / "bags").open("bags").features("a")

@@ -176,10 +176,25 @@ class EncoderBags:
         self.require([slide])
         try:
             with h5py.File(self.files[slide_name(slide)], "r") as file:
+                outside = next((name for name in file if _lies_elsewhere(file, name)), None)
+                if outside is not None:
+                    raise UndefinedMetricError(
+                        f"{self.encoder}: {outside!r} of slide {slide} lies in another file; copy it into the bag"
+                    )
                 yield file
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} cannot be read ({reason})") from None
+
+
+def _lies_elsewhere(file: Any, name: str) -> bool:
+    """Whether an entry of an HDF5 file is a link, or its values are in other files, which anyone could have named."""
+    import h5py
+
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        return True
+    entry = file[name]
+    return isinstance(entry, h5py.Dataset) and (bool(entry.external) or entry.is_virtual)
 
 
 class BagFolder:
