@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from mmkd.distributed import gather_lists, rank, wait_for_everyone
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
+from mmkd.evaluation.results.store import FOLDER
 from mmkd.files import atomic_write_text, read_yaml, rename_folder
 from mmkd.student.folder import save_student
 from mmkd.student.towers import starting_student
@@ -99,7 +100,7 @@ def take_over(before: Path | None, after: Path) -> None:
     """Copy the results and scores of all rows but the student's from one results folder to the next."""
     if before is None or after.exists() or rank() > 0:
         return
-    for kind in ("cells", "scores"):
+    for kind in (FOLDER, "scores"):
         for row in sorted((before / kind).glob("*")):
             if row.name != STUDENT:
                 shutil.copytree(row, after / kind / row.name)

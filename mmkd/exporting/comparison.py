@@ -131,10 +131,10 @@ def zero_shot(
         tasks, skipped = tasks_for(samples, ["zeroshot"], TaskOptions())
         if not tasks:
             raise ValueError(f"--pairs {pairs} allow no zero-shot task: {'; '.join(skipped.values())}")
-        cells = ResultStore(Path(temporary), samples.held_out, replicates, seed)
+        results = ResultStore(Path(temporary), samples.held_out, replicates, seed)
         return {
             task.name: task_summary(
-                cells.describe(task), run_task(task, samples, embedded, [], cells), embedded[-1].name, cells
+                results.describe(task), run_task(task, samples, embedded, [], results), embedded[-1].name, results
             )
             for task in tasks
         }

@@ -123,7 +123,7 @@ def test_means_are_over_the_common_subset_with_paired_intervals(board):
     assert mean.tasks == ["probe-CT-1", "probe-CT-2"]
     stored, values = {}, {}
     for row in ("student", "plip"):
-        files = [board.results / "cells" / row / f"{task}.safetensors" for task in mean.tasks]
+        files = [board.results / "encoders" / row / f"{task}.safetensors" for task in mean.tasks]
         drawn = [safetensors.numpy.load_file(file)["together.balanced_accuracy"] for file in files]
         stored[row] = np.mean(drawn, axis=0)
         values[row] = np.mean([board.metric(task, row)["value"] for task in mean.tasks])

@@ -81,7 +81,7 @@ def gather(work: Path) -> dict[str, Any]:
             tasks[name] = brief(task, description)
             if task["kind"] == "vqa":
                 for row, cells in tasks[name]["rows"].items():
-                    cells["gain"] = looked(folder / "cells" / row / f"{name}.safetensors", cells)
+                    cells["gain"] = looked(folder / "encoders" / row / f"{name}.safetensors", cells)
             elif name.endswith("clinical-clinical"):
                 tasks[name]["scikit-survival"] = reference(description, task["dataset"])
             elif task["dataset"].startswith("simulated"):

@@ -78,8 +78,8 @@ def write_suite(folder, asked, undefined=(), marked=None, rows=tuple(SKILLS), sk
             tensors = {f"together.{PRIMARY[kind]}": drawn[row]}
             if kind in ("zeroshot", "probe"):
                 tensors["outputs.image.scores"] = np.eye(3)[answers]
-            (folder / "cells" / row).mkdir(parents=True, exist_ok=True)
-            safetensors.numpy.save_file(tensors, folder / "cells" / row / f"{name}.safetensors")
+            (folder / "encoders" / row).mkdir(parents=True, exist_ok=True)
+            safetensors.numpy.save_file(tensors, folder / "encoders" / row / f"{name}.safetensors")
         tasks[name] = {
             "title": f"Which class of {dataset}?",
             "kind": kind,

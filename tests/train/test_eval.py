@@ -95,22 +95,22 @@ def test_rows_differences_and_overall(folder, tmp_path, capsys):
 
 def test_a_second_run_makes_nothing_and_gives_the_same_bytes(folder, tmp_path):
     evaluate(folder, tmp_path / "results")
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "results/cells").rglob("*.*")}
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "results/encoders").rglob("*.*")}
     summary = (tmp_path / "results/summary.json").read_bytes()
     calls = ENCODERS["student"].calls
     evaluate(folder, tmp_path / "results")
     assert ENCODERS["student"].calls == calls > 0
-    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "results/cells").rglob("*.*")}
+    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "results/encoders").rglob("*.*")}
     assert summary == (tmp_path / "results/summary.json").read_bytes()
 
 
 def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
     evaluate(folder, tmp_path / "whole", tasks=FAST)
     evaluate(folder, tmp_path / "results", tasks=FAST)
-    lost = tmp_path / "results/cells/student/retrieval.json"
+    lost = tmp_path / "results/encoders/student/retrieval.json"
     expected = lost.read_bytes()
     lost.unlink()
-    kept = tmp_path / "results/cells/ct/retrieval.json"
+    kept = tmp_path / "results/encoders/ct/retrieval.json"
     stamp = kept.stat().st_mtime_ns
     evaluate(folder, tmp_path / "results", tasks=FAST)
     assert lost.read_bytes() == expected and kept.stat().st_mtime_ns == stamp
@@ -121,15 +121,15 @@ def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
 def test_a_changed_image_is_embedded_again(folder, tmp_path):
     evaluate(folder, tmp_path / "results", ("student", "ct"), tasks=["zeroshot"])
     (folder / "images/0.png").write_bytes((folder / "images/1.png").read_bytes())
-    before = read_json(tmp_path / "results/cells/student/zeroshot-label.json")["key"]
+    before = read_json(tmp_path / "results/encoders/student/zeroshot-label.json")["key"]
     evaluate(folder, tmp_path / "results", ("student", "ct"), tasks=["zeroshot"])
-    assert read_json(tmp_path / "results/cells/student/zeroshot-label.json")["key"] != before
+    assert read_json(tmp_path / "results/encoders/student/zeroshot-label.json")["key"] != before
 
 
-def test_cells_do_not_depend_on_who_else_is_evaluated(folder, tmp_path):
+def test_results_do_not_depend_on_who_else_is_evaluated(folder, tmp_path):
     evaluate(folder, tmp_path / "few", ("student",), tasks=FAST)
     evaluate(folder, tmp_path / "many", ("student", "mri", "ct"), tasks=FAST)
-    cells = [(tmp_path / name / "cells/student/retrieval.json").read_bytes() for name in ("few", "many")]
+    cells = [(tmp_path / name / "encoders/student/retrieval.json").read_bytes() for name in ("few", "many")]
     assert cells[0] == cells[1]
 
 

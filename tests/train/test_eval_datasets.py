@@ -113,17 +113,31 @@ def test_the_lock_names_all_a_result_depends_on(first):
 
 def test_a_second_run_embeds_nothing_and_gives_the_same_bytes(data, first, tmp_path):
     output, _ = first
-    files = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in output.rglob("cells/**/*.*")}
+    files = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in output.rglob("encoders/**/*.*")}
     summary = (output / "summary.json").read_bytes()
     evaluate(data, output)
     assert all(encoder.calls == 0 for encoder in ENCODERS.values())
-    assert files == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in output.rglob("cells/**/*.*")}
+    assert files == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in output.rglob("encoders/**/*.*")}
     assert summary == (output / "summary.json").read_bytes()
     broken = next((output / "embeddings/student/notes").glob("images-*"))
     broken.write_bytes(broken.read_bytes()[:100])
     evaluate(data, output)
     assert ENCODERS["student"].calls == 24 and ENCODERS["good"].calls == 0
     assert summary == (output / "summary.json").read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "json"])
+def test_a_damaged_result_is_computed_anew(data, tmp_path, ending):
+    output = tmp_path / "results"
+    evaluate(data, output)
+    files = {p: p.read_bytes() for p in output.rglob("encoders/**/*.*")}
+    damaged = sorted(p for p in files if p.suffix == f".{ending}")
+    for number, path in enumerate(damaged):
+        content = bytearray(files[path])
+        content[len(content) * (number + 1) // (len(damaged) + 2)] ^= 1
+        path.write_bytes(bytes(content) if number else b"")
+    evaluate(data, output)
+    assert files == {p: p.read_bytes() for p in output.rglob("encoders/**/*.*")}
 
 
 def test_marks_of_contamination_and_means_without(data, tmp_path, monkeypatch):
@@ -178,7 +192,7 @@ def test_wrong_settings(data, tmp_path, settings, message):
 def test_two_processes_give_the_bytes_of_one(data, first, tmp_path):
     whole, _ = first
     in_group(fake_suite.__file__, data, tmp_path / "results")
-    for kind in ("cells", "scores", "embeddings", "tasks"):
+    for kind in ("encoders", "scores", "embeddings", "tasks"):
         ours = {p.relative_to(whole): p.read_bytes() for p in (whole / kind).rglob("*.*")}
         theirs = {
             p.relative_to(tmp_path / "results"): p.read_bytes() for p in (tmp_path / "results" / kind).rglob("*.*")

@@ -1,8 +1,9 @@
 """Results of one encoder on one task, stored so that a second run computes only what is missing.
 
-A result is two files under ``cells/ENCODER/``: ``TASK.safetensors`` with per-sample outputs and bootstrap replicates,
-and, written last, ``TASK.json`` with point values and intervals; ``scores/ENCODER/TASK.parquet`` holds the scores of
-each sample. A result's key is the hash of all that it depends on; one with another key is computed again.
+A result is two files under ``encoders/ENCODER/``: ``TASK.safetensors`` with per-sample outputs and bootstrap
+replicates, and, written last, ``TASK.json`` with point values and intervals; ``scores/ENCODER/TASK.parquet`` holds the
+scores of each sample. A result's key is the hash of all that it depends on; one with another key, or one that is not as
+it was written, is computed again.
 
 Replicates are drawn twice: stratified by the task's own classes for the task's intervals, and from one draw of all
 held-out groups, stratified by modality, for means over tasks, which share images and therefore errors.
@@ -36,9 +37,11 @@ from mmkd.evaluation.statistics.bootstrap import (
 )
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.task import Outputs, Task
-from mmkd.files import atomic_write_bytes, read_json, write_json
+from mmkd.files import atomic_write_bytes, fingerprint, read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
+CHECKSUM = "sha256"
+FOLDER = "encoders"  # of the results
 
 Result = dict[str, Any]
 
@@ -99,8 +102,7 @@ class ResultStore:
             The result as in its JSON file, and the per-sample outputs.
         """
         key = fingerprint_of([FORMAT, self.replicates, self.seed, encoder, made_from])
-        file = self._file(encoder, task.name, "json")
-        if file.is_file() and (result := read_json(file)).get("key") == key:
+        if (result := self._finished(encoder, task.name, key)) is not None:
             return result, self.outputs(encoder, task.name)
         try:
             outputs, extra = compute()
@@ -114,8 +116,23 @@ class ResultStore:
         tensors |= {f"together.{name}": np.ascontiguousarray(values) for name, values in together.items()}
         atomic_write_bytes(self._file(encoder, task.name, "safetensors"), safetensors.numpy.save(tensors))
         write_scores(self.path / "scores" / encoder / f"{task.name}.parquet", task, outputs)
-        write_json(file, result)
+        stated = result | {CHECKSUM: self._checksum(encoder, task.name, json.loads(json.dumps(result)))}
+        write_json(self._file(encoder, task.name, "json"), stated)
         return result, outputs
+
+    def _finished(self, encoder: str, task: str, key: str) -> Result | None:
+        """A result of this key, unless it was not written before or is not as it was written."""
+        try:
+            result = read_json(self._file(encoder, task, "json"))
+            if isinstance(result, dict) and result.get("key") == key:
+                stated = result.pop(CHECKSUM, None)
+                return result if stated == self._checksum(encoder, task, result) else None
+        except (OSError, ValueError):
+            pass
+        return None
+
+    def _checksum(self, encoder: str, task: str, result: Result) -> str:
+        return fingerprint_of([result, fingerprint([self._file(encoder, task, "safetensors")])])
 
     def outputs(self, encoder: str, task: str) -> Outputs:
         """Per-sample outputs of a result."""
@@ -165,7 +182,7 @@ class ResultStore:
         }
 
     def _file(self, encoder: str, task: str, ending: str) -> Path:
-        return self.path / "cells" / encoder / f"{task}.{ending}"
+        return self.path / FOLDER / encoder / f"{task}.{ending}"
 
     def _tensors(self, encoder: str, task: str, prefix: str) -> dict[str, Any]:
         with safetensors.safe_open(self._file(encoder, task, "safetensors"), framework="np") as stored:
@@ -176,7 +193,7 @@ class ResultStore:
 def stored_array(results: Path, encoder: str, task: str, name: str) -> NDArray[Any] | None:
     """One array of a result: ``outputs.NAME``, ``replicates.METRIC`` or ``together.METRIC``; None if it is missing."""
     try:
-        with safetensors.safe_open(results / "cells" / encoder / f"{task}.safetensors", "np") as stored:
+        with safetensors.safe_open(results / FOLDER / encoder / f"{task}.safetensors", "np") as stored:
             return stored.get_tensor(name) if name in stored.keys() else None  # noqa: SIM118
     except (OSError, safetensors.SafetensorError):
         return None
