@@ -133,7 +133,7 @@ def test_reports_that_cannot_work(archive, tmp_path):
         with pytest.raises(ValueError, match="the database could not be read") as caught:
             ReportSource(url, "AccessionNumber", columns, query).read(b"")
         assert "hunter2" not in str(caught.value)
-    with pytest.raises(ValueError, match="--columns captoin=x.*write FIELD=COLUMN"):
+    with pytest.raises(ValueError, match=r"--columns captoin=x.*write FIELD=COLUMN"):
         read_mapping(["captoin=x"])
     assert not (tmp_path / "pairs.parts").exists()
 
