@@ -91,20 +91,21 @@ class SearchIndex:
         self._load(meta)
 
     @classmethod
-    def create(cls, path: Path, provenance: Mapping[str, Any], dim: int) -> SearchIndex:
+    def create(cls, path: Path, provenance: Mapping[str, Any], dim: int, source: str = "") -> SearchIndex:
         """Make an empty index.
 
         Args:
             path: a folder that does not exist, or is empty.
             provenance: of the encoder; what identifies its vectors is kept.
             dim: width of its vectors.
+            source: where the encoder is loaded from: a Hub id, a name, or its folder relative to the index.
 
         Raises:
             FileExistsError: the folder holds something.
         """
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise FileExistsError(f"{path} exists and is no index; choose another --output")
-        model = {"name": provenance.get("teacher"), **{key: provenance.get(key) for key in IDENTITY}}
+        model = {"name": provenance.get("teacher"), "source": source, **{key: provenance.get(key) for key in IDENTITY}}
         path.mkdir(parents=True, exist_ok=True)
         meta = {"version": VERSION, "model": model, "dim": dim, "shards": [], "removed": None, "graph": None}
         write_json(path / INDEX_FILE, meta)
@@ -135,6 +136,18 @@ class SearchIndex:
     def dim(self) -> int:
         """Width of the vectors."""
         return int(self.meta["dim"])
+
+    @property
+    def model_source(self) -> str:
+        """What `load_encoder` takes for the model of the index; see `create`.
+
+        Raises:
+            ValueError: the index does not name it.
+        """
+        source = str(self.meta["model"].get("source") or "")
+        if not source:
+            raise ValueError(f"{self.path} does not name its model; give it as --model")
+        return str(self.path / source) if (self.path / source).exists() else source
 
     @property
     def ids(self) -> list[str]:
