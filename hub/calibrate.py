@@ -228,7 +228,7 @@ def fit(predictor: Predictor, features: Tensor, positive: Booleans, settings: Ca
     else:
         quantile = fit_quantile(conformal_scores(probabilities, settings.conformal)[positive], settings.alpha)
         abstain_below = fit_abstention(similarities.max(axis=1), settings.abstain)
-    found = {"thresholds": thresholds, "conformal": settings.conformal, "alpha": settings.alpha}
+    found: dict[str, Any] = {"thresholds": thresholds, "conformal": settings.conformal, "alpha": settings.alpha}
     found |= {"quantile": quantile, "abstain_below": abstain_below, "abstain_rate": settings.abstain}
     return Calibration(**{**vars(own), **found, "images": len(positive)})
 

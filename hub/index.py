@@ -104,7 +104,8 @@ def update(index: SearchIndex, files: Sequence[ImageFile], encoder: DualEncoder,
     current = np.array(list(stamps.values()), np.int64).reshape(-1, 2)
     differing = np.flatnonzero(~states.known | (states.stamps != current).any(axis=1)).tolist()
     hashes: dict[str, bytes] = {}
-    touched, changed = [], []
+    touched: list[ImageFile] = []
+    changed: list[ImageFile] = []
     for k in differing:
         same = states.known[k] and sha256_of(files[k], hashes) == states.sha256[k].tobytes()
         (touched if same else changed).append(files[k])

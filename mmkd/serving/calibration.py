@@ -148,7 +148,7 @@ def fit_threshold(probabilities: Floats, positive: Booleans, sensitivity: float 
 
 
 def fit_quantile(scores: Floats, alpha: float) -> float:
-    """The ``ceil((n + 1)(1 - alpha))``-th smallest of the scores ``(n,)`` of true labels; infinite if n is too small."""
+    """The ``ceil((n + 1)(1 - alpha))``-th smallest of the scores ``(n,)`` of true labels; infinite if n is small."""
     place = math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9)
     return float(np.sort(scores)[place - 1]) if place <= len(scores) else math.inf
 
