@@ -36,6 +36,7 @@ RECIPES = {
     "plan": ("mmkd.train.plan", "estimate memory, time and cost of each stage on GPUs"),
     "pipeline": ("mmkd.train.pipeline", "the full pipeline from one YAML file"),
     "quickstart": ("mmkd.train.pipeline", "the full pipeline on packaged real images"),
+    "explain": ("mmkd.hub.explain", "heat map: which parts of an image its similarity with a text depends on"),
     "push": ("mmkd.hub.push", "upload a model, adapter, features or pairs to the Hub, with a card"),
     "export": ("mmkd.hub.export", "export both towers for deployment: ONNX, torch.export or int8"),
     "miniature": (
