@@ -15,7 +15,7 @@ from prometheus_client.process_collector import ProcessCollector
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from mmkd.serving.gate import Gate, RequestError
+from mmkd.serving.gate import Gate, RequestError, internal_error
 from mmkd.serving.inputs import (
     FORM_TYPE,
     JSON_TYPE,
@@ -190,6 +190,10 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def refuse_method(_: Request, error: HTTPException) -> JSONResponse:
         return RequestError(error.status_code, error.detail, "not_allowed", headers=dict(error.headers or {})).response()
+
+    @app.exception_handler(Exception)
+    async def fail(_: Request, error: Exception) -> JSONResponse:
+        return internal_error().response()  # the gate logs it
 
     @app.post("/v1/embeddings", response_model=Embeddings, openapi_extra=_body_of(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:

@@ -87,6 +87,11 @@ def overloaded(message: str) -> RequestError:
     return RequestError(503, f"{message}; try again later", "overloaded", headers={"Retry-After": "1"})
 
 
+def internal_error() -> RequestError:
+    """An answer that says nothing of the cause, which may hold what other users sent."""
+    return RequestError(500, "the request failed in the service; its log names the kind of error", "internal_error")
+
+
 class Gate:
     """Middleware around the application."""
 
@@ -149,8 +154,7 @@ class Gate:
             LOG.error("%s %s failed: %s", scope["method"], route, type(error).__name__)
             LOG.debug("its cause", exc_info=error)
             if not status:
-                failed = RequestError(500, "the request failed in the service; its log has the cause", "internal_error")
-                await failed.response()(scope, receive, answer)
+                await internal_error().response()(scope, receive, answer)
         finally:
             seconds = time.monotonic() - began
             self.observe(route, status or 499, seconds)  # 499: the client left before its answer

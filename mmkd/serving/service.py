@@ -240,7 +240,7 @@ class Service:
         return batcher
 
     def _prepare(self, item: bytes | Image.Image, place: int) -> Any:
-        return self.encoder.prepare_any(read_upload(item, f"input.{place}") if isinstance(item, bytes) else item)
+        return self.encoder.prepare_any(read_upload(item, f"input.{place}", self.limits.pixels) if isinstance(item, bytes) else item)
 
     def _compute_images(self, prepared: Sequence[Any]) -> Vectors:
         return self.encoder.encode_prepared(prepared).numpy()
@@ -249,8 +249,13 @@ class Service:
         return self.encoder.encode_texts(texts).numpy()
 
 
-def read_upload(data: bytes, place: str) -> Image.Image:
+def read_upload(data: bytes, place: str, most_pixels: int) -> Image.Image:
     """Decode an image that a client has sent.
+
+    Args:
+        data: the bytes of its file.
+        place: of the image in the request, for errors.
+        most_pixels: that it may have.
 
     Raises:
         RequestError: 400, it cannot be used.

@@ -1,0 +1,313 @@
+"""The page for people: drop an image, see labels with their probabilities, a heat map and the nearest of the archive.
+
+Images travel from the browser inside the events of the page and are kept in memory until the visitor leaves: they are
+never written to a disk, as the upload components of Gradio would. For the same reason what is shown is embedded in the
+page. Nothing is loaded from another machine.
+"""
+
+from __future__ import annotations
+
+import os
+from base64 import b64encode
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any
+
+from fastapi import FastAPI
+from PIL import Image
+
+from mmkd.data.images import UnreadableImageError, encode, open_image, shrink
+from mmkd.serving.api import NOTICE
+from mmkd.serving.gate import MEBIBYTE, RequestError
+from mmkd.serving.index import Hit
+from mmkd.serving.inputs import parse_items
+from mmkd.serving.predictor import Prediction, Predictor
+from mmkd.serving.service import Archive, Service, Vectors, read_upload
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+
+PATHS = (  # of the page; Gradio's own upload, file and proxy addresses are not among them
+    *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/assets/", "/static/", "/svelte/"),
+    *("/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/startup-events", "/gradio_api/heartbeat/"),
+)
+PREVIEW_SIDE, THUMBNAIL_SIDE, QUALITY = 640, 192, 90
+SHOWN_LABELS, NEIGHBOURS = 12, 8
+MOST_VISITORS_WAITING, KEPT_SECONDS = 128, 1800
+BASE64_GROWTH = 4 / 3
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "Arial", "sans-serif")
+MONOSPACED = ("ui-monospace", "Cascadia Mono", "Liberation Mono", "Menlo", "monospace")
+
+STYLE = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.mmkd-title h1 { margin: 0 0 4px; font-size: clamp(24px, 4vw, 36px); line-height: 1.15; overflow-wrap: anywhere; }
+.mmkd-title p { margin: 0; color: var(--body-text-color-subdued); max-width: 44em; }
+.mmkd-notice { margin: 14px 0 0 !important; padding: 8px 14px; border-left: 3px solid #b07a00; color: var(--body-text-color) !important; }
+.mmkd h2 { margin: 0 0 8px; font-size: 18px; }
+.mmkd-quiet { color: var(--body-text-color-subdued); font-size: 14px; margin: 8px 0 0; overflow-wrap: anywhere; }
+.mmkd-drop { display: block; padding: 26px 18px; text-align: center; border: 2px dashed var(--border-color-primary); border-radius: 10px; background: var(--block-background-fill); cursor: pointer; }
+.mmkd-drop.over, .mmkd-drop:hover { border-color: var(--color-accent); }
+.mmkd-drop:focus-within { outline: 2px solid var(--color-accent); outline-offset: 2px; }
+.mmkd-drop strong { display: block; margin-bottom: 4px; }
+.mmkd-drop input { max-width: 100%; margin-top: 12px; font-size: 14px; color: var(--body-text-color); }
+.mmkd-picture img { display: block; max-width: 100%; max-height: 420px; margin: 0 auto; border-radius: 8px; background: #000; }
+.mmkd-answer { margin: 0 0 12px; padding: 10px 14px; border-radius: 8px; background: var(--background-fill-secondary); overflow-wrap: anywhere; }
+.mmkd-answer b { font-size: 18px; }
+.mmkd-bars { list-style: none; margin: 0; padding: 0; display: grid; gap: 7px; }
+.mmkd-bars li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 2px 12px; margin: 0; }
+.mmkd-bars .name { overflow-wrap: anywhere; }
+.mmkd-bars .share { font-variant-numeric: tabular-nums; }
+.mmkd-bars .bar { grid-column: 1 / -1; height: 7px; border-radius: 4px; background: var(--background-fill-secondary); overflow: hidden; }
+.mmkd-bars .bar i { display: block; height: 100%; background: var(--color-accent); }
+.mmkd-tag { font-size: 12px; padding: 1px 7px; margin-left: 6px; border-radius: 9px; border: 1px solid var(--border-color-primary); color: var(--body-text-color-subdued); white-space: nowrap; }
+.mmkd-found { list-style: none; margin: 0; padding: 0; display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); }
+.mmkd-found li { margin: 0; font-size: 13px; overflow-wrap: anywhere; }
+.mmkd-found img, .mmkd-found .none { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 6px; background: var(--background-fill-secondary); margin-bottom: 4px; }
+.mmkd-facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 10px 24px; margin: 0; }
+.mmkd-facts dt { font-size: 13px; color: var(--body-text-color-subdued); }
+.mmkd-facts dd { margin: 0; overflow-wrap: anywhere; }
+"""
+
+PICKER = """
+<label class="mmkd-drop"><strong>Drop an image here, paste it, or choose a file</strong>
+<span>PNG, JPEG, TIFF, DICOM, NIfTI and others; at most ${limit} MB</span><br>
+<input type="file" aria-label="Image file"></label>
+<p class="mmkd-quiet" role="alert"></p>
+"""
+
+READ_FILE = """
+const most = props.limit * 1024 * 1024;
+const drop = () => element.querySelector('.mmkd-drop');
+function read(file) {
+  const alert = element.querySelector('[role=alert]');
+  if (!file) return;
+  if (file.size > most) { alert.textContent = `This file has ${(file.size / 1048576).toFixed(1)} MB; at most ${props.limit} MB are allowed.`; return; }
+  alert.textContent = '';
+  const reader = new FileReader();
+  reader.onload = () => { props.value = 'data:application/octet-stream;base64,' + reader.result.split(',')[1]; trigger('upload'); };
+  reader.readAsDataURL(file);
+}
+element.addEventListener('change', event => { if (event.target.type === 'file') { event.stopPropagation(); read(event.target.files[0]); } });
+element.addEventListener('dragover', event => { event.preventDefault(); drop().classList.add('over'); });
+element.addEventListener('dragleave', () => drop().classList.remove('over'));
+element.addEventListener('drop', event => { event.preventDefault(); drop().classList.remove('over'); read(event.dataTransfer.files[0]); });
+document.addEventListener('paste', event => { const file = event.clipboardData && event.clipboardData.files[0]; if (file) read(file); });
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The image of one visitor.
+
+    Attributes:
+        shown: a reduced copy.
+        vector: (1, dim).
+        best: the most probable label, to explain.
+    """
+
+    shown: Image.Image
+    vector: Vectors
+    best: str = ""
+
+
+def mount_page(app: FastAPI, service: Service) -> FastAPI:
+    """Mount the page at the root of the application; addresses of the interface keep their meaning."""
+    theme = gr.themes.Default(font=FONTS, font_mono=MONOSPACED, primary_hue="teal", secondary_hue="teal")
+    return gr.mount_gradio_app(
+        app,
+        build_page(service),
+        path="/",
+        theme=theme,
+        css=STYLE,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        show_error=False,
+        max_file_size=1,
+        allowed_paths=[],
+    )
+
+
+def build_page(service: Service) -> gr.Blocks:
+    """The page of a service."""
+    actions = _Actions(service)
+    limit = int(service.limits.body_bytes / BASE64_GROWTH / MEBIBYTE)
+    own: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "minimal"}
+    with gr.Blocks(title=f"{service.name}: MMKD-CLIP", analytics_enabled=False) as page:
+        picture = gr.State(None, time_to_live=KEPT_SECONDS)
+        gr.HTML(_title(service), elem_classes="mmkd")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                picker = gr.HTML("", html_template=PICKER, js_on_load=READ_FILE, limit=limit, elem_classes="mmkd")
+                shown = gr.HTML("", elem_classes="mmkd mmkd-picture")
+            with gr.Column(scale=3, min_width=300):
+                labels = gr.Textbox(
+                    ", ".join(service.labels), label="Labels, separated by commas", lines=2, max_lines=8
+                )
+                classify = gr.Button("Classify", variant="primary")
+                answer = gr.HTML(_quiet("Choose an image to see the probabilities of the labels."), elem_classes="mmkd")
+        with gr.Row():
+            with gr.Column(min_width=300):
+                text = gr.Textbox(label="Heat map for a text", placeholder="by default the most probable label")
+                explain = gr.Button("Show heat map")
+            with gr.Column(min_width=300):
+                heat = gr.HTML("", elem_classes="mmkd mmkd-picture")
+        if service.archive is not None:
+            gr.HTML(f"<h2>Archive of {len(service.archive.index)} images</h2>", elem_classes="mmkd")
+            near = gr.HTML(_quiet("Choose an image to see the most similar ones."), elem_classes="mmkd")
+            caption = gr.Textbox(label="Search the archive by caption", placeholder="power Doppler ultrasound")
+            search = gr.Button("Search")
+            found = gr.HTML("", elem_classes="mmkd")
+            gr.on([search.click, caption.submit], actions.search, [caption], [found], **own)
+        gr.HTML(_facts(service), elem_classes="mmkd")
+        read = picker.upload(actions.read, [picker], [picture, shown, heat], **own)
+        read.success(actions.classify, [picture, labels], [picture, answer], **own)
+        if service.archive is not None:
+            read.success(actions.neighbours, [picture], [near], **own)
+        gr.on([classify.click, labels.submit], actions.classify, [picture, labels], [picture, answer], **own)
+        gr.on([explain.click, text.submit], actions.explain, [picture, text], [heat], **own)
+    page.queue(max_size=MOST_VISITORS_WAITING, api_open=False)
+    return page
+
+
+class _Actions:
+    """What the buttons do; errors meant for people become messages of the page."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def read(self, uploaded: str) -> tuple[Picture, str, str]:
+        """Decode and embed what was dropped."""
+        try:
+            (data,) = parse_items([uploaded], 1)
+            if not isinstance(data, bytes):
+                raise gr.Error("this is no image", print_exception=False)
+            image = await self.service.in_pool(read_upload, data, "image", self.service.limits.pixels)
+            vector = await self.service.embed([image])
+        except (RequestError, ValueError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        small = await self.service.in_pool(shrink, image, PREVIEW_SIDE)
+        alt = f"The chosen image, {image.width} x {image.height} pixels"
+        return Picture(small, vector), await self._img(small, alt), ""
+
+    async def classify(self, picture: Picture | None, labels: str) -> tuple[Picture | None, str]:
+        """Probabilities of the labels."""
+        if picture is None:
+            return None, _quiet("Choose an image first.")
+        names = [name for line in labels.splitlines() for name in line.split(",") if name.strip()]
+        if not names:
+            return picture, _quiet("Write the labels to choose from, such as: normal, pneumonia.")
+        same = [name.strip() for name in names] == self.service.labels
+        try:
+            predictor = await self.service.predictor(None if same else names)
+            (prediction,) = await self.service.classify(picture.vector, predictor)
+        except (RequestError, ValueError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return replace(picture, best=next(iter(prediction.probabilities))), _answer(prediction, predictor)
+
+    async def explain(self, picture: Picture | None, text: str) -> str:
+        """The heat map of a text."""
+        if picture is None:
+            return _quiet("Choose an image first.")
+        text = text.strip() or picture.best
+        if not text:
+            return _quiet("Write the text to explain.")
+        try:
+            coloured = await self.service.explain(picture.shown, text)
+        except (RequestError, ValueError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        image = await self._img(coloured, f"Heat map for: {text}")
+        meaning = "Bright: without this part, the image is less similar to the text. It shows what the model uses, not where a finding is."
+        return f'<p class="mmkd-quiet">Heat map for “{escape(text)}”</p>{image}{_quiet(meaning)}'
+
+    async def neighbours(self, picture: Picture | None) -> str:
+        """The most similar images of the archive."""
+        return "" if picture is None else await self._hits(picture.vector[0], "Most similar images")
+
+    async def search(self, caption: str) -> str:
+        """The images of the archive that fit a caption."""
+        if not caption.strip():
+            return _quiet("Write a caption to search for.")
+        try:
+            vectors = await self.service.embed([caption])
+        except (RequestError, ValueError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return await self._hits(vectors[0], f"Images for “{caption.strip()}”")
+
+    async def _hits(self, vector: Vectors, title: str) -> str:
+        archive = self.service.archive
+        assert archive is not None
+        hits = await self.service.search(vector, NEIGHBOURS)
+        entries = await self.service.in_pool(lambda: "".join(_entry(archive, hit) for hit in hits))
+        return f'<p class="mmkd-quiet">{escape(title)}</p><ol class="mmkd-found">{entries}</ol>'
+
+    async def _img(self, image: Image.Image, alt: str) -> str:
+        return await self.service.in_pool(_img, image, alt)
+
+
+def _img(image: Image.Image, alt: str) -> str:
+    """An image as a part of the page."""
+    _, data = encode(image, QUALITY)
+    return f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{b64encode(data).decode()}">'
+
+
+def _entry(archive: Archive, hit: Hit) -> str:
+    """An image that was found, with its name and its similarity."""
+    path = archive.path(hit.id)
+    shown = '<span class="none"></span>'
+    if path is not None:
+        try:
+            shown = _img(shrink(open_image(path), THUMBNAIL_SIDE), hit.id)
+        except UnreadableImageError:
+            pass  # it has gone or changed since it was indexed: its name is shown
+    return f"<li>{shown}{escape(hit.id)} <span class='mmkd-tag'>{hit.score:.2f}</span></li>"
+
+
+def _answer(prediction: Prediction, predictor: Predictor) -> str:
+    """The probabilities of one image."""
+    calibration, kept = predictor.calibration, prediction.conformal_set
+    if prediction.abstained:
+        head = "<b>The model abstains</b><br>This image is less similar to every label than the images of the calibration."
+    elif prediction.labels:
+        head = f"<b>{escape(', '.join(prediction.labels))}</b>"
+    else:
+        head = "<b>None of the labels</b>"
+    rows = []
+    for name, value in list(prediction.probabilities.items())[:SHOWN_LABELS]:
+        tag = "<span class='mmkd-tag'>in the set</span>" if kept is not None and name in kept else ""
+        rows.append(
+            f"<li><span class='name'>{escape(name)}{tag}</span><span class='share'>{100 * value:.1f} %</span>"
+            f"<span class='bar' aria-hidden='true'><i style='width:{100 * value:.1f}%'></i></span></li>"
+        )
+    hidden = len(prediction.probabilities) - len(rows)
+    more = f"{hidden} less probable labels are not shown. " if hidden else ""
+    if calibration is None:
+        source = "Not calibrated for these labels: the probabilities rank labels, they are no frequencies."
+    else:
+        source = f"Calibrated on {calibration.images} labelled images."
+        if kept is not None:
+            source += f" The set contains the true label for {100 * (1 - calibration.alpha):.0f} % of such images."
+    return (
+        f'<div role="status"><p class="mmkd-answer">{head}</p><ol class="mmkd-bars">{"".join(rows)}</ol></div>'
+        + _quiet(more + source)
+    )
+
+
+def _title(service: Service) -> str:
+    return (
+        f'<div class="mmkd-title"><h1>{escape(service.name)}</h1>'
+        "<p>Zero-shot labels, heat maps and search for biomedical images. Images stay in the memory of this service "
+        f'until you leave.</p><p class="mmkd-notice"><strong>{NOTICE}</strong> For research: a model of image and text '
+        "similarity, not a medical device.</p></div>"
+    )
+
+
+def _facts(service: Service) -> str:
+    rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in service.facts.items())
+    return f'<h2>The model</h2><dl class="mmkd-facts">{rows}</dl>'
+
+
+def _quiet(text: str) -> str:
+    return f'<p class="mmkd-quiet">{escape(text)}</p>'
