@@ -15,7 +15,8 @@
 
 Texts are unescaped and freed of superfluous white space as in the authors' training, then padded to the longest of the
 batch, never to the whole context. Inputs that are no image or no text are refused before anything is computed, and
-images are never clipped silently.
+images are never clipped silently: PIL images of more than 8 bits are windowed from their 0.5th to their 99.5th
+percentile, as in training.
 """
 
 import html
@@ -30,6 +31,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 AUTO_MAP = {"AutoProcessor": "processing_mmkd.MMKDClipProcessor"}  # as in the configuration, so that neither forgets it
+WINDOW_PERCENTILES = (0.5, 99.5)  # of deep grey, as in `mmkd.data.pixel_rules`, whose pixels these are exactly
 DEFAULTS: dict[str, dict[str, Any]] = {"text_kwargs": {"padding": True, "truncation": True}}
 
 
@@ -69,7 +71,7 @@ class MMKDClipProcessor(ProcessorMixin):
         """Prepare images, texts or both.
 
         Args:
-            images: an image or a list of them (PIL, numpy or torch).
+            images: an image or a list of them (PIL, numpy or torch); PIL images of more than 8 bits are windowed.
             text: a text or a list of them; those longer than the context are cut, with one warning.
             strict: refuse texts longer than the context, and empty ones.
             **kwargs: options of the image processor and the tokenizer.
@@ -82,6 +84,8 @@ class MMKDClipProcessor(ProcessorMixin):
             raise ValueError("give images, text or both: neither came")
         if images is not None:
             refuse_bad_images(images)
+            several = isinstance(images, (list, tuple))
+            images = [window_deep_image(image) for image in images] if several else window_deep_image(images)
         if text is not None:
             refuse_bad_texts(text, bool(strict))
             self._require_vocabulary()
@@ -120,6 +124,45 @@ def clean_text(text: str) -> str:
 
 def _cleaned(text: Any) -> Any:
     return clean_text(text) if isinstance(text, str) else text
+
+
+def window_deep_image(image: Any) -> Any:
+    """A PIL image of 16 or 32 bits or floating point as 8-bit grey; anything else as it is.
+
+    Values from the 0.5th to the 99.5th percentile (from minimum to maximum where these coincide) become 0 to 255;
+    values that are not finite are left out of the percentiles and count as the nearest end.
+    """
+    if not _is_deep(image):
+        return image
+    wide = image if image.mode in ("F", "I") else image.convert("I")
+    kind = torch.float32 if wide.mode == "F" else torch.int32
+    values = torch.frombuffer(bytearray(wide.tobytes()), dtype=kind).double()
+    ordered = values[values.isfinite()].sort().values
+    if not len(ordered):
+        low, high = 0.0, 0.0
+    else:
+        low, high = (_percentile(ordered, percent) for percent in WINDOW_PERCENTILES)
+        if high <= low:
+            low, high = float(ordered[0]), float(ordered[-1])
+    finite = torch.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    scaled = (finite - low) / max(high - low, torch.finfo(torch.float64).tiny)
+    grey = image.convert("L")
+    grey.frombytes((scaled.clamp(0, 1) * 255).round().byte().numpy().tobytes())
+    return grey
+
+
+def _percentile(ordered: torch.Tensor, percent: float) -> float:
+    """A percentile of sorted values by linear interpolation, in the order of operations of `numpy.percentile`."""
+    position = (len(ordered) - 1) * (percent / 100)
+    below = int(position)
+    low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
+    share = position - below
+    return low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)
+
+
+def _is_deep(image: Any) -> bool:
+    mode = getattr(image, "mode", None)
+    return isinstance(mode, str) and hasattr(image, "tobytes") and (mode == "F" or mode.startswith("I"))
 
 
 def refuse_bad_images(images: Any) -> None:
@@ -164,12 +207,6 @@ def refuse_bad_texts(texts: Any, strict: bool) -> None:
 def _refuse_bad_image(image: Any, name: str) -> None:
     if image is None:
         raise ValueError(f"{name} is None; leave it out, or give a PIL image, an array or a tensor")
-    mode = getattr(image, "mode", None)
-    if isinstance(mode, str) and (mode == "F" or mode.startswith("I")):
-        raise ValueError(
-            f"{name} has the mode {mode}, more than 8 bits a channel, which would be clipped to white; window it to "
-            "0-255 first: L and RGB are allowed, among others"
-        )
     if hasattr(image, "dtype") and hasattr(image, "shape"):
         _refuse_bad_array(image, name)
 

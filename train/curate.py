@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.curation.rules import NearMode, Rules, read_rules
+from mmkd.data.pixel_rules import WindowPreset
 
 
 @dataclass
@@ -26,22 +27,31 @@ class CurateSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "table preset max_pairs licenses modalities shard validation_share test_share exclude_manifests",
-        "images": "short_side jpeg_quality minimum_side panel_types split_panels",
+        "data": "table salt preset max_pairs licenses modalities shard validation_share test_share exclude_manifests",
+        "images": "window frame burned_in secondary_captures short_side jpeg_quality minimum_side panel_types split_panels",
         "captions": "minimum_words maximum_words languages mentions scrub",
         "duplicates": "near_duplicates image_distance caption_similarity",
         "computing": "seed workers quiet overwrite",
     }
 
     source: str = setting(
-        help="folder or file of tars, Parquet, JSON lines, images or labels.csv, hf://..., or packaged"
+        help="folder or file of tars, Parquet, JSON lines, images, DICOM or labels.csv, hf://..., or packaged"
     )
     output: Path = setting(help="folder to write")
     table: Path | None = setting(None, "list of the images, if it is not SOURCE/labels.csv")
+    salt: Path | None = setting(
+        None, "secret file, the key of hashes of DICOM patients; without it the source's first file"
+    )
     preset: str = setting(
         "auto", "rules: paper (auto: for tars), list (labelled images), any (all else) or a YAML file"
     )
     max_pairs: int = setting(0, "maximum number of pairs, in proportion to split, modality and label; 0 for all")
+    window: WindowPreset = setting(
+        "auto", "grey values of CT and NIfTI: lung, soft, bone, brain, three (RGB), or auto: the file's own"
+    )
+    frame: str = setting("middle", "frame of DICOM and slice of NIfTI: middle, a number from 1, or each (DICOM)")
+    burned_in: bool = setting(False, "keep files of DICOM folders that state to show text about the patient")
+    secondary_captures: bool = setting(False, "keep screenshots and scanned documents of DICOM folders")
     short_side: int = setting(0, "store larger images with this shorter side [pixels]; 0 keeps sizes")
     jpeg_quality: int = setting(95, "quality of resized JPEG; below 95 with 4:2:0 colour, which training reads faster")
     minimum_side: int | None = setting(None, "drop images with a shorter side [pixels] (preset: 16 for lists, else 8)")
@@ -88,6 +98,7 @@ def main(settings: CurateSettings) -> None:
         settings.output,
         read_rules(preset, **{name: value for name, value in given.items() if value is not None}),
         table=settings.table,
+        salt=settings.salt,
         workers=settings.workers,
         shard=_shard(settings.shard),
         exclude=settings.exclude_manifests,

@@ -25,7 +25,7 @@ from mmkd.curation.readers import ARTICLE, LABELS_FILE, list_rows
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import META_FILE, open_pairs
 from mmkd.data.images import UnreadableImageError, read_image_bytes
-from mmkd.data.readers import IMAGE_SUFFIXES, find_file
+from mmkd.data.readers import IMAGE_SUFFIXES, find_file, suffix_of
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import TABLE_FILE, map_table
 
@@ -231,7 +231,7 @@ def _catalog_contents(path: Path) -> tuple[list[Path | ArchivedFile], list[str],
     if _is_collection(there[0]):
         return _contents(there[0])
     root = there[0] if there[0].is_dir() else there[0].parent
-    images: list[Path | ArchivedFile] = [p for p in sorted(root.rglob("*")) if p.suffix.lower()[1:] in IMAGE_SUFFIXES]
+    images: list[Path | ArchivedFile] = [p for p in sorted(root.rglob("*")) if suffix_of(p.name) in IMAGE_SUFFIXES]
     return images, _articles(str(image) for image in images), ""
 
 

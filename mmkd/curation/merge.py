@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 COPY_BYTES = 1 << 24
 
-MORE_COLUMNS = ("key", "article", "panel_type", "labels")
+MORE_COLUMNS = ("key", "article", "study", "panel_type", "labels")
 
 
 def write_shard(part: Path, tar: Path, kept: np.ndarray) -> np.ndarray:

@@ -26,18 +26,22 @@ from mmkd.curation.captions import (
     scrub_identifiers,
     split_panels,
 )
+from mmkd.curation.dicom import Header, read_header
 from mmkd.curation.duplicates import SIGNATURE_BYTES, caption_signature, short_hash
 from mmkd.curation.pictures import Picture, prepare_picture
-from mmkd.curation.rules import Rules
+from mmkd.curation.rules import EACH, Rules
 from mmkd.curation.samples import Fragment, Item, Metadata, MetadataError, RawSample, Refused, decode_metadata
 from mmkd.data.archives import BLOCK, ArchiveWriter
-from mmkd.data.images import UnreadableImageError
+from mmkd.data.medical import DICOM_SUFFIXES, count_frames, form_of
+from mmkd.data.pixel_rules import UnreadableImageError
+from mmkd.data.readers import IMAGE_SUFFIXES
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import SPLITS, UNKNOWN
 from mmkd.files import write_json
 
 ID_LENGTH = 24
 ACCEPTED_AS = {"jpg": ("jpg", "jpeg"), "png": ("png",)}
+OTHER_THAN_DICOM = IMAGE_SUFFIXES - {suffix[1:] for suffix in DICOM_SUFFIXES}
 STATED = ("", *SPLITS)  # the split that a source states, by the number that stands for it
 
 
@@ -52,9 +56,9 @@ class DroppedError(Exception):
 class PartWriter:
     """Checks the samples of a unit and writes its part."""
 
-    def __init__(self, folder: Path, number: int, rules: Rules) -> None:
-        """Write part ``number`` into ``folder``."""
-        self.rules, self.number = rules, number
+    def __init__(self, folder: Path, number: int, rules: Rules, salt: bytes = b"") -> None:
+        """Write part ``number`` into ``folder``; ``salt`` is the key of hashes of patients and studies."""
+        self.rules, self.number, self.salt = rules, number, salt
         self.base = folder / f"{number:06d}"
         self.reasons: Counter[str] = Counter()
         self.fixed: Counter[str] = Counter()
@@ -112,15 +116,19 @@ class PartWriter:
         """Check a sample, cheapest check first: an image is read only if all other checks pass."""
         rules = self.rules
         metadata = decode_metadata(sample.metadata, rules.fields)
+        data = b"" if sample.image_suffix in OTHER_THAN_DICOM else sample.read_image()
+        header = self._header(sample, data)
+        if header is not None and not metadata.text("modality"):
+            metadata.set("modality", header.modality)
         modality, reason = rules.judge(sample.key, metadata)
         if reason:
             raise DroppedError(reason)
         modality, label = clean_text(modality) or UNKNOWN, clean_text(metadata.text("label"))
         captions, fixed = self._captions(sample, metadata, modality, label)
-        data = sample.read_image()
+        data = data or sample.read_image()
         if not data:
             raise DroppedError("empty_image")
-        picture = prepare_picture(data, rules.minimum_side, rules.short_side, rules.jpeg_quality)
+        pictures = self._pictures(data, sample.image_suffix)
         if sample.image_suffix and sample.image_suffix not in ACCEPTED_AS.get(_suffix_of(data), (sample.image_suffix,)):
             fixed["wrong_extension"] += 1
         self.fixed.update(fixed)
@@ -129,25 +137,49 @@ class PartWriter:
         row = {
             "modality": modality,
             "label": label,
-            "group": clean_text(metadata.text("group") or metadata.text("article_accession_id")),
+            "group": clean_text(metadata.text("group") or metadata.text("article_accession_id"))
+            or (header.patient if header is not None else ""),
+            "study": metadata.text("study") or (header.study if header is not None else ""),
             "source": metadata.text("source"),
             "license": metadata.text("article_license") or metadata.text("license"),
-            "sha256": hashlib.sha256(data).hexdigest(),
             "key": sample.key,
             "article": metadata.text("article_accession_id"),
             "panel_type": metadata.text("image_panel_type"),
             "labels": metadata.values("image_secondary_label"),
         }
-        for caption in captions:
-            self.rows.append(
-                self._store(sample, row, caption, picture) | {"stated_split": STATED.index(meaning_of(split))}
-            )
+        stated = {"stated_split": STATED.index(meaning_of(split))}
+        for number, picture in enumerate(pictures, start=1):
+            frame = f"frame {number}".encode() if len(pictures) > 1 else b""
+            row["sha256"] = hashlib.sha256(data + frame).hexdigest()
+            self.rows += [self._store(sample, row, caption, picture) | stated for caption in captions]
+
+    def _header(self, sample: RawSample, data: bytes) -> Header | None:
+        """The header of a DICOM file, None of all others; drops files of archives that may show text on a patient."""
+        if form_of(data, f"image.{sample.image_suffix}") != "dicom":
+            return None
+        header = read_header(data, "image", self.salt)
+        if not sample.listed and header.burned_in and not self.rules.burned_in:
+            raise DroppedError("burned_in_annotation")
+        if not sample.listed and header.secondary_capture and not self.rules.secondary_captures:
+            raise DroppedError("secondary_capture")
+        return header
+
+    def _pictures(self, data: bytes, suffix: str) -> list[Picture]:
+        """The image of a file, or with ``frame: each`` those of all frames of a DICOM file."""
+        rules = self.rules
+        frames = (0,)
+        if rules.frame == EACH and form_of(data, f"image.{suffix}") == "dicom":
+            frames = tuple(range(1, count_frames(data, "image") + 1))
+        sizes = rules.minimum_side, rules.short_side, rules.jpeg_quality
+        return [prepare_picture(data, *sizes, rules.pixel_window(frame), suffix) for frame in frames]
 
     def _captions(
         self, sample: RawSample, metadata: Metadata, modality: str, label: str
     ) -> tuple[list[str], Counter[str]]:
         """The captions of a sample, one or one for each panel, and counts of what was fixed in them."""
         fixed: Counter[str] = Counter()
+        if sample.caption is None and not sample.listed:
+            return [""], fixed
         if sample.caption is None:
             text, guessed = caption_from_labels(label, modality, sample.key), False
         else:
@@ -213,7 +245,7 @@ def row_schema() -> Any:
     """Columns of a part: those of the manifest, the pair's place in the part's tar, and its fingerprints."""
     import pyarrow as pa
 
-    texts = ("id", "caption", "modality", "label", "group", "source", "license", "sha256", "key", "article",
+    texts = ("id", "caption", "modality", "label", "group", "study", "source", "license", "sha256", "key", "article",
              "panel_type", "place")  # fmt: skip
     return pa.schema([
         *((name, pa.string()) for name in texts),

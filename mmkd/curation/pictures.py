@@ -12,16 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mmkd.data.images import (
-    JPEG_QUALITY,
-    MINIMUM_SIDE,
-    UnreadableImageError,
-    encode,
-    finish_image,
-    is_plain,
-    open_header,
-    shrink,
-)
+from mmkd.data.images import JPEG_QUALITY, encode, finish_image, is_plain, open_header, shrink
+from mmkd.data.pixel_rules import DEFAULT_WINDOW, MINIMUM_SIDE, UnreadableImageError, Window
 
 HASH_SIDE = 64
 
@@ -38,7 +30,12 @@ class Picture:
 
 
 def prepare_picture(
-    data: bytes, minimum_side: int = MINIMUM_SIDE, short_side: int = 0, jpeg_quality: int = JPEG_QUALITY
+    data: bytes,
+    minimum_side: int = MINIMUM_SIDE,
+    short_side: int = 0,
+    jpeg_quality: int = JPEG_QUALITY,
+    window: Window = DEFAULT_WINDOW,
+    suffix: str = "",
 ) -> Picture:
     """Check an image and choose the bytes to store.
 
@@ -47,11 +44,13 @@ def prepare_picture(
         minimum_side: images with a shorter side in pixels are refused.
         short_side: larger images are stored with this shorter side; 0 keeps sizes.
         jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.images.encode`.
+        window: of DICOM and NIfTI, and which frame.
+        suffix: of the file's name, for DICOM files that only it shows.
 
     Raises:
-        UnreadableImageError: see `mmkd.data.images.REASONS`.
+        UnreadableImageError: see `mmkd.data.pixel_rules.REASONS`.
     """
-    image = open_header(data, "image", minimum_side)
+    image = open_header(data, f"image.{suffix}", minimum_side, window)
     shrinks = 0 < short_side < min(image.size)
     keeps_bytes = not shrinks and is_plain(data)
     if keeps_bytes and image.format == "JPEG":
@@ -59,8 +58,8 @@ def prepare_picture(
         return Picture("jpg", data, width, height, perceptual_hash(_grey(image)))
     quality = jpeg_quality if shrinks and image.format == "JPEG" else None
     decoded = shrink(finish_image(image, "image", draft_side=short_side or None), short_side)
-    suffix, content = (".png", data) if keeps_bytes else encode(decoded, quality)
-    return Picture(suffix[1:], content, decoded.width, decoded.height, perceptual_hash(decoded))
+    ending, content = (".png", data) if keeps_bytes else encode(decoded, quality)
+    return Picture(ending[1:], content, decoded.width, decoded.height, perceptual_hash(decoded))
 
 
 def perceptual_hash(image: Image.Image) -> int:

@@ -14,10 +14,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from mmkd.curation.dicom import place_hash
 from mmkd.curation.samples import Fragment, Item, RawSample, Refused, kind_of
 from mmkd.data.archives import ArchivedFile, DamagedArchiveError
 from mmkd.data.folder import META_FILE, PublishedSample, read_published
 from mmkd.data.images import read_image_bytes
+from mmkd.data.medical import DICOM_SUFFIXES, form_of
 from mmkd.data.readers import (
     IMAGE_SUFFIXES,
     TarMember,
@@ -26,6 +28,7 @@ from mmkd.data.readers import (
     list_files,
     parquet_rows,
     read_csv,
+    suffix_of,
     tar_members,
 )
 from mmkd.data.splits import meaning_of
@@ -58,6 +61,10 @@ ARTICLE = re.compile(r"PMC\d+")
 MOST_FRAGMENT_BYTES = 256 << 20
 
 LARGEST_TEXT = 64 << 20
+
+DICOM_LISTS = ("DICOMDIR", "VERSION", "LOCKFILE")  # of a disk as PACS write it
+
+HEAD_BYTES = 256
 
 ListRow = tuple[str, "dict[str, Any] | str"]  # place, and the values by column or why there are none
 
@@ -118,7 +125,7 @@ def read_image_folder(folder: Path, start: int, stop: int) -> Iterator[Item]:
     A text beside an image, ``x.txt`` for ``x.jpg``, is its caption.
     """
     for path in list_files(folder)[start:stop]:
-        if path.suffix.lower()[1:] not in IMAGE_SUFFIXES:
+        if suffix_of(path.name) not in IMAGE_SUFFIXES:
             continue
         name = path.relative_to(folder).as_posix()
         folders = name.split("/")[:-1]
@@ -127,6 +134,36 @@ def read_image_folder(folder: Path, start: int, stop: int) -> Iterator[Item]:
         text = path.with_suffix(".txt")
         caption = text.read_bytes() if text.is_file() and not text.is_symlink() else None
         yield _listed(folder, name, name, name, caption, {"label": labels[-1] if labels else None, "split": split})
+
+
+def read_dicom_folder(folder: Path, start: int, stop: int, salt: bytes) -> Iterator[Item]:
+    """Files ``start`` to ``stop`` of a tree of DICOM files, without captions.
+
+    Names of files and folders often are those of patients, so that a sample's key is a hash of its name, and its place
+    the position among all files in the order of their names, from 1.
+    """
+    for number, path in enumerate(list_files(folder)[start:stop], start=start + 1):
+        if path.name.upper() in DICOM_LISTS:
+            continue
+        place, key = f"file {number}", place_hash(salt, path.relative_to(folder).as_posix())
+        if not path.resolve().is_relative_to(folder.resolve()):
+            yield Refused(place, "path_outside", key)
+        elif path.is_file() and not is_dicom_file(path):
+            yield Refused(place, "not_dicom", key)
+        else:
+            suffix = path.suffix[1:].lower() if path.name.lower().endswith(DICOM_SUFFIXES) else ""
+            yield RawSample(key, place, None, None, partial(read_image_bytes, path), suffix, listed=False)
+
+
+def is_dicom_file(path: Path) -> bool:
+    """Whether a file is DICOM, by its suffix or its first bytes."""
+    if path.name.lower().endswith(DICOM_SUFFIXES):
+        return True
+    try:
+        with path.open("rb") as file:
+            return form_of(file.read(HEAD_BYTES)) == "dicom"
+    except OSError:
+        return False
 
 
 def read_parquet(path: Path) -> Iterator[Item]:
@@ -152,8 +189,7 @@ def sample_of_row(row: Mapping[str, Any], place: str) -> Item:
     metadata = _metadata(row, f"{key} {name}")
     if isinstance(metadata.get("label"), int):
         metadata["label"] = str(metadata["label"])
-    suffix = name.rpartition(".")[2].lower() if "." in name else ""
-    return RawSample(key, place, caption, metadata, lambda: image, suffix)
+    return RawSample(key, place, caption, metadata, lambda: image, suffix_of(name))
 
 
 def read_tar(path: Path) -> Iterator[Item]:
@@ -296,7 +332,7 @@ def _listed(
         return Refused(place, "path_outside", key)
     published = metadata.pop("published", None)
     id, teachers = (published.id, published.teachers) if published else ("", None)
-    suffix = path.suffix.lower()[1:]
+    suffix = suffix_of(path.name)
     return RawSample(key, place, caption, metadata, partial(read_image_bytes, path), suffix, id, teachers)
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from mmkd.curation.samples import Metadata
 from mmkd.data.images import JPEG_QUALITY, check_quality
+from mmkd.data.pixel_rules import Window, WindowPreset
 from mmkd.data.table import UNKNOWN
 
 NearMode = Literal["off", "both", "image", "caption"]
@@ -35,6 +36,8 @@ KEY_SUBSET = re.compile(r"filelist_(commercial|noncommercial|other)_")
 LICENSE_NOISE = re.compile(r"\d\.\d|[-_/]|\b(?:INTERNATIONAL|UNPORTED|LICEN[SC]E)\b")
 
 DEFAULT_REASON = "drop_rule"
+
+MIDDLE, EACH = "middle", "each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,11 @@ class Rules:
         test_share: the same for testing.
         short_side: larger images are stored with this shorter side in pixels; 0 keeps their bytes.
         jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.images.encode`.
+        window: how DICOM and NIfTI become 8-bit images, see `mmkd.data.pixel_rules.Window`.
+        frame: of DICOM files with several frames and of NIfTI volumes: middle, a number from 1, or each, which makes an
+            image of every frame of DICOM files.
+        burned_in: keep files of DICOM folders that state to show text about the patient.
+        secondary_captures: keep screenshots and scanned documents of DICOM folders.
         split_panels: one pair for each panel that a compound caption names.
         mentions: sentences of the article that mention the figure, added to the caption; 0 for none.
         scrub: replace obvious identifiers of people in captions.
@@ -95,6 +103,10 @@ class Rules:
     test_share: float = 0.0
     short_side: int = 0
     jpeg_quality: int = JPEG_QUALITY
+    window: WindowPreset = "auto"
+    frame: str = MIDDLE
+    burned_in: bool = False
+    secondary_captures: bool = False
     split_panels: bool = False
     mentions: int = 0
     scrub: bool = False
@@ -118,6 +130,9 @@ class Rules:
         if min(self.short_side, self.mentions, self.max_pairs) < 0:
             raise ValueError("short_side, mentions and max_pairs must be 0 or more")
         check_quality(self.jpeg_quality)
+        if self.frame not in (MIDDLE, EACH) and not (self.frame.isdecimal() and int(self.frame) > 0):
+            raise ValueError(f"frame is {self.frame!r}; allowed: {MIDDLE}, {EACH} or a number from 1")
+        self.pixel_window()
         if not 0 <= self.image_distance <= 7:
             raise ValueError(f"image_distance is {self.image_distance}; allowed: 0 to 7 of 64 bits")
         if not 0.5 <= self.caption_similarity <= 1:
@@ -129,6 +144,10 @@ class Rules:
     def fields(self) -> tuple[str, ...]:
         """Fields of the metadata that conditions name."""
         return tuple(sorted({condition.field for condition in (*self.keep, *self.drop)}))
+
+    def pixel_window(self, frame: int = 0) -> Window:
+        """The window of one frame, by default of the one that the rules name."""
+        return Window(self.window, frame or (int(self.frame) if self.frame.isdecimal() else 0))
 
     def judge(self, key: str, metadata: Metadata) -> tuple[str, str]:
         """Modality and empty reason of a sample that is kept; empty modality and reason of a dropped one."""
@@ -181,6 +200,8 @@ def read_rules(preset: str, **changes: Any) -> Rules:
         default: Any = known[key].default
         if key == "near_duplicates" and value is False:  # YAML reads off as false
             value = "off"
+        if key == "frame":
+            value = str(value)
         if key == "modalities":
             read[key] = _modalities(path, value)
         elif key in ("keep", "drop"):

@@ -33,6 +33,8 @@ class RawSample:
         image_suffix: of the image's name, without the dot and in small letters; empty where it has none.
         id: the id that the pair keeps; empty where it gets one.
         teachers: names of available teachers, where the source lists them.
+        listed: somebody chose the file: by a list, a folder of a class, or a caption. False for files of an archive,
+            which need no caption, and are left out where they may show text about a patient.
     """
 
     key: str
@@ -43,6 +45,7 @@ class RawSample:
     image_suffix: str = ""
     id: str = ""
     teachers: tuple[str, ...] | None = None
+    listed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def kind_of(suffix: str) -> str:
 TEXTS = (
     "image_panel_type", "image_panel_subtype", "image_cluster_id", "image_label_id", "image_hash",
     "article_accession_id", "article_license",
-    "modality", "label", "group", "split", "license", "source",
+    "modality", "label", "group", "study", "split", "license", "source",
 )  # fmt: skip
 
 LABELS = ("image_primary_label", "image_secondary_label")
@@ -106,6 +109,10 @@ class Metadata:
         """A text field, empty if it is missing; numbers become text."""
         value = getattr(self._values, name)
         return "" if value is None or value == "None" else str(value).strip()
+
+    def set(self, name: str, value: str) -> None:
+        """Give a field another value."""
+        setattr(self._values, name, value)
 
     def values(self, name: str) -> list[str]:
         """A field of any type as a list of texts."""

@@ -11,13 +11,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmkd.curation.packaged import packaged_attribution, packaged_versions, read_packaged
+from mmkd.curation.dicom import read_salt
 from mmkd.curation.readers import (
     LABELS_FILE,
+    is_dicom_file,
     list_rows,
+    read_dicom_folder,
     read_image_folder,
     read_json_lines,
     read_list,
@@ -27,15 +31,26 @@ from mmkd.curation.readers import (
 )
 from mmkd.curation.samples import Item
 from mmkd.data.folder import META_FILE
-from mmkd.data.readers import HUB_PREFIX, IMAGE_SUFFIXES, hub_errors, list_files, open_hub_dataset, parse_hub_address
+from mmkd.data.medical import DICOM_SUFFIXES, require_pydicom
+from mmkd.data.readers import (
+    HUB_PREFIX,
+    IMAGE_SUFFIXES,
+    hub_errors,
+    list_files,
+    open_hub_dataset,
+    parse_hub_address,
+    suffix_of,
+)
 
-PACKAGED = "packaged"
+PACKAGED, DICOM = "packaged", "dicom"
 
 ATTRIBUTION_FILE = "ATTRIBUTION.md"
 
 UNIT_ROWS = 2_000
 
 SHOWN_NAMES = 5
+
+FILES_LOOKED_AT = 200  # for DICOM files without a known suffix
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +65,7 @@ class Unit:
         stop: row or byte after the last.
         line: number of the first line, for JSON lines.
         table: list of the images, where it lies elsewhere.
+        salt: file whose content is the key of hashes of patients; empty for a source of the Hub.
         state: size in bytes or checksum of the list, to notice that a source has changed.
     """
 
@@ -60,7 +76,12 @@ class Unit:
     stop: int = 0
     line: int = 1
     table: str = ""
+    salt: str = ""
     state: str = ""
+
+    def key(self) -> bytes:
+        """The key of hashes of patients."""
+        return read_salt(Path(self.salt)) if self.salt else b""
 
     def read(self, scratch: Path) -> Iterator[Item]:
         """The samples of the unit; files from the Hub are stored in ``scratch`` meanwhile."""
@@ -75,6 +96,8 @@ class Unit:
             return read_list(path, Path(self.table) if self.table else None, self.start, self.stop)
         if self.kind == "images":
             return read_image_folder(path, self.start, self.stop)
+        if self.kind == DICOM:
+            return read_dicom_folder(path, self.start, self.stop, self.key())
         if self.kind == PACKAGED:
             return read_packaged()
         if self.kind == "hub_tar":
@@ -82,13 +105,14 @@ class Unit:
         return _read_hub_stream(self.path, self.start, self.stop)
 
 
-def plan_units(source: str, table: Path | None = None) -> list[Unit]:
+def plan_units(source: str, table: Path | None = None, salt: Path | None = None) -> list[Unit]:
     """The units of a source, in order.
 
     Args:
-        source: a file or folder of tars, Parquet files, JSON lines or images, a folder with ``labels.csv`` or the
-            authors' ``meta.jsonl``, ``hf://datasets/OWNER/NAME``, or ``packaged``.
+        source: a file or folder of tars, Parquet files, JSON lines, images or DICOM, a folder with ``labels.csv`` or
+            the authors' ``meta.jsonl``, ``hf://datasets/OWNER/NAME``, or ``packaged``.
         table: a list in the form of ``labels.csv`` of images in the folder ``source``.
+        salt: file whose content is the key of hashes of patients; by default the first file of the source.
 
     Raises:
         FileNotFoundError: there is nothing of that kind.
@@ -102,13 +126,15 @@ def plan_units(source: str, table: Path | None = None) -> list[Unit]:
     elif source.startswith(HUB_PREFIX):
         found = _hub_units(source)
     else:
-        found = _local_units(Path(source), table)
+        key = str(salt or _first_file(Path(source), table))
+        found = [unit | {"salt": key} for unit in _local_units(Path(source), table)]
     return [Unit(number, **values) for number, values in enumerate(found)]
 
 
 def checksum_of(units: list[Unit]) -> str:
     """A hash that is equal for sources of equal names, sizes and lists, independent of their place."""
-    described = [str(asdict(unit) | {"path": Path(unit.path).name, "table": ""}) for unit in units]
+    described = [str(asdict(unit) | {"path": Path(unit.path).name, "table": "", "salt": ""}) for unit in units]
+    described += [hashlib.sha256(key).hexdigest() for key in {unit.key() for unit in units if unit.kind == DICOM}]
     return hashlib.sha256("\n".join(described).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -119,8 +145,8 @@ def preset_of(source: str, table: Path | None = None) -> str:
     path = Path(source)
     if source == PACKAGED or table is not None or _is_list(path):
         return "list"
-    suffix = path.suffix.lower()[1:] if path.is_file() else _suffix_of_folder(path)
-    return "paper" if suffix == "tar" else "list" if suffix in IMAGE_SUFFIXES else "any"
+    suffix = suffix_of(path.name) if path.is_file() else _suffix_of_folder(path)
+    return "paper" if suffix == "tar" else "list" if suffix in (*IMAGE_SUFFIXES, DICOM) else "any"
 
 
 def attribution(source: str) -> str | None:
@@ -148,7 +174,10 @@ def _local_units(path: Path, table: Path | None) -> list[dict[str, Any]]:
     else:
         suffix = _suffix_of_folder(path)
         files = list_files(path)
-        if suffix in IMAGE_SUFFIXES:
+        if suffix == DICOM:
+            require_pydicom()
+            units = _ranges(DICOM, path, len(files), state=str(len(files)))
+        elif suffix in IMAGE_SUFFIXES:
             units = _ranges("images", path, len(files), state=str(len(files)))
         else:
             units = [unit for file in files if file.suffix.lower()[1:] == suffix for unit in _file_units(file)]
@@ -158,9 +187,22 @@ def _local_units(path: Path, table: Path | None) -> list[dict[str, Any]]:
 
 
 def _suffix_of_folder(folder: Path) -> str:
-    """The kind of files to read from a folder: tars, else Parquet, else JSON lines, else images."""
-    suffixes = {name.rpartition(".")[2].lower() for _, _, files in os.walk(folder) for name in files if "." in name}
-    return next((s for s in ("tar", "parquet", "jsonl", *sorted(IMAGE_SUFFIXES)) if s in suffixes), "")
+    """The kind of files to read from a folder: tars, else Parquet, else JSON lines, else DICOM, else images."""
+    suffixes = {suffix_of(name) for _, _, files in os.walk(folder) for name in files}
+    found = next((s for s in ("tar", "parquet", "jsonl", *sorted(IMAGE_SUFFIXES)) if s in suffixes), "")
+    if found in ("tar", "parquet", "jsonl") or not suffixes:
+        return found
+    named = {suffix[1:] for suffix in DICOM_SUFFIXES} & suffixes
+    looked_at = () if named or found else islice(list_files(folder), FILES_LOOKED_AT)
+    return DICOM if named or any(path.is_file() and is_dicom_file(path) for path in looked_at) else found
+
+
+def _first_file(path: Path, table: Path | None) -> Path | str:
+    """The file whose content is the default key: the list of a source that has one, else the first by its name."""
+    if path.is_file():
+        return path
+    lists = [place for place in (table, path / LABELS_FILE, path / META_FILE) if place is not None and place.is_file()]
+    return next(iter(lists or [file for file in list_files(path) if file.is_file()]), "")
 
 
 def _file_units(path: Path) -> list[dict[str, Any]]:
@@ -196,7 +238,7 @@ def _nothing(path: Path) -> str:
     found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [path.name]
     more = f" and {len(found) - SHOWN_NAMES} more" if len(found) > SHOWN_NAMES else ""
     return (
-        f"--source {path} holds no tars, Parquet files, JSON lines or images, and neither {LABELS_FILE} nor "
+        f"--source {path} holds no tars, Parquet files, JSON lines, images or DICOM, and neither {LABELS_FILE} nor "
         f"{META_FILE} (found: {', '.join(found[:SHOWN_NAMES]) or 'nothing'}{more}). List its images in {LABELS_FILE} "
         "with a column file and at least one of caption, label, modality"
     )

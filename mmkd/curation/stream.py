@@ -33,7 +33,7 @@ from mmkd.curation.merge import dropped_rows, reason_counts, write_merged_manife
 from mmkd.curation.part import PartWriter
 from mmkd.curation.rules import Rules
 from mmkd.curation.samples import Item, RawSample, Refused
-from mmkd.curation.sources import ATTRIBUTION_FILE, PACKAGED, Unit, attribution, checksum_of, plan_units
+from mmkd.curation.sources import ATTRIBUTION_FILE, DICOM, PACKAGED, Unit, attribution, checksum_of, plan_units
 from mmkd.data.archives import ArchivedFile, members
 from mmkd.data.table import VERSION
 from mmkd.files import (
@@ -61,6 +61,7 @@ def curate(
     rules: Rules,
     *,
     table: Path | None = None,
+    salt: Path | None = None,
     workers: int = 1,
     shard: tuple[int, int] = (1, 1),
     exclude: Sequence[Path] = (),
@@ -74,6 +75,7 @@ def curate(
         output: the folder to write; parts lie beside it in ``OUTPUT.parts`` until it is complete.
         rules: what is kept and how.
         table: a list of the images in the folder ``source``, where it does not lie there as ``labels.csv``.
+        salt: file whose content is the key of hashes of patients, see `mmkd.curation.dicom`.
         workers: processes on this machine.
         shard: (i, n): process every n-th unit from the i-th on and stop there, unless n is 1.
         exclude: evaluation sets that the output must not contain.
@@ -90,7 +92,7 @@ def curate(
         OSError: the source cannot be read or the output not written; what is done stays for the next run.
     """
     name = source if "://" in source else Path(source).name  # paths of this machine stay private
-    units = plan_units(source, table)
+    units = plan_units(source, table, salt)
     _refuse_rules_without_effect(units, rules)
     settings = {"version": VERSION, "source": name, "units": checksum_of(units), "rules": rules.as_dict()}
     settings = json.loads(json.dumps(settings | {"exclude": checksums(exclude)}))
@@ -106,7 +108,7 @@ def curate(
     _work(_work_unit, tasks, workers, partial(tqdm, total=len(tasks), desc="curate", unit="shard", disable=quiet))
     if total > 1 or not all(_is_done(parts, unit) for unit in units):
         return None
-    return _finish(parts, len(units), output, source, settings, rules, exclude, workers, quiet)
+    return _finish(parts, units, output, source, settings, rules, exclude, workers, quiet)
 
 
 def _refuse_rules_without_effect(units: list[Unit], rules: Rules) -> None:
@@ -118,7 +120,7 @@ def _refuse_rules_without_effect(units: list[Unit], rules: Rules) -> None:
     kinds = {unit.kind for unit in units}
     if rules.mentions and not kinds & {"tar", "hub_tar"}:
         raise ValueError("--mentions: articles (image_context) come with WebDataset tars only; leave it out here")
-    if rules.panel_types and kinds <= {"list", "images", PACKAGED}:
+    if rules.panel_types and kinds <= {"list", "images", DICOM, PACKAGED}:
         raise ValueError("--panel_types: lists and folders of images state no type of panel; leave it out here")
 
 
@@ -145,7 +147,7 @@ def _is_done(parts: Path, unit: Unit) -> bool:
 
 def _work_unit(unit: Unit, parts: Path, rules: Rules) -> None:
     """Write the part of one unit; runs in worker processes."""
-    PartWriter(parts, unit.number, rules).write(unit.read(parts / "scratch"))
+    PartWriter(parts, unit.number, rules, unit.key()).write(unit.read(parts / "scratch"))
 
 
 def _work(function: Any, tasks: Sequence[Task], workers: int, bar: Any) -> list[Any]:
@@ -194,7 +196,7 @@ def _quiet_on_interrupt() -> None:
 
 def _finish(
     parts: Path,
-    count: int,
+    units: Sequence[Unit],
     output: Path,
     source: str,
     settings: dict[str, Any],
@@ -204,7 +206,8 @@ def _finish(
     quiet: bool,
 ) -> dict[str, Any]:
     """Decide over all parts and write the output."""
-    joined = PartWriter(parts, count, rules).write(joined_samples(parts, count))
+    count, key = len(units), units[0].key()
+    joined = PartWriter(parts, count, rules, key).write(joined_samples(parts, count))
     files = [parts / f"{number:06d}.arrow" for number in range(count + 1)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet_on_interrupt) as pool:
         exclusions = read_exclusions(exclude, pool if workers > 1 else None)

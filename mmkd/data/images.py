@@ -4,8 +4,9 @@ What a file states is followed where it is clear and decided here where it is no
 
 - first frame of animated files and of multi-page TIFF; EXIF orientation is applied, so that up is up;
 - transparency is composited on white, the page that figures with a transparent background are drawn for;
-- 16-bit, 32-bit and float grey is windowed from its 0.5th to its 99.5th percentile (from minimum to maximum where these
-  coincide), ignoring values that are not finite; 16-bit colour keeps its high bytes;
+- 16-bit, 32-bit and float grey is windowed by its percentiles (`mmkd.data.pixel_rules`); 16-bit colour keeps its high
+  bytes;
+- DICOM and NIfTI are read by `mmkd.data.medical`, the middle frame or slice unless another is chosen;
 - CMYK, palette, YCbCr and 1-bit images are converted before any resizing.
 
 The header is read before any pixel: an image of more than 89 million pixels (Pillow's own warning threshold, 268 MB as
@@ -21,28 +22,23 @@ import stat
 import struct
 import warnings
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 from mmkd.data.archives import ArchivedFile
-
-Reason = Literal["missing", "unreadable", "unsupported", "corrupt", "too_small", "too_large", "too_narrow"]
-
-REASONS: tuple[str, ...] = get_args(Reason)
+from mmkd.data.medical import form_of, read_dicom, read_nifti
+from mmkd.data.pixel_rules import (
+    DEFAULT_WINDOW,
+    MAX_FILE_BYTES,
+    MINIMUM_SIDE,
+    UnreadableImageError,
+    Window,
+    check_size,
+    window_by_percentiles,
+)
 
 FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
-
-MAX_PIXELS = 89_478_485
-
-MAX_FILE_BYTES = 1024**3
-
-MAX_ASPECT = 100
-
-MINIMUM_SIDE = 8
-
-WINDOW_PERCENTILES = (0.5, 99.5)
 
 PNG_BIT_DEPTH_BYTE = 24
 
@@ -57,16 +53,11 @@ TRANSPOSED = {
 }
 
 
-class UnreadableImageError(ValueError):
-    """An image that cannot be used; ``reason`` is one of `REASONS`."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(f"{message} ({reason})")
-        self.reason = reason
-
-
 def open_image(
-    source: Path | ArchivedFile | bytes, minimum_side: int = MINIMUM_SIDE, draft_side: int | None = None
+    source: Path | ArchivedFile | bytes,
+    minimum_side: int = MINIMUM_SIDE,
+    draft_side: int | None = None,
+    window: Window = DEFAULT_WINDOW,
 ) -> Image.Image:
     """Decode an image as 8-bit RGB.
 
@@ -74,26 +65,34 @@ def open_image(
         source: the file, or its bytes.
         minimum_side: images with a shorter side than this many pixels are refused.
         draft_side: decode JPEG at 1/2, 1/4 or 1/8 size where both sides still have at least this many pixels.
+        window: of DICOM and NIfTI, and which frame.
 
     Raises:
-        UnreadableImageError: with one of `REASONS`.
+        UnreadableImageError: with one of `mmkd.data.pixel_rules.REASONS`.
     """
     name = "image" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else read_image_bytes(source)
-    return finish_image(open_header(data, name, minimum_side), name, draft_side)
+    return finish_image(open_header(data, name, minimum_side, window), name, draft_side)
 
 
-def open_header(data: bytes, name: str, minimum_side: int = MINIMUM_SIDE) -> Image.Image:
-    """Read the header of an image file, and refuse sizes that must not be decoded.
+def open_header(
+    data: bytes, name: str, minimum_side: int = MINIMUM_SIDE, window: Window = DEFAULT_WINDOW
+) -> Image.Image:
+    """Read the header of an image file, and refuse sizes that must not be decoded; DICOM and NIfTI are decoded here.
 
     Args:
         data: the bytes of the file.
-        name: of the file in errors.
+        name: of the file, in errors, and for DICOM files that only their suffix shows.
         minimum_side: images with a shorter side than this many pixels are refused.
+        window: of DICOM and NIfTI, and which frame.
 
     Raises:
-        UnreadableImageError: with one of `REASONS`.
+        UnreadableImageError: with one of `mmkd.data.pixel_rules.REASONS`.
     """
+    form = form_of(data, name)
+    if form:
+        read = read_dicom if form == "dicom" else read_nifti
+        return Image.fromarray(read(data, name, minimum_side, window)).convert("RGB")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -102,7 +101,7 @@ def open_header(data: bytes, name: str, minimum_side: int = MINIMUM_SIDE) -> Ima
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise UnreadableImageError("too_large", f"{name}: {error}") from error
         except Image.UnidentifiedImageError as error:
-            raise UnreadableImageError("unsupported", f"{name} is none of {', '.join(FORMATS)}") from error
+            raise UnreadableImageError("unsupported", f"{name} is none of {', '.join(FORMATS)}, DICOM and NIfTI") from error
         except Exception as error:  # see finish_image
             raise UnreadableImageError("corrupt", f"{name} has a broken header: {error}") from error
     check_size(image.size, name, minimum_side)
@@ -153,7 +152,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
-        return Image.fromarray(_window(np.asarray(image))).convert("RGB")
+        return Image.fromarray(window_by_percentiles(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         page = Image.new("RGBA", layer.size, "white")
@@ -172,36 +171,6 @@ def is_plain(data: bytes) -> bool:
         eight_bit = image.format != "PNG" or data[PNG_BIT_DEPTH_BYTE] == 8
         opaque = image.mode in ("L", "RGB") and "transparency" not in image.info
         return eight_bit and opaque and getattr(image, "n_frames", 1) == 1 and orientation(image) == 1
-
-
-def check_size(size: tuple[int, int], name: str, minimum_side: int) -> None:
-    """Refuse (width, height) that must not be decoded.
-
-    Raises:
-        UnreadableImageError: too many pixels, too few, or sides beyond 1:100.
-    """
-    short, long = sorted(size)
-    if short * long > MAX_PIXELS:
-        raise UnreadableImageError("too_large", f"{name} has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS}")
-    if short < minimum_side:
-        raise UnreadableImageError("too_small", f"{name} has {size[0]} x {size[1]} pixels, a side under {minimum_side}")
-    if long > MAX_ASPECT * short:
-        raise UnreadableImageError(
-            "too_narrow", f"{name} has {size[0]} x {size[1]} pixels, sides beyond 1:{MAX_ASPECT}"
-        )
-
-
-def _window(values: np.ndarray) -> np.ndarray:
-    """Grey values of any depth (height, width) as uint8."""
-    values = values.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return np.zeros(values.shape, dtype=np.uint8)
-    low, high = np.percentile(finite, WINDOW_PERCENTILES)
-    if high <= low:
-        low, high = finite.min(), finite.max()
-    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, np.finfo(float).tiny)
-    return (np.clip(scaled, 0, 1) * 255).round().astype(np.uint8)
 
 
 def orientation(image: Image.Image) -> int:

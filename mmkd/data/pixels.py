@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmkd.data.archives import ArchivedFile
-from mmkd.data.images import MINIMUM_SIDE, check_size, finish_image, open_header, orientation, read_image_bytes
+from mmkd.data.images import finish_image, open_header, orientation, read_image_bytes
+from mmkd.data.pixel_rules import DEFAULT_WINDOW, MINIMUM_SIDE, Window, check_size
 
 try:
     import simplejpeg
@@ -34,7 +35,10 @@ METADATA_MARKER, SCAN_MARKER = 0xE1, 0xDA  # APP1: EXIF or XMP, either of which 
 
 
 def read_pixels(
-    source: Path | ArchivedFile | bytes, minimum_side: int = MINIMUM_SIDE, draft_side: int | None = None
+    source: Path | ArchivedFile | bytes,
+    minimum_side: int = MINIMUM_SIDE,
+    draft_side: int | None = None,
+    window: Window = DEFAULT_WINDOW,
 ) -> Tensor:
     """Decode an image as 8-bit RGB, the pixels of `open_image`.
 
@@ -42,19 +46,20 @@ def read_pixels(
         source: the file, alone or inside a tar file, or its bytes.
         minimum_side: images with a shorter side than this many pixels are refused.
         draft_side: decode JPEG at 1/2, 1/4 or 1/8 size where both sides still have at least this many pixels.
+        window: of DICOM and NIfTI, and which frame.
 
     Returns:
         (3, height, width) uint8, in channels-last memory.
 
     Raises:
-        UnreadableImageError: with one of `REASONS`.
+        UnreadableImageError: with one of `mmkd.data.pixel_rules.REASONS`.
     """
     name = "image" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else read_image_bytes(source)
     pixels = _plain_jpeg(data, name, minimum_side, draft_side)
     if pixels is not None:
         return torch.from_numpy(pixels).permute(2, 0, 1)
-    return to_tensor(finish_image(open_header(data, name, minimum_side), name, draft_side))
+    return to_tensor(finish_image(open_header(data, name, minimum_side, window), name, draft_side))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -25,7 +25,11 @@ from typing import Any, cast
 from mmkd.data.archives import ArchivedFile, members
 from mmkd.files import is_inside
 
-IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2"))
+NIFTI_GZ = "nii.gz"
+
+IMAGE_SUFFIXES = frozenset(
+    ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "dcm", "dicom", "ima", "nii", NIFTI_GZ)
+)
 
 EMPTY_CELLS = frozenset(("", "nan", "null", "none", "<na>", "#n/a", "n/a", "-"))
 
@@ -193,6 +197,8 @@ def tar_members(path: Path) -> Iterator[TarMember]:
         name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         folder, _, base = name.rpartition("/")
         stem, dot, suffix = base.rpartition(".")
+        if suffix_of(base) == NIFTI_GZ:
+            stem, suffix = base[: -len(NIFTI_GZ) - 1], NIFTI_GZ
         fault = ""
         if ("/" in name or "\\" in name or ":" in name) and not is_inside(name):
             fault = "path_outside"
@@ -204,6 +210,13 @@ def tar_members(path: Path) -> Iterator[TarMember]:
             fault = "no_key"
         key = (f"{folder}/{stem}" if folder else stem) if not fault else name
         yield TarMember(key, suffix.lower(), ArchivedFile(path, member.offset, member.size), fault)
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file's name, in small letters and without the dot; ``nii.gz`` is one."""
+    if name.lower().endswith(f".{NIFTI_GZ}"):
+        return NIFTI_GZ
+    return name.rpartition(".")[2].lower() if "." in name else ""
 
 
 def list_files(folder: Path) -> list[Path]:

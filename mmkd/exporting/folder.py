@@ -1,5 +1,7 @@
 """An exported folder: two towers, ``export.json``, the processor, and ``usage.py``, which runs without this package.
 
+``usage.py`` reads images by copies of the modules that read them in training, in the folder ``pixel_reader`` beside it.
+
 A tower maps pixels or tokens to unit vectors, for any batch and text length. Both are traced once by ``torch.export``;
 the program is saved as it is or passed to the ONNX exporter, so that the two formats hold the same graph.
 
@@ -36,6 +38,7 @@ Form = Literal["onnx", "exported-program"]
 ENDINGS = {"onnx": "onnx", "exported-program": "pt2"}
 OUTPUTS = {"image": "image_embeds", "text": "text_embeds"}
 DESCRIPTION, USAGE = "export.json", "usage.py"
+READER, READER_MODULES = "pixel_reader", ("archives.py", "images.py", "medical.py", "pixel_rules.py")
 PACKAGES = ("mmkd-clip", "torch", "transformers", "onnx", "onnxruntime")
 TOLERANCE = 1e-4  # largest difference to the model that an export in floating point may have
 OPSET = 18
@@ -126,8 +129,12 @@ def write_export(output: Path, model: MMKDClipModel, processor: Any, form: Form)
         raise ValueError(f"the {form} towers differ from the model by {difference:.1e}, more than {TOLERANCE:.0e}")
     write_json(output / DESCRIPTION, describe(model, processor, form, files) | {"largest_difference": difference})
     processor.save_pretrained(output)
-    usage = resources.files("mmkd.exporting") / USAGE
-    atomic_write_text(output / USAGE, usage.read_text(encoding="utf-8"))
+    usage = (resources.files("mmkd.exporting") / USAGE).read_text(encoding="utf-8")
+    atomic_write_text(output / USAGE, usage.replace("from mmkd.data.", f"from {READER}."))
+    (output / READER).mkdir()
+    for name in READER_MODULES:
+        module = (resources.files("mmkd.data") / name).read_text(encoding="utf-8")
+        atomic_write_text(output / READER / name, module.replace("from mmkd.data.", "from ."))
 
 
 def quantize_export(source: Path, output: Path) -> None:
@@ -139,9 +146,7 @@ def quantize_export(source: Path, output: Path) -> None:
     """
     description = read_json(source / DESCRIPTION)
     files = {name: description[name]["file"] for name in OUTPUTS}
-    for path in source.iterdir():
-        if not path.name.startswith(tuple(files.values())):
-            shutil.copyfile(path, output / path.name)
+    shutil.copytree(source, output, ignore=shutil.ignore_patterns(*(f"{file}*" for file in files.values())), dirs_exist_ok=True)
     products = {name: quantize(source / file, output / file) for name, file in files.items()}
     del description["largest_difference"]
     write_json(output / DESCRIPTION, description | {"format": "int8", "integer_products": products})

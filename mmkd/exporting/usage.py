@@ -3,8 +3,9 @@
     pip install numpy pillow tokenizers onnxruntime        # torch instead of onnxruntime where the towers end in .pt2
     python usage.py picture.png "an MRI of the brain" "a chest radiograph"
 
-In code: ``Encoder(folder).encode_images([PIL images])`` and ``.encode_texts([...])``; their products are cosine
-similarities. ``export.json`` states how pixels and texts are prepared and which versions made the towers.
+In code: ``Encoder(folder).encode_images([open_image(path)])`` and ``.encode_texts([...])``; their products are cosine
+similarities. Images are read as in training by ``pixel_reader``, DICOM and NIfTI too (``pip install pydicom nibabel``):
+``open_image(path, window=Window("lung"))``. ``export.json`` states how pixels and texts are prepared and which versions made the towers.
 
 A ``.pt2`` file can run code when it is loaded: load only those that you trust. An ``.onnx`` file holds a graph alone.
 """
@@ -22,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
+
+from mmkd.data.images import open_image, to_rgb
 
 Tower = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
 
@@ -64,9 +67,9 @@ class Encoder:
         return self._text(self.tokens(texts))
 
     def pixels(self, image: Image.Image) -> NDArray[np.float32]:
-        """An image as (3, side, side): shortest side to ``size``, bicubic; central square; normalized."""
+        """An image of any mode as (3, side, side): shortest side to ``size``, bicubic; central square; normalized."""
         image_metadata = self.metadata["image"]
-        image = image.convert("RGB")
+        image = to_rgb(image)
         width, height = image.size
         short, side = image_metadata["size"], image_metadata["side"]
         long = int(short * max(width, height) / min(width, height))
@@ -115,8 +118,7 @@ def main() -> None:
     """Print the similarity of each text with an image."""
     picture, *texts = sys.argv[1:]
     encoder = Encoder(Path(__file__).parent)
-    with Image.open(picture) as image:
-        logits = encoder.scale * encoder.encode_images([image])[0] @ encoder.encode_texts(texts).T
+    logits = encoder.scale * encoder.encode_images([open_image(Path(picture))])[0] @ encoder.encode_texts(texts).T
     shares = np.exp(logits - logits.max())
     for text, share in sorted(zip(texts, shares / shares.sum(), strict=True), key=lambda item: -item[1]):
         print(f"{share:.3f}  {text}")

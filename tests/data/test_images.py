@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmkd.data.images import REASONS, UnreadableImageError, is_plain, open_image
+from mmkd.data.images import is_plain, open_image
+from mmkd.data.pixel_rules import REASONS, UnreadableImageError
 
 GRADIENT = np.linspace(0, 255, 40 * 30).reshape(30, 40)
 COLOR = np.stack([GRADIENT, 255 - GRADIENT, np.full_like(GRADIENT, 40)], axis=2).astype(np.uint8)

@@ -66,7 +66,7 @@ def read_imagefolder(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     patterns = [skip] if isinstance(skip, str) else skip
     for path in readers.list_files(root):
         name = path.relative_to(root).as_posix()
-        if path.suffix[1:].lower() not in IMAGE_SUFFIXES or any(fnmatch(name, pattern) for pattern in patterns):
+        if readers.suffix_of(path.name) not in IMAGE_SUFFIXES or any(fnmatch(name, pattern) for pattern in patterns):
             continue
         folders = path.relative_to(root).parts[:-1]
         split = next(

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from mmkd.command.settings import nearest
-from mmkd.data.images import UnreadableImageError, finish_image, open_header, read_image_bytes
+from mmkd.data.images import finish_image, open_header, read_image_bytes
+from mmkd.data.pixel_rules import UnreadableImageError
 from mmkd.evaluation.datasets.manifest import ASSIGNED, HELD_OUT, Manifest
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.files import is_inside
