@@ -53,7 +53,6 @@ class ServeSettings:
     max_items: int = setting(64, "most images and texts of a request")
     max_body: int = setting(32, "largest body of a request [MiB]")
     max_memory: int = setting(512, "largest sum of the bodies of all requests [MiB]")
-    max_pixels: int = setting(50_000_000, "most pixels of an image")
     timeout: float = setting(30.0, "longest time of a request [s]")
     grace: int = setting(20, "time to finish requests when the service is stopped [s]")
 
@@ -140,7 +139,7 @@ def check(settings: ServeSettings) -> None:
     """
     if not 0 <= settings.port <= 65535:
         raise ValueError(f"--port {settings.port} must be 1 to 65535, or 0 for a free one")
-    for name in ("max_batch", "max_queue", "max_items", "max_body", "max_memory", "max_pixels", "timeout"):
+    for name in ("max_batch", "max_queue", "max_items", "max_body", "max_memory", "timeout"):
         if getattr(settings, name) <= 0:
             raise ValueError(f"--{name} {getattr(settings, name)} must be above 0")
     if settings.max_wait_ms < 0 or settings.grace < 0:
@@ -290,7 +289,6 @@ def limits_of(settings: ServeSettings) -> Limits:
         settings.max_body * MEBIBYTE,
         settings.max_memory * MEBIBYTE,
         settings.max_items,
-        settings.max_pixels,
         settings.timeout,
         settings.max_queue,
     )

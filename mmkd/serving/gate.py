@@ -44,7 +44,6 @@ class Limits:
         body_bytes: of one request.
         held_bytes: of the bodies of all requests that are in work.
         items: images and texts of one request.
-        pixels: of one image.
         seconds: of one request, from its first byte to the answer.
         waiting: images and texts of all requests that wait for the model.
     """
@@ -52,7 +51,6 @@ class Limits:
     body_bytes: int = 32 * MEBIBYTE
     held_bytes: int = 512 * MEBIBYTE
     items: int = 64
-    pixels: int = 50_000_000
     seconds: float = 30.0
     waiting: int = 512
 
@@ -158,7 +156,8 @@ class Gate:
         finally:
             seconds = time.monotonic() - began
             self.observe(route, status or 499, seconds)  # 499: the client left before its answer
-            ACCESS.info("%s %s %d %.0f ms", scope["method"], route, status or 499, 1000 * seconds)
+            level = logging.DEBUG if route == "page" and status < 400 else logging.INFO
+            ACCESS.log(level, "%s %s %d %.0f ms", scope["method"], route, status or 499, 1000 * seconds)
 
     def _route(self, path: str) -> str:
         """The known path, or a word for it: paths of the page may hold names of files."""

@@ -16,7 +16,8 @@ from typing import Any
 from fastapi import FastAPI
 from PIL import Image
 
-from mmkd.data.images import UnreadableImageError, encode, open_image, shrink
+from mmkd.data.images import encode, open_image, shrink
+from mmkd.data.pixel_rules import UnreadableImageError
 from mmkd.serving.api import NOTICE
 from mmkd.serving.gate import MEBIBYTE, RequestError
 from mmkd.serving.index import Hit
@@ -40,15 +41,19 @@ FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", 
 MONOSPACED = ("ui-monospace", "Cascadia Mono", "Liberation Mono", "Menlo", "monospace")
 
 STYLE = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; --accent: #0b6b66; --soft: #59626a; }
+.dark .gradio-container, .gradio-container.dark, .dark { --accent: #4cc9bd; --soft: #a2abb3; }
+.gradio-container > .main { padding: clamp(10px, 3vw, 32px) !important; }
+.gradio-container main.contain { padding: 0 !important; }
+.mmkd, .mmkd .html-container, .mmkd .prose { padding: 0 !important; }
 .mmkd-title h1 { margin: 0 0 4px; font-size: clamp(24px, 4vw, 36px); line-height: 1.15; overflow-wrap: anywhere; }
-.mmkd-title p { margin: 0; color: var(--body-text-color-subdued); max-width: 44em; }
+.mmkd-title p { margin: 0; color: var(--soft); max-width: 44em; }
 .mmkd-notice { margin: 14px 0 0 !important; padding: 8px 14px; border-left: 3px solid #b07a00; color: var(--body-text-color) !important; }
 .mmkd h2 { margin: 0 0 8px; font-size: 18px; }
-.mmkd-quiet { color: var(--body-text-color-subdued); font-size: 14px; margin: 8px 0 0; overflow-wrap: anywhere; }
+.mmkd-quiet { color: var(--soft); font-size: 14px; margin: 8px 0 0; overflow-wrap: anywhere; }
 .mmkd-drop { display: block; padding: 26px 18px; text-align: center; border: 2px dashed var(--border-color-primary); border-radius: 10px; background: var(--block-background-fill); cursor: pointer; }
-.mmkd-drop.over, .mmkd-drop:hover { border-color: var(--color-accent); }
-.mmkd-drop:focus-within { outline: 2px solid var(--color-accent); outline-offset: 2px; }
+.mmkd-drop.over, .mmkd-drop:hover { border-color: var(--accent); }
+.mmkd-drop:focus-within { outline: 2px solid var(--accent); outline-offset: 2px; }
 .mmkd-drop strong { display: block; margin-bottom: 4px; }
 .mmkd-drop input { max-width: 100%; margin-top: 12px; font-size: 14px; color: var(--body-text-color); }
 .mmkd-picture img { display: block; max-width: 100%; max-height: 420px; margin: 0 auto; border-radius: 8px; background: #000; }
@@ -59,13 +64,13 @@ STYLE = """
 .mmkd-bars .name { overflow-wrap: anywhere; }
 .mmkd-bars .share { font-variant-numeric: tabular-nums; }
 .mmkd-bars .bar { grid-column: 1 / -1; height: 7px; border-radius: 4px; background: var(--background-fill-secondary); overflow: hidden; }
-.mmkd-bars .bar i { display: block; height: 100%; background: var(--color-accent); }
-.mmkd-tag { font-size: 12px; padding: 1px 7px; margin-left: 6px; border-radius: 9px; border: 1px solid var(--border-color-primary); color: var(--body-text-color-subdued); white-space: nowrap; }
+.mmkd-bars .bar i { display: block; height: 100%; background: var(--accent); }
+.mmkd-tag { font-size: 12px; padding: 1px 7px; margin-left: 6px; border-radius: 9px; border: 1px solid var(--border-color-primary); color: var(--soft); white-space: nowrap; }
 .mmkd-found { list-style: none; margin: 0; padding: 0; display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); }
 .mmkd-found li { margin: 0; font-size: 13px; overflow-wrap: anywhere; }
 .mmkd-found img, .mmkd-found .none { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 6px; background: var(--background-fill-secondary); margin-bottom: 4px; }
 .mmkd-facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 10px 24px; margin: 0; }
-.mmkd-facts dt { font-size: 13px; color: var(--body-text-color-subdued); }
+.mmkd-facts dt { font-size: 13px; color: var(--soft); }
 .mmkd-facts dd { margin: 0; overflow-wrap: anywhere; }
 """
 
@@ -113,7 +118,12 @@ class Picture:
 
 def mount_page(app: FastAPI, service: Service) -> FastAPI:
     """Mount the page at the root of the application; addresses of the interface keep their meaning."""
-    theme = gr.themes.Default(font=FONTS, font_mono=MONOSPACED, primary_hue="teal", secondary_hue="teal")
+    theme = gr.themes.Default(font=FONTS, font_mono=MONOSPACED, primary_hue="teal", secondary_hue="teal").set(
+        button_primary_background_fill="#0b6b66",
+        button_primary_background_fill_hover="#095a56",
+        button_primary_background_fill_dark="#0b6b66",
+        button_primary_background_fill_hover_dark="#0d7d77",
+    )
     return gr.mount_gradio_app(
         app,
         build_page(service),
@@ -184,7 +194,7 @@ class _Actions:
             (data,) = parse_items([uploaded], 1)
             if not isinstance(data, bytes):
                 raise gr.Error("this is no image", print_exception=False)
-            image = await self.service.in_pool(read_upload, data, "image", self.service.limits.pixels)
+            image = await self.service.in_pool(read_upload, data, "image")
             vector = await self.service.embed([image])
         except (RequestError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from None

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from mmkd.data.images import UnreadableImageError, open_image
+from mmkd.data.images import open_image
+from mmkd.data.pixel_rules import UnreadableImageError
 from mmkd.encoders.encoder import DualEncoder, HFClipEncoder
 from mmkd.files import is_inside
 from mmkd.serving.batching import Batcher
@@ -32,6 +34,7 @@ from mmkd.serving.predictor import Label, Prediction, Predictor
 
 Vectors = NDArray[np.float32]
 Result = TypeVar("Result")
+SHARED_ITEMS = 16  # of a heat map that wait at once
 MOST_LABELS = 256  # of one request
 KEPT_LABEL_SETS = 32
 
@@ -123,6 +126,7 @@ class Service:
         self._turn = asyncio.Lock()
         self._model_thread: Executor = ThreadPoolExecutor(1, "model")
         self._pool: Executor = ThreadPoolExecutor(self.batching.threads, "prepare")
+        self._explaining: Executor = ThreadPoolExecutor(1, "explain")
         self._images: Batcher[Any, Vectors] = self._batcher(self._compute_images, "image")
         self._texts: Batcher[str, Vectors] = self._batcher(self._compute_texts, "text")
         await self.embed([Image.new("RGB", (64, 64)), "warm-up"])
@@ -132,7 +136,8 @@ class Service:
         """Finish what waits, and end the threads."""
         self.ready = False
         await asyncio.gather(self._images.close(), self._texts.close())
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._explaining, self._pool):
+            executor.shutdown(wait=False, cancel_futures=True)
         self._model_thread.shutdown()
 
     @property
@@ -198,7 +203,9 @@ class Service:
 
     async def explain(self, image: Image.Image, text: str) -> Image.Image:
         """The image with what speaks for a text in colour."""
-        heat = await self._in_model_thread(lambda: heat_map(self.encoder, image, text))
+        shared = _SharedEncoder(self, asyncio.get_running_loop())
+        with self._room(1):
+            heat = await asyncio.get_running_loop().run_in_executor(self._explaining, heat_map, shared, image, text)
         return await self.in_pool(overlay, image, heat)
 
     async def in_pool(self, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -240,7 +247,7 @@ class Service:
         return batcher
 
     def _prepare(self, item: bytes | Image.Image, place: int) -> Any:
-        return self.encoder.prepare_any(read_upload(item, f"input.{place}", self.limits.pixels) if isinstance(item, bytes) else item)
+        return self.encoder.prepare_any(read_upload(item, f"input.{place}") if isinstance(item, bytes) else item)
 
     def _compute_images(self, prepared: Sequence[Any]) -> Vectors:
         return self.encoder.encode_prepared(prepared).numpy()
@@ -249,13 +256,32 @@ class Service:
         return self.encoder.encode_texts(texts).numpy()
 
 
-def read_upload(data: bytes, place: str, most_pixels: int) -> Image.Image:
+class _SharedEncoder(DualEncoder):
+    """The service as an encoder for another thread, so that its many images share batches with those of clients."""
+
+    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(service.name, service.dim, service.encoder.provenance, SHARED_ITEMS)
+        self._service, self._loop = service, loop
+
+    def image_features(self, prepared: list[Image.Image]) -> Tensor:
+        """See `DualEncoder`."""
+        return self._embed(prepared)
+
+    def text_features(self, texts: list[str]) -> Tensor:
+        """See `DualEncoder`."""
+        return self._embed(texts)
+
+    def _embed(self, items: Sequence[str | Image.Image]) -> Tensor:
+        vectors = asyncio.run_coroutine_threadsafe(self._service.embed(items), self._loop)
+        return torch.from_numpy(vectors.result(self._service.limits.seconds))
+
+
+def read_upload(data: bytes, place: str) -> Image.Image:
     """Decode an image that a client has sent.
 
     Args:
         data: the bytes of its file.
         place: of the image in the request, for errors.
-        most_pixels: that it may have.
 
     Raises:
         RequestError: 400, it cannot be used.
