@@ -71,7 +71,8 @@ def setting(
         factory: makes the default, where it is a list or mapping.
         preset: of a mapping: the entries that ``--mapping.entry value`` changes, as a function of the other settings
             that are given, where no file gives the mapping itself.
-        positional: the value may stand on the command line without its name; one field at most.
+        positional: the value may stand on the command line without its name, in the order of the fields; words that
+            stand so are taken whole, also by a list, since a name of a file may hold a comma. A list comes last.
     """
     metadata = {"help": help, "preset": preset, "positional": positional}
     if factory is not None:
@@ -310,7 +311,9 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, group: Group) -> inspec
 
     def read(_: Any, tokens: Sequence[Token]) -> Any:
         texts = [token.value for token in tokens]
-        return convert(field.name, ",".join(texts) if get_origin(bare(hint)) is list else texts[-1], hint)
+        if get_origin(bare(hint)) is not list:
+            return convert(field.name, texts[-1], hint)
+        return convert(field.name, texts if tokens[0].keyword is None else ",".join(texts), hint)
 
     required, kind = _is_required(field), bare(hint)
     meaning = Parameter(
@@ -325,7 +328,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, group: Group) -> inspec
 
 def _option(name: str, hint: Any, default: Any, meaning: Parameter, positional: bool = False) -> inspect.Parameter:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
-    named = Parameter(name=f"--{name}", n_tokens=None if meaning.converter is None else 1)
+    names = (f"--{name}", f"-{name}") if len(name) == 1 else (f"--{name}",)
+    named = Parameter(name=names, n_tokens=None if meaning.converter is None else 1)
     return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, meaning, named])
 
 

@@ -7,6 +7,10 @@ in its name. Classes are described by the mean of their sentences, which is stea
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
 
 # The first family one of whose words occurs in the name of the modality decides. Sentences take the finding as {}.
 FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -77,6 +81,10 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 ANY_MODALITY = ("a biomedical image of {}", "an image showing {}", "medical image, {}")
+# What is put into the templates of a modality to describe images with and without any finding.
+NORMAL = ("a normal finding", "no abnormality", "healthy anatomy")
+ABNORMAL = ("an abnormal finding", "an abnormality", "disease")
+ARTICLE = re.compile(r"^(an?|the) ")
 
 
 def modality_prompts(modality: str) -> list[str]:
@@ -89,8 +97,37 @@ def modality_prompts(modality: str) -> list[str]:
 
 def label_prompts(label: str, modality: str) -> list[str]:
     """Sentences that name a finding in images of this modality; of any modality if it is empty or unknown."""
+    return fill(templates_of(modality), label)
+
+
+def absence_prompts(label: str, modality: str) -> list[str]:
+    """Sentences that negate a finding, in the templates of `label_prompts`; see `fill_absence`."""
+    return fill_absence(templates_of(modality), label)
+
+
+def templates_of(modality: str) -> tuple[str, ...]:
+    """The sentences of a modality, which take the finding as {}; those of any modality if it is empty or unknown."""
     kin = family(modality)
-    return [template.format(_plain(label)) for template in (FAMILIES[kin][2] if kin else ANY_MODALITY)]
+    return FAMILIES[kin][2] if kin else ANY_MODALITY
+
+
+def fill(templates: Iterable[str], label: str) -> list[str]:
+    """Sentences that name a finding."""
+    return [template.replace("{}", _plain(label)) for template in templates]
+
+
+def fill_absence(templates: Iterable[str], label: str) -> list[str]:
+    """Sentences that negate a finding.
+
+    "radiograph of a lung nodule" becomes "radiograph without lung nodule", elsewhere "a lung nodule" "no lung nodule".
+    """
+    return [text.replace(" of no ", " without ") for text in fill(templates, f"no {ARTICLE.sub('', label)}")]
+
+
+def class_vector(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Unit mean ``(dim,)`` of unit prompt vectors ``(prompts, dim)``."""
+    mean = vectors.mean(axis=0)
+    return mean / max(float(np.linalg.norm(mean)), np.finfo(np.float32).tiny)
 
 
 def family(modality: str) -> str | None:

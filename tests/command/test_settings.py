@@ -187,6 +187,24 @@ def test_one_value_may_come_without_its_name(capsys):
         parse(Positional, [])
 
 
+@dataclass
+class SeveralPositional:
+    """Two may come without their names, the last of them a list."""
+
+    index: Path = setting(help="what is searched", positional=True)
+    query: list[str] = setting(help="what for", positional=True)
+    k: int = setting(10, "answers")
+    names: list[str] | None = setting(None, "names")
+
+
+def test_words_without_a_name_are_taken_whole_and_a_letter_has_one_dash():
+    several = parse(SeveralPositional, ["a", "lung, left", "b", "-k", "3", "--names", "x,y"])
+    assert several == SeveralPositional(Path("a"), ["lung, left", "b"], 3, ["x", "y"])
+    assert parse(SeveralPositional, ["--k", "2", "a", "b", "--names", "none"]) == SeveralPositional(Path("a"), ["b"], 2)
+    with pytest.raises(ValueError, match="--query is required"):
+        parse(SeveralPositional, ["a"])
+
+
 def test_a_packaged_config_is_known_by_its_name():
     assert given_values(PretrainSettings, ["--config", "pretrain_paper"])["warmup_steps"] == 2000
     with pytest.raises(FileNotFoundError, match=r"did you mean 'pretrain_paper'.*packaged: .*distill_paper"):

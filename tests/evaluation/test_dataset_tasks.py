@@ -7,6 +7,7 @@ from fake_dataset import make_samples
 from sklearn.metrics import roc_auc_score
 
 from mmkd.data.features.store import VectorStore
+from mmkd.data.prompts import class_vector
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.embeddings.cache import StoredVectors, UndefinedMetricError, write_vectors
@@ -233,7 +234,7 @@ def test_findings_are_told_by_a_pair_of_prompt_sets():
     points, _ = judged(task, embedded)
     for column, label in enumerate(asked.classes):
         there, absent = (
-            images @ zeroshot.class_vector(embedded.text_matrix(prompts[label]))
+            images @ class_vector(embedded.text_matrix(prompts[label]))
             for prompts in (asked.prompts(), asked.negative_prompts())
         )
         expected = roc_auc_score(task.positive[:, column], there - absent)

@@ -5,7 +5,7 @@ import pytest
 from fake_dataset import make_samples, pairs_samples, pairs_tasks
 from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs
 
-from mmkd.data.prompts import label_prompts, modality_prompts
+from mmkd.data.prompts import class_vector, label_prompts, modality_prompts
 from mmkd.data.table import Pair
 from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
@@ -13,7 +13,7 @@ from mmkd.evaluation.results.summary import split_summary
 from mmkd.evaluation.statistics import ranks as ranks_module
 from mmkd.evaluation.statistics.bootstrap import replicate
 from mmkd.evaluation.statistics.ranks import Answers, search, search_both
-from mmkd.evaluation.tasks import retrieval, zeroshot
+from mmkd.evaluation.tasks import retrieval
 from mmkd.evaluation.tasks.task import best_by_modality
 
 
@@ -38,7 +38,7 @@ def value(task, outputs, metric):
 
 def test_class_vector_is_the_unit_mean():
     prompts = np.array([[1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
-    assert zeroshot.class_vector(prompts) == pytest.approx([np.sqrt(0.5)] * 2)
+    assert class_vector(prompts) == pytest.approx([np.sqrt(0.5)] * 2)
 
 
 def test_zeroshot_tasks_follow_what_the_pairs_hold():

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from mmkd.command.settings import convert, nearest
-from mmkd.data.prompts import FAMILIES, family, label_prompts
+from mmkd.data.prompts import FAMILIES, absence_prompts, family, label_prompts
 
 DatasetTask = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]
 
@@ -38,7 +38,6 @@ KINDS: dict[str, tuple[str, ...]] = {  # the kinds of task that a dataset is eva
     "survival": ("survival",),
 }
 
-ARTICLE = re.compile(r"^(an?|the) ")
 
 HELD_OUT, ASSIGNED = "held-out", "assigned"  # in place of the column of the split
 
@@ -138,18 +137,10 @@ class Manifest:
         }
 
     def negative_prompts(self) -> dict[str, list[str]]:
-        """Sentences that negate each class, in the templates of `prompts`.
-
-        "radiograph of a lung nodule" becomes "radiograph without lung nodule", elsewhere "a lung nodule" "no lung
-        nodule".
-        """
+        """Sentences that negate each class, in the templates of `prompts`."""
         templates = self.templates or self.modality
         return {
-            name: [
-                text.replace(" of no ", " without ")
-                for phrase in phrases or [name]
-                for text in label_prompts(f"no {ARTICLE.sub('', phrase)}", templates)
-            ]
+            name: [text for phrase in phrases or [name] for text in absence_prompts(phrase, templates)]
             for name, phrases in self.classes.items()
         }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mmkd.data.prompts import class_vector
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.datasets.manifest import Manifest
@@ -84,12 +85,6 @@ def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Any], dict[str, 
 def similarities(embedded: Embedded, images: Vectors, prompts: dict[str, list[str]]) -> Vectors:
     """Cosines ``(n, classes)`` of images ``(n, dim)`` with the vector of each class."""
     return images @ np.stack([class_vector(embedded.text_matrix(texts)) for texts in prompts.values()]).T
-
-
-def class_vector(vectors: Vectors) -> Vectors:
-    """Unit mean ``(dim,)`` of unit prompt vectors ``(prompts, dim)``."""
-    mean = vectors.mean(axis=0)
-    return mean / max(float(np.linalg.norm(mean)), np.finfo(np.float32).tiny)
 
 
 def standardise(similarities: Vectors) -> Floats:

@@ -1,0 +1,474 @@
+"""A search index: image vectors of one model by id, which grows, shrinks and is searched by vectors.
+
+The vectors lie in the one vector store (`mmkd.data.features`), as shards in half precision that never change: rows are
+added at the end (the last shard is written again until it is full), and a row whose image has changed or gone is marked
+as removed. ``index.json``, replaced last, names all files; a killed writer leaves the index as it was after the last
+`add`. Writers exclude one another, readers see the old index or the new one.
+
+Search is exact up to `GRAPH_ROWS` rows: one product with all vectors. Larger indices get a graph (HNSW, Malkov and
+Yashunin 2018, by usearch), memory-mapped; rows that came after it are searched exactly until they are many, and the
+similarities of what it finds are computed again from the store. The graph holds a second copy of the vectors, because
+its neighbours must lie beside them. It is derived: a damaged one is made again by `optimize`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmkd.data.features.index import IdIndex, digests
+from mmkd.data.features.shards import TensorMap, read_header, shard_file, write_shard
+from mmkd.data.features.store import VectorStore
+from mmkd.data.features.writer import IDENTITY
+from mmkd.files import atomic_write_bytes, is_folder_name, read_json, write_json
+
+INDEX_FILE, LOCK_FILE = "index.json", ".lock"
+VERSION = 1
+SHARD_ROWS = 8192
+GRAPH_ROWS = 200_000  # live rows from which on a graph is made
+TAIL_ROWS = 20_000  # rows after the graph that are searched exactly before it is extended
+REMOVED_SHARE = 0.3  # of all rows, from which on the index is written anew
+CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 128, 192
+SAMPLED_BYTES = 1 << 20  # of the beginning and the end of the graph, which are checked when it is opened
+SPARE = 16  # answers beyond k that the graph gives, for rows that were removed since
+PATTERNS = ("vectors-*.safetensors", "removed-*.safetensors", "graph-*.usearch", ".*.tmp")
+
+Vectors = NDArray[np.float32]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An answer of a search.
+
+    Attributes:
+        id: of the image, its path relative to the folder that was indexed.
+        score: cosine with the query.
+    """
+
+    id: str
+    score: float
+
+
+@dataclass(frozen=True)
+class FileStates:
+    """What the index knows of n files, to see which have changed.
+
+    Attributes:
+        known: whether the index holds them, ``(n,)``.
+        stamps: size in bytes and time of change in nanoseconds, ``(n, 2)``; zeros where unknown.
+        sha256: of their content, ``(n, 32)`` bytes; zeros where unknown.
+    """
+
+    known: NDArray[np.bool_]
+    stamps: NDArray[np.int64]
+    sha256: NDArray[np.uint8]
+
+
+class SearchIndex:
+    """An index on disk; use `create` or `open`.
+
+    Attributes:
+        path: its folder.
+        meta: content of ``index.json``.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        """Map the files that ``meta`` names."""
+        self.path = path
+        self._load(meta)
+
+    @classmethod
+    def create(cls, path: Path, provenance: Mapping[str, Any], dim: int) -> SearchIndex:
+        """Make an empty index.
+
+        Args:
+            path: a folder that does not exist, or is empty.
+            provenance: of the encoder; what identifies its vectors is kept.
+            dim: width of its vectors.
+
+        Raises:
+            FileExistsError: the folder holds something.
+        """
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise FileExistsError(f"{path} exists and is no index; choose another --output")
+        model = {"name": provenance.get("teacher"), **{key: provenance.get(key) for key in IDENTITY}}
+        path.mkdir(parents=True, exist_ok=True)
+        meta = {"version": VERSION, "model": model, "dim": dim, "shards": [], "removed": None, "graph": None}
+        write_json(path / INDEX_FILE, meta)
+        return cls(path, meta)
+
+    @classmethod
+    def open(cls, path: Path) -> SearchIndex:
+        """Open an index; in milliseconds, whatever its size.
+
+        Raises:
+            FileNotFoundError: there is no index, or a file of it is missing.
+            ValueError: a file is damaged.
+        """
+        for attempt in (1, 2, 3):
+            meta = _read_meta(path)
+            try:
+                return cls(path, meta)
+            except FileNotFoundError:  # a writer has replaced the index since
+                if attempt == 3 or _read_meta(path) == meta:
+                    raise
+        raise AssertionError("unreachable")
+
+    def __len__(self) -> int:
+        """Number of images that can be found."""
+        return len(self._store) - len(self._removed)
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return int(self.meta["dim"])
+
+    @property
+    def ids(self) -> list[str]:
+        """All ids, in the order in which they were added."""
+        return self._store.ids.take(self._live)
+
+    def require_model(self, provenance: Mapping[str, Any]) -> None:
+        """Refuse an encoder whose vectors cannot be compared with those of the index.
+
+        Raises:
+            ValueError: other weights, preprocessing, tokenizer, context or pooling.
+        """
+        differing = [key for key in IDENTITY if self.meta["model"].get(key) != provenance.get(key)]
+        if differing:
+            what = "weights" if differing[0] == "fingerprint" else ", ".join(differing)
+            raise ValueError(
+                f"{self.path} was made with other {what} (model {self.meta['model'].get('name')}); give that --model, "
+                "or make another index"
+            )
+
+    def states(self, ids: Sequence[str]) -> FileStates:
+        """What the index knows of the files of n ids."""
+        rows = self._rows(ids)
+        if not len(self._store):
+            empty = np.zeros((len(ids), 2), np.int64), np.zeros((len(ids), 32), np.uint8)
+            return FileStates(rows >= 0, *empty)
+        return FileStates(rows >= 0, self._store.gather("stamps", rows), self._store.gather("sha256", rows))
+
+    def vectors(self, ids: Sequence[str]) -> Vectors:
+        """The vectors ``(n, dim)`` of n ids; zeros where the index lacks one."""
+        rows = self._rows(ids)
+        found: Vectors = np.zeros((len(ids), self.dim), np.float32)
+        return self._store.gather("vectors", rows, np.float32) if len(self._store) else found
+
+    def add(self, ids: Sequence[str], vectors: Tensor, files: FileStates | None = None) -> None:
+        """Add images, or replace those of the same ids; whole or not at all.
+
+        Args:
+            ids: of n images, each once.
+            vectors: ``(n, dim)``, unit length.
+            files: their state; None where it is unknown.
+
+        Raises:
+            ValueError: other shapes, an id twice, numbers that are not finite, or another writer is at work.
+        """
+        wide = vectors.float()
+        if wide.shape != (len(ids), self.dim) or len(set(ids)) != len(ids) or not torch.isfinite(wide).all():
+            raise ValueError(
+                f"{len(ids)} ids, {len(set(ids))} of them different, and vectors {tuple(wide.shape)} were given; the "
+                f"index takes different ids and finite vectors (n, {self.dim})"
+            )
+        if not ids:
+            return
+        unknown = FileStates(np.ones(len(ids), bool), *_unknown_files(len(ids)))
+        added = _Part(list(ids), wide.half(), *(torch.from_numpy(own) for own in _arrays(files or unknown)))
+        with self._writing():
+            old = self._rows(ids)
+            removed = np.union1d(self._removed, old[old >= 0])
+            shards, first = self._full_shards()
+            if first < len(self._store):
+                added = self._part(np.arange(first, len(self._store))).followed_by(added)
+            for start in range(0, len(added.ids), SHARD_ROWS):
+                shards.append(self._write_shard(added.between(start, start + SHARD_ROWS)))
+            self._commit(shards, removed, self.meta["graph"])
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Remove images; returns how many of the ids were there.
+
+        Raises:
+            ValueError: another writer is at work.
+        """
+        with self._writing():
+            rows = self._rows(list(dict.fromkeys(ids)))
+            gone = rows[rows >= 0]
+            if len(gone):
+                self._commit(self.meta["shards"], np.union1d(self._removed, gone), self.meta["graph"])
+            return len(gone)
+
+    def search(self, vectors: Tensor, k: int) -> list[list[Hit]]:
+        """The most similar images of each query.
+
+        Args:
+            vectors: queries ``(q, dim)`` of the same model, unit length.
+            k: answers to each; an index of fewer images gives all.
+
+        Returns:
+            For each query its answers, the most similar first.
+
+        Raises:
+            ValueError: ``k`` below 1, or queries of another shape or that are not finite.
+        """
+        queries = vectors.float()
+        if queries.ndim != 2 or queries.shape[1] != self.dim or not torch.isfinite(queries).all():
+            raise ValueError(f"queries are {tuple(queries.shape)}; the index takes finite vectors (q, {self.dim})")
+        if k < 1:
+            raise ValueError(f"k is {k}; it must be at least 1")
+        k = min(k, len(self))
+        if not k or not len(queries):
+            return [[] for _ in queries]
+        covered = self.meta["graph"]["rows"] if self._graph is not None else 0
+        scores, rows = self._exact(queries, k, covered)
+        if covered:
+            found = [self._from_graph(query, k) for query in queries]
+            scores = torch.cat([scores, torch.stack([own for own, _ in found])], dim=1)
+            rows = torch.cat([rows, torch.stack([own for _, own in found])], dim=1)
+            scores, places = scores.topk(min(k, scores.shape[1]), dim=1)
+            rows = rows.gather(1, places)
+        return [self._hits(own, best) for own, best in zip(rows.numpy(), scores.numpy(), strict=True)]
+
+    def optimize(self, threads: int = 0) -> None:
+        """Write the index anew where much of it is removed, and make or extend the graph where it is large.
+
+        Args:
+            threads: of the graph; 0 for all cores.
+
+        Raises:
+            ModuleNotFoundError: usearch is not installed.
+            ValueError: another writer is at work.
+        """
+        with self._writing():
+            if len(self._removed) > REMOVED_SHARE * len(self._store):
+                live = np.split(self._live, range(SHARD_ROWS, len(self._live), SHARD_ROWS))
+                self._commit([self._write_shard(self._part(rows)) for rows in live if len(rows)], _NONE, None)
+            covered = self.meta["graph"]["rows"] if self._graph is not None else 0
+            if len(self) >= GRAPH_ROWS and len(self._store) - covered > (TAIL_ROWS if covered else 0):
+                self._commit(self.meta["shards"], self._removed, self._write_graph(covered, threads))
+
+    @cached_property
+    def _live(self) -> Rows:
+        """Rows that are not removed, ascending."""
+        return np.setdiff1d(np.arange(len(self._store)), self._removed, assume_unique=True)
+
+    @cached_property
+    def _by_id(self) -> IdIndex:
+        """The place among the live rows of each id."""
+        return IdIndex.of(digests(self.ids))
+
+    def _rows(self, ids: Sequence[str]) -> Rows:
+        """The live row of each id, ``(n,)``; -1 if there is none."""
+        if not len(self._live) or not len(ids):
+            return np.full(len(ids), -1, dtype=np.int64)
+        places = self._by_id.rows(digests(ids))
+        return np.where(places < 0, -1, self._live[places])
+
+    def _load(self, meta: dict[str, Any]) -> None:
+        """Map the files of an ``index.json`` and forget those of the one before."""
+        self.meta = meta
+        for name in ("_live", "_by_id"):
+            self.__dict__.pop(name, None)
+        counts = [shard["rows"] for shard in meta["shards"]]
+        files = [self.path / shard["file"] for shard in meta["shards"]]
+        for file, shard in zip(files, meta["shards"], strict=True):
+            if read_header(file).sha256 != shard["header_sha256"]:
+                raise ValueError(f"{file} does not belong to the index; it is damaged: make the index again")
+        self._store = VectorStore(files, counts)
+        if files:  # mapped now, a file stays readable after a writer has removed its name
+            self._store.gather("vectors", np.cumsum([0, *counts[:-1]]))
+        removed = meta["removed"]
+        self._removed: Rows = np.array(TensorMap(self.path / removed).arrays["rows"]) if removed else _NONE
+        self._graph = self._open_graph(meta["graph"])
+
+    def _open_graph(self, entry: dict[str, Any] | None) -> Any:
+        """The mapped graph; None where there is none, or it is damaged."""
+        if entry is None:
+            return None
+        file = self.path / entry["file"]
+        if not file.is_file() or _sample(file) != entry["sample"]:
+            return None
+        from usearch.index import Index
+
+        graph: Any = Index.restore(str(file), view=True)
+        graph.expansion_search = EXPANSION_SEARCH
+        return graph
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Exclude other writers, and start from what they have left."""
+        with (self.path / LOCK_FILE).open("w") as lock:
+            with contextlib.suppress(ImportError):  # a system without it has no lock
+                import fcntl
+
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(f"another process is writing {self.path}; wait until it has finished") from None
+            meta = _read_meta(self.path)
+            if meta != self.meta:
+                self._load(meta)
+            yield
+
+    def _full_shards(self) -> tuple[list[dict[str, Any]], int]:
+        """The shards that stay, and the row after them: all but a last one that is not full and not in the graph."""
+        shards = list(self.meta["shards"])
+        covered = self.meta["graph"]["rows"] if self.meta["graph"] else 0
+        if shards and shards[-1]["rows"] < SHARD_ROWS and len(self._store) - shards[-1]["rows"] >= covered:
+            shards.pop()
+        return shards, sum(shard["rows"] for shard in shards)
+
+    def _part(self, rows: Rows) -> _Part:
+        """Some rows of the index."""
+        arrays = [torch.from_numpy(self._store.gather(name, rows)) for name in ("vectors", "stamps", "sha256")]
+        return _Part(self._store.ids.take(rows), *arrays)
+
+    def _write_shard(self, part: _Part) -> dict[str, Any]:
+        content = hashlib.sha256(part.vectors.numpy().tobytes() + part.stamps.numpy().tobytes()).hexdigest()
+        file = shard_file(self.path, VERSION, part.ids, content, kind="vectors")
+        write_shard(file, part.ids, {"vectors": part.vectors, "stamps": part.stamps, "sha256": part.sha256})
+        return {"file": file.name, "rows": len(part.ids), "header_sha256": read_header(file).sha256}
+
+    def _commit(self, shards: Sequence[dict[str, Any]], removed: Rows, graph: dict[str, Any] | None) -> None:
+        """Replace ``index.json``, and remove what it no longer names."""
+        name = None
+        if len(removed):
+            data = safetensors.numpy.save({"rows": np.sort(removed).astype(np.int64)})
+            name = f"removed-{hashlib.sha256(data).hexdigest()[:24]}.safetensors"
+            atomic_write_bytes(self.path / name, data)
+        meta = {**self.meta, "shards": list(shards), "removed": name, "graph": graph}
+        write_json(self.path / INDEX_FILE, meta)
+        self._load(meta)
+        named = {INDEX_FILE, LOCK_FILE, name, *(shard["file"] for shard in shards), (graph or {}).get("file")}
+        for pattern in PATTERNS:
+            for file in self.path.glob(pattern):
+                if file.name not in named:
+                    file.unlink(missing_ok=True)
+
+    def _write_graph(self, covered: int, threads: int) -> dict[str, Any]:
+        """Make the graph of all rows from the one of the first ``covered`` rows, which may be none."""
+        from usearch.index import Index
+
+        graph: Any
+        if covered:
+            graph = Index.restore(str(self.path / self.meta["graph"]["file"]), view=False)
+        else:
+            graph = Index(
+                ndim=self.dim, metric="cos", dtype="f16", connectivity=CONNECTIVITY, expansion_add=EXPANSION_ADD
+            )
+        fresh = self._live[np.searchsorted(self._live, covered) :]
+        for rows in np.split(fresh, range(SHARD_ROWS, len(fresh), SHARD_ROWS)):
+            graph.add(rows.astype(np.uint64), self._store.gather("vectors", rows), threads=threads)
+        total = len(self._store)
+        temporary = self.path / f".graph-{total}.tmp"
+        graph.save(str(temporary))
+        sample = _sample(temporary)
+        file = self.path / f"graph-{total}-{sample[:16]}.usearch"
+        temporary.replace(file)
+        return {"file": file.name, "rows": total, "sample": sample}
+
+    def _exact(self, queries: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
+        """Scores and rows ``(q, <=k)`` of the best live rows from ``first`` on, by a product with all of them."""
+        scores, rows = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
+        for start in range(first, len(self._store), SHARD_ROWS):
+            part = np.arange(start, min(start + SHARD_ROWS, len(self._store)))
+            found = queries @ torch.from_numpy(self._store.gather("vectors", part)).float().T
+            gone = self._removed[np.searchsorted(self._removed, start) : np.searchsorted(self._removed, part[-1] + 1)]
+            found[:, torch.from_numpy(gone - start)] = -math.inf
+            scores = torch.cat([scores, found], dim=1)
+            rows = torch.cat([rows, torch.from_numpy(part).expand(len(queries), -1)], dim=1)
+            scores, places = scores.topk(min(k, scores.shape[1]), dim=1)
+            rows = rows.gather(1, places)
+        return scores, rows
+
+    def _from_graph(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores and rows ``(k,)`` of a query ``(dim,)`` from the graph, with -inf where it has fewer live rows."""
+        count = k + SPARE
+        while True:
+            found = self._graph.search(query.numpy().astype(np.float16), min(count, len(self._graph)))
+            rows = found.keys.astype(np.int64)
+            rows = rows[~np.isin(rows, self._removed)][:k]
+            if len(rows) == k or count >= len(self._graph):
+                break
+            count *= 4
+        own = torch.from_numpy(self._store.gather("vectors", rows)).float() @ query
+        scores, places = torch.full((k,), -math.inf), torch.zeros(k, dtype=torch.int64)
+        scores[: len(rows)], places[: len(rows)] = own, torch.from_numpy(rows)
+        return scores, places
+
+    def _hits(self, rows: Rows, scores: Vectors) -> list[Hit]:
+        shown = np.isfinite(scores)
+        ids = self._store.ids.take(rows[shown])
+        return [Hit(id, min(1.0, score)) for id, score in zip(ids, scores[shown].tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows: ids, vectors, and the state of the files."""
+
+    ids: list[str]
+    vectors: Tensor
+    stamps: Tensor
+    sha256: Tensor
+
+    def followed_by(self, other: _Part) -> _Part:
+        pairs = zip(self._tensors(), other._tensors(), strict=True)
+        return _Part(self.ids + other.ids, *(torch.cat(pair) for pair in pairs))
+
+    def between(self, start: int, stop: int) -> _Part:
+        return _Part(self.ids[start:stop], *(tensor[start:stop] for tensor in self._tensors()))
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.vectors, self.stamps, self.sha256
+
+
+_NONE: Rows = np.zeros(0, dtype=np.int64)
+
+
+def _unknown_files(count: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    return np.zeros((count, 2), np.int64), np.zeros((count, 32), np.uint8)
+
+
+def _arrays(files: FileStates) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    return files.stamps, files.sha256
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    if not (path / INDEX_FILE).is_file():
+        raise FileNotFoundError(f"{path} is no index; make one with `mmkd index DIR --model MODEL --output {path}`")
+    meta = read_json(path / INDEX_FILE)
+    try:
+        named = [*(shard["file"] for shard in meta["shards"]), meta["removed"], (meta["graph"] or {}).get("file")]
+        numbers = [meta["dim"], *(shard["rows"] for shard in meta["shards"])]
+        right = meta["version"] == VERSION and isinstance(meta["model"], dict)
+        right = right and all(name is None or is_folder_name(name) for name in named)
+        right = right and all(isinstance(number, int) and number >= 0 for number in numbers)
+    except (TypeError, KeyError, AttributeError):
+        right = False
+    if not right:
+        raise ValueError(f"{path / INDEX_FILE} is damaged, or of another version; make the index again")
+    return dict(meta)
+
+
+def _sample(file: Path) -> str:
+    """SHA-256 over the size, the beginning and the end of a file, which shows a truncated one without reading it."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        beginning = opened.read(SAMPLED_BYTES)
+        opened.seek(max(0, size - SAMPLED_BYTES))
+        return hashlib.sha256(str(size).encode() + beginning + opened.read()).hexdigest()
