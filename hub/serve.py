@@ -81,7 +81,7 @@ from mmkd.serving.api import Metrics, create_app, with_gate
 from mmkd.serving.calibration import read_calibration
 from mmkd.serving.gate import LOOPBACK_NAMES, Limits
 from mmkd.serving.index import SearchIndex
-from mmkd.serving.predictor import Label, Predictor, default_cache, read_labels, read_templates
+from mmkd.serving.predictor import Label, Predictor, read_labels, read_templates
 from mmkd.serving.service import Archive, Batching, Service, tokens_of
 from mmkd.student.folder import read_provenance
 
@@ -248,10 +248,9 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
     folder = Path(settings.model)
 
     def predict(own: list[Label]) -> Predictor:
-        options: dict[str, Any] = {"templates": templates, "mode": settings.mode, "cache": default_cache()}
-        plain = Predictor(encoder, own, **options)
-        calibration = read_calibration(folder, plain.fingerprint, plain.key)
-        return plain if calibration is None else Predictor(encoder, own, calibration=calibration, **options)
+        predictor = Predictor(encoder, own, templates, settings.mode)
+        predictor.calibrate(read_calibration(folder, predictor.fingerprint, predictor.key))
+        return predictor
 
     return Service(
         encoder,

@@ -91,20 +91,21 @@ class SearchIndex:
         self._load(meta)
 
     @classmethod
-    def create(cls, path: Path, provenance: Mapping[str, Any], dim: int) -> SearchIndex:
+    def create(cls, path: Path, provenance: Mapping[str, Any], dim: int, source: str = "") -> SearchIndex:
         """Make an empty index.
 
         Args:
             path: a folder that does not exist, or is empty.
             provenance: of the encoder; what identifies its vectors is kept.
             dim: width of its vectors.
+            source: where the encoder is loaded from: a Hub id, a name, or its folder relative to the index.
 
         Raises:
             FileExistsError: the folder holds something.
         """
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise FileExistsError(f"{path} exists and is no index; choose another --output")
-        model = {"name": provenance.get("teacher"), **{key: provenance.get(key) for key in IDENTITY}}
+        model = {"name": provenance.get("teacher"), "source": source, **{key: provenance.get(key) for key in IDENTITY}}
         path.mkdir(parents=True, exist_ok=True)
         meta = {"version": VERSION, "model": model, "dim": dim, "shards": [], "removed": None, "graph": None}
         write_json(path / INDEX_FILE, meta)
@@ -135,6 +136,18 @@ class SearchIndex:
     def dim(self) -> int:
         """Width of the vectors."""
         return int(self.meta["dim"])
+
+    @property
+    def model_source(self) -> str:
+        """What `load_encoder` takes for the model of the index; see `create`.
+
+        Raises:
+            ValueError: the index does not name it.
+        """
+        source = str(self.meta["model"].get("source") or "")
+        if not source:
+            raise ValueError(f"{self.path} does not name its model; give it as --model")
+        return str(self.path / source) if (self.path / source).exists() else source
 
     @property
     def ids(self) -> list[str]:
@@ -287,8 +300,7 @@ class SearchIndex:
         counts = [shard["rows"] for shard in meta["shards"]]
         files = [self.path / shard["file"] for shard in meta["shards"]]
         for file, shard in zip(files, meta["shards"], strict=True):
-            if read_header(file).sha256 != shard["header_sha256"]:
-                raise ValueError(f"{file} does not belong to the index; it is damaged: make the index again")
+            _check_shard(file, shard, meta["dim"])
         self._store = VectorStore(files, counts)
         if files:  # mapped now, a file stays readable after a writer has removed its name
             self._store.gather("vectors", np.cumsum([0, *counts[:-1]]))
@@ -458,11 +470,26 @@ def _read_meta(path: Path) -> dict[str, Any]:
         right = meta["version"] == VERSION and isinstance(meta["model"], dict)
         right = right and all(name is None or is_folder_name(name) for name in named)
         right = right and all(isinstance(number, int) and number >= 0 for number in numbers)
+        right = right and (meta["graph"] or {"rows": 0})["rows"] <= sum(numbers[1:])
     except (TypeError, KeyError, AttributeError):
         right = False
     if not right:
         raise ValueError(f"{path / INDEX_FILE} is damaged, or of another version; make the index again")
     return dict(meta)
+
+
+def _check_shard(file: Path, entry: dict[str, Any], dim: int) -> None:
+    """Refuse a shard that is missing, truncated, or not the one that ``index.json`` names."""
+    again = "make the index again: remove its folder and run `mmkd index`"
+    try:
+        header = read_header(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing; {again}") from None
+    except ValueError:
+        raise ValueError(f"{file} is truncated or damaged; {again}") from None
+    shape = header.tensors.get("vectors", {}).get("shape")
+    if header.sha256 != entry["header_sha256"] or shape != [entry["rows"], dim]:
+        raise ValueError(f"{file} is not the file that {INDEX_FILE} names; {again}")
 
 
 def _sample(file: Path) -> str:

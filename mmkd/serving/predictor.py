@@ -98,7 +98,8 @@ class Predictor:
     Attributes:
         labels: their names, in the order given.
         mode: how probabilities are made.
-        scale: factor of the cosines.
+        scale: factor of the cosines in use.
+        model_scale: that of the model itself.
         calibration: None where there is none for these labels.
         key: hash of mode and sentences, by which a calibration is found.
     """
@@ -135,13 +136,23 @@ class Predictor:
         negated = {label.name: _negative_prompts(label, templates) for label in labels} if mode == "multilabel" else {}
         self.key = label_key(mode, sentences, negated)
         self.fingerprint = str(encoder.provenance.get("fingerprint", ""))
-        self.calibration = calibration
-        if calibration is not None:
-            calibration.require(self.fingerprint, self.key)
-        self.scale = calibration.scale if calibration else float(encoder.provenance.get("logit_scale") or DEFAULT_SCALE)
+        self.model_scale = float(encoder.provenance.get("logit_scale") or DEFAULT_SCALE)
+        self.scale = self.model_scale
+        self.calibration: Calibration | None = None
+        self.calibrate(calibration)
         vectors = _class_vectors(encoder, [*sentences.values(), *negated.values()], cache)
         self._positive = vectors[: len(labels)]
         self._negative = vectors[len(labels) :] if negated else None
+
+    def calibrate(self, calibration: Calibration | None) -> None:
+        """Take a calibration, if there is one.
+
+        Raises:
+            ValueError: it is of other weights, labels, sentences or another mode.
+        """
+        if calibration is not None:
+            calibration.require(self.fingerprint, self.key)
+            self.calibration, self.scale = calibration, calibration.scale
 
     def similarities(self, image_features: Tensor) -> Probabilities:
         """Cosines with the labels, ``(n, labels)``; those with what negates them are subtracted in ``multilabel``.

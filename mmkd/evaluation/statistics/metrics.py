@@ -177,6 +177,31 @@ def weighted_mean(values: Floats, weights: Floats) -> Floats:
     return _divide(weights @ values, weights.sum(axis=1))
 
 
+def calibration_error(confidence: Floats, right: NDArray[np.bool_], weights: Floats, bins: int = 15) -> Floats:
+    """Expected calibration error, ``sum_b |sum_{i in b} w_i ([right] - c_i)| / sum_i w_i`` (Guo et al. 2017).
+
+    It is never below zero, so that noise adds to it: that of a resample is higher on average.
+
+    Args:
+        confidence: stated probabilities of each sample, ``(n, statements)``.
+        right: whether what they were stated of holds, ``(n, statements)``.
+        weights: ``(replicates, n)``.
+        bins: of equal width; a confidence on a border belongs to the lower one.
+
+    Returns:
+        ``(replicates,)``.
+    """
+    own = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = np.zeros((len(confidence), bins))
+    np.add.at(gaps, (np.arange(len(own))[:, None], own), right - confidence)
+    return _divide(np.abs(weights @ gaps).sum(axis=1), weights.sum(axis=1) * confidence.shape[1])
+
+
+def share_of(chosen: NDArray[np.bool_], among: NDArray[np.bool_], weights: Floats) -> Floats:
+    """The share of the statements ``among`` that are ``chosen``, both ``(n, statements)``; ``(replicates,)``."""
+    return _divide(weights @ (chosen & among).sum(axis=1), weights @ among.sum(axis=1).astype(np.float64))
+
+
 @kept
 def margins(scores: Floats) -> Floats:
     """Each class' score minus the log-mean-exp of the others: comparable across samples, unlike the raw score.

@@ -1,0 +1,170 @@
+"""Index the images of a folder for `mmkd search`, or bring such an index up to date.
+
+An index that exists is updated: images that are new or have changed are encoded, those that are gone are removed. A
+file counts as changed if its size or time differs and then its SHA-256 does. The index can be searched at any time; a
+killed run keeps what was added, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mmkd.command.settings import check_arguments, run, setting
+
+
+@dataclass
+class IndexSettings:
+    """Index the images of a folder for search, or update the index.
+
+    Example:
+        mmkd index scans --model mmkd-clip --output scans.index
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {"computing": "batch_size workers threads device quiet"}
+
+    folder: Path = setting(help="folder of images", positional=True)
+    model: str = setting(help="folder or Hub id of a model, or the name of a teacher")
+    output: Path = setting(help="folder of the index; one that exists is updated")
+    batch_size: int = setting(32, "images at a time")
+    workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores")
+    threads: int = setting(0, "threads that make the graph of a large index; 0 takes all cores")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
+    quiet: bool = setting(False, "no progress bar, print nothing")
+
+
+if __name__ == "__main__":
+    check_arguments(IndexSettings)  # before the imports that take seconds
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmkd.distributed import chosen_device
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.extraction import Readable
+from mmkd.encoders.zoo import load_encoder
+from mmkd.serving.encoding import counted, encode_items, warn_skipped
+from mmkd.serving.images import ImageFile, find_images, read_image
+from mmkd.serving.index import INDEX_FILE, FileStates, SearchIndex
+
+BLOCK_BYTES = 1 << 20
+
+
+def main(settings: IndexSettings) -> None:
+    """Compare folder and index, and encode what differs.
+
+    Raises:
+        FileNotFoundError: the folder or the model is not there.
+        FileExistsError: OUTPUT holds something else.
+        ValueError: settings that cannot work, an index of another model or a damaged one, or no readable image.
+    """
+    if settings.batch_size < 1 or min(settings.workers, settings.threads) < 0:
+        raise ValueError(
+            f"--batch_size {settings.batch_size} must be at least 1, --workers {settings.workers} and --threads "
+            f"{settings.threads} at least 0"
+        )
+    if not settings.folder.is_dir():
+        raise FileNotFoundError(f"{settings.folder}: no such folder")
+    own = settings.output.resolve()
+    files = [file for file in find_images([settings.folder]) if not file.path.resolve().is_relative_to(own)]
+    existing = SearchIndex.open(settings.output) if (settings.output / INDEX_FILE).is_file() else None
+    encoder = load_encoder(settings.model, chosen_device(settings.device))
+    encoder.batch_size = settings.batch_size
+    if existing is not None:
+        existing.require_model(encoder.provenance)
+    source = source_of_model(settings.model, settings.output)
+    index = existing or SearchIndex.create(settings.output, encoder.provenance, encoder.dim, source)
+    update(index, files, encoder, settings)
+    index.optimize(settings.threads)
+
+
+def source_of_model(model: str, output: Path) -> str:
+    """The model as the index records it: a folder by its path from the index, so that both can be moved together."""
+    if not Path(model).exists():
+        return model
+    return Path(os.path.relpath(Path(model).resolve(), output.resolve())).as_posix()
+
+
+def update(index: SearchIndex, files: Sequence[ImageFile], encoder: DualEncoder, settings: IndexSettings) -> None:
+    """Remove what is gone, and add what is new or has changed.
+
+    Raises:
+        ValueError: no image could be read, and the index would be empty.
+    """
+    removed = index.delete(sorted(set(index.ids) - {file.id for file in files}))
+    stamps = {file.id: stamp_of(file) for file in files}
+    states = index.states([file.id for file in files])
+    current = np.array(list(stamps.values()), np.int64).reshape(-1, 2)
+    differing = np.flatnonzero(~states.known | (states.stamps != current).any(axis=1)).tolist()
+    hashes: dict[str, bytes] = {}
+    touched: list[ImageFile] = []
+    changed: list[ImageFile] = []
+    for k in differing:
+        same = states.known[k] and sha256_of(files[k], hashes) == states.sha256[k].tobytes()
+        (touched if same else changed).append(files[k])
+    if touched:  # only the time of change differs
+        ids = [file.id for file in touched]
+        index.add(ids, torch.from_numpy(index.vectors(ids)), file_states(ids, stamps, hashes))
+    skipped: dict[str, str] = {}
+
+    def read(file: ImageFile) -> Readable | str:
+        image = read_image(file)
+        if not isinstance(image, str):
+            sha256_of(file, hashes)
+        return image
+
+    def take(items: list[ImageFile], vectors: Tensor, unread: list[tuple[ImageFile, str]]) -> None:
+        skipped.update((item.id, reason) for item, reason in unread)
+        index.delete([item.id for item, _ in unread])
+        ids = [item.id for item in items]
+        index.add(ids, vectors, file_states(ids, stamps, hashes))
+
+    with tqdm(total=len(changed), desc="indexing", unit="image", disable=settings.quiet or not changed) as bar:
+        encode_items(encoder, changed, read, take, settings.workers, bar.update)
+    warn_skipped(skipped)
+    if not len(index):
+        raise ValueError(f"none of the {len(files)} images could be read ({counted(skipped)}); the index is empty")
+    if not settings.quiet:
+        added = len(changed) - len(skipped)
+        print(f"{settings.output}: {len(index)} images; {added} added or changed, {removed} removed")
+
+
+def stamp_of(file: ImageFile) -> tuple[int, int]:
+    """Size in bytes and time of change in nanoseconds; zeros where the file is not opened, or gone."""
+    try:
+        status = file.path.stat() if not file.reason else None
+    except OSError:
+        status = None
+    return (status.st_size, status.st_mtime_ns) if status else (0, 0)
+
+
+def sha256_of(file: ImageFile, known: dict[str, bytes]) -> bytes:
+    """SHA-256 of a file, which is noted; of no bytes where it cannot be read."""
+    if file.id not in known:
+        digest = hashlib.sha256()
+        try:
+            if not file.reason:
+                with file.path.open("rb") as opened:
+                    while block := opened.read(BLOCK_BYTES):
+                        digest.update(block)
+        except OSError:
+            digest = hashlib.sha256()
+        known[file.id] = digest.digest()
+    return known[file.id]
+
+
+def file_states(ids: Sequence[str], stamps: dict[str, tuple[int, int]], hashes: dict[str, bytes]) -> FileStates:
+    """The state of n files as the index keeps it."""
+    hashed = np.frombuffer(b"".join(hashes[id] for id in ids), np.uint8).reshape(-1, 32).copy()
+    return FileStates(np.ones(len(ids), bool), np.array([stamps[id] for id in ids], np.int64).reshape(-1, 2), hashed)
+
+
+if __name__ == "__main__":
+    run(IndexSettings, main)
