@@ -21,7 +21,7 @@ from mmkd.serving.api import Metrics, create_app, with_gate
 from mmkd.serving.predictor import Predictor, read_labels
 from mmkd.serving.service import Batching, Service, tokens_of
 
-PATIENCE = 60
+PATIENCE = 240
 
 
 def noise(seed=0, size=(48, 40), form="PNG"):
