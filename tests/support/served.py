@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 
 import httpx
@@ -87,7 +86,7 @@ def wait_until_ready(process, address):
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()[0]
-        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+        with contextlib.suppress(OSError):
             with urllib.request.urlopen(f"{address}/readyz", timeout=5):
                 return
         time.sleep(0.1)
