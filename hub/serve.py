@@ -10,7 +10,7 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
 
@@ -56,7 +56,7 @@ class ServeSettings:
     timeout: float = setting(30.0, "longest time of a request [s]")
     grace: int = setting(20, "time to finish requests when the service is stopped [s]")
 
-    GROUPS = {
+    GROUPS: ClassVar[dict[str, str]] = {
         "data": "labels templates mode index images",
         "computing": "onnx device resize max_batch max_wait_ms",
     }
@@ -169,7 +169,9 @@ def is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        raise ValueError(f"--host {host!r} is no IP address{nearest(host, LOOPBACK_NAMES)}; such as 127.0.0.1") from None
+        raise ValueError(
+            f"--host {host!r} is no IP address{nearest(host, LOOPBACK_NAMES)}; such as 127.0.0.1"
+        ) from None
 
 
 def read_key(settings: ServeSettings) -> bytes | None:

@@ -189,7 +189,9 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refuse_method(_: Request, error: HTTPException) -> JSONResponse:
-        return RequestError(error.status_code, error.detail, "not_allowed", headers=dict(error.headers or {})).response()
+        return RequestError(
+            error.status_code, error.detail, "not_allowed", headers=dict(error.headers or {})
+        ).response()
 
     @app.exception_handler(Exception)
     async def fail(_: Request, error: Exception) -> JSONResponse:
@@ -274,7 +276,7 @@ def with_gate(
     frame_ancestors: Sequence[str] = (),
 ) -> Gate:
     """The application behind its gate; arguments as `mmkd.serving.gate.Gate`."""
-    routes = [path for path in app.openapi()["paths"]] + ["/openapi.json"]
+    routes = [*list(app.openapi()["paths"]), "/openapi.json"]
     return Gate(app, service.limits, key, hosts, routes, page_paths, metrics.request, frame_ancestors)
 
 
@@ -299,7 +301,9 @@ async def _read(service: Service, request: Request, form: type[Form]) -> tuple[F
     asked, items = await read_request(request, form, service.limits.items, service.in_pool)
     named = asked.model  # type: ignore[attr-defined]
     if named not in (None, service.name):
-        raise RequestError(404, f"model {named[:80]!r} is not served; allowed: {service.name}", "model_not_found", "model")
+        raise RequestError(
+            404, f"model {named[:80]!r} is not served; allowed: {service.name}", "model_not_found", "model"
+        )
     return asked, items
 
 

@@ -166,7 +166,10 @@ class Gate:
         return "page" if self._is_page(path) else "unknown"
 
     def _is_page(self, path: str) -> bool:
-        return any(path == known or (known.endswith("/") and known != "/" and path.startswith(known)) for known in self.page_paths)
+        return any(
+            path == known or (known.endswith("/") and known != "/" and path.startswith(known))
+            for known in self.page_paths
+        )
 
     def _admit(self, scope: Scope, route: str) -> None:
         """Refuse strangers, foreign names and unknown paths.
@@ -273,9 +276,7 @@ class _Replay:
         return await self.receive()
 
 
-async def _until_gone(
-    work: Awaitable[Any], receive: Receive, replay: _Replay, seconds: float, limit: float
-) -> None:
+async def _until_gone(work: Awaitable[Any], receive: Receive, replay: _Replay, seconds: float, limit: float) -> None:
     """Run the application until it is done, the client hangs up, or time is over.
 
     Raises:

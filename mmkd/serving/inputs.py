@@ -164,7 +164,9 @@ def _image(value: str, place: str) -> bytes:
     if matched is not None:
         _check_type(matched[1] or "text/plain", place)
         if matched[3] is None:
-            raise RequestError(400, "a data URL of an image must be base64: data:image/png;base64,...", "invalid_image", place)
+            raise RequestError(
+                400, "a data URL of an image must be base64: data:image/png;base64,...", "invalid_image", place
+            )
     try:
         data = b64decode(value[matched.end() :] if matched else value, validate=True)
     except (binascii.Error, ValueError):
@@ -196,7 +198,11 @@ class _InMemoryParser(MultiPartParser):
 
 async def _read_form(request: Request, form: type[Form], most_items: int) -> tuple[Form, list[Item]]:
     """Read fields and files; ``input``, ``image`` and ``file`` may be repeated, and keep their order."""
-    limits = {"max_files": most_items + 1, "max_fields": most_items + len(form.model_fields), "max_part_size": FIELD_BYTES}
+    limits = {
+        "max_files": most_items + 1,
+        "max_fields": most_items + len(form.model_fields),
+        "max_part_size": FIELD_BYTES,
+    }
     try:
         parsed = await _InMemoryParser(request.headers, request.stream(), **limits).parse()
     except (MultiPartException, KeyError) as error:
@@ -208,7 +214,9 @@ async def _read_form(request: Request, form: type[Form], most_items: int) -> tup
             place = f"input.{len(items)}"
             if isinstance(value, UploadFile):
                 if name not in ("input", "image", "file"):
-                    raise RequestError(400, f"the file field {name[:40]!r} is unknown; use image", "unknown_field", "input")
+                    raise RequestError(
+                        400, f"the file field {name[:40]!r} is unknown; use image", "unknown_field", "input"
+                    )
                 _check_type(value.content_type or FILE_TYPES[0], place)
                 items.append(_not_empty(await value.read(), place))
             elif name == "input":

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 from base64 import b64encode
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from html import escape
+from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI
@@ -39,66 +41,6 @@ MOST_VISITORS_WAITING, KEPT_SECONDS = 128, 1800
 BASE64_GROWTH = 4 / 3
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "Arial", "sans-serif")
 MONOSPACED = ("ui-monospace", "Cascadia Mono", "Liberation Mono", "Menlo", "monospace")
-
-STYLE = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; --accent: #0b6b66; --soft: #59626a; }
-.dark .gradio-container, .gradio-container.dark, .dark { --accent: #4cc9bd; --soft: #a2abb3; }
-.gradio-container > .main { padding: clamp(10px, 3vw, 32px) !important; }
-.gradio-container main.contain { padding: 0 !important; }
-.mmkd, .mmkd .html-container, .mmkd .prose { padding: 0 !important; }
-.mmkd-title h1 { margin: 0 0 4px; font-size: clamp(24px, 4vw, 36px); line-height: 1.15; overflow-wrap: anywhere; }
-.mmkd-title p { margin: 0; color: var(--soft); max-width: 44em; }
-.mmkd-notice { margin: 14px 0 0 !important; padding: 8px 14px; border-left: 3px solid #b07a00; color: var(--body-text-color) !important; }
-.mmkd h2 { margin: 0 0 8px; font-size: 18px; }
-.mmkd-quiet { color: var(--soft); font-size: 14px; margin: 8px 0 0; overflow-wrap: anywhere; }
-.mmkd-drop { display: block; padding: 26px 18px; text-align: center; border: 2px dashed var(--border-color-primary); border-radius: 10px; background: var(--block-background-fill); cursor: pointer; }
-.mmkd-drop.over, .mmkd-drop:hover { border-color: var(--accent); }
-.mmkd-drop:focus-within { outline: 2px solid var(--accent); outline-offset: 2px; }
-.mmkd-drop strong { display: block; margin-bottom: 4px; }
-.mmkd-drop input { max-width: 100%; margin-top: 12px; font-size: 14px; color: var(--body-text-color); }
-.mmkd-picture img { display: block; max-width: 100%; max-height: 420px; margin: 0 auto; border-radius: 8px; background: #000; }
-.mmkd-answer { margin: 0 0 12px; padding: 10px 14px; border-radius: 8px; background: var(--background-fill-secondary); overflow-wrap: anywhere; }
-.mmkd-answer b { font-size: 18px; }
-.mmkd-bars { list-style: none; margin: 0; padding: 0; display: grid; gap: 7px; }
-.mmkd-bars li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 2px 12px; margin: 0; }
-.mmkd-bars .name { overflow-wrap: anywhere; }
-.mmkd-bars .share { font-variant-numeric: tabular-nums; }
-.mmkd-bars .bar { grid-column: 1 / -1; height: 7px; border-radius: 4px; background: var(--background-fill-secondary); overflow: hidden; }
-.mmkd-bars .bar i { display: block; height: 100%; background: var(--accent); }
-.mmkd-tag { font-size: 12px; padding: 1px 7px; margin-left: 6px; border-radius: 9px; border: 1px solid var(--border-color-primary); color: var(--soft); white-space: nowrap; }
-.mmkd-found { list-style: none; margin: 0; padding: 0; display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); }
-.mmkd-found li { margin: 0; font-size: 13px; overflow-wrap: anywhere; }
-.mmkd-found img, .mmkd-found .none { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 6px; background: var(--background-fill-secondary); margin-bottom: 4px; }
-.mmkd-facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 10px 24px; margin: 0; }
-.mmkd-facts dt { font-size: 13px; color: var(--soft); }
-.mmkd-facts dd { margin: 0; overflow-wrap: anywhere; }
-"""
-
-PICKER = """
-<label class="mmkd-drop"><strong>Drop an image here, paste it, or choose a file</strong>
-<span>PNG, JPEG, TIFF, DICOM, NIfTI and others; at most ${limit} MB</span><br>
-<input type="file" aria-label="Image file"></label>
-<p class="mmkd-quiet" role="alert"></p>
-"""
-
-READ_FILE = """
-const most = props.limit * 1024 * 1024;
-const drop = () => element.querySelector('.mmkd-drop');
-function read(file) {
-  const alert = element.querySelector('[role=alert]');
-  if (!file) return;
-  if (file.size > most) { alert.textContent = `This file has ${(file.size / 1048576).toFixed(1)} MB; at most ${props.limit} MB are allowed.`; return; }
-  alert.textContent = '';
-  const reader = new FileReader();
-  reader.onload = () => { props.value = 'data:application/octet-stream;base64,' + reader.result.split(',')[1]; trigger('upload'); };
-  reader.readAsDataURL(file);
-}
-element.addEventListener('change', event => { if (event.target.type === 'file') { event.stopPropagation(); read(event.target.files[0]); } });
-element.addEventListener('dragover', event => { event.preventDefault(); drop().classList.add('over'); });
-element.addEventListener('dragleave', () => drop().classList.remove('over'));
-element.addEventListener('drop', event => { event.preventDefault(); drop().classList.remove('over'); read(event.dataTransfer.files[0]); });
-document.addEventListener('paste', event => { const file = event.clipboardData && event.clipboardData.files[0]; if (file) read(file); });
-"""
 
 
 @dataclass(frozen=True)
@@ -129,7 +71,7 @@ def mount_page(app: FastAPI, service: Service) -> FastAPI:
         build_page(service),
         path="/",
         theme=theme,
-        css=STYLE,
+        css=_resource("page.css"),
         footer_links=[],
         run_history=False,
         ssr_mode=False,
@@ -150,7 +92,13 @@ def build_page(service: Service) -> gr.Blocks:
         gr.HTML(_title(service), elem_classes="mmkd")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                picker = gr.HTML("", html_template=PICKER, js_on_load=READ_FILE, limit=limit, elem_classes="mmkd")
+                picker = gr.HTML(
+                    "",
+                    html_template=_resource("picker.html"),
+                    js_on_load=_resource("picker.js"),
+                    limit=limit,
+                    elem_classes="mmkd",
+                )
                 shown = gr.HTML("", elem_classes="mmkd mmkd-picture")
             with gr.Column(scale=3, min_width=300):
                 labels = gr.Textbox(
@@ -229,7 +177,10 @@ class _Actions:
         except (RequestError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         image = await self._img(coloured, f"Heat map for: {text}")
-        meaning = "Bright: without this part, the image is less similar to the text. It shows what the model uses, not where a finding is."
+        meaning = (
+            "Bright: without this part, the image is less similar to the text. "
+            "It shows what the model uses, not where a finding is."
+        )
         return f'<p class="mmkd-quiet">Heat map for “{escape(text)}”</p>{image}{_quiet(meaning)}'
 
     async def neighbours(self, picture: Picture | None) -> str:
@@ -268,10 +219,8 @@ def _entry(archive: Archive, hit: Hit) -> str:
     path = archive.path(hit.id)
     shown = '<span class="none"></span>'
     if path is not None:
-        try:
+        with suppress(UnreadableImageError):  # it has changed since it was indexed: its name is shown
             shown = _img(shrink(open_image(path), THUMBNAIL_SIDE), hit.id)
-        except UnreadableImageError:
-            pass  # it has gone or changed since it was indexed: its name is shown
     return f"<li>{shown}{escape(hit.id)} <span class='mmkd-tag'>{hit.score:.2f}</span></li>"
 
 
@@ -279,7 +228,9 @@ def _answer(prediction: Prediction, predictor: Predictor) -> str:
     """The probabilities of one image."""
     calibration, kept = predictor.calibration, prediction.conformal_set
     if prediction.abstained:
-        head = "<b>The model abstains</b><br>This image is less similar to every label than the images of the calibration."
+        head = (
+            "<b>The model abstains</b><br>This image is less similar to every label than the images of the calibration."
+        )
     elif prediction.labels:
         head = f"<b>{escape(', '.join(prediction.labels))}</b>"
     else:
@@ -315,8 +266,15 @@ def _title(service: Service) -> str:
 
 
 def _facts(service: Service) -> str:
-    rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in service.facts.items())
+    rows = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in service.facts.items()
+    )
     return f'<h2>The model</h2><dl class="mmkd-facts">{rows}</dl>'
+
+
+def _resource(name: str) -> str:
+    """A file beside this one."""
+    return (resources.files("mmkd.serving") / name).read_text(encoding="utf-8")
 
 
 def _quiet(text: str) -> str:

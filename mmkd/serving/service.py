@@ -225,7 +225,9 @@ class Service:
             RequestError: 503.
         """
         if self._pending + items > self.limits.waiting:
-            raise overloaded(f"{self._pending} texts and images wait for the model, the queue takes {self.limits.waiting}")
+            raise overloaded(
+                f"{self._pending} texts and images wait for the model, the queue takes {self.limits.waiting}"
+            )
         self._pending += items
         try:
             yield

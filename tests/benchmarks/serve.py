@@ -7,9 +7,9 @@ Both sides serve OpenAI's embeddings from a process of their own, with the same 
 of torch. The other side is what one writes with FastAPI and transformers: an endpoint that FastAPI runs in its pool of
 threads, which decodes the image, calls the processor and the model under ``inference_mode`` and returns a list. Every
 client sends its next request when it has the answer to the last one; images are JPEGs of 512 x 512 pixels, or captions.
-Sides alternate within a round, and the figures are medians over rounds. ``CPU ms`` is what the process of a side computes
-for one request: other load on the machine changes it little, while it gives the side with more threads the larger share
-of the cores. ``lowest cosine`` is that between the answers of both sides. The last line is for images, of which the
+Sides alternate within a round, and the figures are medians over rounds. ``CPU ms`` is what the process of a side
+computes for one request: other load on the machine changes it little, while it gives the side with more threads the
+larger share of the cores. ``lowest cosine`` is that between the answers of both sides. The last line is for images, of which the
 ratio is smaller; ``lost`` counts requests without an answer of 200, of either side.
 """
 
@@ -32,7 +32,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-PLAIN = '''
+PLAIN = """
 import base64, io, sys
 import torch, uvicorn
 from fastapi import FastAPI
@@ -65,9 +65,28 @@ def embed(body: Body):
     return {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": vector}]}
 
 uvicorn.run(app, port=int(sys.argv[2]), access_log=False, log_level="warning")
-'''
+"""
 SIDE, KINDS = 512, ("image", "text")
-WORDS = "axial coronal T2 weighted MRI CT chest radiograph of the brain lung liver showing a mass effusion edema".split()
+WORDS = [
+    "axial",
+    "coronal",
+    "T2",
+    "weighted",
+    "MRI",
+    "CT",
+    "chest",
+    "radiograph",
+    "of",
+    "the",
+    "brain",
+    "lung",
+    "liver",
+    "showing",
+    "a",
+    "mass",
+    "effusion",
+    "edema",
+]
 
 
 def free_port():
@@ -195,7 +214,8 @@ def memory(address, process, clients, requests):
             _, _, lost, _ = asyncio.run(load(address, kind, clients, requests // 20))
             assert not lost, f"{lost} requests were lost"
         found.append(resident(process))
-    print(f"memory after each tenth of {requests} requests [MB]: {', '.join(f'{value:.0f}' for value in found)}")
+    shown = ", ".join(f"{value:.0f}" for value in found)
+    print(f"memory after each tenth of {requests} requests [MB]: {shown}")
 
 
 def main():
@@ -212,7 +232,9 @@ def main():
     plain = ["-c", PLAIN, settings.model, str(ports[1])]
     with started(ours, ports[0]) as (address, process), started(plain, ports[1]) as other:
         print(f"{settings.clients} clients, {settings.requests} requests in each of {settings.rounds} rounds\n")
-        print("| kind | side | requests/s | p50 ms | p99 ms | CPU ms | lost | lowest cosine |\n|---|---|---:|---:|---:|---:|---:|---:|")
+        print(
+            "| kind | side | requests/s | p50 ms | p99 ms | CPU ms | lost | lowest cosine |\n|---|---|---:|---:|---:|---:|---:|---:|"
+        )
         rows = compare({"ours": (address, process), "plain": other}, settings)
         print()
         if settings.memory:

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_one_service_from_start_to_stop(folder, archive, tmp_path):
         status, found = post(address, "/v1/embeddings", {"input": ["w3", data_url(noise())]}, **allowed)
         assert status == 200 and len(found["data"]) == 2
         status, found = post(address, "/v1/search", {"input": "w4", "k": 2}, **allowed)
-        assert status == 200 and [hit["id"] for hit in found["data"]][0] == "1.png" and len(found["data"]) == 2
+        assert status == 200 and next(hit["id"] for hit in found["data"]) == "1.png" and len(found["data"]) == 2
         assert post(address, "/v1/embeddings", {"input": "w3"})[0] == 401
 
         memory = resident(process)
@@ -102,7 +103,9 @@ def test_one_service_from_start_to_stop(folder, archive, tmp_path):
 
         waiting = concurrent.futures.ThreadPoolExecutor(4)
         last = [
-            waiting.submit(post, address, "/v1/embeddings", {"input": [data_url(noise(n)) for n in range(32)]}, **allowed)
+            waiting.submit(
+                post, address, "/v1/embeddings", {"input": [data_url(noise(n)) for n in range(32)]}, **allowed
+            )
             for _ in range(4)
         ]
         time.sleep(0.3)
@@ -132,8 +135,7 @@ def send_two_gigabytes(port):
 
 
 def resident(process):
-    with open(f"/proc/{process.pid}/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_other_machines_are_out_of_reach(tmp_path):
@@ -179,7 +181,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "part"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("options", "part"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_settings_that_cannot_work(folder, options, part):
     port = [] if "--port" in options else ["--port", "0"]
     done = mmkd("serve", folder, *port, *options)
@@ -199,7 +203,9 @@ def test_a_port_in_use_is_an_error_before_the_model_is_loaded(tmp_path):
 def test_a_short_key_is_refused(folder, tmp_path):
     (tmp_path / "key").write_text("short")
     done = mmkd("serve", folder, "--key_file", tmp_path / "key", "--port", "0")
-    assert done.returncode == 1 and "16 characters" in done.stderr and "short" not in done.stderr.replace("key_file", "")
+    assert (
+        done.returncode == 1 and "16 characters" in done.stderr and "short" not in done.stderr.replace("key_file", "")
+    )
 
 
 def test_an_index_of_another_model_is_refused(folder, tmp_path):
@@ -219,9 +225,7 @@ def test_calibration_and_onnx_of_the_model(folder, tmp_path):
     encoder = load_encoder(str(model))
     predictor = Predictor(encoder, read_labels("w3,w4"))
     own = {"scale": 7.0, "quantile": 1.0, "abstain_below": 2.0, "images": 50}
-    write_calibration(
-        model, Calibration(predictor.fingerprint, predictor.key, "single", ["w3", "w4"], **own)
-    )
+    write_calibration(model, Calibration(predictor.fingerprint, predictor.key, "single", ["w3", "w4"], **own))
     with serve_apart(model, "--onnx", tmp_path / "onnx", "--labels", "w3,w4", "--page", "false") as (_, address):
         status, found = post(address, "/v1/classify", {"input": data_url(noise())})
         _, embedded = post(address, "/v1/embeddings", {"input": ["w3", data_url(noise())], "encoding_format": "base64"})

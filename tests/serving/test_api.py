@@ -107,7 +107,9 @@ def test_batched_answers_equal_those_one_by_one_and_a_broken_image_fails_alone(f
     batching = Batching(largest=8, wait=0.2, observe=lambda kind, size: sizes.append(size))
     together, alone = serve_here(folder, work, batching=batching)
     assert error(together.pop()) == (400, "image_unsupported", "input.0")
-    np.testing.assert_allclose(np.concatenate(list(map(vectors, together))), np.concatenate(list(map(vectors, alone))), atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate(list(map(vectors, together))), np.concatenate(list(map(vectors, alone))), atol=1e-5
+    )
     assert max(sizes) == 8
 
 
@@ -231,7 +233,9 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(folder):
     async def work(client, service):
         kind = {"content-type": "application/json"}
         streamed = await client.post("/v1/embeddings", content=endless(), headers=kind)
-        announced = await client.post("/v1/embeddings", content=endless(), headers={**kind, "content-length": "9999999"})
+        announced = await client.post(
+            "/v1/embeddings", content=endless(), headers={**kind, "content-length": "9999999"}
+        )
         return streamed, announced
 
     streamed, announced = serve_here(folder, work, limits=Limits(body_bytes=1_000_000))
@@ -274,7 +278,7 @@ def test_a_client_that_hangs_up_leaves_the_queue(folder):
 
     async def work(client, service):
         encode, held = service.encoder.encode_texts, threading.Event()
-        service.encoder.encode_texts = lambda texts: computed.extend(texts) or held.wait(10) and encode(texts)
+        service.encoder.encode_texts = lambda texts: computed.extend(texts) or (held.wait(10) and encode(texts))
         first = asyncio.create_task(client.post("/v1/embeddings", json={"input": "w7"}))
         while not computed:
             await asyncio.sleep(0.01)

@@ -10,7 +10,9 @@ import pytest
 from served import noise, serve_apart
 from tiny_model import save_tiny
 
-SECTION = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8").split("## The service")[1]
+SECTION = (
+    (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8").split("## The service")[1]
+)
 PLACE = "http://127.0.0.1:8000"
 
 

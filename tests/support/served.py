@@ -86,8 +86,7 @@ def wait_until_ready(process, address):
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()[0]
-        with contextlib.suppress(OSError):
-            with urllib.request.urlopen(f"{address}/readyz", timeout=5):
-                return
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/readyz", timeout=5):
+            return
         time.sleep(0.1)
     raise AssertionError("the service is not ready")
