@@ -9,8 +9,8 @@ threads, which decodes the image, calls the processor and the model under ``infe
 client sends its next request when it has the answer to the last one; images are JPEGs of 512 x 512 pixels, or captions.
 Sides alternate within a round, and the figures are medians over rounds. ``CPU ms`` is what the process of a side
 computes for one request: other load on the machine changes it little, while it gives the side with more threads the
-larger share of the cores. ``lowest cosine`` is that between the answers of both sides. The last line is for images, of which the
-ratio is smaller; ``lost`` counts requests without an answer of 200, of either side.
+larger share of the cores. ``lowest cosine`` is that between the answers of both sides. The last line is for images, of
+which the ratio is smaller; ``lost`` counts requests without an answer of 200, of either side.
 """
 
 import argparse
