@@ -28,7 +28,9 @@ class CurateSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "table salt preset max_pairs licenses modalities shard validation_share test_share exclude_manifests",
-        "images": "window frame burned_in secondary_captures short_side jpeg_quality minimum_side panel_types split_panels",
+        "images": "window frame burned_in secondary_captures short_side jpeg_quality minimum_side panel_types "
+        "split_panels",
+        "reports": "reports query join text sections columns",
         "captions": "minimum_words maximum_words languages mentions scrub",
         "duplicates": "near_duplicates image_distance caption_similarity",
         "computing": "seed workers quiet overwrite",
@@ -41,6 +43,14 @@ class CurateSettings:
     table: Path | None = setting(None, "list of the images, if it is not SOURCE/labels.csv")
     salt: Path | None = setting(
         None, "secret file, the key of hashes of DICOM patients; without it the source's first file"
+    )
+    reports: str | None = setting(None, "reports of DICOM files: CSV, Parquet or the URL of a database")
+    query: str = setting("", "SQL that gives the reports, where they are in a database")
+    join: str = setting("AccessionNumber", "DICOM element that reports are joined by, or ELEMENT=COLUMN")
+    text: str = setting("ReportText", "column of the reports' text")
+    sections: list[str] = setting(factory=list, help="headings whose text becomes the caption, such as impression")
+    columns: list[str] = setting(
+        factory=list, help="FIELD=COLUMN of the reports or the list of images, such as group=PatientID"
     )
     preset: str = setting(
         "auto", "rules: paper (auto: for tars), list (labelled images), any (all else) or a YAML file"
@@ -84,6 +94,7 @@ class CurateSettings:
 if __name__ == "__main__":
     check_arguments(CurateSettings)  # before the imports that take seconds
 
+from mmkd.curation.reports import ReportSource, read_mapping
 from mmkd.curation.sources import preset_of
 from mmkd.curation.stream import curate
 from mmkd.data.table import SPLITS
@@ -93,12 +104,18 @@ def main(settings: CurateSettings) -> None:
     """Curate and print one line of counts."""
     preset = preset_of(settings.source, settings.table) if settings.preset == "auto" else settings.preset
     given = {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(Rules)}
+    columns, reports = read_mapping(settings.columns), None
+    if settings.reports is not None:
+        mapping = {"caption": settings.text} | columns
+        reports = ReportSource(settings.reports, settings.join, mapping, settings.query, tuple(settings.sections))
     report = curate(
         settings.source,
         settings.output,
         read_rules(preset, **{name: value for name, value in given.items() if value is not None}),
         table=settings.table,
         salt=settings.salt,
+        columns=columns if settings.reports is None else None,
+        reports=reports,
         workers=settings.workers,
         shard=_shard(settings.shard),
         exclude=settings.exclude_manifests,

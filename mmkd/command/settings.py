@@ -48,7 +48,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE: the exit code that a shell gives a program w
 BOOLEANS = ("true", "false", "yes", "no", "1", "0", "on", "off")
 NONE = ("none", "null", "")
 GROUPS = (
-    *("settings", "data", "images", "captions", "duplicates", "model", "losses", "tasks", "statistics"),
+    *("settings", "data", "images", "reports", "captions", "duplicates", "model", "losses", "tasks", "statistics"),
     *("optimisation", "validation", "computing", "checkpoints and logging"),
 )
 REQUIRED, COMMON = Group("required", sort_key=-1), Group("command", sort_key=len(GROUPS))

@@ -1,8 +1,8 @@
 """DICOM in curation: patient and study as salted hashes, modality by name, images with burned-in text left out.
 
 A header is read for the six elements of `HEADER` and one to join reports by; none of their values is kept. Patient and
-study become keyed hashes (HMAC-SHA-256). The key is a file that stays secret, so that nobody can hash all record numbers
-of a hospital and compare; by default the source's own first file, which whoever has only the pairs does not have.
+study become keyed hashes (HMAC-SHA-256). The key is a file that stays secret, so that nobody can hash all record
+numbers of a hospital and compare; by default the source's first file, which is not part of the pairs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Header:
         modality: one of the names in `MODALITIES`; empty for all other codes.
         burned_in: the file states that its pixels show text about the patient.
         secondary_capture: a screenshot, scan or photograph of a document instead of an acquired image.
-        joined: the value that reports are joined by; in memory only.
+        joined: hash of the value that reports are joined by.
     """
 
     patient: str
@@ -66,12 +66,12 @@ def read_header(data: bytes, name: str, salt: bytes, join: str = "") -> Header:
     kind = values["SOPClassUID"]
     study = _hash(salt, "study", values["StudyInstanceUID"])
     return Header(
-        _hash(salt, "patient", values["PatientID"]) or study,
+        patient_hash(salt, values["PatientID"]) or study,
         study,
         MODALITIES.get(values["Modality"].upper(), ""),
         values["BurnedInAnnotation"].upper() == "YES",
         kind == SECONDARY_CAPTURE or kind.startswith(f"{SECONDARY_CAPTURE}.") or SCREEN in values["ImageType"].upper(),
-        values[join] if join else "",
+        joining_hash(salt, values[join]) if join else "",
     )
 
 
@@ -83,6 +83,16 @@ def read_salt(path: Path) -> bytes:
     """
     with path.open("rb") as file:
         return hashlib.sha256(b"key of hashes of patients\0" + file.read(SALT_BYTES)).digest()
+
+
+def patient_hash(salt: bytes, number: str) -> str:
+    """The group of a patient; empty without a number."""
+    return _hash(salt, "patient", number)
+
+
+def joining_hash(salt: bytes, value: str) -> str:
+    """What stands for a value by which files and reports are joined; empty for an empty value."""
+    return _hash(salt, "join", value)
 
 
 def place_hash(salt: bytes, name: str) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mmkd.curation.captions import (
 from mmkd.curation.dicom import Header, read_header
 from mmkd.curation.duplicates import SIGNATURE_BYTES, caption_signature, short_hash
 from mmkd.curation.pictures import Picture, prepare_picture
+from mmkd.curation.reports import open_reports
 from mmkd.curation.rules import EACH, Rules
 from mmkd.curation.samples import Fragment, Item, Metadata, MetadataError, RawSample, Refused, decode_metadata
 from mmkd.data.archives import BLOCK, ArchiveWriter
@@ -58,6 +60,7 @@ class PartWriter:
 
     def __init__(self, folder: Path, number: int, rules: Rules, salt: bytes = b"") -> None:
         """Write part ``number`` into ``folder``; ``salt`` is the key of hashes of patients and studies."""
+        self.reports = open_reports(folder)
         self.rules, self.number, self.salt = rules, number, salt
         self.base = folder / f"{number:06d}"
         self.reasons: Counter[str] = Counter()
@@ -118,6 +121,8 @@ class PartWriter:
         metadata = decode_metadata(sample.metadata, rules.fields)
         data = b"" if sample.image_suffix in OTHER_THAN_DICOM else sample.read_image()
         header = self._header(sample, data)
+        if header is not None:
+            sample = self._with_report(sample, metadata, header)
         if header is not None and not metadata.text("modality"):
             metadata.set("modality", header.modality)
         modality, reason = rules.judge(sample.key, metadata)
@@ -155,21 +160,35 @@ class PartWriter:
 
     def _header(self, sample: RawSample, data: bytes) -> Header | None:
         """The header of a DICOM file, None of all others; drops files of archives that may show text on a patient."""
-        if form_of(data, f"image.{sample.image_suffix}") != "dicom":
+        if not data or form_of(data, f"image.{sample.image_suffix}") != "dicom":
             return None
-        header = read_header(data, "image", self.salt)
+        header = read_header(data, "image", self.salt, self.reports.element if self.reports else "")
         if not sample.listed and header.burned_in and not self.rules.burned_in:
             raise DroppedError("burned_in_annotation")
         if not sample.listed and header.secondary_capture and not self.rules.secondary_captures:
             raise DroppedError("secondary_capture")
         return header
 
+    def _with_report(self, sample: RawSample, metadata: Metadata, header: Header) -> RawSample:
+        """The sample with the caption and fields of its report, which fill what the source leaves empty."""
+        if self.reports is None:
+            return sample
+        fields = self.reports.fields(header.joined)
+        if fields is None:
+            raise DroppedError("no_report")
+        for name, value in fields.items():
+            if name != "caption" and not metadata.text(name):
+                metadata.set(name, value)
+        if self.reports.sections and not fields["caption"]:
+            raise DroppedError("no_section")
+        return sample if sample.caption else replace(sample, caption=fields.get("caption", ""))
+
     def _pictures(self, data: bytes, suffix: str) -> list[Picture]:
         """The image of a file, or with ``frame: each`` those of all frames of a DICOM file."""
         rules = self.rules
-        frames = (0,)
+        frames = [0]
         if rules.frame == EACH and form_of(data, f"image.{suffix}") == "dicom":
-            frames = tuple(range(1, count_frames(data, "image") + 1))
+            frames = list(range(1, count_frames(data, "image") + 1))
         sizes = rules.minimum_side, rules.short_side, rules.jpeg_quality
         return [prepare_picture(data, *sizes, rules.pixel_window(frame), suffix) for frame in frames]
 

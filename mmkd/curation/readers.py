@@ -69,12 +69,13 @@ HEAD_BYTES = 256
 ListRow = tuple[str, "dict[str, Any] | str"]  # place, and the values by column or why there are none
 
 
-def list_rows(folder: Path, table: Path | None = None) -> list[ListRow]:
+def list_rows(folder: Path, table: Path | None = None, columns: str = "") -> list[ListRow]:
     """The rows of a folder with ``labels.csv`` or the authors' ``meta.jsonl``, in their order.
 
     Args:
         folder: the folder of the images.
         table: a list in the form of ``labels.csv`` that lies elsewhere.
+        columns: names of its columns, as ``field=column`` separated by line feeds.
 
     Raises:
         FileNotFoundError: the table does not exist.
@@ -84,15 +85,15 @@ def list_rows(folder: Path, table: Path | None = None) -> list[ListRow]:
     if not path.is_file():
         raise FileNotFoundError(f"--table {path}: no such file")
     status = path.stat()
-    rows = _rows_of(path, status.st_mtime_ns, status.st_size)
+    rows = _rows_of(path, columns, status.st_mtime_ns, status.st_size)
     if not rows:
         raise ValueError(f"{path} lists no images")
     return rows
 
 
-def read_list(folder: Path, table: Path | None, start: int, stop: int) -> Iterator[Item]:
+def read_list(folder: Path, table: Path | None, start: int, stop: int, columns: str = "") -> Iterator[Item]:
     """The samples of rows ``start`` to ``stop``, see `list_rows`."""
-    for place, values in list_rows(folder, table)[start:stop]:
+    for place, values in list_rows(folder, table, columns)[start:stop]:
         if isinstance(values, str):
             yield Refused(place, values)
             continue
@@ -263,19 +264,34 @@ class _TarReader:
 
 
 @lru_cache(maxsize=1)
-def _rows_of(path: Path, _modified: int, _size: int) -> list[ListRow]:
+def _rows_of(path: Path, columns: str, _modified: int, _size: int) -> list[ListRow]:
     """The rows of a list, cached, because several units read one list."""
     if path.name == META_FILE:
         return [(f"{META_FILE}:{n}", {"published": sample}) for n, sample in enumerate(read_published(path.parent), 1)]
     table = read_csv(path)
-    columns = [name.lower() for name in table.columns]
-    _check_columns(path, columns)
+    names = [name.lower() for name in table.columns]
+    fields = _fields_of(path, names, columns)
+    _check_columns(path, [fields[name] for name in names])
     rows: list[ListRow] = []
     for row in table.rows:
         cells = ("" if is_empty(cell) else cell for cell in row.cells.values())
-        values = dict(zip((name.lower() for name in row.cells), cells, strict=True))
+        values = dict(zip((fields[name.lower()] for name in row.cells), cells, strict=True))
         rows.append((f"{path.name}:{row.line}", "malformed_row" if any(row.extra) else values))
     return rows
+
+
+def _fields_of(path: Path, columns: list[str], renamed: str) -> dict[str, str]:
+    """The field of each column: its own name, unless another column is named for that field.
+
+    Raises:
+        ValueError: a named column is not there.
+    """
+    given = dict(entry.split("=", 1) for entry in renamed.splitlines())
+    for field, column in given.items():
+        if column.lower() not in columns:
+            raise ValueError(f"--columns {field}={column}: {path} has the columns {', '.join(columns)}")
+    chosen = {column.lower(): field for field, column in given.items()}
+    return {column: chosen.get(column, f"own {column}" if column in given else column) for column in columns}
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmkd.curation.packaged import packaged_attribution, packaged_versions, read_packaged
 from mmkd.curation.dicom import read_salt
+from mmkd.curation.packaged import packaged_attribution, packaged_versions, read_packaged
 from mmkd.curation.readers import (
     LABELS_FILE,
     is_dicom_file,
@@ -65,6 +65,7 @@ class Unit:
         stop: row or byte after the last.
         line: number of the first line, for JSON lines.
         table: list of the images, where it lies elsewhere.
+        columns: names of columns of a list, as ``field=column`` separated by line feeds.
         salt: file whose content is the key of hashes of patients; empty for a source of the Hub.
         state: size in bytes or checksum of the list, to notice that a source has changed.
     """
@@ -76,6 +77,7 @@ class Unit:
     stop: int = 0
     line: int = 1
     table: str = ""
+    columns: str = ""
     salt: str = ""
     state: str = ""
 
@@ -93,7 +95,7 @@ class Unit:
         if self.kind == "jsonl":
             return read_json_lines(path, self.start, self.stop, self.line)
         if self.kind == "list":
-            return read_list(path, Path(self.table) if self.table else None, self.start, self.stop)
+            return read_list(path, Path(self.table) if self.table else None, self.start, self.stop, self.columns)
         if self.kind == "images":
             return read_image_folder(path, self.start, self.stop)
         if self.kind == DICOM:
@@ -105,7 +107,9 @@ class Unit:
         return _read_hub_stream(self.path, self.start, self.stop)
 
 
-def plan_units(source: str, table: Path | None = None, salt: Path | None = None) -> list[Unit]:
+def plan_units(
+    source: str, table: Path | None = None, salt: Path | None = None, columns: Mapping[str, str] | None = None
+) -> list[Unit]:
     """The units of a source, in order.
 
     Args:
@@ -113,6 +117,7 @@ def plan_units(source: str, table: Path | None = None, salt: Path | None = None)
             the authors' ``meta.jsonl``, ``hf://datasets/OWNER/NAME``, or ``packaged``.
         table: a list in the form of ``labels.csv`` of images in the folder ``source``.
         salt: file whose content is the key of hashes of patients; by default the first file of the source.
+        columns: field -> column of a list that names it otherwise.
 
     Raises:
         FileNotFoundError: there is nothing of that kind.
@@ -127,7 +132,7 @@ def plan_units(source: str, table: Path | None = None, salt: Path | None = None)
         found = _hub_units(source)
     else:
         key = str(salt or _first_file(Path(source), table))
-        found = [unit | {"salt": key} for unit in _local_units(Path(source), table)]
+        found = [unit | {"salt": key} for unit in _local_units(Path(source), table, _written(columns))]
     return [Unit(number, **values) for number, values in enumerate(found)]
 
 
@@ -161,16 +166,20 @@ def _is_list(path: Path) -> bool:
     return (path / LABELS_FILE).is_file() or (path / META_FILE).is_file()
 
 
-def _local_units(path: Path, table: Path | None) -> list[dict[str, Any]]:
+def _written(columns: Mapping[str, str] | None) -> str:
+    return "\n".join(f"{field}={column}" for field, column in (columns or {}).items())
+
+
+def _local_units(path: Path, table: Path | None, columns: str) -> list[dict[str, Any]]:
     if path.is_file():
         units = _file_units(path)
     elif not path.is_dir():
         raise FileNotFoundError(f"--source {path}: no such folder or file")
     elif table is not None or _is_list(path):
         list_file = table or (path / LABELS_FILE if (path / LABELS_FILE).is_file() else path / META_FILE)
-        rows = len(list_rows(path, table))
+        rows = len(list_rows(path, table, columns))
         state = hashlib.sha256(list_file.read_bytes()).hexdigest()
-        units = _ranges("list", path, rows, table=str(table or ""), state=state)
+        units = _ranges("list", path, rows, table=str(table or ""), columns=columns, state=state)
     else:
         suffix = _suffix_of_folder(path)
         files = list_files(path)

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -31,6 +31,7 @@ from mmkd.curation.datasheet import write_sheet
 from mmkd.curation.decisions import Decisions, decide
 from mmkd.curation.merge import dropped_rows, reason_counts, write_merged_manifest, write_shard
 from mmkd.curation.part import PartWriter
+from mmkd.curation.reports import ReportSource, write_reports
 from mmkd.curation.rules import Rules
 from mmkd.curation.samples import Item, RawSample, Refused
 from mmkd.curation.sources import ATTRIBUTION_FILE, DICOM, PACKAGED, Unit, attribution, checksum_of, plan_units
@@ -62,6 +63,8 @@ def curate(
     *,
     table: Path | None = None,
     salt: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    reports: ReportSource | None = None,
     workers: int = 1,
     shard: tuple[int, int] = (1, 1),
     exclude: Sequence[Path] = (),
@@ -76,6 +79,8 @@ def curate(
         rules: what is kept and how.
         table: a list of the images in the folder ``source``, where it does not lie there as ``labels.csv``.
         salt: file whose content is the key of hashes of patients, see `mmkd.curation.dicom`.
+        columns: field -> column of a list of images that names it otherwise.
+        reports: of DICOM files.
         workers: processes on this machine.
         shard: (i, n): process every n-th unit from the i-th on and stop there, unless n is 1.
         exclude: evaluation sets that the output must not contain.
@@ -92,9 +97,11 @@ def curate(
         OSError: the source cannot be read or the output not written; what is done stays for the next run.
     """
     name = source if "://" in source else Path(source).name  # paths of this machine stay private
-    units = plan_units(source, table, salt)
+    units = plan_units(source, table, salt, columns)
+    rows = reports.read(units[0].key()) if reports is not None else {}
     _refuse_rules_without_effect(units, rules)
     settings = {"version": VERSION, "source": name, "units": checksum_of(units), "rules": rules.as_dict()}
+    settings |= {"reports": reports.describe(rows)} if reports is not None else {}
     settings = json.loads(json.dumps(settings | {"exclude": checksums(exclude)}))
     if not overwrite and (output / SETTINGS_FILE).is_file() and read_json(output / SETTINGS_FILE) == settings:
         report: dict[str, Any] = read_json(output / REPORT_FILE)
@@ -102,6 +109,8 @@ def curate(
     refuse_existing(output, overwrite)
     parts = output.with_name(f"{output.name}.parts")
     _open_parts(parts, settings, units, overwrite)
+    if reports is not None:
+        write_reports(parts, reports, rows)
     number, total = shard
     own = [unit for unit in units if unit.number % total == number - 1 and not _is_done(parts, unit)]
     tasks = [(unit, parts, rules) for unit in own]

@@ -101,7 +101,9 @@ def open_header(
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise UnreadableImageError("too_large", f"{name}: {error}") from error
         except Image.UnidentifiedImageError as error:
-            raise UnreadableImageError("unsupported", f"{name} is none of {', '.join(FORMATS)}, DICOM and NIfTI") from error
+            raise UnreadableImageError(
+                "unsupported", f"{name} is none of {', '.join(FORMATS)}, DICOM and NIfTI"
+            ) from error
         except Exception as error:  # see finish_image
             raise UnreadableImageError("corrupt", f"{name} has a broken header: {error}") from error
     check_size(image.size, name, minimum_side)

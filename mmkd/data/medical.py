@@ -1,13 +1,14 @@
 """Decode DICOM (pydicom) and NIfTI (nibabel) to 8-bit pixels; called by `mmkd.data.images` alone.
 
-DICOM: modality LUT or rescale, the file's VOI LUT or window (also of a frame of an enhanced file), MONOCHROME1 inverted,
-palettes and YBR as RGB, colour of more than 8 bits by its high bytes. Compressed files are decoded where pydicom has a
-decoder. NIfTI: an axial slice of the first volume, oriented by its header and shown as radiologists see it, as DICOM
-slices are: the front up, the patient's right on the left.
+DICOM: modality LUT or rescale, the file's VOI LUT or window (also of a frame of an enhanced file), MONOCHROME1
+inverted, palettes and YBR as RGB, colour of more than 8 bits by its high bytes. Compressed files are decoded where
+pydicom has a decoder. NIfTI: an axial slice of the first volume, oriented by its header and shown as DICOM slices are:
+the front up, the patient's right on the left.
 
-Of a DICOM file only the elements that describe pixels are read (`PIXEL_ELEMENTS`), so that no name or number of a patient
-is in memory; messages never quote a header, and pydicom's own warnings, which do, are silenced. Sizes are checked by the
-header before anything is decoded, also those of a compressed frame, which may differ, and of compressed files.
+Of a DICOM file only the elements that describe pixels are read (`PIXEL_ELEMENTS`), so that no name or number of a
+patient is in memory. Messages never quote a header, and pydicom's own warnings, which do, are silenced. Sizes are
+checked by the header before anything is decoded, also those of a compressed frame, which may differ, and of compressed
+files.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def count_frames(data: bytes, name: str) -> int:
 
 
 def dicom_values(data: bytes, name: str, elements: Sequence[str]) -> dict[str, str]:
-    """Elements of a DICOM header as text by keyword, empty where they are missing; several values joined by a backslash.
+    """Elements of a DICOM header as text by keyword: empty where missing, several values joined by a backslash.
 
     Args:
         data: the bytes of the file.
@@ -209,7 +210,8 @@ def _slice(values: Any, axis: int, position: int) -> np.ndarray:
     at: list[Any] = [slice(None)] * min(3, len(values.shape))
     if axis < len(at):
         at[axis] = position
-    return np.asarray(values[(*at, *[0] * (len(values.shape) - len(at)))])
+    first_volume = tuple(at + [0] * (len(values.shape) - len(at)))
+    return np.asarray(values[first_volume])
 
 
 def _nifti_shown(values: np.ndarray, name: str, window: Window) -> np.ndarray:

@@ -110,8 +110,11 @@ def window_by_percentiles(values: np.ndarray) -> np.ndarray:
 
 def window_between(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Finite grey values (height, width) as uint8: 0 at ``low``, 255 at ``high``, linear between and clipped."""
-    scaled = (values - low) / max(high - low, np.finfo(float).tiny)
-    return (np.clip(scaled, 0, 1) * 255).round().astype(np.uint8)
+    scaled = values - np.float64(low)
+    scaled /= max(high - low, np.finfo(float).tiny)
+    np.clip(scaled, 0, 1, out=scaled)  # in place: most of the time is memory
+    scaled *= 255
+    return np.rint(scaled, out=scaled).astype(np.uint8)
 
 
 def window_hounsfield(values: np.ndarray, preset: str) -> np.ndarray:

@@ -28,7 +28,24 @@ from mmkd.files import is_inside
 NIFTI_GZ = "nii.gz"
 
 IMAGE_SUFFIXES = frozenset(
-    ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "dcm", "dicom", "ima", "nii", NIFTI_GZ)
+    (
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "jp2",
+        "dcm",
+        "dicom",
+        "ima",
+        "nii",
+        NIFTI_GZ,
+    )
 )
 
 EMPTY_CELLS = frozenset(("", "nan", "null", "none", "<na>", "#n/a", "n/a", "-"))

@@ -129,6 +129,11 @@ def write_export(output: Path, model: MMKDClipModel, processor: Any, form: Form)
         raise ValueError(f"the {form} towers differ from the model by {difference:.1e}, more than {TOLERANCE:.0e}")
     write_json(output / DESCRIPTION, describe(model, processor, form, files) | {"largest_difference": difference})
     processor.save_pretrained(output)
+    write_usage(output)
+
+
+def write_usage(output: Path) -> None:
+    """Write ``usage.py`` and the modules that it reads images by, which import nothing of this package."""
     usage = (resources.files("mmkd.exporting") / USAGE).read_text(encoding="utf-8")
     atomic_write_text(output / USAGE, usage.replace("from mmkd.data.", f"from {READER}."))
     (output / READER).mkdir()
@@ -146,7 +151,9 @@ def quantize_export(source: Path, output: Path) -> None:
     """
     description = read_json(source / DESCRIPTION)
     files = {name: description[name]["file"] for name in OUTPUTS}
-    shutil.copytree(source, output, ignore=shutil.ignore_patterns(*(f"{file}*" for file in files.values())), dirs_exist_ok=True)
+    shutil.copytree(
+        source, output, ignore=shutil.ignore_patterns(*(f"{file}*" for file in files.values())), dirs_exist_ok=True
+    )
     products = {name: quantize(source / file, output / file) for name, file in files.items()}
     del description["largest_difference"]
     write_json(output / DESCRIPTION, description | {"format": "int8", "integer_products": products})

@@ -4,8 +4,8 @@
     python usage.py picture.png "an MRI of the brain" "a chest radiograph"
 
 In code: ``Encoder(folder).encode_images([open_image(path)])`` and ``.encode_texts([...])``; their products are cosine
-similarities. Images are read as in training by ``pixel_reader``, DICOM and NIfTI too (``pip install pydicom nibabel``):
-``open_image(path, window=Window("lung"))``. ``export.json`` states how pixels and texts are prepared and which versions made the towers.
+similarities. ``pixel_reader`` beside this file reads images as in training, DICOM and NIfTI too (``pip install pydicom
+nibabel``). ``export.json`` states how pixels and texts are prepared and which versions made the towers.
 
 A ``.pt2`` file can run code when it is loaded: load only those that you trust. An ``.onnx`` file holds a graph alone.
 """

@@ -9,6 +9,7 @@ from authors_form import tokenizer
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil
 
+from mmkd.data.images import to_rgb
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor, clean_text
 from modeling_mmkd.processing_mmkd import logger
 
@@ -161,13 +162,29 @@ GREY = np.full((40, 50, 3), 90, dtype=np.uint8)
         (torch.zeros(3, 40, 50, dtype=torch.int64), "the image is int64; allowed"),
         ([np.where(GREY > 0, np.nan, GREY)], "image 0 has NaN or infinity; allowed"),
         (torch.full((3, 40, 50), torch.inf, dtype=torch.float16), "the image has NaN or infinity"),
-        (Image.new("I;16", (9, 9)), "the image has the mode I;16, more than 8 bits"),
-        ([Image.new("F", (9, 9))], "image 0 has the mode F"),
     ],
 )
 def test_images_that_are_none_are_refused(processor, images, message):
     with pytest.raises(ValueError, match=message):
         processor(images=images, return_tensors="pt")
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", "i4", "f4"])
+def test_deep_grey_is_windowed_as_in_training(processor, kind):
+    values = np.random.default_rng(0).normal(1000, 300, (41, 53)).astype(kind)
+    if kind == "f4":
+        values[0, :3] = np.nan, np.inf, -np.inf
+    deep = Image.fromarray(values) if kind != ">u2" else Image.frombytes("I;16B", (53, 41), values.tobytes())
+    expected = processor(images=to_rgb(deep), return_tensors="pt")["pixel_values"]
+    assert expected.std() > 0.3
+    for images in (deep, [deep], (deep,)):
+        assert torch.equal(processor(images=images, return_tensors="pt")["pixel_values"], expected)
+    for value in (7, np.nan if kind == "f4" else 0):
+        flat = Image.fromarray(np.full((40, 30), value, "f4" if kind == "f4" else "i4"))
+        assert torch.equal(
+            processor(images=flat, return_tensors="pt")["pixel_values"],
+            processor(images=Image.new("RGB", (30, 40)), return_tensors="pt")["pixel_values"],
+        )
 
 
 def test_arrays_and_tensors_that_are_images_give_the_pixels_of_pil(processor):

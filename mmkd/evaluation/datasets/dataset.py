@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from mmkd.command.settings import nearest
+from mmkd.data.pixel_rules import DEFAULT_WINDOW, Window
 from mmkd.data.splits import assign_splits, meaning_of
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.manifest import (
@@ -161,6 +162,7 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
     try:
         _verify_sum(manifest, paths)
         reading = READERS[kind](manifest, paths)
+        reading.store.window = Window(manifest.source.get("window", DEFAULT_WINDOW.preset))
         if not reading.samples:
             raise ValueError("its source holds no samples, or `where` leaves none")
         _settle_labels(manifest, reading.samples)

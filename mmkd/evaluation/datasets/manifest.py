@@ -62,7 +62,7 @@ SOURCES: dict[str, tuple[str, ...]] = {  # kind of source -> its keys beside the
     "questions": ("images",),
 }
 
-ROW_KEYS = ("group", "split", "rename", "splits", "group_pattern", "separator")
+ROW_KEYS = ("group", "split", "rename", "splits", "group_pattern", "separator", "window")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmkd.command.settings import nearest
 from mmkd.data.images import finish_image, open_header, read_image_bytes
-from mmkd.data.pixel_rules import UnreadableImageError
+from mmkd.data.pixel_rules import DEFAULT_WINDOW, UnreadableImageError, Window
 from mmkd.evaluation.datasets.manifest import ASSIGNED, HELD_OUT, Manifest
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.files import is_inside
@@ -47,11 +47,16 @@ class Sample:
 
 
 class Store:
-    """Images by name."""
+    """Images by name.
+
+    Attributes:
+        window: of DICOM and NIfTI.
+    """
 
     def __init__(self, read: Callable[[str], bytes]) -> None:
         """Keep what gives the bytes stored under a name, or raises `UnreadableImageError`."""
         self.data = read
+        self.window: Window = DEFAULT_WINDOW
 
     def image(self, name: str) -> Image.Image:
         """The image as upright 8-bit RGB.
@@ -59,12 +64,13 @@ class Store:
         Raises:
             UnreadableImageError: with the reason.
         """
-        return finish_image(open_header(self.data(name), name), name)
+        return finish_image(open_header(self.data(name), name, window=self.window), name)
 
     def digest(self, name: str) -> str:
-        """SHA-256 of what is stored; ``"missing"`` where it cannot be read."""
+        """SHA-256 of what is stored, and of a window that is not the default; ``"missing"`` if it cannot be read."""
+        window = b"" if self.window == DEFAULT_WINDOW else str(self.window).encode()
         try:
-            return hashlib.sha256(self.data(name)).hexdigest()
+            return hashlib.sha256(self.data(name) + window).hexdigest()
         except UnreadableImageError:
             return MISSING
 
