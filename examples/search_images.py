@@ -1,39 +1,30 @@
-"""Find the pictures of a folder that fit a sentence best.
+"""Find the pictures of a folder that fit a sentence best, by the parts behind `mmkd index` and `mmkd search`.
 
 python examples/search_images.py mmkd-clip pictures/ "sagittal T1-weighted MRI of the brain" 5
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModel, AutoProcessor
-
-import modeling_mmkd  # noqa: F401  registers MMKDClipModel with the Auto classes
-from mmkd.data.images import UnreadableImageError, open_image
-
-BATCH = 32
+from mmkd.encoders.zoo import load_encoder
+from mmkd.serving.encoding import encode_items, warn_skipped
+from mmkd.serving.images import find_images, read_image
+from mmkd.serving.index import SearchIndex
 
 
-@torch.inference_mode()
 def main(folder: str, pictures: str, query: str, count: int) -> None:
-    model = AutoModel.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    paths, images = [], []
-    for path in sorted(p for p in Path(pictures).rglob("*") if p.is_file()):
-        try:
-            images.append(open_image(path))
-            paths.append(path)
-        except UnreadableImageError as error:
-            print(f"left out {path}: {error}", file=sys.stderr)
-    features = []
-    for start in range(0, len(images), BATCH):
-        inputs = processor(images=images[start : start + BATCH], return_tensors="pt")
-        features.append(model.get_image_features(**inputs).pooler_output)
-    text = model.get_text_features(**processor(text=[query], return_tensors="pt")).pooler_output
-    similarity = torch.cosine_similarity(torch.cat(features), text)
-    for score, index in zip(*similarity.topk(min(count, len(paths))), strict=True):
-        print(f"{score:6.3f}  {paths[int(index)]}")
+    encoder = load_encoder(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        index = SearchIndex.create(Path(temporary) / "index", encoder.provenance, encoder.dim)
+
+        def take(files, vectors, unread):  # the pictures of a part that can be read, their vectors, and the others
+            index.add([file.id for file in files], vectors)
+            warn_skipped({file.id: reason for file, reason in unread})
+
+        encode_items(encoder, find_images([pictures]), read_image, take)
+        for hit in index.search(encoder.encode_texts([query]), count)[0]:
+            print(f"{hit.score:6.3f}  {hit.id}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 HEAVY = {"open_clip", "timm", "sklearn", "h5py", "matplotlib", "jinja2", "skimage", "nilearn", "nibabel", "pydicom"}
 HEAVY |= {"torchvision", "pyarrow", "pandas", "scipy", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"}
 HEAVY |= {"datasets", "tifffile", "openslide", "torchsurv", "sksurv", "onnx", "onnxruntime", "onnxscript", "peft"}
+HEAVY |= {"usearch"}
 BOTTOM = {"files", "distributed", "command", "pages"}  # what every room may import
 BELOW = {  # room -> rooms that it may import, with all that these may import
     "files": set(),
@@ -41,6 +42,7 @@ BELOW = {  # room -> rooms that it may import, with all that these may import
     "miniature": {"evaluation", "distillation", "curation"},
     "modeling_mmkd": set(),
 }
+PARTS = {"serving": "mmkd.evaluation.statistics"}  # room -> part of a room above that it may import, which is below it
 
 
 def name_of(path: Path) -> str:
@@ -111,9 +113,20 @@ def test_rooms_import_downwards():
         for name in imported - {"mmkd"}:
             other = room_of(name)
             is_recipe = other in ("train", "hub")
-            if is_recipe or (room not in ("train", "hub") and other != room and other not in allowed_rooms(room)):
+            is_part = f"{name}.".startswith(f"{PARTS.get(room)}.")
+            free = other == room or is_part or room in ("train", "hub")
+            if is_recipe or not (free or other in allowed_rooms(room)):
                 wrong.append(f"{module} imports {name}")
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_parts_below_a_room_import_what_it_may():
+    for room, part in PARTS.items():
+        own = {module: names for module, names in module_graph().items() if f"{module}.".startswith(f"{part}.")}
+        assert own
+        for module, imported in own.items():
+            others = {name for name in imported - {"mmkd"} if not f"{name}.".startswith(f"{part}.")}
+            assert {room_of(name) for name in others} <= allowed_rooms(room), module
 
 
 def test_the_package_imports_by_absolute_names():

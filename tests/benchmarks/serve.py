@@ -233,7 +233,8 @@ def main():
     with started(ours, ports[0]) as (address, process), started(plain, ports[1]) as other:
         print(f"{settings.clients} clients, {settings.requests} requests in each of {settings.rounds} rounds\n")
         print(
-            "| kind | side | requests/s | p50 ms | p99 ms | CPU ms | lost | lowest cosine |\n|---|---|---:|---:|---:|---:|---:|---:|"
+            "| kind | side | requests/s | p50 ms | p99 ms | CPU ms | lost | lowest cosine |\n"
+            "|---|---|---:|---:|---:|---:|---:|---:|"
         )
         rows = compare({"ours": (address, process), "plain": other}, settings)
         print()
