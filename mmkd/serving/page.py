@@ -1,14 +1,17 @@
 """The page for people: drop an image, see labels with their probabilities, a heat map and the nearest of the archive.
 
-Images travel from the browser inside the events of the page and are kept in memory until the visitor leaves: they are
-never written to a disk, as the upload components of Gradio would. For the same reason what is shown is embedded in the
-page. Nothing is loaded from another machine.
+Images travel from the browser inside the events of the page, and reduced copies of the last ones are kept in memory for
+half an hour: they are never written to a disk, as the upload components of Gradio would. For the same reason what is
+shown is embedded in the page. Nothing is loaded from another machine.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from base64 import b64encode
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from html import escape
@@ -35,10 +38,12 @@ PATHS = (  # of the page; Gradio's own upload, file and proxy addresses are not 
     *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/assets/", "/static/", "/svelte/"),
     *("/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/startup-events", "/gradio_api/heartbeat/"),
 )
-PREVIEW_SIDE, THUMBNAIL_SIDE, QUALITY = 640, 192, 90
+PREVIEW_SIDE, THUMBNAIL_SIDE, QUALITY = 960, 192, 90
 SHOWN_LABELS, NEIGHBOURS = 12, 8
-MOST_VISITORS_WAITING, KEPT_SECONDS = 128, 1800
+MOST_WAITING, MOST_READ = 32, 4  # events of all visitors; images that are decoded at once, each held as base64
+MOST_KEPT, KEPT_SECONDS = 128, 1800  # images of all visitors
 BASE64_GROWTH = 4 / 3
+NO_IMAGE = "Choose an image first."
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "Arial", "sans-serif")
 MONOSPACED = ("ui-monospace", "Cascadia Mono", "Liberation Mono", "Menlo", "monospace")
 
@@ -50,11 +55,13 @@ class Picture:
     Attributes:
         shown: a reduced copy.
         vector: (1, dim).
+        added: when it came, by the monotonic clock.
         best: the most probable label, to explain.
     """
 
     shown: Image.Image
     vector: Vectors
+    added: float
     best: str = ""
 
 
@@ -88,7 +95,7 @@ def build_page(service: Service) -> gr.Blocks:
     limit = int(service.limits.body_bytes / BASE64_GROWTH / MEBIBYTE)
     own: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "minimal"}
     with gr.Blocks(title=f"{service.name}: MMKD-CLIP", analytics_enabled=False) as page:
-        picture = gr.State(None, time_to_live=KEPT_SECONDS)
+        picture = gr.State("", time_to_live=KEPT_SECONDS, delete_callback=actions.forget)
         gr.HTML(_title(service), elem_classes="mmkd")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -120,13 +127,13 @@ def build_page(service: Service) -> gr.Blocks:
             found = gr.HTML("", elem_classes="mmkd")
             gr.on([search.click, caption.submit], actions.search, [caption], [found], **own)
         gr.HTML(_facts(service), elem_classes="mmkd")
-        read = picker.upload(actions.read, [picker], [picture, shown, heat], **own)
-        read.success(actions.classify, [picture, labels], [picture, answer], **own)
+        read = picker.upload(actions.read, [picker], [picture, shown, heat], **own | {"concurrency_limit": MOST_READ})
+        read.success(actions.classify, [picture, labels], [answer], **own)
         if service.archive is not None:
             read.success(actions.neighbours, [picture], [near], **own)
-        gr.on([classify.click, labels.submit], actions.classify, [picture, labels], [picture, answer], **own)
+        gr.on([classify.click, labels.submit], actions.classify, [picture, labels], [answer], **own)
         gr.on([explain.click, text.submit], actions.explain, [picture, text], [heat], **own)
-    page.queue(max_size=MOST_VISITORS_WAITING, api_open=False)
+    page.queue(max_size=MOST_WAITING, api_open=False)
     return page
 
 
@@ -135,9 +142,17 @@ class _Actions:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.pictures: OrderedDict[str, Picture] = OrderedDict()  # by a key that only its visitor has
 
-    async def read(self, uploaded: str) -> tuple[Picture, str, str]:
-        """Decode and embed what was dropped."""
+    def forget(self, key: str) -> None:
+        """Drop the picture of a visitor, and those that are too old or too many."""
+        self.pictures.pop(key, None)
+        oldest = time.monotonic() - KEPT_SECONDS
+        while self.pictures and (len(self.pictures) > MOST_KEPT or next(iter(self.pictures.values())).added < oldest):
+            self.pictures.popitem(last=False)
+
+    async def read(self, uploaded: str) -> tuple[str, str, str]:
+        """Decode and embed what was dropped; the key of the picture, and what is shown."""
         try:
             (data,) = parse_items([uploaded], 1)
             if not isinstance(data, bytes):
@@ -146,29 +161,36 @@ class _Actions:
             vector = await self.service.embed([image])
         except (RequestError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from None
-        small = await self.service.in_pool(shrink, image, PREVIEW_SIDE)
         alt = f"The chosen image, {image.width} x {image.height} pixels"
-        return Picture(small, vector), await self._img(small, alt), ""
+        image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        key = secrets.token_urlsafe()
+        self.pictures[key] = Picture(image, vector, time.monotonic())
+        self.forget("")
+        return key, await self._img(image, alt), ""
 
-    async def classify(self, picture: Picture | None, labels: str) -> tuple[Picture | None, str]:
+    async def classify(self, key: str, labels: str) -> str:
         """Probabilities of the labels."""
+        picture = self.pictures.get(key)
         if picture is None:
-            return None, _quiet("Choose an image first.")
+            return _quiet(NO_IMAGE)
         names = [name for line in labels.splitlines() for name in line.split(",") if name.strip()]
         if not names:
-            return picture, _quiet("Write the labels to choose from, such as: normal, pneumonia.")
+            return _quiet("Write the labels to choose from, such as: normal, pneumonia.")
         same = [name.strip() for name in names] == self.service.labels
         try:
             predictor = await self.service.predictor(None if same else names)
             (prediction,) = await self.service.classify(picture.vector, predictor)
         except (RequestError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from None
-        return replace(picture, best=next(iter(prediction.probabilities))), _answer(prediction, predictor)
+        if key in self.pictures:
+            self.pictures[key] = replace(picture, best=next(iter(prediction.probabilities)))
+        return _answer(prediction, predictor)
 
-    async def explain(self, picture: Picture | None, text: str) -> str:
+    async def explain(self, key: str, text: str) -> str:
         """The heat map of a text."""
+        picture = self.pictures.get(key)
         if picture is None:
-            return _quiet("Choose an image first.")
+            return _quiet(NO_IMAGE)
         text = text.strip() or picture.best
         if not text:
             return _quiet("Write the text to explain.")
@@ -183,8 +205,9 @@ class _Actions:
         )
         return f'<p class="mmkd-quiet">Heat map for “{escape(text)}”</p>{image}{_quiet(meaning)}'
 
-    async def neighbours(self, picture: Picture | None) -> str:
+    async def neighbours(self, key: str) -> str:
         """The most similar images of the archive."""
+        picture = self.pictures.get(key)
         return "" if picture is None else await self._hits(picture.vector[0], "Most similar images")
 
     async def search(self, caption: str) -> str:
@@ -259,9 +282,10 @@ def _answer(prediction: Prediction, predictor: Predictor) -> str:
 def _title(service: Service) -> str:
     return (
         f'<div class="mmkd-title"><h1>{escape(service.name)}</h1>'
-        "<p>Zero-shot labels, heat maps and search for biomedical images. Images stay in the memory of this service "
-        f'until you leave.</p><p class="mmkd-notice"><strong>{NOTICE}</strong> For research: a model of image and text '
-        "similarity, not a medical device.</p></div>"
+        "<p>Zero-shot labels, heat maps and search for biomedical images. An image stays in the memory of this service "
+        "for at most half an hour, and on no disk.</p>"
+        f'<p class="mmkd-notice"><strong>{NOTICE}</strong> For research: a model of image and text similarity, not a '
+        "medical device.</p></div>"
     )
 
 
