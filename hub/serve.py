@@ -81,7 +81,7 @@ from mmkd.serving.api import Metrics, create_app, with_gate
 from mmkd.serving.calibration import read_calibration
 from mmkd.serving.gate import LOOPBACK_NAMES, Limits
 from mmkd.serving.index import SearchIndex
-from mmkd.serving.predictor import Label, Predictor, read_labels, read_templates
+from mmkd.serving.predictor import Label, Predictor, normal_labels, read_labels, read_templates
 from mmkd.serving.service import Archive, Batching, Service, tokens_of
 from mmkd.student.folder import read_provenance
 
@@ -156,8 +156,6 @@ def check(settings: ServeSettings) -> None:
         raise FileNotFoundError(f"--images {settings.images}: no such folder")
     if settings.onnx is not None and not (settings.onnx / "export.json").is_file():
         raise FileNotFoundError(f"--onnx {settings.onnx} holds no export; `mmkd export MODEL --format onnx` writes one")
-    if not settings.labels and (settings.templates or settings.mode == "multilabel"):
-        raise ValueError("--templates and --mode describe --labels; give them too")
 
 
 def is_loopback(host: str) -> bool:
@@ -236,8 +234,9 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
         FileNotFoundError: the model, the index or the labels are not there.
         ValueError: an index or export of another model, or labels that are wrong.
     """
-    labels = read_labels(settings.labels) if settings.labels else []
     templates = read_templates(settings.templates) if settings.templates else []
+    default = normal_labels(templates) if settings.mode == "normal" else []
+    labels = read_labels(settings.labels) if settings.labels else default
     archive = None if settings.index is None else Archive(SearchIndex.open(settings.index), settings.images)
     model = load_encoder(settings.model, "cpu" if settings.onnx else str(chosen_device(settings.device)))
     encoder = model if settings.onnx is None else exported(settings.onnx, model)

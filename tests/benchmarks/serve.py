@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import httpx
@@ -102,11 +103,10 @@ def started(command, port):
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{address}/readyz").status_code == 200:
-                    break
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/readyz", timeout=30):
+                break
             assert process.poll() is None, f"{command[:3]} ended"
-            time.sleep(0.2)
+            time.sleep(0.5)
         yield address, process
     finally:
         process.send_signal(signal.SIGTERM)
