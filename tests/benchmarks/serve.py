@@ -19,12 +19,10 @@ import base64
 import contextlib
 import io
 import json
+import multiprocessing
 import os
-import signal
 import socket
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -33,40 +31,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-PLAIN = """
-import base64, io, sys
-import torch, uvicorn
-from fastapi import FastAPI
-from PIL import Image
-from pydantic import BaseModel
-from transformers import AutoModel, AutoProcessor
-import modeling_mmkd
-
-model = AutoModel.from_pretrained(sys.argv[1]).eval()
-processor = AutoProcessor.from_pretrained(sys.argv[1])
-app = FastAPI()
-
-class Body(BaseModel):
-    input: str
-
-@app.get("/readyz")
-def ready():
-    return "ok"
-
-@app.post("/v1/embeddings")
-def embed(body: Body):
-    with torch.inference_mode():
-        if body.input.startswith("data:"):
-            image = Image.open(io.BytesIO(base64.b64decode(body.input.partition(",")[2]))).convert("RGB")
-            features = model.get_image_features(**processor(images=image, return_tensors="pt"))
-        else:
-            tokens = processor(text=[body.input], return_tensors="pt", truncation=True)
-            features = model.get_text_features(**tokens)
-        vector = torch.nn.functional.normalize(features.pooler_output, dim=-1)[0].tolist()
-    return {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": vector}]}
-
-uvicorn.run(app, port=int(sys.argv[2]), access_log=False, log_level="warning")
-"""
+FORKS = multiprocessing.get_context("forkserver")  # both services start from one import of torch
+FORKS.set_forkserver_preload(["torch", "transformers", "fastapi", "uvicorn", "modeling_mmkd", "mmkd.serving.api"])
 SIDE, KINDS = 512, ("image", "text")
 WORDS = [
     "axial",
@@ -96,21 +62,63 @@ def free_port():
         return free.getsockname()[1]
 
 
+def plain(model_folder, port):
+    """The service that one writes with FastAPI and transformers."""
+    import torch
+    import uvicorn
+    from fastapi import FastAPI
+    from transformers import AutoModel, AutoProcessor
+
+    import modeling_mmkd  # noqa: F401  registers the model
+
+    model = AutoModel.from_pretrained(model_folder).eval()
+    processor = AutoProcessor.from_pretrained(model_folder)
+    app = FastAPI()
+
+    @app.get("/readyz")
+    def ready():
+        return "ok"
+
+    @app.post("/v1/embeddings")
+    def embed(body: dict[str, str]):
+        with torch.inference_mode():
+            if body["input"].startswith("data:"):
+                image = Image.open(io.BytesIO(base64.b64decode(body["input"].partition(",")[2]))).convert("RGB")
+                features = model.get_image_features(**processor(images=image, return_tensors="pt"))
+            else:
+                tokens = processor(text=[body["input"]], return_tensors="pt", truncation=True)
+                features = model.get_text_features(**tokens)
+            vector = torch.nn.functional.normalize(features.pooler_output, dim=-1)[0].tolist()
+        return {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": vector}]}
+
+    uvicorn.run(app, port=port, access_log=False, log_level="warning")
+
+
+def ours(model_folder, port, resize, onnx):
+    """`mmkd serve`."""
+    from mmkd.command import cli
+
+    options = ["--port", str(port), "--resize", resize, *(["--onnx", onnx] if onnx else [])]
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        cli.main(["serve", model_folder, "--page", "false", *options])
+
+
 @contextlib.contextmanager
-def started(command, port):
+def started(service, port, *arguments):
     """A service in a process of its own; yields its address and process."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = FORKS.Process(target=service, args=arguments)
+    process.start()
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/readyz", timeout=30):
                 break
-            assert process.poll() is None, f"{command[:3]} ended"
+            assert process.exitcode is None, f"{service.__name__} ended"
             time.sleep(0.5)
         yield address, process
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.terminate()
+        process.join(60)
 
 
 def bodies(kind, count=16):
@@ -227,10 +235,8 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     settings = parser.parse_args()
     ports = free_port(), free_port()
-    ours = ["-m", "mmkd.command.cli", "serve", settings.model, "--page", "false", "--port", str(ports[0])]
-    ours += ["--resize", settings.resize, *(["--onnx", settings.onnx] if settings.onnx else [])]
-    plain = ["-c", PLAIN, settings.model, str(ports[1])]
-    with started(ours, ports[0]) as (address, process), started(plain, ports[1]) as other:
+    own = started(ours, ports[0], settings.model, ports[0], settings.resize, settings.onnx)
+    with own as (address, process), started(plain, ports[1], settings.model, ports[1]) as other:
         print(f"{settings.clients} clients, {settings.requests} requests in each of {settings.rounds} rounds\n")
         print(
             "| kind | side | requests/s | p50 ms | p99 ms | CPU ms | lost | lowest cosine |\n"
