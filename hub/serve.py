@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -103,7 +104,8 @@ def main(settings: ServeSettings) -> None:
             logging.getLogger(name).setLevel(logging.INFO)
         metrics = Metrics()
         service = load(settings, metrics)
-        app, paths = create_app(service, metrics), ()
+        app = create_app(service, metrics)
+        paths: tuple[str, ...] = ()
         if settings.page:
             from mmkd.serving.page import PATHS, mount_page
 
@@ -122,6 +124,7 @@ def main(settings: ServeSettings) -> None:
             proxy_headers=False,
             ws="none",
             lifespan="on",
+            timeout_keep_alive=30,  # [s]; proxies keep connections for about a minute
             timeout_graceful_shutdown=settings.grace,
         )
         try:
@@ -248,7 +251,7 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
         archive.index.require_model(encoder.provenance)
     folder = Path(settings.model)
 
-    def predict(own: list[Label]) -> Predictor:
+    def predict(own: Sequence[Label]) -> Predictor:
         predictor = Predictor(encoder, own, templates, settings.mode)
         predictor.calibrate(read_calibration(folder, predictor.fingerprint, predictor.key))
         return predictor

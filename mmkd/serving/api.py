@@ -299,8 +299,8 @@ async def _read(service: Service, request: Request, form: type[Form]) -> tuple[F
         RequestError: it is malformed, or of another model.
     """
     asked, items = await read_request(request, form, service.limits.items, service.in_pool)
-    named = asked.model  # type: ignore[attr-defined]
-    if named not in (None, service.name):
+    named = asked.model
+    if named is not None and named != service.name:
         raise RequestError(
             404, f"model {named[:80]!r} is not served; allowed: {service.name}", "model_not_found", "model"
         )

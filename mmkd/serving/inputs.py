@@ -22,7 +22,6 @@ from mmkd.command.settings import nearest
 from mmkd.serving.gate import RequestError
 
 Item = str | bytes
-Form = TypeVar("Form", bound=BaseModel)
 
 DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[\w.+-]+)*)(;base64)?,", re.IGNORECASE)
 ADDRESS = re.compile(r"\s*(?:https?|ftp|file|s3|gs)://\S+\s*", re.IGNORECASE)
@@ -30,13 +29,6 @@ FILE_TYPES = ("application/octet-stream", "application/dicom", "application/gzip
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 FIELD_BYTES = 1024**2  # of a text in a form
 EXAMPLE_IMAGE = "data:image/png;base64,iVBORw0KGgo..."
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    model: str | None = Field(None, description="name of the served model")
-    user: str | None = Field(None, description="accepted for OpenAI's clients, and not used")
 
 
 def _listed(value: Any) -> Any:
@@ -58,15 +50,27 @@ ITEMS_HELP = (
 )
 
 
-class EmbeddingRequest(_Body):
-    """Texts and images to embed."""
+class RequestBody(BaseModel):
+    """What all requests have."""
+
+    model_config = ConfigDict(extra="forbid")
 
     input: Items = Field(description=ITEMS_HELP, examples=["an MRI of the brain", [EXAMPLE_IMAGE]])
+    model: str | None = Field(None, description="name of the served model")
+    user: str | None = Field(None, description="accepted for OpenAI's clients, and not used")
+
+
+Form = TypeVar("Form", bound=RequestBody)
+
+
+class EmbeddingRequest(RequestBody):
+    """Texts and images to embed."""
+
     encoding_format: Literal["float", "base64"] = Field("float", description="numbers, or base64 of float32")
     dimensions: int | None = Field(None, description="the model's own width; no other is possible")
 
 
-class ClassifyRequest(_Body):
+class ClassifyRequest(RequestBody):
     """Images to classify."""
 
     input: Items = Field(description=f"images only; {ITEMS_HELP}", examples=[EXAMPLE_IMAGE])
@@ -75,7 +79,7 @@ class ClassifyRequest(_Body):
     )
 
 
-class SearchRequest(_Body):
+class SearchRequest(RequestBody):
     """A text or an image to search the archive with."""
 
     input: Items = Field(description=f"one text or image; {ITEMS_HELP}", examples=["power Doppler ultrasound"])
@@ -115,7 +119,7 @@ def parse_json(body: bytes, form: type[Form], most_items: int) -> tuple[Form, li
         parsed = form.model_validate_json(body)
     except ValidationError as error:
         raise _refusal(error, form) from None
-    return parsed, parse_items(parsed.input, most_items)  # type: ignore[attr-defined]
+    return parsed, parse_items(parsed.input, most_items)
 
 
 def parse_items(values: Sequence[str | dict[str, Any]], most: int) -> list[Item]:
@@ -234,7 +238,7 @@ async def _read_form(request: Request, form: type[Form], most_items: int) -> tup
         raise _refusal(error, form) from None
 
 
-def _refusal(error: ValidationError, form: type[BaseModel]) -> RequestError:
+def _refusal(error: ValidationError, form: type[RequestBody]) -> RequestError:
     """The first of the errors, without the value that caused it."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"][:2])) or None

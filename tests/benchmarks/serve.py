@@ -10,7 +10,7 @@ client sends its next request when it has the answer to the last one; images are
 Sides alternate within a round, and the figures are medians over rounds. ``CPU ms`` is what the process of a side
 computes for one request: other load on the machine changes it little, while it gives the side with more threads the
 larger share of the cores. ``lowest cosine`` is that between the answers of both sides. The last line is for images, of
-which the ratio is smaller; ``lost`` counts requests without an answer of 200, of either side.
+which the ratio is smaller; ``lost`` are requests without an answer of 200, and why.
 """
 
 import argparse
@@ -137,13 +137,12 @@ def bodies(kind, count=16):
 
 
 async def load(address, kind, clients, requests):
-    """Seconds of each request, seconds of all, how many were lost, and the vectors of the first bodies."""
-    content, times, vectors, lost = bodies(kind), [], {}, 0
+    """Seconds of each request, seconds of all, why some were lost, and the vectors of the first bodies."""
+    content, times, vectors, lost = bodies(kind), [], {}, []
     waiting = iter(range(requests))
     limits = httpx.Limits(max_connections=clients)
 
     async def client(session):
-        nonlocal lost
         for number in waiting:
             began = time.perf_counter()
             try:
@@ -157,9 +156,9 @@ async def load(address, kind, clients, requests):
                     if number < len(content):
                         vectors[number] = answer.json()["data"][0]["embedding"]
                 else:
-                    lost += 1
-            except httpx.HTTPError:
-                lost += 1
+                    lost.append(str(answer.status_code))
+            except httpx.HTTPError as error:
+                lost.append(type(error).__name__)
 
     async with httpx.AsyncClient(limits=limits, timeout=120) as session:
         began = time.perf_counter()
@@ -184,7 +183,7 @@ def compare(sides, settings):
     rows = {}
     for kind in KINDS:
         figures = {name: {"rate": [], "cpu": [], "times": []} for name in sides}
-        lost, seen = 0, {}
+        lost, seen = {name: [] for name in sides}, {}
         for number in range(settings.rounds + 1):
             for name in list(sides) if number % 2 else reversed(list(sides)):
                 address, process = sides[name]
@@ -196,7 +195,7 @@ def compare(sides, settings):
                     figures[name]["rate"].append(len(times) / seconds)
                     figures[name]["cpu"].append(1e3 * (computed(process) - before) / max(1, len(times)))
                     figures[name]["times"] += times
-                lost += missing
+                lost[name] += missing
         a, b = (np.array([vectors[place] for place in sorted(vectors)]) for vectors in seen.values())
         row = {"lost": lost, "lowest_cosine": float((a * b).sum(axis=1).min())}
         for name, own in figures.items():
@@ -208,7 +207,7 @@ def compare(sides, settings):
             own = row[name]
             print(
                 f"| {kind} | {name} | {own['rate']:.1f} | {own['p50']:.0f} | {own['p99']:.0f} "
-                f"| {own['cpu']:.1f} | {row['lost']} | {row['lowest_cosine']:.6f} |",
+                f"| {own['cpu']:.1f} | {len(row['lost'][name])} | {row['lowest_cosine']:.6f} |",
                 flush=True,
             )
     return rows
@@ -220,7 +219,7 @@ def memory(address, process, clients, requests):
     for _ in range(10):
         for kind in KINDS:
             _, _, lost, _ = asyncio.run(load(address, kind, clients, requests // 20))
-            assert not lost, f"{lost} requests were lost"
+            assert not lost, f"{len(lost)} requests were lost: {lost[0]}"
         found.append(resident(process))
     shown = ", ".join(f"{value:.0f}" for value in found)
     print(f"memory after each tenth of {requests} requests [MB]: {shown}")
@@ -252,7 +251,7 @@ def main():
     others = {"text_ratio": rows["text"]["ours"]["rate"] / rows["text"]["plain"]["rate"]}
     others |= {f"{kind}_cpu_ratio": rows[kind]["plain"]["cpu"] / rows[kind]["ours"]["cpu"] for kind in KINDS}
     figures = {key: round(value, 2) for key, value in (figures | others).items()}
-    lost = sum(own["lost"] for own in rows.values())
+    lost = {name: [why for own in rows.values() for why in own["lost"][name]] for name in ("ours", "plain")}
     print(json.dumps({"name": "serve", **figures, "unit": "requests/s", "lost": lost}))
 
 
