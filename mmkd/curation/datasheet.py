@@ -42,10 +42,12 @@ def count_columns(table: PairTable) -> dict[str, Any]:
     groups = table.column("group")
     alone = int(pc.sum(pc.equal(groups, "")).as_py() or 0)
     counts["groups"] = int(pc.count_distinct(groups).as_py()) + alone - bool(alone)
-    spaces = pc.count_substring(table.column("caption"), " ").to_numpy() + 1
+    words = pc.count_substring(table.column("caption"), " ").to_numpy() + 1
+    words = words[pc.not_equal(table.column("caption"), "").to_numpy()]
+    counts["uncaptioned"] = len(table) - len(words)
     width, height = (table.column(side).to_numpy() for side in ("width", "height"))
-    counts["caption_words"] = _histogram(spaces, WORD_EDGES)
-    counts["caption_words_median"] = float(np.median(spaces)) if len(table) else 0.0
+    counts["caption_words"] = _histogram(words, WORD_EDGES)
+    counts["caption_words_median"] = float(np.median(words)) if len(words) else 0.0
     counts["short_side"] = _histogram(np.minimum(width, height), SIDE_EDGES)
     return counts
 
@@ -124,7 +126,7 @@ def _page(title: str, source: str, report: dict[str, Any], settings: dict[str, A
             f"Curated from {source}: {report['read']:,} samples read{split}, {report['kept']:,} pairs kept, "
             f"{sum(report['dropped'].values()):,} dropped.",
             f"{contents['groups']:,} groups (articles, patients); captions have {contents['caption_words_median']:g} "
-            "words at the median.",
+            f"words at the median; {contents['uncaptioned']:,} images have none.",
         ],
     )  # fmt: skip
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmkd.data.pixel_rules import window_between, window_by_percentiles
+
 ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "central", "right")
 
 PYDICOM = "pydicom test file (MIT package)"
@@ -165,10 +167,9 @@ def _read_dicom(field: Field, path: Path) -> list[np.ndarray]:
 def _window(dataset: Any, pixels: np.ndarray, window: tuple[int, int] | None) -> np.ndarray:
     """Stored values through the rescale slope and the display window, by default the 0.5-99.5 percentile range."""
     values = pixels * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0))
-    low, high = np.percentile(values, (0.5, 99.5))
-    if window is not None:
-        low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
-    return (np.clip((values - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+    if window is None:
+        return window_by_percentiles(values)
+    return window_between(values, window[0] - window[1] / 2, window[0] + window[1] / 2)
 
 
 def _tiles(field: Field, frame: int, pixels: np.ndarray) -> Iterator[PackagedImage]:

@@ -300,7 +300,7 @@ def _use_frame_groups(dataset: Any, frame: int) -> None:
 def _stored(dataset: Any, frame: int, frames: int, name: str) -> np.ndarray:
     """The stored values of a frame, (rows, columns) or (rows, columns, 3), with YBR as RGB."""
     from pydicom.pixels import get_decoder, pixel_array
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
     try:
         if "TransferSyntaxUID" not in dataset.file_meta:
@@ -322,7 +322,8 @@ def _stored(dataset: Any, frame: int, frames: int, name: str) -> np.ndarray:
     try:
         if syntax.is_encapsulated:
             _check_frame(dataset, frame, frames, name)
-        return pixel_array(dataset, index=frame)
+        # pylibjpeg-rle 2.2 panics on damaged files, past every `except Exception`
+        return pixel_array(dataset, index=frame, decoding_plugin="pydicom" if syntax == RLELossless else "")
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders of broken files raise anything

@@ -34,7 +34,7 @@ def archive(tmp_path):
 
 def test_an_archive_needs_no_list(archive, tmp_path):
     report, rows = run(archive, tmp_path / "pairs")
-    assert report["read"] == report["kept"] == 17 and report["dropped"] == {}
+    assert report["read"] == report["kept"] == report["contents"]["uncaptioned"] == 17 and report["dropped"] == {}
     assert {row["modality"] for row in rows} == {"CT", "MRI"}
     assert {row["caption"] for row in rows} == {""} == {row["label"] for row in rows}
     assert len({row["group"] for row in rows}) == len({row["study"] for row in rows}) == 7

@@ -314,3 +314,19 @@ def test_rle_with_several_frames():
     assert pydicom.dcmread(io.BytesIO(sample("SC_rgb_rle_2frame.dcm"))).file_meta.TransferSyntaxUID == RLELossless
     first, second = (pixels(sample("SC_rgb_rle_2frame.dcm"), frame=number) for number in (1, 2))
     assert (first != second).any()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [CT, "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm", "SC_rgb_jpeg_dcmtk.dcm"],
+)
+def test_damaged_bytes_anywhere_give_an_image_or_a_reason(name):
+    data, rng = sample(name), np.random.default_rng(0)
+    for number in range(60):
+        damaged = bytearray(data)
+        for place in rng.integers(len(data) if number % 2 else 2000, size=4).tolist():
+            damaged[place] = int(rng.integers(256))
+        try:
+            assert open_image(bytes(damaged)).mode == "RGB"
+        except UnreadableImageError as error:
+            assert error.reason in REASONS
