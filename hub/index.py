@@ -52,7 +52,7 @@ from mmkd.encoders.extraction import Readable
 from mmkd.encoders.zoo import load_encoder
 from mmkd.serving.encoding import counted, encode_items, warn_skipped
 from mmkd.serving.images import ImageFile, find_images, read_image
-from mmkd.serving.index import INDEX_FILE, FileStates, SearchIndex
+from mmkd.serving.index import GRAPH_ROWS, INDEX_FILE, FileStates, SearchIndex
 
 BLOCK_BYTES = 1 << 20
 
@@ -82,6 +82,8 @@ def main(settings: IndexSettings) -> None:
     source = source_of_model(settings.model, settings.output)
     index = existing or SearchIndex.create(settings.output, encoder.provenance, encoder.dim, source)
     update(index, files, encoder, settings)
+    if len(index) >= GRAPH_ROWS and not settings.quiet:
+        print("bringing the graph up to date; the index can be searched meanwhile")
     index.optimize(settings.threads)
 
 

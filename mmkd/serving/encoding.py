@@ -21,7 +21,7 @@ from mmkd.files import write_json
 
 Item = TypeVar("Item")
 
-PART_ITEMS = 4096  # images whose vectors are handed on together
+PART_ITEMS = 1024  # images whose vectors are handed on together; the most that a killed `mmkd index` loses
 SHOWN = 20  # unreadable images that are listed one by one
 
 Take = Callable[[list[Item], Tensor, list[tuple[Item, str]]], None]

@@ -93,7 +93,8 @@ def main() -> None:
                 index.add(ids, vectors(1 + start, count, centres))
             added = time.perf_counter()
             index.optimize(options.threads)
-            print(f"# {options.rows} rows: {added - began:.0f} s to add, {time.perf_counter() - added:.0f} s of graph")
+            times = f"{added - began:.0f} s to add, {time.perf_counter() - added:.0f} s of graph"
+            print(f"# {options.rows} rows: {times}", flush=True)
         queries = vectors(987654321, options.queries, centres)
         receive, send = multiprocessing.Pipe(duplex=False)
         arguments = (str(path), queries, options.threads, options.exact, send)
