@@ -42,6 +42,7 @@ RECIPES = {
     "search": ("mmkd.hub.search", "search an index by a sentence or an image"),
     "calibrate": ("mmkd.hub.calibrate", "calibrate predictions on labelled images: temperature, thresholds, sets"),
     "explain": ("mmkd.hub.explain", "heat map: which parts of an image its similarity with a text depends on"),
+    "serve": ("mmkd.hub.serve", "serve a model over HTTP: embeddings in OpenAI's form, labels, search, and a page"),
     "push": ("mmkd.hub.push", "upload a model, adapter, features or pairs to the Hub, with a card"),
     "export": ("mmkd.hub.export", "export both towers for deployment: ONNX, torch.export or int8"),
     "miniature": (
@@ -69,6 +70,7 @@ EXTRAS = {
     **dict.fromkeys(("pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"), "curate"),
     "datasets": "curate",
     **dict.fromkeys(("h5py", "openslide", "skimage"), "slides"),
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "gradio", "python_multipart"), "serve"),
 }
 LAUNCHER_OPTIONS = (
     "num_processes",

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
 from mmkd.data.folder import open_pairs
 from mmkd.encoders.encoder import BATCH_SIZE, DualEncoder
@@ -29,8 +27,9 @@ from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
+from mmkd.exporting.encoder import ExportedEncoder
 from mmkd.exporting.folder import DESCRIPTION, OUTPUTS, compare_towers, examples, tower_bytes, towers
-from mmkd.exporting.usage import Encoder, Tower, load_tower
+from mmkd.exporting.usage import Tower, load_tower
 from mmkd.files import read_json
 from modeling_mmkd import MMKDClipModel
 
@@ -38,23 +37,6 @@ MODEL = "model"
 BATCHES = (1, 16)
 COMPARED, TOKENS = 16, 16
 WARM_UPS = 2
-
-
-class ExportedEncoder(DualEncoder):
-    """An exported folder as an encoder; its own ``usage.py`` prepares images and texts."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        """Load the towers."""
-        self._encoder = Encoder(folder, threads=torch.get_num_threads())
-        super().__init__(name, self._encoder.metadata["dim"], {"export": self._encoder.metadata})
-
-    def image_features(self, images: list[Image.Image]) -> Tensor:
-        """See `DualEncoder`."""
-        return torch.from_numpy(self._encoder.encode_images(images))
-
-    def text_features(self, texts: list[str]) -> Tensor:
-        """See `DualEncoder`."""
-        return torch.from_numpy(self._encoder.encode_texts(texts))
 
 
 def measure(

@@ -56,7 +56,11 @@ class Encoder:
 
     def encode_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Images of any size to unit vectors, (n, dim)."""
-        return self._image({"pixel_values": np.stack([self.pixels(image) for image in images])})
+        return self.encode_pixels([self.pixels(image) for image in images])
+
+    def encode_pixels(self, pixels: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Images that `pixels` has prepared to unit vectors, (n, dim)."""
+        return self._image({"pixel_values": np.stack(pixels)})
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Texts to unit vectors, (n, dim); texts longer than the context are truncated."""

@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import subprocess
+import time
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -58,6 +59,30 @@ class ChromiumPage:
         found = self._ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
+
+    def wait_for(self, condition, seconds=60):
+        """Wait until an expression in the page is true."""
+        end = time.monotonic() + seconds
+        while not self.run(condition):
+            assert time.monotonic() < end, f"not within {seconds} s: {condition}"
+            time.sleep(0.1)
+
+    def emulate(self, width, height, dark=False):
+        """A window of this size in CSS pixels, in light or dark mode."""
+        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._ask("Emulation.setEmulatedMedia", features=[scheme])
+
+    def press(self, key, code):
+        """A key of the keyboard, with its number."""
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            own = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code}
+            self._ask("Input.dispatchKeyEvent", **own, **(text if kind == "keyDown" else {}))
+
+    def write(self, text):
+        """Text into what has the focus."""
+        self._ask("Input.insertText", text=text)
 
     def close(self):
         """End the browser."""

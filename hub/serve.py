@@ -1,0 +1,342 @@
+"""Serve a model: embeddings in OpenAI's form, classification, search, and a page for people.
+
+The service listens on this machine alone unless ``--host`` names another address, which then needs a key. It opens no
+connection: what it needs is loaded before the first request, and every later attempt of a library is refused.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from mmkd.command.settings import check_arguments, run, setting
+
+KEY_VARIABLE = "MMKD_SERVE_KEY"
+LEAST_KEY = 16
+LEAST_COSINE = 0.9  # of an export with its model; 8-bit towers reach .98
+MEBIBYTE = 1024**2
+PROBES = ("an MRI of the brain", "a chest radiograph", "a fundus photograph")
+
+
+@dataclass
+class ServeSettings:
+    """Serve a model over HTTP, with a page at the root.
+
+    Example:
+        mmkd serve mmkd-clip --labels "normal,pneumonia" --index archive --images pictures
+    """
+
+    model: str = setting(help="folder or Hub id of a model", positional=True)
+    labels: str = setting("", "labels of requests that name none: a file, or a,b,c")
+    templates: str = setting("", "(labels) a modality, a sentence with {}, or a file of sentences")
+    mode: Literal["single", "multilabel", "normal"] = setting(
+        "single", "(labels) one applies, each by itself, or normal against abnormal"
+    )
+    index: Path | None = setting(None, "archive to search: a folder of `mmkd index`")
+    images: Path | None = setting(None, "(index) the folder that was indexed, to show what is found on the page")
+    onnx: Path | None = setting(None, "compute by ONNX Runtime: a folder of `mmkd export` of the same model")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
+    resize: Literal["exact", "fast"] = setting("exact", "the model's own, or faster and within one grey level")
+    page: bool = setting(True, "page for people at the root")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all addresses of this machine")
+    port: int = setting(8000, "port to listen on")
+    key_file: Path | None = setting(None, f"file with the key that clients must send; or the variable {KEY_VARIABLE}")
+    without_key: bool = setting(False, "let anyone who reaches --host use the service")
+    names: list[str] = setting(factory=list, help="other names of this machine in the header Host, as of a proxy")
+    frame_ancestors: list[str] = setting(factory=list, help="web sites that may show the page in a frame")
+    max_batch: int = setting(32, "most images or texts that are computed together")
+    max_wait_ms: float = setting(4.0, "time that a lone item waits for others [ms]")
+    max_queue: int = setting(512, "most images and texts that wait; more are refused with 503")
+    max_items: int = setting(64, "most images and texts of a request")
+    max_body: int = setting(32, "largest body of a request [MiB]")
+    max_memory: int = setting(512, "largest sum of the bodies of all requests [MiB]")
+    timeout: float = setting(30.0, "longest time of a request [s]")
+    grace: int = setting(20, "time to finish requests when the service is stopped [s]")
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "labels templates mode index images",
+        "computing": "onnx device resize max_batch max_wait_ms",
+    }
+
+
+if __name__ == "__main__":
+    check_arguments(ServeSettings)  # before the imports that take seconds
+
+import logging
+import socket
+import sys
+
+import torch
+import uvicorn
+
+from mmkd.command.settings import nearest
+from mmkd.distributed import chosen_device
+from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.zoo import load_encoder
+from mmkd.exporting.encoder import ExportedEncoder
+from mmkd.serving.api import Metrics, create_app, with_gate
+from mmkd.serving.calibration import read_calibration
+from mmkd.serving.gate import LOOPBACK_NAMES, Limits
+from mmkd.serving.index import SearchIndex
+from mmkd.serving.predictor import Label, Predictor, normal_labels, read_labels, read_templates
+from mmkd.serving.service import Archive, Batching, Service, tokens_of
+from mmkd.student.folder import read_provenance
+
+
+def main(settings: ServeSettings) -> None:
+    """Load the model and serve it until the process is stopped.
+
+    Raises:
+        FileNotFoundError: the model, the index, the export, the labels or the key are not there.
+        OSError: the address or the port cannot be used.
+        ValueError: settings out of range, an index or export of another model, or an open address without a key.
+    """
+    check(settings)
+    key = read_key(settings)
+    require_key(settings, key)
+    with listen(settings.host, settings.port) as listening:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        for name in ("mmkd.serving", "uvicorn"):
+            logging.getLogger(name).setLevel(logging.INFO)
+        metrics = Metrics()
+        service = load(settings, metrics)
+        app = create_app(service, metrics)
+        paths: tuple[str, ...] = ()
+        if settings.page:
+            from mmkd.serving.page import PATHS, mount_page
+
+            app, paths = mount_page(app, service), PATHS
+        hosts = (*LOOPBACK_NAMES, *settings.names) if is_loopback(settings.host) else ()
+        gate = with_gate(app, service, metrics, key, hosts, paths, settings.frame_ancestors)
+        address, port = listening.getsockname()[:2]
+        where = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+        print(f"{service.name} on {where}; stop it with ctrl-C", flush=True)
+        refuse_outgoing_connections()
+        config = uvicorn.Config(
+            gate,
+            log_config=None,
+            access_log=False,  # uvicorn's shows query strings; the gate has its own
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            lifespan="on",
+            timeout_keep_alive=30,  # [s]; proxies keep connections for about a minute
+            timeout_graceful_shutdown=settings.grace,
+        )
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+
+
+def check(settings: ServeSettings) -> None:
+    """Refuse settings that cannot work, before anything is loaded.
+
+    Raises:
+        FileNotFoundError: a folder is not there.
+        ValueError: what came, what is allowed and what to do.
+    """
+    if not 0 <= settings.port <= 65535:
+        raise ValueError(f"--port {settings.port} must be 1 to 65535, or 0 for a free one")
+    for name in ("max_batch", "max_queue", "max_items", "max_body", "max_memory", "timeout"):
+        if getattr(settings, name) <= 0:
+            raise ValueError(f"--{name} {getattr(settings, name)} must be above 0")
+    if settings.max_wait_ms < 0 or settings.grace < 0:
+        raise ValueError(f"--max_wait_ms {settings.max_wait_ms:g} and --grace {settings.grace} must not be negative")
+    if settings.max_queue < settings.max_items:
+        raise ValueError(
+            f"--max_queue {settings.max_queue} is below --max_items {settings.max_items}: such requests never fit"
+        )
+    if settings.max_memory < settings.max_body:
+        raise ValueError(f"--max_memory {settings.max_memory} is below --max_body {settings.max_body}")
+    if settings.images is not None and settings.index is None:
+        raise ValueError("--images shows what --index finds; give --index too")
+    if settings.images is not None and not settings.images.is_dir():
+        raise FileNotFoundError(f"--images {settings.images}: no such folder")
+    if settings.onnx is not None and not (settings.onnx / "export.json").is_file():
+        raise FileNotFoundError(f"--onnx {settings.onnx} holds no export; `mmkd export MODEL --format onnx` writes one")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address reaches this machine alone.
+
+    Raises:
+        ValueError: it is no address.
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise ValueError(
+            f"--host {host!r} is no IP address{nearest(host, LOOPBACK_NAMES)}; such as 127.0.0.1"
+        ) from None
+
+
+def read_key(settings: ServeSettings) -> bytes | None:
+    """The key of the file or the variable; None where there is none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the key is too short to be one.
+    """
+    if settings.key_file is not None:
+        if not settings.key_file.is_file():
+            raise FileNotFoundError(f"--key_file {settings.key_file}: no such file")
+        key, place = settings.key_file.read_bytes().strip(), f"--key_file {settings.key_file}"
+    else:
+        key, place = os.environb.pop(KEY_VARIABLE.encode(), b"").strip(), f"the variable {KEY_VARIABLE}"
+        if not key:
+            return None
+    if len(key) < LEAST_KEY or len(key.split()) != 1:
+        raise ValueError(
+            f"{place} must hold one word of at least {LEAST_KEY} characters; `openssl rand -hex 32` makes one"
+        )
+    return key
+
+
+def require_key(settings: ServeSettings, key: bytes | None) -> None:
+    """Refuse to open the service to others without a key.
+
+    Raises:
+        ValueError: neither a key nor ``--without_key`` is given.
+    """
+    if key is None and not settings.without_key and not is_loopback(settings.host):
+        raise ValueError(
+            f"--host {settings.host} can be reached from other machines: give --key_file FILE, or --without_key true "
+            "where something else guards it"
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, before the model is loaded.
+
+    Raises:
+        OSError: the port is in use, or the address is not of this machine.
+    """
+    address = "127.0.0.1" if host == "localhost" else host
+    listening = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((address, port))
+        listening.listen(0)  # another service must see now that the port is taken
+    except OSError as error:
+        listening.close()
+        raise OSError(
+            f"cannot listen on {host}, port {port} ({error.strerror}); choose another with --port, 0 is a free one"
+        ) from None
+    return listening
+
+
+def load(settings: ServeSettings, metrics: Metrics) -> Service:
+    """The model with its labels and its archive.
+
+    Raises:
+        FileNotFoundError: the model, the index or the labels are not there.
+        ValueError: an index or export of another model, or labels that are wrong.
+    """
+    templates = read_templates(settings.templates) if settings.templates else []
+    default = normal_labels(templates) if settings.mode == "normal" else []
+    labels = read_labels(settings.labels) if settings.labels else default
+    archive = None if settings.index is None else Archive(SearchIndex.open(settings.index), settings.images)
+    model = load_encoder(settings.model, "cpu" if settings.onnx else str(chosen_device(settings.device)))
+    encoder = model if settings.onnx is None else exported(settings.onnx, model)
+    if settings.resize == "fast":
+        if encoder.fast_prepare is None:
+            raise ValueError("--resize fast: this model's preprocessing has no faster form; leave it out")
+        encoder.fast = True
+    if archive is not None:
+        archive.index.require_model(encoder.provenance)
+    folder = Path(settings.model)
+
+    def predict(own: Sequence[Label]) -> Predictor:
+        predictor = Predictor(encoder, own, templates, settings.mode)
+        predictor.calibrate(read_calibration(folder, predictor.fingerprint, predictor.key))
+        return predictor
+
+    return Service(
+        encoder,
+        folder.resolve().name if folder.is_dir() else settings.model,
+        predict,
+        labels,
+        archive,
+        facts(settings, encoder),
+        tokens_of(model),
+        limits_of(settings),
+        Batching(settings.max_batch, settings.max_wait_ms / 1000, observe=metrics.batch),
+    )
+
+
+def exported(folder: Path, model: DualEncoder) -> ExportedEncoder:
+    """The export of a model, checked against it.
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    encoder = ExportedEncoder(folder, model.name, model.provenance)
+    lowest = -1.0
+    if encoder.dim == model.dim:
+        lowest = float((encoder.encode_texts(PROBES) * model.encode_texts(PROBES)).sum(dim=1).min())
+    if lowest < LEAST_COSINE:
+        raise ValueError(
+            f"--onnx {folder} is the export of another model (cosine {lowest:.2f}); export this one: `mmkd export`"
+        )
+    return encoder
+
+
+def limits_of(settings: ServeSettings) -> Limits:
+    """The limits of requests."""
+    return Limits(
+        settings.max_body * MEBIBYTE,
+        settings.max_memory * MEBIBYTE,
+        settings.max_items,
+        settings.timeout,
+        settings.max_queue,
+    )
+
+
+def facts(settings: ServeSettings, encoder: DualEncoder) -> dict[str, str]:
+    """What the page shows of the model."""
+    folder = Path(settings.model)
+    provenance = read_provenance(folder) if folder.is_dir() else {}
+    data = provenance.get("data") or {}
+    teachers = [str(teacher.get("teacher")) for teacher in provenance.get("teachers") or []]
+    found = {
+        "Width of the vectors": str(encoder.dim),
+        "Computed by": "ONNX Runtime" if settings.onnx else f"torch {torch.__version__.partition('+')[0]}",
+        "Weights": str(encoder.provenance.get("fingerprint") or "")[:12],
+        "Licence": str(encoder.provenance.get("license") or ""),
+        "Teachers": ", ".join(teachers),
+        "Trained on": f"{data['pairs']} pairs of {data['groups']} groups" if "pairs" in data else "",
+        "Modalities": ", ".join(data.get("modalities") or {}),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def refuse_outgoing_connections() -> None:
+    """From now on, refuse every connection of this process to another machine, whichever library opens it."""
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+            address = arguments[1]
+            if not isinstance(address, tuple):  # a socket of this machine's file system, or one that is connected
+                return
+            host = str(address[0])
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+            host = str(arguments[0] or "localhost")
+        else:
+            return
+        try:
+            inside = is_loopback(host)
+        except ValueError:
+            inside = False
+        if not inside:
+            raise PermissionError("the service opens no connection to other machines")
+
+    sys.addaudithook(refuse)
+
+
+if __name__ == "__main__":
+    run(ServeSettings, main)
