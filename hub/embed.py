@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
+from mmkd.data.pixel_rules import Window, WindowPreset
 
 
 @dataclass
@@ -22,7 +23,7 @@ class EmbedSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "inputs kind",
+        "data": "inputs kind window",
         "computing": "batch_size workers device quiet",
         "settings": "log overwrite",
     }
@@ -35,6 +36,7 @@ class EmbedSettings:
     output: Path = setting(help="file to write: .parquet, .npy (ids in .ids.json beside it) or .safetensors")
     kind: Literal["images", "texts"] = setting("images", "what the inputs are")
     log: Path | None = setting(None, "file for the provenance of the run: weights, preprocessing, versions")
+    window: WindowPreset = setting("auto", "window of CT: auto, lung, soft, bone, brain, or three of them as RGB")
     batch_size: int = setting(32, "images or texts at a time")
     workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
@@ -47,6 +49,7 @@ if __name__ == "__main__":
 
 import io
 import json
+from functools import partial
 
 import numpy as np
 import torch
@@ -130,8 +133,11 @@ def embed_images(
         parts.append(vectors)
         skipped.update((item.id, reason) for item, reason in unread)
 
+    read = partial(read_image, window=Window(settings.window))
     with tqdm(total=len(files), desc="encoding", unit="image", disable=settings.quiet or len(files) < 2) as bar:
-        encode_items(encoder, files, read_image, take, settings.workers, bar.update)
+        encode_items(
+            encoder, files, partial(read_image, window=Window(settings.window)), take, settings.workers, bar.update
+        )
     warn_skipped(skipped)
     if not ids:
         raise ValueError(f"none of the {len(files)} images could be read ({counted(skipped)})")

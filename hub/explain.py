@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmkd.command.settings import check_arguments, run, setting
+from mmkd.data.pixel_rules import Window, WindowPreset
 
 
 @dataclass
@@ -26,6 +27,7 @@ class ExplainSettings:
     output: Path = setting(help="PNG file to write")
     model: str = setting("mmkd-clip", "folder, Hub id or name of a model")
     against: str = setting("", "another caption, whose similarity is subtracted")
+    window: WindowPreset = setting("auto", "window of CT: auto, lung, soft, bone, brain, or three of them as RGB")
     cells: int = setting(10, "number of cells along the shorter side")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     quiet: bool = setting(False, "print nothing")
@@ -53,7 +55,7 @@ def main(settings: ExplainSettings) -> None:
     refuse_existing(settings.output, settings.overwrite)
     if settings.output.suffix.lower() != ".png":
         raise ValueError(f"--output {settings.output} must end in .png")
-    image = open_image(settings.image)
+    image = open_image(settings.image, window=Window(settings.window))
     encoder = load_encoder(settings.model, chosen_device(settings.device))
     heat = heat_map(encoder, image, settings.text, settings.against, settings.cells)
     atomic_write_bytes(settings.output, encode(overlay(image, heat), None)[1])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
+from mmkd.data.pixel_rules import WindowPreset
 
 
 @dataclass
@@ -27,6 +28,9 @@ class IndexSettings:
     folder: Path = setting(help="folder of images", positional=True)
     model: str = setting(help="folder or Hub id of a model, or the name of a teacher")
     output: Path = setting(help="folder of the index; one that exists is updated")
+    window: WindowPreset | None = setting(
+        None, "window of CT: auto, lung, soft, bone, brain or three; by default that of the index, auto for a new one"
+    )
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores")
     threads: int = setting(0, "threads that make the graph of a large index; 0 takes all cores")
@@ -79,8 +83,11 @@ def main(settings: IndexSettings) -> None:
     encoder.batch_size = settings.batch_size
     if existing is not None:
         existing.require_model(encoder.provenance)
+        existing.require_window(settings.window)
     source = source_of_model(settings.model, settings.output)
-    index = existing or SearchIndex.create(settings.output, encoder.provenance, encoder.dim, source)
+    index = existing or SearchIndex.create(
+        settings.output, encoder.provenance, encoder.dim, source, settings.window or "auto"
+    )
     update(index, files, encoder, settings)
     if len(index) >= GRAPH_ROWS and not settings.quiet:
         print("bringing the graph up to date; the index can be searched meanwhile")
@@ -117,7 +124,7 @@ def update(index: SearchIndex, files: Sequence[ImageFile], encoder: DualEncoder,
     skipped: dict[str, str] = {}
 
     def read(file: ImageFile) -> Readable | str:
-        image = read_image(file)
+        image = read_image(file, index.window)
         if not isinstance(image, str):
             sha256_of(file, hashes)
         return image

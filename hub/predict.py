@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
+from mmkd.data.pixel_rules import Window, WindowPreset
 
 
 @dataclass
@@ -23,7 +24,7 @@ class PredictSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "images labels templates",
+        "data": "images labels templates window",
         "model": "model mode calibration",
         "computing": "batch_size workers device quiet",
         "settings": "top format output log",
@@ -41,6 +42,7 @@ class PredictSettings:
     format: Literal["table", "csv", "json", "parquet"] = setting("table", "form of the output")
     output: Path | None = setting(None, "file to write; by default standard output")
     log: Path | None = setting(None, "file for the provenance of the run: weights, preprocessing, versions")
+    window: WindowPreset = setting("auto", "window of CT: auto, lung, soft, bone, brain, or three of them as RGB")
     batch_size: int = setting(32, "images at a time")
     workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
@@ -53,6 +55,7 @@ if __name__ == "__main__":
 import csv
 import io
 import json
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -93,8 +96,11 @@ def main(settings: PredictSettings) -> None:
         found.update(zip((item.id for item in items), predictor.predict(vectors), strict=True))
         skipped.update((item.id, reason) for item, reason in unread)
 
+    read = partial(read_image, window=Window(settings.window))
     with tqdm(total=len(files), desc="predicting", unit="image", disable=settings.quiet or len(files) < 2) as bar:
-        encode_items(encoder, files, read_image, take, settings.workers, bar.update)
+        encode_items(
+            encoder, files, partial(read_image, window=Window(settings.window)), take, settings.workers, bar.update
+        )
     warn_skipped(skipped)
     if not found:
         raise ValueError(f"none of the {len(files)} images could be read ({counted(skipped)})")

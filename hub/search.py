@@ -39,6 +39,7 @@ import sys
 from torch import Tensor
 
 from mmkd.data.images import open_image
+from mmkd.data.pixel_rules import Window
 from mmkd.data.readers import IMAGE_SUFFIXES
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
@@ -63,7 +64,7 @@ def main(settings: SearchSettings) -> None:
     index = SearchIndex.open(settings.index)
     encoder = load_encoder(settings.model or index.model_source, chosen_device(settings.device))
     index.require_model(encoder.provenance)
-    hits = index.search(encode(encoder, settings.query, is_image), settings.k)[0]
+    hits = index.search(encode(encoder, settings.query, is_image, index.window), settings.k)[0]
     least = max(settings.least, NEAR_COSINE if settings.near else -1.0)
     show([hit for hit in hits if hit.score >= least], settings.format)
 
@@ -87,9 +88,11 @@ def names_image(query: str) -> bool:
     return False
 
 
-def encode(encoder: DualEncoder, query: str, is_image: bool) -> Tensor:
+def encode(encoder: DualEncoder, query: str, is_image: bool, window: Window) -> Tensor:
     """The vector of the query, ``(1, dim)``."""
-    return encoder.encode_images([open_image(Path(query))]) if is_image else encoder.encode_texts([query])
+    if is_image:
+        return encoder.encode_images([open_image(Path(query), window=window)])
+    return encoder.encode_texts([query])
 
 
 def show(hits: list[Hit], form: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
+from mmkd.data.pixel_rules import Window, WindowPreset
 
 KEY_VARIABLE = "MMKD_SERVE_KEY"
 LEAST_KEY = 16
@@ -38,6 +39,9 @@ class ServeSettings:
     )
     index: Path | None = setting(None, "archive to search: a folder of `mmkd index`")
     images: Path | None = setting(None, "(index) the folder that was indexed, to show what is found on the page")
+    window: WindowPreset | None = setting(
+        None, "window of CT: auto, lung, soft, bone, brain or three; by default that of the index, else auto"
+    )
     onnx: Path | None = setting(None, "compute by ONNX Runtime: a folder of `mmkd export` of the same model")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     resize: Literal["exact", "fast"] = setting("exact", "the model's own, or faster and within one grey level")
@@ -58,7 +62,7 @@ class ServeSettings:
     grace: int = setting(20, "time to finish requests when the service is stopped [s]")
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "labels templates mode index images",
+        "data": "labels templates mode index images window",
         "computing": "onnx device resize max_batch max_wait_ms",
     }
 
@@ -249,6 +253,7 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
         encoder.fast = True
     if archive is not None:
         archive.index.require_model(encoder.provenance)
+        archive.index.require_window(settings.window)
     folder = Path(settings.model)
 
     def predict(own: Sequence[Label]) -> Predictor:
@@ -266,6 +271,7 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
         tokens_of(model),
         limits_of(settings),
         Batching(settings.max_batch, settings.max_wait_ms / 1000, observe=metrics.batch),
+        Window(settings.window or "auto") if archive is None else archive.index.window,
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmkd.data.images import open_image
+from mmkd.data.pixel_rules import DEFAULT_WINDOW, Window
 from mmkd.data.readers import list_files
 from mmkd.encoders.extraction import Readable, read_or_reason
 
@@ -62,9 +63,9 @@ def find_images(sources: Sequence[str | Path]) -> list[ImageFile]:
     return [files[id] for id in sorted(files)]
 
 
-def read_image(file: ImageFile) -> Readable | str:
+def read_image(file: ImageFile, window: Window = DEFAULT_WINDOW) -> Readable | str:
     """The image as 8-bit RGB, or the reason why it cannot be read; for `encode_shards`."""
-    return file.reason or read_or_reason(lambda: open_image(file.path))
+    return file.reason or read_or_reason(lambda: open_image(file.path, window=window))
 
 
 def _named_by(source: str) -> list[tuple[Path, Path, str]]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import safetensors.numpy
@@ -31,6 +31,7 @@ from torch import Tensor
 from mmkd.data.features.shards import TensorMap, read_header, shard_file, write_shard
 from mmkd.data.features.store import VectorStore
 from mmkd.data.features.writer import IDENTITY
+from mmkd.data.pixel_rules import Window, WindowPreset
 from mmkd.files import atomic_write_bytes, is_folder_name, read_json, write_json
 
 INDEX_FILE, LOCK_FILE = "index.json", ".lock"
@@ -90,7 +91,9 @@ class SearchIndex:
         self._load(meta)
 
     @classmethod
-    def create(cls, path: Path, provenance: Mapping[str, Any], dim: int, source: str = "") -> SearchIndex:
+    def create(
+        cls, path: Path, provenance: Mapping[str, Any], dim: int, source: str = "", window: WindowPreset = "auto"
+    ) -> SearchIndex:
         """Make an empty index.
 
         Args:
@@ -98,6 +101,7 @@ class SearchIndex:
             provenance: of the encoder; what identifies its vectors is kept.
             dim: width of its vectors.
             source: where the encoder is loaded from: a Hub id, a name, or its folder relative to the index.
+            window: in which CT images are read.
 
         Raises:
             FileExistsError: the folder holds something.
@@ -106,7 +110,8 @@ class SearchIndex:
             raise FileExistsError(f"{path} exists and is no index; choose another --output")
         model = {"name": provenance.get("teacher"), "source": source, **{key: provenance.get(key) for key in IDENTITY}}
         path.mkdir(parents=True, exist_ok=True)
-        meta = {"version": VERSION, "model": model, "dim": dim, "shards": [], "removed": None, "graph": None}
+        meta = {"version": VERSION, "model": model, "dim": dim, "window": window}
+        meta |= {"shards": [], "removed": None, "graph": None}
         write_json(path / INDEX_FILE, meta)
         return cls(path, meta)
 
@@ -135,6 +140,22 @@ class SearchIndex:
     def dim(self) -> int:
         """Width of the vectors."""
         return int(self.meta["dim"])
+
+    @property
+    def window(self) -> Window:
+        """In which CT images were read, and those of queries are."""
+        return Window(self.meta["window"])
+
+    def require_window(self, preset: str | None) -> None:
+        """Refuse another window than that of the index.
+
+        Raises:
+            ValueError: the message names both.
+        """
+        if preset is not None and preset != self.window.preset:
+            raise ValueError(
+                f"{self.path} was made with --window {self.window.preset}, not {preset}; leave it out, or make another"
+            )
 
     @property
     def model_source(self) -> str:
@@ -469,6 +490,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         named = [*(shard["file"] for shard in meta["shards"]), meta["removed"], (meta["graph"] or {}).get("file")]
         numbers = [meta["dim"], *(shard["rows"] for shard in meta["shards"])]
         right = meta["version"] == VERSION and isinstance(meta["model"], dict)
+        right = right and meta["window"] in get_args(WindowPreset)
         right = right and all(name is None or is_folder_name(name) for name in named)
         right = right and all(isinstance(number, int) and number >= 0 for number in numbers)
         right = right and (meta["graph"] or {"rows": 0})["rows"] <= sum(numbers[1:])

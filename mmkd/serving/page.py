@@ -22,13 +22,13 @@ from fastapi import FastAPI
 from PIL import Image
 
 from mmkd.data.images import encode, open_image, shrink
-from mmkd.data.pixel_rules import UnreadableImageError
+from mmkd.data.pixel_rules import UnreadableImageError, Window
 from mmkd.serving.api import NOTICE
 from mmkd.serving.gate import MEBIBYTE, RequestError
 from mmkd.serving.index import Hit
 from mmkd.serving.inputs import parse_items
 from mmkd.serving.predictor import Prediction, Predictor
-from mmkd.serving.service import Archive, Service, Vectors, read_upload
+from mmkd.serving.service import Archive, Service, Vectors
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
@@ -157,7 +157,7 @@ class _Actions:
             (data,) = parse_items([uploaded], 1)
             if not isinstance(data, bytes):
                 raise gr.Error("this is no image", print_exception=False)
-            image = await self.service.in_pool(read_upload, data, "image")
+            image = await self.service.in_pool(self.service.read, data, "image")
             vector = await self.service.embed([image])
         except (RequestError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from None
@@ -224,7 +224,7 @@ class _Actions:
         archive = self.service.archive
         assert archive is not None
         hits = await self.service.search(vector, NEIGHBOURS)
-        entries = await self.service.in_pool(lambda: "".join(_entry(archive, hit) for hit in hits))
+        entries = await self.service.in_pool(lambda: "".join(_entry(archive, hit, self.service.window) for hit in hits))
         return f'<p class="mmkd-quiet">{escape(title)}</p><ol class="mmkd-found">{entries}</ol>'
 
     async def _img(self, image: Image.Image, alt: str) -> str:
@@ -237,13 +237,13 @@ def _img(image: Image.Image, alt: str) -> str:
     return f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{b64encode(data).decode()}">'
 
 
-def _entry(archive: Archive, hit: Hit) -> str:
+def _entry(archive: Archive, hit: Hit, window: Window) -> str:
     """An image that was found, with its name and its similarity."""
     path = archive.path(hit.id)
     shown = '<span class="none"></span>'
     if path is not None:
         with suppress(UnreadableImageError):  # it has changed since it was indexed: its name is shown
-            shown = _img(shrink(open_image(path), THUMBNAIL_SIDE), hit.id)
+            shown = _img(shrink(open_image(path, window=window), THUMBNAIL_SIDE), hit.id)
     return f"<li>{shown}{escape(hit.id)} <span class='mmkd-tag'>{hit.score:.2f}</span></li>"
 
 

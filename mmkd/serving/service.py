@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmkd.data.images import open_image
-from mmkd.data.pixel_rules import UnreadableImageError
+from mmkd.data.pixel_rules import DEFAULT_WINDOW, UnreadableImageError, Window
 from mmkd.encoders.encoder import DualEncoder, HFClipEncoder
 from mmkd.files import is_inside
 from mmkd.serving.batching import Batcher
@@ -98,6 +98,7 @@ class Service:
         count_tokens: Callable[[Sequence[str]], int] = lambda texts: 0,
         limits: Limits | None = None,
         batching: Batching | None = None,
+        window: Window = DEFAULT_WINDOW,
     ) -> None:
         """Take an encoder in evaluation mode; `start` begins to compute.
 
@@ -111,10 +112,11 @@ class Service:
             count_tokens: of texts, for ``usage``.
             limits: of requests.
             batching: of items.
+            window: in which CT images are read.
         """
         self.encoder, self.name, self.dim = encoder, name, encoder.dim
         self.archive, self.facts, self.count_tokens = archive, facts or {}, count_tokens
-        self.limits, self.batching = limits or Limits(), batching or Batching()
+        self.limits, self.batching, self.window = limits or Limits(), batching or Batching(), window
         self._predict, self._own = predict, predict(labels) if labels else None
         self.labels = [label.name for label in labels]
         self._predictors: OrderedDict[tuple[str, ...], Predictor] = OrderedDict()
@@ -249,13 +251,28 @@ class Service:
         return batcher
 
     def _prepare(self, item: bytes | Image.Image, place: int) -> Any:
-        return self.encoder.prepare_any(read_upload(item, f"input.{place}") if isinstance(item, bytes) else item)
+        return self.encoder.prepare_any(self.read(item, f"input.{place}") if isinstance(item, bytes) else item)
 
-    def _compute_images(self, prepared: Sequence[Any]) -> Vectors:
-        return self.encoder.encode_prepared(prepared).numpy()
+    def read(self, data: bytes, place: str) -> Image.Image:
+        """Decode an image that a client has sent.
 
-    def _compute_texts(self, texts: Sequence[str]) -> Vectors:
-        return self.encoder.encode_texts(texts).numpy()
+        Args:
+            data: the bytes of its file.
+            place: of the image in the request, for errors.
+
+        Raises:
+            RequestError: 400, it cannot be used.
+        """
+        try:
+            return open_image(data, window=self.window)
+        except UnreadableImageError as error:
+            raise RequestError(400, str(error), f"image_{error.reason}", place) from None
+
+    def _compute_images(self, prepared: Sequence[Any]) -> list[Vectors]:
+        return list(self.encoder.encode_prepared(prepared).numpy())
+
+    def _compute_texts(self, texts: Sequence[str]) -> list[Vectors]:
+        return list(self.encoder.encode_texts(texts).numpy())
 
 
 class _SharedEncoder(DualEncoder):
@@ -276,22 +293,6 @@ class _SharedEncoder(DualEncoder):
     def _embed(self, items: Sequence[str | Image.Image]) -> Tensor:
         vectors = asyncio.run_coroutine_threadsafe(self._service.embed(items), self._loop)
         return torch.from_numpy(vectors.result(self._service.limits.seconds))
-
-
-def read_upload(data: bytes, place: str) -> Image.Image:
-    """Decode an image that a client has sent.
-
-    Args:
-        data: the bytes of its file.
-        place: of the image in the request, for errors.
-
-    Raises:
-        RequestError: 400, it cannot be used.
-    """
-    try:
-        return open_image(data)
-    except UnreadableImageError as error:
-        raise RequestError(400, str(error), f"image_{error.reason}", place) from None
 
 
 async def _nothing() -> list[Vectors]:
