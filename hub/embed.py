@@ -135,9 +135,7 @@ def embed_images(
 
     read = partial(read_image, window=Window(settings.window))
     with tqdm(total=len(files), desc="encoding", unit="image", disable=settings.quiet or len(files) < 2) as bar:
-        encode_items(
-            encoder, files, partial(read_image, window=Window(settings.window)), take, settings.workers, bar.update
-        )
+        encode_items(encoder, files, read, take, settings.workers, bar.update)
     warn_skipped(skipped)
     if not ids:
         raise ValueError(f"none of the {len(files)} images could be read ({counted(skipped)})")
