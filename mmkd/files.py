@@ -93,7 +93,7 @@ def read_yaml(path: Path) -> Any:
         _refuse_yaml_bombs(text)
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def json_lines(path: Path, start: int = 0, stop: int | None = None, line: int = 1) -> Iterator[tuple[int, bytes]]:

@@ -46,7 +46,8 @@ Command = type | Mapping[str, type]
 
 DEBUG_VARIABLE = "MMKD_DEBUG"  # environment variable: show tracebacks
 COMMAND_VARIABLE = "MMKD_COMMAND"  # environment variable: the name under which `mmkd` runs a recipe
-CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
+UNPRINTABLE = (*range(32), *range(127, 160), *range(0xD800, 0xE000))  # the last ones are halves of characters
+CONTROLS = {code: "\ufffd" for code in UNPRINTABLE if chr(code) not in "\n\r\t"}
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the exit code that a shell gives a program whose reader left first
 BOOLEANS = ("true", "false", "yes", "no", "1", "0", "on", "off")
 NONE = ("none", "null", "")

@@ -125,6 +125,19 @@ class PairTable(Sequence[Pair]):
         column = self._table.column(name)
         return column if self._rows is None else column.take(self._rows)
 
+    def validate(self) -> None:
+        """Read the offsets and texts of all columns once: wrong ones would crash the interpreter.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        import pyarrow as pa
+
+        try:
+            self._table.validate(full=True)
+        except pa.ArrowException as error:
+            raise ValueError(f"{self.path} is damaged ({error}); curate again or restore it") from error
+
     @property
     def metadata(self) -> dict[bytes, bytes] | None:
         """Metadata of the file's schema."""
@@ -183,7 +196,9 @@ def map_table(path: Path) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_file(file).read_all()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise ValueError(f"{path} is not a complete Arrow file ({error}); curate again or restore it") from error
 
 
@@ -232,6 +247,7 @@ def check_table(table: PairTable) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    table.validate()
     for name, expected in zip(FIELDS, table_schema({}, "").types, strict=True):
         found = table.column(name)
         if found.type != expected or (name != "teachers" and found.null_count):
