@@ -26,6 +26,11 @@ from typing import Any
 
 import yaml
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 ZIP_LIMIT_BYTES = 8 * 1024**3
 YAML_LIMIT_BYTES, DEEPEST_YAML, MOST_ALIASES = 16 * 1024**2, 50, 100
 YAML_STARTS = (
@@ -204,10 +209,10 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def exclusive(output: Path) -> Iterator[None]:
-    """Hold an output against other runs, on this machine and on those that share its folder.
+    """Hold an output against other runs, on this machine and on those that share its folder; not on Windows.
 
-    The lock is the system's and ends with the process, however that ends; the file that carries it, ``.NAME.lock``
-    beside the output, stays. Temporary siblings of a run that was killed are removed.
+    The lock is the system's (``flock`` of ``.NAME.lock`` beside the output) and ends with the process, however that
+    ends. Temporary siblings of a run that was killed are removed.
 
     Args:
         output: file or folder that is written.
@@ -215,29 +220,53 @@ def exclusive(output: Path) -> Iterator[None]:
     Raises:
         OutputInUseError: another run holds it; the message says which.
     """
-    from filelock import FileLock, Timeout
-
-    output = Path.cwd() / output  # a link stays what it is
     output.parent.mkdir(parents=True, exist_ok=True)
     place = output.with_name(f".{output.name}.lock")
-    holder = place.read_text(encoding="utf-8", errors="replace").strip() if place.is_file() else ""
-    lock = FileLock(place, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise OutputInUseError(
-            f"{output.name} is being written by another run ({holder or 'of which nothing more is known'}); wait for "
-            "it, stop it, or choose another output"
-        ) from None
+    handle = _locked(place)
     try:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        place.write_text(f"process {os.getpid()} on {platform.node()}, started {started}\n", encoding="utf-8")
+        os.truncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()}, started {started}".encode())
         for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
             if re.fullmatch(r"[0-9a-f]{8}", left.name[len(output.name) + 2 : -len(".tmp")]):
                 remove(left)
         yield
     finally:
-        lock.release()
+        place.unlink(missing_ok=True)  # before the lock ends, so that nobody holds a file that another has removed
+        os.close(handle)
+
+
+def _locked(place: Path) -> int:
+    """A descriptor of the file at a place, which this process holds.
+
+    Raises:
+        OutputInUseError: another one holds it.
+    """
+    while True:
+        handle = os.open(place, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is None or _is_at(handle, place):
+                return handle
+        except BlockingIOError:
+            holder = os.read(handle, 1000).decode("utf-8", "replace") or "which has just started"
+            os.close(handle)
+            raise OutputInUseError(
+                f"{place.name[1 : -len('.lock')]} is being written by another run ({holder}); wait for it, stop it, or "
+                "choose another output"
+            ) from None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its holder removed it in between
+
+
+def _is_at(handle: int, place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), place.stat())
+    except FileNotFoundError:
+        return False
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

@@ -159,6 +159,12 @@ def extract(tasks: Sequence[FeatureTask], folder: PairFolder, settings: ExtractS
             encode_shards(tasks, shards, read, settings.batch_size, settings.workers, bar.update)
 
 
+def held(settings: ExtractSettings) -> list[Path]:
+    """The feature stores of this run; others of the folder may be written meanwhile."""
+    output = settings.output
+    return [output.with_name(f"{output.name}.{name}") for name in named_sources(settings.teacher)]
+
+
 def read_image(folder: PairFolder, pair: Pair) -> Readable | str:
     """The pixels of a pair's image, or why it cannot be read."""
     return read_or_reason(lambda: read_pixels(folder.image_path(pair)))
@@ -173,4 +179,4 @@ def reasons(skipped: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    run(ExtractSettings, main, lambda settings: [settings.output / name for name in named_sources(settings.teacher)])
+    run(ExtractSettings, main, held)

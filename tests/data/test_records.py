@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from mmkd.data.folder import open_pairs, write_manifest
-from mmkd.data.table import Pair, map_table, table_schema
+from mmkd.data.table import Pair, table_schema
 from mmkd.files import is_inside
 
 PAIRS = [
@@ -27,6 +27,7 @@ def test_round_trip(tmp_path):
 
 
 def test_images_may_lie_in_the_folder_of_another_stage(tmp_path):
+    write_manifest(tmp_path / "pairs", PAIRS)
     write_manifest(tmp_path / "screened", PAIRS, images=tmp_path / "pairs" / "images")
     folder = open_pairs(tmp_path / "screened")
     assert folder.image_path(PAIRS[1]) == (tmp_path / "pairs" / "images" / "2.png").resolve()
@@ -61,7 +62,8 @@ def test_errors_say_where(tmp_path):
     with pytest.raises(ValueError, match="twice"):
         open_pairs(tmp_path)
     write_manifest(tmp_path, PAIRS)
-    schema, table = table_schema({}, "images"), map_table(tmp_path / "manifest.arrow")
+    schema, content = table_schema({}, "images"), (tmp_path / "manifest.arrow").read_bytes()
+    table = pa.ipc.open_file(pa.BufferReader(content)).read_all()  # the file is written below
     for column, values, message in (
         ("id", pa.array([1, 2, 3]), "column id is int64"),
         ("caption", pa.array(["a", None, "c"]), "column caption is string with 1 empty cells"),

@@ -57,6 +57,7 @@ def test_what_a_killed_run_left_beside_the_output_is_removed(tmp_path):
         (tmp_path / name).write_text("x")
     with exclusive(output):
         assert {path.name for path in tmp_path.iterdir()} == {*kept, ".pairs.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 
 def test_a_second_curation_of_the_same_output_is_refused(tmp_path, monkeypatch, capsys):

@@ -26,6 +26,7 @@ def work(tmp_path, monkeypatch):
         Pair(f"p{k}", f"{k}.png", f"caption {k}", "ct" if k % 2 else "mri", split=split)
         for k, split in enumerate(SPLITS)
     ]
+    write_manifest(Path("elsewhere"), pairs)
     write_manifest(Path("pairs"), pairs, images=Path("elsewhere/images"))
     torch.manual_seed(0)
     concept = torch.randn(52, 32)
@@ -95,6 +96,7 @@ def write_classes(wrong=0.0):
         pairs.append(Pair(f"c{k}", f"{k}.png", caption, "microscopy" if k % 2 else "MRI", own[number]))
         classes.append(number + 3 * (k % 2))
         captioned.append(other + 3 * (k % 2))
+    write_manifest(Path("elsewhere"), pairs)
     write_manifest(Path("classes"), pairs, images=Path("elsewhere/images"))
     ids, shown, named = [pair.id for pair in pairs], torch.tensor(classes), torch.tensor(captioned)
     perfect, modality = torch.eye(6), torch.eye(6)[torch.tensor([0, 0, 0, 1, 1, 1])]
