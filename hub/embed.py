@@ -31,6 +31,7 @@ class EmbedSettings:
     inputs: list[str] = setting(
         help="image files, folders or patterns; with --kind texts sentences, or .txt files with one on each line",
         positional=True,
+        whole=True,
     )
     model: str = setting(help="folder or Hub id of a model, or the name of a teacher")
     output: Path = setting(help="file to write: .parquet, .npy (ids in .ids.json beside it) or .safetensors")

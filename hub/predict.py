@@ -30,7 +30,9 @@ class PredictSettings:
         "settings": "top format output log",
     }
 
-    images: list[str] = setting(help="image files, folders or patterns such as scans/**/*.dcm", positional=True)
+    images: list[str] = setting(
+        help="image files, folders or patterns such as scans/**/*.dcm", positional=True, whole=True
+    )
     model: str = setting(help="folder or Hub id of a model, or the name of a teacher")
     labels: str = setting("", "a,b,c, or a file: .txt (one a line), .csv or .yaml; required unless --mode normal")
     templates: str = setting("", "modality, a sentence with {}, or a file of them, for labels without sentences")

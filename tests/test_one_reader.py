@@ -91,7 +91,9 @@ def test_curation_of_a_list_and_evaluation_of_its_pairs(files, tmp_path):
 
 
 def test_extraction_and_evaluation_of_pairs_that_name_raw_files(files, tmp_path):
-    write_manifest(tmp_path, [Pair(name, name, "a picture", split="test") for name in FILES], files)
+    pairs = [Pair(name, name, "a picture", split="test") for name in FILES]
+    write_manifest(files, pairs, files)
+    write_manifest(tmp_path, pairs, files)
     folder = open_pairs(tmp_path)
     assert isinstance(folder, PairFolder)
     for pair in folder.pairs:

@@ -66,6 +66,7 @@ def setting(
     factory: Callable[[], Any] | None = None,
     preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     positional: bool = False,
+    whole: bool = False,
 ) -> Any:
     """A dataclass field with a help text; without a default or factory the setting is required.
 
@@ -75,10 +76,12 @@ def setting(
         factory: makes the default, where it is a list or mapping.
         preset: of a mapping: the entries that ``--mapping.entry value`` changes, as a function of the other settings
             that are given, where no file gives the mapping itself.
-        positional: the value may stand on the command line without its name, in the order of the fields; words that
-            stand so are taken whole, also by a list, since a name of a file may hold a comma. A list comes last.
+        positional: the value may stand on the command line without its name, in the order of the fields; a list comes
+            last.
+        whole: words of a list that stand without its name are not split at commas, which sentences and names of files
+            may hold.
     """
-    metadata = {"help": help, "preset": preset, "positional": positional}
+    metadata = {"help": help, "preset": preset, "positional": positional, "whole": whole}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -365,7 +368,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, group: Group) -> inspec
         texts = [token.value for token in tokens]
         if get_origin(bare(hint)) is not list:
             return convert(field.name, texts[-1], hint)
-        return convert(field.name, texts if tokens[0].keyword is None else ",".join(texts), hint)
+        whole = field.metadata.get("whole") and tokens[0].keyword is None
+        return convert(field.name, texts if whole else ",".join(texts), hint)
 
     required, kind = _is_required(field), bare(hint)
     meaning = Parameter(

@@ -163,7 +163,7 @@ def test_set(tmp_path_factory):
 
 @pytest.mark.parametrize("form", ["pairs", "labels", "yaml", "folder of sets"])
 def test_test_sets_are_kept_out(test_set, tmp_path, form, monkeypatch):
-    monkeypatch.setenv("DATA", str(test_set))
+    monkeypatch.setenv("MMKD_DATA", str(test_set))
     source = write_source(tmp_path / "s", shards=2)
     catalog = tmp_path / "catalog"
     catalog.mkdir()

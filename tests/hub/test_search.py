@@ -61,7 +61,7 @@ def test_an_index_follows_its_folder(published_student, scans, capsys, monkeypat
     (scans / "p0" / "4.png").write_text("an image no longer")
     encoded = []
     read = index_recipe.read_image
-    monkeypatch.setattr(index_recipe, "read_image", lambda file: encoded.append(file.id) or read(file))
+    monkeypatch.setattr(index_recipe, "read_image", lambda file, window: encoded.append(file.id) or read(file, window))
     make(published_student, scans)
     assert "5 images; 2 added or changed, 1 removed" in capsys.readouterr().out
     opened = SearchIndex.open(output)
