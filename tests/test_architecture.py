@@ -177,7 +177,11 @@ def test_private_names_of_libraries_are_read_in_listed_modules():
     attributes = {path: [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)] for path, tree in trees.items()}
     for path, tree in trees.items():
         own |= {node.attr for node in attributes[path] if isinstance(node.ctx, ast.Store)}
-        own |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        own |= {
+            node.name
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        }
     for path in SOURCES:
         names = {node.attr for node in attributes[path] if node.attr.startswith("_") and not node.attr.startswith("__")}
         found = names - own

@@ -379,7 +379,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, group: Group) -> inspec
         converter=None if kind is bool or get_origin(kind) is dict else read,
     )
     default = None if required else field.default_factory() if callable(field.default_factory) else field.default
-    return _option(field.name, hint, default, meaning, bool(field.metadata.get("positional")))
+    stated = hint | None if default is None else hint  # cyclopts checks defaults where pydantic is loaded
+    return _option(field.name, stated, default, meaning, bool(field.metadata.get("positional")))
 
 
 def _option(name: str, hint: Any, default: Any, meaning: Parameter, positional: bool = False) -> inspect.Parameter:

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import pydantic  # noqa: F401  cyclopts behaves differently where it is loaded
 import pytest
 from safetensors import SafetensorError
 
@@ -192,7 +193,7 @@ class SeveralPositional:
     """Two may come without their names, the last of them a list."""
 
     index: Path = setting(help="what is searched", positional=True)
-    query: list[str] = setting(help="what for", positional=True)
+    query: list[str] = setting(help="what for", positional=True, whole=True)
     k: int = setting(10, "answers")
     names: list[str] | None = setting(None, "names")
 
