@@ -48,7 +48,9 @@ def load_student(name: str) -> tuple[MMKDClipModel, Any]:
 
 
 def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance: dict[str, Any] | None = None) -> None:
-    """Write a ``from_pretrained`` folder and, if given, the provenance of the student."""
+    """Write a ``from_pretrained`` folder and, if given, the provenance of the student; no path of this machine."""
+    for config in (model.config, model.config.vision_config, model.config.text_config):
+        config.name_or_path = ""
     with quiet_transformers():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
