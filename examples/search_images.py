@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from mmkd.encoders.zoo import load_encoder
-from mmkd.serving.encoding import encode_items, warn_skipped
+from mmkd.serving.encoding import encode_items
 from mmkd.serving.images import find_images, read_image
 from mmkd.serving.index import SearchIndex
 
@@ -18,9 +18,8 @@ def main(folder: str, pictures: str, query: str, count: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         index = SearchIndex.create(Path(temporary) / "index", encoder.provenance, encoder.dim)
 
-        def take(files, vectors, unread):  # the pictures of a part that can be read, their vectors, and the others
+        def take(files, vectors):  # the pictures of a part that can be read, and their vectors
             index.add([file.id for file in files], vectors)
-            warn_skipped({file.id: reason for file, reason in unread})
 
         encode_items(encoder, find_images([pictures]), read_image, take)
         for hit in index.search(encoder.encode_texts([query]), count)[0]:

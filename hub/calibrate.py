@@ -60,7 +60,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.data.images import open_image
@@ -85,7 +84,7 @@ from mmkd.serving.calibration import (
     with_intervals,
     write_calibration,
 )
-from mmkd.serving.encoding import encode_items, warn_skipped
+from mmkd.serving.encoding import encode_items
 from mmkd.serving.predictor import DEFAULT_THRESHOLD, Label, Predictor, default_cache, read_labels, read_templates
 
 LEAST_IMAGES = 2
@@ -180,17 +179,13 @@ def encode(
     """The pairs whose images can be read, and their vectors ``(n, dim)``."""
     kept: list[Pair] = []
     parts = [torch.zeros(0, encoder.dim)]
-    skipped: dict[str, str] = {}
 
-    def take(items: list[Pair], vectors: Tensor, unread: list[tuple[Pair, str]]) -> None:
+    def take(items: list[Pair], vectors: Tensor) -> None:
         kept.extend(items)
         parts.append(vectors)
-        skipped.update((pair.id, reason) for pair, reason in unread)
 
-    with tqdm(total=len(pairs), desc=f"encoding {split}", unit="image", disable=settings.quiet) as bar:
-        read = partial(read_pair, folder)
-        encode_items(encoder, pairs, read, take, settings.workers, bar.update)
-    warn_skipped(skipped)
+    read = partial(read_pair, folder)
+    encode_items(encoder, pairs, read, take, f"encoding {split}", settings.workers, settings.quiet)
     return kept, torch.cat(parts)
 
 

@@ -55,14 +55,13 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mmkd.data.features.shards import write_shard
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.files import atomic_write_bytes, refuse_existing, write_json
-from mmkd.serving.encoding import counted, encode_items, warn_skipped, write_log
+from mmkd.serving.encoding import counted, encode_items, write_log
 from mmkd.serving.images import ImageFile, find_images, read_image
 from mmkd.serving.predictor import read_utf8
 
@@ -86,7 +85,7 @@ def main(settings: EmbedSettings) -> None:
     else:
         files = find_images(settings.inputs)
         encoder = load(settings)
-        ids, vectors = embed_images(encoder, files, skipped, settings)
+        ids, vectors, skipped = embed_images(encoder, files, settings)
     write(settings.output, ids, vectors, encoder)
     if settings.log is not None:
         facts = {"kind": settings.kind, "vectors": len(ids), "dim": encoder.dim, "skipped": skipped}
@@ -119,9 +118,9 @@ def load(settings: EmbedSettings) -> DualEncoder:
 
 
 def embed_images(
-    encoder: DualEncoder, files: list[ImageFile], skipped: dict[str, str], settings: EmbedSettings
-) -> tuple[list[str], Tensor]:
-    """Ids and vectors ``(n, dim)`` of the images that can be read; the others are added to ``skipped``.
+    encoder: DualEncoder, files: list[ImageFile], settings: EmbedSettings
+) -> tuple[list[str], Tensor, dict[str, str]]:
+    """Ids and vectors ``(n, dim)`` of the images that can be read, and ids of the others with the reason.
 
     Raises:
         ValueError: none can be read.
@@ -129,18 +128,15 @@ def embed_images(
     ids: list[str] = []
     parts: list[Tensor] = []
 
-    def take(items: list[ImageFile], vectors: Tensor, unread: list[tuple[ImageFile, str]]) -> None:
+    def take(items: list[ImageFile], vectors: Tensor) -> None:
         ids.extend(item.id for item in items)
         parts.append(vectors)
-        skipped.update((item.id, reason) for item, reason in unread)
 
     read = partial(read_image, window=Window(settings.window))
-    with tqdm(total=len(files), desc="encoding", unit="image", disable=settings.quiet or len(files) < 2) as bar:
-        encode_items(encoder, files, read, take, settings.workers, bar.update)
-    warn_skipped(skipped)
+    skipped = encode_items(encoder, files, read, take, workers=settings.workers, quiet=settings.quiet)
     if not ids:
         raise ValueError(f"none of the {len(files)} images could be read ({counted(skipped)})")
-    return ids, torch.cat(parts)
+    return ids, torch.cat(parts), skipped
 
 
 def read_texts(inputs: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 An index that exists is updated: images that are new or have changed are encoded, those that are gone are removed. A
 file counts as changed if its size or time differs and then its SHA-256 does. The index can be searched at any time; a
-killed run keeps what was added, and the same command goes on.
+killed run keeps what was added; run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -41,24 +41,21 @@ class IndexSettings:
 if __name__ == "__main__":
     check_arguments(IndexSettings)  # before the imports that take seconds
 
-import hashlib
 import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import Readable
 from mmkd.encoders.zoo import load_encoder
-from mmkd.serving.encoding import counted, encode_items, warn_skipped
+from mmkd.files import content_sha256, leads_inside
+from mmkd.serving.encoding import counted, encode_items
 from mmkd.serving.images import ImageFile, find_images, read_image
 from mmkd.serving.index import GRAPH_ROWS, INDEX_FILE, FileStates, SearchIndex
-
-BLOCK_BYTES = 1 << 20
 
 
 def main(settings: IndexSettings) -> None:
@@ -76,8 +73,7 @@ def main(settings: IndexSettings) -> None:
         )
     if not settings.folder.is_dir():
         raise FileNotFoundError(f"{settings.folder}: no such folder")
-    own = settings.output.resolve()
-    files = [file for file in find_images([settings.folder]) if not file.path.resolve().is_relative_to(own)]
+    files = [file for file in find_images([settings.folder]) if not leads_inside(settings.output, file.path)]
     existing = SearchIndex.open(settings.output) if (settings.output / INDEX_FILE).is_file() else None
     encoder = load_encoder(settings.model, chosen_device(settings.device))
     encoder.batch_size = settings.batch_size
@@ -121,7 +117,6 @@ def update(index: SearchIndex, files: Sequence[ImageFile], encoder: DualEncoder,
     if touched:  # only the time of change differs
         ids = [file.id for file in touched]
         index.add(ids, torch.from_numpy(index.vectors(ids)), file_states(ids, stamps, hashes))
-    skipped: dict[str, str] = {}
 
     def read(file: ImageFile) -> Readable | str:
         image = read_image(file, index.window)
@@ -129,15 +124,12 @@ def update(index: SearchIndex, files: Sequence[ImageFile], encoder: DualEncoder,
             sha256_of(file, hashes)
         return image
 
-    def take(items: list[ImageFile], vectors: Tensor, unread: list[tuple[ImageFile, str]]) -> None:
-        skipped.update((item.id, reason) for item, reason in unread)
-        index.delete([item.id for item, _ in unread])
+    def take(items: list[ImageFile], vectors: Tensor) -> None:
         ids = [item.id for item in items]
         index.add(ids, vectors, file_states(ids, stamps, hashes))
 
-    with tqdm(total=len(changed), desc="indexing", unit="image", disable=settings.quiet or not changed) as bar:
-        encode_items(encoder, changed, read, take, settings.workers, bar.update)
-    warn_skipped(skipped)
+    skipped = encode_items(encoder, changed, read, take, "indexing", settings.workers, settings.quiet)
+    index.delete(list(skipped))
     if not len(index):
         raise ValueError(f"none of the {len(files)} images could be read ({counted(skipped)}); the index is empty")
     if not settings.quiet:
@@ -157,15 +149,11 @@ def stamp_of(file: ImageFile) -> tuple[int, int]:
 def sha256_of(file: ImageFile, known: dict[str, bytes]) -> bytes:
     """SHA-256 of a file, which is noted; of no bytes where it cannot be read."""
     if file.id not in known:
-        digest = hashlib.sha256()
         try:
-            if not file.reason:
-                with file.path.open("rb") as opened:
-                    while block := opened.read(BLOCK_BYTES):
-                        digest.update(block)
+            digest = content_sha256(*([] if file.reason else [file.path]))
         except OSError:
-            digest = hashlib.sha256()
-        known[file.id] = digest.digest()
+            digest = content_sha256()
+        known[file.id] = bytes.fromhex(digest)
     return known[file.id]
 
 

@@ -61,13 +61,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mmkd.distributed import chosen_device
 from mmkd.encoders.zoo import load_encoder
 from mmkd.files import atomic_write_bytes
 from mmkd.serving.calibration import read_calibration
-from mmkd.serving.encoding import counted, encode_items, warn_skipped, write_log
+from mmkd.serving.encoding import counted, encode_items, write_log
 from mmkd.serving.images import ImageFile, find_images, read_image
 from mmkd.serving.predictor import Prediction, Predictor, default_cache, read_labels, read_templates
 
@@ -92,16 +91,12 @@ def main(settings: PredictSettings) -> None:
     if settings.calibration != "none":
         predictor.calibrate(read_calibration(folder, predictor.fingerprint, predictor.key))
     found: dict[str, Prediction] = {}
-    skipped: dict[str, str] = {}
 
-    def take(items: list[ImageFile], vectors: Tensor, unread: list[tuple[ImageFile, str]]) -> None:
+    def take(items: list[ImageFile], vectors: Tensor) -> None:
         found.update(zip((item.id for item in items), predictor.predict(vectors), strict=True))
-        skipped.update((item.id, reason) for item, reason in unread)
 
     read = partial(read_image, window=Window(settings.window))
-    with tqdm(total=len(files), desc="predicting", unit="image", disable=settings.quiet or len(files) < 2) as bar:
-        encode_items(encoder, files, read, take, settings.workers, bar.update)
-    warn_skipped(skipped)
+    skipped = encode_items(encoder, files, read, take, "predicting", settings.workers, settings.quiet)
     if not found:
         raise ValueError(f"none of the {len(files)} images could be read ({counted(skipped)})")
     write(settings, found, predictor)

@@ -274,10 +274,24 @@ def fingerprint(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        for block in _blocks(path):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def content_sha256(*paths: Path) -> str:
+    """SHA-256 over the contents of files, one after another, without holding them in memory."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for block in _blocks(path):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
 
 
 def is_inside(relative: str) -> bool:

@@ -27,7 +27,7 @@ from mmkd.data.images import UnreadableImageError, read_image_bytes
 from mmkd.data.readers import DATA_PLACE, DATA_VARIABLE, IMAGE_SUFFIXES, find_file, suffix_of
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import TABLE_FILE, map_table
-from mmkd.files import read_yaml
+from mmkd.files import content_sha256, read_yaml
 
 
 def find_in_test_sets(
@@ -151,12 +151,7 @@ def checksums(manifests: Sequence[Path]) -> dict[str, str]:
     sums = {}
     for name, path in _sets(manifests):
         lists = [path] if path.is_file() else [path / file for file in LISTS if (path / file).is_file()]
-        digest = hashlib.sha256()
-        for file in lists:
-            with file.open("rb") as opened:
-                while block := opened.read(1 << 20):
-                    digest.update(block)
-        sums[name] = digest.hexdigest()
+        sums[name] = content_sha256(*lists)
     return sums
 
 

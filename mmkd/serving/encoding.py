@@ -9,22 +9,32 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mmkd.data.provenance import installed_versions
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards
 from mmkd.files import write_json
 
-Item = TypeVar("Item")
+
+class Identified(Protocol):
+    """Something with an id: an image file, a pair."""
+
+    @property
+    def id(self) -> str:
+        """Under which it is named to the user."""
+
+
+Item = TypeVar("Item", bound=Identified)
 
 PART_ITEMS = 1024  # images whose vectors are handed on together; the most that a killed `mmkd index` loses
 SHOWN = 20  # unreadable images that are listed one by one
 
-Take = Callable[[list[Item], Tensor, list[tuple[Item, str]]], None]
+Take = Callable[[list[Item], Tensor], None]
 
 
 class VectorTask(EncodingTask[Item]):
@@ -34,6 +44,7 @@ class VectorTask(EncodingTask[Item]):
         """Encode with this encoder, for this function; see `encode_items`."""
         super().__init__(encoder)
         self.take = take
+        self.skipped: dict[str, str] = {}
 
     def has(self, shard: int) -> bool:
         """See `EncodingTask`."""
@@ -45,7 +56,8 @@ class VectorTask(EncodingTask[Item]):
 
     def write(self, shard: int, items: list[Item], arrays: dict[str, Tensor], skipped: list[tuple[Item, str]]) -> None:
         """See `EncodingTask`."""
-        self.take(items, arrays.get("image", torch.zeros(0, self.encoder.dim)), skipped)
+        self.skipped.update((item.id, reason) for item, reason in skipped)
+        self.take(items, arrays.get("image", torch.zeros(0, self.encoder.dim)))
 
 
 def encode_items(
@@ -53,26 +65,34 @@ def encode_items(
     items: Sequence[Item],
     read: Callable[[Item], Readable | str],
     take: Take[Item],
+    title: str = "encoding",
     workers: int = 0,
-    progress: Callable[[int], object] = lambda _: None,
-) -> None:
-    """Encode the images of items, which threads read meanwhile.
+    quiet: bool = False,
+) -> dict[str, str]:
+    """Encode the images of items, which threads read meanwhile; unreadable ones are listed on standard error.
 
     Args:
         encoder: takes `DualEncoder.batch_size` images at a time.
         items: files, pairs ...
         read: the image of an item, or the reason why there is none.
-        take: gets the readable items of each part, their vectors ``(n, dim)``, unit length, and the others with the
-            reason.
+        take: gets the readable items of each part and their vectors ``(n, dim)``, unit length.
+        title: of the progress bar.
         workers: threads that read and prepare; 0 for this process' share of the cores.
-        progress: called with the number of items of each batch.
+        quiet: no progress bar.
+
+    Returns:
+        Id of each item that could not be read -> reason.
     """
     starts = range(0, len(items), PART_ITEMS)
     parts = [(number, items[start : start + PART_ITEMS]) for number, start in enumerate(starts)]
-    encode_shards([VectorTask(encoder, take)], parts, read, encoder.batch_size, workers, progress)
+    task = VectorTask(encoder, take)
+    with tqdm(total=len(items), desc=title, unit="image", disable=quiet or len(items) < 2) as bar:
+        encode_shards([task], parts, read, encoder.batch_size, workers, bar.update)
+    _warn_skipped(task.skipped)
+    return task.skipped
 
 
-def warn_skipped(skipped: Mapping[str, str]) -> None:
+def _warn_skipped(skipped: Mapping[str, str]) -> None:
     """Name images that could not be read on standard error, the first ones by id, and all by reason."""
     for id, reason in list(skipped.items())[:SHOWN]:
         print(f"left out {id}: {reason}", file=sys.stderr)

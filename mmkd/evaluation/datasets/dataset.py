@@ -7,7 +7,6 @@ test images) is noted.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from mmkd.evaluation.datasets.manifest import (
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.datasets.readers import READERS
 from mmkd.evaluation.datasets.source import Sample, Store, group_of
+from mmkd.files import content_sha256
 
 OF_BAGS = ("survival", "diagnosis")
 ABOUT = ("title", "task", "modality", "license", "tier", "citation")
@@ -187,12 +187,9 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
 def _verify_sum(manifest: Manifest, paths: Sequence[Path]) -> None:
     if not manifest.sha256 or not paths[0].is_file():
         return
-    with paths[0].open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != manifest.sha256.lower():
-        raise ValueError(f"{paths[0]} has the SHA-256 {digest.hexdigest()}, the manifest states {manifest.sha256}")
+    found = content_sha256(paths[0])
+    if found != manifest.sha256.lower():
+        raise ValueError(f"{paths[0]} has the SHA-256 {found}, the manifest states {manifest.sha256}")
 
 
 def _settle_labels(manifest: Manifest, samples: Sequence[Sample]) -> None:
