@@ -32,7 +32,7 @@ from mmkd.data.readers import (
     tar_members,
 )
 from mmkd.data.splits import meaning_of
-from mmkd.files import is_inside, json_lines, parse_json_object, read_json
+from mmkd.files import is_inside, json_lines, leads_inside, parse_json_object, read_json
 
 LABELS_FILE = "labels.csv"
 
@@ -147,7 +147,7 @@ def read_dicom_folder(folder: Path, start: int, stop: int, salt: bytes) -> Itera
         if path.name.upper() in DICOM_LISTS:
             continue
         place, key = f"file {number}", place_hash(salt, path.relative_to(folder).as_posix())
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if not leads_inside(folder, path):
             yield Refused(place, "path_outside", key)
         elif path.is_file() and not is_dicom_file(path):
             yield Refused(place, "not_dicom", key)

@@ -18,6 +18,7 @@ from mmkd.data.images import open_image
 from mmkd.data.pixel_rules import DEFAULT_WINDOW, Window
 from mmkd.data.readers import list_files
 from mmkd.encoders.extraction import Readable, read_or_reason
+from mmkd.files import leads_inside
 
 URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 OTHER_SUFFIXES = frozenset((".txt", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".html", ".md", ".pdf"))
@@ -92,8 +93,7 @@ def _named_by(source: str) -> list[tuple[Path, Path, str]]:
 
 
 def _within(root: Path, files: Iterable[Path]) -> list[tuple[Path, Path, str]]:
-    resolved = root.resolve()
-    return [(root, file, "" if file.resolve().is_relative_to(resolved) else OUTSIDE) for file in files]
+    return [(root, file, "" if leads_inside(root, file) else OUTSIDE) for file in files]
 
 
 def _may_be_image(file: Path) -> bool:

@@ -23,7 +23,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -42,6 +41,7 @@ from mmkd.data.prompts import (
 )
 from mmkd.data.readers import read_csv
 from mmkd.encoders.encoder import DualEncoder
+from mmkd.files import read_yaml
 from mmkd.serving.calibration import Calibration
 
 Mode = Literal["single", "multilabel", "normal"]
@@ -316,10 +316,9 @@ def _labels_of_file(path: Path) -> list[Label]:
     text = read_utf8(path)
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml"):
+        content = read_yaml(path)
         try:
-            return _labels_of_yaml(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+            return _labels_of_yaml(content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     if suffix in (".csv", ".tsv"):

@@ -1,7 +1,7 @@
 """The model behind the service: images are prepared by several threads, and one thread computes batches.
 
-Encoders give tensors; everything that leaves here is NumPy or plain Python. A request that asks for more than the
-queues may hold is refused at once, so that the memory of the service stays bounded.
+`Service` returns NumPy arrays and plain Python, no tensors. A request that does not fit into the queues is refused at
+once, so that the memory of the service stays bounded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from mmkd.data.images import open_image
 from mmkd.data.pixel_rules import DEFAULT_WINDOW, UnreadableImageError, Window
 from mmkd.encoders.encoder import DualEncoder, HFClipEncoder
-from mmkd.files import is_inside
+from mmkd.files import is_inside, leads_inside
 from mmkd.serving.batching import Batcher
 from mmkd.serving.explain import heat_map, overlay
 from mmkd.serving.gate import Limits, RequestError, overloaded
@@ -55,8 +55,8 @@ class Archive:
         """The file of an image, if it lies in the folder."""
         if self.images is None or not is_inside(id):
             return None
-        path = (self.images / id).resolve()
-        return path if path.is_relative_to(self.images.resolve()) and path.is_file() else None
+        path = self.images / id
+        return path if leads_inside(self.images, path) and path.is_file() else None
 
 
 @dataclass(frozen=True)
