@@ -19,13 +19,13 @@ class ExplainSettings:
     """Write a heat map of an image and a text.
 
     Example:
-        mmkd explain xray.png --text "chest x-ray with pneumonia" --against "normal chest x-ray" --output heat.png
+        mmkd explain xray.png --model mmkd-clip --text "chest x-ray with pneumonia" --output heat.png
     """
 
     image: Path = setting(help="image file", positional=True)
     text: str = setting(help="caption that the map is for")
     output: Path = setting(help="PNG file to write")
-    model: str = setting("mmkd-clip", "folder, Hub id or name of a model")
+    model: str = setting(help="folder or Hub id of a model, or the name of a teacher")
     against: str = setting("", "another caption, whose similarity is subtracted")
     window: WindowPreset = setting("auto", "window of CT: auto, lung, soft, bone, brain, or three of them as RGB")
     cells: int = setting(10, "number of cells along the shorter side")

@@ -19,7 +19,6 @@ from mmkd.data.pixel_rules import Window, WindowPreset
 KEY_VARIABLE = "MMKD_SERVE_KEY"
 LEAST_KEY = 16
 LEAST_COSINE = 0.9  # of an export with its model; 8-bit towers reach .98
-MEBIBYTE = 1024**2
 PROBES = ("an MRI of the brain", "a chest radiograph", "a fundus photograph")
 
 
@@ -42,16 +41,16 @@ class ServeSettings:
     window: WindowPreset | None = setting(
         None, "window of CT: auto, lung, soft, bone, brain or three; by default that of the index, else auto"
     )
-    onnx: Path | None = setting(None, "compute by ONNX Runtime: a folder of `mmkd export` of the same model")
+    onnx: Path | None = setting(None, "run the towers with ONNX Runtime: a folder of `mmkd export` of the same model")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     resize: Literal["exact", "fast"] = setting("exact", "the model's own, or faster and within one grey level")
-    page: bool = setting(True, "page for people at the root")
+    page: bool = setting(True, "web page at /")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all addresses of this machine")
     port: int = setting(8000, "port to listen on")
     key_file: Path | None = setting(None, f"file with the key that clients must send; or the variable {KEY_VARIABLE}")
-    without_key: bool = setting(False, "let anyone who reaches --host use the service")
-    names: list[str] = setting(factory=list, help="other names of this machine in the header Host, as of a proxy")
-    frame_ancestors: list[str] = setting(factory=list, help="web sites that may show the page in a frame")
+    without_key: bool = setting(False, "serve without a key, where another layer restricts access")
+    names: list[str] = setting(factory=list, help="other host names that requests may use, such as a reverse proxy's")
+    frame_ancestors: list[str] = setting(factory=list, help="web sites that may embed the page")
     max_batch: int = setting(32, "most images or texts that are computed together")
     max_wait_ms: float = setting(4.0, "time that a lone item waits for others [ms]")
     max_queue: int = setting(512, "most images and texts that wait; more are refused with 503")
@@ -84,7 +83,7 @@ from mmkd.encoders.zoo import load_encoder
 from mmkd.exporting.encoder import ExportedEncoder
 from mmkd.serving.api import Metrics, create_app, with_gate
 from mmkd.serving.calibration import read_calibration
-from mmkd.serving.gate import LOOPBACK_NAMES, Limits
+from mmkd.serving.gate import LOOPBACK_NAMES, MEBIBYTE, Limits
 from mmkd.serving.index import SearchIndex
 from mmkd.serving.predictor import Label, Predictor, normal_labels, read_labels, read_templates
 from mmkd.serving.service import Archive, Batching, Service, tokens_of
@@ -210,7 +209,7 @@ def require_key(settings: ServeSettings, key: bytes | None) -> None:
     if key is None and not settings.without_key and not is_loopback(settings.host):
         raise ValueError(
             f"--host {settings.host} can be reached from other machines: give --key_file FILE, or --without_key true "
-            "where something else guards it"
+            "if another layer restricts access"
         )
 
 

@@ -27,26 +27,8 @@ from mmkd.files import is_inside, leads_inside
 
 NIFTI_GZ = "nii.gz"
 
-IMAGE_SUFFIXES = frozenset(
-    (
-        "jpg",
-        "jpeg",
-        "png",
-        "webp",
-        "gif",
-        "bmp",
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "jp2",
-        "dcm",
-        "dicom",
-        "ima",
-        "nii",
-        NIFTI_GZ,
-    )
-)
+IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2"))
+IMAGE_SUFFIXES |= {"dcm", "dicom", "ima", "nii", NIFTI_GZ}
 
 EMPTY_CELLS = frozenset(("", "nan", "null", "none", "<na>", "#n/a", "n/a", "-"))
 

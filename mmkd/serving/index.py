@@ -51,7 +51,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Hit:
-    """An answer of a search.
+    """A result of a search.
 
     Attributes:
         id: of the image, its path relative to the folder that was indexed.
@@ -192,8 +192,7 @@ class SearchIndex:
         """What the index knows of the files of n ids."""
         rows = self._rows(ids)
         if not len(self._store):
-            empty = np.zeros((len(ids), 2), np.int64), np.zeros((len(ids), 32), np.uint8)
-            return FileStates(rows >= 0, *empty)
+            return FileStates(rows >= 0, *_unknown_files(len(ids)))
         return FileStates(rows >= 0, self._store.gather("stamps", rows), self._store.gather("sha256", rows))
 
     def vectors(self, ids: Sequence[str]) -> Vectors:
@@ -221,8 +220,8 @@ class SearchIndex:
             )
         if not ids:
             return
-        unknown = FileStates(np.ones(len(ids), bool), *_unknown_files(len(ids)))
-        added = _Part(list(ids), wide.half(), *(torch.from_numpy(own) for own in _arrays(files or unknown)))
+        stamps, sha256 = (files.stamps, files.sha256) if files else _unknown_files(len(ids))
+        added = _Part(list(ids), wide.half(), torch.from_numpy(stamps), torch.from_numpy(sha256))
         with self._writing():
             old = self._rows(ids)
             removed = np.union1d(self._removed, old[old >= 0])
@@ -476,10 +475,6 @@ _NONE: Rows = np.zeros(0, dtype=np.int64)
 
 def _unknown_files(count: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     return np.zeros((count, 2), np.int64), np.zeros((count, 32), np.uint8)
-
-
-def _arrays(files: FileStates) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    return files.stamps, files.sha256
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

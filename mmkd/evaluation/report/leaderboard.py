@@ -290,14 +290,10 @@ def distillation(board: Leaderboard) -> str:
     found = board.mean().differences.get(STAGE1)
     if found is None or found["difference"] is None:
         return ""
-    points = f"{signed(100 * found['difference'], 1)} points"
     if found["low"] is None or found["high"] is None:
-        return f"Distillation changed the mean score of stage 1 by {points} (no interval)."
-    verb = {"ahead": "improved on", "level": "did not measurably improve on", "behind": "did not improve on"}
-    return (
-        f"Distillation {verb[tone(found)]} stage 1: {points} "
-        f"[{signed(100 * found['low'], 1)}, {signed(100 * found['high'], 1)}]."
-    )
+        points = signed(100 * found["difference"], 1)
+        return f"Distillation changed the mean score of stage 1 by {points} points (no interval)."
+    return _improvement("Distillation", "stage 1", found)
 
 
 def over_control(board: Leaderboard) -> str:
@@ -305,12 +301,14 @@ def over_control(board: Leaderboard) -> str:
     found = board.mean().differences.get(NO_TEACHER)
     if found is None or found["difference"] is None or found["low"] is None or found["high"] is None:
         return ""
+    return _improvement("The teachers", "the same training without a teacher", found)
+
+
+def _improvement(what: str, over: str, found: dict[str, Any]) -> str:
+    """Whether something improved on something else, with the points of the mean and their interval."""
     verb = {"ahead": "improved on", "level": "did not measurably improve on", "behind": "did not improve on"}
-    return (
-        f"The teachers {verb[tone(found)]} the same training without a teacher: "
-        f"{signed(100 * found['difference'], 1)} points [{signed(100 * found['low'], 1)}, "
-        f"{signed(100 * found['high'], 1)}]."
-    )
+    low, high = signed(100 * found["low"], 1), signed(100 * found["high"], 1)
+    return f"{what} {verb[tone(found)]} {over}: {signed(100 * found['difference'], 1)} points [{low}, {high}]."
 
 
 def comparison(board: Leaderboard) -> str:
