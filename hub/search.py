@@ -21,9 +21,9 @@ class SearchSettings:
 
     index: Path = setting(help="folder that `mmkd index` has written", positional=True)
     query: str = setting(help="a sentence, or the file of an image", positional=True)
-    k: int = setting(10, "answers; an index of fewer images gives all")
+    k: int = setting(10, "number of results; an index of fewer images gives all")
     near: bool = setting(False, "only near duplicates: a cosine of at least 0.95")
-    least: float = setting(-1.0, "least cosine of an answer")
+    least: float = setting(-1.0, "minimum cosine similarity of a result")
     format: Literal["table", "csv", "json"] = setting("table", "form of the output")
     model: str = setting("", "folder or Hub id of the model; by default the one that the index names")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")

@@ -6,8 +6,8 @@ fine-tuned on the spot. Started again, it skips finished stages and resumes the 
 what validation prefers among stage 1, the distilled student and their averages (`mmkd merge --pairs`).
 
 The control, a student without a teacher, goes through the same steps with the relations of its own towers after stage 1
-in the place of the teachers' features, and is chosen on validation likewise: what the student is ahead of it comes from
-the teachers, not from training longer.
+in the place of the teachers' features, and is chosen on validation likewise. A difference between the two is therefore
+not an effect of training longer; with one seed it is no proof that the teachers cause it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What every reader of pixels keeps to: reasons of refusal, limits of size, and how deep values become 8 bits.
 
 There is one rule for grey values of more than 8 bits: they are windowed from their 0.5th to their 99.5th percentile
-(from minimum to maximum where these coincide), ignoring values that are not finite. DICOM and NIfTI know more: CT is
+(from minimum to maximum where these coincide), ignoring values that are not finite. DICOM and NIfTI state more: CT is
 shown in a display window of Hounsfield units if one is chosen (`Window`), and DICOM in its own window by default.
 """
 

@@ -200,16 +200,16 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     @app.post("/v1/embeddings", response_model=Embeddings, openapi_extra=_body_of(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
         """Embed texts and images into one space: unit vectors, whose products are cosine similarities."""
-        asked, items = await _read(service, request, EmbeddingRequest)
-        if asked.dimensions not in (None, service.dim):
-            message = f"dimensions is {asked.dimensions}; this model gives {service.dim}"
+        requested, items = await _read(service, request, EmbeddingRequest)
+        if requested.dimensions not in (None, service.dim):
+            message = f"dimensions is {requested.dimensions}; this model gives {service.dim}"
             raise RequestError(400, message, "invalid_request", "dimensions")
         vectors = await service.embed(items)
         texts = [item for item in items if isinstance(item, str)]
         tokens = await service.in_pool(service.count_tokens, texts) if texts else 0
         data = [
             {"object": "embedding", "index": place, "embedding": vector}
-            for place, vector in enumerate(_encoded(vectors, asked.encoding_format))
+            for place, vector in enumerate(_encoded(vectors, requested.encoding_format))
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
@@ -217,11 +217,11 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     @app.post("/v1/classify", openapi_extra=_body_of(ClassifyRequest))
     async def classify(request: Request) -> Classifications:
         """Probabilities of labels for images; calibrated where the model has a calibration of these labels."""
-        asked, items = await _read(service, request, ClassifyRequest)
+        requested, items = await _read(service, request, ClassifyRequest)
         texts = [place for place, item in enumerate(items) if isinstance(item, str)]
         if texts:
             raise RequestError(400, "images are classified, not texts", "invalid_item", f"input.{texts[0]}")
-        predictor = await _labelled(service.predictor(asked.labels))
+        predictor = await _labelled(service.predictor(requested.labels))
         predictions = await service.classify(await service.embed(items), predictor)
         data = [classification(place, own) for place, own in enumerate(predictions)]
         return Classifications(model=service.name, calibrated=predictor.calibration is not None, data=data)
@@ -231,10 +231,10 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         """The images of the archive that are most similar to a text or an image."""
         if service.archive is None:
             raise RequestError(404, "this service has no archive; start it with --index INDEX", "no_archive")
-        asked, items = await _read(service, request, SearchRequest)
+        requested, items = await _read(service, request, SearchRequest)
         if len(items) != 1:
             raise RequestError(400, f"input has {len(items)} items; search takes one", "too_many_items", "input")
-        hits = await service.search((await service.embed(items))[0], asked.k)
+        hits = await service.search((await service.embed(items))[0], requested.k)
         return SearchAnswer(model=service.name, data=[Found(id=hit.id, score=hit.score) for hit in hits])
 
     def served() -> Model:
@@ -298,13 +298,13 @@ async def _read(service: Service, request: Request, form: type[Form]) -> tuple[F
     Raises:
         RequestError: it is malformed, or of another model.
     """
-    asked, items = await read_request(request, form, service.limits.items, service.in_pool)
-    named = asked.model
+    requested, items = await read_request(request, form, service.limits.items, service.in_pool)
+    named = requested.model
     if named is not None and named != service.name:
         raise RequestError(
             404, f"model {named[:80]!r} is not served; allowed: {service.name}", "model_not_found", "model"
         )
-    return asked, items
+    return requested, items
 
 
 async def _labelled(predictor: Awaitable[Any]) -> Any:

@@ -1,6 +1,6 @@
 """Collect single items of concurrent requests into batches for a model that runs in one thread.
 
-While the model works on one batch, the next one fills. A lone item waits at most ``wait`` seconds for company. Items
+While the model works on one batch, the next one fills. A lone item waits at most ``wait`` seconds for others. Items
 whose caller has left are dropped, and a batch that fails is repeated item by item, so that an error reaches only the
 item that causes it.
 """

@@ -66,7 +66,7 @@ class RequestError(Exception):
         Args:
             status: of HTTP.
             message: what came, what is allowed, what to do.
-            code: a word for programs.
+            code: machine-readable name of the error.
             param: the place in the request.
             headers: of the answer.
         """
@@ -81,12 +81,12 @@ class RequestError(Exception):
 
 
 def overloaded(message: str) -> RequestError:
-    """An answer that asks the client to come back."""
+    """A 503 response with ``Retry-After``."""
     return RequestError(503, f"{message}; try again later", "overloaded", headers={"Retry-After": "1"})
 
 
 def internal_error() -> RequestError:
-    """An answer that says nothing of the cause, which may hold what other users sent."""
+    """A 500 response without the cause, which may hold what other users sent."""
     return RequestError(500, "the request failed in the service; its log names the kind of error", "internal_error")
 
 
@@ -181,14 +181,14 @@ class Gate:
         if self.hosts and _host_name(headers.get("host", "")) not in self.hosts:
             message = "the header Host names another machine; `mmkd serve --names NAME` allows it"
             raise RequestError(421, message, "unknown_host")
-        if self.key is not None and route not in OPEN_PATHS and not self._knows_key(headers.get("authorization", "")):
+        if self.key is not None and route not in OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
             challenge = {"WWW-Authenticate": 'Basic realm="mmkd", charset="UTF-8"'}
             message = "send the key of this service in the header `Authorization: Bearer KEY`"
             raise RequestError(401, message, "invalid_api_key", headers=challenge)
         if route == "unknown":
             raise RequestError(404, f"no such path; allowed: {', '.join(sorted(self.routes))}", "not_found")
 
-    def _knows_key(self, authorization: str) -> bool:
+    def _has_key(self, authorization: str) -> bool:
         """Whether a header holds the key: as a bearer token, or as the password of a browser's dialog."""
         scheme, _, credentials = authorization.partition(" ")
         given = credentials.strip().encode()

@@ -201,7 +201,8 @@ class _Actions:
         image = await self._img(coloured, f"Heat map for: {text}")
         meaning = (
             "Bright: without this part, the image is less similar to the text. "
-            "It shows what the model uses, not where a finding is."
+            "It shows what the model uses, not where a finding is. Much of it is the same for other texts about the "
+            "image; `mmkd explain --against` subtracts another text."
         )
         return f'<p class="mmkd-quiet">Heat map for “{escape(text)}”</p>{image}{_quiet(meaning)}'
 
@@ -272,7 +273,10 @@ def _answer(prediction: Prediction, predictor: Predictor) -> str:
     else:
         source = f"Calibrated on {calibration.images} labelled images."
         if kept is not None:
-            source += f" The set contains the true label for {100 * (1 - calibration.alpha):.0f} % of such images."
+            source += (
+                f" On average over images like those of the calibration, the set contains the true label for at least "
+                f"{100 * (1 - calibration.alpha):.0f} %."
+            )
     return (
         f'<div role="status"><p class="mmkd-answer">{head}</p><ol class="mmkd-bars">{"".join(rows)}</ol></div>'
         + _quiet(more + source)

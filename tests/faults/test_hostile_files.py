@@ -30,7 +30,7 @@ class NoSettings:
 
 
 def test_whatever_is_loaded_says_whether_its_code_may_run():
-    """transformers asks on the terminal where nothing is said, and `yes` may be piped in."""
+    """Without the argument, transformers prompts on the terminal, where `yes` may be piped in."""
     silent = []
     for path in sorted(file for room in ("mmkd", "train", "hub") for file in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
