@@ -53,7 +53,7 @@ def settings(collections, tmp_path, monkeypatch):
     )
 
 
-def test_the_experiment_reports_every_arm(settings):
+def test_the_experiment_reports_every_arm_and_resumes_to_the_same_figures(settings):
     miniature.main(settings)
     path = settings.results / "claim.json"
     found = json.loads(path.read_text())
@@ -71,6 +71,16 @@ def test_the_experiment_reports_every_arm(settings):
     assert str(settings.data[0]) not in path.read_text()
     answers = sorted(settings.work.rglob("answers.safetensors"))
     assert len(answers) == (3 + 2) * len(arms) + 3 + 3  # trials, noises; stage 1 and the earlier student of each
+    removed, kept = answers[-1], answers[0].stat().st_mtime_ns
+    before = removed.read_bytes()
+    for file in removed.parent.iterdir():
+        file.unlink()
+    removed.parent.rmdir()
+    miniature.main(settings)
+    assert removed.read_bytes() == before
+    assert answers[0].stat().st_mtime_ns == kept
+    again = json.loads(path.read_text())
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
 
 
 def test_unknown_names_are_refused_before_anything_is_read(collections, tmp_path):
