@@ -5,13 +5,15 @@ from typing import Any
 
 HEAD = """# A run over small real data
 
+<!-- written by: python tests/support/offline_results.py WORK -->
+
 What the evaluation says of six small datasets to classify, MedPix, VQA-RAD, the question which modality an image is,
 and clinical tables of TCGA. It tests the evaluation and is **no medical result**: `{student}` is the student, and the
 teachers are the three specialists, that `mmkd quickstart` trains in minutes from 521 packaged images. *Ensemble* is
 the three teachers with the same say.
 
 Beside them stand two encoders whose results are known before
-([known_encoders.py](../../tests/support/known_encoders.py)): `random` gives every image and every text a direction
+(`tests/support/known_encoders.py`): `random` gives every image and every text a direction
 of its own and has to stand at chance; `told` knows by its pixels what is true of an image and has to stand near one.
 Whether they do is the first table.
 
@@ -236,7 +238,7 @@ def simulated(found: dict[str, Any]) -> str:
 ## Survival: simulated deaths on TCGA's cases
 
 **These test the protocol and are no result.** Cases, slides, age and sex are those of the tables; bags and deaths are
-[simulated](../../tests/support/simulate_cohort.py). The tables' own deaths have no hazard that is known, so times
+simulated (`tests/support/simulate_cohort.py`). The tables' own deaths have no hazard that is known, so times
 of death are drawn from one, exponential of rate `c exp(1.5 z)` with z from N(0, 1); censoring is drawn from the
 table's own, and c is such that as many die. Bags show z (`hazard`), the time of death (`told`) or nothing (`noise`)
 in a third of their tiles. The last column is the concordance of z itself, which no model can be expected to exceed.
