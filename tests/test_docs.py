@@ -73,7 +73,7 @@ def workplace(tmp_path_factory):
         Image.effect_noise((60, 44), 90).convert("RGB").save(folder / name)
     encoder = load_encoder(str(model), "cpu")
     index = SearchIndex.create(folder / "scans.index", encoder.provenance, encoder.dim)
-    index.add(["a.png", "b.png"], encoder.encode_texts(["an MRI", "a CT"]).numpy())
+    index.add(["a.png", "b.png"], encoder.encode_texts(["an MRI", "a CT"]))
     writer = FeatureWriter(folder / "features" / "PLIP", "PLIP")
     writer.add(["pair-4", "pair-17"], torch.ones(2, 512), torch.ones(2, 512))
     writer.finish({"license": "not declared", "weights": "vinid/plip", "pooling": "cls"})
