@@ -19,6 +19,7 @@ import unicodedata
 from functools import cache
 from typing import Any
 
+from mmkd.curation.samples import DroppedError
 from mmkd.data.table import UNKNOWN
 
 BOTH_KNOWN: tuple[str, ...] = (
@@ -74,40 +75,25 @@ def caption_from_labels(label: str, modality: str, key: str) -> str:
 
 
 TAG = re.compile(r"</?[A-Za-z][\w:.-]*(?:\s[^<>]{0,2000})?/?>|<!--.{0,2000}?-->", re.DOTALL)
-
 LATEX_DOCUMENT = re.compile(r"\\documentclass.{0,4000}?\\begin\{document\}(.{0,4000}?)\\end\{document\}", re.DOTALL)
-
 LATEX_COMMAND = re.compile(r"\\[A-Za-z]+|\$[^$]{0,200}[\\^_][^$]{0,200}\$")
-
 EMPTY_BRACKETS = re.compile(r"\s*[(\[][\s,;.]*[)\]]")
-
 SPACE_BEFORE = re.compile(r"\s+([,.;:)\]])")
-
 BINARY = re.compile(r"[\x00-\x08\x0e-\x1f]")
-
 MOST_ENTITY_ROUNDS = 2
-
 PUBLICATION_LANGUAGES = (
     "ar", "cs", "de", "en", "es", "fa", "fr", "hu", "it", "ja", "ko", "nl", "pl", "pt", "ro", "ru", "sv", "tr", "zh",
 )  # fmt: skip
-
-
-class CaptionError(ValueError):
-    """A caption that is not text; ``reason`` is the name under which the sample is counted."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def decode_caption(data: str | bytes | None) -> tuple[str, bool]:
     """A caption as text, and whether its encoding had to be guessed.
 
     Raises:
-        CaptionError: there is none, or its bytes are not text.
+        DroppedError: there is none, or its bytes are not text.
     """
     if data is None:
-        raise CaptionError("no_caption")
+        raise DroppedError("no_caption")
     if isinstance(data, str):
         return data, False
     guessed = False
@@ -119,9 +105,9 @@ def decode_caption(data: str | bytes | None) -> tuple[str, bool]:
         try:
             text = data.decode("utf-16" if wide else "cp1252")
         except UnicodeDecodeError as error:
-            raise CaptionError("caption_not_text") from error
+            raise DroppedError("caption_not_text") from error
     if BINARY.search(text):
-        raise CaptionError("caption_not_text")
+        raise DroppedError("caption_not_text")
     return text, guessed
 
 
@@ -173,13 +159,9 @@ def _latex_reader() -> Any:
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
 MARK = re.compile(r"(?:(?<=^)|(?<=[\s.;:,]))[(\[]([A-Za-z](?:\s?(?:[-–,&]|and)\s?[A-Za-z])*)[)\]]:?\s+")
-
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(\[])")
-
 LONGEST_PARAGRAPH = 50_000
-
 FEWEST_PANELS = 2
 
 

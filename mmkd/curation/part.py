@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.curation.captions import (
-    CaptionError,
     caption_from_labels,
     clean_caption,
     clean_text,
@@ -32,7 +31,7 @@ from mmkd.curation.duplicates import SIGNATURE_BYTES, caption_signature, short_h
 from mmkd.curation.pictures import Picture, prepare_picture
 from mmkd.curation.reports import open_reports
 from mmkd.curation.rules import EACH, Rules
-from mmkd.curation.samples import Fragment, Item, Metadata, MetadataError, RawSample, Refused, decode_metadata
+from mmkd.curation.samples import DroppedError, Fragment, Item, Metadata, RawSample, Refused, decode_metadata
 from mmkd.data.archives import BLOCK, ArchiveWriter
 from mmkd.data.medical import DICOM_SUFFIXES, count_frames, form_of
 from mmkd.data.pixel_rules import UnreadableImageError
@@ -46,14 +45,6 @@ STORED = (".tar", ".arrow")  # files of every part
 ACCEPTED_AS = {"jpg": ("jpg", "jpeg"), "png": ("png",)}
 OTHER_THAN_DICOM = IMAGE_SUFFIXES - {suffix[1:] for suffix in DICOM_SUFFIXES}
 STATED = ("", *SPLITS)  # the split that a source states, by the number that stands for it
-
-
-class DroppedError(Exception):
-    """A sample is dropped for a reason."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class PartWriter:
@@ -110,7 +101,7 @@ class PartWriter:
         else:
             try:
                 self._keep(item)
-            except (DroppedError, MetadataError, CaptionError, UnreadableImageError) as error:
+            except (DroppedError, UnreadableImageError) as error:
                 self._drop(item.place, item.key, error.reason)
 
     def _drop(self, place: str, key: str, reason: str) -> None:
@@ -176,7 +167,7 @@ class PartWriter:
         """The sample with the caption and fields of its report, which fill what the source leaves empty."""
         if self.reports is None:
             return sample
-        fields = self.reports.fields(header.joined)
+        fields = self.reports.rows.get(header.joined)
         if fields is None:
             raise DroppedError("no_report")
         for name, value in fields.items():

@@ -14,15 +14,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from mmkd.curation.dicom import place_hash
-from mmkd.curation.samples import Fragment, Item, RawSample, Refused, kind_of
+from mmkd.curation.dicom import keyed_hash
+from mmkd.curation.samples import KINDS, Fragment, Item, RawSample, Refused
 from mmkd.data.archives import ArchivedFile, DamagedArchiveError
 from mmkd.data.folder import META_FILE, PublishedSample, read_published
 from mmkd.data.images import read_image_bytes
 from mmkd.data.medical import DICOM_SUFFIXES, form_of
 from mmkd.data.readers import (
     IMAGE_SUFFIXES,
-    TarMember,
     find_file,
     is_empty,
     list_files,
@@ -35,11 +34,8 @@ from mmkd.data.splits import meaning_of
 from mmkd.files import is_inside, json_lines, leads_inside, parse_json_object, read_json
 
 LABELS_FILE = "labels.csv"
-
 TEXT_COLUMNS = ("caption", "label", "modality")
-
 LIST_COLUMNS = ("file", *TEXT_COLUMNS, "group", "split", "license", "source")
-
 SHOWN_COLUMNS, SHOWN_LETTERS = 12, 40
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -55,18 +51,17 @@ KEPT = (
 )  # fmt: skip
 
 FOLDERS = ("", "images", "image", "figures", "caption_T060_filtered_top4_sep_v0_subfigures", "all_data/images")
-
 ARTICLE = re.compile(r"PMC\d+")
-
 MOST_FRAGMENT_BYTES = 256 << 20
-
 LARGEST_TEXT = 64 << 20
-
 DICOM_LISTS = ("DICOMDIR", "VERSION", "LOCKFILE")  # of a disk as PACS write it
-
 HEAD_BYTES = 256
-
 ListRow = tuple[str, "dict[str, Any] | str"]  # place, and the values by column or why there are none
+
+
+def list_file(folder: Path, table: Path | None = None) -> Path:
+    """The list of the images of a folder, if it has one: a named one, ``labels.csv`` or the authors' ``meta.jsonl``."""
+    return table or (folder / LABELS_FILE if (folder / LABELS_FILE).is_file() else folder / META_FILE)
 
 
 def list_rows(folder: Path, table: Path | None = None, columns: str = "") -> list[ListRow]:
@@ -81,7 +76,7 @@ def list_rows(folder: Path, table: Path | None = None, columns: str = "") -> lis
         FileNotFoundError: the table does not exist.
         ValueError: the list lacks a needed column, is broken or empty.
     """
-    path = table or (folder / LABELS_FILE if (folder / LABELS_FILE).is_file() else folder / META_FILE)
+    path = list_file(folder, table)
     if not path.is_file():
         raise FileNotFoundError(f"--table {path}: no such file")
     status = path.stat()
@@ -111,13 +106,11 @@ def read_json_lines(path: Path, start: int, stop: int, line: int) -> Iterator[It
     for number, content in json_lines(path, start, stop, line):
         place = f"{path.name}:{number}"
         try:
-            row = parse_json_object(content, place)
+            yield sample_of_row(parse_json_object(content, place), place, path.parent)
         except ValueError:
             yield Refused(place, "invalid_json")
         except TypeError:
             yield Refused(place, "wrong_type")
-        else:
-            yield _sample_of_line(path.parent, row, place)
 
 
 def read_image_folder(folder: Path, start: int, stop: int) -> Iterator[Item]:
@@ -146,7 +139,7 @@ def read_dicom_folder(folder: Path, start: int, stop: int, salt: bytes) -> Itera
     for number, path in enumerate(list_files(folder)[start:stop], start=start + 1):
         if path.name.upper() in DICOM_LISTS:
             continue
-        place, key = f"file {number}", place_hash(salt, path.relative_to(folder).as_posix())
+        place, key = f"file {number}", keyed_hash(salt, "file", path.relative_to(folder).as_posix())
         if not leads_inside(folder, path):
             yield Refused(place, "path_outside", key)
         elif path.is_file() and not is_dicom_file(path):
@@ -176,91 +169,75 @@ def read_parquet(path: Path) -> Iterator[Item]:
         yield Refused(path.name, "damaged_shard")
 
 
-def sample_of_row(row: Mapping[str, Any], place: str) -> Item:
-    """A row with image bytes as a sample."""
+def sample_of_row(row: Mapping[str, Any], place: str, folder: Path | None = None) -> Item:
+    """A row as a sample: its image is bytes or ``{bytes, path}``, or with a folder the name of a file there."""
     image, caption = _first(row, "image"), _first(row, "caption")
     name = ""
-    if isinstance(image, Mapping):
+    if folder is None and isinstance(image, Mapping):
         name, image = str(image.get("path") or ""), image.get("bytes")
+    elif folder is not None:
+        image = name = image[0] if isinstance(image, list) and image else image
     if image is None:
-        return Refused(place, "no_image")
-    if not isinstance(image, bytes) or not isinstance(caption, (str, bytes, type(None))):
+        return Refused(place, "no_image" if folder is None else "no_file_named")
+    if not isinstance(image, bytes if folder is None else str) or not isinstance(caption, (str, bytes, type(None))):
         return Refused(place, "wrong_type")
     key = str(_first(row, "key") or name or place)
-    metadata = _metadata(row, f"{key} {name}")
+    metadata: dict[str, Any] = {field: row[field] for field in KEPT if field in row}
+    found = ARTICLE.search(f"{key} {name}")
+    metadata["article_accession_id"] = _first(row, "article") or (found[0] if found else None)
     if isinstance(metadata.get("label"), int):
         metadata["label"] = str(metadata["label"])
+    if folder is not None:
+        return _listed(folder, place, key, name, caption, metadata)
     return RawSample(key, place, caption, metadata, lambda: image, suffix_of(name))
 
 
 def read_tar(path: Path) -> Iterator[Item]:
-    """The samples of one tar in the order in which they become complete, then what is left over."""
-    reader = _TarReader(path)
+    """The samples of one tar in the order in which they become complete, then what is left over.
+
+    Tars without JSON hold images and captions only; in others a sample that lacks one of three is a fragment.
+    """
+    waiting: dict[str, dict[str, tuple[str, ArchivedFile]]] = {}
+    finished: set[str] = set()
+    repeated: set[str] = set()
+    has_metadata = False
     try:
         for member in tar_members(path):
-            yield from reader.take(member)
+            key, kind, place = member.key, KINDS.get(member.suffix, ""), f"{path.name}:{member.key}"
+            if member.fault and (kind or member.fault != "no_key"):
+                yield Refused(place, member.fault)
+            elif kind and (key in finished or kind in waiting.get(key, {})):
+                if key not in repeated:
+                    yield Refused(place, "duplicate_key")
+                repeated.add(key)
+            elif kind:
+                parts = waiting.setdefault(key, {})
+                parts[kind] = member.suffix, member.file
+                has_metadata |= kind == "metadata"
+                if len(parts) == 3:
+                    finished.add(key)
+                    yield _tar_sample(key, place, waiting.pop(key))
     except DamagedArchiveError:
         yield Refused(path.name, "damaged_shard")
-    yield from reader.leftovers()
+    room = MOST_FRAGMENT_BYTES
+    for key, parts in waiting.items():
+        place = f"{path.name}:{key}"
+        if not has_metadata and len(parts) == 2:
+            yield _tar_sample(key, place, parts)
+            continue
+        room -= sum(file.size for _, file in parts.values())
+        if room < 0:
+            missing = next(kind for kind in ("image", "caption", "metadata") if kind not in parts)
+            yield Refused(place, f"no_{missing}")
+        else:
+            yield Fragment(key, place, {kind: (s, file.read_bytes()) for kind, (s, file) in parts.items()})
 
 
-class _TarReader:
-    """Members of samples that are not yet complete."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.waiting: dict[str, dict[str, tuple[str, ArchivedFile]]] = {}
-        self.finished: set[str] = set()
-        self.repeated: set[str] = set()
-        self.has_metadata = False
-
-    def take(self, member: TarMember) -> Iterator[Item]:
-        kind = kind_of(member.suffix)
-        if member.fault and (kind or member.fault != "no_key"):
-            yield Refused(f"{self.path.name}:{member.key}", member.fault)
-        elif kind:
-            yield from self._add(member, kind)
-
-    def _add(self, member: TarMember, kind: str) -> Iterator[Item]:
-        key = member.key
-        parts = self.waiting.setdefault(key, {})
-        if key in self.finished or kind in parts:
-            if key not in self.repeated:
-                self.repeated.add(key)
-                yield Refused(f"{self.path.name}:{key}", "duplicate_key")
-            if not parts:
-                del self.waiting[key]
-            return
-        parts[kind] = member.suffix, member.file
-        self.has_metadata = self.has_metadata or kind == "metadata"
-        if len(parts) == 3:
-            self.finished.add(key)
-            yield self._sample(key, self.waiting.pop(key))
-
-    def leftovers(self) -> Iterator[Item]:
-        """Tars without JSON hold images and captions only; in others a sample that lacks one of three is a fragment."""
-        room = MOST_FRAGMENT_BYTES
-        for key, parts in self.waiting.items():
-            if not self.has_metadata and len(parts) == 2:
-                yield self._sample(key, parts)
-                continue
-            room -= sum(file.size for _, file in parts.values())
-            place = f"{self.path.name}:{key}"
-            if room < 0:
-                missing = next(kind for kind in ("image", "caption", "metadata") if kind not in parts)
-                yield Refused(place, f"no_{missing}")
-            else:
-                yield Fragment(key, place, {kind: (s, file.read_bytes()) for kind, (s, file) in parts.items()})
-
-    def _sample(self, key: str, parts: dict[str, tuple[str, ArchivedFile]]) -> RawSample:
-        suffix, image = parts["image"]
-        caption, metadata = (self._text(parts.get(kind)) for kind in ("caption", "metadata"))
-        return RawSample(key, f"{self.path.name}:{key}", caption, metadata, image.read_bytes, suffix)
-
-    def _text(self, part: tuple[str, ArchivedFile] | None) -> bytes | None:
-        if part is None:
-            return None
-        return part[1].read_bytes() if part[1].size <= LARGEST_TEXT else b""
+def _tar_sample(key: str, place: str, parts: Mapping[str, tuple[str, ArchivedFile]]) -> RawSample:
+    suffix, image = parts["image"]
+    texts = (parts[kind][1] if kind in parts else None for kind in ("caption", "metadata"))
+    caption, metadata = ((t.read_bytes() if t.size <= LARGEST_TEXT else b"") if t else None for t in texts)
+    return RawSample(key, place, caption, metadata, image.read_bytes, suffix)
 
 
 @lru_cache(maxsize=1)
@@ -327,18 +304,6 @@ def _published_values(folder: Path, sample: PublishedSample) -> dict[str, Any]:
     }
 
 
-def _sample_of_line(folder: Path, row: dict[str, Any], place: str) -> Item:
-    image, caption = _first(row, "image"), _first(row, "caption")
-    if isinstance(image, list) and image:
-        image = image[0]
-    if image is None:
-        return Refused(place, "no_file_named")
-    if not isinstance(image, str) or not isinstance(caption, (str, type(None))):
-        return Refused(place, "wrong_type")
-    key = str(_first(row, "key") or image)
-    return _listed(folder, place, key, image, caption, _metadata(row, f"{key} {image}"))
-
-
 def _listed(
     root: Path, place: str, key: str, image: str, caption: str | bytes | None, metadata: dict[str, Any]
 ) -> RawSample | Refused:
@@ -355,10 +320,3 @@ def _listed(
 def _first(row: Mapping[str, Any], meaning: str) -> Any:
     """The value of the first known name for an image, a caption, a key or an article."""
     return next((row[name] for name in NAMES[meaning] if row.get(name) not in (None, "")), None)
-
-
-def _metadata(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The other fields of a row; the article's number is searched in the key if none is given."""
-    kept = {name: row[name] for name in KEPT if name in row}
-    found = ARTICLE.search(key)
-    return kept | {"article_accession_id": _first(row, "article") or (found[0] if found else None)}

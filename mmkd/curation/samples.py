@@ -15,9 +15,9 @@ from typing import Any
 
 from mmkd.data.readers import IMAGE_SUFFIXES
 
-CAPTION_SUFFIXES = frozenset(("txt", "caption", "text"))
-
-METADATA_SUFFIX = "json"
+# What a file is to a sample, by its suffix; others are not used.
+KINDS = dict.fromkeys(IMAGE_SUFFIXES, "image") | dict.fromkeys(("txt", "caption", "text"), "caption")
+KINDS |= {"json": "metadata"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +73,6 @@ class Fragment:
 Item = RawSample | Refused | Fragment
 
 
-def kind_of(suffix: str) -> str:
-    """Image, caption, metadata, or an empty string for members that are not used."""
-    if suffix in IMAGE_SUFFIXES:
-        return "image"
-    if suffix in CAPTION_SUFFIXES:
-        return "caption"
-    return "metadata" if suffix == METADATA_SUFFIX else ""
-
-
 TEXTS = (
     "image_panel_type", "image_panel_subtype", "image_cluster_id", "image_label_id", "image_hash",
     "article_accession_id", "article_license",
@@ -91,8 +82,8 @@ TEXTS = (
 LABELS = ("image_primary_label", "image_secondary_label")
 
 
-class MetadataError(ValueError):
-    """Metadata that cannot be used; ``reason`` is the name under which the sample is counted."""
+class DroppedError(ValueError):
+    """A sample that cannot be used; ``reason`` is the name under which it is counted."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -125,12 +116,12 @@ class Metadata:
         """``image_context``: figure name -> paragraphs that mention it.
 
         Raises:
-            MetadataError: it is not an object.
+            DroppedError: it is not an object.
         """
         raw = bytes(self._values.image_context)
         value = json.loads(raw) if raw else {}
         if value is not None and not isinstance(value, dict):
-            raise MetadataError("wrong_type")
+            raise DroppedError("wrong_type")
         return value or {}
 
 
@@ -142,7 +133,7 @@ def decode_metadata(data: bytes | Mapping[str, Any] | None, extra: Sequence[str]
         extra: further fields that the rules name.
 
     Raises:
-        MetadataError: it is not a JSON object, or a field has the wrong type.
+        DroppedError: it is not a JSON object, or a field has the wrong type.
     """
     import msgspec
 
@@ -150,27 +141,21 @@ def decode_metadata(data: bytes | Mapping[str, Any] | None, extra: Sequence[str]
     try:
         if data is None:
             return Metadata(shape())
-        if isinstance(data, bytes):
-            return Metadata(_decoded(decoder, data, shape))
-        return Metadata(msgspec.convert(dict(data), shape))
+        if not isinstance(data, bytes):
+            return Metadata(msgspec.convert(dict(data), shape))
+        try:
+            return Metadata(decoder.decode(data))
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:  # NaN and lone surrogates are not JSON, but Python writes and reads them
+            values = json.loads(data, parse_constant=lambda name: math.nan)
+            if isinstance(values, dict) and "image_context" in values:
+                values["image_context"] = msgspec.Raw(json.dumps(values["image_context"]).encode())
+            return Metadata(msgspec.convert(values, shape))
     except msgspec.ValidationError as error:
-        raise MetadataError("wrong_type") from error
+        raise DroppedError("wrong_type") from error
     except (ValueError, RecursionError) as error:
-        raise MetadataError("invalid_json") from error
-
-
-def _decoded(decoder: Any, data: bytes, shape: type) -> Any:
-    import msgspec
-
-    try:
-        return decoder.decode(data)
-    except msgspec.ValidationError:
-        raise
-    except msgspec.DecodeError:  # NaN and lone surrogates are not JSON, but Python writes and reads them
-        values = json.loads(data, parse_constant=lambda name: math.nan)
-        if isinstance(values, dict) and "image_context" in values:
-            values["image_context"] = msgspec.Raw(json.dumps(values["image_context"]).encode())
-        return msgspec.convert(values, shape)
+        raise DroppedError("invalid_json") from error
 
 
 @cache

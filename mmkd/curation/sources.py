@@ -20,6 +20,7 @@ from mmkd.curation.packaged import packaged_attribution, packaged_versions, read
 from mmkd.curation.readers import (
     LABELS_FILE,
     is_dicom_file,
+    list_file,
     list_rows,
     read_dicom_folder,
     read_image_folder,
@@ -41,15 +42,13 @@ from mmkd.data.readers import (
     parse_hub_address,
     suffix_of,
 )
+from mmkd.files import content_sha256
 
-PACKAGED, DICOM = "packaged", "dicom"
-
+PACKAGED, DICOM, IMAGES = "packaged", "dicom", "images"
+ROW_FORMS = ("tar", "parquet", "jsonl")  # of files that hold many samples each
 ATTRIBUTION_FILE = "ATTRIBUTION.md"
-
 UNIT_ROWS = 2_000
-
 SHOWN_NAMES = 5
-
 FILES_LOOKED_AT = 200  # for DICOM files without a known suffix
 
 
@@ -96,7 +95,7 @@ class Unit:
             return read_json_lines(path, self.start, self.stop, self.line)
         if self.kind == "list":
             return read_list(path, Path(self.table) if self.table else None, self.start, self.stop, self.columns)
-        if self.kind == "images":
+        if self.kind == IMAGES:
             return read_image_folder(path, self.start, self.stop)
         if self.kind == DICOM:
             return read_dicom_folder(path, self.start, self.stop, self.key())
@@ -132,7 +131,8 @@ def plan_units(
         found = _hub_units(source)
     else:
         key = str(salt or _first_file(Path(source), table))
-        found = [unit | {"salt": key} for unit in _local_units(Path(source), table, _written(columns))]
+        renamed = "\n".join(f"{field}={column}" for field, column in (columns or {}).items())
+        found = [unit | {"salt": key} for unit in _local_units(Path(source), table, renamed)]
     return [Unit(number, **values) for number, values in enumerate(found)]
 
 
@@ -147,11 +147,8 @@ def preset_of(source: str, table: Path | None = None) -> str:
     """The rules for a source: ``paper`` for WebDataset tars, ``list`` for labelled images, ``any`` for all else."""
     if source.startswith(HUB_PREFIX):
         return "paper" if "biomedica" in source.lower() else "any"
-    path = Path(source)
-    if source == PACKAGED or table is not None or _is_list(path):
-        return "list"
-    suffix = suffix_of(path.name) if path.is_file() else _suffix_of_folder(path)
-    return "paper" if suffix == "tar" else "list" if suffix in (*IMAGE_SUFFIXES, DICOM) else "any"
+    form = PACKAGED if source == PACKAGED else _form_of(Path(source), table)
+    return {"tar": "paper", "parquet": "any", "jsonl": "any", "": "any"}.get(form, "list")
 
 
 def attribution(source: str) -> str | None:
@@ -162,77 +159,62 @@ def attribution(source: str) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def _is_list(path: Path) -> bool:
-    return (path / LABELS_FILE).is_file() or (path / META_FILE).is_file()
-
-
-def _written(columns: Mapping[str, str] | None) -> str:
-    return "\n".join(f"{field}={column}" for field, column in (columns or {}).items())
-
-
 def _local_units(path: Path, table: Path | None, columns: str) -> list[dict[str, Any]]:
-    if path.is_file():
-        units = _file_units(path)
-    elif not path.is_dir():
-        raise FileNotFoundError(f"--source {path}: no such folder or file")
-    elif table is not None or _is_list(path):
-        list_file = table or (path / LABELS_FILE if (path / LABELS_FILE).is_file() else path / META_FILE)
+    form, units = _form_of(path, table), []
+    if form == "list":
         rows = len(list_rows(path, table, columns))
-        state = hashlib.sha256(list_file.read_bytes()).hexdigest()
-        units = _ranges("list", path, rows, table=str(table or ""), columns=columns, state=state)
-    else:
-        suffix = _suffix_of_folder(path)
-        files = list_files(path)
-        if suffix == DICOM:
+        state = content_sha256(list_file(path, table))
+        units = _ranges(form, path, rows, table=str(table or ""), columns=columns, state=state)
+    elif form in (DICOM, IMAGES):
+        if form == DICOM:
             require_pydicom()
-            units = _ranges(DICOM, path, len(files), state=str(len(files)))
-        elif suffix in IMAGE_SUFFIXES:
-            units = _ranges("images", path, len(files), state=str(len(files)))
-        else:
-            units = [unit for file in files if file.suffix.lower()[1:] == suffix for unit in _file_units(file)]
+        files = len(list_files(path))
+        units = _ranges(form, path, files, state=str(files))
+    elif form:
+        files_of_form = [file for file in list_files(path) if suffix_of(file.name) == form] if path.is_dir() else [path]
+        for file in files_of_form:
+            unit = {"kind": form, "path": str(file), "state": str(file.stat().st_size)}
+            units += [unit | lines for lines in _line_ranges(file)] if form == "jsonl" else [unit]
+    elif not path.exists():
+        raise FileNotFoundError(f"--source {path}: no such folder or file")
     if not units:
         raise FileNotFoundError(_nothing(path))
     return units
 
 
-def _suffix_of_folder(folder: Path) -> str:
-    """The kind of files to read from a folder: tars, else Parquet, else JSON lines, else DICOM, else images."""
-    suffixes = {suffix_of(name) for _, _, files in os.walk(folder) for name in files}
-    found = next((s for s in ("tar", "parquet", "jsonl", *sorted(IMAGE_SUFFIXES)) if s in suffixes), "")
-    if found in ("tar", "parquet", "jsonl") or not suffixes:
-        return found
-    named = {suffix[1:] for suffix in DICOM_SUFFIXES} & suffixes
-    looked_at = () if named or found else islice(list_files(folder), FILES_LOOKED_AT)
-    return DICOM if named or any(path.is_file() and is_dicom_file(path) for path in looked_at) else found
+def _form_of(path: Path, table: Path | None) -> str:
+    """What is read of a source: a list, else tars, Parquet, JSON lines, DICOM or images; empty if it has none."""
+    if path.is_file():
+        return suffix_of(path.name) if suffix_of(path.name) in ROW_FORMS else ""
+    if table is not None or list_file(path).is_file():
+        return "list"
+    suffixes = {suffix_of(name) for _, _, files in os.walk(path) for name in files}
+    rows = next((form for form in ROW_FORMS if form in suffixes), "")
+    if rows or not suffixes:
+        return rows
+    named, pictures = suffixes & {suffix[1:] for suffix in DICOM_SUFFIXES}, suffixes & IMAGE_SUFFIXES
+    looked_at = () if named or pictures else islice(list_files(path), FILES_LOOKED_AT)
+    if named or any(file.is_file() and is_dicom_file(file) for file in looked_at):
+        return DICOM
+    return IMAGES if pictures else ""
 
 
 def _first_file(path: Path, table: Path | None) -> Path | str:
     """The file whose content is the default key: the list of a source that has one, else the first by its name."""
-    if path.is_file():
-        return path
-    lists = [place for place in (table, path / LABELS_FILE, path / META_FILE) if place is not None and place.is_file()]
-    return next(iter(lists or [file for file in list_files(path) if file.is_file()]), "")
+    listed = path if path.is_file() else list_file(path, table)
+    return listed if listed.is_file() else next((file for file in list_files(path) if file.is_file()), "")
 
 
-def _file_units(path: Path) -> list[dict[str, Any]]:
-    suffix = path.suffix.lower()
-    if suffix in (".tar", ".parquet"):
-        return [{"kind": suffix[1:], "path": str(path), "state": str(path.stat().st_size)}]
-    return _line_units(path) if suffix == ".jsonl" else []
-
-
-def _line_units(path: Path) -> list[dict[str, Any]]:
+def _line_ranges(path: Path) -> Iterator[dict[str, Any]]:
     """Byte ranges of whole lines, so that each can be read without those before."""
-    units: list[dict[str, Any]] = []
     start = position = first = 0
     size = path.stat().st_size
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             position += len(line)
             if number % UNIT_ROWS == 0 or position == size:
-                units.append({"start": start, "stop": position, "line": first + 1})
+                yield {"start": start, "stop": position, "line": first + 1}
                 start, first = position, number
-    return [unit | {"kind": "jsonl", "path": str(path), "state": str(size)} for unit in units]
 
 
 def _ranges(kind: str, path: Path, rows: int, **more: str) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import pytest
 
 from mmkd.curation import captions
 from mmkd.curation.captions import (
-    CaptionError,
     caption_from_labels,
     clean_caption,
     clean_text,
@@ -17,6 +16,7 @@ from mmkd.curation.captions import (
     scrub_identifiers,
     split_panels,
 )
+from mmkd.curation.samples import DroppedError
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_encodings(data, text, guessed):
 
 @pytest.mark.parametrize("data", [None, b"\x00\x01", b"\x81\x8d\xff", b"\xff\xd8\xff\xe0\x00\x10JFIF"])
 def test_no_text(data):
-    with pytest.raises(CaptionError):
+    with pytest.raises(DroppedError):
         decode_caption(data)
 
 

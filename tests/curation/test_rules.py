@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmkd.curation.rules import license_family, plain_license, read_rules
-from mmkd.curation.samples import MetadataError, decode_metadata
+from mmkd.curation.samples import DroppedError, decode_metadata
 
 
 def judged(rules, key="filelist_commercial_batch_1", **values):
@@ -108,7 +108,7 @@ def test_no_such_preset():
      (b'{"image_primary_label": [1]}', "wrong_type")],
 )  # fmt: skip
 def test_metadata_that_cannot_be_used(data, reason):
-    with pytest.raises(MetadataError) as error:
+    with pytest.raises(DroppedError) as error:
         decode_metadata(data)
     assert error.value.reason == reason
 
@@ -119,5 +119,5 @@ def test_metadata_as_python_writes_it():
     )
     assert (metadata.text("image_label_id"), metadata.text("label")) == ("12", "")
     assert metadata.context() == {"f": ["\ud800"]}
-    with pytest.raises(MetadataError, match="wrong_type"):
+    with pytest.raises(DroppedError, match="wrong_type"):
         decode_metadata(b'{"image_context": 3}').context()
