@@ -11,6 +11,7 @@ import hashlib
 import hmac
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mmkd.data.medical import dicom_values
 
@@ -19,6 +20,7 @@ SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 SCREEN = "SCREEN SAVE"
 DIGITS = 24
 SALT_BYTES = 1 << 20
+HashKind = Literal["patient", "study", "join", "file"]
 
 MODALITIES = {
     "CT": "CT", "MR": "MRI", "CR": "X-ray", "DX": "X-ray", "IO": "intraoral X-ray", "PX": "panoramic X-ray",
@@ -64,14 +66,14 @@ def read_header(data: bytes, name: str, salt: bytes, join: str = "") -> Header:
     """
     values = dicom_values(data, name, (*HEADER, join) if join else HEADER)
     kind = values["SOPClassUID"]
-    study = _hash(salt, "study", values["StudyInstanceUID"])
+    study = keyed_hash(salt, "study", values["StudyInstanceUID"])
     return Header(
-        patient_hash(salt, values["PatientID"]) or study,
+        keyed_hash(salt, "patient", values["PatientID"]) or study,
         study,
         MODALITIES.get(values["Modality"].upper(), ""),
         values["BurnedInAnnotation"].upper() == "YES",
         kind == SECONDARY_CAPTURE or kind.startswith(f"{SECONDARY_CAPTURE}.") or SCREEN in values["ImageType"].upper(),
-        joining_hash(salt, values[join]) if join else "",
+        keyed_hash(salt, "join", values[join]) if join else "",
     )
 
 
@@ -85,22 +87,8 @@ def read_salt(path: Path) -> bytes:
         return hashlib.sha256(b"key of hashes of patients\0" + file.read(SALT_BYTES)).digest()
 
 
-def patient_hash(salt: bytes, number: str) -> str:
-    """The group of a patient; empty without a number."""
-    return _hash(salt, "patient", number)
-
-
-def joining_hash(salt: bytes, value: str) -> str:
-    """What stands for a value by which files and reports are joined; empty for an empty value."""
-    return _hash(salt, "join", value)
-
-
-def place_hash(salt: bytes, name: str) -> str:
-    """A name for a file of an archive, whose own name often is the patient's."""
-    return _hash(salt, "file", name)
-
-
-def _hash(salt: bytes, kind: str, value: str) -> str:
+def keyed_hash(salt: bytes, kind: HashKind, value: str) -> str:
+    """What stands for a patient, a study, a value that reports are joined by or the name of a file; empty for none."""
     if not value:
         return ""
     return hmac.new(salt, f"{kind}\0{value}".encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:DIGITS]

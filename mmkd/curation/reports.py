@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.command.settings import nearest
-from mmkd.curation.dicom import joining_hash, patient_hash
+from mmkd.curation.dicom import keyed_hash
 from mmkd.data.medical import is_element
 from mmkd.data.readers import is_empty, parquet_rows, read_csv
 from mmkd.files import read_json, write_json
@@ -86,11 +86,11 @@ class ReportSource:
             if absent is not None:
                 raise ValueError(f"--reports: no column {absent!r}{nearest(absent, row)}; found: {', '.join(row)}")
             cells = {field: _cell(row[spelt[name.casefold()]]) for field, name in wanted.items()}
-            key = joining_hash(salt, cells.pop("join"))
+            key = keyed_hash(salt, "join", cells.pop("join"))
             if not key:
                 continue
             if "group" in cells:
-                cells["group"] = patient_hash(salt, cells["group"])
+                cells["group"] = keyed_hash(salt, "patient", cells["group"])
             known = found.setdefault(key, dict.fromkeys(cells, ""))
             for field, value in cells.items():
                 if field != "caption":
@@ -131,9 +131,11 @@ def read_mapping(entries: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
-def write_reports(folder: Path, source: ReportSource, rows: Mapping[str, Any]) -> None:
-    """Keep the reports for all processes of a run."""
-    write_json(folder / REPORTS_FILE, {"element": source.element, "sections": list(source.sections), "rows": rows})
+def write_reports(folder: Path, source: ReportSource, rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Keep the reports for all processes of a run, with the chosen sections as captions."""
+    if source.sections:
+        rows = {key: {**row, "caption": sections_of(row["caption"], source.sections)} for key, row in rows.items()}
+    write_json(folder / REPORTS_FILE, {"element": source.element, "sections": bool(source.sections), "rows": rows})
 
 
 def open_reports(folder: Path) -> Reports | None:
@@ -145,8 +147,7 @@ def open_reports(folder: Path) -> Reports | None:
 @lru_cache(maxsize=1)
 def _reports_in(path: Path, _modified: int) -> Reports:
     """The reports of a file, cached, because a process works on several units."""
-    kept = read_json(path)
-    return Reports(kept["element"], tuple(kept["sections"]), kept["rows"])
+    return Reports(**read_json(path))
 
 
 @dataclass(frozen=True)
@@ -155,20 +156,13 @@ class Reports:
 
     Attributes:
         element: of the DICOM header.
-        sections: that become the caption, all if empty.
+        sections: captions are sections of the reports, which some lack.
         rows: fields by hash.
     """
 
     element: str
-    sections: tuple[str, ...]
+    sections: bool
     rows: dict[str, dict[str, str]]
-
-    def fields(self, key: str) -> dict[str, str] | None:
-        """The fields of the report of a file, with the chosen sections as caption; None if it has no report."""
-        row = self.rows.get(key)
-        if row is None or not self.sections:
-            return row
-        return row | {"caption": sections_of(row.get("caption", ""), self.sections)}
 
 
 def sections_of(text: str, names: Sequence[str]) -> str:
