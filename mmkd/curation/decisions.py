@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmkd.curation.contamination import Exclusions, find_in_test_sets
-from mmkd.curation.duplicates import PERMUTATIONS, Fingerprints, first_of_equals, near_components
+from mmkd.curation.duplicates import PERMUTATIONS, Fingerprints, components, first_of_equals, near_components
 from mmkd.curation.part import STATED
 from mmkd.curation.rules import Rules
 from mmkd.data.splits import assign_splits, subsample
@@ -129,7 +129,8 @@ def read_fingerprints(parts: Sequence[Path]) -> tuple[Fingerprints, np.ndarray]:
         local = table["sample"].to_numpy()
         prints.sample[start:stop] = local + samples
         samples += int(local.max(initial=0)) + 1
-        prints.digest[start:stop] = _halves(table["sha256"])
+        halves = bytes.fromhex("".join(digest[:32] for digest in table["sha256"].to_pylist()))
+        prints.digest[start:stop] = np.frombuffer(halves, "<u8").reshape(len(local), 2)
         prints.perceptual[start:stop] = table["perceptual"].to_numpy()
         raw = b"".join(table["signature"].to_pylist())
         prints.signature[start:stop] = np.frombuffer(raw, "<u2").reshape(len(local), PERMUTATIONS)
@@ -188,14 +189,12 @@ def join_near_groups(groups: list[str], near: np.ndarray, stated: np.ndarray) ->
     Returns:
         For each row the group to assign, and (m,) its split; a group without one takes that of the near images.
     """
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
+    import pyarrow as pa
 
-    codes = np.array(_numbers(groups), dtype=np.int64)
+    codes = pa.array(groups, pa.string()).dictionary_encode().indices.to_numpy()
     count = int(codes.max(initial=-1)) + 1
     size = count + int(near.max(initial=-1)) + 1
-    edges = coo_matrix((np.ones(len(codes), dtype=np.int8), (codes, count + near)), shape=(size, size))
-    cluster = connected_components(edges, directed=False)[1][codes]
+    cluster = components(np.stack([codes, count + near]), size)[codes]
     highest = np.zeros(size, dtype=np.int8)
     np.maximum.at(highest, cluster, stated)
     lowest = np.full(size, len(STATED), dtype=np.int8)
@@ -207,12 +206,6 @@ def join_near_groups(groups: list[str], near: np.ndarray, stated: np.ndarray) ->
     np.minimum.at(first, cluster, np.arange(len(codes)))
     agreed = lowest >= highest
     return [groups[first[c]] if agreed[c] else g for g, c in zip(groups, cluster.tolist(), strict=True)], given
-
-
-def _numbers(texts: Sequence[str]) -> list[int]:
-    """Numbers of texts in order of their first occurrence; equal texts have equal numbers."""
-    known: dict[str, int] = {}
-    return [known.setdefault(text, len(known)) for text in texts]
 
 
 def _groups_and_classes(
@@ -227,9 +220,3 @@ def _groups_and_classes(
         for modality, label in zip(modalities, labels, strict=True)
     ]
     return named, classes
-
-
-def _halves(digests: pa.ChunkedArray) -> np.ndarray:
-    """The first 128 bits of SHA-256 sums in hexadecimal, (n,) texts, as (n, 2) uint64."""
-    raw = bytes.fromhex("".join(digest[:32] for digest in digests.to_pylist()))
-    return np.frombuffer(raw, "<u8").reshape(len(digests), 2)

@@ -23,7 +23,6 @@ import numpy as np
 from mmkd.curation.rules import NearMode
 
 MOST_COMPARED = 1000
-
 CHUNK = 1 << 20
 
 
@@ -72,9 +71,6 @@ def near_components(
         distance: bits in which perceptual hashes of near images may differ.
         caption_similarity: from which captions are near.
     """
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
     count = len(rows)
     if mode == "off" or count < 2:
         return np.arange(count)
@@ -83,8 +79,15 @@ def near_components(
         for left, right in candidates(keys):
             near = _near(prints, rows[left], rows[right], mode, distance, caption_similarity)
             edges.append(np.stack([left[near], right[near]]).astype(np.int32))
-    left, right = np.concatenate(edges, axis=1)
-    graph = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))
+    return components(np.concatenate(edges, axis=1), count)
+
+
+def components(edges: np.ndarray, count: int) -> np.ndarray:
+    """The connected component of each of ``count`` nodes, (count,), which edges (2, m) connect."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_matrix((np.ones(edges.shape[1], dtype=np.int8), tuple(edges)), shape=(count, count))
     return np.asarray(connected_components(graph, directed=False)[1])
 
 
@@ -142,13 +145,9 @@ def _near(
 
 
 PERMUTATIONS, BANDS = 64, 16
-
 HASH_BITS = 64
-
 SHINGLE_WORDS = 3
-
 WORD = re.compile(r"\w+")
-
 SIGNATURE_BYTES = 2 * PERMUTATIONS
 
 

@@ -6,6 +6,7 @@ holds the rows of one part at a time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,11 @@ import numpy as np
 
 from mmkd.curation.decisions import REASONS, Decisions
 from mmkd.curation.part import dropped_row
-from mmkd.data.archives import BLOCK, END_BYTES, ArchivedFile
+from mmkd.data.archives import ArchivedFile, ArchiveWriter
 from mmkd.data.table import SPLITS, TABLE_FILE, map_table, table_schema, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-COPY_BYTES = 1 << 24
 
 MORE_COLUMNS = ("key", "article", "study", "panel_type", "labels")
 
@@ -43,8 +42,17 @@ def write_shard(part: Path, tar: Path, kept: np.ndarray) -> np.ndarray:
     starts, ends = table["start"].to_numpy()[rows], table["end"].to_numpy()[rows]
     offsets = table["offset"].to_numpy()[rows]
     source = part.with_suffix(".tar")
-    if not tar.exists() and not (kept.all() and _linked(source, tar)):
-        _copy(source, tar, _runs(starts, ends))
+    if not tar.exists() and kept.all():
+        with contextlib.suppress(OSError):  # not every file system has links
+            os.link(source, tar)
+    if not tar.exists():
+        partial = tar.with_name(f"{tar.name}.partial")
+        with source.open("rb") as old, partial.open("wb") as new:
+            writer = ArchiveWriter(new)
+            for start, end in _runs(starts, ends):
+                writer.copy(old, start, end)
+            writer.finish()
+        partial.replace(tar)
     new_starts = np.cumsum(ends - starts) - (ends - starts)
     return np.asarray(offsets - starts + new_starts)
 
@@ -97,29 +105,6 @@ def _runs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
         cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
         for run_starts, run_ends in zip(np.split(starts, cuts), np.split(ends, cuts), strict=True):
             yield int(run_starts[0]), int(run_ends[-1])
-
-
-def _linked(source: Path, target: Path) -> bool:
-    """Whether the file system accepted a hard link."""
-    try:
-        os.link(source, target)
-    except OSError:
-        return False
-    return True
-
-
-def _copy(source: Path, target: Path, ranges: Iterator[tuple[int, int]]) -> None:
-    """Copy ranges (start, end) of an archive into a complete archive."""
-    partial = target.with_name(f"{target.name}.partial")
-    with source.open("rb") as old, partial.open("wb") as new:
-        for start, end in ranges:
-            old.seek(start)
-            for position in range(start, end, COPY_BYTES):
-                new.write(old.read(min(COPY_BYTES, end - position)))
-        new.write(bytes(2 * BLOCK + -(new.tell() + 2 * BLOCK) % END_BYTES))
-        new.flush()
-        os.fsync(new.fileno())
-    partial.replace(target)
 
 
 def reason_counts(*counts: dict[str, int]) -> dict[str, int]:

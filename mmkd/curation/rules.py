@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,21 +21,13 @@ from mmkd.data.table import UNKNOWN
 from mmkd.files import read_yaml
 
 NearMode = Literal["off", "both", "image", "caption"]
-
 HERE = Path(__file__).parent
-
 PRESETS = ("paper", "list", "any")
-
 LICENSE_FAMILIES = ("commercial", "noncommercial", "other")
-
 PANEL_TYPES = ("single", "multiple")
-
 KEY_SUBSET = re.compile(r"filelist_(commercial|noncommercial|other)_")
-
 LICENSE_NOISE = re.compile(r"\d\.\d|[-_/]|\b(?:INTERNATIONAL|UNPORTED|LICEN[SC]E)\b")
-
 DEFAULT_REASON = "drop_rule"
-
 MIDDLE, EACH = "middle", "each"
 
 
@@ -172,9 +164,12 @@ class Rules:
         if not self.modalities:
             return stated or next(iter(labels), "") or UNKNOWN
         named = next((label for label in (*labels, stated.casefold()) if label in self.modalities), "")
-        return named or (
-            "" if labels else _cluster_map(_frozen(self.modalities)).get(metadata.text("image_label_id"), "")
-        )
+        return named or ("" if labels else self._clusters.get(metadata.text("image_label_id"), ""))
+
+    @cached_property
+    def _clusters(self) -> dict[str, str]:
+        """The modality of each cluster."""
+        return {str(cluster): modality for modality, clusters in self.modalities.items() for cluster in clusters}
 
 
 def read_rules(preset: str, **changes: Any) -> Rules:
@@ -221,6 +216,7 @@ def plain_license(name: str) -> str:
     return " ".join(LICENSE_NOISE.sub(" ", name.upper().replace("CC 0", "CC0")).split())
 
 
+@lru_cache(4096)
 def license_family(name: str) -> str:
     """Commercial, noncommercial or other."""
     families = _yaml(HERE / "licenses.yaml", "")
@@ -231,23 +227,9 @@ def _license_names(key: str, metadata: Metadata) -> tuple[str, ...]:
     """The licence and its family; if none is stated, the family from BIOMEDICA's key."""
     stated = metadata.text("article_license") or metadata.text("license")
     if stated:
-        return _plain_and_family(stated)
+        return plain_license(stated), license_family(stated)
     subset = KEY_SUBSET.search(key)
     return (subset[1],) if subset else ("other",)
-
-
-@lru_cache(4096)
-def _plain_and_family(name: str) -> tuple[str, str]:
-    return plain_license(name), license_family(name)
-
-
-def _frozen(modalities: dict[str, tuple[int, ...]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple(modalities.items())
-
-
-@cache
-def _cluster_map(modalities: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, str]:
-    return {str(cluster): modality for modality, clusters in modalities for cluster in clusters}
 
 
 def _modalities(path: Path, value: Any) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, cast
 
 BLOCK = 512
+COPY_BYTES = 1 << 24
 END_BYTES = 10_240  # tar pads with zero blocks to a multiple of this
 LARGEST_HEADER = 1 << 20
 LARGEST_MEMBER = 1 << 30
@@ -125,6 +126,13 @@ class ArchiveWriter:
         member = Member(name, self._offset + len(block), len(data))
         self._offset = member.offset + -(-len(data) // BLOCK) * BLOCK
         return member
+
+    def copy(self, source: BinaryIO, start: int, end: int) -> None:
+        """Append the whole members that lie between two bytes of another archive."""
+        source.seek(start)
+        for position in range(start, end, COPY_BYTES):
+            self._file.write(source.read(min(COPY_BYTES, end - position)))
+        self._offset += end - start
 
     def finish(self) -> None:
         """Write the end of the archive and flush it to the disk."""
