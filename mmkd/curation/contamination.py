@@ -83,9 +83,7 @@ def near_test_image(hashes: np.ndarray, tests: np.ndarray, distance: int) -> np.
 
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-
 CHUNK = 32
-
 LISTS = (TABLE_FILE, META_FILE, LABELS_FILE)
 
 

@@ -18,15 +18,10 @@ from mmkd.pages.charts import Chart, bars
 from mmkd.pages.page import Notes, Page, Section, Table, write_page
 
 MOST_LINES = 40
-
 COLUMNS = ("split", "modality", "label", "license", "panel_type")
-
 REPORT_FILE, PAGE_FILE = "report.json", "README.md"
-
 WORD_EDGES = (1, 5, 10, 20, 40, 80, 160, 320, 640)
-
 SIDE_EDGES = (1, 64, 128, 224, 256, 384, 512, 768, 1024, 2048)
-
 CHARTS = {"modality": "modalities", "caption_words": "caption words", "short_side": "shorter side, pixels"}
 
 

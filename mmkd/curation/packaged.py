@@ -119,9 +119,7 @@ def packaged_attribution() -> str:
 
 
 FILE = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
-
 LICENSE = "ICBM 152 atlas (Fonov et al. 2009), distributed with nilearn (BSD-3-Clause)"
-
 ORIGIN_MM = (-98, -134, -72)
 
 MAPS = {

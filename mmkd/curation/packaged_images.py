@@ -18,9 +18,7 @@ from PIL import Image
 from mmkd.data.pixel_rules import window_between, window_by_percentiles
 
 ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "central", "right")
-
 PYDICOM = "pydicom test file (MIT package)"
-
 Finding = Callable[[np.ndarray], tuple[str, str]]
 
 

@@ -38,7 +38,6 @@ from mmkd.files import is_folder_name, is_inside, json_lines, leads_inside, pars
 
 META_FILE = "meta.jsonl"
 CHUNK = 4096
-
 Choice = tuple[np.ndarray, list[Pair]]  # positions in the source, (n,), and the pairs with their teachers
 
 
@@ -216,12 +215,6 @@ def _published_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
-def in_chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, list[Pair]]]:
-    """All pairs in chunks of some thousands, each with the position of its first pair."""
-    for start in range(0, len(pairs), CHUNK):
-        yield start, list(pairs[start : start + CHUNK])
-
-
 def ids_of(pairs: Sequence[Pair]) -> list[str]:
     """The ids of all pairs."""
     return pairs.column("id").to_pylist() if isinstance(pairs, PairTable) else [pair.id for pair in pairs]
@@ -249,7 +242,7 @@ def hold_out_split(folder: PairFolder, share: float) -> tuple[PairFolder, PairFo
     if _has_validation_split(folder):
         raise ValueError(f"{folder.path} has a validation split, which is used; leave --hold_out {share} out")
     held = [
-        _number(group or id) < share * 2**64
+        _number(f"hold out {group or id}") < share * 2**64
         for ids, groups in in_columns(folder.pairs, ("id", "group"))
         for id, group in zip(ids, groups, strict=True)
     ]
@@ -275,7 +268,7 @@ def _has_validation_split(folder: PairFolder) -> bool:
 
 def _number(key: str) -> int:
     """A number below 2^64 that depends on the key only."""
-    return int.from_bytes(hashlib.sha256(f"hold out {key}".encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def select(
@@ -298,7 +291,7 @@ def select(
             known[name].update(column)
         for id, group, *own in zip(ids, groups, *columns, strict=True):
             chosen = all(not v or value in v for value, v in zip(own, chosen_values.values(), strict=True))
-            fits.append(chosen and _stated_number(group or id) % count == share - 1)
+            fits.append(chosen and _number(group or id) % count == share - 1)
     for name, values in chosen_values.items():
         for value in values:
             if value not in known[name]:
@@ -320,8 +313,3 @@ def _share(part: str | None) -> tuple[int, int]:
     if not (share.isdecimal() and count.isdecimal() and 1 <= int(share) <= int(count)):
         raise ValueError(f"--part {part} must be a share such as 1/3")
     return int(share), int(count)
-
-
-def _stated_number(key: str) -> int:
-    """A number below 2^64 that depends on the key only; the shares of `select` rest on it."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")

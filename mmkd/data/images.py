@@ -39,7 +39,6 @@ from mmkd.data.pixel_rules import (
 )
 
 FORMATS = ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
-
 PNG_BIT_DEPTH_BYTE = 24
 
 TRANSPOSED = {

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 OWN_MODEL = "own model"
-
 UNDECLARED = ("", "unknown", "none", "not declared", "not stated", "undeclared", "unlicensed")
 
 
@@ -29,19 +28,12 @@ class Terms:
 
 
 OPEN = Terms(0, "none (credit required at most)")
-
 SHARE_ALIKE = Terms(1, "derivatives keep the licence")
-
 USE_LIST = Terms(2, "uses that the licence excludes")
-
 NO_DERIVATIVES = Terms(3, "no derivatives")
-
 NON_COMMERCIAL = Terms(4, "no commercial use")
-
 NON_COMMERCIAL_NO_DERIVATIVES = Terms(5, "no commercial use, no derivatives")
-
 UNREAD = Terms(6, "not recognised: read the licence before any use")
-
 NONE_DECLARED = Terms(7, "no licence declared: ask the owners before any use")
 
 HUB_IDS = {

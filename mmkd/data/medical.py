@@ -60,7 +60,6 @@ PIXEL_ELEMENTS = (
 )  # fmt: skip
 STORES = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 FRAME_GROUPS = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
-
 Form = Literal["dicom", "nifti", ""]
 
 

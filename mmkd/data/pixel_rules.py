@@ -18,21 +18,13 @@ Reason = Literal[
 ]  # fmt: skip
 
 REASONS: tuple[str, ...] = get_args(Reason)
-
 MAX_PIXELS = 89_478_485
-
 MAX_FILE_BYTES = 1024**3
-
 MAX_ASPECT = 100
-
 MINIMUM_SIDE = 8
-
 WINDOW_PERCENTILES = (0.5, 99.5)
-
 WindowPreset = Literal["auto", "lung", "soft", "bone", "brain", "three"]
-
 HOUNSFIELD_WINDOWS = {"lung": (-600, 1500), "soft": (40, 400), "bone": (400, 1800), "brain": (40, 80)}
-
 CHANNELS_OF_THREE = ("lung", "soft", "bone")
 
 

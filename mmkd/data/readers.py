@@ -26,20 +26,13 @@ from mmkd.data.archives import ArchivedFile, members
 from mmkd.files import is_inside, leads_inside
 
 NIFTI_GZ = "nii.gz"
-
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2"))
 IMAGE_SUFFIXES |= {"dcm", "dicom", "ima", "nii", NIFTI_GZ}
-
 EMPTY_CELLS = frozenset(("", "nan", "null", "none", "<na>", "#n/a", "n/a", "-"))
-
 LONGEST_CELL = 1 << 24
-
 KEPT_ROW_GROUPS = 2
-
 DATA_PLACE, DATA_VARIABLE = "${DATA}", "MMKD_DATA"  # in a dataset manifest, and the environment variable it stands for
-
 HUB_PREFIX = "hf://"
-
 HUB_FORM = "hf://datasets/OWNER/NAME, optionally with @REVISION and a folder after it"
 
 

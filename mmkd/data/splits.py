@@ -17,9 +17,7 @@ from typing import Any
 from mmkd.data.table import SPLITS, Pair
 
 VALIDATION_SHARE, TEST_SHARE = 0.15, 0.25
-
 FEWEST_GROUPS_FOR_VALIDATION = 4
-
 MOST_SHARES = 4  # a group takes at most this part of a subsample
 
 MEANINGS = {

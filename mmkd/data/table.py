@@ -22,17 +22,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SPLITS = ("train", "validation", "test")
-
 UNKNOWN = "unknown"
-
 TABLE_FILE = "manifest.arrow"
-
 VERSION = 2
-
 METADATA_KEY = b"mmkd"
-
 ROWS_TOGETHER = 65536
-
 LEAVES_ROOT = r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^.:|\x00|^$"
 
 

@@ -15,14 +15,13 @@ from torch import Tensor
 from mmkd.data.features import FeatureKind, FeatureType
 from mmkd.data.features.published import ENDINGS, FEATURE_FILES, PublishedFeatures
 from mmkd.data.features.writer import FeatureWriter
-from mmkd.data.folder import META_FILE, PairFolder, PublishedSample, in_chunks
+from mmkd.data.folder import META_FILE, PairFolder, PublishedSample
 from mmkd.data.images import read_image_bytes
 from mmkd.data.provenance import published_teacher
-from mmkd.data.table import Pair
+from mmkd.data.table import Pair, batches
 from mmkd.files import atomic_write_lines, is_folder_name
 
 SAMPLES_AT_ONCE = 1024
-
 Lookup = Callable[[Sequence[str]], dict[str, dict[str, Tensor]]]
 
 
@@ -89,19 +88,17 @@ def export_published(
     counts = [0, 0]
 
     def lines() -> Iterator[str]:
-        for _, chunk in in_chunks(pairs.pairs):
-            for start in range(0, len(chunk), SAMPLES_AT_ONCE):
-                some = chunk[start : start + SAMPLES_AT_ONCE]
-                found = {kind: lookup([pair.id for pair in some]) for kind, lookup in features.items()}
-                for row, pair in enumerate(some):
-                    sample = _sample(pair, _teachers(found, row, pair.teachers))
-                    counts[not sample.teachers] += 1
-                    if not sample.teachers:
-                        continue
-                    yield _write_sample(output, sample, found, row)
-                    if images:
-                        (output / sample.image).write_bytes(read_image_bytes(pairs.image_path(pair)))
-                progress(len(some))
+        for some in batches(pairs.pairs, SAMPLES_AT_ONCE):
+            found = {kind: lookup([pair.id for pair in some]) for kind, lookup in features.items()}
+            for row, pair in enumerate(some):
+                sample = _sample(pair, _teachers(found, row, pair.teachers))
+                counts[not sample.teachers] += 1
+                if not sample.teachers:
+                    continue
+                yield _write_sample(output, sample, found, row)
+                if images:
+                    (output / sample.image).write_bytes(read_image_bytes(pairs.image_path(pair)))
+            progress(len(some))
 
     atomic_write_lines(output / META_FILE, lines())
     return counts[0], counts[1]

@@ -22,7 +22,6 @@ from mmkd.data.table import Pair
 from mmkd.distributed import rank
 
 logger = logging.getLogger(__name__)
-
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 Features = dict[str, dict[str, Tensor]]
