@@ -19,50 +19,24 @@ So few source images show that the pipeline works; they are not a clinical resul
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import numpy as np
-from PIL import Image
 
-from mmkd.curation.packaged_images import IMPORT_NAMES, PackagedImage, flat_images, package_file
-from mmkd.curation.samples import RawSample
-
-TEMPLATES = (
-    "{facts}, {detail}.",
-    "{facts}: {detail}.",
-    "{facts}. {detail}.",
-    "{detail}. {facts}.",
-    "Biomedical image: {facts}, {detail}.",
-)
+from mmkd.curation.packaged_images import IMPORT_NAMES, flat_images, package_file, packaged_sample
+from mmkd.curation.samples import RawSample, decode_metadata
 
 
 def read_packaged() -> Iterator[RawSample]:
-    """The packaged images as samples, each a PNG.
+    """The packaged images as samples, each a PNG: tiles of all flat images, then slices of all volumes.
 
     Raises:
         ValueError: a package is not installed or lacks a file.
     """
-    for image in packaged_images():
-        name = f"images/{image.name}.png"
-        metadata = {
-            "modality": image.modality,
-            "label": image.label,
-            "group": image.group,
-            "split": image.split,
-            "license": image.license,
-            "source": f"{image.package} {image.file}",
-        }
-        yield RawSample(name, name, caption_of(image), metadata, partial(_png, image.pixels), "png")
-
-
-def packaged_images() -> Iterator[PackagedImage]:
-    """Tiles of all flat images, then slices of all volumes."""
     return chain(flat_images(), brain_slices())
 
 
@@ -78,34 +52,17 @@ def packaged_versions() -> str:
         raise ValueError(f'the packaged images need {error.name}: pip install "mmkd-clip[demo]"') from error
 
 
-def caption_of(image: PackagedImage) -> str:
-    """A sentence of one of the image's facts and one of its details, selected by its name."""
-    digest = hashlib.sha256(image.name.encode()).digest()
-    template = TEMPLATES[digest[0] % len(TEMPLATES)]
-    facts, detail = image.facts[digest[1] % len(image.facts)], image.details[digest[2] % len(image.details)]
-    if template.startswith("{detail}") or "{facts}. {detail}" in template:
-        detail = detail[0].upper() + detail[1:]
-    return template.format(facts=facts, detail=detail)
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def packaged_attribution() -> str:
     """Where every image comes from, and how held-out images are kept apart, as Markdown."""
-    images = list(packaged_images())
+    stated = (decode_metadata(sample.metadata) for sample in read_packaged())
+    counts = Counter((*metadata.text("source").split(" ", 1), metadata.text("license")) for metadata in stated)
     lines = [
         "# Biomedical images that arrive with Python packages",
         "",
         "| package | file | images | license |",
         "|---|---|---:|---|",
     ]
-    sources = sorted({(image.package, image.file, image.license) for image in images})
-    for package, file, license in sources:
-        count = sum((image.package, image.file) == (package, file) for image in images)
+    for (package, file, license), count in sorted(counts.items()):
         lines.append(f"| {package} {importlib.metadata.version(package)} | {file} | {count} | {license} |")
     lines += [
         "",
@@ -163,7 +120,7 @@ PLANES = (
 )  # fmt: skip
 
 
-def brain_slices() -> Iterator[PackagedImage]:
+def brain_slices() -> Iterator[RawSample]:
     """Slices of the MNI152 templates of nilearn, all maps and planes.
 
     Coordinates are millimetres of MNI space, whose origin is the anterior commissure: +x right, +y anterior, +z
@@ -190,7 +147,7 @@ def _load(map_name: str) -> np.ndarray:
     return np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
 
 
-def _slice(map_name: str, plane: Plane, position: int, pixels: np.ndarray, group: str, split: str) -> PackagedImage:
+def _slice(map_name: str, plane: Plane, position: int, pixels: np.ndarray, group: str, split: str) -> RawSample:
     short, long, template = MAPS[map_name]
     low, high = plane.extent_mm
     third = plane.thirds[min(2, int(3 * (position - low) / (high - low)))]
@@ -201,7 +158,7 @@ def _slice(map_name: str, plane: Plane, position: int, pixels: np.ndarray, group
     )
     level = f"{plane.letter} = {position:+d} mm" if position else f"{plane.letter} = 0 mm"
     name = f"mni152-{map_name}-{plane.name}-{position:+04d}"
-    return PackagedImage(
+    return packaged_sample(
         name=name,
         pixels=pixels,
         modality="MRI",

@@ -6,15 +6,19 @@ measured in it: the share of brown (DAB) pixels, of color-coded flow, of bright 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from mmkd.curation.samples import RawSample
 from mmkd.data.pixel_rules import window_between, window_by_percentiles
 
 ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "central", "right")
@@ -22,7 +26,7 @@ PYDICOM = "pydicom test file (MIT package)"
 Finding = Callable[[np.ndarray], tuple[str, str]]
 
 
-def flat_images() -> Iterator[PackagedImage]:
+def flat_images() -> Iterator[RawSample]:
     """Tiles of all flat sources.
 
     Raises:
@@ -170,7 +174,7 @@ def _window(dataset: Any, pixels: np.ndarray, window: tuple[int, int] | None) ->
     return window_between(values, window[0] - window[1] / 2, window[0] + window[1] / 2)
 
 
-def _tiles(field: Field, frame: int, pixels: np.ndarray) -> Iterator[PackagedImage]:
+def _tiles(field: Field, frame: int, pixels: np.ndarray) -> Iterator[RawSample]:
     """The tiles of one image, dark ones left out."""
     left, top, right, bottom = field.box
     columns, rows = (right - left) // field.tile, (bottom - top) // field.tile
@@ -183,7 +187,7 @@ def _tiles(field: Field, frame: int, pixels: np.ndarray) -> Iterator[PackagedIma
             run = _run(column, columns) if field.split_by == "columns" else _run(row, rows)
             place = f"{ROWS[3 * row // rows]} {COLUMNS[3 * column // columns]} part of the image"
             label, finding = field.finding(tile)
-            yield PackagedImage(
+            yield packaged_sample(
                 name=f"{field.name}-{frame:02d}-{row:02d}-{column:02d}",
                 pixels=np.ascontiguousarray(tile),
                 modality=field.modality,
@@ -209,35 +213,58 @@ def _run(position: int, count: int) -> str:
 IMPORT_NAMES = {"scikit-image": "skimage", "nilearn": "nilearn", "pydicom": "pydicom"}
 
 
-@dataclass(frozen=True)
-class PackagedImage:
-    """One image of the default data.
+TEMPLATES = (
+    "{facts}, {detail}.",
+    "{facts}: {detail}.",
+    "{facts}. {detail}.",
+    "{detail}. {facts}.",
+    "Biomedical image: {facts}, {detail}.",
+)
 
-    Attributes:
+
+def packaged_sample(
+    name: str,
+    pixels: np.ndarray,
+    modality: str,
+    label: str,
+    facts: Sequence[str],
+    details: Sequence[str],
+    group: str,
+    split: str,
+    package: str,
+    file: str,
+    license: str,
+) -> RawSample:
+    """One image of the default data; its caption has one of the facts and one of the details, selected by its name.
+
+    Args:
         name: file name without suffix.
         pixels: (height, width) or (height, width, 3) uint8.
         modality: of the source.
         label: class name.
-        facts: ways to say what the source is; a caption takes one.
-        details: ways to say what sets this image apart; a caption takes one.
+        facts: ways to say what the source is.
+        details: ways to say what sets this image apart.
         group: tiles or slices that are on one side of the split together.
         split: train, validation or test.
         package: distribution that brings the source.
         file: of the source, within the package.
         license: of the source, as the package states it.
     """
+    digest = hashlib.sha256(name.encode()).digest()
+    template = TEMPLATES[digest[0] % len(TEMPLATES)]
+    fact, detail = facts[digest[1] % len(facts)], details[digest[2] % len(details)]
+    if template.startswith("{detail}") or "{facts}. {detail}" in template:
+        detail = detail[0].upper() + detail[1:]
+    metadata = {"modality": modality, "label": label, "group": group, "split": split, "license": license}
+    metadata |= {"source": f"{package} {file}"}
+    key = f"images/{name}.png"
+    return RawSample(key, key, template.format(facts=fact, detail=detail), metadata, partial(_png, pixels), "png")
 
-    name: str
-    pixels: np.ndarray
-    modality: str
-    label: str
-    facts: tuple[str, ...]
-    details: tuple[str, ...]
-    group: str
-    split: str
-    package: str
-    file: str
-    license: str
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def package_file(package: str, file: str) -> Path:

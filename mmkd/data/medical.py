@@ -88,19 +88,13 @@ def read_dicom(data: bytes, name: str, minimum_side: int, window: Window) -> np.
     Raises:
         UnreadableImageError: with one of `mmkd.data.pixel_rules.REASONS`.
     """
-    with _quiet():
+    with _reading(name):
         dataset = _dataset(data, name, PIXEL_ELEMENTS)
         frames = _frames(dataset, name)
         check_size((int(dataset.Columns), int(dataset.Rows)), name, minimum_side)
         frame = window.position(frames, name)
         _use_frame_groups(dataset, frame)
-        stored = _stored(dataset, frame, frames, name)
-        try:
-            return _shown(dataset, stored, name, window)
-        except UnreadableImageError:
-            raise
-        except Exception as error:  # a broken lookup table or window raises anything
-            raise _broken(name, error) from None
+        return _shown(dataset, _stored(dataset, frame, frames, name), name, window)
 
 
 def count_frames(data: bytes, name: str) -> int:
@@ -109,7 +103,7 @@ def count_frames(data: bytes, name: str) -> int:
     Raises:
         UnreadableImageError: it has no pixels, or too many frames.
     """
-    with _quiet():
+    with _reading(name):
         return _frames(_dataset(data, name, PIXEL_ELEMENTS), name)
 
 
@@ -124,14 +118,9 @@ def dicom_values(data: bytes, name: str, elements: Sequence[str]) -> dict[str, s
     Raises:
         UnreadableImageError: it is no DICOM file, or broken.
     """
-    with _quiet():
+    with _reading(name):
         dataset = _dataset(data, name, elements, with_pixels=False)
-        try:
-            values = {element: dataset.get(element) for element in elements}
-            texts = {element: _text(value) for element, value in values.items()}
-        except Exception as error:  # values are parsed when they are read
-            raise _broken(name, error) from None
-    return texts
+        return {element: _text(dataset.get(element)) for element in elements}
 
 
 def require_pydicom() -> None:
@@ -173,17 +162,14 @@ def read_nifti(data: bytes, name: str, minimum_side: int, window: Window) -> np.
         import nibabel
     except ImportError:
         raise UnreadableImageError("no_decoder", f"{name} is NIfTI, which needs nibabel: {INSTALL}") from None
-    with _quiet():
+    with _reading(name):
         data = _inflated(data, MAX_FILE_BYTES + 1) if data.startswith(GZIP) else data
         if len(data) > MAX_FILE_BYTES:
             raise UnreadableImageError("too_large", f"{name} has more than {MAX_FILE_BYTES} bytes when decompressed")
-        try:
-            form = nibabel.Nifti1Image if data[344:348] == NIFTI_MARKS[0][1] else nibabel.Nifti2Image
-            image = form.from_bytes(data)
-            shape = tuple(image.shape)
-            axes = nibabel.io_orientation(image.affine)
-        except Exception as error:  # a broken header raises anything
-            raise UnreadableImageError("corrupt", f"{name} has a broken header ({type(error).__name__})") from None
+        form = nibabel.Nifti1Image if data[344:348] == NIFTI_MARKS[0][1] else nibabel.Nifti2Image
+        image = form.from_bytes(data)
+        shape = tuple(image.shape)
+        axes = nibabel.io_orientation(image.affine)
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
         if not 2 <= len(shape) <= 4 or not all(shape):
@@ -195,10 +181,7 @@ def read_nifti(data: bytes, name: str, minimum_side: int, window: Window) -> np.
         check_size((shape[right], shape[front]), name, minimum_side)
         position = window.position(shape[up], name)
         position = position if axes[up, 1] > 0 else shape[up] - 1 - position
-        try:
-            values = _slice(image.dataobj, up, position)
-        except Exception as error:  # a file that is cut off or of a type that NumPy lacks
-            raise UnreadableImageError("corrupt", f"{name} cannot be decoded ({type(error).__name__})") from None
+        values = _slice(image.dataobj, up, position)
     values = values if right < front else values.swapaxes(0, 1)  # right, front
     values = values[:: -1 if axes[right, 1] > 0 else 1, :: -1 if axes[front, 1] > 0 else 1].swapaxes(0, 1)
     return _nifti_shown(np.ascontiguousarray(values), name, window)
@@ -231,7 +214,7 @@ def _dataset(data: bytes, name: str, elements: Sequence[str], with_pixels: bool 
     """A DICOM file with these elements alone.
 
     Raises:
-        UnreadableImageError: pydicom is missing, or the file is encrypted, broken, or too large when decompressed.
+        UnreadableImageError: pydicom is missing, or the file is encrypted or too large when decompressed.
     """
     try:
         from pydicom import dcmread
@@ -240,14 +223,10 @@ def _dataset(data: bytes, name: str, elements: Sequence[str], with_pixels: bool 
     if data.startswith(b"\x30") and ENVELOPE in data[:64]:
         raise UnreadableImageError("encrypted", f"{name} is an encrypted file; decrypt it first")
     _refuse_large_deflated(data, name)
-    try:
-        dataset = dcmread(
-            io.BytesIO(data), stop_before_pixels=not with_pixels, force=True, specific_tags=[*elements, "SOPClassUID"]
-        )
-        is_dicom = data[PREAMBLE : PREAMBLE + len(MARK)] == MARK or "SOPClassUID" in dataset or "Rows" in dataset
-    except Exception as error:  # a broken header raises anything from EOFError to RecursionError
-        raise _broken(name, error) from None
-    if not is_dicom:
+    dataset = dcmread(
+        io.BytesIO(data), stop_before_pixels=not with_pixels, force=True, specific_tags=[*elements, "SOPClassUID"]
+    )
+    if data[PREAMBLE : PREAMBLE + len(MARK)] != MARK and "SOPClassUID" not in dataset and "Rows" not in dataset:
         raise UnreadableImageError("corrupt", f"{name} is not DICOM, though its name says so")
     return dataset
 
@@ -259,24 +238,18 @@ def _refuse_large_deflated(data: bytes, name: str) -> None:
     length = int.from_bytes(data[140:144], "little")  # of the file's own group, which its first element states
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     size, rest = 0, data[144 + length :]
-    try:
-        while rest and size <= MAX_FILE_BYTES:
-            size += len(inflater.decompress(rest, 1 << 24))
-            rest = inflater.unconsumed_tail
-    except zlib.error as error:
-        raise _broken(name, error) from None
+    while rest and size <= MAX_FILE_BYTES:
+        size += len(inflater.decompress(rest, 1 << 24))
+        rest = inflater.unconsumed_tail
     if size > MAX_FILE_BYTES:
         raise UnreadableImageError("too_large", f"{name} has more than {MAX_FILE_BYTES} bytes when decompressed")
 
 
 def _frames(dataset: Any, name: str) -> int:
     """The number of frames; refuses a file without pixels."""
-    try:
-        stored = any(element in dataset for element in STORES)
-        complete = all(dataset.get(element) for element in ("Rows", "Columns"))
-        frames = int(dataset.get("NumberOfFrames") or 1)
-    except Exception as error:  # values are parsed when they are read
-        raise _broken(name, error) from None
+    stored = any(element in dataset for element in STORES)
+    complete = all(dataset.get(element) for element in ("Rows", "Columns"))
+    frames = int(dataset.get("NumberOfFrames") or 1)
     if not stored and "EncryptedAttributesSequence" in dataset:
         raise UnreadableImageError("encrypted", f"{name} holds encrypted elements and no pixels; decrypt it first")
     if not (stored and complete):
@@ -301,17 +274,15 @@ def _stored(dataset: Any, frame: int, frames: int, name: str) -> np.ndarray:
     from pydicom.pixels import get_decoder, pixel_array
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        if "TransferSyntaxUID" not in dataset.file_meta:
-            implicit, little = dataset.original_encoding
-            explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-            dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-        syntax = dataset.file_meta.TransferSyntaxUID
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise UnreadableImageError("no_decoder", f"{name} has a transfer syntax that pydicom does not decode") from None
-    except Exception as error:  # values are parsed when they are read
-        raise _broken(name, error) from None
     if not decoder.is_available:
         raise UnreadableImageError(
             "no_decoder",
@@ -325,10 +296,10 @@ def _stored(dataset: Any, frame: int, frames: int, name: str) -> np.ndarray:
         return pixel_array(dataset, index=frame, decoding_plugin="pydicom" if syntax == RLELossless else "")
     except UnreadableImageError:
         raise
-    except Exception as error:  # decoders of broken files raise anything
+    except Exception:
         if syntax.name.startswith("JPEG Extended") and int(dataset.BitsStored) > 8:
             raise UnreadableImageError("no_decoder", f"{name} is JPEG of 12 bits; python-gdcm decodes it") from None
-        raise _broken(name, error) from None
+        raise
 
 
 def _check_frame(dataset: Any, frame: int, frames: int, name: str) -> None:
@@ -435,17 +406,18 @@ def _inflated(data: bytes, most: int) -> bytes:
         return b""
 
 
-def _broken(name: str, error: Exception) -> UnreadableImageError:
-    """The error of a file that cannot be decoded; the library's message may quote the header, so it is left out."""
-    return UnreadableImageError("corrupt", f"{name} is a DICOM file that cannot be decoded ({type(error).__name__})")
-
-
 _READING = ContextVar("reading DICOM", default=False)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what the libraries warn and log about headers, which they quote, while this thread reads."""
+def _reading(name: str) -> Iterator[None]:
+    """Turn errors of the libraries into one without their message, and silence their warnings: they quote headers.
+
+    Broken files raise anything from `EOFError` to `RecursionError`, when they are opened and when a value is read.
+
+    Raises:
+        UnreadableImageError: ``corrupt``.
+    """
     for name in ("pydicom", "nibabel.global"):
         logger = logging.getLogger(name)
         if _not_reading not in logger.filters:
@@ -455,6 +427,10 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except UnreadableImageError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError("corrupt", f"{name} cannot be decoded ({type(error).__name__})") from None
     finally:
         _READING.reset(token)
 
