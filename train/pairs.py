@@ -1,4 +1,4 @@
-"""Pairs: list a folder of pairs, count it, verify every image, and write it in other forms."""
+"""Pairs: list a folder of pairs, count it, preview it, verify every image, and write it in other forms."""
 
 from __future__ import annotations
 
@@ -84,11 +84,27 @@ class ExportSettings:
     quiet: bool = setting(False, "no progress bar")
 
 
+@dataclass
+class PreviewSettings:
+    """Write a contact sheet: some images with their captions, one HTML file, to look at before anything is trained.
+
+    Example:
+        mmkd pairs preview pairs --output preview.html
+    """
+
+    folder: Path = setting(help="a folder of pairs", positional=True)
+    output: Path = setting(help=".html file to write")
+    split: str | None = setting(None, "train, validation or test")
+    number: int = setting(60, "maximum number of pairs")
+    overwrite: bool = setting(False, "replace OUTPUT")
+
+
 ACTIONS = {
     "ls": ListSettings,
     "show": ShowSettings,
     "stats": StatsSettings,
     "verify": VerifySettings,
+    "preview": PreviewSettings,
     "export": ExportSettings,
 }
 
@@ -100,7 +116,7 @@ from tqdm import tqdm
 
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import read_image_bytes
-from mmkd.data.inspection import count_pairs, faults, write_parquet, write_webdataset
+from mmkd.data.inspection import count_pairs, faults, write_parquet, write_preview, write_webdataset
 from mmkd.files import atomic_folder, atomic_write_bytes, refuse_existing
 
 SHOWN_FAULTS = 20
@@ -174,6 +190,20 @@ def verify(settings: VerifySettings) -> None:
     if not settings.quiet:
         total = len(folder.pairs)
         print(f"{settings.folder}: {total:,} images open and have their size, {originals:,} are the original files")
+
+
+@main.register
+def preview(settings: PreviewSettings) -> None:
+    """Write the page.
+
+    Raises:
+        ValueError: the output is no ``.html`` file, or no pair is asked for.
+    """
+    if settings.output.suffix != ".html" or settings.number < 1:
+        raise ValueError(f"--output {settings.output} must end in .html, and --number {settings.number} be 1 or more")
+    refuse_existing(settings.output, settings.overwrite)
+    shown = write_preview(open_pairs(settings.folder, settings.split), settings.output, settings.number)
+    print(f"{settings.output}: {shown} pairs")
 
 
 @main.register

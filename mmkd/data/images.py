@@ -17,6 +17,7 @@ are encoded here as well (`shrink`, `encode`).
 
 from __future__ import annotations
 
+import base64
 import io
 import stat
 import struct
@@ -183,6 +184,7 @@ def orientation(image: Image.Image) -> int:
 
 
 JPEG_QUALITY = 95
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 224, 78
 
 
 def shrink(image: Image.Image, short_side: int) -> Image.Image:
@@ -208,6 +210,18 @@ def encode(image: Image.Image, quality: int | None) -> tuple[str, bytes]:
         return ".jpg", buffer.getvalue()
     image.save(buffer, "PNG")
     return ".png", buffer.getvalue()
+
+
+def thumbnail(source: Path | ArchivedFile) -> str:
+    """A JPEG data URI of at most 224 pixels a side, for pages of one file; empty if the image cannot be read."""
+    try:
+        image = open_image(source)
+    except UnreadableImageError:
+        return ""
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def check_quality(quality: int) -> None:

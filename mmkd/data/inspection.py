@@ -1,4 +1,4 @@
-"""Check every image of a folder of pairs, count pairs, and write them in other forms."""
+"""Check every image of a folder of pairs, count pairs, show some of them, and write them in other forms."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from typing import Any
 
 from mmkd.data.archives import ArchiveWriter
 from mmkd.data.folder import PairFolder
-from mmkd.data.images import UnreadableImageError, open_image, read_image_bytes
+from mmkd.data.images import UnreadableImageError, open_image, read_image_bytes, thumbnail
+from mmkd.data.splits import spread
 from mmkd.data.table import Pair, batches, table_schema
+from mmkd.pages.page import Page, Section, counted, write_page
 
 BATCH = 256
 
@@ -92,6 +94,34 @@ def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int, advance
                 advance(1)
             writer.finish()
     return number + 1
+
+
+def write_preview(folder: PairFolder, file: Path, number: int) -> int:
+    """Write a contact sheet of some pairs, one HTML file: every modality in turn, chosen by the hash of the id.
+
+    Args:
+        folder: the pairs.
+        file: the page.
+        number: of pairs that are shown, if there are as many.
+
+    Returns:
+        The number of pairs that are shown.
+    """
+    ids, modalities = zip(*((pair.id, pair.modality) for pair in folder.pairs), strict=True)
+    shown = [folder.pairs[row] for row in spread(ids, modalities, number)]
+    cards = [
+        {
+            "id": pair.id,
+            "image": thumbnail(folder.image_path(pair)),
+            "caption": pair.caption,
+            "facts": " · ".join(filter(None, (pair.modality, pair.label, pair.split, f"{pair.width} x {pair.height}"))),
+        }
+        for pair in shown
+    ]
+    lead = "Look for text about patients, captions of other images, wrong labels, and rows of the same image."
+    section = Section("pairs", "Pairs", lead, template="data/preview.html.j2", content=cards)
+    write_page(file, Page(f"{len(shown)} of {counted(len(ids), 'pair')} of {folder.path.name}", [section]))
+    return len(shown)
 
 
 def write_parquet(folder: PairFolder, file: Path, advance: Callable[[int], Any]) -> None:

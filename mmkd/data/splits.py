@@ -99,6 +99,16 @@ def subsample(strata: Sequence[Hashable], groups: Sequence[str], maximum: int, s
     return sorted(kept)
 
 
+def spread(keys: Sequence[str], modalities: Sequence[str], count: int) -> list[int]:
+    """Positions of up to ``count`` keys: modalities in turn, inside each by hash; results are not used."""
+    by_modality: dict[str, list[int]] = defaultdict(list)
+    for position in sorted(range(len(keys)), key=lambda k: hashlib.sha256(keys[k].encode()).hexdigest()):
+        by_modality[modalities[position]].append(position)
+    queues = [by_modality[modality] for modality in sorted(by_modality)]
+    turns = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]
+    return turns[:count]
+
+
 def hashed(seed: int, key: str) -> str:
     """A reproducible random order: the hash of seed and key."""
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).hexdigest()

@@ -3,8 +3,10 @@
 import copy
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -124,6 +126,24 @@ def test_the_pairs_command(pairs, tmp_path, capsys, monkeypatch):
     assert rows.num_rows == 24
     assert "image" not in rows.column_names
     assert rows["sha256"].to_pylist() == [pair.sha256 for pair in open_pairs(pairs).pairs]
+
+
+def test_a_contact_sheet_is_one_escaped_page(pairs, tmp_path):
+    from mmkd.train import pairs as command
+
+    folder, output = open_pairs(pairs), tmp_path / "preview.html"
+    changed = [replace(pair, caption=f"<script>{k}</script>") for k, pair in enumerate(folder.pairs)]
+    changed[0] = replace(changed[0], image="shards/none.tar@0+9")
+    write_manifest(tmp_path / "pairs", changed, images=folder.image_root)
+    command.main(command.PreviewSettings(tmp_path / "pairs", output, number=99))
+    page = output.read_text()
+    assert page.count("data:image/jpeg;base64,") == 23 and page.count("cannot be read") == 1
+    assert all(f"&lt;script&gt;{k}&lt;/script&gt;" in page for k in range(24)) and page.count("<script>") == 1
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        command.main(command.PreviewSettings(tmp_path / "pairs", output))
+    with pytest.raises(ValueError, match=r"must end in \.html"):
+        command.main(command.PreviewSettings(tmp_path / "pairs", tmp_path / "preview.png"))
 
 
 def test_verify_finds_damage(pairs, tmp_path):

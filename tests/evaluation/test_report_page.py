@@ -1,6 +1,7 @@
 import json
 
-from mmkd.evaluation.report.examples import shorten, spread
+from mmkd.data.splits import spread
+from mmkd.evaluation.report.examples import shorten
 from mmkd.evaluation.report.leaderboard import task_notes
 from mmkd.evaluation.report.lineage import read_log, teachers_section, training_section
 from mmkd.evaluation.statistics.bootstrap import BY_IMAGE

@@ -6,20 +6,12 @@ the page stays one file.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
-from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import PairFolder
-from mmkd.data.images import UnreadableImageError, open_image
+from mmkd.data.images import thumbnail
+from mmkd.data.splits import spread
 from mmkd.evaluation.report.leaderboard import Leaderboard
 from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.tasks.task import Outputs
@@ -27,7 +19,6 @@ from mmkd.files import read_json
 from mmkd.pages.page import Section, number
 
 SHOWN_IMAGES, SHOWN_CAPTIONS, SHOWN_ANSWERS = 16, 4, 3
-THUMBNAIL_SIDE, JPEG_QUALITY = 224, 78
 LONGEST_CAPTION = 220
 
 TASKS = ("retrieval", "zeroshot-label", "zeroshot-modality")
@@ -152,28 +143,6 @@ def examples_sections(board: Leaderboard, folder: PairFolder) -> list[Section]:
         lead = f"The first five of {len(examples.task['ids'])} held-out images for a caption, with cosines. {GRADES}"
         sections.append(Section("captions", "Search by caption", lead, template=TEMPLATE, content=examples.captions()))
     return sections
-
-
-def spread(keys: Sequence[str], modalities: Sequence[str], count: int) -> list[int]:
-    """Positions of up to ``count`` keys: modalities in turn, inside each by hash; results are not used."""
-    by_modality: dict[str, list[int]] = defaultdict(list)
-    for position in sorted(range(len(keys)), key=lambda k: hashlib.sha256(keys[k].encode()).hexdigest()):
-        by_modality[modalities[position]].append(position)
-    queues = [by_modality[modality] for modality in sorted(by_modality)]
-    turns = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]
-    return turns[:count]
-
-
-def thumbnail(path: Path | ArchivedFile) -> str:
-    """A JPEG data URI of at most 224 pixels a side; empty if the image cannot be read."""
-    try:
-        image = open_image(path)
-    except UnreadableImageError:
-        return ""
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def shorten(caption: str) -> str:
