@@ -97,6 +97,7 @@ if __name__ == "__main__":
 from mmkd.curation.reports import ReportSource, read_mapping
 from mmkd.curation.sources import preset_of
 from mmkd.curation.stream import curate
+from mmkd.data.splits import numbered_share
 from mmkd.data.table import SPLITS
 
 
@@ -117,7 +118,7 @@ def main(settings: CurateSettings) -> None:
         columns=columns if settings.reports is None else None,
         reports=reports,
         workers=settings.workers,
-        shard=_shard(settings.shard),
+        shard=numbered_share(settings.shard, "shard"),
         exclude=settings.exclude_manifests,
         quiet=settings.quiet,
         overwrite=settings.overwrite,
@@ -137,16 +138,9 @@ def main(settings: CurateSettings) -> None:
 
 def held(settings: CurateSettings) -> list[Path]:
     """What this run alone may write: the output, or its shard's part of the work."""
-    number, total = _shard(settings.shard)
+    number, total = numbered_share(settings.shard, "shard")
     output = settings.output
     return [output if total == 1 else output.with_name(f"{output.name}.{number}-of-{total}")]
-
-
-def _shard(text: str) -> tuple[int, int]:
-    number, _, total = text.partition("/")
-    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
-        raise ValueError(f"--shard {text} must be i/n with 1 <= i <= n, for example 3/8")
-    return int(number), int(total)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 
 from mmkd.command.settings import nearest
 from mmkd.data.archives import ArchivedFile, archived_file
+from mmkd.data.splits import numbered_share
 from mmkd.data.table import (
     FIELDS,
     SPLITS,
@@ -26,8 +27,6 @@ from mmkd.data.table import (
     Pair,
     PairTable,
     batches,
-    check_table,
-    image_root,
     in_columns,
     map_table,
     table_schema,
@@ -90,9 +89,9 @@ def open_pairs(folder: Path, split: str | None = None) -> PairFolder:
     pairs: Sequence[Pair]
     if (folder / TABLE_FILE).is_file():
         table = PairTable(folder / TABLE_FILE)
-        root = folder / image_root(table)
+        root = folder / table.image_root
         _refuse_foreign_root(folder, root)
-        check_table(table)
+        table.check()
         pairs = table if split is None else table.in_split(split)
         total = len(table)
     elif (folder / META_FILE).is_file():
@@ -280,7 +279,7 @@ def select(
         ValueError: a modality, label or collection that no pair has, a part that is not like 1/3, or fewer than two
             pairs left.
     """
-    share, count = _share(part)
+    share, count = numbered_share(part or "1/1", "part")
     chosen_values = {"modalities": modalities, "labels": labels, "sources": list(sources)}
     if not any(chosen_values.values()) and count == 1:
         return _at_least_two(pairs, pairs)
@@ -306,10 +305,3 @@ def _at_least_two(kept: Sequence[Pair], pairs: Sequence[Pair]) -> Sequence[Pair]
     if len(kept) < 2:
         raise ValueError(f"the selection leaves {len(kept)} of {len(pairs)} training pairs; at least 2 are needed")
     return kept
-
-
-def _share(part: str | None) -> tuple[int, int]:
-    share, _, count = (part or "1/1").partition("/")
-    if not (share.isdecimal() and count.isdecimal() and 1 <= int(share) <= int(count)):
-        raise ValueError(f"--part {part} must be a share such as 1/3")
-    return int(share), int(count)

@@ -119,24 +119,48 @@ class PairTable(Sequence[Pair]):
         column = self._table.column(name)
         return column if self._rows is None else column.take(self._rows)
 
-    def validate(self) -> None:
-        """Read the offsets and texts of all columns once: wrong ones would crash the interpreter.
+    @property
+    def image_root(self) -> str:
+        """The root of the images, relative to the manifest's folder.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: the manifest is of another version.
+        """
+        described = json.loads((self._table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        if described.get("version") != VERSION or not isinstance(described.get("images"), str):
+            raise ValueError(f"{self.path} is not of version {VERSION}; curate again with this version of mmkd-clip")
+        return str(described["images"])
+
+    def check(self) -> None:
+        """Refuse wrong offsets, which would crash the interpreter, wrong types, empty cells, ids twice, foreign images.
+
+        Raises:
+            ValueError: with the first wrong row.
         """
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         try:
             self._table.validate(full=True)
         except pa.ArrowException as error:
             raise ValueError(f"{self.path} is damaged ({error}); curate again or restore it") from error
-
-    @property
-    def metadata(self) -> dict[bytes, bytes] | None:
-        """Metadata of the file's schema."""
-        found: dict[bytes, bytes] | None = self._table.schema.metadata
-        return found
+        for name, expected in zip(FIELDS, table_schema({}, "").types, strict=True):
+            found = self.column(name)
+            if found.type != expected or (name != "teachers" and found.null_count):
+                kind = f"{found.type} with {found.null_count} empty cells"
+                raise ValueError(f"{self.path}: the column {name} is {kind}, not {expected} without any")
+        splits = pc.is_in(self.column("split"), value_set=pa.array(SPLITS))
+        leaving = pc.match_substring_regex(self.column("image"), LEAVES_ROOT)
+        for name, right in (("split", splits), ("image", pc.invert(leaving))):
+            wrong = np.flatnonzero(~right.to_numpy())
+            if wrong.size:
+                value = self.column(name)[int(wrong[0])].as_py()
+                rule = "leaves the root of the images" if name == "image" else f"is none of {', '.join(SPLITS)}"
+                raise ValueError(f"{self.path}, row {wrong[0]}: {name} {value!r} {rule}; refused")
+        if pc.count_distinct(self.column("id")).as_py() != len(self):
+            counted = pc.value_counts(self.column("id"))
+            twice = counted.filter(pc.greater(counted.field("counts"), 1))[0]["values"]
+            raise ValueError(f"{self.path} lists id {twice.as_py()!r} twice; ids must be unique")
 
     def in_split(self, split: str) -> PairTable:
         """The pairs of one split."""
@@ -218,47 +242,6 @@ def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> No
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def image_root(table: PairTable) -> str:
-    """The root of the images, relative to the manifest's folder.
-
-    Raises:
-        ValueError: the manifest is of another version.
-    """
-    described = json.loads((table.metadata or {}).get(METADATA_KEY, b"{}"))
-    if described.get("version") != VERSION or not isinstance(described.get("images"), str):
-        raise ValueError(f"{table.path} is not of version {VERSION}; curate again with this version of mmkd-clip")
-    return str(described["images"])
-
-
-def check_table(table: PairTable) -> None:
-    """Refuse wrong types, empty cells, repeated ids, unknown splits, and images outside the root.
-
-    Raises:
-        ValueError: with the first wrong row.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    table.validate()
-    for name, expected in zip(FIELDS, table_schema({}, "").types, strict=True):
-        found = table.column(name)
-        if found.type != expected or (name != "teachers" and found.null_count):
-            kind = f"{found.type} with {found.null_count} empty cells"
-            raise ValueError(f"{table.path}: the column {name} is {kind}, not {expected} without any")
-    splits = pc.is_in(table.column("split"), value_set=pa.array(SPLITS))
-    leaving = pc.match_substring_regex(table.column("image"), LEAVES_ROOT)
-    for name, right in (("split", splits), ("image", pc.invert(leaving))):
-        wrong = np.flatnonzero(~right.to_numpy())
-        if wrong.size:
-            value = table.column(name)[int(wrong[0])].as_py()
-            rule = "leaves the root of the images" if name == "image" else f"is none of {', '.join(SPLITS)}"
-            raise ValueError(f"{table.path}, row {wrong[0]}: {name} {value!r} {rule}; refused")
-    if pc.count_distinct(table.column("id")).as_py() != len(table):
-        counted = pc.value_counts(table.column("id"))
-        twice = counted.filter(pc.greater(counted.field("counts"), 1))[0]["values"]
-        raise ValueError(f"{table.path} lists id {twice.as_py()!r} twice; ids must be unique")
 
 
 def _pair(values: list[Any]) -> Pair:
