@@ -6,14 +6,13 @@ the size are enough: they need all of the file, and a fifth of the time of all i
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from mmkd.data.images import JPEG_QUALITY, encode, finish_image, is_plain, open_header, shrink
-from mmkd.data.pixel_rules import DEFAULT_WINDOW, MINIMUM_SIDE, UnreadableImageError, Window
+from mmkd.data.pixel_rules import DEFAULT_WINDOW, MINIMUM_SIDE, Window
 
 HASH_SIDE = 64
 
@@ -55,7 +54,7 @@ def prepare_picture(
     keeps_bytes = not shrinks and is_plain(data)
     if keeps_bytes and image.format == "JPEG":
         width, height = image.size
-        return Picture("jpg", data, width, height, perceptual_hash(_grey(image)))
+        return Picture("jpg", data, width, height, perceptual_hash(finish_image(image, "image", HASH_SIDE, "L")))
     quality = jpeg_quality if shrinks and image.format == "JPEG" else None
     decoded = shrink(finish_image(image, "image", draft_side=short_side or None), short_side)
     ending, content = (".png", data) if keeps_bytes else encode(decoded, quality)
@@ -69,19 +68,3 @@ def perceptual_hash(image: Image.Image) -> int:
     reduced = image.reduce(max(1, min(image.size) // HASH_SIDE)) if min(image.size) >= 2 * HASH_SIDE else image
     bits = imagehash.phash(reduced).hash
     return int.from_bytes(np.packbits(bits.ravel()).tobytes(), "big")
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """The grey values of a JPEG whose header was read, at the smallest size of at least `HASH_SIDE` pixels per side.
-
-    Raises:
-        UnreadableImageError: the file is cut off or broken.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image.draft("L", (HASH_SIDE, HASH_SIDE))
-            image.load()
-        except Exception as error:  # decoders of broken files raise anything from OSError to IndexError
-            raise UnreadableImageError("corrupt", f"image cannot be decoded: {error}") from error
-    return image

@@ -110,14 +110,16 @@ def open_header(
     return image
 
 
-def finish_image(image: Image.Image, name: str, draft_side: int | None = None) -> Image.Image:
-    """Decode what `open_header` opened, as upright 8-bit RGB; see `open_image`."""
+def finish_image(
+    image: Image.Image, name: str, draft_side: int | None = None, draft_mode: str | None = None
+) -> Image.Image:
+    """Decode what `open_header` opened, as upright 8-bit RGB; see `open_image`. Mode L decodes grey alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             if draft_side is not None:
-                image.draft(None, (draft_side, draft_side))
+                image.draft(draft_mode, (draft_side, draft_side))
             image.load()
             turned = orientation(image)
             image = to_rgb(image)
