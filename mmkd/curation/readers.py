@@ -179,7 +179,8 @@ def sample_of_row(row: Mapping[str, Any], place: str, folder: Path | None = None
         image = name = image[0] if isinstance(image, list) and image else image
     if image is None:
         return Refused(place, "no_image" if folder is None else "no_file_named")
-    if not isinstance(image, bytes if folder is None else str) or not isinstance(caption, (str, bytes, type(None))):
+    kind: type[Any] = bytes if folder is None else str
+    if not isinstance(image, kind) or not isinstance(caption, (str, bytes, type(None))):
         return Refused(place, "wrong_type")
     key = str(_first(row, "key") or name or place)
     metadata: dict[str, Any] = {field: row[field] for field in KEPT if field in row}
