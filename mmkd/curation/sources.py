@@ -185,7 +185,8 @@ def _local_units(path: Path, table: Path | None, columns: str) -> list[dict[str,
 def _form_of(path: Path, table: Path | None) -> str:
     """What is read of a source: a list, else tars, Parquet, JSON lines, DICOM or images; empty if it has none."""
     if path.is_file():
-        return suffix_of(path.name) if suffix_of(path.name) in ROW_FORMS else ""
+        suffix = suffix_of(path.name)
+        return suffix if suffix in ROW_FORMS else IMAGES if suffix in IMAGE_SUFFIXES else ""
     if table is not None or list_file(path).is_file():
         return "list"
     suffixes = {suffix_of(name) for _, _, files in os.walk(path) for name in files}
