@@ -20,6 +20,8 @@ from mmkd.data.features.writer import FeatureWriter
 from mmkd.distillation.heads import TeacherHeads
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.manifest import make_manifest
+from mmkd.evaluation.embeddings.encoders import named_sources
+from mmkd.evaluation.settings import check as check_evaluation
 from mmkd.serving.index import SearchIndex
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,7 +138,9 @@ def test_every_command_of_the_pages_has_the_settings_that_it_gives(monkeypatch):
         if len(settings) > 1:  # a command of commands
             continue
         try:
-            parse(settings[0], cli.split_launcher_options(arguments)[1])
+            given = parse(settings[0], cli.split_launcher_options(arguments)[1])
+            if name == "eval":
+                check_evaluation(given, named_sources(given.encoders))
         except (ValueError, FileNotFoundError) as error:
             pytest.fail(f"{page}: mmkd {name} {shlex.join(arguments)}: {error}")
         tried.add(name)
