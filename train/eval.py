@@ -31,10 +31,10 @@ from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.frozen_encoder import with_frozen_towers
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import named_sources
-from mmkd.evaluation.report.page import ReportInputs, write_report
+from mmkd.evaluation.report.page import write_report
 from mmkd.evaluation.results.summary import lock_of, versions
 from mmkd.evaluation.run import evaluate
-from mmkd.evaluation.settings import check
+from mmkd.evaluation.settings import ReportSettings, check
 from mmkd.evaluation.watch import STUDENT, watch
 from mmkd.files import write_json
 
@@ -85,7 +85,9 @@ def run_once(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
         write_json(settings.output / "repro.lock", lock_of(summary))
         write_json(settings.output / "summary.json", summary)
         print_summary(summary)
-        write_report(ReportInputs(settings.output, settings.pairs), settings.output / "report.html")
+        page = settings.output / "report.html"
+        write_report(ReportSettings(settings.output, settings.pairs, page))
+        print(f"\nreport: {page}")
     wait_for_everyone()
     return summary
 

@@ -122,8 +122,8 @@ def alignment_page(report: dict[str, Any]) -> Page:
     sections = [
         Section("measures", "Before and after", "A hollow dot is before alignment, a full one after.", [Grid(charts)]),
         Section("numbers", "All numbers", "", [
-            Table.of("Before and after", ["Measure", "before", "after"], rows),
-            Table.of("Samples compared", ["Teacher", "samples"], teachers),
+            Table("Before and after", ["Measure", "before", "after"], rows),
+            Table("Samples compared", ["Teacher", "samples"], teachers),
         ]),
     ]  # fmt: skip
     count = f"{len(teachers)} teachers, {report['dim']} dimensions." if report["dim"] else f"{len(teachers)} teachers."

@@ -79,7 +79,7 @@ def count_table(title: str, counts: dict[str, int]) -> Table:
     shown = _first(dict(sorted(counts.items(), key=lambda item: -item[1])))
     rest = [count for name, count in counts.items() if name not in shown]
     more = [[f"{len(rest)} more", f"{sum(rest):,}"]] if rest else []
-    return Table.of(title, [title, "number"], [*([name, f"{count:,}"] for name, count in shown.items()), *more])
+    return Table(title, [title, "number"], [*([name, f"{count:,}"] for name, count in shown.items()), *more])
 
 
 def _first(counts: dict[str, int]) -> dict[str, int]:

@@ -350,11 +350,11 @@ def screening_page(summary: dict[str, Any]) -> Page:
                 "Own captions and mismatched ones, each as tall as its panel; the dashed line is the threshold.",
                 [Grid(charts)]),
         Section("counts", "Counts of training pairs", "", [
-            Table.of("Dropped", ["Reason", "pairs"], [[reason, count] for reason, count in train["dropped"].items()]),
-            Table.of("Pairs by number of available teachers", ["Teachers", "pairs"], agreeing),
-            Table.of("Available teachers by modality", ["Modality", "pairs", "kept", "share", *teachers], modalities),
-            *([Table.of("Kept by class", ["Modality", "label", "pairs", "kept", "share"], classes)] if classes else []),
-            *([Table.of("Thresholds by modality", ["Modality", *teachers], thresholds)] if thresholds else []),
+            Table("Dropped", ["Reason", "pairs"], [[reason, count] for reason, count in train["dropped"].items()]),
+            Table("Pairs by number of available teachers", ["Teachers", "pairs"], agreeing),
+            Table("Available teachers by modality", ["Modality", "pairs", "kept", "share", *teachers], modalities),
+            *([Table("Kept by class", ["Modality", "label", "pairs", "kept", "share"], classes)] if classes else []),
+            *([Table("Thresholds by modality", ["Modality", *teachers], thresholds)] if thresholds else []),
         ]),
     ]  # fmt: skip
     title = f"Screening kept {train['kept']} of {train['pairs']} training pairs"

@@ -1,7 +1,7 @@
 """One evaluation: all encoders embed all datasets, then the tasks of one dataset after another are evaluated.
 
-A dataset is described by a manifest, or is a folder of pairs, whose manifests are derived. Only one encoder is in
-memory at a time, and the vectors of one dataset.
+A dataset is described by a manifest, or is a folder of pairs, whose manifests are derived. Only the vectors of one
+dataset are in memory while its tasks are evaluated, and no encoder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mmkd.evaluation.results.store import ResultStore, fingerprint_of
 from mmkd.evaluation.results.summary import Table, overall, split_summary, suite_means, task_summary
 from mmkd.evaluation.settings import EvalSettings
 from mmkd.evaluation.slides.cohort import read_cohort
-from mmkd.evaluation.suite import run_task, tasks_for, texts_of
+from mmkd.evaluation.suite import LEARNING, inputs_of, run_task, tasks_for
 from mmkd.evaluation.tasks.task import Task, TaskOptions
 from mmkd.student.folder import read_provenance
 
@@ -172,8 +172,7 @@ def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[
     Raises:
         ValueError: data that do not fit their manifest, groups in several splits, or none can be evaluated.
     """
-    found, absent = [], {}
-    options = task_options(settings)
+    found, absent, options = [], {}, task_options(settings)
     for manifest in tqdm(manifests, desc="opening", unit="dataset", disable=settings.quiet or rank() > 0):
         if not set(manifest.kinds) & set(settings.kinds):  # nothing of it would be evaluated, so nothing is embedded
             absent[manifest.id] = f"it is evaluated by {', '.join(manifest.kinds)}, not by {', '.join(settings.kinds)}"
@@ -185,8 +184,9 @@ def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[
             continue
         if manifest.task == "survival":
             read_cohort(opened, None)  # for its errors, before anything is embedded
-        texts = texts_of(opened, settings.split, options)
-        found.append(DatasetInputs.of(opened, partial(open_dataset, manifest, settings.data), texts, quiet=True))
+        reopen = partial(open_dataset, manifest, settings.data)
+        kinds = [kind for kind in manifest.kinds if kind in settings.kinds]
+        found.append(inputs_of(opened, reopen, kinds, settings.split, options))
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
         raise ValueError(f"none of the {len(manifests)} datasets can be evaluated. {reasons}")
@@ -197,11 +197,11 @@ def open_inputs(settings: EvalSettings) -> tuple[list[DatasetInputs], dict[str, 
     """The datasets that are named, by whatever setting; see `survey`."""
     if settings.pairs is None:
         return survey(load_suite(settings.suite) if settings.suite else find_manifests(settings.datasets), settings)
-    trains = "probe" in settings.kinds or "vqa" in settings.kinds
+    trains = bool(set(LEARNING) & set(settings.kinds))
     questions = read_questions(settings.questions) if settings.questions else []
     dataset = open_pairs_dataset(settings.pairs, settings.split, trains, settings.within, settings.captioned, questions)
-    texts = texts_of(dataset, settings.split, task_options(settings))
-    return [DatasetInputs.of(dataset, lambda: dataset, texts, settings.quiet or rank() > 0)], {}
+    options, quiet = task_options(settings), settings.quiet or rank() > 0
+    return [inputs_of(dataset, lambda: dataset, settings.kinds, settings.split, options, quiet)], {}
 
 
 def marks(known: Sequence[EncoderRecord], dataset: Dataset) -> dict[str, str]:

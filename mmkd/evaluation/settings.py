@@ -1,4 +1,4 @@
-"""The settings of an evaluation, and the checks before anything is loaded."""
+"""The settings of an evaluation and of its report, and the checks before anything is loaded."""
 
 from __future__ import annotations
 
@@ -83,6 +83,27 @@ class EvalSettings:
     def embeddings(self) -> Path:
         """Root of the embeddings."""
         return self.cache or self.output / "embeddings"
+
+
+@dataclass
+class ReportSettings:
+    """Write the report; sections of logs and reports that are not given, or do not exist, are left out.
+
+    Example:
+        mmkd report --results results --pairs pairs --output report.html
+    """
+
+    results: Path = setting(help="folder written by `mmkd eval`")
+    pairs: Path | None = setting(None, "folder of the evaluated pairs, for example images")
+    output: Path = setting(Path("report.html"), "the page; Markdown is written beside it")
+    stage1_log: Path | None = setting(None, "log.jsonl of the pretraining; settings are read beside it")
+    distill_log: Path | None = setting(None, "log.jsonl of the distillation; settings are read beside it")
+    choice: Path | None = setting(None, "choice.json of `mmkd merge --pairs`: what the student is made of")
+    screen_report: Path | None = setting(None, "report.json of the screening")
+    align_report: Path | None = setting(None, "report.json of the alignment; settings are read beside it")
+    stages: Path | None = setting(None, "stages.json of the pipeline, for the time each stage took")
+    quiet: bool = setting(False, "do not print the location of the page")
+    overwrite: bool = setting(False, "replace OUTPUT")
 
 
 def check(settings: EvalSettings, sources: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError
+from mmkd.evaluation.embeddings.cache import DatasetInputs, UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import Result, ResultStore, fingerprint_of
@@ -29,6 +29,8 @@ SUITE: dict[str, Callable[[Samples, TaskOptions], tuple[list[Any], dict[str, str
     "survival": survival.tasks,
 }
 
+LEARNING = ("probe", "vqa")  # kinds of task that learn from the images of other splits
+
 
 def tasks_for(samples: Samples, kinds: Sequence[str], options: TaskOptions) -> tuple[list[Task], dict[str, str]]:
     """All tasks of these kinds that a dataset allows, and the reasons why others are left out."""
@@ -43,10 +45,35 @@ def tasks_for(samples: Samples, kinds: Sequence[str], options: TaskOptions) -> t
     return found, skipped
 
 
-def texts_of(dataset: Dataset, split: str, options: TaskOptions) -> list[str]:
-    """All sentences that the tasks of a dataset need: held-out captions, questions, and those about its classes."""
-    captions = {pair.caption for pair in dataset.pairs if pair.split == split and pair.caption.strip()}
-    return sorted(captions | dataset.prompts() | vqa.texts(dataset.questions, options))
+def inputs_of(
+    opened: Dataset,
+    reopen: Callable[[], Dataset],
+    kinds: Sequence[str],
+    split: str,
+    options: TaskOptions,
+    quiet: bool = True,
+) -> DatasetInputs:
+    """What tasks of these kinds need of a dataset, and no more.
+
+    Args:
+        opened: the dataset.
+        reopen: opens it again.
+        kinds: of task.
+        split: held out; the images of the others are embedded where tasks learn from them.
+        options: of the tasks.
+        quiet: no progress bar.
+    """
+    held_out = [pair for pair in opened.image_pairs if pair.split == split]
+    others = [pair for pair in opened.image_pairs if pair.split != split]
+    texts: list[set[str]] = []
+    if "retrieval" in kinds:
+        texts.append({pair.caption for pair in held_out if pair.caption.strip()})
+    if {"zeroshot", "diagnosis"} & set(kinds):
+        texts.append(opened.prompts())
+    if "vqa" in kinds:
+        texts.append(vqa.texts(opened.questions, options))
+    images = [held_out, others] if set(LEARNING) & set(kinds) else [held_out]
+    return DatasetInputs.of(opened, reopen, images, [sorted(own) for own in texts], quiet)
 
 
 def run_task(

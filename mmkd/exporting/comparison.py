@@ -21,11 +21,10 @@ from mmkd.encoders.encoder import BATCH_SIZE, DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.dataset import split_samples
 from mmkd.evaluation.datasets.pairs import PairsDataset
-from mmkd.evaluation.embeddings.cache import DatasetInputs
 from mmkd.evaluation.embeddings.encoders import embed_everything
 from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.results.summary import task_summary
-from mmkd.evaluation.suite import run_task, tasks_for
+from mmkd.evaluation.suite import inputs_of, run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.exporting.encoder import ExportedEncoder
 from mmkd.exporting.folder import DESCRIPTION, OUTPUTS, compare_towers, examples, tower_bytes, towers
@@ -100,7 +99,7 @@ def zero_shot(
         ValueError: the pairs allow no zero-shot task; the message holds the reasons.
     """
     dataset, names = PairsDataset(open_pairs(pairs, split), split), {str(path): name for name, path in exports.items()}
-    inputs = DatasetInputs.of(dataset, lambda: dataset, sorted(dataset.prompts()), quiet)
+    inputs = inputs_of(dataset, lambda: dataset, ["zeroshot"], split, TaskOptions(), quiet)
 
     def load(place: str) -> DualEncoder:
         return ExportedEncoder(Path(place), names[place]) if place in names else load_encoder(place)

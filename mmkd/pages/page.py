@@ -74,21 +74,21 @@ class Column:
     hidden: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Table:
-    """A sortable table; ``kind`` is ``plain`` or ``heat``."""
+    """A sortable table; ``kind`` is ``plain`` or ``heat``. A column may be its name, and a row its cells."""
 
     block: ClassVar[str] = "table"
     caption: str
-    columns: Sequence[Column]
-    rows: Sequence[Row]
+    columns: Sequence[Column | str]
+    rows: Sequence[Row | Sequence[Cell | str | int]]
     kind: str = "plain"
     anchor: str = ""
 
-    @classmethod
-    def of(cls, caption: str, columns: Sequence[str], rows: Sequence[Sequence[Cell | str | int]], **more: str) -> Table:
-        """A table of plain rows."""
-        return cls(caption, [Column(name) for name in columns], [Row(cells) for cells in rows], **more)
+    def __post_init__(self) -> None:
+        """Make columns of names, and rows of cells."""
+        self.columns = [Column(own) if isinstance(own, str) else own for own in self.columns]
+        self.rows = [own if isinstance(own, Row) else Row(own) for own in self.rows]
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,10 @@ def reading(known: EncoderRecord, inputs: DatasetInputs, collection: Dataset) ->
             if side == "ours":
                 embedded.image_matrix(collection.pairs)
             else:
-                files = inputs.files(known.cache / inputs.name, known.fingerprint)
-                shards = [
-                    TensorMap(file).arrays["vectors"].astype(np.float32) for file in files[: len(inputs.image_hashes)]
-                ]
+                files = known.files(inputs)
+                shards = [TensorMap(file).arrays["vectors"].astype(np.float32) for file in files[: len(inputs.images)]]
                 rows = (row for shard in shards for row in shard)
-                vectors = dict(zip((pair.id for pair in collection.pairs), rows, strict=True))
+                vectors = dict(zip((id for part in inputs.images for id in part), rows, strict=True))
                 np.stack([vectors[pair.id] for pair in collection.pairs])
             times[side].append(time.perf_counter() - began)
     return statistics.median(times["each"]), statistics.median(times["ours"])

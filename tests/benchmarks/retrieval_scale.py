@@ -83,8 +83,8 @@ def simulate(known: EncoderRecord, pool: int) -> None:
         caption = image + 3.2 * generator.standard_normal((rows, DIM), dtype=np.float32)
         for whole, part in ((images, image), (captions, caption)):
             whole[start : start + rows] = part / np.linalg.norm(part, axis=1, keepdims=True)
-    files = iter(inputs.files(known.cache / inputs.name, known.fingerprint))
-    order = np.array([place[text] for text in inputs.texts])
+    files = iter(known.files(inputs))
+    order = np.array([place[text] for part in inputs.texts for text in part])
     for whole, rows in ((images, np.arange(pool)), (captions, order)):
         for start in range(0, pool, SHARD_SIZE):
             vectors = torch.from_numpy(whole[rows[start : start + SHARD_SIZE]])

@@ -8,9 +8,9 @@ import torch
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import SHARD_SIZE, DatasetInputs, shards_of, write_vectors
+from mmkd.evaluation.embeddings.cache import SHARD_SIZE, DatasetInputs, write_vectors
 from mmkd.evaluation.embeddings.encoders import EncoderRecord
-from mmkd.evaluation.suite import texts_of
+from mmkd.evaluation.suite import inputs_of
 from mmkd.evaluation.tasks.task import TaskOptions
 
 JOINT, POOLED = 512, 768
@@ -91,8 +91,7 @@ class Simulated(Dataset):
 
 def simulated_inputs(collection: Dataset) -> DatasetInputs:
     """What is embedded of a simulated dataset."""
-    texts = texts_of(collection, "test", TaskOptions())
-    return DatasetInputs.of(collection, lambda: collection, texts, quiet=True)
+    return inputs_of(collection, lambda: collection, collection.manifest.kinds, "test", TaskOptions())
 
 
 def write_cache(known: EncoderRecord, number: int, inputs: DatasetInputs, collection: Dataset) -> int:
@@ -101,13 +100,13 @@ def write_cache(known: EncoderRecord, number: int, inputs: DatasetInputs, collec
     classes = list(collection.manifest.classes) or [""]
     position = {name: k for k, name in enumerate(classes)}
     centres = np.random.default_rng([number, len(classes)]).normal(size=(len(classes), JOINT)).astype(np.float32)
-    files = inputs.files(known.cache / inputs.name, known.fingerprint)
-    parts = [*shards_of(collection.image_pairs), *shards_of(inputs.texts)]
-    for turn, (file, part) in enumerate(zip(files, parts, strict=True)):
+    labels = {pair.id: pair.label for pair in collection.image_pairs}
+    files = known.files(inputs)
+    for turn, (file, part) in enumerate(zip(files, [*inputs.images, *inputs.texts], strict=True)):
         rows = (np.arange(len(part)) + 97 * turn) % SHARD_SIZE
-        joint, is_image = joint_noise[rows], turn < len(inputs.image_hashes)
+        joint, is_image = joint_noise[rows], turn < len(inputs.images)
         if is_image and classes != [""]:
-            joint += 0.1 * centres[[position[pair.label.split("|")[0]] for pair in part]]
+            joint += 0.1 * centres[[position[labels[id].split("|")[0]] for id in part]]
         joint /= np.linalg.norm(joint, axis=1, keepdims=True)
         arrays = {"vectors": joint, "pooled": pooled_noise[rows]} if is_image else {"vectors": joint}
         ids = [f"{turn}-{row}" for row in range(len(part))]

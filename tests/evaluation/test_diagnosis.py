@@ -14,12 +14,13 @@ from sklearn.metrics import cohen_kappa_score
 from torch.nn import functional
 
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.embeddings.cache import DatasetInputs, UndefinedMetricError
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded, embed, read_embedded
 from mmkd.evaluation.slides import diagnosis
 from mmkd.evaluation.slides.attention import train_attention
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
+from mmkd.evaluation.suite import inputs_of
 from mmkd.evaluation.tasks.task import TaskOptions
 
 CLASSES = {"luad": ["lung adenocarcinoma"], "lusc": ["squamous cell carcinoma of the lung"]}
@@ -144,7 +145,7 @@ def test_what_cannot_be_asked_says_why(slides):
 
 def test_of_slides_only_sentences_are_embedded(slides, tmp_path):
     texts = sorted({text for own in slides.manifest.prompts().values() for text in own})
-    inputs = DatasetInputs.of(slides.dataset, lambda: slides.dataset, texts, quiet=True)
-    embed(FakeEncoder("fake"), "f", inputs, tmp_path, quiet=True)
+    inputs = inputs_of(slides.dataset, lambda: slides.dataset, ["diagnosis"], "test", TaskOptions())
+    embed([(FakeEncoder("fake"), inputs.files(tmp_path, "f"))], inputs)
     found = read_embedded("fake", "f", {}, inputs, tmp_path)
     assert found.text_matrix(texts).shape == (len(texts), 41) and not found.unreadable

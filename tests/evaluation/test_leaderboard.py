@@ -8,7 +8,8 @@ from suite_results import DATASETS, write_marked_suite, write_suite
 
 import mmkd.train.report as recipe
 from mmkd.evaluation.report.leaderboard import Leaderboard, claims, comparison, distillation, p_value, title
-from mmkd.evaluation.report.page import ReportInputs, report_page
+from mmkd.evaluation.report.page import report_page
+from mmkd.evaluation.settings import ReportSettings
 from mmkd.evaluation.statistics.bootstrap import interval
 from mmkd.files import read_json
 from mmkd.pages.page import to_html, to_markdown
@@ -53,7 +54,7 @@ def words(html):
 
 
 def build(board):
-    return to_html(report_page(board, ReportInputs(board.results)))
+    return to_html(report_page(board, ReportSettings(board.results)))
 
 
 def read(folder):
@@ -70,7 +71,7 @@ def board(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(board):
-    return report_page(board, ReportInputs(board.results))
+    return report_page(board, ReportSettings(board.results))
 
 
 def test_the_page_holds_everything_and_loads_nothing(board, page):
@@ -212,7 +213,7 @@ def test_every_string_of_a_user_is_escaped(tmp_path):
     page = Page(build(board))
     assert "img" not in page.tags and page.tags.count("script") == 1
     assert not [name for name in page.attributes if name.startswith("on")]
-    text = to_markdown(report_page(board, ReportInputs(tmp_path)))
+    text = to_markdown(report_page(board, ReportSettings(tmp_path)))
     assert "<img" not in text.replace("\\<", "") and not re.search(r"(?<!\\)\|(?! )", text.replace(" |\n", "\n"))
 
 
@@ -230,7 +231,7 @@ def test_missing_kinds_leave_a_whole_page(datasets, tmp_path):
 
 def test_a_student_alone_and_one_without_numbers(tmp_path):
     alone = read(write_suite(tmp_path / "alone", DATASETS[:6], rows=("student",)))
-    page = report_page(alone, ReportInputs(alone.results))
+    page = report_page(alone, ReportSettings(alone.results))
     assert 'id="wins"' not in to_html(page) and "| student |" in to_markdown(page)
     names = ["zeroshot-CT-1", "probe-CT-1"]
     write_suite(tmp_path / "broken", DATASETS[:2], undefined=[("student", name) for name in names])

@@ -6,7 +6,8 @@ import pytest
 from suite_results import write_suite
 
 from mmkd.evaluation.report.leaderboard import Leaderboard
-from mmkd.evaluation.report.page import ReportInputs, report_page
+from mmkd.evaluation.report.page import report_page
+from mmkd.evaluation.settings import ReportSettings
 from mmkd.files import read_json, write_json
 from mmkd.pages.page import to_markdown
 
@@ -27,7 +28,7 @@ def page(tmp_path):
         write_suite(tmp_path, DATASETS, rows=rows, skills=skills, baselines=["stage1", "distilled"])
         if choice is not None:
             write_json(tmp_path / "choice.json", CHOICE | choice)
-        inputs = ReportInputs(tmp_path, choice=tmp_path / "choice.json")
+        inputs = ReportSettings(tmp_path, choice=tmp_path / "choice.json")
         page = report_page(Leaderboard(read_json(tmp_path / "summary.json"), tmp_path), inputs)
         return page.title, " ".join(page.claims), to_markdown(page)
 

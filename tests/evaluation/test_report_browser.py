@@ -4,7 +4,8 @@ import pytest
 from chromium_page import PROGRAM, ChromiumPage
 from suite_results import DATASETS, write_marked_suite
 
-from mmkd.evaluation.report.page import ReportInputs, write_report
+from mmkd.evaluation.report.page import write_report
+from mmkd.evaluation.settings import ReportSettings
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium on the PATH: apt-get install chromium")
 DRAWN = "[...document.querySelectorAll('{}')].filter((own) => own.checkVisibility())"
@@ -23,7 +24,7 @@ CLICK = "document.querySelectorAll('#{} thead th button')[{}].click()"
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browsed")
     write_marked_suite(folder)
-    write_report(ReportInputs(folder), folder / "report.html")
+    write_report(ReportSettings(folder, output=folder / "report.html"))
     return (folder / "report.html").as_uri()
 
 

@@ -84,8 +84,8 @@ class Source(FakeDataset):
 
 def test_pooled_vectors_stand_beside_joint_ones(tmp_path):
     source = Source([1, 2, 5, 7, 99, 3])
-    inputs = DatasetInputs.of(source, lambda: source, [], quiet=True)
-    embed(Wide("wide", 2, {}), "f", inputs, tmp_path, batch_size=2, quiet=True)
+    inputs = DatasetInputs.of(source, lambda: source, [source.pairs], [], quiet=True)
+    embed([(Wide("wide", 2, {}), inputs.files(tmp_path, "f"))], inputs, batch_size=2)
     found = read_embedded("wide", "f", {}, inputs, tmp_path)
     assert found.unreadable == {"p5": "corrupt"} and len(found.pooled) == 5
     kept = [pair for pair in source.pairs if pair.id in ("p1", "p2", "p7")]
@@ -98,14 +98,26 @@ def test_pooled_vectors_stand_beside_joint_ones(tmp_path):
         found.image_matrix([source.pairs[2]])
 
 
+def test_an_image_is_decoded_once_for_all_encoders(tmp_path):
+    source = Source([1, 2, 7])
+    read, source.image = [], lambda pair: read.append(pair.id) or Source.image(source, pair)
+    inputs = DatasetInputs.of(source, lambda: source, [source.pairs[:1], source.pairs[1:]], [], quiet=True)
+    encoders = [(Wide(name, 2, {}), inputs.files(tmp_path / name, name)) for name in ("one", "other")]
+    embed(encoders, inputs)
+    assert sorted(read) == ["p1", "p2", "p7"]
+    found = [read_embedded(name, name, {}, inputs, tmp_path / name) for name in ("one", "other")]
+    np.testing.assert_array_equal(*(own.pooled_matrix(source.pairs)[:, 0] for own in found))
+    np.testing.assert_array_equal(found[1].pooled_matrix(source.pairs)[:, 0], [1, 2, 7])
+
+
 def test_a_killed_run_resumes_at_the_shard_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_SIZE", 2)
     source = Source([1, 2, 5, 7, 9, 3, 4])
-    inputs = DatasetInputs.of(source, lambda: source, [], quiet=True)
+    inputs = DatasetInputs.of(source, lambda: source, [source.pairs], [], quiet=True)
 
     def run(folder, workers):
         monkeypatch.setattr(extraction, "share_of_cores", lambda: workers)
-        embed(Wide("wide", 2, {}), "f", inputs, folder, batch_size=2, quiet=True)
+        embed([(Wide("wide", 2, {}), inputs.files(folder, "f"))], inputs, batch_size=2)
 
     run(tmp_path / "whole", 1)
     read, source.image = [], lambda pair: read.append(pair.id) or Source.image(source, pair)

@@ -26,7 +26,7 @@ from mmkd.evaluation.slides.cohort import read_cohort
 from mmkd.evaluation.slides.survival import RIDGE, standardised
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED, difference, interval, replicate
 from mmkd.evaluation.statistics.survival import Outcomes, concordance
-from mmkd.evaluation.suite import tasks_for, texts_of
+from mmkd.evaluation.suite import tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.files import atomic_write_text, read_json, write_json
 
@@ -139,7 +139,7 @@ def coverage(dataset: str) -> dict[str, Any]:
     collection = open_dataset(manifest)
     samples = split_samples(collection, "test", {pair.id: pair.id for pair in collection.pairs})
     (task,), _ = tasks_for(samples, ["zeroshot"], TaskOptions())
-    keys = [[pair.id for pair in samples.held_out], texts_of(collection, "test", TaskOptions())]
+    keys = [[pair.id for pair in samples.held_out], sorted(collection.prompts())]
     chance, values, held = task.description["chance"][task.primary_metric], [], 0
     for seed in range(DRAWS):
         generator = np.random.default_rng(seed)

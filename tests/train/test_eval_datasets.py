@@ -91,6 +91,17 @@ def test_a_dataset_without_a_requested_task_is_not_embedded(data, tmp_path):
     assert not list((tmp_path / "results").rglob("*notes*"))
 
 
+def test_tasks_embed_what_they_need_and_reuse_what_is_there(data, tmp_path, capsys):
+    student, both = ENCODERS["student"], {"names": ("lungs",), "encoders": ("student",)}
+    evaluate(data, tmp_path / "results", tasks=["zeroshot"], **both)
+    description = read_json(tmp_path / "results/tasks/zeroshot-lungs.json")
+    sentences = {text for own in description["prompts"].values() for text in own}
+    assert student.calls == 47 + len(sentences)
+    evaluate(data, tmp_path / "results", tasks=["zeroshot", "probe"], **both)
+    assert student.calls == 47 + len(sentences) + 48 + 24
+    assert f"report: {tmp_path / 'results/report.html'}" in capsys.readouterr().out
+
+
 def test_scores_of_samples(first):
     output, summary = first
     table = pyarrow.parquet.read_table(output / "scores/student/zeroshot-lungs.parquet").to_pydict()

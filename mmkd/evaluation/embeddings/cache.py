@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,9 @@ from tqdm import tqdm
 
 from mmkd.data.features.shards import shard_file, write_shard
 from mmkd.data.features.store import VectorStore
+from mmkd.data.table import Pair
+from mmkd.distributed import gather_lists, rank, world_size
+from mmkd.encoders.extraction import share_of_cores
 from mmkd.evaluation.datasets.dataset import Dataset
 
 FORMAT = 3
@@ -40,33 +44,55 @@ class DatasetInputs:
     Attributes:
         name: sub-folder of the cache.
         open: gives the dataset; opened again where it is needed, so that not all lie in memory.
-        images: ids of the pairs whose images are embedded, in order; none of slides, whose features lie in bags.
+        images: ids of the pairs whose images are embedded, by shard; none of slides, whose features lie in bags.
         digests: pair id -> hash of its image, of all pairs.
-        texts: distinct captions, prompts and questions.
+        texts: captions, prompts and questions, by shard.
     """
 
     name: str
     open: Callable[[], Dataset]
-    images: list[str]
+    images: list[list[str]]
     digests: dict[str, str]
-    texts: list[str]
+    texts: list[list[str]]
 
     @classmethod
-    def of(cls, opened: Dataset, reopen: Callable[[], Dataset], texts: Sequence[str], quiet: bool) -> DatasetInputs:
-        """Hash the images of an opened dataset; ``"missing"`` where it cannot be read."""
-        shown = tqdm(opened.pairs, desc="hashing images", unit="image", disable=quiet)
-        digests = {pair.id: opened.digest(pair) for pair in shown}
-        return cls(opened.manifest.dataset, reopen, [pair.id for pair in opened.image_pairs], digests, list(texts))
+    def of(
+        cls,
+        opened: Dataset,
+        reopen: Callable[[], Dataset],
+        images: Sequence[Sequence[Pair]],
+        texts: Sequence[Sequence[str]],
+        quiet: bool,
+    ) -> DatasetInputs:
+        """Hash the images of an opened dataset, shared by the processes; ``"missing"`` where one cannot be read.
+
+        Args:
+            opened: the dataset.
+            reopen: opens it again.
+            images: whose images are embedded; no shard spans two of the lists, so that a run that needs the first alone
+                leaves shards that a run of more tasks reuses.
+            texts: that are embedded, likewise.
+            quiet: no progress bar.
+        """
+        parts = [opened.pairs[start :: world_size()] for start in range(world_size())]
+        with ThreadPoolExecutor(share_of_cores()) as threads:
+            found = threads.map(opened.digest, parts[rank()])
+            shown = tqdm(found, desc="hashing images", unit="image", total=len(parts[rank()]), disable=quiet)
+            hashes = gather_lists(list(shown))
+        digests = dict(zip((pair.id for part in parts for pair in part), hashes, strict=True))
+        ids = [[pair.id for pair in shard] for own in images for shard in shards_of(own)]
+        sentences = [list(shard) for own in texts for shard in shards_of(own)]
+        return cls(opened.manifest.dataset, reopen, ids, digests, sentences)
 
     @cached_property
     def image_hashes(self) -> list[str]:
         """Hash over ids and images of each shard of images."""
-        return [_sha256([f"{id} {self.digests[id]}" for id in part]) for part in shards_of(self.images)]
+        return [_sha256([f"{id} {self.digests[id]}" for id in part]) for part in self.images]
 
     @cached_property
     def text_hashes(self) -> list[str]:
         """Hash over the texts of each shard of texts."""
-        return [_sha256(list(part)) for part in shards_of(self.texts)]
+        return [_sha256(part) for part in self.texts]
 
     def files(self, cache: Path, fingerprint: str) -> list[Path]:
         """Files of all shards under an encoder's cache, those of images first."""

@@ -1,7 +1,8 @@
 """Embed once: every task reads the same cached image and text embeddings of an encoder.
 
 Images go through the loader of `mmkd.encoders.extraction`, as in `mmkd extract`: read, decoded and prepared by threads
-while the encoder computes. Processes share the missing shards; which of them writes one changes nothing.
+while the encoders compute, and decoded once for all of them. Processes share the missing shards; which of them writes
+one changes nothing.
 """
 
 from __future__ import annotations
@@ -13,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from mmkd.data.features.shards import is_whole, read_header
 from mmkd.data.features.store import VectorStore
 from mmkd.data.table import Pair
 from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.extraction import EncodingTask, encode_shards, read_or_reason
+from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
 from mmkd.encoders.frozen_encoder import FrozenEncoder
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.pairs import PairsDataset
@@ -32,7 +31,6 @@ from mmkd.evaluation.embeddings.cache import (
     StoredVectors,
     Vectors,
     rows_of,
-    shards_of,
     text_ids,
     write_vectors,
 )
@@ -117,38 +115,36 @@ class _ImageTask(EncodingTask[Pair]):
 
 
 def embed(
-    encoder: DualEncoder,
-    fingerprint: str,
+    encoders: Sequence[tuple[DualEncoder, Sequence[Path]]],
     inputs: DatasetInputs,
-    cache: Path,
     batch_size: int = 32,
-    quiet: bool = False,
+    progress: Callable[[int], object] = lambda items: None,
 ) -> None:
-    """Write this process' share of the shards that are missing in the cache.
+    """Write this process' share of the missing shards; an image is read and decoded once for all encoders.
 
     Args:
-        encoder: any dual encoder.
-        fingerprint: of it (`encoder_fingerprint`).
+        encoders: each with the files of its shards (`DatasetInputs.files`).
         inputs: what is embedded.
-        cache: folder of the encoder's shards.
         batch_size: images or texts at a time.
-        quiet: no progress bar.
+        progress: called with the number of images, or of texts of one encoder.
     """
-    files, dataset = inputs.files(cache, fingerprint), inputs.open()
-    images = list(enumerate(shards_of(dataset.image_pairs)))[rank() :: world_size()]
-    texts = list(zip(files[len(inputs.image_hashes) :], shards_of(inputs.texts), strict=True))[rank() :: world_size()]
-    total = sum(len(part) for _, part in [*images, *texts])
-    with tqdm(total=total, desc=encoder.name, unit="item", disable=quiet or rank() > 0) as bar:
+    dataset, own = inputs.open(), slice(rank(), None, world_size())
+    pairs = {pair.id: pair for pair in dataset.image_pairs}
+    images = [(number, [pairs[id] for id in part]) for number, part in list(enumerate(inputs.images))[own]]
+    sharing: list[_ImageTask] = []
+    for encoder, files in encoders:
         task = _ImageTask(encoder, files)
         if isinstance(encoder, FrozenEncoder) and isinstance(dataset, PairsDataset):
-            folder = dataset.folder
-            encoder.encode_shards(task, folder, images, lambda j, p: {"vectors": j, "pooled": p}, bar.update)
+            encoder.encode_shards(task, dataset.folder, images, lambda j, p: {"vectors": j, "pooled": p}, progress)
         else:
-            encode_shards([task], images, partial(_read, dataset), batch_size, progress=bar.update)
-        for file, part in texts:
+            sharing.append(task)
+    if sharing:
+        encode_shards(sharing, images, partial(_read, dataset), batch_size, progress=progress)
+    for encoder, files in encoders:
+        for file, texts in list(zip(files[len(inputs.images) :], inputs.texts, strict=True))[own]:
             if not is_whole(file):
-                _embed_texts(encoder, part, file, batch_size)
-            bar.update(len(part))
+                _embed_texts(encoder, texts, file, batch_size)
+            progress(len(texts))
 
 
 def read_embedded(
@@ -161,11 +157,11 @@ def read_embedded(
     """
     files = inputs.files(cache, fingerprint)
     headers = [read_header(file) for file in files]
-    count = len(inputs.image_hashes)
+    count = len(inputs.images)
     images = VectorStore(files[:count], [header.rows for header in headers[:count]], keep_open=False)
     texts = VectorStore(files[count:], [header.rows for header in headers[count:]], keep_open=False)
     unreadable = {key: reason for header in headers for key, reason in header.notes["skipped"].items()}
-    ids = [id for id in inputs.images if id not in unreadable]
+    ids = [id for part in inputs.images for id in part if id not in unreadable]
     has_pooled = any("pooled" in header.tensors for header in headers)
     return Embedded(
         name,
@@ -173,16 +169,14 @@ def read_embedded(
         provenance,
         StoredVectors(ids, images, "vectors"),
         StoredVectors(ids, images, "pooled") if has_pooled else {},
-        StoredVectors(inputs.texts, texts, "vectors"),
+        StoredVectors([text for part in inputs.texts for text in part], texts, "vectors"),
         unreadable,
         list(dict.fromkeys(failure for header in headers for failure in header.notes["failures"])),
     )
 
 
-def _read(dataset: Dataset, pair: Pair) -> Image.Image | str:
-    image = read_or_reason(lambda: dataset.image(pair))
-    assert not isinstance(image, Tensor)
-    return image
+def _read(dataset: Dataset, pair: Pair) -> Readable | str:
+    return read_or_reason(lambda: dataset.image(pair))
 
 
 def _embed_texts(encoder: DualEncoder, texts: Sequence[str], file: Path, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""The encoders of an evaluation: loaded one after another, each embeds everything and then leaves memory."""
+"""The encoders of an evaluation: those that lack vectors embed together and then leave memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from mmkd.data.features.index import changes, fingerprints_of
 from mmkd.data.features.shards import is_whole
 from mmkd.data.features.store import FeatureStore
 from mmkd.data.table import Pair
+from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import by_name
 from mmkd.evaluation.datasets.dataset import Dataset
@@ -57,6 +59,10 @@ class EncoderRecord:
     load: Callable[[], DualEncoder] | None = None
     batch_size: int = 32
 
+    def files(self, inputs: DatasetInputs) -> list[Path]:
+        """Its shards of a dataset."""
+        return inputs.files(self.cache / inputs.name, self.fingerprint)
+
     def embedded(self, inputs: DatasetInputs, dataset: Dataset) -> Embedded:
         """Its vectors of an opened dataset, memory-mapped, and what gives tokens on demand."""
         if self.stored is not None:
@@ -79,7 +85,7 @@ def embed_everything(
     batch_size: int,
     quiet: bool,
 ) -> list[EncoderRecord]:
-    """Embed what is missing of all inputs with each encoder; only one is in memory at a time.
+    """Embed what is missing of all inputs; encoders that lack vectors are in memory together, and share the decoding.
 
     Args:
         sources: what each is loaded from, by name.
@@ -90,6 +96,7 @@ def embed_everything(
         quiet: no progress bars.
     """
     known = []
+    lacking: dict[str, list[tuple[DualEncoder, EncoderRecord]]] = {}
     for name, source in sources.items():
         if source.startswith(FEATURES):
             stored = StoredFeatures(Path(source[len(FEATURES) :]))
@@ -105,11 +112,18 @@ def embed_everything(
             load=partial(load, source),
             batch_size=batch_size,
         )
-        for each in inputs:
-            folder = own.cache / each.name
-            if not all(map(is_whole, each.files(folder, own.fingerprint))):
-                embed(encoder, own.fingerprint, each, folder, batch_size, quiet)
         known.append(own)
+        for each in inputs:
+            if not all(map(is_whole, own.files(each))):
+                lacking.setdefault(each.name, []).append((encoder, own))
+    counts = {each.name: (sum(map(len, each.images)), sum(map(len, each.texts))) for each in inputs}
+    total = sum(counts[name][0] + counts[name][1] * len(own) for name, own in lacking.items()) // world_size()
+    with tqdm(total=total, unit="item", disable=quiet or rank() > 0) as bar:
+        for each in inputs:
+            if each.name in lacking:
+                bar.set_description(f"embedding {each.name}: {', '.join(own.name for _, own in lacking[each.name])}")
+                encoders = [(encoder, own.files(each)) for encoder, own in lacking[each.name]]
+                embed(encoders, each, batch_size, bar.update)
     return known
 
 

@@ -28,7 +28,7 @@ from mmkd.evaluation.settings import STAGE1
 from mmkd.evaluation.statistics.metrics import Integers
 from mmkd.files import read_json
 from mmkd.pages.charts import SERIES_COLORS, Chart, Interval, Series, intervals, lines, radar
-from mmkd.pages.page import Block, Cell, Column, Fold, Grid, Row, Section, Table, number
+from mmkd.pages.page import Block, Cell, Fold, Grid, Row, Section, Table, number
 
 FEWEST_AXES, MOST_CLASSES, OPEN_CHARTS, TASK_CHARTS = 3, 40, 4, 24
 
@@ -165,8 +165,8 @@ def confusions_section(board: Leaderboard) -> Section:
             for truth, own, part in zip(classes, counts, shares, strict=True)
         ]  # fmt: skip
         label = f"{board.task_label(name)}, {kind_label(task['kind'])}"
-        columns = [Column(own) for own in ("True class", *classes)]
-        tables.append(Table(f"{label}: share of each true class (row) by answer (column)", columns, rows, "heat"))
+        caption = f"{label}: share of each true class (row) by answer (column)"
+        tables.append(Table(caption, ["True class", *classes], rows, "heat"))
     blocks: list[Block] = [*tables[:1]]
     blocks += [Fold(f"More matrices ({len(tables) - 1})", tables[1:])] if len(tables) > 1 else []
     lead = f"Predictions of {board.label(board.student)} on all held-out samples of each classification."

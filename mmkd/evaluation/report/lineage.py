@@ -85,7 +85,7 @@ def choice_section(choice: dict[str, Any] | None) -> Section:
         for own in (choice["candidates"] if choice else [])
     ]
     header = ["Share of the distilled student", "mean", "minus stage 1", "standard error"]
-    blocks: list[Block] = [Table.of("Candidates on validation", header, rows)] if choice and rows else []
+    blocks: list[Block] = [Table("Candidates on validation", header, rows)] if choice and rows else []
     lead = f"Rule: {choice['rule']}. Chosen: {choice['weight']:g}." if choice else ""
     return Section("choice", "Choice on validation", lead, blocks)
 
@@ -119,9 +119,9 @@ def teachers_section(aligned: Any, screened: Any) -> Section:
             [name, number(before, 3), number(after, 3)]
             for (name, before), (_, after) in zip(_cosines(aligned["before"]), _cosines(aligned["after"]), strict=False)
         ]
-        tables.append(Table.of("Mean cosines before and after alignment", ["Between", "before", "after"], rows))
+        tables.append(Table("Mean cosines before and after alignment", ["Between", "before", "after"], rows))
     if isinstance(screened, dict) and (counts := _flatten(screened)):
-        tables.append(Table.of("Screening: pairs that each teacher agrees with", ["Count", "value"], counts))
+        tables.append(Table("Screening: pairs that each teacher agrees with", ["Count", "value"], counts))
     lead = (
         "Alignment brings the teachers' features into one space: the same sample of two teachers should come together "
         "and different samples stay apart. Screening keeps the training pairs that enough teachers agree with."

@@ -6,7 +6,6 @@ training's curves, alignment and screening, learning and survival curves) appear
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +20,24 @@ from mmkd.evaluation.report.lineage import (
     teachers_section,
     training_section,
 )
+from mmkd.evaluation.settings import ReportSettings
 from mmkd.files import read_json
 from mmkd.pages.page import Page, Section, write_page
 
 
-@dataclass(frozen=True)
-class ReportInputs:
-    """What the stages wrote; only results are required, the rest is shown where it exists."""
-
-    results: Path
-    pairs: Path | None = None
-    stage1_log: Path | None = None
-    distill_log: Path | None = None
-    choice: Path | None = None
-    screen_report: Path | None = None
-    align_report: Path | None = None
-    stages: Path | None = None
-
-
-def write_report(inputs: ReportInputs, file: Path) -> Path:
+def write_report(inputs: ReportSettings) -> None:
     """Write the page and, beside it, the same numbers as Markdown, under the page's name with another ending.
 
     Args:
-        inputs: what `mmkd eval` wrote, and logs and reports of the stages before it.
-        file: the page.
-
-    Returns:
-        The Markdown file.
+        inputs: what `mmkd eval` wrote, logs and reports of the stages before it, and the page's file.
 
     Raises:
         FileNotFoundError: there is no ``summary.json``, or the pairs do not exist.
         ValueError: a JSON file is broken.
     """
     page = report_page(Leaderboard(read_summary(inputs.results), inputs.results), inputs)
-    write_page(file.with_suffix(".md"), page)
-    write_page(file, page)
-    return file.with_suffix(".md")
+    for file in (inputs.output.with_suffix(".md"), inputs.output):
+        write_page(file, page)
 
 
 def read_summary(results: Path) -> dict[str, Any]:
@@ -73,7 +54,7 @@ def read_summary(results: Path) -> dict[str, Any]:
     return summary
 
 
-def report_page(board: Leaderboard, inputs: ReportInputs) -> Page:
+def report_page(board: Leaderboard, inputs: ReportSettings) -> Page:
     """The whole page; sections without content are left out."""
     sections: list[Section] = []
     choice = _optional(inputs.choice)
@@ -119,7 +100,7 @@ def _datasheet(pairs: Path | None) -> str:
     return "\n".join(sheet.read_text(encoding="utf-8") for sheet in sheets if sheet.is_file())
 
 
-def _settings(inputs: ReportInputs) -> dict[str, str]:
+def _settings(inputs: ReportSettings) -> dict[str, str]:
     """The resolved settings that stages left beside what they wrote, by command."""
     outputs = {
         "curate": inputs.pairs / "manifest.arrow" if inputs.pairs else None,

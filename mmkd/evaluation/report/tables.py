@@ -74,7 +74,7 @@ def leaderboard_section(board: Leaderboard) -> Section:
     missing = [
         f"{board.label(row)} has no result on {', '.join(own)}" for row, own in board.mean().missing.items() if own
     ]
-    table = Table("Leaderboard: mean of the primary metrics", [Column("Encoder"), *columns], rows, anchor="board")
+    table = Table("Leaderboard: mean of the primary metrics", ["Encoder", *columns], rows, anchor="board")
     excluded = [Notes("Excluded from the means over all kinds, since an encoder lacks them:", missing)]
     return Section("leaderboard", "Leaderboard", lead, [choice, table, *(excluded if missing else [])])
 
@@ -96,7 +96,7 @@ def results_section(board: Leaderboard) -> Section:
         "Value on all held-out samples and 95 % interval. † = the encoder was trained on data of the same source; a "
         "dot marks the best encoder."
     )
-    columns = [Column(name) for name in ("Dataset", "Task", "Modality", "n", *map(board.label, board.rows))]
+    columns = ["Dataset", "Task", "Modality", "n", *map(board.label, board.rows)]
     table = Table("Primary metric of every encoder on every task", columns, rows, anchor="results")
     return Section("results", "Results of each task", lead, [table])
 
@@ -113,7 +113,7 @@ def best_teachers_section(board: Leaderboard) -> Section:
         "student at this level replaces the choice of a specialist."
     )
     columns = ["Modality", "Best teacher", "its mean", "student", "student minus teacher", "tasks"]
-    tables = [Table("Best teacher", [Column(name) for name in columns], rows)] if rows else []
+    tables = [Table("Best teacher", columns, rows)] if rows else []
     return Section("best", "Best teacher of each modality", lead, tables)
 
 
@@ -135,7 +135,7 @@ def wins_section(board: Leaderboard) -> Section:
         "Clean = without datasets that the student or this encoder was trained on."
     )
     columns = ["Encoder", "wins", "ties", "losses", "unknown", "mean difference", "clean: w / t / l", "clean: mean"]
-    tables = [Table("Student against each encoder", [Column(name) for name in columns], rows)] if rows else []
+    tables = [Table("Student against each encoder", columns, rows)] if rows else []
     return Section("wins", "Win, tie, loss", lead, tables)
 
 
@@ -159,13 +159,13 @@ def ranks_section(board: Leaderboard) -> Section:
         "for the number of encoders."
     )
     columns = ["Encoder", "average rank", "median difference", "signed-rank p", "Holm-adjusted p"]
-    tables = [Table("Average rank over datasets", [Column(name) for name in columns], rows)] if rows else []
+    tables = [Table("Average rank over datasets", columns, rows)] if rows else []
     return Section("ranks", "Average rank over datasets", lead, tables)
 
 
 def differences_table(board: Leaderboard) -> Table:
     """Student minus every other row, on the mean and on each task."""
-    columns = [Column(name) for name in ("Task", *map(board.label, board.others))]
+    columns = ["Task", *map(board.label, board.others)]
     mean = [compared(board.mean().differences.get(row)) for row in board.others]
     rows = [Row([Cell("All tasks", f"mean of {len(board.mean().tasks)}"), *mean])]
     for name, task in board.tasks.items():
@@ -184,7 +184,7 @@ def modalities_tables(board: Leaderboard) -> list[Table]:
                                      for mean in means.values())], board.role(row))
             for row in board.rows
         ]  # fmt: skip
-        columns = [Column("Encoder"), *(Column(f"{name} ({len(mean.tasks)})") for name, mean in means.items())]
+        columns = ["Encoder", *(f"{name} ({len(mean.tasks)})" for name, mean in means.items())]
         tables.append(Table("Mean by modality (number of tasks)", columns, rows, "heat"))
     for name, task in board.tasks.items():
         found = {row: own["by_modality"] for row, own in task["rows"].items() if own.get("by_modality")}
@@ -201,7 +201,7 @@ def modalities_tables(board: Leaderboard) -> list[Table]:
             for row in board.rows if row in found
         ]  # fmt: skip
         counts = next(iter(found.values()))
-        heads = [Column("Encoder"), *(Column(f"{place} ({counts.get(place, {}).get('n', 0)})") for place in places)]
+        heads = ["Encoder", *(f"{place} ({counts.get(place, {}).get('n', 0)})" for place in places)]
         measure = "recall of the caption" if task["kind"] == "retrieval" else "share of correct answers"
         tables.append(Table(f"{board.task_label(name)}, {kind_label(task['kind'])}: {measure} by modality", heads, rows,
                             "heat"))  # fmt: skip
@@ -225,7 +225,7 @@ def metrics_section(board: Leaderboard) -> Section:
         if any(chance is not None for chance in chances):
             rows.append(Row(["chance", *(Cell(number(chance), value=chance) for chance in chances)]))
         label = f"{board.task_label(name)} · {kind_label(task['kind'])}"
-        columns = [Column("Encoder"), *(Column(metric_label(metric)) for metric in metrics)]
+        columns = ["Encoder", *map(metric_label, metrics)]
         folds.append(Fold(label, [Table(f"{label}: {task['title']}", columns, rows)]))
     lead = (
         "All measured metrics of each task, with 95 % intervals, and chance where it is known. Macro AUROC is the mean "
@@ -248,7 +248,7 @@ def contamination_section(board: Leaderboard) -> Section:
         "seen; without a mark no overlap is known."
     )
     rows = [[board.label(row), dataset, reason] for row, dataset, reason in sorted(marked)]
-    tables = [Table.of("Marks of contamination", ["Encoder", "Dataset", "Reason"], rows)] if rows else []
+    tables = [Table("Marks of contamination", ["Encoder", "Dataset", "Reason"], rows)] if rows else []
     return Section("contamination", "Trained on the test set's source", lead, tables)
 
 
@@ -256,7 +256,7 @@ def skipped_section(board: Leaderboard) -> Section:
     """Datasets and tasks without results, and unreadable images."""
     left_out = {**board.summary.get("skipped_datasets", {}), **board.summary.get("skipped", {})}
     rows = [[name, reason] for name, reason in left_out.items()]
-    tables: list[Block] = [Table.of("Skipped datasets and tasks", ["Left out", "Reason"], rows)] if rows else []
+    tables: list[Block] = [Table("Skipped datasets and tasks", ["Left out", "Reason"], rows)] if rows else []
     unreadable = [f"{name}: {reason}" for name, reason in board.summary.get("unreadable", {}).items()]
     if unreadable:
         tables.append(Fold(f"Images that could not be read ({len(unreadable)})", [Notes("", unreadable)]))
@@ -298,8 +298,8 @@ def datasets_section(board: Leaderboard, datasheet: str) -> Section:
     columns = ["Dataset", "modality", "task", "licence", "tier", "held out", "shared with training"]
     blocks: list[Block] = []
     if rows:
-        by_split = Table.of("Samples by split", ["Dataset", "split", "samples", "sources", "modalities"], counts)
-        blocks = [Table.of("Datasets evaluated on", columns, rows), Fold("Samples by split", [by_split])]
+        by_split = Table("Samples by split", ["Dataset", "split", "samples", "sources", "modalities"], counts)
+        blocks = [Table("Datasets evaluated on", columns, rows), Fold("Samples by split", [by_split])]
     blocks += [Notes("Notes:", notes)] if notes else []
     blocks += [Fold("Datasheet of the pairs", [Code(datasheet)])] if datasheet else []
     return Section("data", "Datasets", lead, blocks)
@@ -314,15 +314,15 @@ def provenance_section(board: Leaderboard, settings: dict[str, str], stages: Any
     ]
     versions = [[name, str(version)] for name, version in summary.get("versions", {}).items()]
     tables = [
-        Table.of("Encoders", ["Name", "loaded from", "weights"], encoders),
-        Table.of("Versions", ["Package", "version"], versions),
+        Table("Encoders", ["Name", "loaded from", "weights"], encoders),
+        Table("Versions", ["Package", "version"], versions),
     ]
     timed = {name: own for name, own in stages.items() if isinstance(own, dict)} if isinstance(stages, dict) else {}
     if timed:
         seconds = [
             [name, f"{own['seconds']:g} s" if own.get("seconds") is not None else "–"] for name, own in timed.items()
         ]
-        tables.append(Table.of("Time of each stage", ["Stage", "time"], seconds))
+        tables.append(Table("Time of each stage", ["Stage", "time"], seconds))
     failures = [
         f"{name}: {line}" for name, own in summary.get("encoders", {}).items() for line in own.get("failures", [])
     ]
