@@ -28,7 +28,6 @@ import torch
 from mmkd.command.settings import resolved, save_settings
 from mmkd.distributed import chosen_device, join_group, rank, wait_for_everyone
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.frozen_encoder import with_frozen_towers
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import named_sources
 from mmkd.evaluation.report.page import write_report
@@ -76,7 +75,7 @@ def run_once(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
         encoder = load_encoder(source, device=device)
         encoder.autocast = (device.partition(":")[0], torch.bfloat16) if settings.precision == "bfloat16" else None
         encoder.provenance["precision"] = settings.precision
-        return with_frozen_towers(encoder, settings.cache_frozen_towers, settings.quiet)
+        return encoder
 
     summary = evaluate(settings, sources, load)
     if rank() == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mmkd.evaluation.datasets.catalog import contaminated, find_manifests, load_
 from mmkd.evaluation.datasets.dataset import Dataset, Samples, open_dataset, split_samples
 from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, Manifest
 from mmkd.evaluation.datasets.pairs import PROBED, PairsDataset, open_pairs_dataset
-from mmkd.evaluation.datasets.questions import read_questions
+from mmkd.evaluation.datasets.questions import read_vqa_rad
 from mmkd.evaluation.embeddings.cache import DatasetInputs
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.embeddings.encoders import EncoderRecord, embed_everything
@@ -71,7 +71,9 @@ class SuiteRun:
         if not tasks:
             kinds, count = ", ".join(settings.kinds), len(samples.held_out)
             skipped = skipped or {name: f"no task of {kinds} on its {count} readable {settings.split} samples"}
-        results = self._results(name, resampled_pairs(samples))
+        by_question = samples.manifest.task == "vqa"  # questions have splits of their own
+        resampled = [*samples.train, *samples.validation, *samples.held_out] if by_question else samples.held_out
+        results = self._results(name, resampled)
         table = run_tasks(tasks, samples, encoders, self.teachers, results, settings.quiet or settings.pairs is None)
         self.skipped |= skipped
         if rank() > 0:
@@ -108,7 +110,9 @@ class SuiteRun:
 
     def _results(self, dataset: str, resampled: list[Pair]) -> ResultStore:
         """Results of a dataset; different datasets have independent draws."""
-        seed = self.settings.seed if self.settings.pairs is not None else seed_of(self.settings.seed, dataset)
+        seed = self.settings.seed
+        if self.settings.pairs is None:
+            seed = int.from_bytes(hashlib.sha256(f"{seed} {dataset}".encode()).digest()[:8], "big")
         return ResultStore(self.settings.output, resampled, self.settings.replicates, seed)
 
 
@@ -144,26 +148,10 @@ def evaluate(settings: EvalSettings, sources: dict[str, str], load: Load) -> dic
 
 def task_options(settings: EvalSettings) -> TaskOptions:
     """How tasks are made; those of pairs are in the joint space and without learning curves by default."""
-    own = TaskOptions(probe_search=settings.probe_search)
-    if settings.pairs is not None:
-        own = replace(
-            own,
-            probe_on="joint",
-            probe_curve=False,
-            probe_images=PROBED,
-            question_splits=("images",),
-            question_heads=("vectors",),
-        )
-    if settings.probe_on is not None:
-        own = replace(own, probe_on=settings.probe_on)
-    return own if settings.probe_curve is None else replace(own, probe_curve=settings.probe_curve)
-
-
-def resampled_pairs(samples: Samples) -> list[Pair]:
-    """The pairs that are resampled together: those held out, or all where questions have splits of their own."""
-    if samples.manifest.task != "vqa":
-        return samples.held_out
-    return [*samples.train, *samples.validation, *samples.held_out]
+    chosen = {name: own for name in ("probe_on", "probe_curve") if (own := getattr(settings, name)) is not None}
+    of_pairs: dict[str, Any] = {"probe_on": "joint", "probe_curve": False, "probe_images": PROBED}
+    of_pairs |= {"question_splits": ("images",), "question_heads": ("vectors",)}
+    return TaskOptions(probe_search=settings.probe_search, **(of_pairs if settings.pairs is not None else {}) | chosen)
 
 
 def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[DatasetInputs], dict[str, str]]:
@@ -198,8 +186,8 @@ def open_inputs(settings: EvalSettings) -> tuple[list[DatasetInputs], dict[str, 
     if settings.pairs is None:
         return survey(load_suite(settings.suite) if settings.suite else find_manifests(settings.datasets), settings)
     trains = bool(set(LEARNING) & set(settings.kinds))
-    questions = read_questions(settings.questions) if settings.questions else []
-    dataset = open_pairs_dataset(settings.pairs, settings.split, trains, settings.within, settings.captioned, questions)
+    questions = read_vqa_rad(settings.questions)[0] if settings.questions else []
+    dataset = open_pairs_dataset(settings.pairs, settings.split, trains, questions)
     options, quiet = task_options(settings), settings.quiet or rank() > 0
     return [inputs_of(dataset, lambda: dataset, settings.kinds, settings.split, options, quiet)], {}
 
@@ -221,11 +209,6 @@ def marks(known: Sequence[EncoderRecord], dataset: Dataset) -> dict[str, str]:
         elif seen & own:
             found[each.name] = f"its provenance.json names {', '.join(sorted(seen & own))}"
     return found
-
-
-def seed_of(seed: int, dataset: str) -> int:
-    """The seed of a dataset's draws, so that those of different datasets are independent."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {dataset}".encode()).digest()[:8], "big")
 
 
 def run_tasks(

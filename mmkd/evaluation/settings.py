@@ -27,10 +27,10 @@ class EvalSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "pairs suite datasets data output cache split questions captioned",
-        "tasks": "tasks probe_on probe_search probe_curve within",
+        "data": "pairs suite datasets data output cache split questions",
+        "tasks": "tasks probe_on probe_search probe_curve",
         "statistics": "baselines replicates seed",
-        "computing": "batch_size precision device cache_frozen_towers watch poll_seconds quiet",
+        "computing": "batch_size precision device watch poll_seconds quiet",
     }
 
     encoders: list[str] = setting(
@@ -56,19 +56,11 @@ class EvalSettings:
         None, "also probe with few images and parts of the training set; null = true, of pairs false"
     )
     questions: Path | None = setting(None, "(pairs) JSON in the form of VQA-RAD, its images in images/ beside it")
-    within: Literal["modality", "source"] = setting(
-        "modality", "(pairs) classify labels within modalities and over all, or within each source"
-    )
-    captioned: list[str] = setting(factory=list, help="(pairs) sources whose captions are retrieved, by default all")
     baselines: list[str] = setting(factory=lambda: [STAGE1], help="baseline encoders")
     replicates: int = setting(REPLICATES, "bootstrap replicates")
     batch_size: int = setting(32, "images or texts embedded at a time")
     precision: Precision = setting("float32", "in which encoders compute; tf32 and bfloat16 are faster on GPUs")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one, another for each process")
-    cache_frozen_towers: Path | None = setting(
-        None,
-        "(pairs) folder for tower outputs of this package's checkpoints; equal towers compute once",
-    )
     watch: Path | None = setting(None, "output of a training: evaluate its checkpoints as they appear, as the student")
     poll_seconds: float = setting(30.0, "(watch) polling interval [s]")
     seed: int = setting(SEED, "seed of the bootstrap")
@@ -119,7 +111,9 @@ def check(settings: EvalSettings, sources: dict[str, str]) -> None:
     given = [name for name in ("pairs", "suite", "datasets") if getattr(settings, name)]
     if len(given) != 1:
         raise ValueError(f"give one of --pairs, --suite and --datasets; {' and '.join(given) or 'none'} given")
-    _refuse_unused(settings, given[0])
+    if (settings.data if given == ["pairs"] else settings.questions) is not None:
+        own, other = ("data", "--suite or --datasets") if given == ["pairs"] else ("questions", "--pairs")
+        raise ValueError(f"--{own} belongs to {other}; leave it out with --{given[0]}")
     for kind in settings.tasks:
         if kind not in TASK_KINDS:
             raise ValueError(f"unknown task {kind!r}{nearest(kind, TASK_KINDS)}; known: {', '.join(TASK_KINDS)}")
@@ -133,12 +127,3 @@ def check(settings: EvalSettings, sources: dict[str, str]) -> None:
             f"replicates is {settings.replicates}, at least 100; batch_size {settings.batch_size}, at least 1; "
             f"poll_seconds {settings.poll_seconds}, above 0"
         )
-
-
-def _refuse_unused(settings: EvalSettings, given: str) -> None:
-    """Refuse settings that have no effect on the chosen data."""
-    of_pairs = ("questions", "captioned", "cache_frozen_towers")
-    for name in ("data",) if given == "pairs" else of_pairs:
-        if getattr(settings, name):
-            belongs = "--suite or --datasets" if given == "pairs" else "--pairs"
-            raise ValueError(f"--{name} belongs to {belongs}; leave it out with --{given}")

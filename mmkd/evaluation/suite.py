@@ -98,7 +98,7 @@ def run_task(
     for embedded in encoders:
         name = embedded.name
         made_of = [question, embedded.fingerprint, *_extra_fingerprint(task, embedded)]
-        results[name], outputs[name] = store.result(task, name, made_of, _single(task, embedded))
+        results[name], outputs[name] = store.result(task, name, made_of, lambda own=embedded: (task.outputs(own), {}))
     members = [e for e in encoders if e.name in teachers and results[e.name]["undefined"] is None]
     if len(members) < 2:
         return results
@@ -123,7 +123,3 @@ def _extra_fingerprint(task: Task, embedded: Embedded) -> list[Any]:
         return task.extra_fingerprint(embedded)
     except UndefinedMetricError as reason:
         return [str(reason)]
-
-
-def _single(task: Task, embedded: Embedded) -> Callable[[], tuple[Outputs, Result]]:
-    return lambda: (task.outputs(embedded), {})

@@ -3,10 +3,10 @@
     python tests/benchmarks/evaluate.py --images 200 --encoders 2 --rounds 3
 
 JPEG files of 768 x 576 and tiny ViTs of open_clip at 224 pixels, so that reading images and not computing is measured.
-Ours hashes, reads, decodes and prepares each image once, embeds it with all encoders and writes the cache (what `mmkd
-eval` does before its tasks); the loop reads the folder once for each encoder, with open_clip's own transform, and keeps
-the vectors in memory. Sides alternate, and CPU seconds count, so that a busy machine changes little. The vectors of both
-sides are compared. The last line is JSON.
+Ours hashes, reads, decodes and prepares each image once, embeds it with all encoders and writes the cache, as `mmkd
+eval` does before its tasks. The loop reads the folder once for each encoder, with open_clip's own transform, and keeps
+the vectors in memory. Sides alternate, and CPU seconds count, so that a busy machine changes little; the vectors of
+both sides are compared. The last line is JSON.
 """
 
 import argparse

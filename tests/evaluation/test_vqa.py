@@ -10,9 +10,11 @@ from fake_dataset import pairs_samples, pairs_tasks
 from PIL import Image
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.questions import Question, normalise, question_texts, read_questions, stated_split
+from mmkd.evaluation.datasets.questions import Question, normalise, read_vqa_rad, stated_split
 from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.evaluation.vqa.answer_head import fused
+from mmkd.evaluation.vqa.tasks import texts
 
 COLORS, DIM = ("red", "green", "blue"), 16
 
@@ -113,19 +115,20 @@ def test_reading_questions(tmp_path):
     row = {"image_name": "a.png", "question": " What  is it? ", "answer": "Yes. ", "answer_type": "CLOSED "}
     gone = {**row, "image_name": "gone.png"}
     (tmp_path / "q.json").write_text(json.dumps([row, {**row, "answer": 7, "answer_type": "OPEN"}, gone]))
-    questions = read_questions(tmp_path / "q.json")
+    questions = read_vqa_rad(tmp_path / "q.json")[0]
     assert [(q.text, q.answer, q.closed) for q in questions] == [
         ("What is it?", "yes", True),
         ("What is it?", "7", False),
     ]
-    assert question_texts(questions) == ["What is it?"] and normalise(" T2, weighted. ") == "t2, weighted"
+    assert texts(questions, TaskOptions(question_heads=("vectors",))) == {"What is it?"}
+    assert normalise(" T2, weighted. ") == "t2, weighted"
     (tmp_path / "q.json").write_text(json.dumps([{**row, "image_name": "../a.png"}]))
     with pytest.raises(ValueError, match="leaves the folder"):
-        read_questions(tmp_path / "q.json")
+        read_vqa_rad(tmp_path / "q.json")
     for change, lacking in (({"answer": None}, "answer"), ({"answer": " ."}, "answer"), ({"question": ""}, "text")):
         (tmp_path / "q.json").write_text(json.dumps([row, row | change]))
         with pytest.raises(ValueError, match=f"q.json: question .* has no {lacking}"):
-            read_questions(tmp_path / "q.json")
+            read_vqa_rad(tmp_path / "q.json")
     (tmp_path / "q.json").write_text("[{}]")
     with pytest.raises(ValueError, match="list of objects with image_name"):
-        read_questions(tmp_path / "q.json")
+        read_vqa_rad(tmp_path / "q.json")

@@ -13,7 +13,7 @@ from mmkd.encoders.encoder import DualEncoder, NoTokens
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.datasets.questions import Question, read_questions
+from mmkd.evaluation.datasets.questions import Question, read_vqa_rad
 from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.embeddings.tokens import TokenSource, at_most_a_map
@@ -216,7 +216,7 @@ def test_answers_find_their_choice():
 
 
 def test_most_closed_questions_of_vqa_rad_can_be_turned(shared_data):
-    questions = read_questions(shared_data / "vqa_rad" / "vqa_rad.json")
+    questions = read_vqa_rad(shared_data / "vqa_rad" / "vqa_rad.json")[0]
     assert sum(q.split == "test" for q in questions) == 451
     turned = [(own, q.answer) for q in questions if q.closed and (own := choices(q.text))]
     answerable = sum(own.index(answer) >= 0 for own, answer in turned)

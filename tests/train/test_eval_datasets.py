@@ -191,7 +191,6 @@ def test_a_store_of_features_answers_what_it_can(data, tmp_path):
     [
         ({"pairs": Path("pairs")}, "pairs and datasets given"),
         ({"questions": Path("q.json")}, "--questions belongs to --pairs"),
-        ({"cache_frozen_towers": Path("towers")}, "--cache_frozen_towers belongs to --pairs"),
         ({"names": ("gone",)}, "none of the 1 datasets can be evaluated"),
     ],
 )

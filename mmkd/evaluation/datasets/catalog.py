@@ -122,11 +122,9 @@ def _named(name: str, own: Path | None) -> list[Manifest]:
 @cache
 def _packaged() -> dict[str, Manifest]:
     paths = sorted(path for path in CATALOG.glob("*.yaml") if path.name not in (SUITES, TRAINING, PUBLICATIONS))
-    return {manifest.id: _cited(manifest) for manifest in map(read_manifest, paths)}
-
-
-def _cited(manifest: Manifest) -> Manifest:
-    return replace(manifest, citation=manifest.citation or _read(PUBLICATIONS).get(manifest.id, {}).get("citation", ""))
+    cited = {id: own.get("citation", "") for id, own in _read(PUBLICATIONS).items()}
+    manifests = map(read_manifest, paths)
+    return {own.id: replace(own, citation=own.citation or cited.get(own.id, "")) for own in manifests}
 
 
 @cache

@@ -217,9 +217,9 @@ def _settle_labels(manifest: Manifest, samples: Sequence[Sample]) -> None:
     absent = [name for name in manifest.classes if name not in found]
     if absent and manifest.task != "survival":
         near = nearest(absent[0], found)
-        raise ValueError(
-            f"class {absent[0]!r}{near} of the manifest is not in the data, which have {_most_common(found)}"
-        )
+        shown = ", ".join(f"{name} ({count})" for name, count in found.most_common(SHOWN))
+        shown += "..." if len(found) > SHOWN else ""
+        raise ValueError(f"class {absent[0]!r}{near} of the manifest is not in the data, which have {shown}")
     if manifest.task in ("classification", "ordinal", "diagnosis"):
         odd = next((sample for sample in samples if len(sample.labels) != 1), None)
         if odd is not None:
@@ -358,9 +358,3 @@ def _check_counts(manifest: Manifest, collection: Dataset) -> None:
                 f"{manifest.id}: {key} is {counts[key]}, the manifest expects {expected}; is this another version or "
                 "a part of the data? see `expects`"
             )
-
-
-def _most_common(found: Counter[str]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in found.most_common(SHOWN)) + (
-        "..." if len(found) > 5 else ""
-    )

@@ -41,15 +41,7 @@ KINDS: dict[str, tuple[str, ...]] = {  # the kinds of task that a dataset is eva
 
 HELD_OUT, ASSIGNED = "held-out", "assigned"  # in place of the column of the split
 
-COUNTS = (
-    "n",
-    "n_train",
-    "n_validation",
-    "n_test",
-    "n_questions",
-    "n_test_questions",
-    "n_cases",
-)
+COUNTS = ("n", "n_train", "n_validation", "n_test", "n_questions", "n_test_questions", "n_cases")
 
 SOURCES: dict[str, tuple[str, ...]] = {  # kind of source -> its keys beside the path; ROW_KEYS go with every kind
     "imagefolder": ("skip",),

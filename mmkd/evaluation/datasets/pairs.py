@@ -1,8 +1,8 @@
 """A folder of pairs as a dataset: manifests of its tasks are derived from what the pairs hold.
 
-One dataset, several views of it: the images classified by modality, by label, by label within each modality or each
-source; their captions retrieved; questions about them answered. Every view is a manifest with samples of its own, and
-all share one embedding of images and texts.
+One dataset, several views of it: the images classified by modality, by label, by label within each modality; their
+captions retrieved; questions about them answered. Every view is a manifest with samples of its own, and all share one
+embedding of images and texts.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
@@ -72,8 +71,6 @@ class PairsDataset(Dataset):
         self,
         folder: PairFolder,
         split: str,
-        within: Literal["modality", "source"] = "modality",
-        captioned: Sequence[str] = (),
         questions: Sequence[Question] = (),
         listed: Sequence[Pair] | None = None,
     ) -> None:
@@ -82,14 +79,12 @@ class PairsDataset(Dataset):
         Args:
             folder: the pairs that are embedded.
             split: held out.
-            within: labels are classified within a modality (and over all) or within a source.
-            captioned: sources whose captions are retrieved, all if empty.
             questions: about any of the images.
             listed: all pairs of the folder, if ``folder`` holds a part of them.
         """
         licenses = ", ".join(sorted({pair.license for pair in folder.pairs if pair.license}))
         super().__init__(View(NAME, "classification", "", {NAME: ""}, licenses, "Pairs"), folder.pairs, questions)
-        self.folder, self.split, self.within, self.captioned = folder, split, within, list(captioned)
+        self.folder, self.split = folder, split
         self._listed = folder.pairs if listed is None else listed
 
     @property
@@ -137,7 +132,7 @@ class PairsDataset(Dataset):
         return super().summary() | {"task": NAME}
 
     def _zeroshot(self, samples: Samples) -> tuple[list[Samples], Reasons]:
-        """By modality, by label, and by label within each modality; or within each source."""
+        """By modality, by label, and by label within each modality."""
         found: list[Samples] = []
         skipped: Reasons = {}
         pairs = [pair for pair in samples.held_out if known_modality(pair)]
@@ -156,11 +151,6 @@ class PairsDataset(Dataset):
             skipped["zeroshot-modality"] = f"{len(modalities)} modality among the held-out images; 2 are needed"
         labelled = [pair for pair in samples.held_out if pair.label]
         labels = {pair.label for pair in labelled}
-        if self.within == "source":
-            for source in sorted({pair.source for pair in labelled}):
-                inside = [pair for pair in labelled if pair.source == source]
-                found += _labels(samples, slug(source), f"label within {source}", "", inside)
-            return found, skipped
         if len(labels) < 2:
             skipped["zeroshot-label"] = f"{len(labels)} label among the held-out images; 2 are needed"
         elif all(pair.label == pair.modality for pair in labelled):
@@ -177,20 +167,13 @@ class PairsDataset(Dataset):
         return found, skipped
 
     def _retrieval(self, samples: Samples) -> tuple[list[Samples], Reasons]:
-        """The captions of all pairs, or of some sources."""
-        view = _view("retrieval", "", "captions", task="retrieval")
-        held_out = [pair for pair in samples.held_out if not self.captioned or pair.source in self.captioned]
-        return [replace(samples, manifest=view, held_out=held_out)], {}
+        """The captions of all pairs."""
+        return [replace(samples, manifest=_view("retrieval", "", "captions", task="retrieval"))], {}
 
     def _probe(self, samples: Samples) -> tuple[list[Samples], Reasons]:
-        """By modality and by label, or by label within each source, where there are enough training images."""
+        """By modality and by label, where there are enough training images."""
         found: list[Samples] = []
         skipped: Reasons = {}
-        if self.within == "source":
-            for source in sorted({pair.source for pair in samples.held_out}):
-                own = samples.where(partial(_is_from, source))
-                found += _probed(own, slug(source), f"label within {source}", _label)[0]
-            return found, skipped
         fields: tuple[tuple[str, Callable[[Pair], str]], ...] = (("modality", known_modality), ("label", _label))
         for name, class_of in fields:
             views, tested = _probed(samples, name, name, class_of)
@@ -213,22 +196,13 @@ class PairsDataset(Dataset):
         return [replace(samples, manifest=view, digests={pair.id: pair.sha256 for pair in pairs if pair.sha256})], {}
 
 
-def open_pairs_dataset(
-    path: Path,
-    split: str,
-    trains: bool,
-    within: Literal["modality", "source"] = "modality",
-    captioned: Sequence[str] = (),
-    questions: Sequence[Question] = (),
-) -> PairsDataset:
+def open_pairs_dataset(path: Path, split: str, trains: bool, questions: Sequence[Question] = ()) -> PairsDataset:
     """Open a folder of pairs; see `PairsDataset`.
 
     Args:
         path: the folder.
         split: held out.
         trains: a task learns from the training pairs, so that these and validation pairs are embedded, too.
-        within: see `PairsDataset`.
-        captioned: see `PairsDataset`.
         questions: see `PairsDataset`.
 
     Raises:
@@ -244,7 +218,7 @@ def open_pairs_dataset(
         folder.pairs = held_out
     elif split != "test":  # the test pairs are of no use, and are not read
         folder.pairs = [pair for pair in listed if pair.split in (split, "train", "validation")]
-    return PairsDataset(folder, split, within, captioned, questions, listed)
+    return PairsDataset(folder, split, questions, listed)
 
 
 def known_modality(pair: Pair) -> str:
@@ -300,10 +274,6 @@ def _probed(samples: Samples, name: str, title: str, class_of: Callable[[Pair], 
 
 def _relabelled(pairs: Sequence[Pair], class_of: Callable[[Pair], str]) -> list[Pair]:
     return [replace(pair, label=class_of(pair)) for pair in pairs]
-
-
-def _is_from(source: str, pair: Pair) -> bool:
-    return pair.source == source
 
 
 def _label(pair: Pair) -> str:

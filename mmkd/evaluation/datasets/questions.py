@@ -36,11 +36,6 @@ class Question:
     split: str = ""
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Questions in the form of VQA-RAD; see `read_vqa_rad`."""
-    return read_vqa_rad(path)[0]
-
-
 def read_vqa_rad(path: Path) -> Questions:
     """A JSON list of objects with ``image_name``, ``question``, ``answer``, ``answer_type``.
 
@@ -152,8 +147,3 @@ def stated_split(row: dict[str, Any]) -> str:
 def normalise(answer: str) -> str:
     """An answer without capitals, outer punctuation and superfluous white space, so that "Yes." is "yes"."""
     return " ".join(answer.lower().split()).strip(" .,;")
-
-
-def question_texts(questions: Sequence[Question]) -> list[str]:
-    """Every question once."""
-    return sorted({question.text for question in questions})

@@ -22,9 +22,7 @@ from mmkd.data.table import Pair
 from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
-from mmkd.encoders.frozen_encoder import FrozenEncoder
 from mmkd.evaluation.datasets.dataset import Dataset
-from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.embeddings.cache import (
     DatasetInputs,
     Rows,
@@ -131,15 +129,8 @@ def embed(
     dataset, own = inputs.open(), slice(rank(), None, world_size())
     pairs = {pair.id: pair for pair in dataset.image_pairs}
     images = [(number, [pairs[id] for id in part]) for number, part in list(enumerate(inputs.images))[own]]
-    sharing: list[_ImageTask] = []
-    for encoder, files in encoders:
-        task = _ImageTask(encoder, files)
-        if isinstance(encoder, FrozenEncoder) and isinstance(dataset, PairsDataset):
-            encoder.encode_shards(task, dataset.folder, images, lambda j, p: {"vectors": j, "pooled": p}, progress)
-        else:
-            sharing.append(task)
-    if sharing:
-        encode_shards(sharing, images, partial(_read, dataset), batch_size, progress=progress)
+    tasks = [_ImageTask(encoder, files) for encoder, files in encoders]
+    encode_shards(tasks, images, partial(_read, dataset), batch_size, progress=progress)
     for encoder, files in encoders:
         for file, texts in list(zip(files[len(inputs.images) :], inputs.texts, strict=True))[own]:
             if not is_whole(file):

@@ -35,23 +35,12 @@ def write_report(inputs: ReportSettings) -> None:
         FileNotFoundError: there is no ``summary.json``, or the pairs do not exist.
         ValueError: a JSON file is broken.
     """
-    page = report_page(Leaderboard(read_summary(inputs.results), inputs.results), inputs)
+    summary_file = inputs.results / "summary.json"
+    if not summary_file.is_file():
+        raise FileNotFoundError(f"{summary_file} is not there; run `mmkd eval --output {inputs.results}` first")
+    page = report_page(Leaderboard(read_json(summary_file), inputs.results), inputs)
     for file in (inputs.output.with_suffix(".md"), inputs.output):
         write_page(file, page)
-
-
-def read_summary(results: Path) -> dict[str, Any]:
-    """``summary.json`` of an evaluation.
-
-    Raises:
-        FileNotFoundError: there is none among the results.
-        ValueError: it is broken.
-    """
-    summary_file = results / "summary.json"
-    if not summary_file.is_file():
-        raise FileNotFoundError(f"{summary_file} is not there; run `mmkd eval --output {results}` first")
-    summary: dict[str, Any] = read_json(summary_file)
-    return summary
 
 
 def report_page(board: Leaderboard, inputs: ReportSettings) -> Page:

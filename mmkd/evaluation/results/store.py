@@ -29,11 +29,10 @@ from mmkd.evaluation.embeddings.cache import UndefinedMetricError
 from mmkd.evaluation.statistics.bootstrap import (
     Metrics,
     ResamplingUnits,
-    interval,
-    plain,
     replicate,
     resampling_units,
     subset_units,
+    with_interval,
 )
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.task import Outputs, Task
@@ -161,10 +160,7 @@ class ResultStore:
             together = {task.primary_metric: replicates[task.primary_metric]}
         else:
             _, together = replicate(partial(task.primary_metric_values, outputs), shared, self.replicates, self.seed)
-        metrics = {}
-        for name, value in points.items():
-            low, high = interval(replicates[name])
-            metrics[name] = {"value": plain(value), "low": plain(low), "high": plain(high)}
+        metrics = {name: with_interval(value, replicates[name]) for name, value in points.items()}
         result = {"undefined": None, "metrics": metrics, "by_modality": _by_modality(task, outputs)}
         if fitted := {name: array.tolist() for name, array in outputs.items() if "." not in name}:
             result["fitted"] = fitted

@@ -22,7 +22,7 @@ from mmkd.data.provenance import installed_versions
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import Result, ResultStore
-from mmkd.evaluation.statistics.bootstrap import Metrics, interval, plain_values
+from mmkd.evaluation.statistics.bootstrap import Metrics, with_interval
 from mmkd.evaluation.statistics.comparisons import above_chance, average_ranks, paired_differences
 from mmkd.evaluation.statistics.metrics import Floats, defined_mean
 from mmkd.training.tracking import PACKAGE, git_commit
@@ -152,9 +152,9 @@ def mean_block(tasks: Summaries, student: str, replicates: Replicates) -> dict[s
     return {
         "tasks": list(kept),
         "n": len(kept),
-        "rows": {row: _with_interval(values[row], means[row]) for row in encoders},
+        "rows": {row: with_interval(values[row], means[row]) for row in encoders},
         "differences": paired_differences(student, values, means) if student in values else {},
-        "above_chance": {row: _with_interval(float(relative(points[row])), relative(drawn[row])) for row in encoders}
+        "above_chance": {row: with_interval(float(relative(points[row])), relative(drawn[row])) for row in encoders}
         if known
         else {},
     }
@@ -260,11 +260,6 @@ def _common(tasks: Summaries) -> tuple[Summaries, list[str]]:
 def _value(task: dict[str, Any], row: str) -> float | None:
     metrics = task["rows"].get(row, {}).get("metrics") or {}
     return metrics.get(task["primary_metric"], {}).get("value")
-
-
-def _with_interval(value: float, replicates: Floats) -> dict[str, float | None]:
-    low, high = interval(replicates)
-    return plain_values({"value": value, "low": low, "high": high})
 
 
 VERSION = 1

@@ -183,6 +183,12 @@ def interval(values: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def with_interval(value: float, values: Floats) -> dict[str, float | None]:
+    """A value with the `interval` of its replicates ``(r,)``, for JSON."""
+    low, high = interval(values)
+    return plain_values({"value": value, "low": low, "high": high})
+
+
 def difference(value: float, other: float, replicates: Floats, other_replicates: Floats) -> dict[str, Any]:
     """Paired difference ``value - other`` with its interval and two-sided p.
 

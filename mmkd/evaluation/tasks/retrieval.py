@@ -118,19 +118,13 @@ class Retrieval(Task):
 
 def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Retrieval], dict[str, str]]:
     """Retrieval if there are at least two distinct captions and images, else the reason why not."""
-    if reason := _too_few(samples):
-        return [], {task_name("retrieval", samples.manifest): reason}
-    return [Retrieval(samples)], {}
-
-
-def _too_few(samples: Samples) -> str:
-    """Why nothing can be retrieved among the held-out pairs; empty where something can."""
     captioned, contents = captioned_pairs(samples)
-    captions = {pair.caption for pair in captioned}
-    for what, count in (("caption", len(captions)), ("image with a caption", len(set(contents)))):
-        if count < 2:
-            return f"{count} distinct {what} among the held-out pairs; 2 are needed"
-    return ""
+    found = {"caption": {pair.caption for pair in captioned}, "image with a caption": set(contents)}
+    for what, own in found.items():
+        if len(own) < 2:
+            reason = f"{len(own)} distinct {what} among the held-out pairs; 2 are needed"
+            return [], {task_name("retrieval", samples.manifest): reason}
+    return [Retrieval(samples)], {}
 
 
 def captioned_pairs(samples: Samples) -> tuple[list[Pair], list[str]]:

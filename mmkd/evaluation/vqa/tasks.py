@@ -15,7 +15,7 @@ from typing import Any
 
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.datasets.questions import Question, question_texts
+from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.tasks.task import Task, TaskOptions, task_name
 from mmkd.evaluation.vqa.answer_head import VisualQuestions
 from mmkd.evaluation.vqa.co_attention import MeterQuestions
@@ -71,7 +71,7 @@ def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Task], dict[str,
 
 def texts(questions: Sequence[Question], options: TaskOptions) -> set[str]:
     """The questions and, where they are answered without training, the statements that answer them."""
-    found = set(question_texts(questions))
+    found = {question.text for question in questions}
     if "zeroshot" in options.question_heads:
         allowed = [choices(question.text) for question in questions if question.closed]
         found |= {text for own in allowed if own for text in own.statements}
