@@ -121,7 +121,7 @@ def images_folder(manifest: Manifest, folder: Path) -> Path:
     return folder / name
 
 
-def chosen(manifest: Manifest, key: str, columns: Iterable[str], needed: bool, default: str | None = None) -> str:
+def chosen(manifest: Manifest, key: str, columns: Iterable[str], needed: bool) -> str:
     """The column that the source, or by default the usual name, gives for a field; empty where there is none.
 
     Raises:
@@ -129,7 +129,7 @@ def chosen(manifest: Manifest, key: str, columns: Iterable[str], needed: bool, d
     """
     columns = list(columns)
     named = getattr(manifest, key) if key in ("group", "split") else manifest.source.get(key)
-    name = str(named or default or key)
+    name = str(named or key)
     if name in columns:
         return name
     if named or needed:

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mmkd.data.features.shards import is_whole, read_header, shard_file, write_shard
 from mmkd.data.features.store import VectorStore
@@ -46,7 +45,6 @@ class TokenSource:
         fingerprint: of the encoder.
         cache: folder of cached tokens.
         batch_size: images or texts at a time.
-        quiet: no progress bar.
     """
 
     load: Callable[[], DualEncoder]
@@ -55,7 +53,6 @@ class TokenSource:
     fingerprint: str
     cache: Path
     batch_size: int = 32
-    quiet: bool = True
     _encoder: DualEncoder | None = None
 
     def images(self, pairs: Sequence[Pair]) -> Halves:
@@ -71,8 +68,7 @@ class TokenSource:
         if not all(map(is_whole, files)):
             task = _TokenTask(self._loaded(), files)
             shards = [(k, pairs[start : start + SHARD_SIZE]) for k, start in enumerate(parts)]
-            with tqdm(total=len(pairs), desc="image tokens", unit="image", disable=self.quiet) as bar:
-                encode_shards([task], shards, self._read, self.batch_size, progress=bar.update)
+            encode_shards([task], shards, self._read, self.batch_size)
         for file in files:
             for id, reason in read_header(file).notes["skipped"].items():
                 raise UnreadableImageError(reason, f"the image of {id} has no tokens")
@@ -100,8 +96,7 @@ class TokenSource:
     def _text_tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         encoder = self._loaded()
         found: list[tuple[Tensor, Tensor]] = []
-        starts = range(0, len(texts), self.batch_size)
-        for start in tqdm(starts, desc="text tokens", unit="batch", disable=self.quiet):
+        for start in range(0, len(texts), self.batch_size):
             tokens, mask = encoder.text_token_features(list(texts[start : start + self.batch_size]))
             found.append((tokens.half().cpu(), mask.cpu()))
         longest = max(int(mask.sum(dim=1).max()) for _, mask in found)

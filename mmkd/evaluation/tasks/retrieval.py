@@ -188,7 +188,7 @@ def _moments(rows: Any) -> tuple[Floats, Floats]:
     return sum(square for square, _ in sums) / len(rows), sum(total for _, total in sums) / len(rows)
 
 
-def random_recalls(right: Answers, pool: int, recalls: Sequence[int] = RECALLS) -> dict[int, float]:
+def random_recalls(right: Answers, pool: int) -> dict[int, float]:
     """Expected recall of a random order, ``1 - C(pool - positives, k) / C(pool, k)`` averaged over the queries."""
     counts, times = np.unique(right.counts, return_counts=True)
     return {
@@ -197,5 +197,5 @@ def random_recalls(right: Answers, pool: int, recalls: Sequence[int] = RECALLS) 
                 [1 - comb(pool - int(c), min(k, pool)) / comb(pool, min(k, pool)) for c in counts], weights=times
             )
         )
-        for k in recalls
+        for k in RECALLS
     }
