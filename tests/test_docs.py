@@ -118,7 +118,6 @@ def commands():
             for line in block.replace("\\\n", " ").splitlines():
                 for command in re.split(r"&&|;|\|", line.partition(" #")[0]):
                     words = shlex.split(command)
-                    words = words[1:] if words and re.fullmatch(r"[A-Z_]+=.*", words[0]) else words
                     if words[:1] == ["mmkd"]:
                         yield name_of(page), words[1:]
 
