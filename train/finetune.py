@@ -24,12 +24,18 @@ class FinetuneSettings(LoopSettings, ModelSettings, BatchSettings):
         mmkd finetune --pairs pairs --model mmkd-clip --output finetuned --objective classification
     """
 
-    GROUPS: ClassVar[dict[str, str]] = {"losses": "objective", "model": "method rank targets train_logit_scale merge"}
+    GROUPS: ClassVar[dict[str, str]] = {
+        "losses": "objective positives",
+        "model": "method rank targets train_logit_scale merge",
+    }
 
     pairs: Path = setting(help="folder of pairs; the training split is used")
     model: str = setting(help="folder or Hub id of the model to start from")
     objective: Literal["contrastive", "classification"] = setting(
         "contrastive", "train on captions, or on labels described by the prompts of the evaluation"
+    )
+    positives: Literal["pair", "caption"] = setting(
+        "pair", "positives of the task loss: the own pair, or all of an equal caption, such as views of one report"
     )
     method: Literal["lora", "dora", "full"] = setting("lora", "a low-rank adapter, or all weights")
     rank: int = setting(8, "rank of the adapter")
@@ -77,7 +83,7 @@ def main(settings: FinetuneSettings) -> None:
         adapted = add_adapter(model, settings.method, settings.rank, settings.targets)
         model.get_parameter("logit_scale").requires_grad_(settings.train_logit_scale)
     make_trainable(model, settings)
-    objective: Objective = ContrastiveObjective(model)
+    objective: Objective = ContrastiveObjective(model, positives=settings.positives)
     if settings.objective == "classification":
         objective = PromptClassification(model, processor, pairs)
     batches = training_batches(chosen, model, processor, settings)

@@ -89,7 +89,8 @@ class DistillObjective(Objective):
         parts: dict[str, Tensor] = {}
         if self.weights["task"]:
             mask = None if pairs.teachers is None else pairs.teachers.negatives_mask()
-            parts["task"] = pairs.weight * task_loss(pairs.student, self.model, mask)
+            captions = pairs.batch["caption_numbers"] if options.positives == "caption" else None
+            parts["task"] = pairs.weight * task_loss(pairs.student, self.model, mask, captions)
         if any(self.weights[name] for name in ALIGNED_LOSSES):
             parts |= self._aligned_losses(whole, pairs)
         if teachers is not None:

@@ -57,6 +57,9 @@ class DistillOptions:
         help=f"weights of {', '.join(DISTILL_LOSSES)}; a mapping replaces the recipe's, --losses.NAME changes one",
         preset=lambda given: dict(RECIPES[given.get("recipe", "default")]["losses"]),
     )
+    positives: Literal["pair", "caption"] = setting(
+        "pair", "positives of the task loss: the own pair, or all of an equal caption, such as views of one report"
+    )
     target: Literal["mean", "random", "leave_one_out"] | None = setting(
         None, "of the available teachers, one of them drawn each epoch, or each as far as it agrees with the others"
     )

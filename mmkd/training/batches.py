@@ -21,7 +21,7 @@ from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair, in_columns
 from mmkd.distributed import rank, world_size
 from mmkd.encoders.frozen import FrozenTowers
-from mmkd.training.dataset import Collate, GlobalBatchSampler, PairDataset, TeacherStores
+from mmkd.training.dataset import Collate, GlobalBatchSampler, PairDataset, TeacherStores, caption_numbers
 from mmkd.training.settings import BatchSettings
 from modeling_mmkd import MMKDClipModel
 
@@ -202,6 +202,7 @@ class StoredBatches:
                 "index": rows,
                 "ids": ids,
                 "modality": [pair.modality for pair in chosen],
+                "caption_numbers": caption_numbers(pair.caption for pair in chosen),
                 **{name: tensor[rows] for name, tensor in self.tensors.items()},
                 **{key: available_features(store, ids, teachers) for key, store in self.features.items()},
             }

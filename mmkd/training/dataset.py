@@ -7,12 +7,14 @@ how many workers or processes share the work, so that two half batches train the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mmkd.data.features.lookup import TeacherFeatures, available_features
@@ -159,7 +161,8 @@ class Collate:
         Returns:
             ``pixel_values`` (B, 3, size, size) uint8 and ``pixel_statistics``, their mean and standard deviation;
             ``input_ids`` and ``attention_mask`` (B, longest) and ``text_lengths``, tokens of each row; ``index`` (B,);
-            ``ids`` and ``modality``, lists; and the features by their keys, see `available_features`.
+            ``caption_numbers`` (B,); ``ids`` and ``modality``, lists; and the features by their keys, see
+            `available_features`.
         """
         texts = self.processor(
             text=[item["caption"] for item in items],
@@ -180,9 +183,17 @@ class Collate:
             "index": torch.tensor([item["index"] for item in items]),
             "ids": [item["id"] for item in items],
             "modality": [item["modality"] for item in items],
+            "caption_numbers": caption_numbers(item["caption"] for item in items),
         }
         teachers = [item["teachers"] for item in items]
         return batch | {key: available_features(store, batch["ids"], teachers) for key, store in self.features.items()}
+
+
+def caption_numbers(captions: Iterable[str]) -> Tensor:
+    """Numbers of captions, (n,) int64: equal for equal ones, and practically never for others."""
+    texts = (caption.encode("utf-8", "surrogatepass") for caption in captions)
+    hashes = (hashlib.blake2b(text, digest_size=7).digest() for text in texts)
+    return torch.tensor([int.from_bytes(digest, "big") for digest in hashes])
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

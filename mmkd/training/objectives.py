@@ -52,6 +52,7 @@ def contrastive(
     row_offset: int = 0,
     mask: RowMask | None = None,
     chunk: int | None = None,
+    captions: Tensor | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE: ``1/2 [CE(scale * I T^T) + CE(scale * T I^T)]`` with the own pair as the class.
 
@@ -66,14 +67,21 @@ def contrastive(
         row_offset: column of the first row.
         mask: `(rows, columns)` bool, False where a column is excluded from the negatives; True for the own column.
         chunk: rows at a time, None for all.
+        captions: `(columns,)`, equal for columns of one caption (views of one report), which then are each other's
+            positives: the class of a row is the mean over them (Khosla et al. 2020, L_out). None for the own pair.
     """
     own = torch.arange(len(image), device=image.device) + row_offset
 
     def cross_entropy(rows: Tensor, columns: Tensor, scale: Tensor, part: slice) -> Tensor:
-        logits = scale * (rows @ columns.T)
-        if mask is not None:
-            logits = logits.masked_fill(~mask[part], MASKED)
-        return F.cross_entropy(logits, own[part], reduction="sum")
+        logits, target = scale * (rows @ columns.T), own[part]
+        included = None if mask is None else mask[part]
+        if captions is not None:
+            same = captions[target, None] == captions
+            included = None if included is None else included | same
+            target = (same / same.sum(dim=1, keepdim=True)).to(logits.dtype)
+        if included is not None:
+            logits = logits.masked_fill(~included, MASKED)
+        return F.cross_entropy(logits, target, reduction="sum")
 
     to_texts = sum_over_rows(cross_entropy, image, all_texts, scale, chunk)
     to_images = sum_over_rows(cross_entropy, text, all_images, scale, chunk)
@@ -137,8 +145,11 @@ def gathered(embeddings: Mapping[str, Tensor]) -> Embeddings:
     return Embeddings(image, text, gather(image), gather(text), rank() * len(image))
 
 
-def task_loss(student: Embeddings, model: nn.Module, mask: RowMask | None = None) -> Tensor:
-    """`contrastive` at the model's own ``logit_scale``."""
+def task_loss(
+    student: Embeddings, model: nn.Module, mask: RowMask | None = None, captions: Tensor | None = None
+) -> Tensor:
+    """`contrastive` at the model's own ``logit_scale``; ``captions`` are numbers of this process' rows, `(rows,)`."""
     image, text, all_images, all_texts, row_offset = student
     scale = model.get_parameter("logit_scale").float().exp()
-    return contrastive(image, text, all_images, all_texts, scale, row_offset, mask, student.chunk)
+    captions = None if captions is None else gather(captions)
+    return contrastive(image, text, all_images, all_texts, scale, row_offset, mask, student.chunk, captions)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mmkd.alignment import autoencoder
 from mmkd.distillation import losses
 from mmkd.distillation.losses import TeacherSimilarity, relational
+from mmkd.training.dataset import caption_numbers
 from mmkd.training.objectives import contrastive
 
 
@@ -50,6 +51,28 @@ def test_contrastive_by_hand():
         to_images = [math.exp(scale * float(text[i] @ image[j])) for j in range(3)]
         expected -= math.log(to_texts[i] / sum(to_texts)) + math.log(to_images[i] / sum(to_images))
     assert contrastive(image, text, image, text, scale).item() == pytest.approx(expected / 6, abs=1e-6)
+
+
+def test_views_of_one_report_are_positives_of_each_other():
+    """Captions 0 and 2 are one text; its negatives are all others, whatever a mask says of it."""
+    image, text, scale, captions = unit(4, 5), unit(4, 5, seed=1), 7.0, torch.tensor([8, 3, 8, 9])
+    expected = 0.0
+    for rows, columns in ((image, text), (text, image)):
+        shares = (scale * rows @ columns.T).log_softmax(dim=1)
+        for i, positives in enumerate(([0, 2], [1], [0, 2], [3])):
+            expected -= sum(float(shares[i, j]) for j in positives) / len(positives)
+    value = contrastive(image, text, image, text, scale, captions=captions)
+    assert value.item() == pytest.approx(expected / 8, abs=1e-6)
+    mask = torch.eye(4).bool() | (captions != 8)[:, None] | (captions != 8)
+    assert not mask[0, 2]
+    torch.testing.assert_close(contrastive(image, text, image, text, scale, mask=mask, captions=captions), value)
+    halves = [
+        contrastive(image[r], text[r], image, text, scale, r.start, chunk=1, captions=captions)
+        for r in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(sum(halves) / 2, value)
+    different = contrastive(image, text, image, text, scale, captions=caption_numbers(["a", "b", "a ", ""]))
+    torch.testing.assert_close(different, contrastive(image, text, image, text, scale))
 
 
 def test_interactive_leaves_unknown_pairs_out_of_rows_and_columns():
