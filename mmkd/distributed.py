@@ -9,7 +9,9 @@ processes the gradient of each row. Each rank computes 1/W of the logits and non
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -201,9 +203,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.narrow(0, rank() * ctx.rows, ctx.rows)
+        own = torch.empty_like(gradient[: ctx.rows], memory_format=torch.contiguous_format)
+        dist.reduce_scatter(own, list(gradient.contiguous().split(ctx.rows)))
+        return own
 
 
 def _initialized() -> bool:
@@ -213,6 +215,23 @@ def _initialized() -> bool:
 def _leave_group() -> None:
     if _initialized():
         dist.destroy_process_group()
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether fp32 products and convolutions on GPUs may use TF32: 8 times as fast, with 10 bits of mantissa."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """Within it fp32 products do not use TF32: at a scale of 100 its logits would be wrong by some hundredths."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def chosen_device(name: str) -> str:

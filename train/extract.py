@@ -65,12 +65,12 @@ import torch
 from tqdm import tqdm
 
 from mmkd.command.settings import nearest
-from mmkd.data.features.index import fingerprints_of, refuse_repeated
+from mmkd.data.features.index import Ids, fingerprints_of
 from mmkd.data.features.writer import SKIPPED_FILE, FeatureExtraction
-from mmkd.data.folder import PairFolder, ids_of, open_pairs, pairs_at
+from mmkd.data.folder import PairFolder, ids_at, open_pairs, pairs_at
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
-from mmkd.distributed import chosen_device, rank, world_size
+from mmkd.distributed import allow_tf32, chosen_device, rank, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import FeatureTask, Readable, encode_shards, group_tasks, read_or_reason
 from mmkd.encoders.frozen_encoder import FrozenEncoder, with_frozen_towers
@@ -86,10 +86,9 @@ def main(settings: ExtractSettings) -> None:
     """
     sources = check(settings)
     folder = open_pairs(settings.pairs)
-    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
-    ids, fingerprints = ids_of(folder.pairs), fingerprints_of(folder.pairs)
-    refuse_repeated(ids)
+    allow_tf32(settings.precision == "tf32")
+    ids = Ids(len(folder.pairs), partial(ids_at, folder.pairs))  # twenty million as a list are two gigabytes
+    fingerprints = fingerprints_of(folder.pairs)
     tasks = []
     for name, source in sources.items():
         encoder = load_teacher(name, source, settings)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data.features.lookup import MODALITIES, Features
-from mmkd.distributed import rank, sum_over_processes, world_size
+from mmkd.distributed import sum_over_processes
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,18 @@ class Covariances:
 
     @classmethod
     def stream(cls, chunks: Iterable[Features], widths: dict[str, int], cross: bool) -> Covariances:
-        """Read all samples once; each process adds up its share of the chunks, which every process must list alike.
+        """Read this process' samples once, and add up the sums of all processes.
 
         Args:
-            chunks: of samples, each with every teacher in `widths`.
+            chunks: of this process' samples, each with every teacher in `widths`.
             widths: the feature width of each teacher.
             cross: whether to compute cross-moments of pairs of teachers.
         """
         names = sorted(widths)
         pairs = [(k, j) for k, j in combinations_with_replacement(names, 2) if cross or k == j]
         sums = {(k, j): torch.zeros(widths[k] + 2, widths[j] + 2, dtype=torch.float64) for k, j in pairs}
-        for number, chunk in enumerate(chunks):
-            if number % world_size() == rank():
-                _add(sums, chunk, names)
+        for chunk in chunks:
+            _add(sums, chunk, names)
         return cls({pair: sum_over_processes(total) for pair, total in sums.items()}, widths)
 
     def of(self, name: str) -> Moments:

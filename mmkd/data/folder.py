@@ -214,9 +214,11 @@ def _published_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
-def ids_of(pairs: Sequence[Pair]) -> list[str]:
-    """The ids of all pairs."""
-    return pairs.column("id").to_pylist() if isinstance(pairs, PairTable) else [pair.id for pair in pairs]
+def ids_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[str]:
+    """The ids of the pairs at these positions, (n,)."""
+    if isinstance(pairs, PairTable):
+        return pairs.column("id").take(positions).to_pylist()
+    return [pairs[k].id for k in positions.tolist()]
 
 
 def pairs_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[Pair]:

@@ -27,7 +27,7 @@ try:
 except ImportError:  # the same pixels by Pillow, in twice the time
     simplejpeg = None
 
-CROP_AREA = (0.9, 1.0)
+CROP_AREA = 0.9
 CROP_ASPECT = (3 / 4, 4 / 3)
 DRAFT_FACTOR = 2
 JPEG_START = b"\xff\xd8\xff"
@@ -72,8 +72,8 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def random_crop(pixels: Tensor, size: int, generator: np.random.Generator) -> Tensor:
-    """A random rectangle of 90-100 % of the area, 3:4 to 4:3, resized to a square by antialiased bicubic interpolation.
+def random_crop(pixels: Tensor, size: int, generator: np.random.Generator, least: float = CROP_AREA) -> Tensor:
+    """A random rectangle, 3:4 to 4:3, resized to a square by antialiased bicubic interpolation.
 
     Where ten draws do not fit into the image, the largest central rectangle within the aspects is taken, as
     torchvision's RandomResizedCrop does.
@@ -82,19 +82,22 @@ def random_crop(pixels: Tensor, size: int, generator: np.random.Generator) -> Te
         pixels: (3, height, width) uint8.
         size: side of the square.
         generator: draws the rectangle.
+        least: smallest share of the area.
 
     Returns:
         (3, size, size) uint8.
     """
-    left, top, width, height = crop_box(pixels.shape[2], pixels.shape[1], generator)
+    left, top, width, height = crop_box(pixels.shape[2], pixels.shape[1], generator, least)
     cropped = pixels[None, :, top : top + height, left : left + width]
     return F.interpolate(cropped, (size, size), mode="bicubic", antialias=True)[0]
 
 
-def crop_box(width: int, height: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_box(
+    width: int, height: int, generator: np.random.Generator, least: float = CROP_AREA
+) -> tuple[int, int, int, int]:
     """Left, top, width and height of a random crop."""
     for area, aspect, across, down in generator.random((10, 4)).tolist():
-        area = width * height * (CROP_AREA[0] + area * (CROP_AREA[1] - CROP_AREA[0]))
+        area = width * height * (least + area * (1 - least))
         aspect = CROP_ASPECT[0] * (CROP_ASPECT[1] / CROP_ASPECT[0]) ** aspect  # uniform in the logarithm
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:

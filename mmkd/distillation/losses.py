@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -112,18 +111,12 @@ class TeacherSimilarity:
     mask: Tensor
     scale: float
 
-    @cached_property
-    def unmasked(self) -> tuple[Tensor, Tensor]:
-        """Columns of the mask, and of every column its place among them, the place after the last for the others."""
-        columns = self.columns if self.mask.all() else self.columns[self.mask]
-        return columns.float(), (self.mask.long().cumsum(0) - 1).masked_fill(~self.mask, len(columns))
-
 
 def teacher_mean(teachers: Sequence[TeacherSimilarity], part: slice, row_offset: int | None = None) -> Tensor:
     """Mean of the teachers' softmax: ``p(j|i) = sum_k w_ik p_k(j|i) / sum_k w_ik``.
 
-    ``p_k(j|i) = softmax_j c_k <a_ik, b_jk>`` over the columns of teacher k's mask. Rows without weight and masked
-    columns are left out of its product.
+    ``p_k(j|i) = softmax_j c_k <a_ik, b_jk>`` over the columns of teacher k's mask. No step depends on the values of a
+    mask: choosing rows or columns by one would make the processor wait for the device.
 
     Args:
         teachers: one for each teacher.
@@ -137,23 +130,15 @@ def teacher_mean(teachers: Sequence[TeacherSimilarity], part: slice, row_offset:
     mean = first.rows.new_zeros((len(first.rows[part]), len(first.columns)), dtype=torch.float32)
     total = mean.new_zeros(len(mean))
     for teacher in teachers:
-        columns, place = teacher.unmasked
         weights = teacher.weights[part].float()
-        own = torch.arange(part.start, part.start + len(mean), device=mean.device) + (row_offset or 0)
-        if row_offset is not None:  # a row without another column does not count
-            weights = weights * (len(columns) - teacher.mask[own].long() > 0)
-        rows = weights.nonzero()[:, 0]
-        if not len(rows):
-            continue
-        padded = mean.new_zeros(len(rows), len(columns) + (len(columns) < len(place)))
-        logits = padded[:, : len(columns)]  # a last column of zeros stands for all masked ones
-        torch.mm(teacher.rows[part][rows].float() * teacher.scale, columns.T, out=logits)
+        logits = (teacher.rows[part].float() * teacher.scale) @ teacher.columns.float().T
+        logits.masked_fill_(~teacher.mask, MASKED)
         if row_offset is not None:
-            present = teacher.mask[own[rows]].nonzero()[:, 0]
-            logits[present, place[own[rows[present]]]] = MASKED
+            own = torch.arange(part.start, part.start + len(mean), device=mean.device) + row_offset
+            logits.scatter_(1, own[:, None], MASKED)
+            weights = weights * (teacher.mask.sum() > teacher.mask[own])  # a row without another column does not count
         logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
-        logits.mul_((weights[rows] / logits.sum(dim=1))[:, None])
-        mean.index_add_(0, rows, padded if len(columns) == len(place) else padded.index_select(1, place))
+        mean.addcmul_(logits, (weights / logits.sum(dim=1))[:, None])
         total += weights
     return mean.div_(total.clamp(min=1e-12)[:, None])
 
@@ -185,9 +170,7 @@ def affinity(
         chunk: rows at a time, None for all.
     """
 
-    def one_way(own: Tensor, others: Tensor, similarities: Sequence[TeacherSimilarity]) -> Tensor:
-        teachers = [replace(teacher) for teacher in similarities]  # their unmasked columns are freed on return
-
+    def one_way(own: Tensor, others: Tensor, teachers: Sequence[TeacherSimilarity]) -> Tensor:
         def cross_entropy(rows: Tensor, columns: Tensor, scale: Tensor, part: slice) -> Tensor:
             log_student = F.log_softmax(scale * (rows @ columns.T), dim=1)
             return -(teacher_mean(teachers, part) * log_student).sum()
@@ -220,7 +203,6 @@ def relational(
         chunk: rows at a time, None for all.
     """
     own = (torch.arange(len(student), device=student.device) + row_offset)[:, None]
-    teachers = [replace(teacher) for teacher in teachers]  # their unmasked columns are freed on return
 
     def kl(rows: Tensor, columns: Tensor, scale: Tensor, part: slice) -> Tensor:
         logits = (scale * (rows @ columns.T)).scatter(1, own[part], MASKED)

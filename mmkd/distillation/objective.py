@@ -20,6 +20,7 @@ from mmkd.distillation.options import ALIGNED_LOSSES, DistillOptions
 from mmkd.distillation.rows import Rows, captioned_rows
 from mmkd.distillation.targets import TeacherSimilarities, TeacherWeights, combined_target, teacher_weights
 from mmkd.distillation.weighting import sample_teacher
+from mmkd.distributed import gather
 from mmkd.student.embed import embed
 from mmkd.training.objectives import Objective, gathered, task_loss
 
@@ -78,19 +79,20 @@ class DistillObjective(Objective):
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` and every part that has a weight, unweighted.
 
-        Where the batch has ``captioned``, images without a caption take part in the losses of images alone.
+        Where the batch has ``captioned``, a number, only so many rows have a caption, the first ones. The other images
+        take part in the losses of images alone.
         """
         student, options = gathered(embeddings), self.options
         teachers = None
         if options.reasons_for_raw():
             teachers = TeacherSimilarities(batch, student.row_offset, options, self.scales)
         whole = Rows(student, teachers, batch)
-        pairs = captioned_rows(whole) if "captioned" in batch else whole
+        pairs = captioned_rows(whole, batch["captioned"]) if "captioned" in batch else whole
         parts: dict[str, Tensor] = {}
         if self.weights["task"]:
             mask = None if pairs.teachers is None else pairs.teachers.negatives_mask()
             captions = pairs.batch["caption_numbers"] if options.positives == "caption" else None
-            parts["task"] = pairs.weight * task_loss(pairs.student, self.model, mask, captions)
+            parts["task"] = task_loss(pairs.student, self.model, mask, captions)
         if any(self.weights[name] for name in ALIGNED_LOSSES):
             parts |= self._aligned_losses(whole, pairs)
         if teachers is not None:
@@ -106,16 +108,15 @@ class DistillObjective(Objective):
         text, mask = self._target("text", pairs)
         if self.weights["feature"]:
             error = losses.feature_cosine if self.options.feature_form == "cosine" else losses.feature_squared
-            of_texts = pairs.weight * error(pairs.student.text, text, mask)
+            of_texts = error(pairs.student.text, text, mask)
             parts["feature"] = error(whole.student.image, image, image_mask) + of_texts
         if self.weights["interactive"]:
             if pairs is not whole:
                 image = self._target("image", pairs)[0]
             learned = self.interactive_logit_scale
             scale = losses.PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
-            columns = pairs.gather(image), pairs.gather(text), pairs.gather(mask)
-            student = pairs.student
-            parts["interactive"] = pairs.weight * losses.interactive(
+            columns, student = map(gather, (image, text, mask)), pairs.student
+            parts["interactive"] = losses.interactive(
                 student.image, student.text, *columns, scale, student.row_offset, student.chunk
             )
         return parts
@@ -138,7 +139,7 @@ class DistillObjective(Objective):
             own, weights = self.affinity_logit_scale, self._teacher_weights(pairs)
             scale = (self.model.get_parameter("logit_scale") if own is None else own).float().exp()
             both = pairs.teachers.across("image", weights), pairs.teachers.across("text", weights)
-            parts["affinity"] = pairs.weight * losses.affinity(*student[:4], *both, scale, student.chunk)
+            parts["affinity"] = losses.affinity(*student[:4], *both, scale, student.chunk)
         if self.weights["heads"]:
             parts["heads"] = (self._heads("image", whole) + self._heads("text", pairs)) / 2
         if self.weights["relational"]:
@@ -148,12 +149,11 @@ class DistillObjective(Objective):
     def _heads(self, modality: Modality, rows: Rows) -> Tensor:
         assert self.heads is not None
         features, weights = rows.features(modality)[0], self._teacher_weights(rows)
-        error = heads_loss(self.heads, features, modality, rows.batch["teachers"], weights, self.dispersions)
-        return rows.weight * error
+        return heads_loss(self.heads, features, modality, rows.batch["teachers"], weights, self.dispersions)
 
     def _relational(self, modality: Modality, rows: Rows) -> Tensor:
         assert rows.teachers is not None
         unscreened, scale = self.options.relational_teachers == "all", self.options.relational_scale
         teachers = rows.teachers.within(modality, self._teacher_weights(rows, unscreened), unscreened)
         own, others = rows.features(modality)
-        return rows.weight * losses.relational(own, others, teachers, scale, *rows.student[4:], rows.student.chunk)
+        return losses.relational(own, others, teachers, scale, *rows.student[4:], rows.student.chunk)

@@ -147,8 +147,8 @@ def teacher_weights(
     weights = {name: mask[:, k].float() for k, name in enumerate(names)}
     if options.teacher_weights:
         for name, weight in weights.items():
-            by_name = weights_by_name(options.teacher_weights, name, batch["modality"])
-            weights[name] = weight * weight.new_tensor(by_name)
+            by_name = torch.tensor(weights_by_name(options.teacher_weights, name, batch["modality"]))
+            weights[name] = weight * by_name.to(weight.device, non_blocking=True)
     if options.confidence and similarities is not None:
         powers = {name: p.pow(options.confidence) for name, p in similarities.confidence().items()}
         weights |= {name: weights[name] * power for name, power in powers.items()}

@@ -106,7 +106,7 @@ def group_tasks(tasks: Sequence[FeatureTask]) -> list[list[FeatureTask]]:
         own = task.extraction
         for group in groups:
             other = group[0].extraction
-            if own.size == other.size and own.missing.tolist() == other.missing.tolist():
+            if own.size == other.size and own.lacks_what(other):
                 group.append(task)
                 break
         else:

@@ -37,6 +37,7 @@ NOT_OF_THE_TOWER = ("dtype", "transformers_version", "architectures", "_name_or_
 PIXELS = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
 SHARD_SIZE, BATCH_SIZE = 1024, 64
 OUTPUTS = "outputs"
+SHOWN = 5
 
 ImageFile = Path | ArchivedFile
 
@@ -50,6 +51,19 @@ class FrozenTowers:
         self.model, self.quiet = model, quiet
         self._images = TowerOutputs(cache / f"vision-{_vision_fingerprint(model, processor)[:24]}")
         self._texts = TowerOutputs(cache / f"text-{_text_fingerprint(model, processor)[:24]}")
+
+    def outputs_of(self, folder: PairFolder) -> dict[str, Tensor]:
+        """``pooled_images`` and ``pooled_texts`` of a folder, `(n, width)` each, shared out among the processes.
+
+        Raises:
+            ValueError: an image cannot be read; the message names it.
+        """
+        images, unreadable = self.image_outputs(folder, folder.pairs, share=True)
+        if unreadable:
+            listed = ", ".join(f"{id} ({reason})" for id, reason in list(unreadable.items())[:SHOWN])
+            raise ValueError(f"{len(unreadable)} images of {folder.path} cannot be read: {listed}; curate them again")
+        texts = self.text_outputs([pair.caption for pair in folder.pairs], share=True)
+        return {"pooled_images": images, "pooled_texts": texts}
 
     def image_outputs(
         self, folder: PairFolder, pairs: Sequence[Pair], share: bool = False

@@ -47,6 +47,7 @@ PEAKS = {
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
 }
+WITHOUT_TF32 = ("V100", "T4", "MI250X")  # the others have half the bf16 peak in it
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,13 @@ def peak_flops(device: str, precision: str) -> float | None:
 
     Args:
         device: a name that holds one of `PEAKS`, such as ``NVIDIA H100 80GB HBM3``.
-        precision: ``bf16`` or ``fp32``.
+        precision: ``bf16``, ``tf32`` or ``fp32``.
     """
     words = device.replace("-", " ").lower().split()
     for name, (half, single) in PEAKS.items():
         if all(word in words for word in name.lower().split()):
-            return (half if precision == "bf16" else single) * 1e12
+            tf32 = single if name in WITHOUT_TF32 else half / 2
+            return {"bf16": half, "tf32": tf32, "fp32": single}[precision] * 1e12
     return None
 
 

@@ -20,12 +20,18 @@ from mmkd.data.features.lookup import TeacherFeatures, available_features
 from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair, in_columns
 from mmkd.distributed import rank, world_size
-from mmkd.encoders.frozen import FrozenTowers
-from mmkd.training.dataset import Collate, GlobalBatchSampler, PairDataset, TeacherStores, caption_numbers
+from mmkd.training.dataset import (
+    Collate,
+    GlobalBatchSampler,
+    PairDataset,
+    TeacherStores,
+    caption_numbers,
+    joined,
+    micro_batches,
+    without_inputs,
+)
 from mmkd.training.settings import BatchSettings
 from modeling_mmkd import MMKDClipModel
-
-SHOWN = 5
 
 
 class Batches(Protocol):
@@ -73,14 +79,14 @@ def training_batches(
     if settings.cache_frozen_towers is None:
         batches: list[Batches] = [pair_batches(own, processor, settings, features) for own in (folder, images) if own]
     else:
+        from mmkd.encoders.frozen import FrozenTowers
+
         require_frozen(model, settings.crop)
         towers = FrozenTowers(settings.cache_frozen_towers, model, processor, settings.quiet)
         batches = []
         for own in (folder, images):
             if own is not None:
-                of_images, texts = tower_outputs(towers, own)
-                stored = {"pooled_images": of_images, "pooled_texts": texts}
-                batches.append(StoredBatches(own.pairs, settings, stored, features))
+                batches.append(StoredBatches(own.pairs, settings, towers.outputs_of(own), features))
     return batches[0] if images is None else JoinedBatches(batches[0], batches[1], len(folder.pairs))
 
 
@@ -101,10 +107,10 @@ def pair_batches(
         crop: instead of the settings'.
     """
     size = processor.image_processor.crop_size["height"]
-    dataset = PairDataset(folder, size, crop or settings.crop, settings.seed)
+    dataset = PairDataset(folder, size, crop or settings.crop, settings.seed, settings.crop_area)
     sampler = global_sampler(len(dataset), settings)
     collate = Collate(processor, processor.tokenizer.model_max_length, features)
-    return PairBatches(dataset, sampler, collate, settings.workers)
+    return PairBatches(dataset, sampler, collate, settings.workers, settings.micro_batch_size)
 
 
 def global_sampler(pairs: int, settings: BatchSettings) -> GlobalBatchSampler:
@@ -113,11 +119,22 @@ def global_sampler(pairs: int, settings: BatchSettings) -> GlobalBatchSampler:
 
 
 class PairBatches:
-    """Batches of images, captions and teacher features."""
+    """Batches of images, captions and teacher features, each in ``micro_batches`` where it is larger than one.
 
-    def __init__(self, dataset: PairDataset, sampler: GlobalBatchSampler, collate: Collate, workers: int) -> None:
+    Worker processes assemble micro-batches: a large batch never is one piece of shared memory, nor copied as a whole.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        sampler: GlobalBatchSampler,
+        collate: Collate,
+        workers: int,
+        micro_batch_size: int | None = None,
+    ) -> None:
         """Read with `workers` processes beside this one, 0 to read in this one."""
         self.dataset, self.sampler, self.collate, self.workers = dataset, sampler, collate, workers
+        self.micro_batch_size = min(micro_batch_size or sampler.share, sampler.share)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -135,19 +152,30 @@ class PairBatches:
         """
         self.sampler.set_epoch(epoch)
         self.dataset.set_epoch(epoch)
+        size = self.micro_batch_size
+        together = -(-self.sampler.share // size)
+        pieces = (rows[k : k + size] for rows in islice(self.sampler, skip, None) for k in range(0, len(rows), size))
         loader = DataLoader(
             _Collated(self.dataset, self.collate),
             batch_size=None,
-            sampler=islice(self.sampler, skip, None),  # an iterator, used once
+            sampler=pieces,  # an iterator, used once
             num_workers=self.workers,
+            prefetch_factor=max(2, -(-together // self.workers)) if self.workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else making a loader would draw from the global one
             worker_init_fn=_ignore_interrupts,
         )
-        for batch in loader:
-            if isinstance(batch, str):
-                raise ValueError(batch)
-            yield batch
+        waiting: list[dict[str, Any]] = []
+        for piece in loader:
+            if isinstance(piece, str):
+                raise ValueError(piece)
+            if together == 1:
+                yield piece
+                continue
+            waiting.append(piece)
+            if len(waiting) == together:
+                yield joined([without_inputs(piece) for piece in waiting]) | {"micro_batches": waiting}
+                waiting = []
 
 
 class _Collated(Dataset):
@@ -230,34 +258,24 @@ class JoinedBatches:
         return {**self.pairs.identity(), "images": self.images.identity()}
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
-        """The batches of an epoch of the pairs, the images last, with ``captioned`` `(rows,)` bool."""
+        """The batches of an epoch of the pairs, the images last; ``captioned`` is the number of pairs."""
         images = self._images(epoch * len(self.pairs) + skip)
         for batch in self.pairs.epoch(epoch, skip):
-            own = next(images)
-            own["index"] = own["index"] + self.first_index
-            captioned = torch.arange(len(batch["ids"]) + len(own["ids"])) < len(batch["ids"])
-            yield {**_joined(batch, own), "captioned": captioned}
+            more: dict[str, Any] = {"captioned": len(batch["ids"])}
+            parts = [batch, next(images)]
+            if any("micro_batches" in part for part in parts):
+                more["micro_batches"] = [piece for part in parts for piece in micro_batches(part, None)]
+                parts = [without_inputs(part) for part in parts]
+            yield joined(parts) | more
 
     def _images(self, step: int) -> Iterator[dict[str, Any]]:
         while True:
             epoch, skip = divmod(step, len(self.images))
             for batch in self.images.epoch(epoch, skip):
+                for piece in (batch, *batch.get("micro_batches", [])):
+                    piece["index"] = piece["index"] + self.first_index
                 yield batch
                 step += 1
-
-
-def _joined(one: Any, other: Any) -> Any:
-    """Two batches as one: tensors and lists one after the other, matrices of tokens padded with zeros."""
-    if isinstance(one, Mapping):
-        return {key: _joined(value, other[key]) for key, value in one.items()}
-    if isinstance(one, list):
-        return one + other
-    if not isinstance(one, Tensor):
-        return one
-    if one.ndim == 2 and one.shape[1] != other.shape[1]:
-        width = max(one.shape[1], other.shape[1])
-        one, other = (torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in (one, other))
-    return torch.cat([one, other])
 
 
 def identity_of(
@@ -282,19 +300,6 @@ def require_frozen(model: MMKDClipModel, crop: str) -> None:
             raise ValueError(f"--cache_frozen_towers needs frozen towers, but {name} is trainable: add it to --freeze")
     if crop != "center":
         raise ValueError("--cache_frozen_towers needs --crop center: the output for a random crop cannot be cached")
-
-
-def tower_outputs(towers: FrozenTowers, folder: PairFolder) -> tuple[Tensor, Tensor]:
-    """Pooled outputs of all images and captions of a folder, `(n, width)` each, shared out among the processes.
-
-    Raises:
-        ValueError: an image cannot be read; the message names it.
-    """
-    images, unreadable = towers.image_outputs(folder, folder.pairs, share=True)
-    if unreadable:
-        listed = ", ".join(f"{id} ({reason})" for id, reason in list(unreadable.items())[:SHOWN])
-        raise ValueError(f"{len(unreadable)} images of {folder.path} cannot be read: {listed}; curate them again")
-    return images, towers.text_outputs([pair.caption for pair in folder.pairs], share=True)
 
 
 def _ignore_interrupts(_worker: int) -> None:

@@ -20,9 +20,10 @@ from torch.utils.data import Dataset, Sampler
 from mmkd.data.features.lookup import TeacherFeatures, available_features
 from mmkd.data.folder import PairFolder
 from mmkd.data.images import open_image
-from mmkd.data.pixels import DRAFT_FACTOR, random_crop, read_pixels, to_tensor
+from mmkd.data.pixels import CROP_AREA, DRAFT_FACTOR, random_crop, read_pixels, to_tensor
 from mmkd.student.embed import PixelStatistics
 
+MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask", "pooled_images", "pooled_texts")  # not read by losses
 TeacherStores = Mapping[str, TeacherFeatures]
 """Teacher features by their key in a batch: ``teachers`` (raw) and ``aligned`` (in the student's width)."""
 
@@ -36,7 +37,14 @@ class PairDataset(Dataset):
     of at least twice ``image_size``, which is several times faster.
     """
 
-    def __init__(self, folder: PairFolder, image_size: int, crop: Literal["random", "center"], seed: int = 0) -> None:
+    def __init__(
+        self,
+        folder: PairFolder,
+        image_size: int,
+        crop: Literal["random", "center"],
+        seed: int = 0,
+        crop_area: float = CROP_AREA,
+    ) -> None:
         """Choose the crop.
 
         Args:
@@ -44,6 +52,7 @@ class PairDataset(Dataset):
             image_size: side of the square in pixels.
             crop: random (training) or center (evaluation).
             seed: of the random crops.
+            crop_area: smallest share of the area of a random crop.
         """
         if crop not in ("random", "center"):
             raise ValueError(f"crop is {crop!r}; allowed: random, center")
@@ -51,6 +60,7 @@ class PairDataset(Dataset):
         self.image_size = image_size
         self.crop = crop
         self.seed = seed
+        self.crop_area = crop_area
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with workers that outlive an epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -76,8 +86,9 @@ class PairDataset(Dataset):
             pixels = to_tensor(center_crop(open_image(path), self.image_size))
         else:
             generator = np.random.default_rng([self.seed, int(self._epoch), index])
-            pixels = read_pixels(path, draft_side=DRAFT_FACTOR * self.image_size)
-            pixels = random_crop(pixels, self.image_size, generator)
+            side = DRAFT_FACTOR * self.image_size * (CROP_AREA / self.crop_area) ** 0.5  # small crops need more pixels
+            pixels = read_pixels(path, draft_side=round(side))
+            pixels = random_crop(pixels, self.image_size, generator, self.crop_area)
         return {
             "pixel_values": pixels,
             "caption": pair.caption,
@@ -117,8 +128,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
             )
         self.n = n
         self.batch_size = batch_size if n >= batch_size else n - n % world_size
+        self.share = self.batch_size // world_size
         self.rank = rank
-        self.world_size = world_size
         self.seed = seed
         self._epoch = 0
 
@@ -131,10 +142,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng([self.seed, self._epoch]).permutation(self.n)
-        share = self.batch_size // self.world_size
         for batch in range(len(self)):
-            start = batch * self.batch_size + self.rank * share
-            yield order[start : start + share].tolist()
+            start = batch * self.batch_size + self.rank * self.share
+            yield order[start : start + self.share].tolist()
 
 
 class Collate:
@@ -194,6 +204,51 @@ def caption_numbers(captions: Iterable[str]) -> Tensor:
     texts = (caption.encode("utf-8", "surrogatepass") for caption in captions)
     hashes = (hashlib.blake2b(text, digest_size=7).digest() for text in texts)
     return torch.tensor([int.from_bytes(digest, "big") for digest in hashes])
+
+
+def micro_batches(batch: Mapping[str, Any], size: int | None) -> list[Mapping[str, Any]]:
+    """The micro-batches of a batch: as its loader made them, else `size` neighbouring rows each; None takes all.
+
+    Columns of text that are padding in a whole micro-batch are left out.
+    """
+    if "micro_batches" in batch or size is None:
+        return batch.get("micro_batches", [batch])
+    return [_without_padding(rows_of(batch, slice(k, k + size))) for k in range(0, len(batch["ids"]), size)]
+
+
+def without_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What losses read of a batch: everything but the inputs of the model, which are most of its memory."""
+    return {name: value for name, value in batch.items() if name not in (*MODEL_INPUTS, "micro_batches")}
+
+
+def rows_of(value: Any, rows: slice) -> Any:
+    """Some rows of a tensor, a list, or a mapping of either; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {name: rows_of(item, rows) for name, item in value.items()}
+    return value[rows] if isinstance(value, (Tensor, list)) else value
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Batches as one: tensors and lists one after the other, matrices of tokens padded with zeros."""
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {key: joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, list):
+        return [item for part in parts for item in part]
+    if not isinstance(first, Tensor):
+        return first
+    if first.ndim == 2:
+        width = max(part.shape[1] for part in parts)
+        parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+    return torch.cat(list(parts))
+
+
+def _without_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    if "attention_mask" in batch:
+        used = batch["attention_mask"].any(dim=0).nonzero()
+        longest = int(used.max()) + 1 if len(used) else 1
+        batch |= {name: batch[name][:, :longest] for name in ("input_ids", "attention_mask")}
+    return batch
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

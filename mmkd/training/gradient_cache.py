@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkd.training.dataset import micro_batches, without_inputs
 from mmkd.training.objectives import ObjectiveWrapper
-
-MODEL_INPUTS = ("pixel_values", "input_ids", "attention_mask", "pooled_images", "pooled_texts")  # not read by losses
 
 
 def embedding_gradients(
@@ -67,7 +66,7 @@ def surrogate_loss(
 def cached_backward(
     trained: Callable[..., Any],
     batch: Mapping[str, Any],
-    micro_batch_size: int,
+    micro_batch_size: int | None,
     *,
     to_device: Callable[[Any], Any],
     backward: Callable[[Tensor], None],
@@ -79,7 +78,7 @@ def cached_backward(
     Args:
         trained: an `ObjectiveWrapper`, wrapped for several processes or not.
         batch: this process' rows, on any device.
-        micro_batch_size: rows of a micro-batch.
+        micro_batch_size: rows of a micro-batch, where the batch is not in micro-batches already.
         to_device: moves a batch to the device of `trained`.
         backward: the backward pass of a scalar.
         without_sync: within it gradients are only added up locally; the last micro-batch synchronizes them all.
@@ -89,53 +88,36 @@ def cached_backward(
         The loss and its parts, without gradient.
     """
     pieces = micro_batches(batch, micro_batch_size)
-    embeddings: dict[str, Tensor] = {}  # one copy of each, filled piece by piece
+    embeddings = encoded(trained, pieces, to_device, seed)
     with torch.no_grad():
-        for number, rows in enumerate(pieces):
-            set_seed(*seed, number)
-            for name, part in trained(ObjectiveWrapper.encode, to_device(piece_of(batch, rows))).items():
-                whole = embeddings.setdefault(name, part.new_empty(len(batch["ids"]), *part.shape[1:]))
-                whole[rows.to(part.device)] = part
-        rest = {name: value for name, value in batch.items() if name not in MODEL_INPUTS}
-        parts, gradients, own = trained(embedding_gradients, embeddings, to_device(rest))
-    for number, rows in enumerate(pieces):
+        parts, gradients, own = trained(embedding_gradients, embeddings, to_device(without_inputs(batch)))
+    begin = 0
+    for number, piece in enumerate(pieces):
+        end = begin + len(piece["ids"])
         is_last = number == len(pieces) - 1
         set_seed(*seed, number)
-        theirs = {name: gradient[rows] for name, gradient in gradients.items()}
+        theirs = {name: gradient[begin:end] for name, gradient in gradients.items()}
+        begin = end
         with contextlib.nullcontext() if is_last else without_sync():
-            piece = to_device(piece_of(batch, rows))
-            backward(trained(surrogate_loss, piece, theirs, own if is_last else None))
+            backward(trained(surrogate_loss, to_device(piece), theirs, own if is_last else None))
     return parts
 
 
-def micro_batches(batch: Mapping[str, Any], size: int) -> list[Tensor]:
-    """Row numbers of the micro-batches of a batch, `size` each but the last; texts of similar length lie together."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return list(torch.arange(len(batch["ids"])).split(size))
-    return list(mask.sum(dim=1).argsort(descending=True, stable=True).cpu().split(size))
-
-
-def piece_of(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    """The given rows of a batch, without columns of text that are padding in all of them."""
-    piece = {name: _rows_of(value, rows) for name, value in batch.items()}
-    mask = piece.get("attention_mask")
-    if mask is not None:
-        used = mask.any(dim=0).nonzero()
-        longest = int(used.max()) + 1 if len(used) else 1
-        for name in ("input_ids", "attention_mask"):
-            piece[name] = piece[name][:, :longest]
-    return piece
+@torch.no_grad()
+def encoded(
+    trained: Callable[..., Any],
+    pieces: Sequence[Mapping[str, Any]],
+    to_device: Callable[[Any], Any],
+    seed: Sequence[int],
+) -> dict[str, Tensor]:
+    """The embeddings of all rows of the micro-batches, without a graph; see `cached_backward` for the arguments."""
+    parts = []
+    for number, piece in enumerate(pieces):
+        set_seed(*seed, number)
+        parts.append(trained(ObjectiveWrapper.encode, to_device(piece)))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def set_seed(*parts: int) -> None:
     """Seed torch from several numbers, such as seed, step, process and micro-batch, so that no state is kept."""
     torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1))
-
-
-def _rows_of(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return value[rows]
-    if isinstance(value, Mapping):
-        return {name: _rows_of(item, rows) for name, item in value.items()}
-    return [value[row] for row in rows.tolist()] if isinstance(value, list) else value

@@ -26,6 +26,7 @@ from mmkd.distributed import gather_lists, rank, world_size
 from mmkd.student.embed import padding_free_share
 from mmkd.student.flops import StepCost, peak_flops, step_cost
 from mmkd.training.checkpoints import Progress
+from mmkd.training.dataset import micro_batches
 from mmkd.training.run_folder import LOG_FILE, RunFolder
 from mmkd.training.settings import LoopSettings
 from mmkd.training.tracking import CURVE_FILE, draw_losses, plain_settings, tracker_options, write_environment
@@ -56,7 +57,8 @@ class StepLog:
         self.cost: StepCost | None = step_cost(model) if model is not None else None
         self.peak_flops = settings.peak_tflops * 1e12 if settings.peak_tflops is not None else None
         if self.peak_flops is None and torch.cuda.is_available():
-            self.peak_flops = peak_flops(torch.cuda.get_device_name(), settings.precision)
+            precision = "tf32" if settings.precision == "fp32" and settings.tf32 else settings.precision
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(), precision)
         self.shown, self.hidden = "", settings.quiet or rank() > 0
 
     def begin(self, step: int) -> None:
@@ -109,7 +111,7 @@ class StepLog:
             speed["tokens_per_second"] = round(sum(lengths) * processes / seconds, 1)
             speed["useful_tokens"] = round(padding_free_share(lengths, self.settings.micro_batch_size), 4)
             if self.cost is not None and self.peak_flops is not None:
-                cost = self.cost.at_side(batch["pixel_values"].shape[-1])
+                cost = self.cost.at_side(micro_batches(batch, None)[0]["pixel_values"].shape[-1])
                 speed["mfu"] = round(cost.of(lengths) / seconds / self.peak_flops, 4)
         return speed
 

@@ -13,17 +13,18 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import ProjectConfiguration, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
 from mmkd.command.launch import StopRequest
-from mmkd.distributed import mean_over_processes, rank, settle_group, whole, world_size
+from mmkd.distributed import allow_tf32, mean_over_processes, rank, settle_group, whole, world_size
 from mmkd.files import refuse_existing
 from mmkd.student.trainable import set_training_mode
 from mmkd.training.batches import Batches, batches_from
@@ -39,6 +40,8 @@ from mmkd.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+TIMEOUT = timedelta(hours=1)  # of processes for one another: validation, a checkpoint, the first batches of a cold disk
+
 
 def start(settings: LoopSettings) -> Accelerator:
     """Join the process group and seed, before anything random or slow.
@@ -51,13 +54,18 @@ def start(settings: LoopSettings) -> Accelerator:
     refuse_existing(settings.output, settings.overwrite)
     accelerator = Accelerator(
         mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
         log_with=chosen_trackers(settings.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=str(RunFolder(settings.output).path / TENSORBOARD_FOLDER)),
     )
     settle_group(str(accelerator.distributed_type))
-    if accelerator.device.type == "cuda" and settings.precision == "fp32":
-        logger.warning("training in fp32 on a GPU; --precision bf16 is faster and takes less memory")
+    if accelerator.device.type == "cuda":
+        allow_tf32(settings.tf32)
+        if settings.precision == "fp32":
+            logger.warning("training in fp32 on a GPU; --precision bf16 is faster and takes less memory")
     torch.manual_seed(settings.seed)
     return accelerator
 
@@ -166,7 +174,7 @@ class _Training:
     def _backward(self, batch: dict[str, Any], number: int) -> dict[str, Tensor]:
         """Leave the gradient in the weights; returns the loss and its parts of this process."""
         seed, size = (self.settings.seed, number, rank()), self.settings.micro_batch_size
-        if size is not None and size < len(batch["ids"]):
+        if "micro_batches" in batch or (size is not None and size < len(batch["ids"])):
             return cached_backward(
                 self.wrapper,
                 batch,

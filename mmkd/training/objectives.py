@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.distributed import gather, rank
+from mmkd.distributed import full_fp32, gather, rank
 from mmkd.training.chunked_loss import rows_at_once, sum_over_rows
 
 MASKED = -1e30  # a logit whose exponential is zero, finite so that zero times it is zero
@@ -135,8 +135,9 @@ class ObjectiveWrapper(nn.Module):
             return self.objective.encode(batch)
 
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`Objective.loss`."""
-        return self.objective.loss(embeddings, batch)
+        """`Objective.loss`, in full fp32."""
+        with full_fp32():
+            return self.objective.loss(embeddings, batch)
 
 
 def gathered(embeddings: Mapping[str, Tensor]) -> Embeddings:

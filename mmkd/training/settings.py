@@ -22,9 +22,15 @@ METRICS = ("loss", "mean_recall", *(f"{way}_recall@{k}" for way in DIRECTIONS fo
 class RunSettings:
     """The settings that batches and loop share."""
 
-    GROUPS: ClassVar[dict[str, str]] = {"optimisation": "seed", "checkpoints and logging": "quiet"}
+    GROUPS: ClassVar[dict[str, str]] = {
+        "optimisation": "seed micro_batch_size",
+        "checkpoints and logging": "quiet",
+    }
 
     seed: int = setting(42, "seed of order, crops, new layers and dropout")
+    micro_batch_size: int | None = setting(
+        None, "pairs encoded at once by each process, the same gradient in less memory; null encodes all at once"
+    )
     quiet: bool = setting(False, "show no progress bar")
 
 
@@ -35,9 +41,8 @@ class BatchSettings(RunSettings):
     GROUP: ClassVar[str] = "data"
 
     batch_size: int = setting(64, "global batch size over all processes [pairs]")
-    crop: Literal["random", "center"] = setting(
-        "random", "crop of training images: random 90-100 % of the area, or none"
-    )
+    crop: Literal["random", "center"] = setting("random", "crop of training images: a random part, or none")
+    crop_area: float = setting(0.9, "smallest share of the area of a random crop")
     workers: int = setting(2, "processes that read images, for each training process")
     cache_frozen_towers: Path | None = setting(
         None, "folder for the outputs of frozen towers, encoded once for all runs that name it; needs --crop center"
@@ -56,9 +61,6 @@ class LoopSettings(RunSettings):
     output: Path = setting(help="folder to write; OUTPUT.partial while running, from which the same command resumes")
     epochs: int = setting(1, "passes over the pairs")
     max_steps: int | None = setting(None, "maximum number of training steps; null trains all epochs")
-    micro_batch_size: int | None = setting(
-        None, "pairs encoded at once by each process, the same gradient in less memory; null encodes all at once"
-    )
     learning_rate: float = setting(5e-5, "peak learning rate, reached after the warm-up, then cosine to 0")
     learning_rate_factors: dict[str, float] = setting(
         factory=dict, help="factors of the learning rate by module, such as vision_model: 0.1"
@@ -71,6 +73,7 @@ class LoopSettings(RunSettings):
         None, "decay per step of the exponential moving average of the weights, which is the output; null disables it"
     )
     precision: Literal["fp32", "bf16"] = setting("fp32", "precision of the model's forward pass; losses are fp32")
+    tf32: bool = setting(True, "on GPUs, fp32 products of the model in TF32; those of losses stay in full fp32")
     dropout: float = setting(
         0.0, "probability of every dropout layer; above 0 results depend on the number of processes"
     )
@@ -114,6 +117,8 @@ def check(settings: LoopSettings) -> None:
     for part, factor in settings.learning_rate_factors.items():
         if not factor > 0:
             raise ValueError(f"--learning_rate_factors.{part} is {factor}; it must be above 0, or --freeze {part}")
+    if "crop_area" in values and not 0 < values["crop_area"] <= 1:
+        raise ValueError(f"--crop_area is {values['crop_area']}; it must be above 0 and at most 1")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"--dropout is {settings.dropout}; it must be at least 0 and below 1")
 

@@ -18,7 +18,9 @@ from mmkd.data.features.lookup import seen_pairs
 from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.data.table import Pair
 from mmkd.distributed import gather, mean_over_processes, model_state, rank, wait_for_everyone
-from mmkd.training.batches import Batches, TeacherStores, pair_batches
+from mmkd.training.batches import Batches, pair_batches
+from mmkd.training.dataset import TeacherStores, micro_batches, without_inputs
+from mmkd.training.gradient_cache import encoded
 from mmkd.training.objectives import ObjectiveWrapper
 from mmkd.training.optimizer import WeightAverage
 from mmkd.training.run_folder import RunFolder
@@ -30,14 +32,22 @@ ROWS_AT_ONCE = 1024
 class Validation:
     """Measures an objective on held-out pairs every so many steps."""
 
-    def __init__(self, pairs: Sequence[Pair], batches: Batches, every: int, best_metric: str | None = None) -> None:
-        """Measure on `pairs`, read by `batches`, every `every` steps.
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        batches: Batches,
+        every: int,
+        best_metric: str | None = None,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        """Measure on `pairs`, read by `batches`, every `every` steps, encoding as many at once as training does.
 
         Raises:
             ValueError: `every` is below 1, or `best_metric` is none of `METRICS`.
         """
         check_validation(every, best_metric)
         self.batches, self.every, self.best_metric = batches, every, best_metric
+        self.micro_batch_size = micro_batch_size
         numbers: dict[str, int] = {}
         self._captions = torch.tensor([numbers.setdefault(pair.caption, len(numbers)) for pair in pairs])
 
@@ -82,8 +92,9 @@ class Validation:
         images, texts, index = [], [], []
         with torch.no_grad():
             for batch in self.batches.epoch(0):
-                batch = to_device({**batch, "epoch": 0})
-                embeddings = trained(ObjectiveWrapper.encode, batch)
+                pieces = micro_batches(batch, self.micro_batch_size)
+                embeddings = encoded(trained, pieces, to_device, seed=(0,))
+                batch = to_device(without_inputs({**batch, "epoch": 0}))
                 parts.append(trained(ObjectiveWrapper.loss, embeddings, batch))
                 images.append(gather(embeddings["image"]))
                 texts.append(gather(embeddings["text"]))
@@ -142,7 +153,8 @@ def validation_of(
     for store in (features or {}).values():
         seen_pairs(store, folder.pairs, f"--validate_every {settings.validate_every}: the folder of features")
     batches = pair_batches(folder, processor, settings, features, crop="center")
-    return Validation(folder.pairs, batches, settings.validate_every, settings.best_metric)
+    size = settings.micro_batch_size
+    return Validation(folder.pairs, batches, settings.validate_every, settings.best_metric, size)
 
 
 def retrieval(images: Tensor, texts: Tensor, captions: Tensor) -> dict[str, float]:

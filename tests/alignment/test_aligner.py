@@ -157,7 +157,8 @@ assert world_size() == 2
 flat = load_file(sys.argv[1])
 names = ("even", "narrow", "wide")
 features = {name: {key: flat[f"{name}.{key}"] for key in ("image", "text", "mask")} for name in names}
-pieces = ({n: {k: v[b : b + 31] for k, v in t.items()} for n, t in features.items()} for b in range(0, 400, 31))
+own = range(31 * rank(), 400, 62)  # each its own pieces
+pieces = ({n: {k: v[b : b + 31] for k, v in t.items()} for n, t in features.items()} for b in own)
 aligner = ProcrustesAligner.fit(Covariances.stream(pieces, {"wide": 24, "narrow": 6, "even": 12}, cross=True), dim=12)
 aligner.save(__import__("pathlib").Path(sys.argv[2]) / str(rank()))
 """

@@ -213,3 +213,20 @@ def test_a_broken_image_is_one_error_from_any_process(folder, workers):
     dataset, sampler = PairDataset(folder, 16, crop="center"), GlobalBatchSampler(len(folder.pairs), 10)
     with pytest.raises(ValueError, match=r"^\S*3\.jpg .*\(unsupported\)$"):
         list(PairBatches(dataset, sampler, Collate(WordProcessor(), 8), workers).epoch(0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_assemble_micro_batches_of_the_same_batch(folder, workers):
+    dataset, sampler = PairDataset(folder, 16, crop="center"), GlobalBatchSampler(len(folder.pairs), 10, seed=1)
+    whole, cut = (
+        list(PairBatches(dataset, sampler, Collate(WordProcessor(), 8), workers, size).epoch(1)) for size in (None, 4)
+    )
+    for one, other in zip(whole, cut, strict=True):
+        pieces = other["micro_batches"]
+        assert [len(piece["ids"]) for piece in pieces] == [4, 4, 2]
+        assert not {"pixel_values", "input_ids"} & other.keys()  # they never are one piece of memory
+        assert other["ids"] == [id for piece in pieces for id in piece["ids"]]
+        order = other["index"].argsort(), one["index"].argsort()
+        assert torch.equal(other["index"][order[0]], one["index"][order[1]])
+        pixels = torch.cat([piece["pixel_values"] for piece in pieces])
+        assert torch.equal(pixels[order[0]], one["pixel_values"][order[1]])

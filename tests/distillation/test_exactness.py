@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions
 from mmkd.student.trainable import set_training_mode
-from mmkd.training.gradient_cache import cached_backward, micro_batches, piece_of, set_seed
+from mmkd.training.dataset import micro_batches
+from mmkd.training.gradient_cache import cached_backward, set_seed
 from mmkd.training.objectives import ObjectiveWrapper
 
 STEPS = 10
@@ -138,7 +139,7 @@ class Nothing:
 
 @pytest.fixture
 def batch():
-    return {**next(iter(tiny_run.Generated(24).epoch(0))), "epoch": 0}
+    return {**next(iter(tiny_run.Generated(24, caption_runs=True).epoch(0))), "epoch": 0}
 
 
 def test_pieces_summed_without_the_cache_would_be_another_gradient(batch):
@@ -149,8 +150,8 @@ def test_pieces_summed_without_the_cache_would_be_another_gradient(batch):
     for name, gradient in exact.items():
         torch.testing.assert_close(cached[name], gradient, atol=1e-6, rtol=1e-4)
     objective.zero_grad()
-    for rows in micro_batches(batch, 12):
-        (objective(piece_of(batch, rows))["loss"] / 2).backward()
+    for piece in micro_batches(batch, 12):
+        (objective(piece)["loss"] / 2).backward()
     plain = objective.model.visual_projection.weight.grad
     difference = (plain - exact["model.visual_projection.weight"]).norm() / plain.norm()
     assert difference > 0.05
@@ -169,23 +170,20 @@ def test_dropout_draws_the_same_in_both_passes(batch):
     set_training_mode(objective, dropout=0.5)
     cached = gradients(objective, batch, micro_batch_size=5, seed=(1, 2))
     objective.zero_grad()
-    pieces = micro_batches(batch, 5)
     encoded = []
-    for number, rows in enumerate(pieces):
+    for number, piece in enumerate(micro_batches(batch, 5)):
         set_seed(1, 2, number)
-        encoded.append(objective.encode(piece_of(batch, rows)))
-    back = torch.cat(pieces).argsort()
-    joined = {name: torch.cat([part[name] for part in encoded])[back] for name in encoded[0]}
+        encoded.append(objective.encode(piece))
+    joined = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
     objective.loss(joined, batch)["loss"].backward()
     for name, p in objective.named_parameters():
         torch.testing.assert_close(cached[name], p.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_pieces_are_of_like_length_and_without_shared_padding(batch):
-    pieces = micro_batches(batch, 6)
-    assert sorted(torch.cat(pieces).tolist()) == list(range(24))
-    cut = [piece_of(batch, rows) for rows in pieces]
+    cut = micro_batches(batch, 6)
+    assert [id for piece in cut for id in piece["ids"]] == batch["ids"] and len(set(batch["ids"])) == 24
     lengths = [piece["attention_mask"].sum(dim=1) for piece in cut]
     assert all(a.min() >= b.max() for a, b in pairwise(lengths))  # longest first
     assert [piece["input_ids"].shape[1] for piece in cut] == [int(n.max()) for n in lengths]
-    assert cut[0]["ids"] == [batch["ids"][row] for row in pieces[0].tolist()]
+    assert torch.equal(torch.cat([piece["index"] for piece in cut]), batch["index"])

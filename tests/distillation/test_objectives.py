@@ -7,12 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from waits import Waits
 
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
+from mmkd.distillation.heads import TeacherHeads
 from mmkd.distillation.objective import DistillObjective
-from mmkd.distillation.options import DistillOptions, checked_weights, require_width
+from mmkd.distillation.options import DISTILL_LOSSES, DistillOptions, checked_weights, require_width
 from mmkd.distillation.weighting import sample_teacher, spread_scales
+from mmkd.distributed import allow_tf32
 from mmkd.training.contrastive import ContrastiveObjective
+from mmkd.training.dataset import rows_of
+from mmkd.training.objectives import ObjectiveWrapper
 
 
 class Student(nn.Module):
@@ -197,35 +202,63 @@ def test_a_batch_may_be_encoded_in_pieces():
         torch.testing.assert_close(part, whole[name])
 
 
-def kept_rows(value, rows):
-    if isinstance(value, dict):
-        return {key: kept_rows(nested, rows) for key, nested in value.items()}
-    return value[rows] if isinstance(value, torch.Tensor) else value
-
-
 def test_images_without_captions_take_part_in_the_losses_of_images_alone():
     losses = {"task": 1, "affinity": 1, "feature": 1, "interactive": 1, "relational": 1}
-    captioned = torch.tensor([True, False, True, True, False, True, True, True])
+    captioned = torch.arange(8) < 6
     embeddings = {side: F.normalize(torch.randn(8, 8), dim=1) for side in ("image", "text")}
     given = batch(8, modality=[""] * 8)
-    some = distill(student(8), losses).loss(embeddings, {**given, "captioned": captioned})
+    some = distill(student(8), losses).loss(embeddings, {**given, "captioned": 6})
     every = distill(student(8), losses).loss(embeddings, given)
-    without = distill(student(8), losses).loss(kept_rows(embeddings, captioned), kept_rows(given, captioned))
+    without = distill(student(8), losses).loss(rows_of(embeddings, slice(6)), rows_of(given, slice(6)))
     for name in ("task", "affinity", "interactive"):
         torch.testing.assert_close(some[name], without[name])
     objective = distill(student(8), {"relational": 1})
     images = F.normalize(torch.randn(8, 8), dim=1)
     moved = {"image": torch.where(captioned[:, None], embeddings["image"], images), "text": embeddings["text"]}
-    first = objective.loss(embeddings, {**given, "captioned": captioned})["relational"]
-    assert objective.loss(moved, {**given, "captioned": captioned})["relational"] != first  # their images count
+    first = objective.loss(embeddings, {**given, "captioned": 6})["relational"]
+    assert objective.loss(moved, {**given, "captioned": 6})["relational"] != first  # their images count
     moved = {"image": embeddings["image"], "text": torch.where(captioned[:, None], embeddings["text"], images)}
-    torch.testing.assert_close(objective.loss(moved, {**given, "captioned": captioned})["relational"], first)
+    torch.testing.assert_close(objective.loss(moved, {**given, "captioned": 6})["relational"], first)
     assert every["relational"] != some["relational"]
 
 
 def test_a_batch_without_any_caption_is_refused():
     with pytest.raises(ValueError, match="no caption at all; raise --batch_size"):
-        distill(student(), {"relational": 1})({**batch(), "captioned": torch.zeros(6).bool()})
+        distill(student(), {"relational": 1})({**batch(), "captioned": 0})
+
+
+@pytest.mark.parametrize("captioned", [None, 6])
+def test_no_loss_waits_for_the_device(captioned):
+    options = DistillOptions(
+        losses=dict.fromkeys(DISTILL_LOSSES, 1.0), head_form="angular", target="leave_one_out", false_negatives=0.6,
+        confidence=0.5, teacher_dropout=0.2, teacher_weights={"ct/a": 2.0}, relational_teachers="available",
+    )  # fmt: skip
+    heads = TeacherHeads(8, {"a": 8, "b": 8})
+    objective = DistillObjective(student(8), options, heads=heads, dispersions={"image/a": 0.8, "text/b": 0.7})
+    embeddings = {side: F.normalize(torch.randn(8, 8), dim=1).requires_grad_() for side in ("image", "text")}
+    more = {} if captioned is None else {"captioned": captioned}
+    with Waits() as waits:
+        objective.loss(embeddings, {**batch(8, modality=["ct", "mri"] * 4), "epoch": 1, **more})["loss"].backward()
+    assert waits.found == []
+    with Waits() as waits:
+        assert embeddings["image"].grad[torch.arange(8) < 4].norm().item() > 0
+    assert waits.found == ["index", "_local_scalar_dense"]
+
+
+def test_losses_keep_full_fp32_where_the_towers_use_tf32():
+    class Recorded(ContrastiveObjective):
+        def loss(self, embeddings, batch):
+            found.append(torch.get_float32_matmul_precision())
+            return super().loss(embeddings, batch)
+
+    found, sides = [], {side: F.normalize(torch.randn(4, 8), dim=1) for side in ("image", "text")}
+    try:
+        allow_tf32(True)
+        ObjectiveWrapper(Recorded(student(4)), "cpu", "fp32").loss(sides, {})
+        found.append(torch.get_float32_matmul_precision())
+    finally:
+        allow_tf32(False)
+    assert found == ["highest", "high"]
 
 
 def test_teachers_without_an_image_text_space_take_part_in_the_relations_alone():

@@ -1,6 +1,7 @@
 """Every training config and recipe on a few pictures, through the functions that the commands call."""
 
 import dataclasses
+import importlib
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ import mmkd.distillation.options
 import mmkd.train.align
 import mmkd.train.configs
 import mmkd.train.distill
+import mmkd.train.pipeline
 import mmkd.train.pretrain
 from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.command.settings import parse
@@ -26,7 +28,7 @@ from mmkd.data.features.index import fingerprints_of
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import hold_out_split, open_pairs, write_manifest
-from mmkd.data.provenance import teachers_of
+from mmkd.data.provenance import teachers_file, teachers_of
 from mmkd.data.table import Pair
 from mmkd.training.batches import JoinedBatches, StoredBatches
 from mmkd.training.settings import BatchSettings
@@ -127,9 +129,9 @@ def overrides(recipe, world, output):
     return [text for key, value in (common | own).items() for text in (f"--{key}", value)]
 
 
-@pytest.mark.parametrize("name", ["pretrain", "pretrain_paper", "align", "distill", "distill_paper"])
+@pytest.mark.parametrize("name", ["pretrain", "pretrain_paper", "align", "distill", "distill_paper", "distill_base"])
 def test_every_config_opens_with_its_commands_and_runs(tmp_path, world, name):
-    path, recipe = CONFIGS / f"{name}.yaml", name.removesuffix("_paper")
+    path, recipe = CONFIGS / f"{name}.yaml", name.partition("_")[0]
     comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(line.startswith("# Before: ") for line in comment)
     assert f"# Run:    accelerate launch train/{recipe}.py --config train/configs/{name}.yaml" in comment
@@ -141,6 +143,22 @@ def test_every_config_opens_with_its_commands_and_runs(tmp_path, world, name):
             assert given[key] == (saved[key] if key != "losses" else {name: saved[key][name] for name in given[key]})
     if recipe != "align":
         assert len(log(tmp_path / "out")) == 2
+
+
+def test_stages_take_their_settings_of_the_paper_s_pipeline(tmp_path):
+    path = CONFIGS / "pipeline_paper.yaml"
+    given, base = yaml.safe_load(path.read_text()), yaml.safe_load((CONFIGS / "distill_base.yaml").read_text())
+    settings = parse(mmkd.train.pipeline.PipelineSettings, ["--config", str(path)])
+    assert settings.teachers == list(teachers_file()["paper"]) and settings.eval["suite"] == "paper58"
+    stages = {name: values for name, values in given.items() if isinstance(values, dict)}
+    assert set(stages) == {"curate", "pretrain", "extract", "align", "distill", "eval"}
+    for name, values in stages.items():
+        module = importlib.import_module(f"mmkd.train.{name}")
+        (tmp_path / "stage.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(SystemExit) as ended:
+            parse(getattr(module, f"{name.title()}Settings"), ["--config", str(tmp_path / "stage.yaml"), "--check"])
+        assert ended.value.code == 0, name
+    assert given["distill"] == {k: v for k, v in base.items() if k not in ("pairs", "features", "model", "output")}
 
 
 @pytest.mark.parametrize("name", ["mmkd-clip-tiny", "mmkd-clip-mobile"])
@@ -296,6 +314,27 @@ def test_aligned_stores_and_report(tmp_path, world):
     assert after["image"] > before["image"]
 
 
+def test_processes_share_out_an_alignment(tmp_path, world):
+    inputs = [text for name in ("pairs", "features") for text in (f"--{name}", world / name)]
+    in_group("-m", "mmkd.train.align", *inputs, "--output", tmp_path / "two", "--dim", DIM, "--quiet")
+    one, two = (TeacherFeatures.open(folder) for folder in (world / "aligned", tmp_path / "two"))
+    assert list(one.ids) == list(two.ids) and one.names == two.names
+    for name, expected in one.lookup(one.ids[:]).items():
+        for key, value in two.lookup(one.ids[:])[name].items():
+            torch.testing.assert_close(value, expected[key], atol=2e-3, rtol=2e-3)  # stored in fp16
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (world / "aligned", tmp_path / "two")]
+    assert reports[0]["teachers"] == reports[1]["teachers"] and set(reports[0]["after"]) == set(reports[1]["after"])
+
+
+def test_a_sharded_store_is_the_same_rows(tmp_path, world, monkeypatch):
+    monkeypatch.setattr(mmkd.train.align, "SHARD_SIZE", 5)
+    align(tmp_path / "shards", world, "--dim", DIM)
+    one, cut = (TeacherFeatures.open(folder) for folder in (world / "aligned", tmp_path / "shards"))
+    assert len(list((tmp_path / "shards" / "one").glob("shard-*"))) == 3
+    for name, expected in one.lookup(one.ids[:]).items():
+        assert all(torch.equal(value, expected[key]) for key, value in cut.lookup(one.ids[:])[name].items())
+
+
 def test_alignment_is_fitted_on_training_pairs_alone(tmp_path, world):
     """Other features of the held-out pairs leave the aligner as it was."""
     changed = tmp_path / "features"
@@ -360,7 +399,7 @@ def test_joined_batches_number_images_apart_and_resume_where_they_stopped(world)
     for one, other in zip(whole[5:], resumed, strict=True):
         assert one["ids"] == other["ids"]
     for batch in whole:
-        assert batch["captioned"].tolist() == [True] * 4 + [False] * 4
+        assert batch["captioned"] == 4
         assert (batch["index"][4:] >= PAIRS).all()
         assert len(batch["teachers"]["one"]["image"]) == len(batch["ids"]) == 8
 

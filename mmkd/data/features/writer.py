@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd.data.features.index import FINGERPRINT, changes, refuse_repeated
+from mmkd.data.features.index import COMPARED_TOGETHER, FINGERPRINT, Ids, changes, refuse_repeated
 from mmkd.data.features.shards import is_whole, read_header, shard_file, write_shard
 from mmkd.data.features.store import (
     TORCH_TYPES,
@@ -60,7 +60,14 @@ def finish_store(path: Path, name: str, dtype: FeatureType, shards: Sequence[Pat
 class FeatureWriter:
     """Writes a feature store from features that come some at a time, in whole shards."""
 
-    def __init__(self, path: Path, name: str, dtype: FeatureType = "float16", shard_size: int = SHARD_SIZE) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        dtype: FeatureType = "float16",
+        shard_size: int = SHARD_SIZE,
+        first_shard: int = 0,
+    ) -> None:
         """Name the store; nothing is written yet.
 
         Args:
@@ -68,6 +75,7 @@ class FeatureWriter:
             name: the teacher.
             dtype: how numbers are stored.
             shard_size: pairs a shard.
+            first_shard: number of the first shard that is written here; other processes write the others.
 
         Raises:
             ValueError: an unknown dtype, or a shard size below 1.
@@ -77,6 +85,7 @@ class FeatureWriter:
                 f"dtype {dtype!r} must be one of {', '.join(TORCH_TYPES)}, shard_size {shard_size} at least 1"
             )
         self.path, self.name, self.dtype, self.shard_size = path, name, dtype, shard_size
+        self.first_shard = first_shard
         self._shards: list[Path] = []
         self._ids: list[str] = []
         self._features: list[Tensor] = []
@@ -115,13 +124,17 @@ class FeatureWriter:
         Raises:
             ValueError: there are no pairs, or an id occurs twice.
         """
+        self.flush()
+        finish_store(self.path, self.name, self.dtype, self._shards, provenance)
+
+    def flush(self) -> None:
+        """Write what is left as a shard; the store is not finished by it."""
         if self._ids:
             self._write(len(self._ids))
-        finish_store(self.path, self.name, self.dtype, self._shards, provenance)
 
     def _write(self, rows: int) -> None:
         features, fingerprints = torch.cat(self._features), np.concatenate(self._fingerprints)
-        file = self.path / f"shard-{len(self._shards):05d}.safetensors"
+        file = self.path / f"shard-{self.first_shard + len(self._shards):05d}.safetensors"
         write_shard(file, self._ids[:rows], {"features": features[:rows]}, fingerprints[:rows])
         self._shards.append(file)
         self._ids, self._features, self._fingerprints = self._ids[rows:], [features[rows:]], [fingerprints[rows:]]
@@ -171,12 +184,10 @@ class FeatureExtraction:
         self._store = FeatureStore(path) if self._meta_before else None
         self._ids, self._fingerprints = ids, fingerprints
         self._files: dict[int, Path] = {}
-        self.missing = np.arange(len(ids))
+        self.missing: Sequence[int] | np.ndarray = range(len(ids))
         if self._store is not None:
             self._refuse_other(self._store)
-            rows = self._store.rows(ids)
-            self.missing = np.flatnonzero(rows < 0)
-            self._refuse_changed(self._store.fingerprints(rows))
+            self.missing = self._missing_from(self._store)
         self.size = size or shard_size(len(self.missing))
         self._identity = [dtype, *(provenance.get(key) for key in IDENTITY)]
 
@@ -186,7 +197,13 @@ class FeatureExtraction:
 
     def positions(self, shard: int) -> np.ndarray:
         """Positions of a shard's pairs among all."""
-        return self.missing[shard * self.size : (shard + 1) * self.size]
+        return np.asarray(self.missing[shard * self.size : (shard + 1) * self.size])
+
+    def lacks_what(self, other: FeatureExtraction) -> bool:
+        """Whether the same pairs are missing in another store."""
+        if isinstance(self.missing, range) and isinstance(other.missing, range):
+            return self.missing == other.missing
+        return np.array_equal(self.missing, other.missing)
 
     def has(self, shard: int) -> bool:
         """Whether a shard is done, or another process has finished the store since."""
@@ -205,8 +222,10 @@ class FeatureExtraction:
             ValueError: a number is not finite.
             OSError: the disk is full; shards that are whole stay.
         """
-        positions = [k for k in self.positions(shard).tolist() if self._ids[k] not in skipped]
-        ids, prints = [self._ids[k] for k in positions], self._fingerprints[positions]
+        positions = self.positions(shard)
+        found = self._ids_at(positions)
+        kept = [k for k, id in enumerate(found) if id not in skipped]
+        ids, prints = [found[k] for k in kept], self._fingerprints[positions[kept]]
         features = _stored(image, text, self.dtype, self.path)
         write_shard(self._file(shard), ids, {"features": features}, prints, {"skipped": skipped})
 
@@ -257,7 +276,7 @@ class FeatureExtraction:
     def _file(self, shard: int) -> Path:
         if shard not in self._files:
             positions = self.positions(shard)
-            ids, prints = [self._ids[k] for k in positions.tolist()], self._fingerprints[positions].tolist()
+            ids, prints = self._ids_at(positions), self._fingerprints[positions].tolist()
             self._files[shard] = shard_file(self.path, VERSION, self._identity, ids, prints)
         return self._files[shard]
 
@@ -268,16 +287,27 @@ class FeatureExtraction:
         except FileNotFoundError:
             return b""
 
-    def _refuse_changed(self, before: np.ndarray) -> None:
-        found = changes(before, self._fingerprints)
-        rows = np.flatnonzero(np.any(list(found.values()), axis=0))
-        if len(rows):
-            counts = " and ".join(f"{int(differ.sum())} {what}" for what, differ in found.items() if differ.any())
-            first = ", ".join(self._ids[row] for row in rows[:SHOWN].tolist())
+    def _ids_at(self, positions: np.ndarray) -> list[str]:
+        return self._ids.take(positions) if isinstance(self._ids, Ids) else [self._ids[k] for k in positions.tolist()]
+
+    def _missing_from(self, store: FeatureStore) -> np.ndarray:
+        """Positions of the pairs that a store lacks; refuses pairs that have changed."""
+        missing, counts, changed = [np.zeros(0, np.int64)], dict[str, int](), list[int]()
+        for begin in range(0, len(self._ids), COMPARED_TOGETHER):
+            part = np.arange(begin, min(begin + COMPARED_TOGETHER, len(self._ids)))
+            rows = store.rows(self._ids_at(part))
+            missing.append(part[rows < 0])
+            for what, differ in changes(store.fingerprints(rows), self._fingerprints[part]).items():
+                counts[what] = counts.get(what, 0) + int(differ.sum())
+                changed += part[differ][:SHOWN].tolist()
+        if changed:
+            counts_shown = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+            first = ", ".join(self._ids[row] for row in sorted(set(changed))[:SHOWN])
             raise ValueError(
-                f"{self.path} holds features of other captions or images: {counts} of {len(self._ids)} pairs differ, "
-                f"first {first}. Give pairs that changed new ids, or remove {self.path} and extract again"
+                f"{self.path} holds features of other captions or images: {counts_shown} of {len(self._ids)} pairs "
+                f"differ, first {first}. Give pairs that changed new ids, or remove {self.path} and extract again"
             )
+        return np.concatenate(missing)
 
     def _refuse_other(self, store: FeatureStore) -> None:
         differing = [key for key in IDENTITY if store.provenance.get(key) != self.provenance.get(key)]
