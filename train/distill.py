@@ -55,13 +55,11 @@ if __name__ == "__main__":
 
 from transformers.utils.logging import disable_progress_bar
 
-from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.data.features import FeatureKind
-from mmkd.data.features.lookup import MODALITIES, Features, TeacherFeatures, available_features, seen_pairs
+from mmkd.data.features.lookup import Features, TeacherFeatures, available_features, seen_pairs
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
 from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
-from mmkd.distillation.heads import TeacherHeads, angular_dispersion
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import require_width
 from mmkd.distillation.weighting import spread_scales
@@ -118,48 +116,18 @@ def distill_objective(
     settings.require_known(teachers, sorted({pair.modality for pair in pairs}) if by_modality else [])
     heads, dispersions = None, {}
     if settings.losses["heads"]:
+        from mmkd.distillation.heads import TeacherHeads, dispersions_of, open_standardizer
+
         raw, standardizer = features["teachers"], None
         if settings.head_form == "standardized":
             standardizer = open_standardizer(settings.standardizer, raw.dims)
         else:
-            dispersions = dispersions_of(raw, pairs)
+            dispersions = dispersions_of(features_of_some(raw, pairs, DISPERSION_PAIRS))
         heads = TeacherHeads(model.config.projection_dim, raw.dims, standardizer)
     scales = {}
     if settings.teacher_temperature == "spread" and "teachers" in features:
         scales = spread_scales(features_of_some(features["teachers"], pairs, SPREAD_PAIRS), settings.spread_factor)
     return DistillObjective(model, settings, seed=settings.seed, heads=heads, dispersions=dispersions, scales=scales)
-
-
-def open_standardizer(folder: Path | None, widths: dict[str, int]) -> PhiSAligner:
-    """The aligner that standardizes the targets of heads.
-
-    Raises:
-        ValueError: no folder, not a PHI-S aligner, or one without a teacher or with another width of it.
-    """
-    if folder is None:
-        raise ValueError(
-            "the loss heads needs --standardizer FOLDER, made by `mmkd align --aligner phi-s`; give it, set "
-            "--head_form angular, or set --losses.heads 0"
-        )
-    try:
-        aligner = PhiSAligner.load(folder)
-    except ValueError as error:
-        raise ValueError(f"--standardizer {error}") from None
-    unfit = [name for name, width in widths.items() if aligner.widths.get(name) != width]
-    if unfit:
-        raise ValueError(f"--standardizer {folder} does not fit the features of {', '.join(unfit)}; align them again")
-    return aligner
-
-
-def dispersions_of(features: TeacherFeatures, pairs: Sequence[Pair]) -> dict[str, float]:
-    """``MODALITY/TEACHER`` to the angular dispersion over some thousand training pairs, evenly picked."""
-    found = features_of_some(features, pairs, DISPERSION_PAIRS)
-    return {
-        f"{modality}/{name}": angular_dispersion(teacher[modality][teacher["mask"]])
-        for modality in MODALITIES
-        for name, teacher in found.items()
-        if teacher["mask"].sum() > 1
-    }
 
 
 def features_of_some(features: TeacherFeatures, pairs: Sequence[Pair], count: int) -> Features:

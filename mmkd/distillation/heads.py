@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mmkd.alignment.phi_s import PhiSAligner
-from mmkd.data.features.lookup import MODALITIES, Modality
+from mmkd.data.features.lookup import MODALITIES, Features, Modality
 from mmkd.files import atomic_write_bytes, read_json, write_json
 
 HEADS_FILE, HEADS_DESCRIPTION = "teacher_heads.safetensors", "teacher_heads.json"
@@ -116,6 +116,35 @@ class TeacherHeads(nn.Module):
             return features
         return self.standardizer.transform(name, features, modality)
 
+    def loss(
+        self,
+        student: Tensor,
+        modality: Modality,
+        teachers: Mapping[str, Mapping[str, Tensor]],
+        weights: Mapping[str, Tensor],
+        dispersions: Mapping[str, float],
+    ) -> Tensor:
+        """Mean over samples and their teachers of the error of each teacher's head, in one modality.
+
+        Args:
+            student: `(rows, dim)` unit-norm student features.
+            modality: of the features.
+            teachers: teacher -> modality -> `(rows, width)` raw features.
+            weights: per teacher `(rows,)`, at least 0.
+            dispersions: ``MODALITY/TEACHER`` to the angular dispersion where the error is `angular_error`; without
+                one it is `standardized_error`.
+        """
+        errors = {}
+        for name, teacher in teachers.items():
+            predicted = self(name, student, modality)
+            target = self.targets(name, teacher[modality], modality)
+            dispersion = dispersions.get(f"{modality}/{name}")
+            if dispersion is None:
+                errors[name] = standardized_error(predicted, target)
+            else:
+                errors[name] = angular_error(predicted, target, dispersion)
+        return mean_over_teachers(errors, weights)
+
     @torch.no_grad()
     def emulate(self, name: str, embedding: Tensor, modality: Modality) -> Tensor:
         """The student in a teacher's own space: unit-norm `(rows, width)` from unit-norm embeddings `(rows, dim)`."""
@@ -154,35 +183,35 @@ class TeacherHeads(nn.Module):
         return heads.eval()
 
 
-def heads_loss(
-    heads: TeacherHeads,
-    student: Tensor,
-    modality: Modality,
-    teachers: Mapping[str, Mapping[str, Tensor]],
-    weights: Mapping[str, Tensor],
-    dispersions: Mapping[str, float],
-) -> Tensor:
-    """Mean over samples and their teachers of the error of each teacher's head, in one modality.
+def open_standardizer(folder: Path | None, widths: Mapping[str, int]) -> PhiSAligner:
+    """The aligner that standardizes the targets of heads.
 
-    Args:
-        heads: one for each teacher.
-        student: `(rows, dim)` unit-norm student features.
-        modality: of the features.
-        teachers: teacher -> modality -> `(rows, width)` raw features.
-        weights: per teacher `(rows,)`, at least 0.
-        dispersions: ``MODALITY/TEACHER`` to the angular dispersion where the error is `angular_error`; where none is
-            given, it is `standardized_error`.
+    Raises:
+        ValueError: no folder, not a PHI-S aligner, or one without a teacher or with another width of it.
     """
-    errors = {}
-    for name, teacher in teachers.items():
-        predicted = heads(name, student, modality)
-        target = heads.targets(name, teacher[modality], modality)
-        dispersion = dispersions.get(f"{modality}/{name}")
-        if dispersion is None:
-            errors[name] = standardized_error(predicted, target)
-        else:
-            errors[name] = angular_error(predicted, target, dispersion)
-    return mean_over_teachers(errors, weights)
+    if folder is None:
+        raise ValueError(
+            "the loss heads needs --standardizer FOLDER, made by `mmkd align --aligner phi-s`; give it, set "
+            "--head_form angular, or set --losses.heads 0"
+        )
+    try:
+        aligner = PhiSAligner.load(folder)
+    except ValueError as error:
+        raise ValueError(f"--standardizer {error}") from None
+    unfit = [name for name, width in widths.items() if aligner.widths.get(name) != width]
+    if unfit:
+        raise ValueError(f"--standardizer {folder} does not fit the features of {', '.join(unfit)}; align them again")
+    return aligner
+
+
+def dispersions_of(features: Features) -> dict[str, float]:
+    """``MODALITY/TEACHER`` to the `angular_dispersion` over the pairs that each teacher has at least two of."""
+    return {
+        f"{modality}/{name}": angular_dispersion(teacher[modality][teacher["mask"]])
+        for modality in MODALITIES
+        for name, teacher in features.items()
+        if teacher["mask"].sum() > 1
+    }
 
 
 def _head(dim: int, width: int) -> nn.Sequential:

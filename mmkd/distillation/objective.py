@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmkd.data.features.lookup import Modality
 from mmkd.distillation import losses
-from mmkd.distillation.heads import TeacherHeads, heads_loss
 from mmkd.distillation.options import ALIGNED_LOSSES, DistillOptions
 from mmkd.distillation.rows import Rows, captioned_rows
 from mmkd.distillation.targets import TeacherSimilarities, TeacherWeights, combined_target, teacher_weights
@@ -23,6 +22,9 @@ from mmkd.distillation.weighting import sample_teacher
 from mmkd.distributed import gather
 from mmkd.student.embed import embed
 from mmkd.training.objectives import Objective, gathered, task_loss
+
+if TYPE_CHECKING:
+    from mmkd.distillation.heads import TeacherHeads
 
 
 class DistillObjective(Objective):
@@ -149,7 +151,7 @@ class DistillObjective(Objective):
     def _heads(self, modality: Modality, rows: Rows) -> Tensor:
         assert self.heads is not None
         features, weights = rows.features(modality)[0], self._teacher_weights(rows)
-        return heads_loss(self.heads, features, modality, rows.batch["teachers"], weights, self.dispersions)
+        return self.heads.loss(features, modality, rows.batch["teachers"], weights, self.dispersions)
 
     def _relational(self, modality: Modality, rows: Rows) -> Tensor:
         assert rows.teachers is not None
