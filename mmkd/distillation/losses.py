@@ -126,9 +126,8 @@ def teacher_mean(teachers: Sequence[TeacherSimilarity], part: slice, row_offset:
     Returns:
         `(rows of the part, columns)`, a zero row where no teacher counts.
     """
-    first = teachers[0]
-    mean = first.rows.new_zeros((len(first.rows[part]), len(first.columns)), dtype=torch.float32)
-    total = mean.new_zeros(len(mean))
+    rows = teachers[0].rows[part]
+    mean, total = rows.new_zeros(len(rows), len(teachers[0].columns)).float(), rows.new_zeros(len(rows)).float()
     for teacher in teachers:
         weights = teacher.weights[part].float()
         logits = (teacher.rows[part].float() * teacher.scale) @ teacher.columns.float().T

@@ -110,8 +110,7 @@ class DistillObjective(Objective):
         text, mask = self._target("text", pairs)
         if self.weights["feature"]:
             error = losses.feature_cosine if self.options.feature_form == "cosine" else losses.feature_squared
-            of_texts = error(pairs.student.text, text, mask)
-            parts["feature"] = error(whole.student.image, image, image_mask) + of_texts
+            parts["feature"] = error(whole.student.image, image, image_mask) + error(pairs.student.text, text, mask)
         if self.weights["interactive"]:
             if pairs is not whole:
                 image = self._target("image", pairs)[0]

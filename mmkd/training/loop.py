@@ -52,12 +52,10 @@ def start(settings: LoopSettings) -> Accelerator:
     """
     check(settings)
     refuse_existing(settings.output, settings.overwrite)
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
         mixed_precision="no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=TIMEOUT),
-        ],
+        kwargs_handlers=[buckets, InitProcessGroupKwargs(timeout=TIMEOUT)],
         log_with=chosen_trackers(settings.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=str(RunFolder(settings.output).path / TENSORBOARD_FOLDER)),
     )
