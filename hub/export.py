@@ -9,6 +9,7 @@ only those that you trust.
 from __future__ import annotations
 
 import importlib
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,11 @@ if __name__ == "__main__":
 import torch
 
 from mmkd.data.folder import open_pairs
+from mmkd.encoders.zoo import load_encoder
 from mmkd.exporting.folder import quantize_export, require_exportable, write_export
 from mmkd.files import atomic_folder, refuse_existing, write_json
-from mmkd.student.folder import load_student
+from mmkd.serving.calibration import CALIBRATION_FILE
+from mmkd.student.folder import PROVENANCE_FILE, load_student
 from modeling_mmkd import MMKDClipModel
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "int8": ("onnx", "onnxscript", "onnxruntime")}
@@ -64,7 +67,9 @@ def main(settings: ExportSettings) -> None:
     check(settings)
     model, processor = load_student(settings.model)
     model.eval()
-    require_exportable(processor, Path(settings.model))
+    source = Path(settings.model)
+    require_exportable(processor, source)
+    provenance = load_encoder(settings.model).provenance
     with (
         tempfile.TemporaryDirectory(prefix="mmkd-export-") as temporary,
         atomic_folder(settings.output, settings.overwrite) as folder,
@@ -72,11 +77,14 @@ def main(settings: ExportSettings) -> None:
         exports = {}
         if settings.format == "int8":
             exports["onnx"] = Path(temporary)
-            write_export(exports["onnx"], model, processor, "onnx")
+            write_export(exports["onnx"], model, processor, "onnx", provenance)
             quantize_export(exports["onnx"], folder)
         else:
-            write_export(folder, model, processor, settings.format)
+            write_export(folder, model, processor, settings.format, provenance)
         exports[settings.format] = folder
+        for name in (PROVENANCE_FILE, CALIBRATION_FILE):
+            if (source / name).is_file():
+                shutil.copy(source / name, folder / name)
         comparison = compare(settings, model, processor, exports)
         if comparison:
             write_json(folder / "comparison.json", comparison)

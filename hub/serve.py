@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,8 +18,7 @@ from mmkd.data.pixel_rules import Window, WindowPreset
 
 KEY_VARIABLE = "MMKD_SERVE_KEY"
 LEAST_KEY = 16
-LEAST_COSINE = 0.9  # of an export with its model; 8-bit towers reach .98
-PROBES = ("an MRI of the brain", "a chest radiograph", "a fundus photograph")
+MOST_OPEN_FILES = 65536
 
 
 @dataclass
@@ -30,7 +29,7 @@ class ServeSettings:
         mmkd serve mmkd-clip --labels "normal,pneumonia" --index archive --images pictures
     """
 
-    model: str = setting(help="folder or Hub id of a model", positional=True)
+    model: str = setting(help="folder or Hub id of a model, or an ONNX folder of `mmkd export`", positional=True)
     labels: str = setting("", "labels of requests that name none: a file, or a,b,c")
     templates: str = setting("", "(labels) a modality, a sentence with {}, or a file of sentences")
     mode: Literal["single", "multilabel", "normal"] = setting(
@@ -41,7 +40,6 @@ class ServeSettings:
     window: WindowPreset | None = setting(
         None, "window of CT: auto, lung, soft, bone, brain or three; by default that of the index, else auto"
     )
-    onnx: Path | None = setting(None, "run the towers with ONNX Runtime: a folder of `mmkd export` of the same model")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     resize: Literal["exact", "fast"] = setting("exact", "the model's own, or faster and within one grey level")
     page: bool = setting(True, "web page at /")
@@ -62,32 +60,31 @@ class ServeSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "labels templates mode index images window",
-        "computing": "onnx device resize max_batch max_wait_ms",
+        "computing": "device resize max_batch max_wait_ms",
     }
 
 
 if __name__ == "__main__":
     check_arguments(ServeSettings)  # before the imports that take seconds
 
+import importlib.metadata
 import logging
 import socket
 import sys
 
-import torch
 import uvicorn
 
 from mmkd.command.settings import nearest
-from mmkd.distributed import chosen_device
-from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.zoo import load_encoder
-from mmkd.exporting.encoder import ExportedEncoder
+from mmkd.exporting.served import OnnxEncoder
+from mmkd.exporting.usage import DESCRIPTION
+from mmkd.files import read_json
 from mmkd.serving.api import Metrics, create_app, with_gate
 from mmkd.serving.calibration import read_calibration
+from mmkd.serving.encoders import ServedEncoder
 from mmkd.serving.gate import LOOPBACK_NAMES, MEBIBYTE, Limits
 from mmkd.serving.index import SearchIndex
 from mmkd.serving.predictor import Label, Predictor, normal_labels, read_labels, read_templates
-from mmkd.serving.service import Archive, Batching, Service, tokens_of
-from mmkd.student.folder import read_provenance
+from mmkd.serving.service import Archive, Batching, Service
 
 
 def main(settings: ServeSettings) -> None:
@@ -118,6 +115,7 @@ def main(settings: ServeSettings) -> None:
         address, port = listening.getsockname()[:2]
         where = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         print(f"{service.name} on {where}; stop it with ctrl-C", flush=True)
+        allow_open_files()
         refuse_outgoing_connections()
         config = uvicorn.Config(
             gate,
@@ -160,8 +158,6 @@ def check(settings: ServeSettings) -> None:
         raise ValueError("--images shows what --index finds; give --index too")
     if settings.images is not None and not settings.images.is_dir():
         raise FileNotFoundError(f"--images {settings.images}: no such folder")
-    if settings.onnx is not None and not (settings.onnx / "export.json").is_file():
-        raise FileNotFoundError(f"--onnx {settings.onnx} holds no export; `mmkd export MODEL --format onnx` writes one")
 
 
 def is_loopback(host: str) -> bool:
@@ -244,16 +240,11 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
     default = normal_labels(templates) if settings.mode == "normal" else []
     labels = read_labels(settings.labels) if settings.labels else default
     archive = None if settings.index is None else Archive(SearchIndex.open(settings.index), settings.images)
-    model = load_encoder(settings.model, "cpu" if settings.onnx else str(chosen_device(settings.device)))
-    encoder = model if settings.onnx is None else exported(settings.onnx, model)
-    if settings.resize == "fast":
-        if encoder.fast_prepare is None:
-            raise ValueError("--resize fast: this model's preprocessing has no faster form; leave it out")
-        encoder.fast = True
+    folder = Path(settings.model)
+    encoder, count_tokens = load_served(settings.model, settings.device, settings.resize == "fast")
     if archive is not None:
         archive.index.require_model(encoder.provenance)
         archive.index.require_window(settings.window)
-    folder = Path(settings.model)
 
     def predict(own: Sequence[Label]) -> Predictor:
         predictor = Predictor(encoder, own, templates, settings.mode)
@@ -267,28 +258,34 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
         labels,
         archive,
         facts(settings, encoder),
-        tokens_of(model),
+        count_tokens,
         limits_of(settings),
         Batching(settings.max_batch, settings.max_wait_ms / 1000, observe=metrics.batch),
         Window(settings.window or "auto") if archive is None else archive.index.window,
     )
 
 
-def exported(folder: Path, model: DualEncoder) -> ExportedEncoder:
-    """The export of a model, checked against it.
+def load_served(model: str, device: str, fast: bool) -> tuple[ServedEncoder, Callable[[Sequence[str]], int]]:
+    """An encoder, and the function that counts the tokens of texts; the ONNX folder of `mmkd export` without torch.
 
     Raises:
-        ValueError: it is of another model.
+        FileNotFoundError: the model is not there.
+        ValueError: it cannot be served, or resizes images in one way alone.
     """
-    encoder = ExportedEncoder(folder, model.name, model.provenance)
-    lowest = -1.0
-    if encoder.dim == model.dim:
-        lowest = float((encoder.encode_texts(PROBES) * model.encode_texts(PROBES)).sum(dim=1).min())
-    if lowest < LEAST_COSINE:
-        raise ValueError(
-            f"--onnx {folder} is the export of another model (cosine {lowest:.2f}); export this one: `mmkd export`"
-        )
-    return encoder
+    if (Path(model) / DESCRIPTION).is_file():
+        if fast:
+            raise ValueError("--resize fast: an exported folder has the exact form alone; leave it out")
+        exported = OnnxEncoder(Path(model))
+        return exported, exported.count_tokens
+    from mmkd.distributed import chosen_device
+    from mmkd.encoders.encoder import token_counter
+    from mmkd.encoders.zoo import load_encoder
+
+    encoder = load_encoder(model, str(chosen_device(device)))
+    if fast and encoder.fast_prepare is None:
+        raise ValueError("--resize fast: this model's preprocessing has no faster form; leave it out")
+    encoder.fast = fast
+    return encoder, token_counter(encoder)
 
 
 def limits_of(settings: ServeSettings) -> Limits:
@@ -302,15 +299,18 @@ def limits_of(settings: ServeSettings) -> Limits:
     )
 
 
-def facts(settings: ServeSettings, encoder: DualEncoder) -> dict[str, str]:
+def facts(settings: ServeSettings, encoder: ServedEncoder) -> dict[str, str]:
     """What the page shows of the model."""
-    folder = Path(settings.model)
-    provenance = read_provenance(folder) if folder.is_dir() else {}
+    path = Path(settings.model) / "provenance.json"
+    provenance = read_json(path) if path.is_file() else {}
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(provenance).__name__}")
+    library = "onnxruntime" if isinstance(encoder, OnnxEncoder) else "torch"
     data = provenance.get("data") or {}
     teachers = [str(teacher.get("teacher")) for teacher in provenance.get("teachers") or []]
     found = {
         "Width of the vectors": str(encoder.dim),
-        "Computed by": "ONNX Runtime" if settings.onnx else f"torch {torch.__version__.partition('+')[0]}",
+        "Computed by": f"{library} {importlib.metadata.version(library).partition('+')[0]}",
         "Weights": str(encoder.provenance.get("fingerprint") or "")[:12],
         "Licence": str(encoder.provenance.get("license") or ""),
         "Teachers": ", ".join(teachers),
@@ -318,6 +318,17 @@ def facts(settings: ServeSettings, encoder: DualEncoder) -> dict[str, str]:
         "Modalities": ", ".join(data.get("modalities") or {}),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def allow_open_files() -> None:
+    """Raise the limit of open files, of which each client takes one, as far as the system lets this user."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def refuse_outgoing_connections() -> None:

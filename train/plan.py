@@ -64,7 +64,7 @@ if __name__ == "__main__":
 
 from mmkd.encoders.weights import load_config
 from mmkd.files import write_json
-from mmkd.training.planning import Estimate, Hardware, ModelSize, Stage, estimate, measure
+from mmkd.training.planning import Estimate, Hardware, ModelSize, Stage, estimate, fitting, measure
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 EXTRACTED_AT_ONCE = 256
@@ -77,7 +77,8 @@ def main(settings: PlanSettings) -> None:
         SystemExit: with 1 where a stage cannot run with these settings.
     """
     size = measured_model(settings.model, settings.precision)
-    estimates = plan(settings, size)
+    hardware = hardware_of(settings)
+    estimates = [estimate(stage, size, hardware) for stage in stages_of(settings)]
     print("\n".join(report(settings, size, estimates)))
     if settings.output is not None:
         write_json(settings.output, {"settings": _plain(settings), "stages": [asdict(each) for each in estimates]})
@@ -92,8 +93,8 @@ def measured_model(name: str, precision: Literal["fp32", "bf16"]) -> ModelSize:
     return measure(MMKDClipModel(config), side if isinstance(side, int) else 224, precision)
 
 
-def plan(settings: PlanSettings, size: ModelSize) -> list[Estimate]:
-    """Estimates of pretraining, extraction and distillation."""
+def stages_of(settings: PlanSettings) -> list[Stage]:
+    """Pretraining, extraction and distillation."""
 
     def stage(name: str, epochs: float) -> Stage:
         return Stage(
@@ -105,16 +106,34 @@ def plan(settings: PlanSettings, size: ModelSize) -> list[Estimate]:
             gradient_checkpointing=settings.gradient_checkpointing,
         )
 
-    known = {field.name for field in fields(Hardware)}
-    hardware = Hardware(**{name: value for name, value in vars(settings).items() if name in known})
     at_once = EXTRACTED_AT_ONCE * settings.gpus
     extract = Stage(name="extract", pairs=settings.pairs, models=settings.teachers, trains=False, batch_size=at_once)
-    stages = stage("pretrain", settings.pretrain_epochs), extract, stage("distill", settings.distill_epochs)
-    return [estimate(each, size, hardware) for each in stages]
+    return [stage("pretrain", settings.pretrain_epochs), extract, stage("distill", settings.distill_epochs)]
+
+
+def hardware_of(settings: PlanSettings) -> Hardware:
+    """The GPUs."""
+    known = {field.name for field in fields(Hardware)}
+    return Hardware(**{name: value for name, value in vars(settings).items() if name in known})
+
+
+def commands(settings: PlanSettings, size: ModelSize) -> list[str]:
+    """The command of each training stage, with the largest batch and micro-batch that fit."""
+    found = []
+    for stage in stages_of(settings):
+        fits = fitting(stage, size, hardware_of(settings)) if stage.trains else None
+        if fits is not None:
+            micro = f" --micro_batch_size {fits.micro_batch_size}" if fits.micro_batch_size else ""
+            again = " --gradient_checkpointing true" if fits.gradient_checkpointing else ""
+            found.append(
+                f"fits: mmkd {stage.name} --num_processes {settings.gpus} --batch_size {fits.batch_size}{micro}{again} "
+                f"--precision {settings.precision} --epochs {stage.epochs:g} ..."
+            )
+    return found
 
 
 def report(settings: PlanSettings, size: ModelSize, estimates: list[Estimate]) -> list[str]:
-    """Lines of the plan: figures, assumptions, hints and warnings."""
+    """Lines of the plan: figures, assumptions, the commands with a batch that fits, hints and warnings."""
     lines = [f"{'stage':<10}{'steps':>10}{'hours':>10}{'GPU hours':>12}{'price':>12}{'GB per GPU':>12}  limited by"]
     for each in estimates:
         lines.append(
@@ -138,7 +157,7 @@ def report(settings: PlanSettings, size: ModelSize, estimates: list[Estimate]) -
     disk = f"features of {settings.teachers} teachers on disk: {features / 1e9:.0f} GB in half precision"
     hints = [f"hint: {hint}" for each in estimates for hint in each.hints]
     warnings = [f"warning: {warning}" for each in estimates for warning in each.warnings]
-    return [*lines, "", measured, size.cost.formula(), assumed, disk, *hints, *warnings]
+    return [*lines, "", measured, size.cost.formula(), assumed, disk, *commands(settings, size), *hints, *warnings]
 
 
 def _plain(settings: PlanSettings) -> dict[str, object]:

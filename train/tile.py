@@ -3,18 +3,15 @@
 Tissue is found on a thumbnail; its tiles are read at the requested resolution and encoded in batches.
 ``OUTPUT/ENCODER/SLIDE.h5`` holds ``features`` (before the projection, or the joint vectors where the encoder has no
 projection), ``proj`` (the joint space, unit length) and ``coords``. Files are written atomically; run the
-same command again to resume. Slides that cannot be read are listed in ``skipped.json``.
+same command again to resume. Slides that cannot be read are listed in ``skipped.json``. ``--preview`` draws the tiles
+on thumbnails instead, to try a resolution and a share of tissue before anything is encoded.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
-import itertools
 import json
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +28,8 @@ class TileSettings:
     """
 
     slides: Path = setting(help="folder of slides, searched recursively")
-    encoder: str = setting(help="a teacher's name, a folder or a Hub id; NAME=SOURCE sets the name for `mmkd eval`")
+    encoder: str = setting("", "a teacher's name, a folder or a Hub id; NAME=SOURCE sets the name for `mmkd eval`")
+    preview: bool = setting(False, "draw the tiles on thumbnails, OUTPUT/preview/SLIDE.png, and encode nothing")
     output: Path = setting(Path("bags"), "folder that gets ENCODER/SLIDE.h5; existing bags are kept")
     mpp: float = setting(0.5, "resolution of a tile [micrometres per pixel]; 0.5 is 20x")
     slide_mpp: float | None = setting(None, "resolution of slides that do not state it [micrometres per pixel]")
@@ -50,19 +48,18 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
+from mmkd.data.images import encode
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import encoder_fingerprint, named_sources
 from mmkd.evaluation.slides.bags import slide_name
-from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Slide, read_tile, tile_corners
+from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Slide, Tiling, drawn_tiles
 from mmkd.files import atomic_write_bytes, write_json
 
 SKIPPED_FILE = "skipped.json"
-BATCHES_AHEAD = 2
 
 
 def main(settings: TileSettings) -> None:
@@ -79,26 +76,33 @@ def main(settings: TileSettings) -> None:
 
     check(settings)
     files = slide_files(settings.slides)
-    name, source = next(iter(named_sources([settings.encoder]).items()))
-    encoder = load_encoder(source, chosen_device(settings.device))
-    encoder.batch_size = settings.batch_size
-    made_of = recipe(settings, encoder, source, name)
-    folder = settings.output / name
+    if settings.preview:
+        folder, made_of = settings.output / "preview", None
+    else:
+        name, source = next(iter(named_sources([settings.encoder]).items()))
+        encoder = load_encoder(source, chosen_device(settings.device))
+        encoder.batch_size = settings.batch_size
+        folder, made_of = settings.output / name, recipe(settings, encoder, source, name)
     skipped: dict[str, str] = {}
     tiles = 0
-    for slide, path in tqdm(files.items(), desc=name, unit="slide", disable=settings.quiet):
-        target = folder / f"{slide}.h5"
-        if target.is_file():
+    for slide, path in tqdm(files.items(), desc=folder.name, unit="slide", disable=settings.quiet):
+        target = folder / f"{slide}.{'png' if made_of is None else 'h5'}"
+        if made_of is not None and target.is_file():
             require_same_recipe(target, made_of)
             continue
         try:
             with Slide(path) as opened_slide:
-                arrays = bag(opened_slide, encoder, settings)
+                corners = tiling(settings).corners(opened_slide)
+                if made_of is None:
+                    side = tiling(settings).side(opened_slide)
+                    content = encode(drawn_tiles(opened_slide, corners, side), None)[1]
+                else:
+                    content = packed(bag(opened_slide, corners, encoder, settings), made_of)
         except (ValueError, OSError) as error:
             skipped[slide] = str(error)
             continue
-        atomic_write_bytes(target, packed(arrays, made_of))
-        tiles += len(arrays["coords"])
+        atomic_write_bytes(target, content)
+        tiles += len(corners)
     write_json(folder / SKIPPED_FILE, skipped)
     if len(skipped) == len(files):
         raise ValueError(f"none of {len(files)} slides could be used; the first: {next(iter(skipped.values()))}")
@@ -112,10 +116,16 @@ def check(settings: TileSettings) -> None:
     """Raise on invalid settings before anything is loaded."""
     if not settings.slides.is_dir():
         raise FileNotFoundError(f"--slides {settings.slides} is not a folder")
-    if min(settings.size, settings.batch_size, settings.workers) < 1 or settings.mpp <= 0:
-        raise ValueError("--size, --batch_size and --workers must be at least 1, --mpp above 0")
-    if not 0 <= settings.tissue <= 1 or (settings.level or 0) < 0 or (settings.slide_mpp or 1) <= 0:
-        raise ValueError("--tissue lies between 0 and 1, --level is at least 0, --slide_mpp above 0")
+    if not settings.encoder and not settings.preview:
+        raise ValueError("give --encoder, whose features are kept, or --preview true")
+    if min(settings.batch_size, settings.workers) < 1:
+        raise ValueError("--batch_size and --workers must be at least 1")
+    tiling(settings)
+
+
+def tiling(settings: TileSettings) -> Tiling:
+    """How slides are cut."""
+    return Tiling(settings.size, settings.mpp, settings.slide_mpp, settings.level, settings.tissue)
 
 
 def slide_files(folder: Path) -> dict[str, Path]:
@@ -170,54 +180,21 @@ def require_same_recipe(path: Path, made_of: dict[str, Any]) -> None:
         raise ValueError(f"{path} was made with other settings ({changes}); choose another --output")
 
 
-def bag(slide: Slide, encoder: DualEncoder, settings: TileSettings) -> dict[str, np.ndarray]:
+def bag(slide: Slide, corners: np.ndarray, encoder: DualEncoder, settings: TileSettings) -> dict[str, np.ndarray]:
     """Features, joint vectors and coordinates of a slide's tiles.
 
     Raises:
-        ValueError: the slide states no resolution, lacks the level or has no tissue, or a tile cannot be read.
+        ValueError: a tile cannot be read.
     """
-    side = tile_side(slide, settings)
-    corners = tile_corners(slide, side, settings.tissue)
-    if not len(corners):
-        raise ValueError(f"no tile of {settings.size} pixels holds {settings.tissue:.0%} tissue")
     joint: list[torch.Tensor] = []
     pooled: list[torch.Tensor] = []
-    for images in tile_batches(slide, corners, side, settings):
+    for images in tiling(settings).batches(slide, corners, settings.batch_size, settings.workers):
         vectors, before = encoder.encode_images_and_pooled(images)
         joint.append(vectors)
         pooled.append(vectors if before is None else before)
     kind = np.dtype(settings.dtype)
     arrays = {"features": torch.cat(pooled).numpy().astype(kind), "proj": torch.cat(joint).numpy().astype(kind)}
     return {**arrays, "coords": corners}
-
-
-def tile_side(slide: Slide, settings: TileSettings) -> float:
-    """Side of a tile in pixels of the finest level."""
-    if settings.level is not None:
-        if settings.level >= len(slide.sizes):
-            raise ValueError(f"it has {len(slide.sizes)} levels, so --level {settings.level} does not exist")
-        return settings.size * slide.scale(settings.level)
-    mpp = slide.mpp or settings.slide_mpp
-    if mpp is None:
-        raise ValueError("it does not state its resolution; give --slide_mpp or --level 0")
-    return settings.size * settings.mpp / mpp
-
-
-def tile_batches(
-    slide: Slide, corners: np.ndarray, side: float, settings: TileSettings
-) -> Iterator[Sequence[Image.Image]]:
-    """Tiles in batches, while the next batches are being read."""
-    step = settings.batch_size
-    with ThreadPoolExecutor(settings.workers) as readers:
-        batches = (
-            [readers.submit(read_tile, slide, corner, side, settings.size) for corner in corners[start : start + step]]
-            for start in range(0, len(corners), step)
-        )
-        waiting = deque(itertools.islice(batches, BATCHES_AHEAD))
-        while waiting:
-            batch = waiting.popleft()
-            waiting.extend(itertools.islice(batches, 1))
-            yield [tile.result() for tile in batch]
 
 
 def packed(arrays: dict[str, np.ndarray], made_of: dict[str, Any]) -> bytes:

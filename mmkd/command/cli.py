@@ -30,6 +30,7 @@ RECIPES = {
     "merge": ("mmkd.train.merge", "average two models, or choose among them and their averages on validation"),
     "finetune": ("mmkd.train.finetune", "fine-tune a model on captions or labels, with LoRA or in full"),
     "tile": ("mmkd.train.tile", "extract the tile features of whole-slide images"),
+    "slide-heatmap": ("mmkd.hub.slide_heatmap", "map how similar the tiles of a whole slide are to a text"),
     "eval": ("mmkd.train.eval", "compare the student with its teachers, with 95 % confidence intervals"),
     "datasets": ("mmkd.train.catalog", "evaluation datasets: ls, show, check, add"),
     "report": ("mmkd.train.report", "write one self-contained HTML page from an evaluation"),
@@ -70,7 +71,7 @@ EXTRAS = {
     **dict.fromkeys(("pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"), "curate"),
     "datasets": "curate",
     **dict.fromkeys(("h5py", "openslide", "skimage"), "slides"),
-    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "gradio", "python_multipart"), "serve"),
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "gradio", "python_multipart", "orjson"), "serve"),
 }
 LAUNCHER_OPTIONS = (
     "num_processes",

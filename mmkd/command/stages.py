@@ -97,7 +97,7 @@ class StageRunner:
         heading = heading or stage.name
         self._stop_if_requested(heading)
         if self.finished(stage):
-            print(f"{heading}: done before", flush=True)
+            print(f"{heading}: done before, in {_duration(self.known[stage.name]['seconds'])}", flush=True)
             return
         if self.known.get(stage.name, {}).get("key") != stage.key:
             for path in (
@@ -118,7 +118,9 @@ class StageRunner:
             raise ValueError(f"stage {stage.name} failed (exit code {code}); fix it and run the command again")
         if not stage.output.exists():
             raise ValueError(f"stage {stage.name} was stopped before its end; run the same command again to resume")
-        self._remember(stage, round(time.monotonic() - started, 1))
+        seconds = round(time.monotonic() - started, 1)
+        self._remember(stage, seconds)
+        print(f"{heading}: {_duration(seconds)}, {stage.output}", flush=True)
 
     def run_all(self, stages: Sequence[Stage], workers: int = 1) -> None:
         """Run independent stages, several at a time; after a failure no other stage starts.
@@ -180,6 +182,12 @@ class StageRunner:
         with self._lock:
             self.known[stage.name] = {"key": stage.key, "output": str(stage.output), "seconds": seconds}
             write_json(self.record, self.known)
+
+
+def _duration(seconds: float | None) -> str:
+    """``53 s``, or ``1 min 31 s``; a stage that was killed before its record was written has no time."""
+    minutes, rest = divmod(round(seconds or 0), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s" if seconds is not None else "unknown time"
 
 
 def _command(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ inference only: whole batches, no gradients, results in main memory.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -283,3 +284,20 @@ class FastSquare:
 def _pooled(output: Any) -> Tensor:
     """The projected features; since version 5, transformers wraps them."""
     return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def token_counter(encoder: DualEncoder) -> Callable[[Sequence[str]], int]:
+    """Counts the tokens of texts, up to the context, for models of transformers; others count none.
+
+    It has a tokenizer of its own: a tokenizer keeps its padding from call to call, so that counting with the encoder's
+    while another thread encodes would count padding, or take that of a batch away.
+    """
+    if not isinstance(encoder, HFClipEncoder):
+        return lambda texts: 0
+    tokenizer, context = copy.deepcopy(encoder.processor.tokenizer), encoder.context
+
+    def count(texts: Sequence[str]) -> int:
+        return sum(map(len, tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]))
+
+    count(["a"])
+    return count

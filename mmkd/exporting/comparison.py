@@ -27,8 +27,8 @@ from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import inputs_of, run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.exporting.encoder import ExportedEncoder
-from mmkd.exporting.folder import DESCRIPTION, OUTPUTS, compare_towers, examples, tower_bytes, towers
-from mmkd.exporting.usage import Tower, load_tower
+from mmkd.exporting.folder import OUTPUTS, compare_towers, examples, tower_bytes, towers
+from mmkd.exporting.usage import DESCRIPTION, Tower, load_tower
 from mmkd.files import read_json
 from modeling_mmkd import MMKDClipModel
 

@@ -29,7 +29,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 from mmkd.data.provenance import installed_versions
-from mmkd.exporting.usage import load_tower
+from mmkd.exporting.usage import DESCRIPTION, load_tower
 from mmkd.files import atomic_write_text, read_json, write_json
 from modeling_mmkd import MMKDClipModel
 
@@ -37,7 +37,7 @@ Form = Literal["onnx", "exported-program"]
 
 ENDINGS = {"onnx": "onnx", "exported-program": "pt2"}
 OUTPUTS = {"image": "image_embeds", "text": "text_embeds"}
-DESCRIPTION, USAGE = "export.json", "usage.py"
+USAGE = "usage.py"
 READER, READER_MODULES = "pixel_reader", ("archives.py", "images.py", "medical.py", "pixel_rules.py")
 PACKAGES = ("mmkd-clip", "torch", "transformers", "onnx", "onnxruntime")
 TOLERANCE = 1e-4  # largest difference to the model that an export in floating point may have
@@ -103,7 +103,9 @@ def require_exportable(processor: Any, folder: Path) -> None:
         raise ValueError(f"the tokenizer of {folder} ({type(tokenizer).__name__}) has no tokenizer.json form")
 
 
-def write_export(output: Path, model: MMKDClipModel, processor: Any, form: Form) -> None:
+def write_export(
+    output: Path, model: MMKDClipModel, processor: Any, form: Form, provenance: dict[str, Any] | None = None
+) -> None:
     """Write towers, description, processor and usage into an empty folder.
 
     Args:
@@ -111,6 +113,7 @@ def write_export(output: Path, model: MMKDClipModel, processor: Any, form: Form)
         model: in evaluation mode, on the CPU, in fp32.
         processor: the model's.
         form: of the towers.
+        provenance: of the model as an encoder, by which a calibration or an index is known to be of its weights.
 
     Raises:
         ValueError: a tower cannot be traced, or its export differs from the model by more than the tolerance.
@@ -127,7 +130,8 @@ def write_export(output: Path, model: MMKDClipModel, processor: Any, form: Form)
     difference = max(found for found, _ in compare_towers(output, files, model, side, shapes).values())
     if difference > TOLERANCE:
         raise ValueError(f"the {form} towers differ from the model by {difference:.1e}, more than {TOLERANCE:.0e}")
-    write_json(output / DESCRIPTION, describe(model, processor, form, files) | {"largest_difference": difference})
+    description = describe(model, processor, form, files) | {"largest_difference": difference}
+    write_json(output / DESCRIPTION, description | ({"provenance": provenance} if provenance else {}))
     processor.save_pretrained(output)
     write_usage(output)
 

@@ -26,6 +26,8 @@ from tokenizers import Tokenizer
 
 from mmkd.data.images import open_image, to_rgb
 
+DESCRIPTION = "export.json"
+
 Tower = Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]]
 
 
@@ -45,7 +47,7 @@ class Encoder:
             threads: of ONNX Runtime; 0 for as many as there are cores.
         """
         folder = Path(folder)
-        self.metadata: dict[str, Any] = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        self.metadata: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         self.scale = float(self.metadata["logit_scale"])
         self._image = load_tower(folder / self.metadata["image"]["file"], threads)
         self._text = load_tower(folder / self.metadata["text"]["file"], threads)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
+import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -206,13 +207,14 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
             raise RequestError(400, message, "invalid_request", "dimensions")
         vectors = await service.embed(items)
         texts = [item for item in items if isinstance(item, str)]
-        tokens = await service.in_pool(service.count_tokens, texts) if texts else 0
+        tokens = await service.aside(sum(map(len, texts)), service.count_tokens, texts) if texts else 0
         data = [
             {"object": "embedding", "index": place, "embedding": vector}
             for place, vector in enumerate(_encoded(vectors, requested.encoding_format))
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": service.name, "usage": usage})
+        answer = {"object": "list", "data": data, "model": service.name, "usage": usage}
+        return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON_TYPE)
 
     @app.post("/v1/classify", openapi_extra=_body_of(ClassifyRequest))
     async def classify(request: Request) -> Classifications:
@@ -298,7 +300,7 @@ async def _read(service: Service, request: Request, form: type[Form]) -> tuple[F
     Raises:
         RequestError: it is malformed, or of another model.
     """
-    requested, items = await read_request(request, form, service.limits.items, service.in_pool)
+    requested, items = await read_request(request, form, service.limits.items, service.aside)
     named = requested.model
     if named is not None and named != service.name:
         raise RequestError(
@@ -315,9 +317,9 @@ async def _labelled(predictor: Awaitable[Any]) -> Any:
 
 
 def _encoded(vectors: Vectors, form: Literal["float", "base64"]) -> list[Any]:
-    """Each vector as a list of numbers, or as base64 of little-endian float32."""
+    """Each vector as it is, or as base64 of little-endian float32."""
     if form == "float":
-        return vectors.tolist()
+        return list(vectors)
     return [b64encode(vector.astype("<f4").tobytes()).decode() for vector in vectors]
 
 

@@ -139,10 +139,15 @@ class Batcher(Generic[Item, Result]):
         self._observe(len(batch))
         try:
             results = await loop.run_in_executor(self._thread, self._compute, [entry.item for entry in batch])
-        except Exception as error:  # whatever the model raises belongs to the request that causes it
+            if len(results) != len(batch):
+                raise ValueError(f"the model gave {len(results)} results for {len(batch)} items")
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # also a panic of Rust, which is no Exception: it must not end the worker
             if len(batch) == 1:
                 if not batch[0].result.done():
-                    batch[0].result.set_exception(error)
+                    known = isinstance(error, Exception)
+                    batch[0].result.set_exception(error if known else RuntimeError(f"{type(error).__name__}: {error}"))
                 return
             for entry in batch:
                 if not entry.result.done():

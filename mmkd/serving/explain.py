@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from mmkd.data.images import shrink, to_rgb
-from mmkd.encoders.encoder import DualEncoder
+from mmkd.serving.encoders import Encoder
 
 CELLS, WINDOW, SHORT_SIDE = 10, 3, 384
 COLD, WARM, HOT = "#1f3b73", "#f2a33a", "#fff2b0"
 
 
 def heat_map(
-    encoder: DualEncoder, image: Image.Image, text: str, against: str = "", cells: int = CELLS
+    encoder: Encoder, image: Image.Image, text: str, against: str = "", cells: int = CELLS
 ) -> NDArray[np.float32]:
     """The fall of the similarity with a text where a part of the image is hidden.
 
@@ -48,18 +48,17 @@ def heat_map(
     image = shrink(to_rgb(image), SHORT_SIDE)
     side = min(image.size) / cells
     columns, rows = (max(cells, round(length / side)) for length in image.size)
-    texts = encoder.encode_texts([text, against] if against.strip() else [text]).numpy()
+    texts = np.asarray(encoder.encode_texts([text, against] if against.strip() else [text]))
     direction = texts[0] - texts[1] if len(texts) == 2 else texts[0]
     windows = list(_windows(rows, columns))
-    whole = float(encoder.encode_images([image])[0].numpy() @ direction)
+    whole = float(np.asarray(encoder.encode_images([image]))[0] @ direction)
     fill = tuple(int(value) for value in np.asarray(image).mean(axis=(0, 1)).round())
     heat, covered = np.zeros((rows, columns)), np.zeros((rows, columns))
     for start in range(0, len(windows), encoder.batch_size):
         batch = windows[start : start + encoder.batch_size]
         hidden = [_without(image, window, rows, columns, fill) for window in batch]
-        for (top, left, bottom, right), similarity in zip(
-            batch, encoder.encode_images(hidden).numpy() @ direction, strict=True
-        ):
+        similarities = np.asarray(encoder.encode_images(hidden)) @ direction
+        for (top, left, bottom, right), similarity in zip(batch, similarities, strict=True):
             heat[top:bottom, left:right] += whole - float(similarity)
             covered[top:bottom, left:right] += 1
     return (heat / covered).astype(np.float32)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,17 +23,15 @@ from typing import Any, get_args
 
 import numpy as np
 import safetensors.numpy
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
+from mmkd.data.features import IDENTITY
 from mmkd.data.features.shards import TensorMap, read_header, shard_file, write_shard
 from mmkd.data.features.store import VectorStore
-from mmkd.data.features.writer import IDENTITY
 from mmkd.data.pixel_rules import Window, WindowPreset
-from mmkd.files import atomic_write_bytes, is_folder_name, read_json, write_json
+from mmkd.files import atomic_write_bytes, exclusive, is_folder_name, read_json, write_json
 
-INDEX_FILE, LOCK_FILE = "index.json", ".lock"
+INDEX_FILE = "index.json"
 VERSION = 1
 SHARD_ROWS = 8192
 GRAPH_ROWS = 200_000  # live rows from which on a graph is made
@@ -43,10 +40,11 @@ REMOVED_SHARE = 0.3  # of all rows, from which on the index is written anew
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 128, 192
 SAMPLED_BYTES = 1 << 20  # of the beginning and the end of the graph, which are checked when it is opened
 SPARE = 16  # answers beyond k that the graph gives, for rows that were removed since
-PATTERNS = ("vectors-*.safetensors", "removed-*.safetensors", "graph-*.usearch", ".*.tmp")
+PATTERNS = ("vectors-*.safetensors", "removed-*.safetensors", "graph-*.usearch", ".*.tmp", ".lock")
 
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -197,11 +195,11 @@ class SearchIndex:
 
     def vectors(self, ids: Sequence[str]) -> Vectors:
         """The vectors ``(n, dim)`` of n ids; zeros where the index lacks one."""
-        rows = self._rows(ids)
-        found: Vectors = np.zeros((len(ids), self.dim), np.float32)
-        return self._store.gather("vectors", rows, np.float32) if len(self._store) else found
+        if not len(self._store):
+            return np.zeros((len(ids), self.dim), np.float32)
+        return self._store.gather("vectors", self._rows(ids), np.float32)
 
-    def add(self, ids: Sequence[str], vectors: Tensor, files: FileStates | None = None) -> None:
+    def add(self, ids: Sequence[str], vectors: ArrayLike, files: FileStates | None = None) -> None:
         """Add images, or replace those of the same ids; whole or not at all.
 
         Args:
@@ -210,27 +208,32 @@ class SearchIndex:
             files: their state; None where it is unknown.
 
         Raises:
-            ValueError: other shapes, an id twice, numbers that are not finite, or another writer is at work.
+            ValueError: other shapes, an id twice, or numbers that are not finite.
+            OutputInUseError: another writer is at work.
         """
-        wide = vectors.float()
-        if wide.shape != (len(ids), self.dim) or len(set(ids)) != len(ids) or not torch.isfinite(wide).all():
+        wide = np.asarray(vectors, np.float32)
+        if wide.shape != (len(ids), self.dim) or len(set(ids)) != len(ids) or not np.isfinite(wide).all():
             raise ValueError(
-                f"{len(ids)} ids, {len(set(ids))} of them different, and vectors {tuple(wide.shape)} were given; the "
+                f"{len(ids)} ids, {len(set(ids))} of them different, and vectors {wide.shape} were given; the "
                 f"index takes different ids and finite vectors (n, {self.dim})"
             )
         if not ids:
             return
         stamps, sha256 = (files.stamps, files.sha256) if files else _unknown_files(len(ids))
-        added = _Part(list(ids), wide.half(), torch.from_numpy(stamps), torch.from_numpy(sha256))
+        arrays: Arrays = {"vectors": wide.astype(np.float16), "stamps": stamps, "sha256": sha256}
         with self._writing():
             old = self._rows(ids)
             removed = np.union1d(self._removed, old[old >= 0])
             places, begin = self._row_of, len(self._store)
             shards, first = self._full_shards()
-            if first < len(self._store):
-                added = self._part(np.arange(first, len(self._store))).followed_by(added)
-            for start in range(0, len(added.ids), SHARD_ROWS):
-                shards.append(self._write_shard(added.between(start, start + SHARD_ROWS)))
+            written = list(ids)
+            if first < begin:  # the last shard is written again
+                before, tail = self._part(np.arange(first, begin))
+                written = before + written
+                arrays = {name: np.concatenate([tail[name], own]) for name, own in arrays.items()}
+            for start in range(0, len(written), SHARD_ROWS):
+                part = slice(start, start + SHARD_ROWS)
+                shards.append(self._write_shard(written[part], {name: own[part] for name, own in arrays.items()}))
             self._commit(shards, removed, self.meta["graph"])
             places.update(zip(ids, range(begin, begin + len(ids)), strict=True))
             self._row_of = places
@@ -239,7 +242,7 @@ class SearchIndex:
         """Remove images; returns how many of the ids were there.
 
         Raises:
-            ValueError: another writer is at work.
+            OutputInUseError: another writer is at work.
         """
         with self._writing():
             places = self._row_of
@@ -250,7 +253,7 @@ class SearchIndex:
                 self._row_of = {id: row for id, row in places.items() if id not in gone}
             return len(gone)
 
-    def search(self, vectors: Tensor, k: int) -> list[list[Hit]]:
+    def search(self, vectors: ArrayLike, k: int) -> list[list[Hit]]:
         """The most similar images of each query.
 
         Args:
@@ -263,9 +266,9 @@ class SearchIndex:
         Raises:
             ValueError: ``k`` below 1, or queries of another shape or that are not finite.
         """
-        queries = vectors.float()
-        if queries.ndim != 2 or queries.shape[1] != self.dim or not torch.isfinite(queries).all():
-            raise ValueError(f"queries are {tuple(queries.shape)}; the index takes finite vectors (q, {self.dim})")
+        queries = np.asarray(vectors, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.dim or not np.isfinite(queries).all():
+            raise ValueError(f"queries are {queries.shape}; the index takes finite vectors (q, {self.dim})")
         if k < 1:
             raise ValueError(f"k is {k}; it must be at least 1")
         k = min(k, len(self))
@@ -273,13 +276,17 @@ class SearchIndex:
             return [[] for _ in queries]
         covered = self.meta["graph"]["rows"] if self._graph is not None else 0
         scores, rows = self._exact(queries, k, covered)
-        if covered:
-            found = [self._from_graph(query, k) for query in queries]
-            scores = torch.cat([scores, torch.stack([own for own, _ in found])], dim=1)
-            rows = torch.cat([rows, torch.stack([own for _, own in found])], dim=1)
-            scores, places = scores.topk(min(k, scores.shape[1]), dim=1)
-            rows = rows.gather(1, places)
-        return [self._hits(own, best) for own, best in zip(rows.numpy(), scores.numpy(), strict=True)]
+        found = []
+        for query, own_scores, own_rows in zip(queries, scores, rows, strict=True):
+            if covered:
+                near = self._from_graph(query, k)
+                own_rows = np.concatenate([own_rows, near])
+                own_scores = np.concatenate([own_scores, self._store.gather("vectors", near, np.float32) @ query])
+            best = np.argsort(-own_scores, kind="stable")[:k]
+            ids = self._store.ids.take(own_rows[best])
+            pairs = zip(ids, own_scores[best].tolist(), strict=True)
+            found.append([Hit(id, min(1.0, score)) for id, score in pairs if score > -np.inf])
+        return found
 
     def optimize(self, threads: int = 0) -> None:
         """Write the index anew where much of it is removed, and make or extend the graph where it is large.
@@ -289,12 +296,12 @@ class SearchIndex:
 
         Raises:
             ModuleNotFoundError: usearch is not installed.
-            ValueError: another writer is at work.
+            OutputInUseError: another writer is at work.
         """
         with self._writing():
             if len(self._removed) > REMOVED_SHARE * len(self._store):
                 live = np.split(self._live, range(SHARD_ROWS, len(self._live), SHARD_ROWS))
-                self._commit([self._write_shard(self._part(rows)) for rows in live if len(rows)], _NONE, None)
+                self._commit([self._write_shard(*self._part(rows)) for rows in live if len(rows)], _NONE, None)
             covered = self.meta["graph"]["rows"] if self._graph is not None else 0
             if len(self) >= GRAPH_ROWS and len(self._store) - covered > (TAIL_ROWS if covered else 0):
                 self._commit(self.meta["shards"], self._removed, self._write_graph(covered, threads))
@@ -345,14 +352,7 @@ class SearchIndex:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Exclude other writers, and start from what they have left."""
-        with (self.path / LOCK_FILE).open("w") as lock:
-            with contextlib.suppress(ImportError):  # a system without it has no lock
-                import fcntl
-
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ValueError(f"another process is writing {self.path}; wait until it has finished") from None
+        with exclusive(self.path / INDEX_FILE):
             meta = _read_meta(self.path)
             if meta != self.meta:
                 self._load(meta)
@@ -366,16 +366,16 @@ class SearchIndex:
             shards.pop()
         return shards, sum(shard["rows"] for shard in shards)
 
-    def _part(self, rows: Rows) -> _Part:
-        """Some rows of the index."""
-        arrays = [torch.from_numpy(self._store.gather(name, rows)) for name in ("vectors", "stamps", "sha256")]
-        return _Part(self._store.ids.take(rows), *arrays)
+    def _part(self, rows: Rows) -> tuple[list[str], Arrays]:
+        """Ids and arrays of some rows."""
+        arrays = {name: self._store.gather(name, rows) for name in ("vectors", "stamps", "sha256")}
+        return self._store.ids.take(rows), arrays
 
-    def _write_shard(self, part: _Part) -> dict[str, Any]:
-        content = hashlib.sha256(part.vectors.numpy().tobytes() + part.stamps.numpy().tobytes()).hexdigest()
-        file = shard_file(self.path, VERSION, part.ids, content, kind="vectors")
-        write_shard(file, part.ids, {"vectors": part.vectors, "stamps": part.stamps, "sha256": part.sha256})
-        return {"file": file.name, "rows": len(part.ids), "header_sha256": read_header(file).sha256}
+    def _write_shard(self, ids: list[str], arrays: Arrays) -> dict[str, Any]:
+        content = hashlib.sha256(arrays["vectors"].tobytes() + arrays["stamps"].tobytes()).hexdigest()
+        file = shard_file(self.path, VERSION, ids, content, kind="vectors")
+        write_shard(file, ids, arrays)
+        return {"file": file.name, "rows": len(ids), "header_sha256": read_header(file).sha256}
 
     def _commit(self, shards: Sequence[dict[str, Any]], removed: Rows, graph: dict[str, Any] | None) -> None:
         """Replace ``index.json``, and remove what it no longer names."""
@@ -387,7 +387,7 @@ class SearchIndex:
         meta = {**self.meta, "shards": list(shards), "removed": name, "graph": graph}
         write_json(self.path / INDEX_FILE, meta)
         self._load(meta)
-        named = {INDEX_FILE, LOCK_FILE, name, *(shard["file"] for shard in shards), (graph or {}).get("file")}
+        named = {INDEX_FILE, name, *(shard["file"] for shard in shards), (graph or {}).get("file")}
         for pattern in PATTERNS:
             for file in self.path.glob(pattern):
                 if file.name not in named:
@@ -415,59 +415,31 @@ class SearchIndex:
         temporary.replace(file)
         return {"file": file.name, "rows": total, "sample": sample}
 
-    def _exact(self, queries: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
+    def _exact(self, queries: Vectors, k: int, first: int) -> tuple[Vectors, Rows]:
         """Scores and rows ``(q, <=k)`` of the best live rows from ``first`` on, by a product with all of them."""
-        scores, rows = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
+        scores: Vectors = np.zeros((len(queries), 0), np.float32)
+        rows: Rows = np.zeros((len(queries), 0), np.int64)
         for start in range(first, len(self._store), SHARD_ROWS):
             part = np.arange(start, min(start + SHARD_ROWS, len(self._store)))
-            found = queries @ torch.from_numpy(self._store.gather("vectors", part)).float().T
+            found = queries @ self._store.gather("vectors", part, np.float32).T
             gone = self._removed[np.searchsorted(self._removed, start) : np.searchsorted(self._removed, part[-1] + 1)]
-            found[:, torch.from_numpy(gone - start)] = -math.inf
-            scores = torch.cat([scores, found], dim=1)
-            rows = torch.cat([rows, torch.from_numpy(part).expand(len(queries), -1)], dim=1)
-            scores, places = scores.topk(min(k, scores.shape[1]), dim=1)
-            rows = rows.gather(1, places)
+            found[:, gone - start] = -np.inf
+            scores = np.concatenate([scores, found], axis=1)
+            rows = np.concatenate([rows, np.broadcast_to(part, found.shape)], axis=1)
+            if scores.shape[1] > k:
+                best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+                scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
         return scores, rows
 
-    def _from_graph(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Scores and rows ``(k,)`` of a query ``(dim,)`` from the graph, with -inf where it has fewer live rows."""
+    def _from_graph(self, query: Vectors, k: int) -> Rows:
+        """At most k live rows near a query ``(dim,)``, from the graph."""
         count = k + SPARE
         while True:
-            found = self._graph.search(query.numpy().astype(np.float16), min(count, len(self._graph)))
-            rows = found.keys.astype(np.int64)
-            rows = rows[~np.isin(rows, self._removed)][:k]
-            if len(rows) == k or count >= len(self._graph):
-                break
+            found: Rows = self._graph.search(query, min(count, len(self._graph))).keys.astype(np.int64)
+            found = found[~np.isin(found, self._removed)][:k]
+            if len(found) == k or count >= len(self._graph):
+                return found
             count *= 4
-        own = torch.from_numpy(self._store.gather("vectors", rows)).float() @ query
-        scores, places = torch.full((k,), -math.inf), torch.zeros(k, dtype=torch.int64)
-        scores[: len(rows)], places[: len(rows)] = own, torch.from_numpy(rows)
-        return scores, places
-
-    def _hits(self, rows: Rows, scores: Vectors) -> list[Hit]:
-        shown = np.isfinite(scores)
-        ids = self._store.ids.take(rows[shown])
-        return [Hit(id, min(1.0, score)) for id, score in zip(ids, scores[shown].tolist(), strict=True)]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some rows: ids, vectors, and the state of the files."""
-
-    ids: list[str]
-    vectors: Tensor
-    stamps: Tensor
-    sha256: Tensor
-
-    def followed_by(self, other: _Part) -> _Part:
-        pairs = zip(self._tensors(), other._tensors(), strict=True)
-        return _Part(self.ids + other.ids, *(torch.cat(pair) for pair in pairs))
-
-    def between(self, start: int, stop: int) -> _Part:
-        return _Part(self.ids[start:stop], *(tensor[start:stop] for tensor in self._tensors()))
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.vectors, self.stamps, self.sha256
 
 
 _NONE: Rows = np.zeros(0, dtype=np.int64)

@@ -87,7 +87,7 @@ class SearchRequest(RequestBody):
 
 
 async def read_request(
-    request: Request, form: type[Form], most_items: int, in_thread: Callable[..., Awaitable[Any]]
+    request: Request, form: type[Form], most_items: int, aside: Callable[..., Awaitable[Any]]
 ) -> tuple[Form, list[Item]]:
     """Read a request as JSON or as a form.
 
@@ -95,7 +95,7 @@ async def read_request(
         request: with a body that the gate has read.
         form: what it must hold.
         most_items: allowed in ``input``.
-        in_thread: calls a function with its arguments in a thread.
+        aside: calls a function, in a thread where its work is large: its size in bytes, the function, its arguments.
 
     Returns:
         The request, and its items.
@@ -109,7 +109,8 @@ async def read_request(
     if kind != JSON_TYPE and not kind.endswith("+json"):
         message = f"Content-Type is {kind or 'missing'}; allowed: {JSON_TYPE}, {FORM_TYPE}"
         raise RequestError(415, message, "unsupported_media_type")
-    parsed: tuple[Form, list[Item]] = await in_thread(parse_json, await request.body(), form, most_items)
+    body = await request.body()
+    parsed: tuple[Form, list[Item]] = await aside(len(body), parse_json, body, form, most_items)
     return parsed
 
 

@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
 from mmkd.command.settings import nearest
 from mmkd.data.features.shards import TensorMap, is_whole, shard_file, write_shard
@@ -40,9 +38,9 @@ from mmkd.data.prompts import (
     templates_of,
 )
 from mmkd.data.readers import read_csv
-from mmkd.encoders.encoder import DualEncoder
 from mmkd.files import read_yaml
 from mmkd.serving.calibration import Calibration
+from mmkd.serving.encoders import ServedEncoder
 
 Mode = Literal["single", "multilabel", "normal"]
 Probabilities = NDArray[np.float64]
@@ -106,7 +104,7 @@ class Predictor:
 
     def __init__(
         self,
-        encoder: DualEncoder,
+        encoder: ServedEncoder,
         labels: Sequence[Label],
         templates: Sequence[str] = (),
         mode: Mode = "single",
@@ -154,7 +152,7 @@ class Predictor:
             calibration.require(self.fingerprint, self.key)
             self.calibration, self.scale = calibration, calibration.scale
 
-    def similarities(self, image_features: Tensor) -> Probabilities:
+    def similarities(self, image_features: ArrayLike) -> Probabilities:
         """Cosines with the labels, ``(n, labels)``; those with what negates them are subtracted in ``multilabel``.
 
         Args:
@@ -163,18 +161,17 @@ class Predictor:
         Raises:
             ValueError: another width.
         """
-        if image_features.ndim != 2 or image_features.shape[1] != self._positive.shape[1]:
-            expected = f"(n, {self._positive.shape[1]})"
-            raise ValueError(f"image features are {tuple(image_features.shape)}, expected {expected}")
-        images = image_features.double().numpy()
+        images = np.asarray(image_features, np.float64)
+        if images.ndim != 2 or images.shape[1] != self._positive.shape[1]:
+            raise ValueError(f"image features are {images.shape}, expected (n, {self._positive.shape[1]})")
         found: Probabilities = images @ self._positive.T.astype(np.float64)
         return found if self._negative is None else found - images @ self._negative.T.astype(np.float64)
 
-    def probabilities(self, image_features: Tensor) -> Probabilities:
+    def probabilities(self, image_features: ArrayLike) -> Probabilities:
         """Probabilities ``(n, labels)`` of images ``(n, dim)``, unit length; in the order of `labels`."""
         return self._probabilities(self.similarities(image_features))
 
-    def predict(self, image_features: Tensor) -> list[Prediction]:
+    def predict(self, image_features: ArrayLike) -> list[Prediction]:
         """Predictions of images ``(n, dim)``, unit length."""
         similarities = self.similarities(image_features)
         return [
@@ -183,9 +180,10 @@ class Predictor:
         ]
 
     def _probabilities(self, similarities: Probabilities) -> Probabilities:
-        scaled = torch.from_numpy(self.scale * similarities)
-        found: Probabilities = (scaled.sigmoid() if self.mode == "multilabel" else scaled.softmax(dim=1)).numpy()
-        return found
+        scaled = self.scale * similarities
+        if self.mode == "multilabel":
+            return np.exp(-np.logaddexp(0, -scaled))
+        return np.exp(scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True))
 
     def _prediction(self, row: Probabilities, best: float) -> Prediction:
         order = np.argsort(-row, kind="stable")
@@ -411,7 +409,9 @@ def _templates(label: Label, templates: Sequence[str]) -> Sequence[str]:
     return templates_of(label.modality) if label.modality else templates or ANY_MODALITY
 
 
-def _class_vectors(encoder: DualEncoder, sentences: Sequence[Sequence[str]], cache: Path | None) -> NDArray[np.float32]:
+def _class_vectors(
+    encoder: ServedEncoder, sentences: Sequence[Sequence[str]], cache: Path | None
+) -> NDArray[np.float32]:
     """The vector of each set of sentences, ``(sets, dim)``, from the cache where it is there."""
     provenance = encoder.provenance
     identity = [provenance.get(key) for key in ("fingerprint", "tokenizer", "context", "pooling", "precision")]
@@ -420,7 +420,7 @@ def _class_vectors(encoder: DualEncoder, sentences: Sequence[Sequence[str]], cac
         os.utime(file)
         return np.array(TensorMap(file).arrays["vectors"])
     distinct = list(dict.fromkeys(text for texts in sentences for text in texts))
-    encoded = encoder.encode_texts(distinct).numpy()
+    encoded = np.asarray(encoder.encode_texts(distinct))
     place = {text: row for row, text in enumerate(distinct)}
     vectors = np.stack([class_vector(encoded[[place[text] for text in texts]]) for texts in sentences])
     if file is not None and identity[0]:
@@ -431,7 +431,7 @@ def _class_vectors(encoder: DualEncoder, sentences: Sequence[Sequence[str]], cac
 def _keep(file: Path, vectors: NDArray[np.float32]) -> None:
     """Write vectors into the cache, which loses the set that was used longest ago; a cache that cannot be is none."""
     try:
-        write_shard(file, [str(row) for row in range(len(vectors))], {"vectors": torch.from_numpy(vectors)})
+        write_shard(file, [str(row) for row in range(len(vectors))], {"vectors": vectors})
         kept = sorted(file.parent.glob("labels-*.safetensors"), key=lambda own: own.stat().st_mtime)
         for old in kept[:-CACHED_LABEL_SETS]:
             old.unlink(missing_ok=True)

@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from mmkd.data.images import open_image
 from mmkd.data.pixel_rules import DEFAULT_WINDOW, UnreadableImageError, Window
-from mmkd.encoders.encoder import DualEncoder, HFClipEncoder
 from mmkd.files import is_inside, leads_inside
 from mmkd.serving.batching import Batcher
+from mmkd.serving.encoders import ServedEncoder
 from mmkd.serving.explain import heat_map, overlay
 from mmkd.serving.gate import Limits, RequestError, overloaded
 from mmkd.serving.index import Hit, SearchIndex
@@ -35,6 +33,7 @@ from mmkd.serving.predictor import Label, Prediction, Predictor
 Vectors = NDArray[np.float32]
 Result = TypeVar("Result")
 SHARED_ITEMS = 16  # of a heat map that wait at once
+SMALL_BYTES = 8192  # of a text or a body that the event loop reads itself
 MOST_LABELS = 256  # of one request
 KEPT_LABEL_SETS = 32
 
@@ -89,7 +88,7 @@ class Service:
 
     def __init__(
         self,
-        encoder: DualEncoder,
+        encoder: ServedEncoder,
         name: str,
         predict: Callable[[Sequence[Label]], Predictor],
         labels: Sequence[Label] = (),
@@ -195,12 +194,12 @@ class Service:
 
     async def classify(self, vectors: Vectors, predictor: Predictor) -> list[Prediction]:
         """Predictions of images (n, dim) of `embed`."""
-        return await self.in_pool(predictor.predict, torch.from_numpy(vectors))
+        return await self.in_pool(predictor.predict, vectors)
 
     async def search(self, vector: Vectors, k: int) -> list[Hit]:
         """The images of the archive that are most similar to a vector (dim,)."""
         assert self.archive is not None
-        (hits,) = await self.in_pool(self.archive.index.search, torch.from_numpy(vector[None]), k)
+        (hits,) = await self.in_pool(self.archive.index.search, vector[None], k)
         return hits
 
     async def explain(self, image: Image.Image, text: str) -> Image.Image:
@@ -209,6 +208,13 @@ class Service:
         with self._room(1):
             heat = await asyncio.get_running_loop().run_in_executor(self._explaining, heat_map, shared, image, text)
         return await self.in_pool(overlay, image, heat)
+
+    async def aside(self, size: int, function: Callable[..., Result], *arguments: Any) -> Result:
+        """The result of a function; in a thread where its input has more than some thousand bytes.
+
+        A thread costs more than what it saves the event loop for a caption.
+        """
+        return function(*arguments) if size <= SMALL_BYTES else await self.in_pool(function, *arguments)
 
     async def in_pool(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """The result of a function in a thread that prepares images."""
@@ -269,39 +275,32 @@ class Service:
             raise RequestError(400, str(error), f"image_{error.reason}", place) from None
 
     def _compute_images(self, prepared: Sequence[Any]) -> list[Vectors]:
-        return list(self.encoder.encode_prepared(prepared).numpy())
+        return list(np.asarray(self.encoder.encode_prepared(prepared)))
 
     def _compute_texts(self, texts: Sequence[str]) -> list[Vectors]:
-        return list(self.encoder.encode_texts(texts).numpy())
+        return list(np.asarray(self.encoder.encode_texts(texts)))
 
 
-class _SharedEncoder(DualEncoder):
+class _SharedEncoder:
     """The service as an encoder for another thread, so that its many images share batches with those of clients."""
 
+    batch_size = SHARED_ITEMS
+
     def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(service.name, service.dim, service.encoder.provenance, SHARED_ITEMS)
         self._service, self._loop = service, loop
 
-    def image_features(self, prepared: list[Image.Image]) -> Tensor:
-        """See `DualEncoder`."""
-        return self._embed(prepared)
+    def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
+        """See `Encoder`."""
+        return self._embed(images)
 
-    def text_features(self, texts: list[str]) -> Tensor:
-        """See `DualEncoder`."""
+    def encode_texts(self, texts: Sequence[str]) -> Vectors:
+        """See `Encoder`."""
         return self._embed(texts)
 
-    def _embed(self, items: Sequence[str | Image.Image]) -> Tensor:
+    def _embed(self, items: Sequence[str | Image.Image]) -> Vectors:
         vectors = asyncio.run_coroutine_threadsafe(self._service.embed(items), self._loop)
-        return torch.from_numpy(vectors.result(self._service.limits.seconds))
+        return vectors.result(self._service.limits.seconds)
 
 
 async def _nothing() -> list[Vectors]:
     return []
-
-
-def tokens_of(encoder: DualEncoder) -> Callable[[Sequence[str]], int]:
-    """Counts the tokens of texts, up to the context, for models of transformers; others count none."""
-    if not isinstance(encoder, HFClipEncoder):
-        return lambda texts: 0
-    tokenizer, context = encoder.processor.tokenizer, encoder.context
-    return lambda texts: sum(map(len, tokenizer(list(texts), truncation=True, max_length=context)["input_ids"]))

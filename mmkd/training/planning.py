@@ -218,6 +218,18 @@ def _memory_gb(stage: Stage, size: ModelSize, hardware: Hardware) -> float:
     return (weights + size.parameters * cast + activations + loss) / 1e9 + RESERVED_GB
 
 
+def fitting(stage: Stage, size: ModelSize, hardware: Hardware) -> Stage | None:
+    """The stage with the largest batch and micro-batch that fit, at most its own; None where the weights do not fit."""
+    stage = replace(stage, batch_size=max(1, stage.batch_size // hardware.gpus) * hardware.gpus)
+    micro, _ = _local_rows(stage, hardware)
+    while _memory_gb(stage, size, hardware) > GPU_MEMORY[hardware.gpu]:
+        if micro <= 1:
+            return None
+        micro //= 2
+        stage = replace(stage, micro_batch_size=micro)
+    return stage
+
+
 def _warnings(stage: Stage, size: ModelSize, hardware: Hardware) -> list[str]:
     """What cannot work, and what would."""
     gpu, room, memory = hardware.gpu, GPU_MEMORY[hardware.gpu], _memory_gb(stage, size, hardware)
@@ -229,11 +241,10 @@ def _warnings(stage: Stage, size: ModelSize, hardware: Hardware) -> list[str]:
     if memory <= room:
         return found
     needs = f"{stage.name}: {memory:.0f} GB per GPU do not fit into the {room} GB of a {gpu}"
-    micro, _ = _local_rows(stage, hardware)
-    while micro > 1:
-        micro = micro // 2
-        if _memory_gb(replace(stage, micro_batch_size=micro), size, hardware) <= room:
-            return [*found, f"{needs}; --micro_batch_size {micro} fits (the same gradient, one more forward pass)"]
+    fits = fitting(stage, size, hardware)
+    if fits is not None:
+        micro = fits.micro_batch_size
+        return [*found, f"{needs}; --micro_batch_size {micro} fits (the same gradient, one more forward pass)"]
     shard = "" if hardware.sharded else "--sharded true (see train/configs/), "
     return [*found, f"{needs}, whatever the micro-batch; use {shard}more GPUs, or a smaller batch"]
 

@@ -1,12 +1,13 @@
 """Throughput and latency of `mmkd serve` against a plain service of the same model, and memory over many requests.
 
 ``python tests/benchmarks/serve.py MODEL [--onnx FOLDER] [--resize exact|fast] [--clients 16] [--requests 320]
-[--rounds 4] [--memory 10000]``
+[--rounds 4] [--memory 10000]``; with ``--onnx`` our side serves this folder of `mmkd export MODEL`.
 
 Both sides serve OpenAI's embeddings from a process of their own, with the same weights and the same number of threads
 of torch. The other side is what one writes with FastAPI and transformers: an endpoint that FastAPI runs in its pool of
 threads, which decodes the image, calls the processor and the model under ``inference_mode`` and returns a list. Every
-client sends its next request when it has the answer to the last one; images are JPEGs of 512 x 512 pixels, or captions.
+client sends its next request when it has the answer to the last one, and writes to its socket itself, since a library
+for clients computes longer for a caption than either side. Images are JPEGs of 512 x 512 pixels, or captions.
 Sides alternate within a round, and the figures are medians over rounds. ``CPU ms`` is what the process of a side
 computes for one request: other load on the machine changes it little, while it gives the side with more threads the
 larger share of the cores. ``lowest cosine`` is that between the answers of both sides. The last line is for images, of
@@ -27,7 +28,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-import httpx
 import numpy as np
 from PIL import Image
 
@@ -91,16 +91,16 @@ def plain(model_folder, port):
             vector = torch.nn.functional.normalize(features.pooler_output, dim=-1)[0].tolist()
         return {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": vector}]}
 
-    uvicorn.run(app, port=port, access_log=False, log_level="warning")
+    uvicorn.run(app, port=port, access_log=False, log_level="warning", timeout_keep_alive=60)
 
 
 def ours(model_folder, port, resize, onnx):
     """`mmkd serve`."""
     from mmkd.command import cli
 
-    options = ["--port", str(port), "--resize", resize, *(["--onnx", onnx] if onnx else [])]
+    options = ["--port", str(port), "--resize", resize]
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
-        cli.main(["serve", model_folder, "--page", "false", *options])
+        cli.main(["serve", onnx or model_folder, "--page", "false", *options])
 
 
 @contextlib.contextmanager
@@ -136,34 +136,44 @@ def bodies(kind, count=16):
     return [json.dumps(body).encode() for body in found]
 
 
+async def answer(reader):
+    """Status and body of an answer."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = int(head.partition(b"content-length:")[2].split()[0])
+    return int(head.split()[1]), await reader.readexactly(length)
+
+
 async def load(address, kind, clients, requests):
     """Seconds of each request, seconds of all, why some were lost, and the vectors of the first bodies."""
-    content, times, vectors, lost = bodies(kind), [], {}, []
+    times, vectors, lost = [], {}, []
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: "
+    content = [f"{head}{len(body)}\r\n\r\n".encode() + body for body in bodies(kind)]
     waiting = iter(range(requests))
-    limits = httpx.Limits(max_connections=clients)
 
-    async def client(session):
+    async def client():
+        reader, writer = await asyncio.open_connection(host, int(port))
         for number in waiting:
             began = time.perf_counter()
             try:
-                answer = await session.post(
-                    f"{address}/v1/embeddings",
-                    content=content[number % len(content)],
-                    headers={"content-type": "application/json"},
-                )
-                if answer.status_code == 200:
-                    times.append(time.perf_counter() - began)
-                    if number < len(content):
-                        vectors[number] = answer.json()["data"][0]["embedding"]
-                else:
-                    lost.append(str(answer.status_code))
-            except httpx.HTTPError as error:
+                writer.write(content[number % len(content)])
+                status, body = await asyncio.wait_for(answer(reader), 120)
+            except (OSError, EOFError, asyncio.TimeoutError) as error:
                 lost.append(type(error).__name__)
+                writer.close()
+                reader, writer = await asyncio.open_connection(host, int(port))
+                continue
+            if status != 200:
+                lost.append(f"{status} {body[:200].decode()}")
+                continue
+            times.append(time.perf_counter() - began)
+            if number < len(content):
+                vectors[number] = json.loads(body)["data"][0]["embedding"]
+        writer.close()
 
-    async with httpx.AsyncClient(limits=limits, timeout=120) as session:
-        began = time.perf_counter()
-        await asyncio.gather(*(client(session) for _ in range(clients)))
-        return times, time.perf_counter() - began, lost, vectors
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return times, time.perf_counter() - began, lost, vectors
 
 
 def computed(process):

@@ -13,6 +13,7 @@ from mmkd.command.settings import parse  # noqa: E402
 from mmkd.encoders.encoder import DualEncoder  # noqa: E402
 from mmkd.evaluation.slides import tiles  # noqa: E402
 from mmkd.evaluation.slides.bags import BagFolder  # noqa: E402
+from mmkd.hub import slide_heatmap  # noqa: E402
 from mmkd.train import tile  # noqa: E402
 
 SIDE = 512
@@ -161,7 +162,7 @@ def test_what_cannot_work_is_told(slides, tmp_path, encoder):
     skipped = json.loads((tmp_path / "unknown" / "fake" / "skipped.json").read_text())
     assert "give --slide_mpp or --level 0" in skipped["b"] and "a" not in skipped
     with pytest.raises(ValueError, match="it has 1 levels, so --level 1 does not exist"):
-        tile.bag(tiles.Slide(slides / "b.png"), encoder, settings(slides, tmp_path, level=1))
+        tiles.Tiling(level=1).corners(tiles.Slide(slides / "b.png"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.svs").write_bytes(b"no slide")
     with pytest.raises(ValueError, match="none of 1 slides could be used"):
@@ -176,3 +177,55 @@ def test_what_cannot_work_is_told(slides, tmp_path, encoder):
         tile.main(settings(slides, tmp_path / "bags"))
     with pytest.raises(ValueError, match="--tissue lies between"):
         tile.main(settings(slides, tmp_path / "bags", tissue=2))
+    with pytest.raises(ValueError, match="give --encoder, whose features are kept, or --preview true"):
+        tile.main(settings(slides, tmp_path / "bags", encoder=""))
+
+
+def test_a_preview_draws_the_tiles_and_encodes_nothing(slides, tmp_path, encoder):
+    tile.main(settings(slides, tmp_path / "bags", slide_mpp=0.25, preview="true"))
+    drawn = np.asarray(Image.open(tmp_path / "bags" / "preview" / "b.png"))
+    changed = (drawn != glass_with_tissue()).any(axis=2)
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    assert encoder.calls == 0 and (rows[[0, -1]] == (0, 256)).all() and (columns[[0, -1]] == (128, 384)).all()
+    assert changed[[0, 64, 128, 192, 256], 128:385].all() and not changed[32, 140:180].any()
+    assert set(json.loads((tmp_path / "bags" / "preview" / "skipped.json").read_text())) >= {"broken", "empty"}
+
+
+class GreenEncoder(DualEncoder):
+    """A unit vector whose first number grows with the green of the tile, and texts that ask for it or for the rest."""
+
+    def __init__(self):
+        super().__init__("green", 2, {})
+
+    def image_features(self, prepared):
+        green = torch.tensor([np.asarray(image)[..., 1].mean() / 255 for image in prepared]).float()
+        return torch.stack([green, torch.ones_like(green)], dim=1)
+
+    def text_features(self, texts):
+        return torch.tensor([[1.0, 0.0] if text == "green" else [0.0, 1.0] for text in texts])
+
+
+@pytest.mark.parametrize("against", ["", "glass"])
+def test_a_heat_map_of_a_slide_for_people_and_for_qupath(slides, tmp_path, monkeypatch, against):
+    monkeypatch.setattr(slide_heatmap, "load_encoder", lambda source, device: GreenEncoder())
+    output = tmp_path / "heat"
+    options = ["green", "--output", str(output), "--model", "green", "--size", "32", "--batch_size", "5", "--quiet"]
+    options += ["true", "--against", against]
+    asked = parse(slide_heatmap.SlideHeatmapSettings, [str(slides / "a.tif"), *options])
+    slide_heatmap.main(asked)
+    features = json.loads(output.with_suffix(".geojson").read_text())["features"]
+    assert len(features) == 16
+    for feature in features:
+        ring = feature["geometry"]["coordinates"][0]
+        x, y = ring[0]
+        assert ring == [[x, y], [x + 64, y], [x + 64, y + 64], [x, y + 64], [x, y]]
+        vector = np.array([(40 + y // 4) / 255, 1]) / np.hypot((40 + y // 4) / 255, 1)
+        expected = {"green - glass": vector[0] - vector[1]} if against else {"green": vector[0]}
+        assert feature["properties"]["measurements"] == pytest.approx(expected, abs=1e-3)
+    picture = np.asarray(Image.open(output.with_suffix(".png")).convert("L")).astype(int)
+    assert (picture[300:] == 235).all() and picture[250, 200] > picture[10, 200] + 50
+    with pytest.raises(FileExistsError, match=r"heat\.geojson exists"):
+        slide_heatmap.main(asked)
+    with pytest.raises(ValueError, match=r"empty\.png: no tile of 32 pixels"):
+        empty = [str(slides / "empty.png"), *options, "--overwrite", "true", "--slide_mpp", "0.25"]
+        slide_heatmap.main(parse(slide_heatmap.SlideHeatmapSettings, empty))

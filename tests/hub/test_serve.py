@@ -175,7 +175,6 @@ REFUSED = [
     (["--host", "192.0.2.7", "--without_key", "true"], "cannot listen"),
     (["--port", "70000"], "--port 70000"),
     (["--index", "nowhere"], "mmkd index"),
-    (["--onnx", "nowhere"], "mmkd export"),
     (["--images", "nowhere"], "--index"),
     (["--max_queue", "8"], "--max_items 64"),
     (["--timeout", "0"], "--timeout"),
@@ -215,23 +214,51 @@ def test_an_index_of_another_model_is_refused(folder, tmp_path):
     assert done.returncode == 1 and "other weights" in done.stderr
 
 
-def test_calibration_and_onnx_of_the_model(folder, tmp_path):
-    """An export behind the service gives the answers of the model, calibrated by the file beside its weights."""
+WITHOUT_TORCH = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "torchvision", "scipy", "sklearn", "accelerate"):
+            raise ImportError(f"{name} is not part of the container")
+sys.meta_path.insert(0, Blocker())
+from mmkd.command.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_an_export_is_served_without_torch(folder, archive, tmp_path):
+    """With the answers of its model, calibrated by the file beside the weights, and its index."""
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed)
     model = tmp_path / "model"
     shutil.copytree(folder, model)
-    done = mmkd("export", model, "--format", "onnx", "--repeats", 0, "--output", tmp_path / "onnx", "--quiet", "true")
-    assert done.returncode == 0, done.stderr
     encoder = load_encoder(str(model))
     predictor = Predictor(encoder, read_labels("w3,w4"))
     own = {"scale": 7.0, "quantile": 1.0, "abstain_below": 2.0, "images": 50}
     write_calibration(model, Calibration(predictor.fingerprint, predictor.key, "single", ["w3", "w4"], **own))
-    with serve_apart(model, "--onnx", tmp_path / "onnx", "--labels", "w3,w4", "--page", "false") as (_, address):
+    done = mmkd("export", model, "--format", "onnx", "--repeats", 0, "--output", tmp_path / "onnx", "--quiet", "true")
+    assert done.returncode == 0, done.stderr
+    options = ["--labels", "w3,w4", "--index", archive / "index"]
+    program = [sys.executable, "-c", WITHOUT_TORCH]
+    with serve_apart(tmp_path / "onnx", *options, program=program) as (_, address):
         status, found = post(address, "/v1/classify", {"input": data_url(noise())})
         _, embedded = post(address, "/v1/embeddings", {"input": ["w3", data_url(noise())], "encoding_format": "base64"})
+        _, near = post(address, "/v1/search", {"input": "w4", "k": 1})
+        assert urllib.request.urlopen(address, timeout=60).status == 200  # the page
+    assert near["data"][0]["id"] == "1.png" and embedded["usage"]["prompt_tokens"] == 4
     (entry,) = found["data"]
     assert status == 200 and found["calibrated"] and entry["abstained"] and entry["labels"] == []
     assert set(entry["conformal_set"]) == {"w3", "w4"}
     text = torch.frombuffer(bytearray(base64.b64decode(embedded["data"][0]["embedding"])), dtype=torch.float32)
     torch.testing.assert_close(text, encoder.encode_texts(["w3"])[0], atol=1e-4, rtol=0)
+    (tmp_path / "onnx" / "export.json").write_text('{"format": "exported-program"}')
+    done = mmkd("serve", tmp_path / "onnx", "--port", "0")
+    assert done.returncode == 1 and "can run code when they are loaded" in done.stderr
+
+
+def test_the_container_without_torch_installs_what_the_project_names():
+    root = Path(__file__).resolve().parents[2]
+    needed = (root / "examples" / "serving" / "requirements-onnx.txt").read_text().split()
+    project = (root / "pyproject.toml").read_text()
+    assert not [requirement for requirement in needed if f'"{requirement}"' not in project]
+    assert not [requirement for requirement in needed if requirement.startswith(("torch", "transformers"))]

@@ -10,6 +10,7 @@ from PIL import Image
 from served import data_url, noise, serve_here
 from tiny_model import save_tiny
 
+from mmkd.encoders.encoder import token_counter
 from mmkd.encoders.zoo import load_encoder
 from mmkd.serving.gate import Limits
 from mmkd.serving.service import Batching
@@ -69,6 +70,14 @@ def test_embeddings_equal_those_of_the_encoder_in_every_shape_of_input(folder):
     assert content["object"] == "list" and content["model"] == "tiny"
     tokens = one.json()["usage"]["prompt_tokens"]
     assert tokens > 2 and content["usage"] == {"prompt_tokens": 3 * tokens, "total_tokens": 3 * tokens}
+
+
+def test_counting_tokens_leaves_the_padding_of_batches_alone(folder):
+    encoder = load_encoder(str(folder))
+    count, tokenizer = token_counter(encoder), encoder.processor.tokenizer.backend_tokenizer
+    encoder.encode_texts(["w3", "w3 w4 w5"])
+    padding = tokenizer.padding
+    assert count(["w3", "w3 w4 w5"]) == 4 + 8 and padding is not None and tokenizer.padding == padding
 
 
 def test_base64_holds_the_same_numbers(folder):

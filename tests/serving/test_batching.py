@@ -66,6 +66,32 @@ def test_a_request_of_more_items_than_a_batch_is_spread_over_batches():
     assert [len(batch) for batch in compute.batches] == [4, 4, 2]
 
 
+class PanicError(BaseException):
+    """As libraries in Rust raise it: no `Exception`."""
+
+
+@pytest.mark.parametrize("fault", ["panic", "too few results"])
+def test_a_fault_of_the_model_does_not_end_the_worker(fault):
+    """Or every later request would wait until its time is over."""
+    whole = Doubler()
+
+    def compute(items):
+        if 7 not in items:
+            return whole(items)
+        if fault == "panic":
+            raise PanicError(fault)
+        return []
+
+    compute.gate = whole.gate
+
+    async def work(batcher):
+        with pytest.raises(Exception, match=r"PanicError: panic|0 results for 1 items"):
+            await batcher.submit([7])
+        return await asyncio.wait_for(batcher.submit([1]), 10)
+
+    assert batched(work, compute) == [2]
+
+
 def test_a_broken_item_fails_alone():
     compute = Doubler(broken=[2])
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmkd.files import OutputInUseError
 from mmkd.serving import index as module
 from mmkd.serving.index import INDEX_FILE, FileStates, SearchIndex
 
@@ -131,7 +132,7 @@ def test_a_killed_writer_leaves_the_index_as_it_was(index, path, monkeypatch, mo
     opened.add(["last"], unit(1, seed=4))
     assert len(opened) == 201
     left = {file.name for file in path.iterdir()}
-    assert len(left) == 2 + len(opened.meta["shards"]) + (opened.meta["removed"] is not None)
+    assert len(left) == 1 + len(opened.meta["shards"]) + (opened.meta["removed"] is not None)
 
 
 def test_a_reader_keeps_what_it_opened(index, path):
@@ -144,7 +145,7 @@ def test_a_reader_keeps_what_it_opened(index, path):
 
 
 def test_one_writer_at_a_time(index, path):
-    with index._writing(), pytest.raises(ValueError, match="another process is writing"):
+    with index._writing(), pytest.raises(OutputInUseError, match="is being written by another run"):
         SearchIndex.open(path).delete(["a"])
 
 

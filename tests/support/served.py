@@ -15,10 +15,11 @@ import urllib.request
 import httpx
 from PIL import Image
 
+from mmkd.encoders.encoder import token_counter
 from mmkd.encoders.zoo import load_encoder
 from mmkd.serving.api import Metrics, create_app, with_gate
 from mmkd.serving.predictor import Predictor, read_labels
-from mmkd.serving.service import Batching, Service, tokens_of
+from mmkd.serving.service import Batching, Service
 
 PATIENCE = 240
 
@@ -45,7 +46,7 @@ def serve_here(folder, work, *, labels="", key=None, hosts=(), batching=None, **
         "tiny",
         lambda own: Predictor(encoder, own),
         read_labels(labels) if labels else (),
-        count_tokens=tokens_of(encoder),
+        count_tokens=token_counter(encoder),
         batching=batching or Batching(observe=metrics.batch),
         **options,
     )

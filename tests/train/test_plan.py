@@ -9,6 +9,7 @@ from captioned_batches import model
 
 from mmkd.student.flops import StepCost
 from mmkd.train.plan import PlanSettings, main
+from mmkd.training import planning
 from mmkd.training.planning import Hardware, ModelSize, Stage, estimate, measure
 
 SIZE = ModelSize(
@@ -59,8 +60,11 @@ def test_what_does_not_fit_is_told_with_what_does():
     assert "do not fit into the 80 GB of a h100; --micro_batch_size 128 fits" in warning
     fitting = replace(large, micro_batch_size=128)
     assert not estimate(fitting, SIZE, GPUS).warnings
+    assert planning.fitting(large, SIZE, GPUS) == fitting and planning.fitting(STAGE, SIZE, GPUS) == STAGE
+    assert planning.fitting(replace(STAGE, batch_size=1001), SIZE, GPUS).batch_size == 1000
     huge = replace(SIZE, parameters=6_000_000_000, trainable=6_000_000_000)
     (warning,) = estimate(STAGE, huge, replace(GPUS, gpu="a100")).warnings
+    assert planning.fitting(STAGE, huge, replace(GPUS, gpu="a100")) is None
     assert "whatever the micro-batch; use --sharded true" in warning
     warnings = estimate(replace(STAGE, batch_size=1000), SIZE, replace(GPUS, gpu="v100", gpus=3)).warnings
     assert "divided evenly among 3" in warnings[0] and "no bf16" in warnings[1]
@@ -93,6 +97,8 @@ def test_the_command_prints_figures_assumptions_and_warnings(tmp_path, capsys):
     text = capsys.readouterr().out
     for part in ("pretrain", "extract", "distill", "total", "measured:", "assumed: 4 x a100", "2.5 per GPU hour"):
         assert part in text
+    for stage in ("pretrain", "distill"):
+        assert f"fits: mmkd {stage} --num_processes 4 --batch_size 1024 --precision fp32 --epochs 20 ..." in text
     stages = json.loads((tmp_path / "plan.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == ["pretrain", "extract", "distill"]
     with pytest.raises(SystemExit):

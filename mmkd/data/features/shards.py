@@ -15,17 +15,17 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors.torch import save
-from torch import Tensor
 
 from mmkd.files import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NOTES = "shard"
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own
@@ -114,7 +114,7 @@ def is_whole(file: Path) -> bool:
 def write_shard(
     path: Path,
     ids: Sequence[str],
-    arrays: dict[str, Tensor],
+    arrays: Mapping[str, Tensor | np.ndarray],
     fingerprints: np.ndarray | None = None,
     notes: dict[str, Any] | None = None,
 ) -> None:
@@ -123,7 +123,7 @@ def write_shard(
     Args:
         path: the file.
         ids: of its n rows.
-        arrays: tensors of n rows each, by name.
+        arrays: tensors or arrays of n rows each, by name.
         fingerprints: (n,) of the pairs behind the rows, None where they are unknown.
         notes: JSON values for the header.
 
@@ -131,8 +131,11 @@ def write_shard(
         ValueError: an array has another number of rows than there are ids, or an id is not Unicode text.
         OSError: the disk is full or the folder cannot be written; nothing is left of the file.
     """
+    import torch  # here, so that shards are read without it
+    from safetensors.torch import save
+
     encoded = [_encoded(id) for id in ids]
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in arrays.items()}
+    tensors = {name: torch.as_tensor(array).detach().cpu().contiguous() for name, array in arrays.items()}
     if fingerprints is not None and any(fingerprints[name].any() for name in fingerprints.dtype.names or ()):
         tensors["fingerprints"] = torch.from_numpy(fingerprints.copy().view("<u2").reshape(-1, 2))
     for name, tensor in tensors.items():

@@ -21,18 +21,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mmkd.data.features import FeatureType
 from mmkd.data.features.index import FINGERPRINT, IdIndex, Ids, digests
 from mmkd.data.features.shards import TensorMap, checksums_match, read_header
 from mmkd.files import is_folder_name, read_json
 
-TORCH_TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
 STORED_AS = {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
 VERSION = 3
 READ_AHEAD_ROWS = 256  # from here on neighbouring rows are read ahead together
@@ -204,6 +204,8 @@ class FeatureStore(VectorStore):
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Features by row number (n,) int64, -1 for none; returns as `lookup`."""
+        import torch  # here, so that a store is searched without it
+
         stored = torch.from_numpy(self.gather("features", rows))
         stored = stored.view(torch.bfloat16) if self.dtype == "bfloat16" else stored
         both = torch.empty(2, len(rows), self.dim).copy_(stored.transpose(0, 1))
@@ -311,7 +313,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         names = [meta["ids"]["file"], meta["ids"]["sha256"], *(shard["file"] for shard in shards)]
         numbers = [meta["dim"], *(shard[key] for shard in shards for key in ("rows", "bytes"))]
         sound = all(map(is_folder_name, names)) and all(isinstance(n, int) and n > 0 for n in numbers)
-        sound &= sum(shard["rows"] for shard in shards) == meta["count"] and meta["dtype"] in TORCH_TYPES
+        sound &= sum(shard["rows"] for shard in shards) == meta["count"] and meta["dtype"] in STORED_AS
         sound &= isinstance(meta["provenance"], dict)
     except (KeyError, TypeError):
         sound = False

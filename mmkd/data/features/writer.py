@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkd.data.features import IDENTITY
 from mmkd.data.features.index import COMPARED_TOGETHER, FINGERPRINT, Ids, changes, refuse_repeated
 from mmkd.data.features.shards import is_whole, read_header, shard_file, write_shard
 from mmkd.data.features.store import (
-    TORCH_TYPES,
     VERSION,
     FeatureStore,
     FeatureType,
@@ -27,7 +27,7 @@ from mmkd.data.features.store import (
 )
 from mmkd.files import atomic_write_text, write_json
 
-IDENTITY = ("fingerprint", "preprocessing", "tokenizer", "context", "pooling", "precision")
+TORCH_TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 SKIPPED_FILE = "skipped.jsonl"
 SHARD_SIZE = 16384  # rows
 SMALLEST_SHARD, SHARDS_WANTED = 256, 1024

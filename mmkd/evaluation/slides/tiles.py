@@ -7,14 +7,19 @@ requested resolution, from the nearest finer level, and resampled.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from mmkd.data.images import UnreadableImageError, open_image
 
@@ -23,6 +28,9 @@ GLASS, STAIN = 15, 60  # bounds of the threshold: dirty glass stays below 15; a 
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 PYRAMIDS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms")
 COARSEST_MPP = 20.0  # a header that states more describes a screen (72 dots an inch), not a microscope
+COLD, WARM, HOT, OPACITY = "#1f3b73", "#f2a33a", "#fff2b0", 0.6
+OUTLINE = "#0b6b66"
+BATCHES_AHEAD = 2
 BLOCK = 8000  # largest side, in pixels, of a region that is read at once; 256 MB as RGBA
 
 
@@ -153,3 +161,107 @@ def read_tile(slide: Slide, corner: NDArray[np.int64], side: float, pixels: int)
     own = max(1, round(side / factor))
     region = slide.read(level, round(int(corner[0]) / factor), round(int(corner[1]) / factor), own, own)
     return region if own == pixels else region.resize((pixels, pixels), Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a slide is cut.
+
+    Attributes:
+        size: side of a tile in pixels of its own resolution.
+        mpp: that resolution, micrometres a pixel.
+        slide_mpp: resolution of slides that do not state it.
+        level: pyramid level to cut at, whatever its resolution.
+        tissue: smallest share of tissue in a tile.
+    """
+
+    size: int = 256
+    mpp: float = 0.5
+    slide_mpp: float | None = None
+    level: int | None = None
+    tissue: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            ValueError: the message names the settings.
+        """
+        if self.size < 1 or self.mpp <= 0:
+            raise ValueError("--size must be at least 1, --mpp above 0")
+        if not 0 <= self.tissue <= 1 or (self.level or 0) < 0 or (self.slide_mpp or 1) <= 0:
+            raise ValueError("--tissue lies between 0 and 1, --level is at least 0, --slide_mpp above 0")
+
+    def side(self, slide: Slide) -> float:
+        """Side of a tile in pixels of the finest level.
+
+        Raises:
+            ValueError: the slide lacks the level, or states no resolution.
+        """
+        if self.level is not None:
+            if self.level >= len(slide.sizes):
+                raise ValueError(f"it has {len(slide.sizes)} levels, so --level {self.level} does not exist")
+            return self.size * slide.scale(self.level)
+        mpp = slide.mpp or self.slide_mpp
+        if mpp is None:
+            raise ValueError("it does not state its resolution; give --slide_mpp or --level 0")
+        return self.size * self.mpp / mpp
+
+    def corners(self, slide: Slide) -> NDArray[np.int64]:
+        """Corners of the tiles that hold enough tissue; see `tile_corners`.
+
+        Raises:
+            ValueError: there is none, or see `side`.
+        """
+        corners = tile_corners(slide, self.side(slide), self.tissue)
+        if not len(corners):
+            raise ValueError(f"no tile of {self.size} pixels holds {self.tissue:.0%} tissue")
+        return corners
+
+    def batches(
+        self, slide: Slide, corners: NDArray[np.int64], batch_size: int, workers: int
+    ) -> Iterator[list[Image.Image]]:
+        """Tiles in batches, while threads read the next batches."""
+        side = self.side(slide)
+        with ThreadPoolExecutor(workers) as readers:
+            batches = (
+                [
+                    readers.submit(read_tile, slide, corner, side, self.size)
+                    for corner in corners[start : start + batch_size]
+                ]
+                for start in range(0, len(corners), batch_size)
+            )
+            waiting = deque(itertools.islice(batches, BATCHES_AHEAD))
+            while waiting:
+                batch = waiting.popleft()
+                waiting.extend(itertools.islice(batches, 1))
+                yield [tile.result() for tile in batch]
+
+
+def drawn_tiles(
+    slide: Slide, corners: NDArray[np.int64], side: float, scores: NDArray[np.float32] | None = None
+) -> Image.Image:
+    """A thumbnail with its tiles: outlined, or coloured by their scores from the 2nd to the 98th percentile.
+
+    Args:
+        slide: the slide.
+        corners: of n tiles, in pixels of the finest level.
+        side: of a tile, in pixels of the finest level.
+        scores: (n,).
+    """
+    thumbnail = slide.thumbnail()
+    factor = thumbnail.width / slide.sizes[0][0]
+    boxes = [(x * factor, y * factor, (x + side) * factor, (y + side) * factor) for x, y in corners.tolist()]
+    if scores is None:
+        canvas = ImageDraw.Draw(thumbnail)
+        for box in boxes:
+            canvas.rectangle(box, outline=OUTLINE)
+        return thumbnail
+    low, high = np.percentile(scores, (2, 98))
+    shades = (255 * np.clip((scores - low) / max(high - low, 1e-12), 0, 1)).round().astype(int)
+    heat, covered = Image.new("L", thumbnail.size), Image.new("L", thumbnail.size)
+    draw_heat, draw_covered = ImageDraw.Draw(heat), ImageDraw.Draw(covered)
+    for box, shade in zip(boxes, shades.tolist(), strict=True):
+        draw_heat.rectangle(box, fill=shade)
+        draw_covered.rectangle(box, fill=round(255 * OPACITY))
+    return Image.composite(ImageOps.colorize(heat, COLD, HOT, WARM), thumbnail, covered)
