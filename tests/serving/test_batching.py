@@ -130,7 +130,9 @@ def test_items_of_a_caller_that_leaves_are_not_computed():
     async def work(batcher):
         compute.gate.clear()
         first = asyncio.create_task(batcher.submit([0]))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
+        while batcher.waiting:  # until the first one is with the model
+            await asyncio.sleep(0.01)
         gone, stays = asyncio.create_task(batcher.submit([1, 2])), asyncio.create_task(batcher.submit([3]))
         await asyncio.sleep(0.01)
         gone.cancel()
