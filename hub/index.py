@@ -45,7 +45,6 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mmkd.distributed import chosen_device
@@ -116,7 +115,7 @@ def update(index: SearchIndex, files: Sequence[ImageFile], encoder: DualEncoder,
         (touched if same else changed).append(files[k])
     if touched:  # only the time of change differs
         ids = [file.id for file in touched]
-        index.add(ids, torch.from_numpy(index.vectors(ids)), file_states(ids, stamps, hashes))
+        index.add(ids, index.vectors(ids), file_states(ids, stamps, hashes))
 
     def read(file: ImageFile) -> Readable | str:
         image = read_image(file, index.window)
