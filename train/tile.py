@@ -76,9 +76,9 @@ def main(settings: TileSettings) -> None:
 
     check(settings)
     files = slide_files(settings.slides)
-    if settings.preview:
-        folder, made_of = settings.output / "preview", None
-    else:
+    folder = settings.output / "preview"
+    made_of: dict[str, Any] | None = None
+    if not settings.preview:
         name, source = next(iter(named_sources([settings.encoder]).items()))
         encoder = load_encoder(source, chosen_device(settings.device))
         encoder.batch_size = settings.batch_size

@@ -181,9 +181,10 @@ class Predictor:
 
     def _probabilities(self, similarities: Probabilities) -> Probabilities:
         scaled = self.scale * similarities
-        if self.mode == "multilabel":
-            return np.exp(-np.logaddexp(0, -scaled))
-        return np.exp(scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True))
+        multilabel = self.mode == "multilabel"
+        total = np.logaddexp(0, scaled) if multilabel else np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+        found: Probabilities = np.exp(scaled - total)
+        return found
 
     def _prediction(self, row: Probabilities, best: float) -> Prediction:
         order = np.argsort(-row, kind="stable")
