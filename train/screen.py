@@ -58,8 +58,8 @@ from tqdm import tqdm
 
 from mmkd.command.settings import nearest, save_settings
 from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
-from mmkd.data.folder import CHUNK, Choice, PairFolder, open_pairs, write_choice
-from mmkd.data.table import Pair, batches
+from mmkd.data.folder import Choice, PairFolder, in_chunks, open_pairs, write_choice
+from mmkd.data.table import Pair
 from mmkd.distillation.screening import (
     KEPT,
     OTHER_MODALITY,
@@ -138,7 +138,7 @@ def choices(
     """The pairs that stay, with their teachers, some thousands at a time; every pair is counted in the report."""
     allowed = {name.lower() for name in settings.modalities}
     with tqdm(total=len(folder.pairs), desc="screening", unit="pair", disable=settings.quiet) as bar:
-        for start, pairs in zip(range(0, len(folder.pairs), CHUNK), batches(folder.pairs, CHUNK), strict=True):
+        for start, pairs in in_chunks(folder.pairs):
             passed, present = screen.availability(pairs, report)
             kept: list[tuple[int, Pair]] = []
             for k, pair in enumerate(pairs):

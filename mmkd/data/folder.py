@@ -214,6 +214,11 @@ def _published_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
+def in_chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, list[Pair]]]:
+    """All pairs in chunks of some thousands, each with the position of its first pair."""
+    yield from zip(range(0, len(pairs), CHUNK), batches(pairs, CHUNK), strict=True)
+
+
 def ids_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[str]:
     """The ids of the pairs at these positions, (n,)."""
     if isinstance(pairs, PairTable):

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.folder import CHUNK, PairFolder
-from mmkd.data.table import SPLITS, UNKNOWN, Pair, batches
+from mmkd.data.folder import PairFolder, in_chunks
+from mmkd.data.table import SPLITS, UNKNOWN, Pair
 from mmkd.pages.charts import histograms
 from mmkd.pages.page import Grid, Page, Section, Table, number
 
@@ -395,7 +395,7 @@ def draw_pools(
     generator = np.random.default_rng(seed)
     drawn: dict[str, dict[str, list[tuple[float, str, Pair]]]] = {split: {ALL: []} for split in SPLITS}
     modalities: set[str] = set()
-    for pairs in batches(folder.pairs, CHUNK):
+    for _, pairs in in_chunks(folder.pairs):
         present, order = features.seen([pair.id for pair in pairs]), generator.random(len(pairs))
         for pair, has_features, place in zip(pairs, present.tolist(), order.tolist(), strict=True):
             modalities.add(pair.modality.lower())
