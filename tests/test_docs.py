@@ -27,7 +27,7 @@ from mmkd.serving.index import SearchIndex
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_PAGE = ROOT / "docs" / "model.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.md"))  # .ci/run runs them
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.md"))
 TEXTS = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "llms.txt")), *NOTEBOOKS, *PAGES]
 ELSEWHERE = ("http://127.0.0.1", "mmkd-clip-onnx")  # a running service, an export: tests/hub runs both
 NUMBER = re.compile(r"[*~<]*[+-]?\.?\d")
