@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -50,7 +50,28 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file is then untouched.
     """
-    _write_chunks(path, [data])
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file that becomes ``path`` when the block succeeds, and vanishes when it fails.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old file is then untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -60,7 +81,8 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 def atomic_write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines, or pieces of them, as UTF-8 while they come, without holding them all; see `atomic_write_bytes`."""
-    _write_chunks(path, (line.encode("utf-8") for line in lines))
+    with atomic_file(path) as file:
+        file.writelines(line.encode("utf-8") for line in lines)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -339,17 +361,3 @@ def extract_zip(archive: Path, destination: Path) -> None:
 
 def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-
-
-def _write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(path)
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

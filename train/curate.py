@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.tasks import TaskSettings
 from mmkd.curation.rules import NearMode, Rules, read_rules
 from mmkd.data.pixel_rules import WindowPreset
 
 
-@dataclass
-class CurateSettings:
+@dataclass(kw_only=True)
+class CurateSettings(TaskSettings):
     """Turn a collection of images and captions or labels into a folder of pairs.
 
     Example:
@@ -27,13 +28,13 @@ class CurateSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "table salt preset max_pairs licenses modalities shard validation_share test_share exclude_manifests",
+        "data": "table salt preset max_pairs licenses modalities validation_share test_share exclude_manifests",
         "images": "window frame burned_in secondary_captures short_side jpeg_quality minimum_side panel_types "
         "split_panels",
         "reports": "reports query join text sections columns",
         "captions": "minimum_words maximum_words languages mentions scrub",
         "duplicates": "near_duplicates image_distance caption_similarity",
-        "computing": "seed workers quiet overwrite",
+        "computing": "seed quiet overwrite",
     }
 
     source: str = setting(
@@ -84,9 +85,7 @@ class CurateSettings:
         None, "share of groups held out where the source gives no split (preset: 0.15, 0 for tars)"
     )
     test_share: float | None = setting(None, "the same for testing (preset: 0.25, 0 for tars)")
-    shard: str = setting("1/1", "i/n: process shard i of n of the source, then stop")
     seed: int = setting(42, "seed of splits and of the choice of max_pairs")
-    workers: int = setting(1, "processes that read images")
     quiet: bool = setting(False, "no progress bar")
     overwrite: bool = setting(False, "replace OUTPUT")
 
@@ -117,18 +116,12 @@ def main(settings: CurateSettings) -> None:
         salt=settings.salt,
         columns=columns if settings.reports is None else None,
         reports=reports,
-        workers=settings.workers,
-        shard=numbered_share(settings.shard, "shard"),
+        tasks=settings,
         exclude=settings.exclude_manifests,
         quiet=settings.quiet,
         overwrite=settings.overwrite,
     )
     if settings.quiet:
-        return
-    if report is None:
-        print(
-            f"{settings.output}.parts: shard {settings.shard} is done; after all are, run the command without --shard"
-        )
         return
     counts = report["contents"]["split"]
     splits = ", ".join(f"{split} {counts[split]}" for split in SPLITS if split in counts)
@@ -136,12 +129,5 @@ def main(settings: CurateSettings) -> None:
     print(f"{settings.output}: {report['kept']} pairs ({splits}); dropped: {dropped}")
 
 
-def held(settings: CurateSettings) -> list[Path]:
-    """What this run alone may write: the output, or its shard's part of the work."""
-    number, total = numbered_share(settings.shard, "shard")
-    output = settings.output
-    return [output if total == 1 else output.with_name(f"{output.name}.{number}-of-{total}")]
-
-
 if __name__ == "__main__":
-    run(CurateSettings, main, held)
+    run(CurateSettings, main, lambda settings: [settings.output])

@@ -83,7 +83,6 @@ def near_test_image(hashes: np.ndarray, tests: np.ndarray, distance: int) -> np.
 
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-CHUNK = 32
 LISTS = (TABLE_FILE, META_FILE, LABELS_FILE)
 
 
@@ -106,12 +105,12 @@ class Exclusions:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def read_exclusions(manifests: Sequence[Path], pool: Executor | None = None) -> Exclusions:
+def read_exclusions(manifests: Sequence[Path], readers: Executor) -> Exclusions:
     """The images and articles of the named evaluation sets.
 
     Args:
         manifests: what `--exclude-manifests` names.
-        pool: reads images in other processes.
+        readers: read the images.
 
     Raises:
         FileNotFoundError: one of them does not exist, or a folder holds nothing of the kind.
@@ -122,8 +121,7 @@ def read_exclusions(manifests: Sequence[Path], pool: Executor | None = None) -> 
     for name, path in _sets(manifests):
         images, articles, note = _contents(path)
         unreadable = 0
-        read = pool.map(fingerprints_of, images, chunksize=CHUNK) if pool else map(fingerprints_of, images)
-        for digest, hash in read:
+        for digest, hash in readers.map(fingerprints_of, images):
             unreadable += hash is None
             if digest:
                 found.digests.setdefault(digest, name)

@@ -19,6 +19,7 @@ from mmkd.curation.decisions import REASONS, Decisions
 from mmkd.curation.part import dropped_row
 from mmkd.data.archives import ArchivedFile, ArchiveWriter
 from mmkd.data.table import SPLITS, TABLE_FILE, map_table, table_schema, write_table
+from mmkd.files import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,40 +27,27 @@ if TYPE_CHECKING:
 MORE_COLUMNS = ("key", "article", "study", "panel_type", "labels")
 
 
-def write_shard(part: Path, tar: Path, kept: np.ndarray) -> np.ndarray:
-    """Write the kept pairs of a part's archive to ``tar``.
+def write_shard(part: Path, tar: Path, kept: np.ndarray) -> None:
+    """Write the kept pairs of a part's archive to ``tar``, which appears whole.
 
     Args:
         part: the part's Arrow file; its archive lies beside it.
-        tar: where to write; appears whole, and is left alone if it is there.
+        tar: where to write.
         kept: (m,) bool.
-
-    Returns:
-        (kept,) int64, the new offsets of the images.
     """
-    table = map_table(part)
-    rows = np.flatnonzero(kept)
-    starts, ends = table["start"].to_numpy()[rows], table["end"].to_numpy()[rows]
-    offsets = table["offset"].to_numpy()[rows]
-    source = part.with_suffix(".tar")
-    if not tar.exists() and kept.all():
+    table, source = map_table(part), part.with_suffix(".tar")
+    if kept.all():
         with contextlib.suppress(OSError):  # not every file system has links
             os.link(source, tar)
-    if not tar.exists():
-        partial = tar.with_name(f"{tar.name}.partial")
-        with source.open("rb") as old, partial.open("wb") as new:
-            writer = ArchiveWriter(new)
-            for start, end in _runs(starts, ends):
-                writer.copy(old, start, end)
-            writer.finish()
-        partial.replace(tar)
-    new_starts = np.cumsum(ends - starts) - (ends - starts)
-    return np.asarray(offsets - starts + new_starts)
+            return
+    with source.open("rb") as old, atomic_file(tar) as new:
+        writer = ArchiveWriter(new)
+        for start, end in _runs(table["start"].to_numpy()[kept], table["end"].to_numpy()[kept]):
+            writer.copy(old, start, end)
+        writer.finish()
 
 
-def write_merged_manifest(
-    parts: Sequence[Path], decisions: Decisions, offsets: Sequence[np.ndarray], folder: Path, source: str
-) -> None:
+def write_merged_manifest(parts: Sequence[Path], decisions: Decisions, folder: Path, source: str) -> None:
     """Write ``manifest.arrow``: a batch of rows for each part, images named by shard, offset and size."""
     import pyarrow as pa
 
@@ -71,7 +59,9 @@ def write_merged_manifest(
             chosen = decisions.kept(number)
             kept = map_table(part).filter(pa.array(chosen))
             archive = Path(f"shards/{number:06d}.tar")
-            places = zip(offsets[number].tolist(), kept["size"].to_pylist(), strict=True)
+            starts, ends, offsets = (kept[name].to_numpy() for name in ("start", "end", "offset"))
+            new_starts = np.cumsum(ends - starts) - (ends - starts)
+            places = zip((offsets - starts + new_starts).tolist(), kept["size"].to_pylist(), strict=True)
             splits = decisions.splits[decisions.bounds[number] : decisions.bounds[number + 1]][chosen]
             columns = {name: kept[name] for name in schema.names if name in kept.column_names}
             columns["image"] = pa.array([str(ArchivedFile(archive, o, s)) for o, s in places], pa.string())

@@ -1,9 +1,9 @@
 """Curate one unit: check the samples of a shard of the source and write them as a part of the output.
 
 A part is three files: a tar with the kept images, captions and metadata, an Arrow table with their rows and
-fingerprints, and a JSON with all counts, written last. A unit whose JSON exists is done; a killed one leaves partial
-files that the next run overwrites. Parts are independent of each other, so that any number of processes and machines
-writes the same ones. Splits are decided for all parts together, so they stand in the manifest and not in the tars.
+fingerprints, and a JSON with all counts, written last: a unit whose JSON exists is done. Parts are independent of each
+other, so that any number of processes and machines writes the same ones, even two at a time. Splits are decided for all
+parts together, so they stand in the manifest and not in the tars.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mmkd.data.pixel_rules import UnreadableImageError
 from mmkd.data.readers import IMAGE_SUFFIXES
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import SPLITS, UNKNOWN
-from mmkd.files import write_json
+from mmkd.files import atomic_file, write_json
 
 ID_LENGTH = 24
 STORED = (".tar", ".arrow")  # files of every part
@@ -69,15 +69,13 @@ class PartWriter:
         Raises:
             OSError: the source cannot be read or the output not written.
         """
-        partial = self.base.with_suffix(".tar.partial")
-        with partial.open("wb") as file:
+        with atomic_file(self.base.with_suffix(".tar")) as file:
             self._tar = ArchiveWriter(file)
             for item in items:
                 self._take(item)
             self._tar.finish()
         write_rows(self.base.with_suffix(".arrow"), self.rows)
         write_fragments(self.base, self.fragments)
-        partial.replace(self.base.with_suffix(".tar"))
         counts = {
             "bytes": {suffix: self.base.with_suffix(suffix).stat().st_size for suffix in STORED},
             "read": self.read,
@@ -274,20 +272,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a part's rows as an Arrow file, under its final name only when complete."""
     import pyarrow as pa
 
-    partial = path.with_name(f"{path.name}.partial")
     schema = row_schema()
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+    with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    partial.replace(path)
 
 
 def write_fragments(base: Path, fragments: list[Fragment]) -> None:
     """Write the members of incomplete samples, if there are any, named by number and kind."""
     path = base.with_suffix(".fragments.tar")
-    path.unlink(missing_ok=True)
     if not fragments:
         return
-    with path.open("wb") as file:
+    with atomic_file(path) as file:
         writer = ArchiveWriter(file)
         for number, fragment in enumerate(fragments):
             for kind, (suffix, data) in sorted(fragment.members.items()):

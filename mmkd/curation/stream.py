@@ -1,22 +1,17 @@
 """A whole curation: process units on any number of processes and machines, then decide over all parts and write.
 
 Parts are collected in ``OUTPUT.parts`` beside the output. They stay when a run is killed, and the next run continues
-with them; with ``--shard i/n`` machines that share the folder divide the units, and the same command without it writes
-the output. The output depends on the source and the rules alone. Samples cut in two by the end of a shard are made
-whole from the fragments that the parts keep.
+with them. The output depends on the source and the rules alone. Samples cut in two by the end of a shard are made whole
+from the fragments that the parts keep.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -26,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mmkd.command.tasks import Progress, TaskSettings, run_tasks
 from mmkd.curation.contamination import checksums, read_exclusions
 from mmkd.curation.datasheet import write_sheet
 from mmkd.curation.decisions import Decisions, decide
@@ -49,11 +45,7 @@ from mmkd.files import (
 
 SETTINGS_FILE, REPORT_FILE = "settings.json", "report.json"
 
-AHEAD = 2
-
 KINDS = ("image", "caption", "metadata")
-
-Task = tuple[Any, ...]
 
 
 def curate(
@@ -65,12 +57,11 @@ def curate(
     salt: Path | None = None,
     columns: Mapping[str, str] | None = None,
     reports: ReportSource | None = None,
-    workers: int = 1,
-    shard: tuple[int, int] = (1, 1),
+    tasks: TaskSettings | None = None,
     exclude: Sequence[Path] = (),
     quiet: bool = False,
     overwrite: bool = False,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Curate a source into a folder of pairs.
 
     Args:
@@ -81,14 +72,13 @@ def curate(
         salt: file whose content is the key of hashes of patients, see `mmkd.curation.dicom`.
         columns: field -> column of a list of images that names it otherwise.
         reports: of DICOM files.
-        workers: processes on this machine.
-        shard: (i, n): process every n-th unit from the i-th on and stop there, unless n is 1.
+        tasks: where units are processed; None for this process.
         exclude: evaluation sets that the output must not contain.
         quiet: no progress bars.
         overwrite: start again and replace ``output``.
 
     Returns:
-        The report, None where units of other shards are missing.
+        The report.
 
     Raises:
         FileNotFoundError: the source or an evaluation set does not exist.
@@ -111,13 +101,11 @@ def curate(
     _open_parts(parts, settings, units, overwrite)
     if reports is not None:
         write_reports(parts, reports, rows)
-    number, total = shard
-    own = [unit for unit in units if unit.number % total == number - 1 and not _is_done(parts, unit)]
-    tasks = [(unit, parts, rules) for unit in own]
-    _work(_work_unit, tasks, workers, partial(tqdm, total=len(tasks), desc="curate", unit="shard", disable=quiet))
-    if total > 1 or not all(_is_done(parts, unit) for unit in units):
-        return None
-    return _finish(parts, units, output, source, settings, rules, exclude, workers, quiet)
+    tasks = tasks or TaskSettings()
+    bar = partial(tqdm, desc="curate", unit="shard", disable=quiet)
+    work = partial(_curate_units, parts, rules)
+    run_tasks(work, lambda: [unit for unit in units if not _is_done(parts, unit)], tasks, output, bar)
+    return _finish(parts, units, output, source, settings, rules, exclude, tasks, quiet)
 
 
 def _refuse_rules_without_effect(units: list[Unit], rules: Rules) -> None:
@@ -160,53 +148,18 @@ def _is_done(parts: Path, unit: Unit) -> bool:
         return False
 
 
-def _work_unit(unit: Unit, parts: Path, rules: Rules) -> None:
-    """Write the part of one unit; runs in worker processes."""
-    PartWriter(parts, unit.number, rules, unit.key()).write(unit.read(parts / "scratch"))
+def _curate_units(parts: Path, rules: Rules, units: Sequence[Unit], progress: Progress) -> None:
+    """Write the parts of some units; a task of `mmkd.command.tasks`."""
+    for unit in units:
+        PartWriter(parts, unit.number, rules, unit.key()).write(unit.read(parts / "scratch"))
+        progress(1)
 
 
-def _work(function: Any, tasks: Sequence[Task], workers: int, bar: Any) -> list[Any]:
-    """Apply ``function`` to every task, in order, on ``workers`` processes.
-
-    Raises:
-        OSError: a worker process was killed.
-    """
-    if workers <= 1 or len(tasks) <= 1:
-        with bar() as progress:
-            return [_counted(function(*task), progress) for task in tasks]
-    results: list[Any] = [None] * len(tasks)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, _quiet_on_interrupt) as pool, bar() as progress:
-        waiting: dict[Any, int] = {}
-        for number, task in enumerate(tasks):
-            waiting[pool.submit(function, *task)] = number
-            if len(waiting) >= AHEAD * workers:
-                _collect(waiting, results, progress)
-        while waiting:
-            _collect(waiting, results, progress)
-    return results
-
-
-def _collect(waiting: dict[Any, int], results: list[Any], progress: tqdm) -> None:
-    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-    for future in done:
-        try:
-            results[waiting.pop(future)] = _counted(future.result(), progress)
-        except BrokenProcessPool as error:
-            raise OSError(
-                "a worker process was killed, perhaps for lack of memory; finished shards stay: run the same command "
-                "again to resume, with fewer --workers if it happens again"
-            ) from error
-
-
-def _counted(result: Any, progress: tqdm) -> Any:
-    progress.update()
-    return result
-
-
-def _quiet_on_interrupt() -> None:
-    """Ignore ^C, which reaches every process of a terminal, in worker processes."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+def _write_shards(shards: Sequence[tuple[Path, Path, np.ndarray]], progress: Progress) -> None:
+    """Write some archives of the output; a task of `mmkd.command.tasks`."""
+    for part, tar, kept in shards:
+        write_shard(part, tar, kept)
+        progress(1)
 
 
 def _finish(
@@ -217,15 +170,15 @@ def _finish(
     settings: dict[str, Any],
     rules: Rules,
     exclude: Sequence[Path],
-    workers: int,
+    tasks: TaskSettings,
     quiet: bool,
 ) -> dict[str, Any]:
     """Decide over all parts and write the output."""
     count, key = len(units), units[0].key()
     joined = PartWriter(parts, count, rules, key).write(joined_samples(parts, count))
     files = [parts / f"{number:06d}.arrow" for number in range(count + 1)]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet_on_interrupt) as pool:
-        exclusions = read_exclusions(exclude, pool if workers > 1 else None)
+    with ThreadPoolExecutor() as readers:
+        exclusions = read_exclusions(exclude, readers)
     decisions = decide(files, rules, exclusions)
     account = _account(parts, count, joined, decisions) | {"test_sets": exclusions.report}
     if not account["kept"]:
@@ -235,12 +188,10 @@ def _finish(
         )
     folder = parts / f"output-{decisions.fingerprint()[:16]}"
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    tasks = [(file, folder / "shards" / f"{n:06d}.tar", decisions.kept(n)) for n, file in enumerate(files)]
-    filled = [task for task in tasks if task[2].any()]
-    bar = partial(tqdm, total=len(filled), desc="write", unit="shard", disable=quiet)
-    written = dict(zip((task[0] for task in filled), _work(write_shard, filled, workers, bar), strict=True))
-    offsets = [written.get(file, np.zeros(0, np.int64)) for file in files]
-    write_merged_manifest(files, decisions, offsets, folder, settings["source"])
+    shards = [(file, folder / "shards" / f"{n:06d}.tar", decisions.kept(n)) for n, file in enumerate(files)]
+    bar = partial(tqdm, desc="write", unit="shard", disable=quiet)
+    run_tasks(_write_shards, lambda: [s for s in shards if s[2].any() and not s[1].exists()], tasks, output, bar)
+    write_merged_manifest(files, decisions, folder, settings["source"])
     dropped = chain(_dropped_in_parts(parts, count), dropped_rows(files, decisions))
     atomic_write_lines(folder / "dropped.jsonl", (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
     origin = attribution(source)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from biomedica_form import caption, key, picture, sample, write_source, write_tar
 
+from mmkd.command.tasks import TaskSettings
 from mmkd.curation import stream as engine
 from mmkd.curation.rules import read_rules
 from mmkd.curation.stream import curate
@@ -28,6 +29,23 @@ def contents(folder):
 
 def adds_up(report):
     return report["read"] + report["added_by_splitting"] == report["kept"] + sum(report["dropped"].values())
+
+
+class StoppedError(Exception):
+    pass
+
+
+def some_units(source, output, monkeypatch, numbers):
+    """A curation that is stopped when the units of these numbers are done."""
+
+    def stopped(work, missing, *_):
+        left = {unit.number: unit for unit in missing()}
+        work([left[number] for number in numbers if number in left], lambda items: None)
+        raise StoppedError
+
+    with monkeypatch.context() as patched, pytest.raises(StoppedError):
+        patched.setattr(engine, "run_tasks", stopped)
+        curate(str(source), output, rules(), quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +77,13 @@ def test_pairs_in_the_order_of_the_source(undisturbed):
 
 
 def test_two_processes_write_the_same_bytes(source, undisturbed, tmp_path):
-    curate(str(source), tmp_path / "pairs", rules(), workers=2, quiet=True)
+    curate(str(source), tmp_path / "pairs", rules(), tasks=TaskSettings(workers=2), quiet=True)
     assert contents(tmp_path / "pairs") == contents(undisturbed)
 
 
-def test_machines_share_the_units_in_any_order(source, undisturbed, tmp_path):
-    for number in (3, 1, 2):
-        assert curate(str(source), tmp_path / "pairs", rules(), shard=(number, 3), quiet=True) is None
+def test_units_may_be_processed_in_any_order_and_twice(source, undisturbed, tmp_path, monkeypatch):
+    for numbers in ([4, 2], [2, 0]):
+        some_units(source, tmp_path / "pairs", monkeypatch, numbers)
     assert not (tmp_path / "pairs").exists()
     curate(str(source), tmp_path / "pairs", rules(), quiet=True)
     assert contents(tmp_path / "pairs") == contents(undisturbed)
@@ -75,7 +93,7 @@ def test_again_does_nothing_and_other_settings_are_refused(source, tmp_path, mon
     output = tmp_path / "pairs"
     first = curate(str(source), output, rules(), quiet=True)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    monkeypatch.setattr(engine, "_work", None)
+    monkeypatch.setattr(engine, "run_tasks", None)
     assert curate(str(source), output, rules(), quiet=True) == first
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     with pytest.raises(FileExistsError, match="overwrite"):
@@ -83,18 +101,16 @@ def test_again_does_nothing_and_other_settings_are_refused(source, tmp_path, mon
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".arrow", ".json"])
-def test_a_part_that_was_cut_off_is_made_anew(source, undisturbed, tmp_path, suffix):
-    for number in (1, 2):
-        curate(str(source), tmp_path / "pairs", rules(), shard=(number, 3), quiet=True)
+def test_a_part_that_was_cut_off_is_made_anew(source, undisturbed, tmp_path, monkeypatch, suffix):
+    some_units(source, tmp_path / "pairs", monkeypatch, [0, 1, 3, 4])
     part = (tmp_path / "pairs.parts" / "000001").with_suffix(suffix)
     part.write_bytes(part.read_bytes()[:-100])
-    curate(str(source), tmp_path / "pairs", rules(), shard=(3, 3), quiet=True)
     curate(str(source), tmp_path / "pairs", rules(), quiet=True)
     assert contents(tmp_path / "pairs") == contents(undisturbed)
 
 
-def test_parts_of_other_settings_are_not_mixed_in(source, tmp_path):
-    curate(str(source), tmp_path / "pairs", rules(), shard=(1, 2), quiet=True)
+def test_parts_of_other_settings_are_not_mixed_in(source, tmp_path, monkeypatch):
+    some_units(source, tmp_path / "pairs", monkeypatch, [0, 2, 4])
     with pytest.raises(FileExistsError, match="other settings"):
         curate(str(source), tmp_path / "pairs", rules(seed=1), quiet=True)
     report = curate(str(source), tmp_path / "pairs", rules(seed=1), quiet=True, overwrite=True)
@@ -134,14 +150,14 @@ def test_killed_at_any_moment(source, undisturbed, tmp_path, moment):
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "pairs.parts").glob("00000?.json")}
     assert len(done) == (2 if moment == "curate" else 6)
     seen = []
-    own = engine._work_unit
+    own = engine._curate_units
 
-    def counted(unit, *arguments):
-        seen.append(unit.number)
-        return own(unit, *arguments)
+    def counted(parts, rules, units, progress):
+        seen.extend(unit.number for unit in units)
+        own(parts, rules, units, progress)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_work_unit", counted)
+        patch.setattr(engine, "_curate_units", counted)
         curate(str(source), tmp_path / "pairs", rules(), quiet=True)
     assert seen == ([2, 3, 4] if moment == "curate" else [])
     assert contents(tmp_path / "pairs") == contents(undisturbed)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmkd.command.tasks import TaskSettings
 from mmkd.curation import stream
 from mmkd.curation.readers import list_rows
 from mmkd.curation.rules import read_rules
@@ -172,11 +173,11 @@ def test_order_workers_units_and_repetition_change_nothing(source, monkeypatch):
     listed(source, [f"{n}.png,CT,class {n % 3},,{n // 2}," for n in range(12)])
     curated(source, "one")
     monkeypatch.setattr("mmkd.curation.sources.UNIT_ROWS", 5)
-    curate(str(source), source.parent / "many units", read_rules("list"), workers=2, quiet=True)
+    curate(str(source), source.parent / "many units", read_rules("list"), tasks=TaskSettings(workers=2), quiet=True)
     one, many = (list(open_pairs(source.parent / name).pairs) for name in ("one", "many units"))
     assert [replace(pair, image="") for pair in one] == [replace(pair, image="") for pair in many]
     monkeypatch.undo()
-    curate(str(source), source.parent / "two", read_rules("list"), workers=2, quiet=True)
+    curate(str(source), source.parent / "two", read_rules("list"), tasks=TaskSettings(workers=2), quiet=True)
     one, two = source.parent / "one", source.parent / "two"
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())

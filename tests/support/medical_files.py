@@ -84,7 +84,7 @@ def write(folder, files):
 
 def run(source, output, preset="list", **options):
     """Curate; the report and the rows of the manifest."""
-    more = {name: options.pop(name) for name in ("table", "salt", "workers", "columns") if name in options}
+    more = {name: options.pop(name) for name in ("table", "salt", "tasks", "columns") if name in options}
     report = curate(str(source), output, read_rules(preset, **options), quiet=True, **more)
     rows = map_table(output / "manifest.arrow").to_pylist()
     return report, rows

@@ -103,15 +103,13 @@ def test_tars_follow_the_paper_unless_told_otherwise(tars, tmp_path):
     other = curate("--source", tars, "--output", "pairs", "--preset", "any", cwd=tmp_path)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
     assert "--overwrite true" in other.stderr
-    shard = curate("--source", tars, "--output", "half", "--shard", "1/2", cwd=tmp_path)
-    assert "shard 1/2 is done" in shard.stdout
-    assert not (tmp_path / "half").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shard", "3/2"], "--shard 3/2 must be i/n"),
+        (["--workers", "0"], "--workers 0 must be at least 1"),
+        (["--resources.mem_gb", "4"], "allotted by slurm and ray"),
         (["--preset", "papre"], "neither paper, list, any nor a file"),
         (["--panel_types", "both"], "panel_types"),
         (["--image_distance", "20"], "image_distance"),
