@@ -96,7 +96,6 @@ if __name__ == "__main__":
 from mmkd.curation.reports import ReportSource, read_mapping
 from mmkd.curation.sources import preset_of
 from mmkd.curation.stream import curate
-from mmkd.data.splits import numbered_share
 from mmkd.data.table import SPLITS
 
 

@@ -54,7 +54,7 @@ RECIPES = {
     "convert": ("mmkd.hub.convert", "convert the authors' checkpoint to a from_pretrained folder, and back"),
 }
 PIPELINES = {"quickstart": "quickstart.yaml"}
-DISTRIBUTED = ("pretrain", "extract", "align", "distill", "finetune", "eval")
+DISTRIBUTED = ("pretrain", "align", "distill", "finetune", "eval")
 EXTRAS = {
     **dict.fromkeys(("accelerate", "psutil"), "train"),
     "peft": "train",
@@ -65,6 +65,8 @@ EXTRAS = {
     "threadpoolctl": "eval",
     "scipy": "eval",
     "usearch": "search",
+    "submitit": "slurm",
+    "ray": "ray",
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",

@@ -13,18 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mmkd.data.images import UnreadableImageError
-from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
-
-if TYPE_CHECKING:
-    from mmkd.data.features.writer import FeatureExtraction
 
 BATCHES_AHEAD = 2
 MOST_WORKERS = 16
@@ -66,52 +62,6 @@ class EncodingTask(ABC, Generic[Item]):
             arrays: of n rows each; none if n is 0.
             skipped: the others, with the reason.
         """
-
-
-class FeatureTask(EncodingTask[Pair]):
-    """Image and caption features of a teacher, for one feature store."""
-
-    def __init__(self, encoder: DualEncoder, extraction: FeatureExtraction) -> None:
-        """Write into this store."""
-        super().__init__(encoder)
-        self.extraction = extraction
-
-    def has(self, shard: int) -> bool:
-        """See `EncodingTask`."""
-        return self.extraction.has(shard)
-
-    def refuses(self, item: Pair) -> str:
-        """See `EncodingTask`; JSON can hold halves of characters, tokenizers cannot."""
-        try:
-            item.caption.encode()
-            return ""
-        except UnicodeEncodeError:
-            return "caption"
-
-    def encode(self, prepared: list[Any]) -> dict[str, Tensor]:
-        """See `EncodingTask`."""
-        return {"image": self.encoder.encode_prepared(prepared)}
-
-    def write(self, shard: int, items: list[Pair], arrays: dict[str, Tensor], skipped: list[tuple[Pair, str]]) -> None:
-        """See `EncodingTask`; captions are encoded here."""
-        image = arrays.get("image", torch.zeros(0, self.encoder.dim))
-        text = self.encoder.encode_texts([pair.caption for pair in items])
-        self.extraction.write(shard, image, text, {pair.id: reason for pair, reason in skipped})
-
-
-def group_tasks(tasks: Sequence[FeatureTask]) -> list[list[FeatureTask]]:
-    """Tasks grouped by the pairs that are missing in their stores, so that each group decodes them once."""
-    groups: list[list[FeatureTask]] = []
-    for task in tasks:
-        own = task.extraction
-        for group in groups:
-            other = group[0].extraction
-            if own.size == other.size and own.lacks_what(other):
-                group.append(task)
-                break
-        else:
-            groups.append([task])
-    return groups
 
 
 def read_or_reason(read: Callable[[], Readable]) -> Readable | str:

@@ -34,17 +34,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmkd.command.settings import parse
 from mmkd.data.features.index import fingerprints_of
 from mmkd.data.features.writer import FeatureExtraction
-from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.folder import open_pairs, pairs_at, write_manifest
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.extraction import FeatureTask
+from mmkd.encoders.extraction import encode_shards
 from mmkd.encoders.openclip import clip_transform
-from mmkd.train import extract
-from mmkd.train.extract import ExtractSettings
+from mmkd.encoders.teacher_features import FeatureTask
 
 IMAGE_SIZE = 224
 BERT_TOKENS = 64  # a caption's mean length, with the special tokens; BERT towers are not padded further
@@ -128,17 +126,15 @@ def profile(images: int, width: int, height: int, resize: str) -> dict[str, floa
         teacher.prepare_any = timed("prepare", teacher.prepare_any)  # type: ignore[method-assign]
         teacher.encode_prepared = timed("encode images", teacher.encode_prepared)  # type: ignore[method-assign]
         teacher.encode_texts = timed("encode texts", teacher.encode_texts)  # type: ignore[method-assign]
-        extract.read_pixels = timed("read and decode", read_pixels)
+        decode = timed("read and decode", read_pixels)
         ids, stamps = [pair.id for pair in pairs.pairs], fingerprints_of(pairs.pairs)
         extraction = FeatureExtraction(folder / "out", "tiny", ids, stamps, teacher.provenance, "float16")
         extraction.write = timed("write", extraction.write)  # type: ignore[method-assign]
-        arguments = ["--teacher", "x", "--pairs", "x", "--output", "x", "--workers", "1", "--batch_size", "64"]
-        settings = parse(ExtractSettings, [*arguments, "--quiet"])
+        shards = [(k, pairs_at(pairs.pairs, extraction.positions(k))) for k in range(len(extraction))]
         whole = time.process_time()
-        extract.extract([FeatureTask(teacher, extraction)], pairs, settings)
+        encode_shards([FeatureTask(teacher, extraction)], shards, lambda pair: decode(pairs.image_path(pair)), 64, 1)
         extraction.close()
         whole = time.process_time() - whole
-        extract.read_pixels = read_pixels
     seconds["queues and everything else"] = max(0.0, whole - sum(seconds.values()))
     return {part: spent / images for part, spent in seconds.items()}
 

@@ -48,7 +48,7 @@ import mmkd.encoders.zoo, mmkd.encoders.python
 
 def extract(output):
     arguments = ["--teacher", "mean.yaml", "--pairs", "pairs", "--output", output, "--device", "cpu"]
-    main(parse(ExtractSettings, [*arguments, "--batch_size", "3", "--shard_size", "5", "--workers", "1", "--quiet"]))
+    main(parse(ExtractSettings, [*arguments, "--batch_size", "3", "--shard_size", "5", "--threads", "1", "--quiet"]))
 
 def in_child(output, survived=None):
     child = os.fork()

@@ -143,9 +143,8 @@ class FeatureWriter:
 class FeatureExtraction:
     """An extraction under way: shards of fixed pairs, written by any process, that become one feature store.
 
-    Whichever process finds all shards there finishes the store; no process waits for another. The bytes of the store
-    depend on the pairs and the teacher alone, not on how many processes there were or how often they were killed. Pairs
-    that come later become further shards; those that are there stay as they are.
+    The bytes of the store depend on the pairs and the teacher alone, not on how many processes there were or how often
+    they were killed. Pairs that come later become further shards; those that are there stay as they are.
 
     Attributes:
         path: the store.
@@ -180,8 +179,7 @@ class FeatureExtraction:
                 captions or images under the same ids.
         """
         self.path, self.name, self.provenance, self.dtype = path, name, provenance, dtype
-        self._meta_before = self._meta()
-        self._store = FeatureStore(path) if self._meta_before else None
+        self._store = FeatureStore(path) if (path / "meta.json").is_file() else None
         self._ids, self._fingerprints = ids, fingerprints
         self._files: dict[int, Path] = {}
         self.missing: Sequence[int] | np.ndarray = range(len(ids))
@@ -206,8 +204,8 @@ class FeatureExtraction:
         return np.array_equal(self.missing, other.missing)
 
     def has(self, shard: int) -> bool:
-        """Whether a shard is done, or another process has finished the store since."""
-        return is_whole(self._file(shard)) or self._meta() != self._meta_before
+        """Whether a shard is done."""
+        return is_whole(self._file(shard))
 
     def write(self, shard: int, image: Tensor, text: Tensor, skipped: dict[str, str]) -> None:
         """Write a shard whole.
@@ -230,24 +228,15 @@ class FeatureExtraction:
         write_shard(self._file(shard), ids, {"features": features}, prints, {"skipped": skipped})
 
     def close(self) -> dict[str, str] | None:
-        """Finish the store if all shards exist and no process has finished it.
+        """Finish the store, all of whose shards exist.
 
         Returns:
-            id -> reason of the pairs that were left out, or None when it was not this process that finished the store.
+            id -> reason of the pairs that were left out, or None when there was nothing to do.
 
         Raises:
+            FileNotFoundError: a shard is missing.
             ValueError: no pair could be encoded.
         """
-        if not all(map(self.has, range(len(self)))) or self._meta() != self._meta_before:
-            return None
-        try:
-            return self._close()
-        except FileNotFoundError:
-            if self._meta() != self._meta_before:  # another process did it at the same moment and tidied up
-                return None
-            raise
-
-    def _close(self) -> dict[str, str] | None:
         files = [self._file(shard) for shard in range(len(self))]
         headers = [read_header(file) for file in files]
         skipped = {id: reason for header in headers for id, reason in header.notes["skipped"].items()}
@@ -279,13 +268,6 @@ class FeatureExtraction:
             ids, prints = self._ids_at(positions), self._fingerprints[positions].tolist()
             self._files[shard] = shard_file(self.path, VERSION, self._identity, ids, prints)
         return self._files[shard]
-
-    def _meta(self) -> bytes:
-        """The bytes of ``meta.json``; empty if the store is unfinished."""
-        try:
-            return (self.path / "meta.json").read_bytes()
-        except FileNotFoundError:
-            return b""
 
     def _ids_at(self, positions: np.ndarray) -> list[str]:
         return self._ids.take(positions) if isinstance(self._ids, Ids) else [self._ids[k] for k in positions.tolist()]
