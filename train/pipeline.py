@@ -12,7 +12,6 @@ not an effect of training longer; with one seed it is no proof that the teachers
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ class PipelineSettings:
 if __name__ == "__main__":
     check_arguments(PipelineSettings)  # before the imports that take seconds
 
-from mmkd.command.stages import Stage, StageRunner
+from mmkd.command.stages import Stage, StageRunner, hash_of_named
 from mmkd.data.folder import open_pairs
 from mmkd.data.splits import partition
 from mmkd.evaluation.datasets.dataset import split_samples
@@ -188,7 +187,7 @@ def report_inputs(settings: PipelineSettings, stages: Stages) -> dict[str, Any]:
 
 
 class Stages:
-    """The stages in their order: each depends on the settings of all before it."""
+    """The stages in their order: each depends on the settings of all before it, and on the files that these name."""
 
     def __init__(self, settings: PipelineSettings):
         self.settings = settings
@@ -199,7 +198,11 @@ class Stages:
         self.number = 0
         if not self.runner.known:
             refuse_existing(settings.work, settings.overwrite)
-        self.chain = _source_hash(settings.data)
+        if settings.data is not None and not settings.data.is_dir():
+            raise FileNotFoundError(
+                f"--data {settings.data}: no such folder; it should hold a labels.csv and the images it names"
+            )
+        self.chain = ""
         for name, path in (("merge", settings.output), ("report", settings.report)):
             if self.runner.known.get(name, {}).get("output") != str(path):
                 refuse_existing(path, settings.overwrite)
@@ -218,19 +221,10 @@ class Stages:
         self.number += 1
         if recipe in SEEDED:
             values = {"seed": self.settings.seed, **values}
-        stage = Stage(recipe, name, output, values, [self.chain])
+        own = [self.settings.work, self.settings.output, self.settings.report]
+        stage = Stage(recipe, name, output, values, [self.chain, hash_of_named(values, own)])
         self.chain = stage.key
         self.runner.run(stage, f"[{self.number}/{self.total}] {name}")
-
-
-def _source_hash(data: Path | None) -> str:
-    """Changes when the user's table changes."""
-    if data is None:
-        return "packaged"
-    if not data.is_dir():
-        raise FileNotFoundError(f"--data {data}: no such folder; it should hold a labels.csv and the images it names")
-    tables = [data / name for name in ("labels.csv", "meta.jsonl") if (data / name).is_file()]
-    return str(data.resolve()) + "".join(hashlib.sha256(table.read_bytes()).hexdigest() for table in tables)
 
 
 if __name__ == "__main__":

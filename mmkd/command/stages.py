@@ -1,6 +1,7 @@
 """Run stages as the commands that a user would type, each in its own process, and skip those that have finished.
 
-``WORK/stages.json`` lists finished stages with a hash of their settings and inputs. If the system can fork, torch and
+``WORK/stages.json`` lists finished stages with a hash of their settings, their inputs and the package's
+version. If the system can fork, torch and
 transformers are imported once for all processes. A request to stop is forwarded to the running stages: they save, and
 no other stage starts.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -28,9 +30,10 @@ import yaml
 
 from mmkd.command import cli
 from mmkd.command.launch import StopRequest, blocked_signals, unblock_signals
-from mmkd.files import atomic_write_text, read_json, remove, write_json
+from mmkd.files import atomic_write_text, fingerprint, read_json, remove, write_json
 
 PRELOADED = ["modeling_mmkd", "torchvision", "accelerate"]
+VERSION = importlib.metadata.version("mmkd-clip")
 INCREMENTAL = ("extract", "eval")  # the output of the other stages is complete or absent
 
 
@@ -43,7 +46,7 @@ class Stage:
         name: unique name in the record.
         output: the file or folder that it writes.
         values: its other settings.
-        made_from: further inputs of the result: keys of earlier stages, hashes of tables.
+        made_from: further inputs of the result: keys of earlier stages, hashes of files.
     """
 
     recipe: str
@@ -55,7 +58,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Hash everything that the result depends on."""
-        content = json.dumps([self.recipe, str(self.output), self.values, list(self.made_from)], default=str)
+        parts = [VERSION, self.recipe, str(self.output), self.values, list(self.made_from)]
+        content = json.dumps(parts, default=str)
         object.__setattr__(self, "key", hashlib.sha256(content.encode()).hexdigest())
 
 
@@ -188,6 +192,25 @@ def _duration(seconds: float | None) -> str:
     """``53 s``, or ``1 min 31 s``; a stage that was killed before its record was written has no time."""
     minutes, rest = divmod(round(seconds or 0), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s" if seconds is not None else "unknown time"
+
+
+def hash_of_named(values: Any, own: Sequence[Path]) -> str:
+    """SHA-256 over the contents of the files and folders that settings name, other than those that stages write.
+
+    Args:
+        values: settings, of any nesting; texts may be of the form ``NAME=PATH``.
+        own: outputs of stages, and folders that hold them.
+    """
+    if isinstance(values, (dict, list, tuple)):
+        listed = values.values() if isinstance(values, dict) else values
+        return hashlib.sha256("".join(hash_of_named(value, own) for value in listed).encode()).hexdigest()
+    text = str(values).rpartition("=")[2] if isinstance(values, (str, Path)) else ""
+    path = Path(text)
+    if not text or any(path.absolute().is_relative_to(each.absolute()) for each in own):
+        return ""
+    with contextlib.suppress(OSError):  # such as a sentence, which is too long for a name
+        return fingerprint([path] if path.is_file() else (file for file in path.rglob("*") if file.is_file()))
+    return ""
 
 
 def _command(arguments: list[str]) -> None:
