@@ -1,10 +1,11 @@
 """Decisions over all parts: which pairs stay, in which split, and how labels and modalities are spelt.
 
-Only fixed-width fingerprints are held for all pairs. In this order: pairs in a test set go, then repeated images (the
-held-out copy stays, else the first) and repeated keys, then near duplicates, then what is over ``max_pairs``. Groups
-without a split are assigned by hash; groups with near images are assigned together, so that no near images are on
-both sides of a split. Where the source itself states such splits they are followed, but a training image that looks the
-same as a held-out one (equal perceptual hash) goes.
+Only fixed-width fingerprints are kept for all pairs, in files; memory holds some numbers of eight bytes a pair, while
+one key at a time is sorted. In this order: pairs in a test set go, then repeated images (the held-out copy stays, else
+the first) and repeated keys, then near duplicates, then what is over ``max_pairs``. Groups without a split are assigned
+by hash; groups with near images are assigned together, so that no near images are on both sides of a split. Where the
+source itself states such splits they are followed, but a training image that looks the same as a held-out one (equal
+perceptual hash) goes.
 """
 
 from __future__ import annotations
@@ -112,16 +113,26 @@ def decide(parts: Sequence[Path], rules: Rules, exclusions: Exclusions) -> Decis
 
 
 def read_fingerprints(parts: Sequence[Path]) -> tuple[Fingerprints, np.ndarray]:
-    """The concatenated fingerprints of all parts, and the first row of each part, (parts + 1,)."""
+    """The concatenated fingerprints of all parts, mapped from files beside them, and the first row of each part.
+
+    Returns:
+        Of n pairs in all; (parts + 1,).
+    """
     bounds = np.cumsum([0, *(map_table(part).num_rows for part in parts)])
-    count = int(bounds[-1])
+
+    def column(name: str, kind: str, *shape: int) -> np.ndarray:
+        if not bounds[-1]:
+            return np.empty((0, *shape), kind)  # an empty file cannot be mapped
+        place = parts[0].with_name(f"fingerprints.{name}.npy")
+        return np.lib.format.open_memmap(place, "w+", kind, (int(bounds[-1]), *shape))
+
     prints = Fingerprints(
-        sample=np.empty(count, np.int64),
-        digest=np.empty((count, 2), "<u8"),
-        perceptual=np.empty(count, np.uint64),
-        signature=np.empty((count, PERMUTATIONS), "<u2"),
-        key=np.empty(count, np.int64),
-        stated=np.empty(count, np.int8),
+        sample=column("sample", "<i8"),
+        digest=column("digest", "<u8", 2),
+        perceptual=column("perceptual", "<u8"),
+        signature=column("signature", "<u2", PERMUTATIONS),
+        key=column("key", "<i8"),
+        stated=column("stated", "i1"),
     )
     samples = 0
     for part, start, stop in zip(parts, bounds[:-1], bounds[1:], strict=True):

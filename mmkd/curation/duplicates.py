@@ -1,4 +1,4 @@
-"""Find equal and near-duplicate pairs among millions, in about 250 bytes per pair and independent of their order.
+"""Find equal and near-duplicate pairs among millions, independent of their order, with fingerprints mapped from files.
 
 Exact: of equal SHA-256 sums one stays. Near: candidate pairs share a range of bits, found by sorting one key array at a
 time; each candidate is then measured. With distance d, two hashes of 64 bits that differ in at most d bits are equal in
