@@ -16,7 +16,10 @@ import itertools
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +42,7 @@ TASKS_PER_WORKER = 4
 TRIES = 3  # rounds without one finished item, after which a stage gives up
 CLUSTER = "slurm"  # of submitit
 DAY = 24 * 60  # minutes
+POLL_SECONDS = 2
 
 logger = logging.getLogger(__name__)
 
@@ -156,21 +160,32 @@ def _on_slurm(
     named = {"name": f"mmkd-{output.name}", "slurm_array_parallelism": settings.workers, "timeout_min": DAY}
     executor.update_parameters(**named | settings.resources)
     jobs = executor.map_array(partial(_run, work), tasks, [str(Path.cwd())] * len(tasks))
-    of_job = {job.job_id: task for job, task in zip(jobs, tasks, strict=True)}
+    left = dict(zip(jobs, tasks, strict=True))
     try:
-        for job in submitit.helpers.as_completed(jobs, poll_frequency=2):
-            try:
-                job.result()
-                yield of_job[job.job_id]
-            except submitit.core.utils.FailedJobError:  # the work raised an error, which the message shows
-                raise
-            except submitit.core.utils.UncompletedJobError:
-                logger.warning("job %s was killed; its tasks are given to others", job.job_id)
+        while left:
+            time.sleep(POLL_SECONDS)
+            listed = _listed()
+            for job in list(left):
+                if job.paths.result_pickle.exists():
+                    job.result()  # raises what the work raised
+                    yield left.pop(job)
+                elif job.job_id not in listed if listed is not None else job.done():
+                    logger.warning("job %s was killed; its tasks are given to others", job.job_id)
+                    del left[job]
     except BaseException:
-        for job in jobs:
+        for job in left:
             job.cancel(check=False)
         raise
     remove(folder)
+
+
+def _listed() -> set[str] | None:
+    """The jobs of this user that wait or run, as Slurm lists them even without accounting; None if it cannot."""
+    if shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "--noheader", "--me", "--array", "--format", "%F_%K"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return set(done.stdout.split()) if done.returncode == 0 else None
 
 
 def _on_ray(
