@@ -136,7 +136,7 @@ def _locally(
     """Run tasks in processes of this machine; yields those that have ended, until a process is killed."""
     context = multiprocessing.get_context("spawn")
     count = min(settings.workers, len(tasks))
-    with ProcessPoolExecutor(count, context, _begin, (context.Value("i"), count)) as pool:
+    with ProcessPoolExecutor(count, context, _begin, (context.Value("i"), count, os.getpid())) as pool:
         futures = {pool.submit(_run, work, task, str(Path.cwd())): task for task in tasks}
         try:
             for future in as_completed(futures):
@@ -213,9 +213,11 @@ def _on_ray(
 EXECUTORS: dict[str, Callable[..., Iterator[Any]]] = {"local": _locally, "slurm": _on_slurm, "ray": _on_ray}
 
 
-def _begin(started: Any, count: int) -> None:
+def _begin(started: Any, count: int, parent: int) -> None:
     """Begin a worker process: its number among those of this machine, which chooses its GPU; ^C is its parent's."""
     end_with_parent()
+    if os.getppid() != parent:  # it was killed while this process started
+        os._exit(1)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     with started.get_lock():
         os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(started.value), str(count)
