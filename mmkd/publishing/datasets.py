@@ -7,22 +7,31 @@ downloaded from the Hub.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.archives import ArchivedFile
+from PIL import Image, UnidentifiedImageError
+
+from mmkd.data.archives import ArchivedFile, ArchiveWriter
 from mmkd.data.features.store import FeatureStore
 from mmkd.data.folder import PairFolder, open_pairs, write_manifest
 from mmkd.data.licenses import is_open
 from mmkd.data.provenance import UNSTATED, store_teacher
 from mmkd.data.table import TABLE_FILE, Pair
+from mmkd.files import atomic_file
 from mmkd.publishing import card as cards
 from mmkd.publishing.publication import Draft, Publication, stage_file
 from mmkd.student.folder import describe_pairs
 
 IMAGES_FOLDER = "images"
+MOST_TARS, PAIRS_OF_A_TAR = 900, 2000
 ATTRIBUTION = "ATTRIBUTION.md"
 SKIPPED_FILE = "skipped.jsonl"
 ALIGNER_FILES = ("aligner.json", "aligner.safetensors", "report.json")
@@ -48,19 +57,17 @@ def stage_pairs(draft: Draft, images: bool | None) -> Publication:
     licenses = Counter(pair.license for pair in pairs.pairs)
     restricted = {name: count for name, count in licenses.items() if not is_open(name)}
     with_images = images if images is not None else not restricted
-    named = (replace(pair, image=_name(pairs, pair)) if with_images else pair for pair in pairs.pairs)
+    named = _in_tars(pairs, staged / IMAGES_FOLDER) if with_images else pairs.pairs
     write_manifest(staged, named)  # not the folder's own, which states the place of the images on this machine
     if (folder / ATTRIBUTION).is_file():
         stage_file(folder / ATTRIBUTION, staged / ATTRIBUTION)
-    if with_images:
-        _stage_images(pairs, staged / IMAGES_FOLDER)
     described = describe_pairs(pairs)
     parts = [(f"{count} pairs", name or UNSTATED) for name, count in licenses.items()]
     card = cards.dataset_card(
         draft,
         parts,
         described["pairs"],
-        TABLE_FILE,
+        f"{IMAGES_FOLDER}/*.tar" if with_images else TABLE_FILE,
         groups=described["groups"],
         with_images=with_images,
         licenses=cards.count_rows(described["licenses"], licensed=True),
@@ -104,25 +111,39 @@ def _conflict(parts: list[cards.Component], license: str | None) -> list[str]:
     return [conflict] if conflict and license else []
 
 
-def _stage_images(pairs: PairFolder, staged: Path) -> None:
-    for pair in pairs.pairs:
-        place, target = pairs.image_path(pair), staged / _name(pairs, pair)
-        if isinstance(place, ArchivedFile) and place.archive.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(place.read_bytes())
-        elif isinstance(place, Path) and place.is_file():
-            if not target.exists():  # several pairs may share an image
-                stage_file(place, target)
-        else:
-            raise FileNotFoundError(f"pair {pair.id}: {place} is missing; curate again, or push with --images false")
+def _in_tars(pairs: PairFolder, staged: Path) -> Iterator[Pair]:
+    """The pairs, with their images in tars, of which there are never more than `MOST_TARS`.
+
+    A tar holds ``NUMBER.jpg``, ``NUMBER.txt`` and ``NUMBER.json`` of each pair, as `datasets` and webdataset read them.
+    """
+    rows, size = iter(pairs.pairs), max(PAIRS_OF_A_TAR, -(-len(pairs.pairs) // MOST_TARS))
+    for number in range(-(-len(pairs.pairs) // size)):
+        archive = f"{number:05d}.tar"
+        with atomic_file(staged / archive) as file:
+            writer = ArchiveWriter(file)
+            for place, pair in enumerate(islice(rows, size)):
+                key, image = f"{number:05d}{place:07d}", pairs.image_path(pair)
+                try:
+                    data = image.read_bytes()
+                except FileNotFoundError:
+                    raise FileNotFoundError(
+                        f"pair {pair.id}: {image} is missing; curate again, or push with --images false"
+                    ) from None
+                stored = writer.add(f"{key}.{_suffix(image, data)}", data)
+                writer.add(f"{key}.txt", pair.caption.encode())
+                facts = {name: value for name, value in asdict(pair).items() if name not in ("image", "caption")}
+                writer.add(f"{key}.json", json.dumps(facts, ensure_ascii=False).encode())
+                yield replace(pair, image=str(ArchivedFile(Path(archive), stored.offset, stored.size)))
+            writer.finish()
 
 
-def _name(pairs: PairFolder, pair: Pair) -> str:
-    """Path of an image below ``images/``; for one in an archive, the archive's name and the offset in it."""
-    place = pairs.image_path(pair)
-    if isinstance(place, ArchivedFile):
-        return f"{pair.image.partition('@')[0].removesuffix('.tar')}/{place.offset}"
-    return pair.image
+def _suffix(image: Path | ArchivedFile, data: bytes) -> str:
+    """How the name of an image ends; in an archive, where names are not published, the kind that it is."""
+    if isinstance(image, Path):
+        return image.suffix[1:].lower()
+    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as opened:
+        return str(opened.format).lower()
+    return "bin"
 
 
 def _image_notes(restricted: dict[str, int], images: bool | None, count: int) -> list[str]:

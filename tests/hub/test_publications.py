@@ -7,6 +7,7 @@ import shutil
 import tarfile
 
 import pytest
+from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -145,10 +146,13 @@ def test_images_in_archives_come_out_of_them(tmp_path, publication):
     image = f"shards/000000.tar@512+{member.size}"
     write_manifest(tmp_path, [Pair("p", image, "caption", license="CC0")])
     staged = publication(tmp_path).staged
-    assert (staged / "images/shards/000000/512").read_bytes() == tiny.getvalue()
     published = open_pairs(staged)
     assert published.image_path(published.pairs[0]).read_bytes() == tiny.getvalue()
-    assert not any("secret-name" in str(path) for path in staged.rglob("*"))
+    assert [path.name for path in (staged / "images").iterdir()] == ["00000.tar"]
+    assert b"secret-name" not in (staged / "images/00000.tar").read_bytes()
+    loaded = load_dataset("webdataset", data_files=str(staged / "images/*.tar"), split="train", streaming=True)
+    (row,) = loaded
+    assert (row["png"].size, row["txt"], row["json"]["license"]) == ((4, 4), "caption", "CC0")
 
 
 def test_a_store_without_a_shard_is_refused(published_features, tmp_path, publication):
