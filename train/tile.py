@@ -60,6 +60,7 @@ from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Slide, Tiling, drawn_t
 from mmkd.files import atomic_write_bytes, write_json
 
 SKIPPED_FILE = "skipped.json"
+ARRAYS = ("features", "proj", "coords")
 
 
 def main(settings: TileSettings) -> None:
@@ -87,8 +88,7 @@ def main(settings: TileSettings) -> None:
     tiles = 0
     for slide, path in tqdm(files.items(), desc=folder.name, unit="slide", disable=settings.quiet):
         target = folder / f"{slide}.{'png' if made_of is None else 'h5'}"
-        if made_of is not None and target.is_file():
-            require_same_recipe(target, made_of)
+        if made_of is not None and is_made(target, made_of):
             continue
         try:
             with Slide(path) as opened_slide:
@@ -159,25 +159,28 @@ def recipe(settings: TileSettings, encoder: DualEncoder, source: str, name: str)
     }
 
 
-def require_same_recipe(path: Path, made_of: dict[str, Any]) -> None:
-    """Compare the settings of an existing bag with the present ones.
+def is_made(path: Path, made_of: dict[str, Any]) -> bool:
+    """Whether a bag exists; one that is damaged is made anew.
 
     Raises:
-        ValueError: they differ, or the file cannot be read.
+        ValueError: it was made with other settings.
     """
     import h5py
 
+    if not path.is_file():
+        return False
     try:
         with h5py.File(path, "r") as file:
-            own = json.loads(file.attrs.get("made_of", "{}"))
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); delete it and run the command again"
-        ) from None
+            own = dict(json.loads(file.attrs.get("made_of", "{}")))
+            for name in ARRAYS:
+                file[name][:]  # compares the checksum of every chunk
+    except Exception:  # of damaged files, h5py raises anything from OSError to SystemError
+        return False
     differing = [key for key in made_of if own.get(key) != made_of[key]]
     if differing:
         changes = ", ".join(f"{key} {own.get(key)!r} there, {made_of[key]!r} now" for key in differing)
         raise ValueError(f"{path} was made with other settings ({changes}); choose another --output")
+    return True
 
 
 def bag(slide: Slide, corners: np.ndarray, encoder: DualEncoder, settings: TileSettings) -> dict[str, np.ndarray]:
@@ -204,7 +207,7 @@ def packed(arrays: dict[str, np.ndarray], made_of: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         for name, array in arrays.items():
-            file.create_dataset(name, data=array)
+            file.create_dataset(name, data=array, fletcher32=True)
         file.attrs["encoder"] = made_of["encoder"]
         file.attrs["made_of"] = json.dumps(made_of, sort_keys=True)
     return buffer.getvalue()

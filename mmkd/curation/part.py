@@ -38,10 +38,10 @@ from mmkd.data.pixel_rules import UnreadableImageError
 from mmkd.data.readers import IMAGE_SUFFIXES
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import SPLITS, UNKNOWN
-from mmkd.files import atomic_file, write_json
+from mmkd.files import atomic_file, content_sha256, write_json
 
 ID_LENGTH = 24
-STORED = (".tar", ".arrow")  # files of every part
+STORED = (".tar", ".arrow", ".fragments.tar")  # files of a part beside its counts; the last one not of every part
 ACCEPTED_AS = {"jpg": ("jpg", "jpeg"), "png": ("png",)}
 OTHER_THAN_DICOM = IMAGE_SUFFIXES - {suffix[1:] for suffix in DICOM_SUFFIXES}
 STATED = ("", *SPLITS)  # the split that a source states, by the number that stands for it
@@ -77,7 +77,6 @@ class PartWriter:
         write_rows(self.base.with_suffix(".arrow"), self.rows)
         write_fragments(self.base, self.fragments)
         counts = {
-            "bytes": {suffix: self.base.with_suffix(suffix).stat().st_size for suffix in STORED},
             "read": self.read,
             "kept": len(self.rows),
             "samples": len({row["sample"] for row in self.rows}),
@@ -87,7 +86,7 @@ class PartWriter:
             "unknown_splits": dict(sorted((+self.unknown_splits).items())),
             "listed": self.dropped,
         }
-        write_json(self.base.with_suffix(".json"), counts)
+        write_json(self.base.with_suffix(".json"), counts | {"sha256": part_checksum(self.base, counts)})
         return counts
 
     def _take(self, item: Item) -> None:
@@ -244,6 +243,14 @@ class PartWriter:
             "signature": caption_signature(caption),
             "key_hash": short_hash(sample.key),
         }
+
+
+def part_checksum(base: Path, counts: dict[str, Any]) -> str:
+    """SHA-256 over the counts and the files of a part, by which a later run finds it as it was written."""
+    digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode())
+    for file in filter(Path.is_file, map(base.with_suffix, STORED)):
+        digest.update(content_sha256(file).encode())
+    return digest.hexdigest()
 
 
 def dropped_row(place: str, key: str, reason: str, test_set: str = "") -> dict[str, str]:

@@ -31,7 +31,7 @@ from mmkd.data.readers import (
     tar_members,
 )
 from mmkd.data.splits import meaning_of
-from mmkd.files import is_inside, json_lines, leads_inside, parse_json_object, read_json
+from mmkd.files import json_lines, leads_inside, parse_json_object, read_json
 
 LABELS_FILE = "labels.csv"
 TEXT_COLUMNS = ("caption", "label", "modality")
@@ -286,9 +286,9 @@ def _check_columns(path: Path, columns: list[str]) -> None:
 
 def _published_values(folder: Path, sample: PublishedSample) -> dict[str, Any]:
     """A published sample with the modality, article and licence of the JSON beside its image, if that can be read."""
-    beside = Path(sample.image).with_suffix(".json")
     try:
-        stated = read_json(folder / beside) if is_inside(sample.image) else {}
+        beside = folder / Path(sample.image).with_suffix(".json")
+        stated = read_json(beside) if leads_inside(folder, beside) and beside.is_file() else {}
     except (OSError, ValueError):
         stated = {}
     stated = stated if isinstance(stated, dict) else {}

@@ -26,7 +26,7 @@ from mmkd.curation.contamination import checksums, read_exclusions
 from mmkd.curation.datasheet import write_sheet
 from mmkd.curation.decisions import Decisions, decide
 from mmkd.curation.merge import dropped_rows, reason_counts, write_merged_manifest, write_shard
-from mmkd.curation.part import STORED, PartWriter
+from mmkd.curation.part import PartWriter, part_checksum
 from mmkd.curation.reports import ReportSource, write_reports
 from mmkd.curation.rules import Rules
 from mmkd.curation.samples import Item, RawSample, Refused
@@ -139,12 +139,12 @@ def _open_parts(parts: Path, settings: dict[str, Any], units: list[Unit], overwr
 
 
 def _is_done(parts: Path, unit: Unit) -> bool:
-    """Whether the part of a unit is finished, and as long as it was written; else it is made anew."""
+    """Whether the part of a unit is finished, and as it was written; else it is made anew."""
     base = parts / f"{unit.number:06d}"
     try:
-        sizes = read_json(base.with_suffix(".json"))["bytes"]
-        return all(base.with_suffix(suffix).stat().st_size == sizes[suffix] for suffix in STORED)
-    except (OSError, ValueError, KeyError, TypeError):
+        counts = read_json(base.with_suffix(".json"))
+        return bool(counts.pop("sha256") == part_checksum(base, counts))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -187,7 +187,8 @@ def _finish(
             f"nothing is left of the {account['read']} samples of {settings['source']}; dropped: {account['dropped']}"
         )
     folder = parts / f"output-{decisions.fingerprint()[:16]}"
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    remove(folder)  # of a killed run: its archives would be taken without a look inside
+    (folder / "shards").mkdir(parents=True)
     shards = [(file, folder / "shards" / f"{n:06d}.tar", decisions.kept(n)) for n, file in enumerate(files)]
     bar = partial(tqdm, desc="write", unit="shard", disable=quiet)
     run_tasks(_write_shards, lambda: [s for s in shards if s[2].any() and not s[1].exists()], tasks, output, bar)

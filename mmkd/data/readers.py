@@ -310,13 +310,17 @@ def hub_errors(repository: str) -> Iterator[None]:
 
 
 def _without_decoding(data: Any) -> Any:
+    """The data with images as bytes, and without columns of other files."""
     import datasets
+    from datasets.features.features import require_decoding
 
     if isinstance(data, dict):
         return type(data)({split: _without_decoding(table) for split, table in data.items()})
     for name, feature in (data.features or {}).items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
+        elif require_decoding(feature):  # sound, video, lists of images: files and URLs that a row may name
+            data = data.remove_columns([name])
     return data
 
 

@@ -126,8 +126,12 @@ class PairTable(Sequence[Pair]):
         Raises:
             ValueError: the manifest is of another version.
         """
-        described = json.loads((self._table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-        if described.get("version") != VERSION or not isinstance(described.get("images"), str):
+        try:
+            described = json.loads((self._table.schema.metadata or {})[METADATA_KEY])
+            known = described["version"] == VERSION and isinstance(described["images"], str)
+        except (KeyError, TypeError, ValueError, RecursionError):
+            known = False
+        if not known:
             raise ValueError(f"{self.path} is not of version {VERSION}; curate again with this version of mmkd-clip")
         return str(described["images"])
 
@@ -150,12 +154,15 @@ class PairTable(Sequence[Pair]):
                 kind = f"{found.type} with {found.null_count} empty cells"
                 raise ValueError(f"{self.path}: the column {name} is {kind}, not {expected} without any")
         splits = pc.is_in(self.column("split"), value_set=pa.array(SPLITS))
-        leaving = pc.match_substring_regex(self.column("image"), LEAVES_ROOT)
-        for name, right in (("split", splits), ("image", pc.invert(leaving))):
+        images, ids = (pc.invert(pc.match_substring_regex(self.column(name), LEAVES_ROOT)) for name in ("image", "id"))
+        for name, right, rule in (
+            ("split", splits, f"is none of {', '.join(SPLITS)}"),
+            ("image", images, "leaves the root of the images"),
+            ("id", ids, "is no name of a file below a folder, as exports need it"),
+        ):
             wrong = np.flatnonzero(~right.to_numpy())
             if wrong.size:
                 value = self.column(name)[int(wrong[0])].as_py()
-                rule = "leaves the root of the images" if name == "image" else f"is none of {', '.join(SPLITS)}"
                 raise ValueError(f"{self.path}, row {wrong[0]}: {name} {value!r} {rule}; refused")
         if pc.count_distinct(self.column("id")).as_py() != len(self):
             counted = pc.value_counts(self.column("id"))

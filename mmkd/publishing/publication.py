@@ -14,7 +14,7 @@ from typing import Literal
 
 from mmkd.data.folder import META_FILE
 from mmkd.data.table import TABLE_FILE
-from mmkd.files import read_json
+from mmkd.files import leads_inside, read_json
 
 Kind = Literal["model", "adapter", "features", "pairs"]
 
@@ -86,12 +86,13 @@ def kind_of(folder: Path) -> Kind:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds nothing that can be published; the message lists what was found and what to do.
+        ValueError: it holds nothing that can be published, or a link out of it; the message says what to do.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give {KINDS}")
     if folder.name.endswith(".partial"):
         raise ValueError(f"{folder} is an unfinished run; run its command again to finish it")
+    _refuse_links(folder)
     if (folder / TABLE_FILE).is_file():
         return "pairs"
     if (folder / "meta.json").is_file() or any(folder.glob("*/meta.json")):
@@ -109,6 +110,18 @@ def kind_of(folder: Path) -> Kind:
         raise ValueError(f"{folder} holds results; push the evaluated model with --results {folder}")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise ValueError(f"{folder} holds {found}; expected {KINDS}")
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse links out of a folder that others may have made: what they name would be published.
+
+    Raises:
+        ValueError: there is one; those of the Hub's cache, from ``snapshots/REVISION`` to ``blobs``, are its own files.
+    """
+    blobs = folder.resolve().parent.parent / "blobs"
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.is_symlink() and not (leads_inside(folder, path) or leads_inside(blobs, path)):
+            raise ValueError(f"{path} is a link out of the folder; put a copy of the file in its place, or remove it")
 
 
 def stage_file(source: Path, target: Path) -> None:

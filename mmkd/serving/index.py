@@ -332,8 +332,7 @@ class SearchIndex:
         self._store = VectorStore(files, counts)
         if files:  # mapped now, a file stays readable after a writer has removed its name
             self._store.gather("vectors", np.cumsum([0, *counts[:-1]]))
-        removed = meta["removed"]
-        self._removed: Rows = np.array(TensorMap(self.path / removed).arrays["rows"]) if removed else _NONE
+        self._removed: Rows = _removed_rows(self.path / meta["removed"], sum(counts)) if meta["removed"] else _NONE
         self._graph = self._open_graph(meta["graph"])
 
     def _open_graph(self, entry: dict[str, Any] | None) -> Any:
@@ -468,6 +467,19 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return dict(meta)
 
 
+def _removed_rows(file: Path, total: int) -> Rows:
+    """The removed rows among all, ascending.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is damaged, or names rows that are not there.
+    """
+    rows = np.array(TensorMap(file).arrays.get("rows", _NONE[None]))
+    if rows.dtype != np.int64 or rows.ndim != 1 or (np.diff(rows, prepend=-1, append=total) < 1).any():
+        raise ValueError(f"{file} is damaged; make the index again: remove its folder and run `mmkd index`")
+    return rows
+
+
 def _check_shard(file: Path, entry: dict[str, Any], dim: int) -> None:
     """Refuse a shard that is missing, truncated, or not the one that ``index.json`` names."""
     again = "make the index again: remove its folder and run `mmkd index`"
@@ -477,8 +489,10 @@ def _check_shard(file: Path, entry: dict[str, Any], dim: int) -> None:
         raise FileNotFoundError(f"{file} is missing; {again}") from None
     except ValueError:
         raise ValueError(f"{file} is truncated or damaged; {again}") from None
-    shape = header.tensors.get("vectors", {}).get("shape")
-    if header.sha256 != entry["header_sha256"] or shape != [entry["rows"], dim]:
+    rows, found = entry["rows"], {name: (own["dtype"], own["shape"]) for name, own in header.tensors.items()}
+    expected = {"vectors": ("F16", [rows, dim]), "stamps": ("I64", [rows, 2]), "sha256": ("U8", [rows, 32])}
+    expected |= {"id_end": ("I64", [rows]), "id_text": ("U8", found.get("id_text", ("", [0]))[1][:1])}
+    if header.sha256 != entry["header_sha256"] or found != expected:
         raise ValueError(f"{file} is not the file that {INDEX_FILE} names; {again}")
 
 

@@ -100,11 +100,12 @@ def test_again_does_nothing_and_other_settings_are_refused(source, tmp_path, mon
         curate(str(source), output, rules(seed=1), quiet=True)
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:999] + b"~" + data[1000:]])
 @pytest.mark.parametrize("suffix", [".tar", ".arrow", ".json"])
-def test_a_part_that_was_cut_off_is_made_anew(source, undisturbed, tmp_path, monkeypatch, suffix):
+def test_a_part_that_is_not_as_it_was_written_is_made_anew(source, undisturbed, tmp_path, monkeypatch, suffix, damage):
     some_units(source, tmp_path / "pairs", monkeypatch, [0, 1, 3, 4])
     part = (tmp_path / "pairs.parts" / "000001").with_suffix(suffix)
-    part.write_bytes(part.read_bytes()[:-100])
+    part.write_bytes(damage(part.read_bytes()))
     curate(str(source), tmp_path / "pairs", rules(), quiet=True)
     assert contents(tmp_path / "pairs") == contents(undisturbed)
 

@@ -364,17 +364,21 @@ def test_tables_without_images_are_no_collection(shared_data, tmp_path):
 
 def test_published_rows_carry_what_the_json_beside_states(tmp_path):
     sample = {"folderid": "f", "id": "1", "imgpath": "features/f/1/x.png", "txt": "c", "available_clips": ["PLIP"]}
-    lines = [sample, {**sample, "id": "2", "imgpath": "features/f/2/x.png", "txt": "d"}]
+    lines = [sample, *({**sample, "id": n, "imgpath": f"features/f/{n}/x.png", "txt": f"d{n}"} for n in "23")]
+    lines.append({**sample, "id": "4", "imgpath": ""})
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "meta.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for number in ("1", "2"):
+    for number in "123":
         folder = tmp_path / "s" / "features" / "f" / number
         folder.mkdir(parents=True)
         noise().save(folder / "x.png")
     facts = {"article_license": "CC BY", "article_accession_id": "PMC1", "image_secondary_label": ["endoscopy"]}
     (tmp_path / "s" / "features" / "f" / "1" / "x.json").write_text(json.dumps(facts))
-    curate(str(tmp_path / "s"), tmp_path / "pairs", read_rules("list"), quiet=True)
-    one, two = open_pairs(tmp_path / "pairs").pairs
+    (tmp_path / "private.json").write_text(json.dumps({"article_license": "secret"}))
+    (tmp_path / "s" / "features" / "f" / "3" / "x.json").symlink_to(tmp_path / "private.json")
+    report = curate(str(tmp_path / "s"), tmp_path / "pairs", read_rules("list"), quiet=True)
+    one, two, three = open_pairs(tmp_path / "pairs").pairs
+    assert three.license == "" and report["dropped"] == {"no_file_named": 1}
     assert (one.id, one.license, one.group, one.modality, one.teachers) == (
         "1",
         "CC BY",

@@ -41,6 +41,14 @@ def test_paths_that_leave(path, tmp_path):
         open_pairs(tmp_path)
 
 
+@pytest.mark.parametrize("id", ["../../x", "/etc/x", "a/../../x", ""])
+def test_ids_that_leave(id, tmp_path):
+    """Exports name files after them."""
+    write_manifest(tmp_path, [Pair(id, "1.png", "c")])
+    with pytest.raises(ValueError, match="is no name of a file below a folder"):
+        open_pairs(tmp_path)
+
+
 def test_links_that_leave(tmp_path):
     (tmp_path / "pairs" / "images").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(b"x")

@@ -1,5 +1,9 @@
+import random
+from contextlib import suppress
+
 import numpy as np
 import pytest
+from damage import ROUNDS, damaged_bytes
 
 h5py = pytest.importorskip("h5py", reason="bags are HDF5 files")
 
@@ -65,6 +69,25 @@ def test_unsound_bags_name_their_slides(tmp_path):
     }.items():
         with pytest.raises(UndefinedMetricError, match=message):
             bags.features(slide)
+
+
+def test_more_numbers_than_a_file_can_hold_are_not_read(tmp_path):
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file.create_dataset("features", (10**9, 1024), "f2", chunks=(64, 64))
+    with pytest.raises(UndefinedMetricError, match="too much for its file"):
+        BagFolder(tmp_path).open(tmp_path.name).features("s")
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS * 30))
+def test_damaged_bags_are_read_or_refused(tmp_path, seed):
+    generator = random.Random(seed)
+    write_bag(tmp_path / "s.h5", np.ones((40, 8), dtype=np.float16), proj=np.ones((40, 4)))
+    (tmp_path / "s.h5").write_bytes(generator.choice(damaged_bytes((tmp_path / "s.h5").read_bytes(), generator)))
+    folder = BagFolder(tmp_path)
+    bags = folder.open(folder.encoders()[0])
+    for read in (bags.features, lambda slide: bags.joint(slide, 4), lambda slide: bags.width([slide])):
+        with suppress(UndefinedMetricError):
+            read("s")
 
 
 def test_joint_vectors_are_unit_or_refused(tmp_path):

@@ -281,11 +281,23 @@ def test_parquet_and_datasets(tmp_path):
     assert collection.image(collection.pairs[5]).getpixel((0, 0))[0] == 35
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    part = datasets.Dataset.from_dict({"image": columns["image"], "label": [0, 1] * 3}, features=features)
+    place = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features["second"], features["several"] = place, [place]
+    named = {"bytes": None, "path": str(tmp_path / "private.png")}
+    values = {"image": columns["image"], "label": [0, 1] * 3, "second": [named] * 6, "several": [[named]] * 6}
+    part = datasets.Dataset.from_dict(values, features=features)
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "hf")
+    for split in ("train", "test"):  # a forged description: these columns are images, too, in files that rows name
+        file = tmp_path / "hf" / split / "dataset_info.json"
+        info = json.loads(file.read_text())
+        info["features"] |= {"second": {"_type": "Image"}, "several": {"feature": {"_type": "Image"}, "_type": "List"}}
+        file.write_text(json.dumps(info))
     saved = open_dataset(manifest({"hf": "${DATA}/hf"}), tmp_path)
     assert [pair.label for pair in saved.pairs if pair.split == "test"] == ["cat", "dog"] * 3
-    assert saved.image(saved.pairs[1]).getpixel((0, 0))[0] == 7
+    assert saved.image(saved.pairs[1]).getpixel((0, 0))[0] == 7  # and nothing has opened the other columns' files
+    with pytest.raises(UnreadableImageError, match="holds no picture"):
+        forged = open_dataset(manifest({"hf": "${DATA}/hf", "image": "second"}), tmp_path)
+        forged.image(forged.pairs[0])
 
 
 def test_a_name_of_the_hub_that_cannot_be_reached(monkeypatch, tmp_path):

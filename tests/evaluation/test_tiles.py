@@ -11,6 +11,7 @@ tifffile = pytest.importorskip("tifffile", reason="the tests write TIFF pyramids
 
 from mmkd.command.settings import parse  # noqa: E402
 from mmkd.encoders.encoder import DualEncoder  # noqa: E402
+from mmkd.evaluation.embeddings.cache import UndefinedMetricError  # noqa: E402
 from mmkd.evaluation.slides import tiles  # noqa: E402
 from mmkd.evaluation.slides.bags import BagFolder  # noqa: E402
 from mmkd.hub import slide_heatmap  # noqa: E402
@@ -149,9 +150,13 @@ def test_slides_become_bags_and_bad_ones_are_listed(slides, tmp_path, encoder):
     assert "a region of level 0 cannot be read" in skipped["damaged"] and "OpenSlide" in skipped["broken"]
     before = {path: path.read_bytes() for path in bags.files.values()}
     bags.files["b"].unlink()
+    place = before[bags.files["a"]].index(bags.features("a").tobytes())
+    bags.files["a"].write_bytes(before[bags.files["a"]][:place] + b"~" + before[bags.files["a"]][place + 1 :])
+    with pytest.raises(UndefinedMetricError, match="the bag of slide a cannot be read"):
+        BagFolder(tmp_path / "bags").open("fake").features("a")
     calls = encoder.calls
     tile.main(settings(slides, tmp_path / "bags", slide_mpp=0.25))
-    assert encoder.calls == calls + 16, "only the missing bag is made again"
+    assert encoder.calls == calls + 32, "only the missing and the damaged bag are made again"
     assert {path: path.read_bytes() for path in bags.files.values()} == before
     with pytest.raises(ValueError, match=r"was made with other settings .size 32 there, 64 now"):
         tile.main(settings(slides, tmp_path / "bags", slide_mpp=0.25, size=64))

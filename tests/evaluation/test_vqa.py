@@ -113,8 +113,10 @@ def test_reading_questions(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / "a.png")
     row = {"image_name": "a.png", "question": " What  is it? ", "answer": "Yes. ", "answer_type": "CLOSED "}
-    gone = {**row, "image_name": "gone.png"}
-    (tmp_path / "q.json").write_text(json.dumps([row, {**row, "answer": 7, "answer_type": "OPEN"}, gone]))
+    gone, linked = ({**row, "image_name": name} for name in ("gone.png", "linked.png"))
+    Image.new("RGB", (16, 16), "blue").save(tmp_path / "private.png")
+    (tmp_path / "images" / "linked.png").symlink_to(tmp_path / "private.png")
+    (tmp_path / "q.json").write_text(json.dumps([row, {**row, "answer": 7, "answer_type": "OPEN"}, gone, linked]))
     questions = read_vqa_rad(tmp_path / "q.json")[0]
     assert [(q.text, q.answer, q.closed) for q in questions] == [
         ("What is it?", "yes", True),

@@ -3,11 +3,8 @@
 A seeded generator damages the files that commands read. ``MMKD_FAULTS=40`` runs that many rounds instead of two.
 """
 
-import copy
 import json
-import os
 import random
-import sys
 from contextlib import suppress
 from itertools import pairwise
 
@@ -16,47 +13,13 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from damage import ROUNDS, damaged_bytes, damaged_values, outcome
 from fake_encoder import make_pairs, write_pairs
 from tiny_model import save_tiny
 
-from mmkd.command.settings import run
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import open_pairs
 from mmkd.train import catalog, features, pairs, plan
-
-ROUNDS = int(os.environ.get("MMKD_FAULTS", "2"))
-DEEP = 100_000
-STRANGE = (
-    "wide",
-    "",
-    None,
-    -1,
-    0,
-    2**63,
-    1e400,
-    0.5,
-    True,
-    [],
-    {},
-    [[]],
-    "\x1b[31m",
-    "\ud800",
-    "../../etc/passwd",
-    "x" * 9999,
-)
-
-
-def outcome(capsys, monkeypatch, settings, main, *arguments):
-    """Exit code and standard error of a command."""
-    monkeypatch.setattr(sys, "argv", ["mmkd test", *map(str, arguments)])
-    code = 0
-    try:
-        run(settings, main)
-    except SystemExit as ended:
-        code = ended.code or 0
-    captured = capsys.readouterr()
-    assert "\x1b" not in captured.out + captured.err
-    return code, captured.err
 
 
 def answered(code, errors, file):
@@ -64,50 +27,6 @@ def answered(code, errors, file):
     if not errors or (file == "settings.yaml" and "--" in errors):  # a value that the recipe refused, by its own name
         return True
     return code in (1, 2) and len(errors.splitlines()) <= 2 and "not expected" not in errors and file in errors
-
-
-def damaged_bytes(content, generator):
-    """Bytes cut off, flipped, replaced by other kinds of content."""
-    flipped = bytearray(content)
-    for _ in range(8):
-        flipped[generator.randrange(len(flipped))] ^= 1 << generator.randrange(8)
-    return [
-        b"",
-        content[: generator.randrange(1, len(content))],
-        bytes(flipped),
-        b"\x00" * 64,
-        b"\xff\xfe" + content,
-        b"[" * DEEP,
-        b'{"a":' * DEEP,
-        generator.randbytes(2048),
-    ]
-
-
-def damaged_values(values, generator):
-    """Copies of a mapping in which one value of any depth is lost, or is of another type."""
-    places = []
-
-    def walk(part, place):
-        for key in part if isinstance(part, dict) else range(len(part)):
-            places.append((*place, key))
-            if isinstance(part[key], (dict, list)):
-                walk(part[key], (*place, key))
-
-    walk(values, ())
-    for place in generator.sample(places, min(6, len(places))):
-        for value in generator.sample(STRANGE, 2):
-            changed = copy.deepcopy(values)
-            part = changed
-            for key in place[:-1]:
-                part = part[key]
-            part[place[-1]] = value
-            yield changed
-        changed = copy.deepcopy(values)
-        part = changed
-        for key in place[:-1]:
-            part = part[key]
-        del part[place[-1]]
-        yield changed
 
 
 def variants(path, generator):

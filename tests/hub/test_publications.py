@@ -182,6 +182,23 @@ def test_large_files_are_linked_and_nothing_is_a_symlink(published_student, publ
     assert not any(path.is_symlink() for path in staged.rglob("*"))
 
 
+def test_links_out_of_the_folder_are_not_published(published_student, publication, tmp_path):
+    folder = shutil.copytree(published_student, tmp_path / "student")
+    (tmp_path / "private.txt").write_text("secret")
+    (folder / "vocab.txt").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(ValueError, match=r"vocab\.txt is a link out of the folder"):
+        publication(folder)
+    cached = tmp_path / "cache" / "snapshots" / "main"
+    cached.mkdir(parents=True)
+    (tmp_path / "cache" / "blobs").mkdir()
+    (folder / "vocab.txt").unlink()
+    for number, file in enumerate(sorted(path for path in folder.iterdir() if path.is_file())):
+        blob = tmp_path / "cache" / "blobs" / str(number)
+        blob.write_bytes(file.read_bytes())
+        (cached / file.name).symlink_to(blob)
+    assert (publication(cached).staged / "model.safetensors").is_file()
+
+
 def test_without_hard_links_files_are_copied(published_student, publication, monkeypatch):
     def refuse(*_):
         raise OSError("another file system")

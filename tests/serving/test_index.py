@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
+from mmkd.data.features.shards import TensorMap, read_header, write_shard
 from mmkd.files import OutputInUseError
 from mmkd.serving import index as module
 from mmkd.serving.index import INDEX_FILE, FileStates, SearchIndex
@@ -67,6 +69,34 @@ def test_k_beyond_the_index_gives_all_and_wrong_queries_are_refused(index, path)
     ):
         with pytest.raises(ValueError, match=text):
             index.search(queries, k)
+
+
+def test_forged_rows_and_shards_are_refused(index, path):
+    index.delete(names(200)[:3])
+    meta = json.loads((path / INDEX_FILE).read_text())
+    whole = (path / meta["removed"]).read_bytes()
+    for rows in ([0, 1, 200], [-1, 0, 1], [1, 0, 2], [0, 0, 2]):
+        (path / meta["removed"]).write_bytes(safetensors.numpy.save({"rows": np.array(rows)}))
+        with pytest.raises(ValueError, match=r"removed-.* is damaged; make the index again"):
+            SearchIndex.open(path)
+    (path / meta["removed"]).write_bytes(whole)
+    shard = path / meta["shards"][0]["file"]
+    arrays = {name: torch.from_numpy(np.array(array)) for name, array in TensorMap(shard).arrays.items()}
+    sound = {name: arrays[name] for name in ("vectors", "stamps", "sha256")}
+    for name in sound:
+        write_shard(shard, names(64), {**sound, name: sound[name][:, :1].contiguous()})
+        meta["shards"][0]["header_sha256"] = read_header(shard).sha256
+        (path / INDEX_FILE).write_text(json.dumps(meta))
+        with pytest.raises(ValueError, match="is not the file that"):
+            SearchIndex.open(path)
+
+
+def test_the_lock_of_a_forged_index_empties_no_other_file(index, path):
+    (path.parent / "private").write_text("kept")
+    (path / f".{INDEX_FILE}.lock").symlink_to(path.parent / "private")
+    with pytest.raises(OSError, match="index"):
+        index.add(["more"], unit(1, seed=9))
+    assert (path.parent / "private").read_text() == "kept"
 
 
 def test_adding_replacing_and_deleting(index, path):

@@ -103,10 +103,9 @@ def shard_file(folder: Path, *content: Any, kind: str = "shard") -> Path:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a shard exists in full length; another is written again."""
+    """Whether a shard exists and is as it was written, every byte of it; another is written again."""
     try:
-        read_header(file)
-        return True
+        return checksums_match(file, read_header(file))
     except (FileNotFoundError, ValueError):
         return False
 
@@ -157,9 +156,9 @@ def read_header(path: Path) -> ShardHeader:
     start, tensors, metadata = read_tensors(path)
     try:
         header = ShardHeader(start, tensors, json.loads(metadata[NOTES]))
-        if header.rows >= 0 and "sha256" in header.notes:
+        if header.rows >= 0 and isinstance(header.notes["sha256"], str):
             return header
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError):
         pass
     raise ValueError(f"{path} is not a shard of this version; remove it and extract again with `mmkd extract`")
 
@@ -180,10 +179,14 @@ def read_tensors(path: Path) -> tuple[bytes, dict[str, Any], dict[str, str]]:
     try:
         tensors = json.loads(text)
         metadata = tensors.pop("__metadata__", {})
-        entries = [(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for entry in tensors.values()]
-        end = max((end for *_, end in entries), default=0)
-        whole = path.stat().st_size == 8 + length + end
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        entries = [([entry["dtype"]], entry["shape"], entry["data_offsets"]) for entry in tensors.values()]
+        end = max((end for *_, (_, end) in entries), default=0)
+        whole = path.stat().st_size == 8 + length + end and all(
+            isinstance(part, list) and {type(value) for value in part} <= {kind}
+            for entry in entries
+            for part, kind in zip(entry, (str, int, int), strict=True)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(

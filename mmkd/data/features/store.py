@@ -28,6 +28,7 @@ import numpy as np
 from mmkd.data.features import FeatureType
 from mmkd.data.features.index import FINGERPRINT, IdIndex, Ids, digests
 from mmkd.data.features.shards import TensorMap, checksums_match, read_header
+from mmkd.data.provenance import KEPT_METADATA
 from mmkd.files import is_folder_name, read_json
 
 if TYPE_CHECKING:
@@ -252,7 +253,11 @@ def faults(
         yield ValueError(f"{file}: its checksum does not match; extract again with `mmkd extract`")
     elif every_byte and not damaged:
         ids = VectorStore([path / shard["file"] for shard in meta["shards"]]).ids
-        expected = IdIndex.of(digests(ids))
+        try:
+            expected = IdIndex.of(digests(ids))
+        except ValueError as error:
+            yield ValueError(f"{path}: an id is not Unicode text ({error}); extract again with `mmkd extract`")
+            return
         if any(not np.array_equal(getattr(index, part), getattr(expected, part)) for part in ("key", "check", "row")):
             yield ValueError(f"{file} does not belong to the ids of the shards; extract again with `mmkd extract`")
 
@@ -276,16 +281,27 @@ def _shard_fault(
         header = read_header(file)
         if header.sha256 != shard["header_sha256"] or header.rows != shard["rows"]:
             return ValueError(f"{file}: its header does not match {path / 'meta.json'}; extract again")
-        entry = header.tensors.get("features", {})
-        if (entry.get("shape"), entry.get("dtype")) != ([shard["rows"], 2, meta["dim"]], STORED_AS[meta["dtype"]]):
+        rows, found = shard["rows"], {name: (own["shape"], own["dtype"]) for name, own in header.tensors.items()}
+        expected = {"features": ([rows, 2, meta["dim"]], STORED_AS[meta["dtype"]]), "id_end": ([rows], "I64")}
+        expected |= {"id_text": (found.get("id_text", ([0], ""))[0][:1], "U8")}
+        expected |= {"fingerprints": ([rows, 2], "U16")} if "fingerprints" in found else {}
+        if any(found.get(name) != own for name, own in expected.items()):
             return ValueError(
-                f"{file} does not hold {shard['rows']} pairs of {meta['dim']} {meta['dtype']} numbers; extract again"
+                f"{file} does not hold {rows} pairs of {meta['dim']} {meta['dtype']} numbers and ids; extract again"
             )
         if every_byte and not checksums_match(file, header):
             return ValueError(f"{file}: its checksum does not match; remove it and extract again")
+        if every_byte and not _is_finite(file, meta["dtype"]):
+            return ValueError(f"{file} holds numbers that are not finite; extract again")
     except (FileNotFoundError, ValueError) as error:
         return error
     return None
+
+
+def _is_finite(file: Path, dtype: str) -> bool:
+    stored = TensorMap(file).arrays["features"]
+    exponent = 0x7F80  # of bfloat16, which is mapped as its bits
+    return bool(((stored & exponent) != exponent).all() if dtype == "bfloat16" else np.isfinite(stored).all())
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -310,12 +326,15 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: the teacher is called {meta.get('teacher')!r}, which is not the name of a folder")
     try:
         shards = meta["shards"]
-        names = [meta["ids"]["file"], meta["ids"]["sha256"], *(shard["file"] for shard in shards)]
+        names = [meta["ids"]["file"], meta["ids"]["sha256"]]
+        names += [shard[key] for shard in shards for key in ("file", "header_sha256")]
         numbers = [meta["dim"], *(shard[key] for shard in shards for key in ("rows", "bytes"))]
         sound = all(map(is_folder_name, names)) and all(isinstance(n, int) and n > 0 for n in numbers)
         sound &= sum(shard["rows"] for shard in shards) == meta["count"] and meta["dtype"] in STORED_AS
-        sound &= isinstance(meta["provenance"], dict)
-    except (KeyError, TypeError):
+        provenance = meta["provenance"]
+        stated = [own.get(key) or "" for own in (provenance, provenance.get("raw") or {}) for key in KEPT_METADATA]
+        sound &= all(isinstance(value, str) for value in stated)
+    except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise ValueError(f"{file} lacks entries or holds impossible ones; extract again with `mmkd extract`")

@@ -11,7 +11,7 @@ from typing import Any
 from mmkd.data.images import UnreadableImageError, read_image_bytes
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import SPLITS
-from mmkd.files import is_inside, read_json
+from mmkd.files import is_inside, leads_inside, read_json
 
 CLOSED, ENGLISH = "CLOSED", "en"
 SLAKE_FILES = {"train": ["train.json"], "validation": ["validate.json", "validation.json"], "test": ["test.json"]}
@@ -55,7 +55,7 @@ def read_vqa_rad(path: Path) -> Questions:
     if not path.is_file():
         raise FileNotFoundError(f"--questions {path}: no such file")
     rows = _rows(path, "image_name")
-    digests = {name: _digest(path.parent / "images" / name) for name in sorted({row["image_name"] for row in rows})}
+    digests = {name: _digest(path.parent / "images", name) for name in sorted({row["image_name"] for row in rows})}
     return _questions(rows, "image_name", digests, str(path)), digests, {}
 
 
@@ -75,7 +75,7 @@ def read_slake(folder: Path, images: Path) -> Questions:
         file = next((folder / name for name in files if (folder / name).is_file()), folder / files[0])
         rows = [row for row in _rows(file, "img_name") if row.get("q_lang", ENGLISH) == ENGLISH]
         for name in dict.fromkeys(row["img_name"] for row in rows):
-            digests[name] = digests.get(name) or _digest(images / name)
+            digests[name] = digests.get(name) or _digest(images, name)
             splits.setdefault(name, split)
         rows = [row | {"split": split} for row in rows]
         questions += _questions(rows, "img_name", digests, str(file))
@@ -106,10 +106,11 @@ def _questions(rows: Sequence[dict[str, Any]], image: str, digests: dict[str, st
     ]
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 of an image file, empty where it cannot be read."""
+def _digest(folder: Path, name: str) -> str:
+    """SHA-256 of an image file, empty where it cannot be read or is a link out of the folder."""
     try:
-        return hashlib.sha256(read_image_bytes(path)).hexdigest()
+        inside = leads_inside(folder, folder / name)
+        return hashlib.sha256(read_image_bytes(folder / name)).hexdigest() if inside else ""
     except UnreadableImageError:
         return ""
 

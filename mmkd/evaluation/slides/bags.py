@@ -26,6 +26,7 @@ JOINT_NAMES = ("proj", "projected")
 SUFFIXES = (".h5", ".hdf5")
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".png", ".jpg")
 MEMORY = 2 * 1024**3
+DENSEST = 1032  # bytes that deflate, the densest filter of HDF5, makes of one
 NAMED = 5
 
 
@@ -138,6 +139,10 @@ class EncoderBags:
                 raise UndefinedMetricError(
                     f"{self.encoder}: slide {slide} has {name} of shape {stored.shape}, expected (N, D)"
                 )
+            if stored.nbytes > DENSEST * self.files[slide_name(slide)].stat().st_size:
+                raise UndefinedMetricError(
+                    f"{self.encoder}: {name} of slide {slide} states shape {stored.shape}, too much for its file"
+                )
             vectors = np.asarray(stored, dtype=np.float32).reshape(-1, stored.shape[-1])
         if not vectors.size:
             raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} is empty")
@@ -182,8 +187,10 @@ class EncoderBags:
                         f"{self.encoder}: {outside!r} of slide {slide} lies in another file; copy it into the bag"
                     )
                 yield file
-        except OSError as error:
-            reason = str(error).splitlines()[0]
+        except UndefinedMetricError:
+            raise
+        except Exception as error:  # of damaged files, h5py raises anything from OSError to SystemError
+            reason = str(error).partition("\n")[0]
             raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} cannot be read ({reason})") from None
 
 
@@ -283,7 +290,7 @@ def _owner(folder: Path) -> str:
     try:
         with h5py.File(next(iter(files.values())), "r") as file:
             name = file.attrs.get("encoder")
-    except (OSError, StopIteration):
+    except Exception:  # no file, or a damaged one, which is reported when it is read
         name = None
     return str(name) if name else folder.name.removeprefix("features_")
 

@@ -31,6 +31,7 @@ COARSEST_MPP = 20.0  # a header that states more describes a screen (72 dots an 
 COLD, WARM, HOT, OPACITY = "#1f3b73", "#f2a33a", "#fff2b0", 0.6
 OUTLINE = "#0b6b66"
 BATCHES_AHEAD = 2
+MOST_PIXELS = 10**11  # of a slide; the largest of scanners have half of it
 BLOCK = 8000  # largest side, in pixels, of a region that is read at once; 256 MB as RGBA
 
 
@@ -49,9 +50,16 @@ class Slide:
             ValueError: neither OpenSlide nor the image reader can read it; the message holds both reasons.
             ModuleNotFoundError: OpenSlide is not installed.
         """
-        self._slide, microns = _open(path)
-        self.sizes = [(int(width), int(height)) for width, height in self._slide.level_dimensions]
-        self.mpp = microns if microns and microns < COARSEST_MPP else None
+        try:
+            self._slide, microns = _open(path)
+            self.sizes = [(int(width), int(height)) for width, height in self._slide.level_dimensions]
+        except (ValueError, ModuleNotFoundError):
+            raise
+        except Exception as error:  # damaged headers raise anything from OpenSlideError to ZeroDivisionError
+            raise ValueError(f"its header is damaged ({error})") from error
+        if math.prod(self.sizes[0]) > MOST_PIXELS:
+            raise ValueError(f"its header states {self.sizes[0][0]} x {self.sizes[0][1]} pixels; refused")
+        self.mpp = microns if microns and 0 < microns < COARSEST_MPP else None
 
     def __enter__(self) -> Slide:
         return self
@@ -65,13 +73,11 @@ class Slide:
         Raises:
             ValueError: the file is damaged there.
         """
-        from openslide import OpenSlideError
-
         factor = self._slide.level_downsamples[level]
         try:
             region = self._slide.read_region((round(x * factor), round(y * factor)), level, (width, height))
-        except OpenSlideError as error:
-            raise ValueError(f"a region of level {level} cannot be read ({error})") from None
+        except Exception as error:  # decoders of damaged files raise anything
+            raise ValueError(f"a region of level {level} cannot be read ({error})") from error
         white = Image.new("RGB", region.size, "white")
         white.paste(region, mask=region.getchannel("A"))
         return white
