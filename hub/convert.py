@@ -1,4 +1,4 @@
-"""Convert the authors' checkpoint to a ``from_pretrained`` folder, and such a folder back to their checkpoint.
+"""Convert the authors' checkpoint to a ``from_pretrained`` folder, and such a folder back, or to one for open_clip.
 
 Strict in both directions: every key and shape is accounted for, and the written tensors are read back and compared bit
 for bit before the output gets its name. Tensors keep their precision; where a checkpoint mixes several, all take the
@@ -23,15 +23,15 @@ TOKENIZER = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 
 @dataclass(kw_only=True)
 class ConvertSettings:
-    """Convert the authors' checkpoint to a folder for from_pretrained, or such a folder to their checkpoint.
+    """Convert the authors' checkpoint to a folder for from_pretrained, or such a folder to their form or open_clip's.
 
     Example:
         mmkd convert --checkpoint MMKD-CLIP.pt --output mmkd-clip
     """
 
-    checkpoint: Path = setting(help="the authors' file (.pt or .safetensors); with --to open_clip a model folder")
-    output: Path = setting(help="folder to write; with --to open_clip the file to write")
-    to: Literal["transformers", "open_clip"] = setting("transformers", "format to write")
+    checkpoint: Path = setting(help="the authors' file (.pt or .safetensors); with --to authors or open_clip a folder")
+    output: Path = setting(help="folder to write; with --to authors the file to write")
+    to: Literal["transformers", "authors", "open_clip"] = setting("transformers", "format to write")
     config: Path | None = setting(
         None, "JSON with sizes (vision, text, projection_dim) or a config.json; by default derived from the tensors"
     )
@@ -47,7 +47,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from mmkd.command.settings import nearest
 from mmkd.encoders.authors_checkpoint import (
@@ -60,8 +60,8 @@ from mmkd.encoders.authors_checkpoint import (
 )
 from mmkd.encoders.weights import listed, quiet_transformers, read_state_dict, require_hub, require_same_keys
 from mmkd.files import atomic_folder, atomic_write_bytes, fingerprint, read_json, refuse_existing
-from mmkd.student.folder import conversion_provenance, read_weights, write_provenance
-from modeling_mmkd import MMKDClipConfig, MMKDClipProcessor
+from mmkd.student.folder import conversion_provenance, read_weights, write_provenance, write_sentence_transformers
+from modeling_mmkd import MMKDClipConfig, MMKDClipImageProcessor, MMKDClipProcessor
 
 CONTEXT = 256  # tokens, as published
 ROUNDING = 64  # rows that a word embedding may have more than its tokenizer has tokens
@@ -75,10 +75,12 @@ def main(settings: ConvertSettings) -> None:
     if not settings.checkpoint.exists():
         raise FileNotFoundError(f"--checkpoint {settings.checkpoint}: no such file or folder")
     with quiet_transformers():
-        if settings.to == "open_clip":
+        if settings.to == "transformers":
+            write_folder(settings)
+        elif settings.to == "authors":
             write_checkpoint(settings)
         else:
-            write_folder(settings)
+            write_for_open_clip(settings)
     if not settings.quiet:
         print(f"wrote {settings.output}")
 
@@ -91,7 +93,7 @@ def write_folder(settings: ConvertSettings) -> None:
         FileNotFoundError: there is no ``--config``.
     """
     if settings.checkpoint.is_dir():
-        raise ValueError(f"--checkpoint {settings.checkpoint} is a folder; only --to open_clip reads folders")
+        raise ValueError(f"--checkpoint {settings.checkpoint} is a folder; --to authors and open_clip read folders")
     authors = read_state_dict(settings.checkpoint)
     try:
         state = one_precision(from_authors(authors))
@@ -103,11 +105,12 @@ def write_folder(settings: ConvertSettings) -> None:
     model.load_state_dict(state, assign=True)
     tokenizer, problem = find_tokenizer(settings.tokenizer, config.text_config)
     side = config.vision_config.image_size
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    pixels = MMKDClipImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     with atomic_folder(settings.output, settings.overwrite) as folder:
         model.save_pretrained(folder)
         if tokenizer:
             MMKDClipProcessor(pixels, tokenizer).save_pretrained(folder)
+            write_sentence_transformers(folder)
         else:
             pixels.save_pretrained(folder)
             shutil.copy(inspect.getfile(MMKDClipProcessor), folder)
@@ -123,14 +126,9 @@ def write_checkpoint(settings: ConvertSettings) -> None:
     Raises:
         ValueError: the folder is not a model of this package, or one that the authors' form cannot hold.
     """
-    if settings.config is not None:
-        raise ValueError("--config belongs to --to transformers; a folder states its own sizes")
+    require_folder(settings)
     if settings.output.is_dir():
-        raise ValueError(f"--output {settings.output} is a folder; --to open_clip writes a file")
-    if not (settings.checkpoint / "config.json").is_file():
-        raise ValueError(
-            f"--checkpoint {settings.checkpoint} holds no config.json; --to open_clip reads a model folder"
-        )
+        raise ValueError(f"--output {settings.output} is a folder; --to authors writes a file")
     try:
         config = MMKDClipConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)
         state = read_weights(settings.checkpoint)
@@ -144,6 +142,34 @@ def write_checkpoint(settings: ConvertSettings) -> None:
     buffer = io.BytesIO()
     torch.save({"epoch": 0, "name": "mmkd-clip", "state_dict": authors}, buffer)
     atomic_write_bytes(settings.output, buffer.getvalue())
+
+
+def write_for_open_clip(settings: ConvertSettings) -> None:
+    """Write a folder that ``open_clip.create_model_and_transforms("local-dir:...")`` opens.
+
+    Raises:
+        ModuleNotFoundError: open_clip is not installed.
+        ValueError: the folder is not a model of this package, or one that open_clip cannot hold.
+    """
+    from mmkd.exporting.open_clip_folder import write_open_clip  # here, because only this form needs it
+
+    require_folder(settings)
+    with atomic_folder(settings.output, settings.overwrite) as folder:
+        write_open_clip(str(settings.checkpoint), folder, settings.output)
+
+
+def require_folder(settings: ConvertSettings) -> None:
+    """Refuse what is not a model folder, and sizes beside one.
+
+    Raises:
+        ValueError: ``--config`` is given, or the checkpoint is no model folder.
+    """
+    if settings.config is not None:
+        raise ValueError("--config belongs to --to transformers; a folder states its own sizes")
+    if not (settings.checkpoint / "config.json").is_file():
+        raise ValueError(
+            f"--checkpoint {settings.checkpoint} holds no config.json; --to {settings.to} reads a model folder"
+        )
 
 
 def read_config(path: Path, state: Mapping[str, Tensor]) -> MMKDClipConfig:

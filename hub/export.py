@@ -46,7 +46,7 @@ import torch
 
 from mmkd.data.folder import open_pairs
 from mmkd.encoders.zoo import load_encoder
-from mmkd.exporting.folder import quantize_export, require_exportable, write_export
+from mmkd.exporting.folder import quantized_export, require_exportable, write_export
 from mmkd.files import atomic_folder, refuse_existing, write_json
 from mmkd.serving.calibration import CALIBRATION_FILE
 from mmkd.student.folder import PROVENANCE_FILE, load_student
@@ -78,7 +78,7 @@ def main(settings: ExportSettings) -> None:
         if settings.format == "int8":
             exports["onnx"] = Path(temporary)
             write_export(exports["onnx"], model, processor, "onnx", provenance)
-            quantize_export(exports["onnx"], folder)
+            quantized_export(exports["onnx"], folder)
         else:
             write_export(folder, model, processor, settings.format, provenance)
         exports[settings.format] = folder

@@ -28,6 +28,8 @@ class PushSettings:
     folder: Path = setting(help="a model, an adapter, a feature store or a folder of them, or pairs", positional=True)
     repo: str = setting(help="user/name or organization/name")
     results: Path | None = setting(None, "model: folder of `mmkd eval` on it, for the card")
+    onnx: Path | None = setting(None, "model: folder of `mmkd export --format onnx` on it, for browsers")
+    examples: Path | None = setting(None, "model: folder of images to try on its page, named by labels; published")
     base_model: str | None = setting(None, "adapter: Hub id of its model, where the folder does not state it")
     license: str | None = setting(None, "licence of the publication, such as apache-2.0 or cc-by-nc-4.0")
     private: bool = setting(False, "make a new repository private; an existing public one is refused")
@@ -94,8 +96,10 @@ def make_publication(settings: PushSettings, staged: Path) -> Publication:
     shard_bytes = parse_size(settings.max_shard_size)
     folder = settings.folder
     kind = kind_of(folder)
-    if settings.results is not None and kind != "model":
-        raise ValueError(f"--results belongs to a model; {folder} holds {kind}")
+    of_models = {"results": settings.results, "onnx": settings.onnx, "examples": settings.examples}
+    for option, value in of_models.items():
+        if value is not None and kind != "model":
+            raise ValueError(f"--{option} belongs to a model; {folder} holds {kind}")
     if settings.images is not None and kind != "pairs":
         raise ValueError(f"--images belongs to pairs; {folder} holds {kind}")
     if settings.base_model is not None and kind != "adapter":
@@ -106,7 +110,7 @@ def make_publication(settings: PushSettings, staged: Path) -> Publication:
     template = (importlib.resources.files("mmkd.hub") / name).read_text(encoding="utf-8")
     draft = Draft(folder, staged, settings.repo, template, settings.license)
     if kind == "model":
-        return stage_model(draft, settings.results, shard_bytes)
+        return stage_model(draft, settings.results, shard_bytes, settings.onnx, settings.examples)
     if kind == "adapter":
         return stage_adapter(draft, settings.base_model)
     if kind == "features":

@@ -28,9 +28,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BertTokenizer,
-    CLIPImageProcessorPil,
 )
-from transformers.utils import is_torchvision_available
 
 from .configuration_mmkd import PRESETS, MMKDClipConfig
 from .modeling_mmkd import (
@@ -40,7 +38,7 @@ from .modeling_mmkd import (
     MMKDClipTextModelWithProjection,
     MMKDClipVisionModelWithProjection,
 )
-from .processing_mmkd import MMKDClipProcessor, clean_text
+from .processing_mmkd import MMKDClipImageProcessor, MMKDClipProcessor, clean_text
 
 # AutoModel takes the class that the folder names under ``architectures``: the whole model or one half.
 MODELS: Any = (MMKDClipModel, MMKDClipTextModelWithProjection, MMKDClipVisionModelWithProjection)
@@ -50,22 +48,22 @@ AutoModel.register(MMKDClipConfig, MODELS)
 AutoModelForZeroShotImageClassification.register(MMKDClipConfig, MMKDClipModel)
 AutoProcessor.register(MMKDClipConfig, MMKDClipProcessor)
 AutoTokenizer.register(MMKDClipConfig, tokenizer_class=BertTokenizer)
-if is_torchvision_available():  # without torchvision transformers 5.8 has no AutoImageProcessor, and later ones warn
-    from transformers import CLIPImageProcessor
-
-    AutoImageProcessor.register(
-        MMKDClipConfig, image_processor_classes={"torchvision": CLIPImageProcessor, "pil": CLIPImageProcessorPil}
-    )
+# One class for both backends, so that AutoImageProcessor, AutoProcessor and pipelines give the same pixels.
+AutoImageProcessor.register(
+    MMKDClipConfig, image_processor_classes={"pil": MMKDClipImageProcessor, "torchvision": MMKDClipImageProcessor}
+)
 
 # Saved folders carry the code, so that they also work where this package is not installed.
 MMKDClipConfig.register_for_auto_class()
 for model in MODELS:
     model.register_for_auto_class("AutoModel")
+MMKDClipImageProcessor.register_for_auto_class("AutoImageProcessor")
 MMKDClipProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [
     "PRESETS",
     "MMKDClipConfig",
+    "MMKDClipImageProcessor",
     "MMKDClipModel",
     "MMKDClipOutput",
     "MMKDClipPreTrainedModel",

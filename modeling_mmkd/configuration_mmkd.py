@@ -39,6 +39,7 @@ AUTO_MAP = {  # lets a saved folder work without this package: the files are sav
     "AutoConfig": "configuration_mmkd.MMKDClipConfig",
     "AutoModel": "modeling_mmkd.MMKDClipModel",
     "AutoModelForZeroShotImageClassification": "modeling_mmkd.MMKDClipModel",
+    "AutoImageProcessor": "processing_mmkd.MMKDClipImageProcessor",
     "AutoProcessor": "processing_mmkd.MMKDClipProcessor",
 }
 
@@ -95,7 +96,8 @@ class MMKDClipConfig(PreTrainedConfig):
         logit_scale_init_value: natural logarithm of the factor of the similarities at the start.
         context_length: maximum number of tokens of a text, as in training; longer texts are cut. The text tower's
             positions also limit it.
-        initializer_factor: factor of the standard deviation of the projections' initial weights.
+        initializer_range: standard deviation of the projections' initial weights, by default 1 / sqrt(width).
+        initializer_factor: factor of that standard deviation.
 
     Raises:
         ValueError: sizes that no tower can have, an unknown pooling or activation, or a scale that is not finite.
@@ -118,6 +120,7 @@ class MMKDClipConfig(PreTrainedConfig):
     text_pooling: str = "cls"
     logit_scale_init_value: float | int = DEFAULT_LOGIT_SCALE
     context_length: int = 256
+    initializer_range: float | None = None
     initializer_factor: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -140,9 +140,10 @@ class MMKDClipPreTrainedModel(PreTrainedModel):
 
     # trf-ignore: TRF018 (the base would draw every projection twice and change the initial weights of a seed)
     def _init_weights(self, module: nn.Module) -> None:
-        """Projections: normal with ``initializer_factor`` / sqrt(width); ``logit_scale``: its initial value."""
+        """Projections: normal with ``initializer_range`` times ``initializer_factor``; ``logit_scale``: its value."""
         if isinstance(module, nn.Linear) and getattr(module, "_is_projection", False):
-            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5 * self.config.initializer_factor)
+            spread = self.config.initializer_range or module.in_features**-0.5
+            init.normal_(module.weight, mean=0.0, std=spread * self.config.initializer_factor)
         elif isinstance(scale := module._parameters.get("logit_scale"), nn.Parameter):
             init.constant_(scale, self.config.logit_scale_init_value)
 

@@ -20,17 +20,24 @@ percentile, as in training.
 """
 
 import html
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, CLIPImageProcessorPil, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-AUTO_MAP = {"AutoProcessor": "processing_mmkd.MMKDClipProcessor"}  # as in the configuration, so that neither forgets it
+AUTO_MAP = {  # as in the configuration, so that neither forgets it
+    "AutoImageProcessor": "processing_mmkd.MMKDClipImageProcessor",
+    "AutoProcessor": "processing_mmkd.MMKDClipProcessor",
+}
+IMAGES_FILE = "preprocessor_config.json"  # where clients in other languages look for the image processor
+LOCAL_SETTINGS = ("local_files_only", "is_local", "backend")  # how a tokenizer was read, which is nobody else's concern
 WINDOW_PERCENTILES = (0.5, 99.5)  # of deep grey, as in `mmkd.data.pixel_rules`, whose pixels these are exactly
 DEFAULTS: dict[str, dict[str, Any]] = {"text_kwargs": {"padding": True, "truncation": True}}
 
@@ -43,13 +50,26 @@ class MMKDClipProcessorKwargs(ProcessingKwargs, total=False):
 
 
 # trf-ignore: TRF057
+class MMKDClipImageProcessor(CLIPImageProcessorPil):
+    """The authors' pixels, by Pillow, wherever images come from: processor, pipelines and `AutoImageProcessor`.
+
+    Shortest side to 224 pixels (bicubic, antialiased), central square, RGB, OpenAI's mean and standard deviation. The
+    file has the format of ``CLIPImageProcessor``, whose torchvision backend is faster and differs by at most one grey
+    level: ``CLIPImageProcessor.from_pretrained(folder)``.
+    """
+
+    # trf-ignore: TRF057
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Prepare an image or a list of them (PIL, numpy or torch); PIL images of more than 8 bits are windowed."""
+        return super().preprocess(window_deep_images(images), *args, **kwargs)
+
+
+# trf-ignore: TRF057
 class MMKDClipProcessor(ProcessorMixin):
     """Converts images to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``.
 
     Args:
-        image_processor: shortest side to 224 pixels (bicubic, antialiased), central square, RGB, OpenAI's mean and
-            standard deviation. ``CLIPImageProcessorPil`` gives the authors' pixels exactly; the torchvision backend is
-            faster and differs by at most one grey level.
+        image_processor: `MMKDClipImageProcessor`, or another one of transformers.
         tokenizer: the text tower's; its ``model_max_length`` is the context.
     """
 
@@ -59,12 +79,21 @@ class MMKDClipProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         self.auto_map = dict(AUTO_MAP)
 
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: Any, **kwargs: Any
-    ) -> "MMKDClipProcessor":
-        """Load from a folder or Hub id; ``backend="torchvision"`` is faster, the default ``"pil"`` exact."""
-        return super().from_pretrained(pretrained_model_name_or_path, **{"backend": "pil", **kwargs})
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Write a folder for every client: ``preprocessor_config.json`` too, and nothing of the machine it was made on.
+
+        Returns:
+            paths of the files.
+        """
+        for name in LOCAL_SETTINGS if self.tokenizer else ():
+            self.tokenizer.init_kwargs.pop(name, None)
+        if isinstance(self.image_processor, MMKDClipImageProcessor):
+            self.image_processor.auto_map = dict(AUTO_MAP)
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / IMAGES_FILE
+        values = {**self.image_processor.to_dict(), "image_processor_type": "CLIPImageProcessor"}
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return [*files, str(path)]
 
     # trf-ignore: TRF057
     def __call__(self, images: Any = None, text: Any = None, strict: bool | None = None, **kwargs: Any) -> BatchFeature:
@@ -84,8 +113,7 @@ class MMKDClipProcessor(ProcessorMixin):
             raise ValueError("give images, text or both: neither came")
         if images is not None:
             refuse_bad_images(images)
-            several = isinstance(images, (list, tuple))
-            images = [window_deep_image(image) for image in images] if several else window_deep_image(images)
+            images = window_deep_images(images)  # here too, for other image processors of transformers
         if text is not None:
             refuse_bad_texts(text, bool(strict))
             self._require_vocabulary()
@@ -124,6 +152,12 @@ def clean_text(text: str) -> str:
 
 def _cleaned(text: Any) -> Any:
     return clean_text(text) if isinstance(text, str) else text
+
+
+def window_deep_images(images: Any) -> Any:
+    """An image or a list of them, those of PIL with more than 8 bits as 8-bit grey."""
+    several = isinstance(images, (list, tuple))
+    return [window_deep_image(image) for image in images] if several else window_deep_image(images)
 
 
 def window_deep_image(image: Any) -> Any:
@@ -224,4 +258,4 @@ def _refuse_bad_array(image: Any, name: str) -> None:
         raise ValueError(f"{name} has NaN or infinity; {allowed}, every one a finite number")
 
 
-__all__ = ["MMKDClipProcessor", "clean_text"]
+__all__ = ["MMKDClipImageProcessor", "MMKDClipProcessor", "clean_text"]

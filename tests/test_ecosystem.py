@@ -7,6 +7,7 @@ from processes import in_another_process, in_group
 from tiny_model import CONTEXT, save_tiny
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
+from mmkd.student.folder import save_student
 from modeling_mmkd import MMKDClipModel, MMKDClipProcessor, MMKDClipTextModelWithProjection
 
 NOISE = Image.effect_noise((60, 44), 90).convert("RGB")
@@ -254,23 +255,23 @@ def test_peft_with_the_documented_targets(folder, tmp_path, batch, dora):
 
 
 @torch.no_grad()
-def test_sentence_transformers_reads_the_folder(folder, processor):
+def test_sentence_transformers_gives_the_models_unit_vectors(folder, processor, tmp_path):
     library = pytest.importorskip("sentence_transformers")
-    model = library.SentenceTransformer(str(folder), device="cpu")
+    save_student(tmp_path, MMKDClipModel.from_pretrained(folder), processor)
+    model = library.SentenceTransformer(str(tmp_path), device="cpu")
     texts, images = ["ct of the lung", "mri"], [NOISE, Image.new("RGB", (40, 40), "gray")]
-    ours = MMKDClipModel.from_pretrained(folder)
-    words = ours.get_text_features(**processor(text=texts, return_tensors="pt")).pooler_output
-    torch.testing.assert_close(model.encode(texts, convert_to_tensor=True), words, atol=1e-5, rtol=0)
-    found = model.encode(images, convert_to_tensor=True, normalize_embeddings=True)
-    pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
-    torch.testing.assert_close(found, ours(**pixels).image_embeds, atol=1e-3, rtol=0)
-    assert model.max_seq_length == CONTEXT
-    hits = library.util.semantic_search(found, model.encode(texts, convert_to_tensor=True), top_k=2)
+    expected = MMKDClipModel.from_pretrained(folder)(**processor(images=images, text=texts, return_tensors="pt"))
+    words, found = (model.encode(items, convert_to_tensor=True) for items in (texts, images))
+    torch.testing.assert_close(words, expected.text_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected.image_embeds, atol=1e-5, rtol=0)
+    assert set(model.modalities) == {"text", "image"} and model.max_seq_length == CONTEXT
+    hits = library.util.semantic_search(found, words, top_k=2)
     assert [len(row) for row in hits] == [2, 2] and hits[0][0]["score"] >= hits[0][1]["score"]
 
 
-def test_sentence_transformers_reads_the_folder_without_this_package(folder, tmp_path):
+def test_sentence_transformers_reads_the_folder_without_this_package(folder, processor, tmp_path):
     pytest.importorskip("sentence_transformers")
+    save_student(tmp_path / "student", MMKDClipModel.from_pretrained(folder), processor)
     code = """
 from PIL import Image
 from sentence_transformers import SentenceTransformer, util
@@ -279,5 +280,5 @@ texts = encoder.encode(["ct of the lung", "mri"], convert_to_tensor=True)
 images = encoder.encode([Image.new("RGB", (40, 50))], convert_to_tensor=True)
 print(len(util.semantic_search(images, texts)[0]), type(encoder[0].auto_model).__module__)
 """
-    printed = in_another_process("modeling_mmkd,mmkd", code, folder, HF_MODULES_CACHE=str(tmp_path))
+    printed = in_another_process("modeling_mmkd,mmkd", code, tmp_path / "student", HF_MODULES_CACHE=str(tmp_path / "m"))
     assert printed.split()[0] == "2" and printed.split()[1].startswith("transformers_modules")

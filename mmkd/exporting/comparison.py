@@ -27,7 +27,7 @@ from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import inputs_of, run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.exporting.encoder import ExportedEncoder
-from mmkd.exporting.folder import OUTPUTS, compare_towers, examples, tower_bytes, towers
+from mmkd.exporting.folder import compare_towers, examples, tower_bytes, towers
 from mmkd.exporting.usage import DESCRIPTION, Tower, load_tower
 from mmkd.files import read_json
 from modeling_mmkd import MMKDClipModel
@@ -78,7 +78,7 @@ def lowest_cosines(folder: Path, model: MMKDClipModel, side: int) -> dict[str, f
 def tower_files(folder: Path) -> dict[str, str]:
     """Names of the towers' files in an exported folder."""
     description = read_json(folder / DESCRIPTION)
-    return {tower: description[tower]["file"] for tower in OUTPUTS}
+    return {tower: description[tower]["file"] for tower in ("image", "text")}
 
 
 def zero_shot(

@@ -1,23 +1,17 @@
-"""An exported folder: two towers, ``export.json``, the processor, and ``usage.py``, which runs without this package.
+"""An exported folder: the towers, ``export.json``, the processor, and ``usage.py``, which runs without this package.
 
 ``usage.py`` reads images by copies of the modules that read them in training, in the folder ``pixel_reader`` beside it.
 
-A tower maps pixels or tokens to unit vectors, for any batch and text length. Both are traced once by ``torch.export``;
-the program is saved as it is or passed to the ONNX exporter, so that the two formats hold the same graph.
-
-Weights in 8 bits are ONNX Runtime's dynamic quantization, which needs no calibration data. Matrix products get integer
-weights with one scale a column and activations quantized at run time; embedding tables are stored in 8 bits.
-Convolutions stay in floating point: ONNX Runtime's integer convolution was slower on every CPU it was tried on. Weights
-take seven bits, because the eighth overflows on processors without VNNI.
+A tower maps pixels or tokens to unit vectors, for any batch and text length. As ``torch.export`` programs they are two
+files; as ONNX (`mmkd.exporting.onnx_files`) they have the layout of transformers.js and optimum-onnx, whose classes for
+CLIP read the folder: ``config.json`` states the form of a CLIP, and the graphs hold everything else.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import shutil
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -29,22 +23,24 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 from mmkd.data.provenance import installed_versions
+from mmkd.exporting.onnx_files import FOLDER, FP16, QUANTIZED, quiet_exporters, write_onnx
 from mmkd.exporting.usage import DESCRIPTION, load_tower
 from mmkd.files import atomic_write_text, read_json, write_json
 from modeling_mmkd import MMKDClipModel
 
 Form = Literal["onnx", "exported-program"]
 
-ENDINGS = {"onnx": "onnx", "exported-program": "pt2"}
-OUTPUTS = {"image": "image_embeds", "text": "text_embeds"}
+FILES: dict[Form, dict[str, str]] = {
+    "onnx": {"image": f"{FOLDER}/vision_model.onnx", "text": f"{FOLDER}/text_model.onnx"},
+    "exported-program": {"image": "image.pt2", "text": "text.pt2"},
+}
 USAGE = "usage.py"
 READER, READER_MODULES = "pixel_reader", ("archives.py", "images.py", "medical.py", "pixel_rules.py")
 PACKAGES = ("mmkd-clip", "torch", "transformers", "onnx", "onnxruntime")
 TOLERANCE = 1e-4  # largest difference to the model that an export in floating point may have
-OPSET = 18
-PROTOBUF_LIMIT_BYTES = 1_500_000_000  # larger weights are stored beside the graph
 MAX_BATCH = 65536
-QUANTIZED = ["MatMul", "Gemm", "Gather"]
+IMAGES_FILE = "preprocessor_config.json"
+NOT_OF_EXPORT = ("processor_config.json", "processing_mmkd.py")  # of a processor that needs this package
 
 
 class ImageTower(nn.Module):
@@ -72,6 +68,19 @@ class TextTower(nn.Module):
         return functional.normalize(output.pooler_output, dim=-1)
 
 
+class BothTowers(nn.Module):
+    """Pixels and tokens to similarities and unit vectors, with the arguments and outputs of a CLIP."""
+
+    def __init__(self, model: MMKDClipModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """Similarities `(images, texts)` and `(texts, images)`, text and image vectors."""
+        output = self.model(input_ids, pixel_values, attention_mask, return_dict=True)
+        return output.logits_per_image, output.logits_per_text, output.text_embeds, output.image_embeds
+
+
 def towers(model: MMKDClipModel) -> dict[str, nn.Module]:
     """Both towers by name, in evaluation mode."""
     return {"image": ImageTower(model).eval(), "text": TextTower(model).eval()}
@@ -95,7 +104,7 @@ def require_exportable(processor: Any, folder: Path) -> None:
     """
     pixels, tokenizer = processor.image_processor, processor.tokenizer
     crop = pixels.crop_size
-    if not type(pixels).__name__.startswith("CLIPImageProcessor") or crop["height"] != crop["width"]:
+    if "clipimageprocessor" not in type(pixels).__name__.lower() or crop["height"] != crop["width"]:
         raise ValueError(f"{folder} prepares images by {type(pixels).__name__}; only CLIP's square crop is exported")
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(f"{folder} has no tokenizer, so its text tower could not be used; save it there first")
@@ -119,21 +128,48 @@ def write_export(
         ValueError: a tower cannot be traced, or its export differs from the model by more than the tolerance.
     """
     side, context = int(processor.image_processor.crop_size["height"]), model.config.text_limit
-    files = {name: f"{name}.{ENDINGS[form]}" for name in OUTPUTS}
-    for name, program in trace(model, side, context).items():
-        with _quiet_exporters():
-            if form == "onnx":
-                _save_onnx(program, name, output / files[name])
-            else:
-                torch.export.save(program, output / files[name])
+    description = describe(model, processor, form)
+    inputs = examples(model, side, tokens=min(7, context))
+    if form == "onnx":
+        both = trace(BothTowers(model).eval(), inputs["text"] | inputs["image"], context)
+        description["integer_products"] = write_onnx(both, output)
+    else:
+        for name, tower in towers(model).items():
+            torch.export.save(trace(tower, inputs[name], context), output / FILES[form][name])
     shapes = ((1, 2), (4, min(33, context)), (2, context))
-    difference = max(found for found, _ in compare_towers(output, files, model, side, shapes).values())
+    difference = max(found for found, _ in compare_towers(output, FILES[form], model, side, shapes).values())
     if difference > TOLERANCE:
         raise ValueError(f"the {form} towers differ from the model by {difference:.1e}, more than {TOLERANCE:.0e}")
-    description = describe(model, processor, form, files) | {"largest_difference": difference}
+    description |= {"largest_difference": difference}
     write_json(output / DESCRIPTION, description | ({"provenance": provenance} if provenance else {}))
     processor.save_pretrained(output)
+    write_client_files(output, model, processor)
     write_usage(output)
+
+
+def write_client_files(output: Path, model: MMKDClipModel, processor: Any) -> None:
+    """Write what clients of a CLIP read, none of which needs this package; sizes that the graphs hold are left out."""
+    for name in NOT_OF_EXPORT:
+        (output / name).unlink(missing_ok=True)
+    pixels = read_json(output / IMAGES_FILE)
+    pixels.pop("auto_map", None)
+    write_json(output / IMAGES_FILE, pixels | {"processor_class": "VisionTextDualEncoderProcessor"})
+    width, text = {"projection_dim": model.config.projection_dim}, model.config.text_config
+    config = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        **width,
+        "logit_scale_init_value": math.log(float(model.logit_scale.detach().exp())),
+        "vision_config": {**width, "model_type": "clip_vision_model", "image_size": pixels["crop_size"]["height"]},
+        "text_config": {
+            **width,
+            "model_type": "clip_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": model.config.text_limit,
+            "pad_token_id": processor.tokenizer.pad_token_id,
+        },
+    }
+    write_json(output / "config.json", config)
 
 
 def write_usage(output: Path) -> None:
@@ -146,55 +182,23 @@ def write_usage(output: Path) -> None:
         atomic_write_text(output / READER / name, module.replace("from mmkd.data.", "from ."))
 
 
-def quantize_export(source: Path, output: Path) -> None:
-    """The same folder with towers in 8 bits; ``integer_products`` in its description counts their integer products.
+def quantized_export(source: Path, output: Path) -> None:
+    """The same folder with the towers of 8-bit weights alone.
 
     Args:
         source: written by `write_export` as ONNX.
         output: an empty folder.
     """
+    others = shutil.ignore_patterns("*model.onnx*", f"*{FP16}.onnx*")
+    shutil.copytree(source, output, ignore=others, dirs_exist_ok=True)
     description = read_json(source / DESCRIPTION)
-    files = {name: description[name]["file"] for name in OUTPUTS}
-    shutil.copytree(
-        source, output, ignore=shutil.ignore_patterns(*(f"{file}*" for file in files.values())), dirs_exist_ok=True
-    )
-    products = {name: quantize(source / file, output / file) for name, file in files.items()}
+    for name, file in FILES["onnx"].items():
+        description[name]["file"] = file.replace(".onnx", f"{QUANTIZED}.onnx")
     del description["largest_difference"]
-    write_json(output / DESCRIPTION, description | {"format": "int8", "integer_products": products})
+    write_json(output / DESCRIPTION, description | {"format": "int8"})
 
 
-def quantize(source: Path, target: Path) -> int:
-    """Write an ONNX file with 8-bit weights.
-
-    Args:
-        source: a file in floating point.
-        target: the file to write.
-
-    Returns:
-        Number of matrix products in integers; 0 where the tower has none with constant weights.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    model = onnx.load(source)
-    constants = {constant.name for constant in model.graph.initializer}
-    shapes = [value for value in model.graph.value_info if value.name not in constants]
-    del model.graph.value_info[:]  # ONNX Runtime 1.23, the last for Python 3.10, fails on those of constants
-    model.graph.value_info.extend(shapes)
-    with _quiet_exporters():
-        quantize_dynamic(
-            model,
-            target,
-            op_types_to_quantize=QUANTIZED,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            reduce_range=True,
-        )
-    graph = onnx.load(target, load_external_data=False).graph
-    return sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in graph.node)
-
-
-def describe(model: MMKDClipModel, processor: Any, form: Form, files: dict[str, str]) -> dict[str, Any]:
+def describe(model: MMKDClipModel, processor: Any, form: Form) -> dict[str, Any]:
     """Everything that is needed to use the towers."""
     pixels, tokenizer = processor.image_processor, processor.tokenizer
     return {
@@ -202,7 +206,7 @@ def describe(model: MMKDClipModel, processor: Any, form: Form, files: dict[str, 
         "dim": model.config.projection_dim,
         "logit_scale": float(model.logit_scale.detach().exp()),
         "image": {
-            "file": files["image"],
+            "file": FILES[form]["image"],
             "size": pixels.size["shortest_edge"],
             "side": int(pixels.crop_size["height"]),
             "resample": int(pixels.resample),
@@ -210,7 +214,7 @@ def describe(model: MMKDClipModel, processor: Any, form: Form, files: dict[str, 
             "std": list(pixels.image_std),
         },
         "text": {
-            "file": files["text"],
+            "file": FILES[form]["text"],
             "context": min(model.config.text_limit, tokenizer.model_max_length),
             "pad_id": tokenizer.pad_token_id,
             "pad_token": tokenizer.pad_token,
@@ -219,25 +223,23 @@ def describe(model: MMKDClipModel, processor: Any, form: Form, files: dict[str, 
     }
 
 
-def trace(model: MMKDClipModel, side: int, context: int) -> dict[str, ExportedProgram]:
-    """Both towers as programs with a dynamic batch, and a dynamic text length up to the context.
+def trace(module: nn.Module, inputs: dict[str, Tensor], context: int) -> ExportedProgram:
+    """A module as a program with dynamic numbers of images and texts, and a dynamic text length up to the context.
 
     Raises:
         ValueError: a tower is of a kind that cannot be traced; the message holds the tracer's first line.
     """
-    batch, tokens = Dim("batch", min=1, max=MAX_BATCH), Dim("tokens", min=2, max=context)
-    texts = {0: batch, 1: tokens}
-    shapes = {"image": {"pixel_values": {0: batch}}, "text": {"input_ids": texts, "attention_mask": texts}}
-    inputs = examples(model, side, tokens=min(7, context))
-    programs = {}
-    for name, tower in towers(model).items():
-        try:
-            with torch.no_grad(), _quiet_exporters():
-                programs[name] = torch.export.export(tower, (), inputs[name], dynamic_shapes=shapes[name], strict=False)
-        except Exception as error:  # the tracer raises many types, none of which a user can act on
-            first = str(error).strip().partition("\n")[0]
-            raise ValueError(f"the {name} tower cannot be traced ({type(error).__name__}: {first})") from error
-    return programs
+    images, texts = Dim("images", min=1, max=MAX_BATCH), Dim("texts", min=1, max=MAX_BATCH)
+    words = {0: texts, 1: Dim("tokens", min=2, max=context)}
+    shapes = {"pixel_values": {0: images}, "input_ids": words, "attention_mask": words}
+    try:
+        with torch.no_grad(), quiet_exporters():
+            dynamic = {name: shapes[name] for name in inputs}
+            return torch.export.export(module, (), inputs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # the tracer raises many types, none of which a user can act on
+        first = str(error).strip().partition("\n")[0]
+        kind = type(module).__name__
+        raise ValueError(f"the model cannot be traced as {kind} ({type(error).__name__}: {first})") from error
 
 
 def compare_towers(
@@ -272,33 +274,3 @@ def compare_towers(
 def tower_bytes(folder: Path, file: str) -> int:
     """Size of a tower, with weights beside its graph."""
     return sum(path.stat().st_size for path in folder.glob(f"{file}*"))
-
-
-def _save_onnx(program: ExportedProgram, name: str, path: Path) -> None:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-    torch.onnx.export(
-        program,
-        (),
-        str(path),
-        dynamo=True,
-        opset_version=OPSET,
-        output_names=[OUTPUTS[name]],
-        external_data=size > PROTOBUF_LIMIT_BYTES,
-        verbose=False,
-    )
-
-
-@contextmanager
-def _quiet_exporters() -> Iterator[None]:
-    """Silence the exporters; ONNX Runtime's quantization warns on the root logger."""
-    noisy = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    before = [logger.level for logger in noisy]
-    for logger in noisy:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(noisy, before, strict=True):
-            logger.setLevel(level)

@@ -6,10 +6,12 @@ tables, and folders are reduced to their last name, so that no path of this mach
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
@@ -19,7 +21,9 @@ from mmkd.data.provenance import OTHERS, UNSTATED
 from mmkd.files import read_json, read_yaml
 from mmkd.publishing.publication import Draft
 
-SETTINGS_FILE = "settings.yaml"
+SETTINGS_FILE, PICTURE_FILE = "settings.yaml", "results.svg"
+HUB = "https://huggingface.co"
+ATLAS_SCHEMA = "https://atlas.rsna.org/schemas/2026-12/model.json"
 FOLDER_SETTINGS = ("output", "pairs", "features", "aligned")
 NOT_THE_RECIPE = ("output", "quiet", "overwrite", "workers", "checkpoint_every", "checkpoints_kept")
 STAGES = {
@@ -47,12 +51,14 @@ class Scores:
         index: entries of the ``model-index``.
         on: the evaluated data: a split of pairs, or the test images of datasets.
         checks: shared groups and images.
+        picture: the scores with their intervals as SVG; None where matplotlib is not installed.
     """
 
     rows: list[dict[str, str]]
     index: list[EvalResult]
     on: str
     checks: str
+    picture: str | None
 
 
 def escape(value: Any) -> str:
@@ -67,6 +73,7 @@ def model_card(
     recipe: str,
     scores: Scores | None = None,
     base: str | None = None,
+    examples: Sequence[str] = (),
 ) -> str:
     """The card of a model, or of an adapter where ``base`` is given.
 
@@ -77,7 +84,13 @@ def model_card(
         recipe: from `recipe_yaml`.
         scores: of the evaluation, or None.
         base: Hub id of the adapter's model.
+        examples: files of the repository with images to try on its page; their names are the labels.
     """
+    labels = ", ".join(dict.fromkeys(map(_label, examples)))
+    widget = [
+        {"src": _address(draft.repo, file), "candidate_labels": labels, "example_title": _label(file)}
+        for file in examples
+    ]
     metadata = provenance_metadata(provenance)
     starts = [row for link in lineage(provenance) for row in link.get("started_from") or ()]
     bases = [row["weights"] for row in starts if not row.get("provenance")]
@@ -94,6 +107,7 @@ def model_card(
         model_name=draft.repo.split("/")[1],
         base_model=base or [name for name in bases if name.count("/") == 1 and ":" not in name] or None,
         eval_results=scores.index if scores is not None and scores.index else None,
+        **({"widget": widget} if widget else {}),
     )
     card = ModelCard.from_template(
         data,
@@ -107,9 +121,59 @@ def model_card(
         image_size=image_size(draft.folder),
         license_statement=license_statement(components(provenance), draft.license, "the weights"),
         transformers_version=MINIMUM_TRANSFORMERS,
+        repository=repository_url(),
+        picture=PICTURE_FILE if scores is not None and scores.picture else None,
+        onnx=(draft.staged / "onnx").is_dir(),
+        needs_timm=needs_timm(draft.folder),
         **metadata,
     )
     return str(card.content)
+
+
+def atlas_card(draft: Draft, sizes: dict[str, str], summary: str) -> Row:
+    """The model's card for RSNA ATLAS, by its schema of December 2026.
+
+    Args:
+        draft: of the publication.
+        sizes: rows of the table of sizes.
+        summary: one paragraph.
+    """
+    limits = (
+        "No clinical validation and no regulatory review. A score is not a probability of disease. Negation, number, "
+        "side and size are poorly distinguished. Single two-dimensional images of 8 bits; scanners, protocols and "
+        "populations beyond the training data are untested. The card at the link has every limit and result."
+    )
+    license = {"General metadata": {"License": {"Text": draft.license}}} if draft.license else {}
+    return {
+        "$schema": ATLAS_SCHEMA,
+        "Model": {
+            "Name": draft.repo,
+            "Link": f"{HUB}/{draft.repo}",
+            "Summary": summary,
+            **license,
+            "Model properties": {
+                "Architecture": f"Dual encoder: {sizes['image tower']}; {sizes['text tower']}",
+                "Availability": f"{HUB}/{draft.repo}",
+                "Indications for use": "None: research on image-text retrieval and classification only.",
+                "Input": {"Description": "An image, and texts such as the names of candidate classes."},
+                "Output": {"Description": "Vectors of images and texts, and their similarities.", "Type": "Other"},
+                "Limitations": limits,
+            },
+        },
+    }
+
+
+def repository_url() -> str | None:
+    """The package's repository, where its ``pyproject.toml`` names one."""
+    entries = importlib.metadata.metadata("mmkd-clip").get_all("Project-URL") or []
+    addresses = dict(entry.split(", ", 1) for entry in entries)
+    return addresses.get("Repository")
+
+
+def needs_timm(folder: Path) -> bool:
+    """Whether the model's image tower is a backbone of timm; an adapter's model is not known."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path)["vision_config"].get("model_type") == "timm_wrapper"
 
 
 def dataset_card(draft: Draft, parts: list[Component], count: int, data_file: str | None, **metadata: Any) -> str:
@@ -319,6 +383,14 @@ def _without_folders(key: str, value: Any) -> Any:
         return f"{kind}:{Path(rest).name}"
     is_place = key in FOLDER_SETTINGS or value.startswith((".", "~", "/")) or "\\" in value or value.count("/") > 1
     return Path(value.replace("\\", "/")).name if is_place or Path(value).exists() else value
+
+
+def _address(repo: str, file: str) -> str:
+    return f"{HUB}/{repo}/resolve/main/{quote(file)}"
+
+
+def _label(file: str) -> str:
+    return Path(file).stem.replace("_", " ").replace(",", " ")
 
 
 def _listed(parts: list[Component]) -> str:

@@ -20,14 +20,14 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from mmkd.data.archives import ArchivedFile, ArchiveWriter
-from mmkd.data.features.store import FeatureStore
+from mmkd.data.features.store import FeatureStore, meta_sha256
 from mmkd.data.folder import PairFolder, open_pairs, write_manifest
 from mmkd.data.licenses import is_open
 from mmkd.data.provenance import UNSTATED, store_teacher
 from mmkd.data.table import TABLE_FILE, Pair
-from mmkd.files import atomic_file
+from mmkd.files import atomic_file, write_json
 from mmkd.publishing import card as cards
-from mmkd.publishing.publication import Draft, Publication, stage_file
+from mmkd.publishing.publication import Draft, Publication, stage_file, stage_json, without_places
 from mmkd.student.folder import describe_pairs
 
 IMAGES_FOLDER = "images"
@@ -91,16 +91,19 @@ def stage_features(draft: Draft) -> Publication:
     paths = [folder] if is_one else sorted(path.parent for path in folder.glob("*/meta.json"))
     teachers, parts = [], []
     for store in map(FeatureStore, paths):
-        files = ["meta.json", store.meta["ids"]["file"], *(file.name for file in store.files)]
+        files = [store.meta["ids"]["file"], *(file.name for file in store.files)]
         files += [SKIPPED_FILE] if (store.path / SKIPPED_FILE).is_file() else []
+        target = staged if is_one else staged / store.path.name
         for name in files:
-            stage_file(store.path / name, (staged if is_one else staged / store.path.name) / name)
-        teacher = store_teacher(store.meta)
-        teachers.append(_store_row(store.meta, teacher))
+            stage_file(store.path / name, target / name)
+        meta = without_places(store.meta)
+        write_json(target / "meta.json", meta | {"sha256": meta_sha256(meta)})
+        teacher = store_teacher(meta)
+        teachers.append(_store_row(meta, teacher))
         parts.append((f"teacher {teacher['teacher']}", teacher["license"]))
     for name in ALIGNER_FILES:
         if not is_one and (folder / name).is_file():
-            stage_file(folder / name, staged / name)
+            (stage_json if name.endswith(".json") else stage_file)(folder / name, staged / name)
     count = max(row["count"] for row in teachers)
     draft.write_card(cards.dataset_card(draft, parts, count, None, teachers=teachers, is_one=is_one))
     return Publication("dataset", staged, _conflict(parts, draft.license), REPLACES)

@@ -16,56 +16,106 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
 from mmkd.data.provenance import UNSTATED
-from mmkd.files import read_json, write_json
+from mmkd.files import fingerprint, read_json, write_json
 from mmkd.publishing import card as cards
-from mmkd.publishing.publication import ADAPTER_CONFIG, Draft, Publication, stage_file
+from mmkd.publishing.publication import ADAPTER_CONFIG, Draft, Publication, stage_file, stage_json, without_places
 from mmkd.publishing.scores import read_scores
-from mmkd.student.folder import INDEX_FILE, PROVENANCE_FILE, WEIGHTS_FILE, read_provenance, read_weights, weight_files
+from mmkd.student.folder import (
+    INDEX_FILE,
+    PROVENANCE_FILE,
+    WEIGHTS_FILE,
+    read_provenance,
+    read_weights,
+    weight_files,
+    write_sentence_transformers,
+)
 from modeling_mmkd.configuration_mmkd import AUTO_MAP
 
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE, ATLAS_FILE = "adapter_model.safetensors", "atlas.json"
 CODE = ("configuration_mmkd.py", "modeling_mmkd.py", "processing_mmkd.py")
 SIBLING = re.compile(r"^\s*from \.(\w+_mmkd) import", re.MULTILINE)
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model")
-OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "modules.json")
-REPLACES = [WEIGHTS_FILE, "model-*-of-*.safetensors", INDEX_FILE, "*_mmkd.py"]
+OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+REPLACES = [WEIGHTS_FILE, "model-*-of-*.safetensors", INDEX_FILE, "*_mmkd.py", "onnx/*", "examples/*"]
 BASE = "base_model_name_or_path"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def stage_model(draft: Draft, results: Path | None, shard_bytes: int) -> Publication:
+def stage_model(
+    draft: Draft, results: Path | None, shard_bytes: int, onnx: Path | None = None, examples: Path | None = None
+) -> Publication:
     """Stage a model that pretrain, distill, merge, finetune or convert has written.
 
     Args:
         draft: of the publication.
         results: folder of ``mmkd eval``, or None.
         shard_bytes: largest file of weights.
+        onnx: folder of ``mmkd export --format onnx``, or None.
+        examples: folder of images to try on the model's page, named by their labels, or None.
 
     Raises:
-        FileNotFoundError: weights, processor, tokenizer or results are missing.
-        ValueError: a file is damaged, or the results are of other weights.
+        FileNotFoundError: weights, processor, tokenizer, results, ONNX files or examples are missing.
+        ValueError: a file is damaged, or the results or ONNX files are of other weights.
     """
     folder, staged = draft.folder, draft.staged
-    files, provenance = weight_files(folder), read_provenance(folder)
+    files, provenance = weight_files(folder), without_places(read_provenance(folder))
     tensors = read_headers(files)
     scores = read_scores(results, files) if results is not None else None
     sizes = cards.model_sizes(folder, count_parameters(tensors), {dtype for dtype, _ in tensors.values()})
-    card = cards.model_card(draft, provenance, sizes, cards.recipe_yaml(folder), scores)
-    sources = [*_code(folder), *_processor(folder)]
+    if onnx is not None:
+        _stage_onnx(onnx, staged, files)
+    shown = _stage_examples(examples, staged) if examples is not None else []
+    card = cards.model_card(draft, provenance, sizes, cards.recipe_yaml(folder), scores, examples=shown)
+    if scores is not None and scores.picture:
+        (staged / cards.PICTURE_FILE).write_text(scores.picture, encoding="utf-8")
+    summary = card.partition(f"# {draft.repo.split('/')[1]}\n")[2].strip().partition("\n")[0]
+    write_json(staged / ATLAS_FILE, cards.atlas_card(draft, sizes, summary))
+    stage_file(Path(__file__).with_name("handler.py"), staged / "handler.py")
+    for path in [*_code(folder), *_processor(folder)]:
+        (stage_json if path.name.endswith("_config.json") else stage_file)(path, staged / path.name)
     if provenance:
-        sources.append(folder / PROVENANCE_FILE)
-    for path in sources:
-        stage_file(path, staged / path.name)
-    _stage_config(folder, staged)
+        write_json(staged / PROVENANCE_FILE, provenance)
+    stage_json(folder / "config.json", staged / "config.json", auto_map=AUTO_MAP)
+    write_sentence_transformers(staged)
     draft.write_card(card)
     stage_weights(folder, files, staged, shard_bytes)
     notes = _notes(draft, provenance)
     if results is None:
         notes.append("no --results are given: the card will hold no evaluation")
     return Publication("model", staged, notes, REPLACES)
+
+
+def _stage_onnx(onnx: Path, staged: Path, files: Sequence[Path]) -> None:
+    """The ONNX files of these weights.
+
+    Raises:
+        FileNotFoundError: the folder is no export as ONNX.
+        ValueError: it is of other weights.
+    """
+    graphs = sorted((onnx / "onnx").glob("*.onnx*"))
+    if not graphs or not (onnx / "export.json").is_file():
+        raise FileNotFoundError(f"--onnx {onnx} holds no export; `mmkd export MODEL --format onnx` writes one")
+    if (read_json(onnx / "export.json").get("provenance") or {}).get("fingerprint") != fingerprint(sorted(files)):
+        raise ValueError(f"--onnx {onnx} is of other weights than the model; export it again")
+    for path in graphs:
+        stage_file(path, staged / "onnx" / path.name)
+
+
+def _stage_examples(folder: Path, staged: Path) -> list[str]:
+    """Images to try on the model's page; returns their paths in the repository.
+
+    Raises:
+        FileNotFoundError: there is no image.
+    """
+    images = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not images:
+        raise FileNotFoundError(f"--examples {folder} holds no PNG or JPEG image; name each by its label")
+    for path in images:
+        stage_file(path, staged / "examples" / path.name)
+    return [f"examples/{path.name}" for path in images]
 
 
 def stage_adapter(draft: Draft, base: str | None = None) -> Publication:
@@ -86,16 +136,16 @@ def stage_adapter(draft: Draft, base: str | None = None) -> Publication:
         raise FileNotFoundError(
             f"{folder} has no {ADAPTER_FILE}; pickled adapters are not pushed: save it with safetensors"
         )
-    tensors, provenance = read_headers([weights]), read_provenance(folder)
+    tensors, provenance = read_headers([weights]), without_places(read_provenance(folder))
     base = base or _base_of(config, provenance, folder)
     beside = folder.parent if folder.name == "adapter" and provenance else folder  # where finetune keeps its settings
     recipe = cards.recipe_yaml(folder if (folder / cards.SETTINGS_FILE).is_file() else beside)
     sizes = _adapter_sizes(config, tensors)
     draft.write_card(cards.model_card(draft, provenance, sizes, recipe, base=base))
-    write_json(staged / ADAPTER_CONFIG, {**config, BASE: base})
+    write_json(staged / ADAPTER_CONFIG, {**without_places(config), BASE: base})
     stage_file(weights, staged / ADAPTER_FILE)
     if provenance:
-        stage_file(folder / PROVENANCE_FILE, staged / PROVENANCE_FILE)
+        write_json(staged / PROVENANCE_FILE, provenance)
     return Publication("model", staged, _notes(draft, provenance), [ADAPTER_FILE])
 
 
@@ -150,16 +200,6 @@ def _notes(draft: Draft, provenance: dict[str, Any]) -> list[str]:
     if not provenance:
         notes.append(f"{draft.folder} has no {PROVENANCE_FILE}: the card cannot name teachers, data and their licences")
     return notes
-
-
-def _stage_config(folder: Path, staged: Path) -> None:
-    """``config.json``, with the lines that lead to the model's code where it lacks them."""
-    path = folder / "config.json"
-    config = read_json(path)
-    if config.get("auto_map"):
-        stage_file(path, staged / path.name)
-        return
-    write_json(staged / path.name, {**config, "auto_map": AUTO_MAP})
 
 
 def _code(folder: Path) -> list[Path]:

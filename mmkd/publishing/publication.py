@@ -7,19 +7,22 @@ staged. Large files are hard links where the file system allows, so that staging
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mmkd.data.folder import META_FILE
 from mmkd.data.table import TABLE_FILE
-from mmkd.files import leads_inside, read_json
+from mmkd.files import leads_inside, read_json, write_json
 
 Kind = Literal["model", "adapter", "features", "pairs"]
 
 CARD_FILE = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
+READ_FROM = ("_name_or_path", "name_or_path", "local_files_only", "is_local", "backend")  # how a file was read here
+PLACE = re.compile(r"(\w{2,}:)?(~?/(?!/)|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)")
 KINDS = (
     "a model (config.json and safetensors, from pretrain, distill or convert), an adapter (adapter_config.json, from "
     "finetune), features (meta.json, from extract or align) or pairs (manifest.arrow, from curate or screen)"
@@ -131,3 +134,19 @@ def stage_file(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or a file of another owner
         shutil.copyfile(source, target)
+
+
+def stage_json(source: Path, target: Path, **defaults: Any) -> None:
+    """Write a JSON file into the staging folder, without folders of this machine and with the keys that it lacks."""
+    write_json(target, defaults | without_places(read_json(source)))
+
+
+def without_places(value: Any) -> Any:
+    """JSON values without folders of this machine: these are given by their last name; text and Hub ids stay."""
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items() if key not in READ_FROM}
+    if isinstance(value, list):
+        return [without_places(item) for item in value]
+    if isinstance(value, str) and (place := PLACE.match(value)):
+        return (place[1] or "") + Path(value.replace("\\", "/")).name
+    return value

@@ -6,11 +6,13 @@ field for an interval, so it is in the metric's name and, as numbers, in its arg
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
+from mmkd.evaluation.datasets.catalog import catalog
 from mmkd.files import fingerprint, read_json
 from mmkd.publishing.card import Scores, escape
 
@@ -20,6 +22,7 @@ TASK_TYPES = {
     "retrieval": "image-text-retrieval",
     "vqa": "visual-question-answering",
 }
+HUB_DATASETS = "https://huggingface.co/datasets/"
 KINDS = {"zeroshot": "zero-shot", "probe": "linear probe"}
 
 
@@ -43,16 +46,17 @@ def read_scores(results: Path, weights: list[Path]) -> Scores:
         settings = summary["settings"]
         pairs = Path(settings["pairs"]).name if settings["pairs"] else ""
         split = settings["split"] if pairs else "test"
-        rows, index, datasets = [], [], set()
+        rows, drawn, index, datasets = [], [], [], set()
         for key, task in summary["tasks"].items():
             result = task["rows"].get(name, {})
             if result.get("metrics"):
                 dataset = pairs or task["dataset"]
                 datasets.add(dataset)
                 rows.append(_table_row(task, result, summary, name))
+                drawn.append((task, result["metrics"][task["primary_metric"]]))
                 index += _index_entries(key, task, result, dataset, split)
         on = f"the {split} split of {', '.join(f'`{escape(name)}`' for name in sorted(datasets))}"
-        return Scores(rows, index, on, _checks(summary.get("splits", {})))
+        return Scores(rows, index, on, _checks(summary.get("splits", {})), _picture(drawn, name))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what `mmkd eval` writes ({error!r}); evaluate again") from error
 
@@ -94,6 +98,24 @@ def _table_row(task: dict[str, Any], result: dict[str, Any], summary: dict[str, 
     }
 
 
+def _picture(drawn: list[tuple[dict[str, Any], dict[str, Any]]], name: str) -> str | None:
+    """The primary metric of every task with its interval as SVG."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from mmkd.pages.charts import Interval, intervals
+
+    rows = [
+        Interval(
+            f"{task['title']}, {task['primary_metric'].replace('_', ' ')}",
+            "student",
+            *(metric[key] for key in ("value", "low", "high")),
+            with_interval(metric),
+        )
+        for task, metric in drawn
+    ]
+    return intervals(name, rows, None, (0, 1)).svg if rows else None
+
+
 def _units(task: dict[str, Any]) -> dict[str, Any]:
     """Counts of a task's images, or of its questions, cases or captions."""
     units: dict[str, dict[str, Any]] = task["units"]
@@ -116,7 +138,7 @@ def _index_entries(
         EvalResult(
             task_type=TASK_TYPES.get(task["kind"], task["kind"]),
             task_name=task["title"],
-            dataset_type=dataset,
+            dataset_type=_hub_dataset(dataset),
             dataset_name=dataset,
             dataset_config=key,
             dataset_split=split,
@@ -133,6 +155,12 @@ def _index_entries(
         for metric, value in result["metrics"].items()
         if value["value"] is not None
     ]
+
+
+def _hub_dataset(name: str) -> str:
+    """Hub id of a dataset whose page the catalog states; the name itself of one that is not on the Hub."""
+    known = catalog().get(name)
+    return known.register.removeprefix(HUB_DATASETS) if known and known.register.startswith(HUB_DATASETS) else name
 
 
 def _checks(splits: dict[str, Any]) -> str:

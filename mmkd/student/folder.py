@@ -25,6 +25,27 @@ PROVENANCE_FILE = "provenance.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MOST_VALUES = 40  # values of a column that are listed by name
 PACKAGES = ("mmkd-clip", "torch", "transformers")
+SENTENCE_TRANSFORMERS: dict[str, Any] = {  # its files: texts and images to unit vectors; mteb reads the modalities here
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_Normalize",
+            "type": "sentence_transformers.base.modules.normalize.Normalize",
+        },
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
+        },
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+    "1_Normalize/config.json": {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"},
+}
 PACKAGED_LICENSES = {
     "packaged:efficientnet-lite0": "Apache-2.0 (the original's; the package declares none)",
     "packaged:all-minilm-l6-v2": "Apache-2.0 (the original's; the package declares none)",
@@ -43,7 +64,7 @@ def load_student(name: str) -> tuple[MMKDClipModel, Any]:
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"--model {name}: no such folder; `mmkd pretrain --output {name}` writes one")
     folder = fetch(name, [*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json"])
-    processor = MMKDClipProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor = MMKDClipProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     return load_transformers(MMKDClipModel, name, folder), processor
 
 
@@ -54,8 +75,16 @@ def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance:
     with quiet_transformers():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+    write_sentence_transformers(folder)
     if provenance is not None:
         write_provenance(folder, provenance)
+
+
+def write_sentence_transformers(folder: Path) -> None:
+    """Write the files by which sentence-transformers and mteb read a model's folder."""
+    for name, values in SENTENCE_TRANSFORMERS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, values)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessorPil
 
 from mmkd.encoders.weights import load_strictly
 from mmkd.student.folder import load_student
 from mmkd.student.starting_weights import TextStart, VisionStart, resize_timm, start_text, start_vision
-from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
+from modeling_mmkd import MMKDClipConfig, MMKDClipImageProcessor, MMKDClipModel, MMKDClipProcessor
 
 
 def build_model(
@@ -70,7 +69,7 @@ def build_model(
         if start.state is not None:
             load_strictly(tower, start.state, name)
     side, mean, std = vision_start.image_size, vision_start.mean, vision_start.std
-    pixels = CLIPImageProcessorPil(
+    pixels = MMKDClipImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=mean, image_std=std
     )
     return model, MMKDClipProcessor(pixels, text_start.tokenizer)
@@ -110,7 +109,7 @@ def build_preset(name: str, text: str) -> tuple[MMKDClipModel, MMKDClipProcessor
     config, tokenizer = MMKDClipConfig.from_preset(name), start_text(text).tokenizer
     config.text_config.vocab_size = 1 + max(tokenizer.get_vocab().values())
     config.context_length = tokenizer.model_max_length
-    return MMKDClipModel(config), MMKDClipProcessor(CLIPImageProcessorPil(), tokenizer)
+    return MMKDClipModel(config), MMKDClipProcessor(MMKDClipImageProcessor(), tokenizer)
 
 
 def _resize(start: VisionStart, image_size: int) -> None:

@@ -13,13 +13,15 @@ from authors_form import HEADS_OF_64, TINY, inputs, reference, save_checkpoint, 
 from PIL import Image
 from processes import mmkd
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, BertConfig, CLIPImageProcessorPil
+from tiny_model import save_tiny
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, BertConfig
 
 import mmkd.hub.convert as convert
 from mmkd.command.settings import parse
 from mmkd.command.settings import run as run_recipe
 from mmkd.encoders import weights as hub_access
-from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
+from mmkd.exporting.open_clip_folder import load_open_clip
+from modeling_mmkd import MMKDClipConfig, MMKDClipImageProcessor, MMKDClipModel, MMKDClipProcessor
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +108,7 @@ def test_every_wrapper_round_trips(tmp_path, tiny, prefix, envelope):
     _, sizes, model = tiny
     source = save_checkpoint(tmp_path / "x.pt", model, prefix, envelope)
     run(checkpoint=source, output=tmp_path / "x", config=sizes)
-    run(checkpoint=tmp_path / "x", output=tmp_path / "back.pt", to="open_clip")
+    run(checkpoint=tmp_path / "x", output=tmp_path / "back.pt", to="authors")
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert set(back) == {"epoch", "name", "state_dict"}
     expected = state_of(model)
@@ -120,9 +122,46 @@ def test_safetensors_and_half_precision_keep_their_bits(tmp_path, tiny):
     save_file(state, tmp_path / "x.safetensors")
     run(checkpoint=tmp_path / "x.safetensors", output=tmp_path / "x", config=tiny[1])
     assert AutoModel.from_pretrained(tmp_path / "x").dtype == torch.float16
-    run(checkpoint=tmp_path / "x", output=tmp_path / "back.pt", to="open_clip")
+    run(checkpoint=tmp_path / "x", output=tmp_path / "back.pt", to="authors")
     back = torch.load(tmp_path / "back.pt", weights_only=True)["state_dict"]
     assert all(value.dtype == torch.float16 and torch.equal(value, state[key]) for key, value in back.items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("vision", ["vit", "timm"])
+def test_open_clip_opens_what_is_written_for_it(tmp_path, vision):
+    open_clip = pytest.importorskip("open_clip")
+    student = save_tiny(tmp_path / "student", text_pooling="mean" if vision == "timm" else "cls")
+    model, processor = MMKDClipModel.from_pretrained(student).eval(), MMKDClipProcessor.from_pretrained(student)
+    if vision == "timm":
+        tower = {"model_type": "timm_wrapper", "architecture": "test_efficientnet"}
+        config = MMKDClipConfig(**model.config.to_dict() | {"vision_config": tower, "text_projection_hidden": None})
+        model = MMKDClipModel(config).eval()
+        model.save_pretrained(student)
+    run(checkpoint=student, output=tmp_path / "for-open-clip", to="open_clip")
+    name = f"local-dir:{tmp_path / 'for-open-clip'}"
+    theirs, _, preprocess = open_clip.create_model_and_transforms(name)
+    tokenize = open_clip.get_tokenizer(name)
+    adapter, own_preprocess, own_tokenize = load_open_clip(str(student))
+    image, texts = Image.effect_noise((60, 44), 90).convert("RGB"), ["ct of the lung", "mri"]
+    batch = processor(images=image, text=texts, return_tensors="pt")
+    with torch.inference_mode():
+        expected = model(**batch)
+        assert preprocess(image).shape == (3, 32, 32)
+        torch.testing.assert_close(own_preprocess(image)[None], batch["pixel_values"])
+        for encoder, words in ((theirs.eval(), tokenize(texts)), (adapter, own_tokenize(texts))):
+            found = encoder.encode_image(batch["pixel_values"], normalize=True)
+            torch.testing.assert_close(found, expected.image_embeds, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                encoder.encode_text(words, normalize=True), expected.text_embeds, atol=1e-5, rtol=0
+            )
+            torch.testing.assert_close(encoder.logit_scale.exp().reshape(1), model.logit_scale.exp())
+
+
+def test_a_student_that_open_clip_cannot_hold_names_the_adapter(tmp_path, capsys):
+    pytest.importorskip("open_clip")
+    student = save_tiny(tmp_path / "student", vision_projection_hidden=24)
+    assert_refused(capsys, tmp_path, "hidden layer", "load_open_clip", checkpoint=student, to="open_clip")
 
 
 def test_mixed_precision_takes_the_widest(tmp_path, tiny):
@@ -135,7 +174,7 @@ def test_mixed_precision_takes_the_widest(tmp_path, tiny):
 def test_same_command_same_bytes(tmp_path, tiny):
     for name in ("a", "b"):
         run(checkpoint=tiny[0], output=tmp_path / name, config=tiny[1])
-        run(checkpoint=tmp_path / name, output=tmp_path / f"{name}.pt", to="open_clip")
+        run(checkpoint=tmp_path / name, output=tmp_path / f"{name}.pt", to="authors")
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
@@ -178,7 +217,7 @@ def test_without_a_tokenizer_images_work_and_the_message_is_loud(tmp_path, tiny,
     run(checkpoint=tiny[0], output=tmp_path / "x", config=tiny[1], tokenizer=name)
     message = capsys.readouterr().err
     assert "NO TOKENIZER" in message and str(tmp_path / "x") in message and "AutoTokenizer" in message
-    assert isinstance(AutoImageProcessor.from_pretrained(tmp_path / "x", backend="pil"), CLIPImageProcessorPil)
+    assert isinstance(AutoImageProcessor.from_pretrained(tmp_path / "x"), MMKDClipImageProcessor)
     processor = AutoProcessor.from_pretrained(tmp_path / "x")
     assert processor(images=Image.new("L", (40, 50)), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
     with pytest.raises(ValueError, match="no tokenizer"):
@@ -327,7 +366,7 @@ def test_written_tensors_are_compared(tmp_path, tiny, monkeypatch):
 
 
 def test_folders_that_cannot_go_back(tmp_path, tiny, capsys):
-    back = {"to": "open_clip", "output": tmp_path / "back.pt"}
+    back = {"to": "authors", "output": tmp_path / "back.pt"}
     (tmp_path / "nothing").mkdir()
     assert_refused(capsys, tmp_path, "config.json", checkpoint=tmp_path / "nothing", **back)
     assert_refused(capsys, tmp_path, "tiny.pt", checkpoint=tiny[0], **back)

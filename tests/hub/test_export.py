@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from mmkd.command.cli import main as cli
 from mmkd.command.settings import parse
 from mmkd.exporting.folder import examples, require_exportable, towers, write_usage
 from mmkd.exporting.usage import Encoder, load_tower
-from mmkd.hub import export
+from mmkd.hub import export, push
 from mmkd.student.folder import save_student
 from mmkd.student.towers import build_model
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
@@ -27,6 +28,7 @@ from fake_encoder import make_pairs, write_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # commands run in this process
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
+FORMS = {"": 1e-4, "_fp16": 1e-2, "_quantized": 0.45}  # suffix -> largest difference of a unit vector's numbers
 TEXTS = ["an MRI of the brain", "ct", "a &amp;amp; b  with\n white space", "word " * 400]
 
 
@@ -149,11 +151,50 @@ def test_the_page_on_deployment_runs_as_it_is_written(exported, tmp_path, monkey
     assert names["similarity"].shape == (1, 1) and abs(names["similarity"]).max() <= 1 + 1e-5
 
 
+def test_the_layout_of_transformers_js_and_optimum(exported, vit):
+    """Every graph and precision; equality with torch of `model.onnx` too; no path of this machine in any file."""
+    folder = exported["vit", "onnx"]
+    names = {f"{half}{form}.onnx" for half in ("model", "vision_model", "text_model") for form in FORMS}
+    assert {path.name for path in (folder / "onnx").iterdir()} == names
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["projection_dim"]) == ("clip", 16)
+    assert json.loads((folder / "preprocessor_config.json").read_text())["image_processor_type"] == "CLIPImageProcessor"
+    model = MMKDClipModel.from_pretrained(vit).eval()
+    inputs = examples(model, 32, 2, 9)
+    inputs = inputs["text"] | inputs["image"] | {"pixel_values": torch.randn(3, 3, 32, 32)}
+    with torch.inference_mode():
+        expected = model(**inputs)
+    for form, tolerance in FORMS.items():
+        session = onnxruntime.InferenceSession(str(folder / "onnx" / f"model{form}.onnx"))
+        outputs = [output.name for output in session.get_outputs()]
+        assert outputs == ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
+        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        for name, value in zip(outputs, found, strict=True):
+            scale = float(model.logit_scale.detach().exp()) if "logits" in name else 1
+            np.testing.assert_allclose(value, getattr(expected, name), atol=tolerance * scale, err_msg=f"{form} {name}")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            held = path.read_bytes()
+            assert str(PAGE.parents[1]).encode() not in held and b"site-packages" not in held, path.name
+
+
+def test_onnx_of_other_weights_is_not_published(exported, vit, mobile, tmp_path):
+    settings = parse(push.PushSettings, [str(vit), "--repo", "a/b", "--onnx", str(exported["vit", "onnx"])])
+    made = push.make_publication(settings, tmp_path)
+    assert "onnx/model_quantized.onnx" in made.sizes() and "@huggingface/transformers" in made.card
+    settings = parse(push.PushSettings, [str(mobile), "--repo", "a/b", "--onnx", str(exported["vit", "onnx"])])
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="of other weights"):
+        push.make_publication(settings, tmp_path / "other")
+
+
 def test_int8_says_what_it_costs_and_gains(exported, vit):
     folder = exported["vit", "int8"]
     facts = json.loads((folder / "export.json").read_text())
     assert facts["format"] == "int8" and min(facts["integer_products"].values()) > 4
-    assert not list(folder.glob("*fp32*"))
+    assert {path.name for path in (folder / "onnx").iterdir()} == {
+        "vision_model_quantized.onnx", "text_model_quantized.onnx", "model_quantized.onnx",
+    }  # fmt: skip
     comparison = json.loads((folder / "comparison.json").read_text())
     rows = comparison["rows"]
     assert set(rows) == {"model", "onnx", "int8"}

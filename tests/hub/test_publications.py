@@ -1,8 +1,10 @@
 """What is made of a folder before anything is uploaded: kinds, cards, scores, and one clear error for a bad one."""
 
+import base64
 import io
 import json
 import os
+import runpy
 import shutil
 import tarfile
 
@@ -12,6 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from mmkd.command.settings import parse
+from mmkd.data.features.store import FeatureStore, meta_sha256
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import Pair
 from mmkd.hub.push import PushSettings, check_repo, make_publication
@@ -111,7 +114,7 @@ def test_unfinished_and_missing_folders(tmp_path, publication):
     ("name", "change", "message"),
     [
         ("tokenizer.json", None, "has no tokenizer"),
-        ("processor_config.json", None, "has no image processor"),
+        ("*processor_config.json", None, "has no image processor"),
         ("model.safetensors", b"{}", "is damaged"),
         ("settings.yaml", b"a: [", "is not valid YAML"),
         ("provenance.json", b"[]", "must hold a JSON object"),
@@ -119,7 +122,8 @@ def test_unfinished_and_missing_folders(tmp_path, publication):
 )
 def test_a_model_with_a_broken_file_names_it(published_student, tmp_path, name, change, message, publication):
     folder = shutil.copytree(published_student, tmp_path / "student")
-    (folder / name).unlink()
+    for path in folder.glob(name):
+        path.unlink()
     if change is not None:
         (folder / name).write_bytes(change)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -232,6 +236,85 @@ def test_settings_tell_no_folder_of_the_machine(tmp_path):
         "text: bert",
         "seed: 3",
     ]
+
+
+def test_no_published_file_names_a_folder_of_the_machine(
+    published_student, published_adapter, published_features, published_pairs, results, tmp_path, publication
+):
+    """Whatever a folder holds: paths in configurations, of a user's own teachers, of tokenizers and of adapters."""
+    student = shutil.copytree(published_student, tmp_path / "student")
+    rewrite(student / "config.json", lambda values: [part.update(_name_or_path="/secret/a") for part in
+            (values, values["vision_config"], values["text_config"])])  # fmt: skip
+    rewrite(student / "tokenizer_config.json", lambda values: values.update(name_or_path="/secret/b", is_local=True))
+    rewrite(
+        student / "provenance.json",
+        lambda values: values["teachers"].append(
+            {"teacher": "Ours", "weights": "/secret/c/ours", "license": "internal"}
+        ),
+    )
+    adapter = shutil.copytree(published_adapter, tmp_path / "adapter")
+    rewrite(adapter / "adapter_config.json", lambda values: values.update(base_model_name_or_path="~/secret/model"))
+    features = shutil.copytree(published_features, tmp_path / "features")
+    rewrite(features / "PLIP" / "meta.json", seal_with_folder)
+    for folder, *arguments in (
+        (student, "--results", results), (adapter, "--base_model", "user/model"), (features,), (published_pairs,),
+    ):  # fmt: skip
+        made = publication(folder, *arguments)
+        for path in made.staged.rglob("*"):
+            if path.is_file():
+                held = path.read_bytes()
+                for told in (b"secret", str(tmp_path).encode(), str(folder.parent).encode()):
+                    assert told not in held, f"{path.name} holds {told!r}"
+    assert FeatureStore(publication(features).staged / "PLIP").meta["provenance"]["weights"] == "plip"
+    made = publication(student)
+    assert "is_local" not in (made.staged / "tokenizer_config.json").read_text()
+    assert "| Ours | ours | internal |" in made.card, "a folder is given by its last name"
+
+
+def seal_with_folder(meta):
+    meta["provenance"]["weights"] = "/secret/plip"
+    meta["sha256"] = meta_sha256({key: value for key, value in meta.items() if key != "sha256"})
+
+
+def rewrite(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_a_model_has_what_its_clients_look_for(published_student, results, tmp_path, publication):
+    for name in ("chest radiograph", "brain_MRI"):
+        Image.new("L", (20, 20), 90).save(tmp_path / f"{name}.png")
+    made = publication(published_student, "--results", results, "--examples", tmp_path)
+    wanted = {"modules.json", "sentence_bert_config.json", "1_Normalize/config.json", "preprocessor_config.json"}
+    assert wanted | {"handler.py", "atlas.json", "results.svg", "examples/brain_MRI.png"} <= set(made.sizes())
+    card = ModelCard(made.card)
+    assert card.data.widget[1]["src"].endswith("user/name/resolve/main/examples/chest%20radiograph.png")
+    assert card.data.widget[0]["candidate_labels"] == "brain MRI, chest radiograph"
+    assert "](results.svg)" in card.text and (made.staged / "results.svg").read_text().lstrip().startswith("<?xml")
+    assert made.card.index("## How to use it") < made.card.index("## Evaluation") < made.card.index("<details>")
+    atlas = json.loads((made.staged / "atlas.json").read_text())
+    assert atlas["Model"]["Link"] == "https://huggingface.co/user/name" and "PLIP" in atlas["Model"]["Summary"]
+    with pytest.raises(FileNotFoundError, match="holds no PNG or JPEG"):
+        publication(published_student, "--examples", published_student)
+    with pytest.raises(FileNotFoundError, match="holds no export"):
+        publication(published_student, "--onnx", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_handler_of_inference_endpoints_classifies(published_student, publication, tmp_path):
+    staged = publication(published_student).staged
+    handler = runpy.run_path(str(staged / "handler.py"))["EndpointHandler"](str(staged))
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(buffer, "PNG")
+    request = {
+        "inputs": base64.b64encode(buffer.getvalue()).decode(),
+        "parameters": {"candidate_labels": ["ct", "mri"]},
+    }
+    found = handler(request)
+    assert {row["label"] for row in found} == {"ct", "mri"} and sum(row["score"] for row in found) == pytest.approx(1)
+    with pytest.raises(ValueError, match="candidate_labels"):
+        handler({"inputs": "x"})
 
 
 def test_a_licence_that_offers_more_than_was_given_is_warned_of():

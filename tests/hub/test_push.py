@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -33,6 +34,13 @@ from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained("user/student").eval()
 assert type(model) is modeling_mmkd.MMKDClipModel
 processor = AutoProcessor.from_pretrained("user/student")
+"""
+WITH_MTEB = """
+import modeling_mmkd, mteb
+from PIL import Image
+model = mteb.get_model("user/student")
+vectors = model.model.encode([{"image": Image.new("RGB", (50, 40))}], convert_to_tensor=True)
+print("MODALITIES", *sorted(model.mteb_model_meta.modalities), f"NORM {vectors.norm():.3f}")
 """
 SHOW = """
 import torch
@@ -112,6 +120,15 @@ def test_what_was_pushed_loads_by_its_id_with_and_without_the_package(hub, publi
 
     whole = mmkd_at(hub, tmp_path, "push", published_student, "--repo", "user/student")
     assert f"removed {', '.join(sorted([*shards, 'model.safetensors.index.json']))}" in whole.stdout
+
+
+def test_mteb_finds_both_modalities_by_id(hub, published_student, tmp_path):
+    if importlib.util.find_spec("mteb") is None:
+        pytest.skip("mteb is not installed")
+    done = mmkd_at(hub, tmp_path, "push", published_student, "--repo", "user/student")
+    assert done.returncode == 0, done.stderr
+    loaded = python(hub, tmp_path / "mteb", WITH_MTEB)
+    assert "MODALITIES image text NORM 1.000" in loaded.stdout, loaded.stderr[-2000:]
 
 
 def test_shards_hold_the_same_numbers(published_student, tmp_path):

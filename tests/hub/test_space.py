@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_the_space_serves_its_model_to_everyone_in_a_frame(app):
         app.arguments({})
     front = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
     assert (front["sdk"], front["app_file"]) == ("gradio", "app.py") and len(front["short_description"]) <= 60
-    assert (SPACE / "requirements.txt").read_text().startswith("mmkd-clip[serve]")
+    assert (SPACE / "requirements.txt").read_text() == f"./mmkd_clip-{version('mmkd-clip')}-py3-none-any.whl[serve]\n"
 
 
 def test_commands_of_containers_and_of_the_unit():

@@ -20,7 +20,6 @@ from transformers import (
     AutoModel,
     AutoModelForZeroShotImageClassification,
     BertConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionConfig,
     DistilBertConfig,
@@ -32,7 +31,14 @@ from transformers import (
 )
 
 from mmkd.encoders.authors_checkpoint import from_authors, infer_config, to_authors
-from modeling_mmkd import PRESETS, MMKDClipConfig, MMKDClipModel, MMKDClipProcessor, modeling_mmkd
+from modeling_mmkd import (
+    PRESETS,
+    MMKDClipConfig,
+    MMKDClipImageProcessor,
+    MMKDClipModel,
+    MMKDClipProcessor,
+    modeling_mmkd,
+)
 
 TENTH = {"initializer_factor": 0.1}
 
@@ -230,7 +236,7 @@ def folder(tmp_path_factory, model):
     path = tmp_path_factory.mktemp("folder")
     model.save_pretrained(path)
     side = {"height": 32, "width": 32}
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side)
+    pixels = MMKDClipImageProcessor(size={"shortest_edge": 32}, crop_size=side)
     MMKDClipProcessor(pixels, tokenizer(70, model_max_length=40)).save_pretrained(path)
     return path
 
@@ -242,7 +248,7 @@ def test_zero_shot_pipeline(folder, model):
     found = pipeline("zero-shot-image-classification", str(folder))(
         image, candidate_labels=labels, hypothesis_template=template
     )
-    processor = MMKDClipProcessor.from_pretrained(folder, backend="torchvision")  # as the pipeline does
+    processor = MMKDClipProcessor.from_pretrained(folder)
     batch = processor(images=image, text=[template.format(label) for label in labels], return_tensors="pt")
     expected = model(**batch).logits_per_image.softmax(dim=-1)[0]
     assert {row["label"] for row in found} == set(labels)

@@ -1,5 +1,6 @@
 """Pixels as the authors computed them, captions cleaned, padded to the longest and cut with a word of warning."""
 
+import json
 import logging
 
 import numpy as np
@@ -7,10 +8,10 @@ import pytest
 import torch
 from authors_form import tokenizer
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPImageProcessor
 
 from mmkd.data.images import to_rgb
-from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor, clean_text
+from modeling_mmkd import MMKDClipConfig, MMKDClipImageProcessor, MMKDClipModel, MMKDClipProcessor, clean_text
 from modeling_mmkd.processing_mmkd import logger
 
 GREY_LEVEL = 1 / 255 / 0.26130258  # the smallest standard deviation gives the largest step
@@ -23,7 +24,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     text = {**SMALL, "vocab_size": 60, "max_position_embeddings": 32}
     MMKDClipModel(MMKDClipConfig(vision_config=SMALL, text_config=text, projection_dim=8)).save_pretrained(path)
-    MMKDClipProcessor(CLIPImageProcessorPil(), tokenizer(60, model_max_length=32)).save_pretrained(path)
+    MMKDClipProcessor(MMKDClipImageProcessor(), tokenizer(60, model_max_length=32)).save_pretrained(path)
     return path
 
 
@@ -44,11 +45,14 @@ def warnings():
     logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize(("backend", "tolerance"), [(None, 1e-5), ("pil", 1e-5), ("torchvision", GREY_LEVEL + 1e-5)])
-def test_pixels_are_the_authors(folder, golden, shared_data, backend, tolerance):
+@pytest.mark.parametrize(
+    ("reader", "tolerance"),
+    [(AutoProcessor, 1e-5), (AutoImageProcessor, 1e-5), (CLIPImageProcessor, GREY_LEVEL + 1e-5)],
+)
+def test_pixels_are_the_authors(folder, golden, shared_data, reader, tolerance):
     examples = shared_data / "mmkd_clip_official" / "modality_examples"
     expected = np.load(golden / "preprocess.npz")
-    processor = MMKDClipProcessor.from_pretrained(folder, **({"backend": backend} if backend else {}))
+    processor = reader.from_pretrained(folder)
     assert len(expected.files) == 9
     for name in expected.files:
         with Image.open(examples / name) as image:
@@ -74,8 +78,8 @@ def test_pixels_by_hand(processor, size, mode):
 
 def test_auto_classes_read_the_folder(folder):
     assert isinstance(AutoProcessor.from_pretrained(folder), MMKDClipProcessor)
-    assert isinstance(AutoProcessor.from_pretrained(folder).image_processor, CLIPImageProcessorPil)
-    assert AutoImageProcessor.from_pretrained(folder, backend="pil").size["shortest_edge"] == 224
+    for pixels in (AutoProcessor.from_pretrained(folder).image_processor, AutoImageProcessor.from_pretrained(folder)):
+        assert type(pixels) is MMKDClipImageProcessor and pixels.size["shortest_edge"] == 224
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 32
 
 
@@ -218,3 +222,23 @@ def test_strict_refuses_what_would_be_cut_or_says_nothing(processor):
     with pytest.raises(ValueError, match="text 0 is empty; strict"):
         processor(text=[" "], strict=True)
     assert processor(text="ct of the lung", strict=True)["input_ids"]
+
+
+def test_a_saved_folder_says_nothing_of_its_machine_and_has_the_file_of_other_clients(folder, tmp_path):
+    local = MMKDClipProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    local.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert not {"local_files_only", "is_local", "backend", "name_or_path"} & told.keys()
+    pixels = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert pixels["image_processor_type"] == "CLIPImageProcessor" and pixels["crop_size"] == {
+        "height": 224,
+        "width": 224,
+    }
+    assert not any(str(folder) in path.read_text() for path in tmp_path.glob("*.json"))
+
+
+def test_pipelines_window_deep_images_as_the_processor_does(folder, processor):
+    deep = Image.fromarray((np.arange(4096, dtype=np.uint16) * 16).reshape(64, 64))
+    expected = processor(images=deep, return_tensors="np")["pixel_values"]
+    assert (AutoImageProcessor.from_pretrained(folder)(deep, return_tensors="np")["pixel_values"] == expected).all()
+    assert len(np.unique(expected)) > 200, "16 bits are windowed and not clipped to white"

@@ -2,9 +2,8 @@
 
 import torch
 from authors_form import tokenizer
-from transformers import CLIPImageProcessorPil
 
-from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
+from modeling_mmkd import MMKDClipConfig, MMKDClipImageProcessor, MMKDClipModel, MMKDClipProcessor
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = {**SMALL, "image_size": 32, "patch_size": 16}
@@ -18,6 +17,6 @@ def save_tiny(path, **options):
         vision_config=VISION, text_config=TEXT, projection_dim=16, context_length=CONTEXT, **options
     )
     MMKDClipModel(config).save_pretrained(path)
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pixels = MMKDClipImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     MMKDClipProcessor(pixels, tokenizer(70, model_max_length=CONTEXT)).save_pretrained(path)
     return path
