@@ -57,7 +57,6 @@ AutoImageProcessor.register(
 MMKDClipConfig.register_for_auto_class()
 for model in MODELS:
     model.register_for_auto_class("AutoModel")
-MMKDClipImageProcessor.register_for_auto_class("AutoImageProcessor")
 MMKDClipProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = [

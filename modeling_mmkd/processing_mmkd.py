@@ -92,6 +92,7 @@ class MMKDClipProcessor(ProcessorMixin):
         files = super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / IMAGES_FILE
         values = {**self.image_processor.to_dict(), "image_processor_type": "CLIPImageProcessor"}
+        values.pop("auto_map", None)  # from here pipelines would run the folder's code for a video processor
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return [*files, str(path)]
 
