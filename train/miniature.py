@@ -43,6 +43,9 @@ class MiniatureSettings:
     page: Path | None = setting(None, "Markdown file in which the table between <!-- claim --> markers is replaced")
     protocol: str = setting("", "what fixed the experiment beforehand, such as a commit; recorded in claim.json")
     quick: bool = setting(False, "one draw, one seed, 20 % wrong captions, five arms, 300 images of a collection")
+    train_vision: bool = setting(
+        False, "train the students' vision towers too, in minutes each; frozen ones choose among the tuning trials"
+    )
     workers: int = setting(2, "processes")
     quiet: bool = setting(False, "show no progress bars")
 
@@ -104,7 +107,7 @@ def main(settings: MiniatureSettings) -> None:
         best = {number: runner.best_teacher(number) for number in (TUNING_DRAW, *draws)}
         trials = tuned(pool, runner, arms, best)
         runs = [
-            Run(draw, noise, seed, name, trials[name])
+            Run(draw, noise, seed, name, trials[name], settings.train_vision)
             for draw in draws
             for noise in settings.noise
             for seed in range(1, settings.seeds + 1)
@@ -129,7 +132,7 @@ def chosen_arms(settings: MiniatureSettings) -> list[str]:
 
 def train_students(pool: Pool, runs: Sequence[Run], best: dict[int, str]) -> None:
     """Stage 1 of every draw, noise and seed, the earlier students that some arms learn from, then the arms."""
-    starts = list(dict.fromkeys(Run(run.draw, run.noise, run.seed) for run in runs))
+    starts = list(dict.fromkeys(run.start for run in runs))
     pool.map("stage 1", Runner.stage1, [(start,) for start in starts])
     if any(ARMS[run.arm].source == "self" for run in runs):
         pool.map("earlier students", Runner.student, [(start.earlier, "") for start in starts])

@@ -41,8 +41,10 @@ from mmkd.miniature.training import (
     EMBEDDINGS,
     WEIGHTS,
     ArrayFeatures,
+    PixelBatches,
     Projections,
     Schedule,
+    WithVisionTower,
     teacher_arrays,
     train,
 )
@@ -58,6 +60,7 @@ OWN = "own starting towers"
 STUDENT_VISION = "packaged:efficientnet-lite0"
 TEACHER_VISIONS = ("packaged:efficientnet-lite2", "packaged:efficientnet-lite1")
 DIM, HIDDEN = 128, 256
+VISION_BATCH = 64  # pairs of a batch at most, where the student's vision tower is trained
 ALIGNING_STEPS = 300  # of the paper's autoencoder
 POOL, PERCENTILE, FEWEST, MINIMUM = 1024, 80.0, 50, 1
 
@@ -81,6 +84,7 @@ class Run:
         seed: of weights and order.
         arm: name; empty for stage 1.
         trial: number of the arm's tuning trial.
+        vision: whether the vision tower is trained too.
     """
 
     draw: int
@@ -88,11 +92,12 @@ class Run:
     seed: int
     arm: str = ""
     trial: int = 0
+    vision: bool = False
 
     @property
     def start(self) -> Run:
         """The stage-1 student that it goes on from."""
-        return Run(self.draw, self.noise, self.seed)
+        return replace(self, arm="", trial=0)
 
     @property
     def earlier(self) -> Run:
@@ -103,7 +108,8 @@ class Run:
     def folder(self) -> str:
         """Where its output lies in the work folder."""
         name = "stage1" if not self.arm else f"{'-'.join(self.arm.replace(',', '').split())}-{self.trial}"
-        return f"draw-{self.draw}/noise-{round(100 * self.noise)}/seed-{self.seed}/{name}"
+        seed = f"seed-{self.seed}{'-vision' if self.vision else ''}"
+        return f"draw-{self.draw}/noise-{round(100 * self.noise)}/{seed}/{name}"
 
 
 class Runner:
@@ -139,7 +145,8 @@ class Runner:
         schedule = replace(self.sizes.teacher, seed=1000 * number + place)
         torch.manual_seed(schedule.seed)
         model = self._projections(vision)
-        train(ContrastiveObjective(model), self._batches(vision, rows, captions, schedule), schedule, output)
+        batches = self._batches(model, rows, captions, schedule, vision=vision)
+        train(ContrastiveObjective(model), batches, schedule, output)
         self._keep(output, model.embedded(self.world, vision))
 
     def stage1(self, run: Run) -> None:
@@ -150,9 +157,9 @@ class Runner:
         rows, noise = self.student_pairs(run)
         schedule = replace(self.sizes.stage1, seed=run.seed)
         torch.manual_seed(run.seed)
-        model = self._projections(STUDENT_VISION)
+        model = self._student(run)
         captions = [pair.caption for pair in noise.pairs]
-        train(ContrastiveObjective(model), self._batches(STUDENT_VISION, rows, captions, schedule), schedule, output)
+        train(ContrastiveObjective(model), self._batches(model, rows, captions, schedule), schedule, output)
         self._answer(output, run, model.embedded(self.world, STUDENT_VISION))
 
     def student(self, run: Run, best_teacher: str) -> None:
@@ -184,7 +191,7 @@ class Runner:
         if arm.aligned:
             stores["aligned"] = self._aligned(arm, arrays, pairs, run.seed)
         torch.manual_seed(run.seed)
-        model = self._projections(STUDENT_VISION)
+        model = self._student(run)
         weights = load_file(self.work / run.start.folder / WEIGHTS)
         model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
         options = DistillOptions(
@@ -194,11 +201,11 @@ class Runner:
         )
         scales = spread_scales(arrays, options.spread_factor) if options.teacher_temperature == "spread" else {}
         objective = DistillObjective(model, options, seed=run.seed, scales=scales)
-        batches: Batches = self._batches(STUDENT_VISION, rows, captions, schedule, stores, pairs)
+        batches: Batches = self._batches(model, rows, captions, schedule, stores, pairs)
         if arm.images:
             images = draw.rows("teachers")
             own = {"teachers": teacher_arrays(world, sources, images, None)}
-            joined = self._batches(STUDENT_VISION, images, None, schedule, own)
+            joined = self._batches(model, images, None, schedule, own)
             batches = JoinedBatches(batches, joined, len(world.pairs))
         train(objective, batches, schedule, output)
         self._answer(output, run, model.embedded(world, STUDENT_VISION))
@@ -350,27 +357,37 @@ class Runner:
         images, texts = self.world.pooled_images(vision), self.world.pooled_texts
         return Projections(images.shape[1], texts.shape[1], HIDDEN, DIM)
 
+    def _student(self, run: Run) -> Projections:
+        """A student with random projections, its vision tower trained with them or frozen."""
+        if run.vision:
+            return WithVisionTower(STUDENT_VISION, self.world.pooled_texts.shape[1], HIDDEN, DIM)
+        return self._projections(STUDENT_VISION)
+
     def _batches(
         self,
-        vision: str,
+        model: Projections,
         rows: NDArray[np.int64],
         captions: Sequence[str] | None,
         schedule: Schedule,
         stores: Mapping[str, Any] | None = None,
         pairs: Sequence[Pair] | None = None,
+        vision: str = STUDENT_VISION,
     ) -> StoredBatches:
-        """Batches of rows of the world; of images alone where there are no captions."""
+        """Batches of rows of the world for a model; of images alone where there are no captions."""
         texts = self.world.pooled_texts
         tensors = {
-            "pooled_images": self.world.pooled_images(vision)[rows],
             "pooled_texts": texts.new_zeros(len(rows), texts.shape[1])
             if captions is None
             else texts[self.world.text_rows(captions)],
         }
         pairs = pairs or [self.world.pairs[row] for row in rows]
         ids = [pair.id for pair in pairs]
-        settings = BatchSettings(batch_size=schedule.batch_size, seed=schedule.seed)
         features = {key: ArrayFeatures(ids, arrays) for key, arrays in (stores or {}).items()}
+        if isinstance(model, WithVisionTower):
+            settings = BatchSettings(batch_size=min(schedule.batch_size, VISION_BATCH), seed=schedule.seed)
+            return PixelBatches(self.world, rows, model.statistics, pairs, settings, tensors, features)
+        tensors["pooled_images"] = self.world.pooled_images(vision)[rows]
+        settings = BatchSettings(batch_size=schedule.batch_size, seed=schedule.seed)
         return StoredBatches(pairs, settings, tensors, features)
 
     def _answer(self, output: Path, run: Run, embedded: Embedded) -> None:

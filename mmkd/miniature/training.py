@@ -1,26 +1,31 @@
 """Models of the experiment: teachers, stage 1 and students, trained by the package's own loop and objectives.
 
-Every tower is frozen: a model is its two projections over stored outputs of the towers, trained in seconds.
+With frozen towers a model is its two projections over stored outputs of the towers, trained in seconds. A student can
+also be trained with its vision tower, in minutes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 
 from mmkd.data.features.lookup import Features, TeacherFeatures
 from mmkd.files import atomic_write_bytes
 from mmkd.miniature.tasks import Embedded
 from mmkd.miniature.world import World
-from mmkd.training.batches import Batches
+from mmkd.student.embed import PixelStatistics, normalized_pixels
+from mmkd.student.towers import build_model
+from mmkd.training.batches import Batches, StoredBatches
 from mmkd.training.loop import fit, start
 from mmkd.training.objectives import Objective
 from mmkd.training.settings import LoopSettings
@@ -28,6 +33,10 @@ from modeling_mmkd.modeling_mmkd import MMKDClipProjection
 
 WEIGHTS, EMBEDDINGS = "weights.safetensors", "embeddings.safetensors"
 LOGIT_SCALE = float(np.log(1 / 0.07))
+SIDE = 96  # pixels, of the images of a student whose vision tower is trained
+SMALLEST_CROP = 0.6  # of a side
+TOWER_RATE = 0.1  # learning rate of a trained tower, as a factor
+TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,68 @@ class Projections(nn.Module):
         """Features of the whole world."""
         images, texts = self.visual_projection(world.pooled_images(vision)), self.text_projection(world.pooled_texts)
         return Embedded(F.normalize(images, dim=1), F.normalize(texts, dim=1))
+
+
+class WithVisionTower(Projections):
+    """A student whose vision tower is trained with the projections; its text tower is frozen."""
+
+    def __init__(self, vision: str, text_width: int, hidden: int, dim: int) -> None:
+        """Random projections on the starting weights `vision`."""
+        model, processor = build_model(vision, "random:tiny", dim, SIDE, vision_projection_hidden=hidden)
+        super().__init__(model.visual_projection.fc1.in_features, text_width, hidden, dim)
+        self.vision_model = model.vision_model
+        pixels = processor.image_processor
+        self.statistics = PixelStatistics(tuple(pixels.image_mean), tuple(pixels.image_std))
+
+    def forward(self, pixel_values: Tensor) -> CLIPVisionModelOutput:
+        """Features `image_embeds` `(rows, dim)`, not normalized, of normalized pixels `(rows, 3, SIDE, SIDE)`."""
+        pooled = self.vision_model(pixel_values=pixel_values).pooler_output
+        return CLIPVisionModelOutput(image_embeds=self.visual_projection(pooled))
+
+    @torch.inference_mode()
+    def embedded(self, world: World, vision: str) -> Embedded:
+        """Features of the whole world; `vision` is the tower that it started from."""
+        self.eval()
+        images = []
+        for rows in torch.arange(len(world.pairs)).split(TOGETHER):
+            pixels = resized(world.pixels(rows))
+            images.append(self(normalized_pixels(pixels, self.statistics)).image_embeds)
+        texts = self.text_projection(world.pooled_texts)
+        return Embedded(F.normalize(torch.cat(images), dim=1), F.normalize(texts, dim=1))
+
+
+class PixelBatches(StoredBatches):
+    """Batches of stored captions and teacher features with randomly cropped and mirrored images."""
+
+    def __init__(self, world: World, rows: NDArray[np.int64], statistics: PixelStatistics, *arguments: Any) -> None:
+        """Images of `rows` of the world; `arguments` are those of `StoredBatches`."""
+        super().__init__(*arguments)
+        self.world, self.rows, self.statistics = world, torch.from_numpy(rows), statistics
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[dict[str, Any]]:
+        """See `StoredBatches.epoch`; crops depend on seed, epoch and the number of the batch."""
+        for number, batch in enumerate(super().epoch(epoch, skip), start=skip):
+            seed = np.random.SeedSequence([self.sampler.seed, epoch, number]).generate_state(1)[0]
+            generator = torch.Generator().manual_seed(int(seed))
+            pixels = augmented(self.world.pixels(self.rows[batch["index"]]), generator)
+            yield {**batch, "pixel_values": pixels, "pixel_statistics": self.statistics}
+
+
+def resized(pixels: Tensor) -> Tensor:
+    """Images `(rows, 3, side, side)` uint8 at the side `SIDE`."""
+    return F.interpolate(pixels.float(), (SIDE, SIDE), mode="bilinear", antialias=True).round().to(torch.uint8)
+
+
+def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """A random square of each image `(rows, 3, side, side)` uint8, every second one mirrored, at the side `SIDE`."""
+    rows = len(pixels)
+    scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * torch.rand(rows, generator=generator)
+    shift = (2 * torch.rand(rows, 2, generator=generator) - 1) * (1 - scale[:, None])
+    mirror = 1 - 2 * torch.randint(2, (rows,), generator=generator)
+    transform = torch.zeros(rows, 2, 3)
+    transform[:, 0, 0], transform[:, 1, 1], transform[:, :, 2] = scale * mirror, scale, shift
+    grid = F.affine_grid(transform, [rows, 3, SIDE, SIDE], align_corners=False)
+    return F.grid_sample(pixels.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
 class ArrayFeatures(TeacherFeatures):
@@ -106,6 +177,7 @@ def teacher_arrays(
 
 def train(objective: Objective, batches: Batches, schedule: Schedule, output: Path, quiet: bool = True) -> None:
     """Run the package's loop; the folder `output` appears when the weights are written, in place of an old one."""
+    model = objective.get_submodule("model")
     settings = LoopSettings(
         output=output,
         epochs=schedule.steps,
@@ -114,6 +186,7 @@ def train(objective: Objective, batches: Batches, schedule: Schedule, output: Pa
         warmup_steps=min(20, schedule.steps // 10),
         checkpoint_every=schedule.steps + 1,
         trackers=["none"],
+        learning_rate_factors={"vision_model": TOWER_RATE} if isinstance(model, WithVisionTower) else {},
         overwrite=True,
         seed=schedule.seed,
         quiet=quiet,

@@ -2,14 +2,21 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from mmkd.data.table import Pair
 from mmkd.miniature.arms import ARMS, DEFAULT, NO_TEACHER
 from mmkd.miniature.runs import Sizes
+from mmkd.miniature.training import SIDE, WEIGHTS, PixelBatches, augmented
+from mmkd.student.embed import PixelStatistics
 from mmkd.train import miniature
+from mmkd.training.settings import BatchSettings
 
 COLOURS = {"red lesion": (200, 40, 40), "green lesion": (40, 200, 40)}
 
@@ -92,3 +99,39 @@ def test_unknown_names_are_refused_before_anything_is_read(collections, tmp_path
     with pytest.raises(ValueError, match="--draws is 0"):
         miniature.MiniatureSettings(data=[collections], draws=0)
     assert set(ARMS) >= {DEFAULT, NO_TEACHER}
+
+
+def test_students_can_be_trained_with_their_vision_tower(settings):
+    settings.arms, settings.noise, settings.train_vision = [], [0.4], True
+    miniature.main(settings)
+    found = json.loads((settings.results / "claim.json").read_text())
+    assert found["settings"]["train_vision"]
+    assert {row["contrast"] for row in found["rows"]} >= {f"{DEFAULT} - {NO_TEACHER}", f"{DEFAULT} - stage 1"}
+    (folder,) = settings.work.rglob("seed-1-vision")
+    start, end = (load_file(folder / name / WEIGHTS) for name in ("stage1", f"{'-'.join(DEFAULT.split())}-0"))
+    names = [name for name in start if name.startswith("model.vision_model.") and start[name].ndim == 4]
+    assert names and all(not start[name].equal(end[name]) for name in names)
+    tuning = settings.work.rglob("draw-0/*/seed-1/*/answers.safetensors")
+    assert len(list(tuning)) == 6 + 1  # three trials of both arms and stage 1, with frozen towers
+
+
+def test_crops_of_a_batch_do_not_depend_on_where_training_resumed():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 3, 16, 16), "uint8"))
+    world = SimpleNamespace(pixels=lambda rows: images[rows])
+    pairs = [Pair(id=str(k), image="", caption="", split="train", source="", group=str(k)) for k in range(8)]
+    batches = PixelBatches(
+        world, np.arange(8), PixelStatistics((0.5,) * 3, (0.5,) * 3), pairs, BatchSettings(batch_size=4)
+    )
+    whole, rest = list(batches.epoch(1)), list(batches.epoch(1, skip=1))
+    assert rest[0]["pixel_values"].equal(whole[1]["pixel_values"])
+    assert not whole[1]["pixel_values"].equal(list(batches.epoch(2))[1]["pixel_values"])
+    assert whole[0]["pixel_values"].shape == (4, 3, SIDE, SIDE)
+
+
+def test_crops_show_a_part_of_the_image_and_mirror_half_of_them():
+    ramp = torch.arange(0, 240, 10, dtype=torch.uint8).expand(200, 3, 24, 24)  # darker to the left
+    crops = augmented(ramp, torch.Generator().manual_seed(0)).int()
+    rising = crops[:, 0, 0, -1] > crops[:, 0, 0, 0]
+    assert 60 < rising.sum() < 140
+    spans = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]).abs()
+    assert spans.min() > 0.5 * 230 and spans.max() <= 230 and len(spans.unique()) > 20
