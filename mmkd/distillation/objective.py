@@ -116,9 +116,9 @@ class DistillObjective(Objective):
                 image = self._target("image", pairs)[0]
             learned = self.interactive_logit_scale
             scale = losses.PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
-            columns, student = map(gather, (image, text, mask)), pairs.student
+            student, (images, texts, masks) = pairs.student, [gather(own) for own in (image, text, mask)]
             parts["interactive"] = losses.interactive(
-                student.image, student.text, *columns, scale, student.row_offset, student.chunk
+                student.image, student.text, images, texts, masks, scale, student.row_offset, student.chunk
             )
         return parts
 

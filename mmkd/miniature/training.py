@@ -29,7 +29,7 @@ from mmkd.training.batches import Batches, StoredBatches
 from mmkd.training.loop import fit, start
 from mmkd.training.objectives import Objective
 from mmkd.training.settings import LoopSettings
-from modeling_mmkd.modeling_mmkd import MMKDClipProjection
+from modeling_mmkd.modeling_mmkd import MMKDClipProjection, vision_width
 
 WEIGHTS, EMBEDDINGS = "weights.safetensors", "embeddings.safetensors"
 LOGIT_SCALE = float(np.log(1 / 0.07))
@@ -79,7 +79,7 @@ class WithVisionTower(Projections):
     def __init__(self, vision: str, text_width: int, hidden: int, dim: int) -> None:
         """Random projections on the starting weights `vision`."""
         model, processor = build_model(vision, "random:tiny", dim, SIDE, vision_projection_hidden=hidden)
-        super().__init__(model.visual_projection.fc1.in_features, text_width, hidden, dim)
+        super().__init__(vision_width(model.vision_model), text_width, hidden, dim)
         self.vision_model = model.vision_model
         pixels = processor.image_processor
         self.statistics = PixelStatistics(tuple(pixels.image_mean), tuple(pixels.image_std))
