@@ -88,7 +88,7 @@ class MMKDClipProcessor(ProcessorMixin):
         for name in LOCAL_SETTINGS if self.tokenizer else ():
             self.tokenizer.init_kwargs.pop(name, None)
         if isinstance(self.image_processor, MMKDClipImageProcessor):
-            self.image_processor.auto_map = dict(AUTO_MAP)
+            self.image_processor.auto_map = dict(AUTO_MAP)  # type: ignore[attr-defined]
         files = super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / IMAGES_FILE
         values = {**self.image_processor.to_dict(), "image_processor_type": "CLIPImageProcessor"}

@@ -19,11 +19,11 @@ from mmkd.data.images import open_image
 from mmkd.data.pixel_rules import Window
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
+from mmkd.encoders.teacher_features import read_image
 from mmkd.evaluation.datasets.dataset import open_dataset
 from mmkd.evaluation.datasets.manifest import make_manifest
 from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.exporting.folder import write_usage
-from mmkd.train import extract
 from modeling_mmkd import MMKDClipProcessor
 
 FILES = ("plain.png", "deep.png", "ct.dcm", "mr.dcm", "float.tif")
@@ -87,7 +87,7 @@ def test_curation_of_a_list_and_evaluation_of_its_pairs(files, tmp_path):
     dataset = PairsDataset(folder, "test")
     for pair in folder.pairs:
         assert (np.asarray(dataset.image(pair)) == expected(files, pair.label)).all()
-        assert (channels_last(extract.read_image(folder, pair)) == expected(files, pair.label)).all()
+        assert (channels_last(read_image(folder, pair)) == expected(files, pair.label)).all()
 
 
 def test_extraction_and_evaluation_of_pairs_that_name_raw_files(files, tmp_path):
@@ -97,7 +97,7 @@ def test_extraction_and_evaluation_of_pairs_that_name_raw_files(files, tmp_path)
     folder = open_pairs(tmp_path)
     assert isinstance(folder, PairFolder)
     for pair in folder.pairs:
-        assert (channels_last(extract.read_image(folder, pair)) == expected(files, pair.id)).all()
+        assert (channels_last(read_image(folder, pair)) == expected(files, pair.id)).all()
         assert (np.asarray(PairsDataset(folder, "test").image(pair)) == expected(files, pair.id)).all()
 
 

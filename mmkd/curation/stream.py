@@ -86,6 +86,8 @@ def curate(
         ValueError: nothing is left of the source, or a rule cannot apply to it.
         OSError: the source cannot be read or the output not written; what is done stays for the next run.
     """
+    tasks = tasks or TaskSettings()
+    tasks.check_tasks()
     name = source if "://" in source else Path(source).name  # paths of this machine stay private
     units = plan_units(source, table, salt, columns)
     rows = reports.read(units[0].key()) if reports is not None else {}
@@ -101,7 +103,6 @@ def curate(
     _open_parts(parts, settings, units, overwrite)
     if reports is not None:
         write_reports(parts, reports, rows)
-    tasks = tasks or TaskSettings()
     bar = partial(tqdm, desc="curate", unit="shard", disable=quiet)
     work = partial(_curate_units, parts, rules)
     run_tasks(work, lambda: [unit for unit in units if not _is_done(parts, unit)], tasks, output, bar)

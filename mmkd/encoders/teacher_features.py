@@ -105,7 +105,7 @@ class OpenExtraction:
         if isinstance(encoder, FrozenEncoder):
             encoder.encode_shards(tasks[0], self.folder, own, lambda joint, _: {"image": joint}, progress)
         else:
-            read = partial(_read_image, self.folder)
+            read = partial(read_image, self.folder)
             encode_shards(tasks, own, read, self.settings.batch_size, self.settings.threads, progress)
 
 
@@ -135,6 +135,6 @@ def load_teacher(name: str, source: str, settings: ExtractSettings, device: str)
     return with_frozen_towers(encoder, settings.cache_frozen_towers, settings.quiet or not settings.is_here)
 
 
-def _read_image(folder: PairFolder, pair: Pair) -> Readable | str:
+def read_image(folder: PairFolder, pair: Pair) -> Readable | str:
     """The pixels of a pair's image, or why it cannot be read."""
     return read_or_reason(lambda: read_pixels(folder.image_path(pair)))

@@ -46,10 +46,9 @@ def write_onnx(program: ExportedProgram, output: Path) -> dict[str, int]:
     folder = output / FOLDER
     folder.mkdir()
     with quiet_exporters():
-        traced = torch.onnx.export(
-            program, (), dynamo=True, opset_version=OPSET, output_names=OUTPUTS, verbose=False
-        ).model_proto
-        _save(_bare(traced), folder, "")
+        traced = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, output_names=OUTPUTS, verbose=False)
+        assert traced is not None  # only the old exporter gives None
+        _save(_bare(traced.model_proto), folder, "")
         _save(convert_float_to_float16(onnx.load(folder / "model.onnx"), keep_io_types=True), folder, FP16)
         return _save(_quantized(folder / "model.onnx"), folder, QUANTIZED)
 

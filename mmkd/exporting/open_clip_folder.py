@@ -103,6 +103,7 @@ def write_open_clip(student: str, folder: Path, place: Path) -> None:
     save_file(tensors, folder / WEIGHTS_FILE)
     model.config.text_config.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
+    assert isinstance(model.config, MMKDClipConfig)
     config = open_clip_config(model.config, processor.image_processor)
     write_json(folder / CONFIG_FILE, with_place(config, folder))
     try:
@@ -111,11 +112,11 @@ def write_open_clip(student: str, folder: Path, place: Path) -> None:
         raise ValueError(_refusal(student, str(error).partition("\n")[0])) from error
     inputs = examples(model, config["model_cfg"]["vision_cfg"]["image_size"])
     with torch.inference_mode():
-        found = (theirs.encode_image(inputs["image"]["pixel_values"], normalize=True),)
+        image = theirs.encode_image(inputs["image"]["pixel_values"], normalize=True)
         ids = inputs["text"]["input_ids"].where(
             inputs["text"]["attention_mask"].bool(), processor.tokenizer.pad_token_id
         )
-        found += (theirs.encode_text(ids, normalize=True),)
+        found = image, theirs.encode_text(ids, normalize=True)
         adapter = OpenClipAdapter(model)
         expected = adapter.encode_image(inputs["image"]["pixel_values"], True), adapter.encode_text(ids, True)
     difference = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))

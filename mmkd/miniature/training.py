@@ -132,7 +132,7 @@ def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
     transform = torch.zeros(rows, 2, 3)
     transform[:, 0, 0], transform[:, 1, 1], transform[:, :, 2] = scale * mirror, scale, shift
     grid = F.affine_grid(transform, [rows, 3, SIDE, SIDE], align_corners=False)
-    return F.grid_sample(pixels.float(), grid, align_corners=False).round().to(torch.uint8)
+    return F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False).round().to(torch.uint8)
 
 
 class ArrayFeatures(TeacherFeatures):

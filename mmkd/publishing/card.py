@@ -91,6 +91,7 @@ def model_card(
         {"src": _address(draft.repo, file), "candidate_labels": labels, "example_title": _label(file)}
         for file in examples
     ]
+    shown: dict[str, Any] = {"widget": widget} if widget else {}
     metadata = provenance_metadata(provenance)
     starts = [row for link in lineage(provenance) for row in link.get("started_from") or ()]
     bases = [row["weights"] for row in starts if not row.get("provenance")]
@@ -107,7 +108,7 @@ def model_card(
         model_name=draft.repo.split("/")[1],
         base_model=base or [name for name in bases if name.count("/") == 1 and ":" not in name] or None,
         eval_results=scores.index if scores is not None and scores.index else None,
-        **({"widget": widget} if widget else {}),
+        **shown,
     )
     card = ModelCard.from_template(
         data,

@@ -108,7 +108,9 @@ def _picture(drawn: list[tuple[dict[str, Any], dict[str, Any]]], name: str) -> s
         Interval(
             f"{task['title']}, {task['primary_metric'].replace('_', ' ')}",
             "student",
-            *(metric[key] for key in ("value", "low", "high")),
+            metric["value"],
+            metric["low"],
+            metric["high"],
             with_interval(metric),
         )
         for task, metric in drawn

@@ -102,7 +102,7 @@ def test_unknown_names_are_refused_before_anything_is_read(collections, tmp_path
 
 
 def test_students_can_be_trained_with_their_vision_tower(settings):
-    settings.arms, settings.noise, settings.train_vision = [], [0.4], True
+    settings.arms, settings.noise, settings.train_vision = [NO_TEACHER], [0.4], True
     miniature.main(settings)
     found = json.loads((settings.results / "claim.json").read_text())
     assert found["settings"]["train_vision"]
