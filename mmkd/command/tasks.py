@@ -200,14 +200,16 @@ def _on_ray(
     running: dict[Any, Sequence[Item]] = {}
     while left or running:
         while left and len(running) < settings.workers:
-            running[run.remote(work, left[-1], str(Path.cwd()))] = left.pop()
-        ended = ray.wait(list(running))[0][0]
-        try:
-            ray.get(ended)
-            yield running[ended]
-        except ray.exceptions.WorkerCrashedError:
-            logger.warning("a process was killed %d times; its tasks are given to others", TRIES)
-        del running[ended]
+            task = left.pop()
+            running[run.remote(work, task, str(Path.cwd()))] = task
+        for ended in ray.wait(list(running))[0]:
+            task = running.pop(ended)
+            try:
+                ray.get(ended)
+            except ray.exceptions.WorkerCrashedError:
+                logger.warning("a process was killed %d times; its tasks are given to others", TRIES)
+                continue
+            yield task
 
 
 EXECUTORS: dict[str, Callable[..., Iterator[Any]]] = {"local": _locally, "slurm": _on_slurm, "ray": _on_ray}
