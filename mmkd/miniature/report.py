@@ -28,7 +28,7 @@ Answers = Mapping[str, NDArray[np.bool_]]
 
 ENDPOINTS = ("seen", "unseen", "retrieval")
 PRIMARY_ENDPOINTS, PRIMARY_NOISE = ("seen", "unseen"), (0.2, 0.4)
-REPLICATES = 10000
+REPLICATES = 20000
 MARKERS = "<!-- claim -->", "<!-- /claim -->"
 
 

@@ -79,8 +79,7 @@ def test_models_of_another_form_are_refused_with_what_differs(tmp_path):
     with pytest.raises(ValueError, match="text_pooling"):
         ModelPair(str(first), str(save_tiny(tmp_path / "b", text_pooling="mean")))
     other = save_tiny(tmp_path / "c")
-    settings = other / "preprocessor_config.json"
-    settings = settings if settings.is_file() else other / "processor_config.json"
-    settings.write_text(settings.read_text().replace("0.48145466", "0.5"))
+    for settings in (other / "preprocessor_config.json", other / "processor_config.json"):
+        settings.write_text(settings.read_text().replace("0.48145466", "0.5"))
     with pytest.raises(ValueError, match="image_mean"):
         ModelPair(str(first), str(other))
