@@ -35,7 +35,7 @@ class EmbedSettings:
     )
     model: str = setting(help="folder or Hub id of a model, or the name of a teacher")
     output: Path = setting(help="file to write: .parquet, .npy (ids in .ids.json beside it) or .safetensors")
-    kind: Literal["images", "texts"] = setting("images", "what the inputs are")
+    kind: Literal["images", "texts"] = setting("images", "kind of the inputs")
     log: Path | None = setting(None, "file for the provenance of the run: weights, preprocessing, versions")
     window: WindowPreset = setting("auto", "window of CT: auto, lung, soft, bone, brain, or three of them as RGB")
     batch_size: int = setting(32, "images or texts at a time")

@@ -32,7 +32,7 @@ class ExportSettings:
     output: Path = setting(help="folder to write")
     pairs: Path | None = setting(None, "folder of pairs, to compare zero-shot accuracy on")
     split: Literal["train", "validation", "test"] = setting("test", "split of the pairs")
-    repeats: int = setting(20, "timed runs of each side, alternated; 0 compares nothing")
+    repeats: int = setting(20, "timed runs of each side, alternated; 0 skips the comparison")
     replicates: int = setting(REPLICATES, "bootstrap replicates")
     seed: int = setting(SEED, "seed of the bootstrap")
     quiet: bool = setting(False, "print nothing")

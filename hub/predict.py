@@ -37,7 +37,7 @@ class PredictSettings:
     labels: str = setting("", "a,b,c, or a file: .txt (one a line), .csv or .yaml; required unless --mode normal")
     templates: str = setting("", "modality, a sentence with {}, or a file of them, for labels without sentences")
     mode: Literal["single", "multilabel", "normal"] = setting(
-        "single", "one label applies, each by itself, or normal against abnormal"
+        "single", "one label, independent labels, or normal against abnormal"
     )
     calibration: str = setting("auto", "folder with calibration.json; auto is that of the model, none uses none")
     top: int = setting(5, "labels shown for each image")

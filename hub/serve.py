@@ -33,7 +33,7 @@ class ServeSettings:
     labels: str = setting("", "labels of requests that name none: a file, or a,b,c")
     templates: str = setting("", "(labels) a modality, a sentence with {}, or a file of sentences")
     mode: Literal["single", "multilabel", "normal"] = setting(
-        "single", "(labels) one applies, each by itself, or normal against abnormal"
+        "single", "(labels) one label, independent labels, or normal against abnormal"
     )
     index: Path | None = setting(None, "archive to search: a folder of `mmkd index`")
     images: Path | None = setting(None, "(index) the folder that was indexed, to show what is found on the page")
@@ -49,13 +49,13 @@ class ServeSettings:
     without_key: bool = setting(False, "serve without a key, where another layer restricts access")
     names: list[str] = setting(factory=list, help="other host names that requests may use, such as a reverse proxy's")
     frame_ancestors: list[str] = setting(factory=list, help="web sites that may embed the page")
-    max_batch: int = setting(32, "most images or texts that are computed together")
+    max_batch: int = setting(32, "maximum number of images or texts computed together")
     max_wait_ms: float = setting(4.0, "time that a lone item waits for others [ms]")
-    max_queue: int = setting(512, "most images and texts that wait; more are refused with 503")
-    max_items: int = setting(64, "most images and texts of a request")
-    max_body: int = setting(32, "largest body of a request [MiB]")
-    max_memory: int = setting(512, "largest sum of the bodies of all requests [MiB]")
-    timeout: float = setting(30.0, "longest time of a request [s]")
+    max_queue: int = setting(512, "maximum number of waiting images and texts; more are refused with 503")
+    max_items: int = setting(64, "maximum number of images and texts of a request")
+    max_body: int = setting(32, "maximum body of a request [MiB]")
+    max_memory: int = setting(512, "maximum of the bodies of all requests together [MiB]")
+    timeout: float = setting(30.0, "maximum time of a request [s]")
     grace: int = setting(20, "time to finish requests when the service is stopped [s]")
 
     GROUPS: ClassVar[dict[str, str]] = {

@@ -41,12 +41,12 @@ class MiniatureSettings:
     maximum: int = setting(1500, "maximum number of images of a collection")
     image_size: int = setting(128, "side of the images [pixels]")
     page: Path | None = setting(None, "Markdown file in which the table between <!-- claim --> markers is replaced")
-    protocol: str = setting("", "what fixed the experiment beforehand, such as a commit; recorded in claim.json")
+    protocol: str = setting("", "version of the protocol, such as a commit; recorded in claim.json")
     quick: bool = setting(False, "one draw, one seed, 20 % wrong captions, five arms, 300 images of a collection")
     train_vision: bool = setting(
         False, "train the students' vision towers too, in minutes each; frozen ones choose among the tuning trials"
     )
-    workers: int = setting(2, "processes")
+    workers: int = setting(2, "number of processes")
     quiet: bool = setting(False, "show no progress bars")
 
     def __post_init__(self) -> None:

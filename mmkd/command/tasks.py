@@ -60,7 +60,7 @@ class TaskSettings:
     workers: int = setting(1, "tasks that run at the same time; 1 of executor local is this process")
     resources: dict[str, Any] = setting(
         factory=dict,
-        help="of a task, in the words of submitit (slurm_partition, timeout_min, gpus_per_node, cpus_per_task, mem_gb) "
+        help="of a task, by the names of submitit (slurm_partition, timeout_min, gpus_per_node, cpus_per_task, mem_gb) "
         "or Ray (num_cpus, num_gpus, memory)",
     )
 

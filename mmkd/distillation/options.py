@@ -50,7 +50,7 @@ class DistillOptions:
     GROUP: ClassVar[str] = "losses"
 
     recipe: Literal["default", "repaired", "paper"] = setting(
-        "default", "gives losses, target, target_norm, feature_form and interactive_scale where they are not given"
+        "default", "sets losses, target, target_norm, feature_form and interactive_scale where they are not given"
     )
     losses: dict[str, float] = setting(
         factory=dict,
@@ -61,11 +61,13 @@ class DistillOptions:
         "pair", "positives of the task loss: the own pair, or all of an equal caption, such as views of one report"
     )
     target: Literal["mean", "random", "leave_one_out"] | None = setting(
-        None, "of the available teachers, one of them drawn each epoch, or each as far as it agrees with the others"
+        None, "mean of the available teachers, one of them sampled each epoch, or a mean weighted by agreement"
     )
     target_norm: Literal["unit", "stored"] | None = setting(None, "aligned features of unit norm, or as stored")
     feature_form: Literal["cosine", "squared"] | None = setting(None, "1 - cos, or mean squared difference")
-    interactive_scale: Literal["learnable", "constant"] | None = setting(None, "exp'd and learned, or ln(1/0.07)")
+    interactive_scale: Literal["learnable", "constant"] | None = setting(
+        None, "scale of the interactive loss: exp of a learned parameter, or ln(1/0.07)"
+    )
     affinity_scale: Literal["shared", "own"] = setting(
         "shared", "the student's scale in the affinity loss: the task's logit_scale, or one learned for it"
     )
@@ -76,23 +78,25 @@ class DistillOptions:
     )
     spread_factor: float = setting(3.5, "inverse temperature times the standard deviation of a teacher's cosines")
     teacher_scale: float = setting(50.0, "inverse temperature of the teachers' image-text softmax")
-    teacher_scales: dict[str, float] = setting(factory=dict, help="the same of single teachers, by name")
+    teacher_scales: dict[str, float] = setting(factory=dict, help="--teacher_scale of single teachers, by name")
     relational_scale: float = setting(20.0, "inverse temperature of the relational loss, of student and teachers")
     relational_teachers: Literal["all", "available"] = setting(
         "all",
-        "whose relations count: all with features, for a wrong caption spoils none of an image, or those screened",
+        "teachers of the relational loss: all with features, or those that screening found available",
     )
     relational_only: list[str] = setting(
         factory=list,
         help="teachers without an image-text space, for the losses relational and heads alone",
     )
     teacher_weights: dict[str, float] = setting(
-        factory=dict, help="how much TEACHER counts, or MODALITY/TEACHER for pairs of that modality; 1 where not given"
+        factory=dict, help="weight of TEACHER, or of MODALITY/TEACHER for pairs of that modality; 1 where not given"
     )
-    confidence: float = setting(0.0, "power of a teacher's own-pair probability in its weight; 0 weighs all alike")
-    teacher_dropout: float = setting(0.0, "probability of leaving a teacher out for a pair, anew each epoch, never all")
+    confidence: float = setting(0.0, "power of a teacher's own-pair probability in its weight; 0 gives equal weights")
+    teacher_dropout: float = setting(
+        0.0, "probability of dropping a teacher for a pair, sampled each epoch; one is kept"
+    )
     false_negatives: float | None = setting(
-        None, "pairs whose images or captions have a mean teacher cosine above this are no negatives of the task"
+        None, "pairs whose images or captions have a mean teacher cosine above this are excluded from the negatives"
     )
     head_form: Literal["standardized", "angular"] = setting(
         "standardized", "heads learn PHI-S targets, or raw directions by angle over the teacher's angular dispersion"

@@ -59,7 +59,7 @@ class EvalSettings:
     baselines: list[str] = setting(factory=lambda: [STAGE1], help="baseline encoders")
     replicates: int = setting(REPLICATES, "bootstrap replicates")
     batch_size: int = setting(32, "images or texts embedded at a time")
-    precision: Precision = setting("float32", "in which encoders compute; tf32 and bfloat16 are faster on GPUs")
+    precision: Precision = setting("float32", "precision of the forward pass; tf32 and bfloat16 are faster on GPUs")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one, another for each process")
     watch: Path | None = setting(None, "output of a training: evaluate its checkpoints as they appear, as the student")
     poll_seconds: float = setting(30.0, "(watch) polling interval [s]")
