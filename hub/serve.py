@@ -274,7 +274,7 @@ def load_served(model: str, device: str, fast: bool) -> tuple[ServedEncoder, Cal
     """
     if (Path(model) / DESCRIPTION).is_file():
         if fast:
-            raise ValueError("--resize fast: an exported folder has the exact form alone; leave it out")
+            raise ValueError("--resize fast: an exported folder supports exact alone; leave it out")
         exported = OnnxEncoder(Path(model))
         return exported, exported.count_tokens
     from mmkd.distributed import chosen_device

@@ -89,7 +89,7 @@ def run_tasks(
     bar: Callable[..., tqdm],
     size: Callable[[Item], int] = lambda item: 1,
 ) -> None:
-    """Do what is missing.
+    """Process the items whose files are missing.
 
     Args:
         work: writes the files of items; called with some of them and with what counts the finished ones. It is pickled,

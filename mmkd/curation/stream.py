@@ -140,7 +140,7 @@ def _open_parts(parts: Path, settings: dict[str, Any], units: list[Unit], overwr
 
 
 def _is_done(parts: Path, unit: Unit) -> bool:
-    """Whether the part of a unit is finished, and as it was written; else it is made anew."""
+    """Whether the part of a unit is finished and its checksum matches; otherwise it is written again."""
     base = parts / f"{unit.number:06d}"
     try:
         counts = read_json(base.with_suffix(".json"))

@@ -7,14 +7,14 @@ HEAD = """# A run over small real data
 
 <!-- written by: python tests/support/offline_results.py WORK -->
 
-What the evaluation says of six small datasets to classify, MedPix, VQA-RAD, the question which modality an image is,
-and clinical tables of TCGA. It tests the evaluation and is **no medical result**: `{student}` is the student, and the
+Results on six small classification datasets, MedPix, VQA-RAD, the classification of modalities, and clinical tables of
+TCGA. They test the evaluation and are **not clinical results**: `{student}` is the student, and the
 teachers are the three specialists, that `mmkd quickstart` trains in minutes from 521 packaged images. *Ensemble* is
-the three teachers with the same say.
+the three teachers with equal weights.
 
 Beside them stand two encoders whose results are known before
 (`tests/support/known_encoders.py`): `random` gives every image and every text a direction
-of its own and has to stand at chance; `told` knows by its pixels what is true of an image and has to stand near one.
+of its own and has to be at chance; `told` reads the right answer from the pixels and has to be near one.
 Whether they do is the first table.
 
 Brackets are 95 % intervals of {replicates:,} bootstrap replicates, groups drawn within classes, seed {seed}.
@@ -67,11 +67,11 @@ def known(found: dict[str, Any]) -> str:
         + (f"`told` is **not** near one on {', '.join(failed)}." if failed else "`told` is near one on every task.")
     )
     note = """
-Near one is .95 or more. Heads that train on answers are judged otherwise: chance is what the question alone gives, so
-that `random` has to gain nothing from the image (accuracy less that of the question alone, paired); and `told` is
-asked for .9 of *closed* questions, since most open answers occur once or never in training, where no head can learn
+Near one is .95 or more. For heads that are trained on answers the rule differs: chance is what the question alone gives, so
+that `random` has to gain nothing from the image (accuracy less that of the question alone, paired); and `told` needs
+.9 of *closed* questions, since most open answers occur once or never in training, where no head can learn
 them. In the simulated cohorts `random` is bags of noise, `told` bags that show the time of death, and the covariates
-know nothing either.
+are uninformative as well.
 """
     header = ["task", "metric", "chance", "random", "at chance", "told", "near one"]
     return f"## Do the numbers move the right way?\n\n{verdict}\n{note}\n{_table(header, lines)}"
@@ -112,9 +112,9 @@ def images(found: dict[str, Any], kind: str) -> str:
         title = "## Zero-shot classification: balanced accuracy\n"
         about = ["dataset", "test"]
         note = """
-OCT is six example images of four classes: a check that it runs, nothing else. `modality` asks which of nine
-modalities the images of ten folders are, in splits assigned by patient, case or lesion; VQA-RAD and the official
-examples are left out, whose tables do not tell (VQA-RAD says "X-ray/CT/MR" of each) or hold one image of each.
+OCT is six example images of four classes: this only checks that the task runs. `modality` is the classification of the
+images of ten folders into nine modalities, in splits assigned by patient, case or lesion; VQA-RAD and the official
+examples are left out, whose tables do not state the modality (VQA-RAD has "X-ray/CT/MR" for each) or hold one image of each.
 """
     else:
         title = "## Linear probes: balanced accuracy\n"
@@ -193,13 +193,13 @@ def questions(found: dict[str, Any]) -> str:
     note = f"""
 ## Questions: VQA-RAD
 
-The official split asks about {official["shared_images"]} test images that training questions are about, too; the
-split by image about {disjoint["shared_images"] or "none"}.
+The official split has {official["shared_images"]} test images that also have training questions; the
+split by image has {disjoint["shared_images"] or "none"}.
 {official["unanswerable"]:.1%} and {disjoint["unanswerable"]:.1%}
 of the test answers occur in no training or validation question and cannot be given. The guess of the commonest
 training answer is right in {_number(official["chance"]["accuracy"])} and {_number(disjoint["chance"]["accuracy"])}.
-Co-attention takes minutes an encoder, so the teachers are not asked here.
-*Gain* is accuracy less that of the question alone, paired: where its interval holds zero, the head has not looked.
+Co-attention takes minutes for each encoder, so that the teachers are left out here.
+*Gain* is accuracy less that of the question alone, paired: where its interval contains zero, no use of the image is shown.
 The head without training answers closed questions only, by statements; its "question only" is the mean of all test
 images.
 """

@@ -103,7 +103,7 @@ def shard_file(folder: Path, *content: Any, kind: str = "shard") -> Path:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a shard exists and is as it was written, every byte of it; another is written again."""
+    """Whether a shard exists and its checksum matches; otherwise it is written again."""
     try:
         return checksums_match(file, read_header(file))
     except (FileNotFoundError, ValueError):
