@@ -67,11 +67,11 @@ def known(found: dict[str, Any]) -> str:
         + (f"`told` is **not** near one on {', '.join(failed)}." if failed else "`told` is near one on every task.")
     )
     note = """
-Near one is .95 or more. For heads that are trained on answers the rule differs: chance is what the question alone gives, so
-that `random` has to gain nothing from the image (accuracy less that of the question alone, paired); and `told` needs
-.9 of *closed* questions, since most open answers occur once or never in training, where no head can learn
-them. In the simulated cohorts `random` is bags of noise, `told` bags that show the time of death, and the covariates
-are uninformative as well.
+Near one is .95 or more. For heads that are trained on answers the rule differs: chance is what the question alone
+gives, so that `random` has to gain nothing from the image (accuracy less that of the question alone, paired);
+and `told` needs .9 of *closed* questions, since most open answers occur once or never in training, where no head can
+learn them. In the simulated cohorts `random` is bags of noise, `told` bags that show the time of death, and the
+covariates are uninformative as well.
 """
     header = ["task", "metric", "chance", "random", "at chance", "told", "near one"]
     return f"## Do the numbers move the right way?\n\n{verdict}\n{note}\n{_table(header, lines)}"
@@ -114,7 +114,8 @@ def images(found: dict[str, Any], kind: str) -> str:
         note = """
 OCT is six example images of four classes: this only checks that the task runs. `modality` is the classification of the
 images of ten folders into nine modalities, in splits assigned by patient, case or lesion; VQA-RAD and the official
-examples are left out, whose tables do not state the modality (VQA-RAD has "X-ray/CT/MR" for each) or hold one image of each.
+examples are left out, whose tables do not state the modality (VQA-RAD has "X-ray/CT/MR" for each) or hold one image of
+each.
 """
     else:
         title = "## Linear probes: balanced accuracy\n"
@@ -199,9 +200,9 @@ split by image has {disjoint["shared_images"] or "none"}.
 of the test answers occur in no training or validation question and cannot be given. The guess of the commonest
 training answer is right in {_number(official["chance"]["accuracy"])} and {_number(disjoint["chance"]["accuracy"])}.
 Co-attention takes minutes for each encoder, so that the teachers are left out here.
-*Gain* is accuracy less that of the question alone, paired: where its interval contains zero, no use of the image is shown.
-The head without training answers closed questions only, by statements; its "question only" is the mean of all test
-images.
+*Gain* is accuracy less that of the question alone, paired: where its interval contains zero, no use of the image is
+shown. The head without training answers closed questions only, by statements; its "question only" is the mean of all
+test images.
 """
     header = ["head, split, questions", "", "accuracy", "closed", "open", "question only", "shuffled image", "gain"]
     return f"{note}\n{_table(header, lines)}"
