@@ -160,7 +160,7 @@ def recipe(settings: TileSettings, encoder: DualEncoder, source: str, name: str)
 
 
 def is_made(path: Path, made_of: dict[str, Any]) -> bool:
-    """Whether a bag exists; one that is damaged is made anew.
+    """Whether a bag exists; one that is damaged is written again.
 
     Raises:
         ValueError: it was made with other settings.

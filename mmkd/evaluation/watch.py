@@ -1,8 +1,8 @@
 """Evaluate a student while it is trained: each checkpoint as it appears, and the finished model at the end.
 
 A checkpoint's weights are put into the student that the run started from and written as a folder, which is evaluated
-like any other; teachers' embeddings and results are reused, so that only the student is embedded anew. Checkpoints that
-were removed before their evaluation are skipped.
+like any other; teachers' embeddings and results are reused, so that only the student is embedded again. Checkpoints
+that were removed before their evaluation are skipped.
 """
 
 from __future__ import annotations

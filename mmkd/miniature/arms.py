@@ -1,4 +1,4 @@
-"""The arms of the experiment: ways to go on from stage 1, each with the same number of steps and of tuning trials.
+"""The arms of the experiment: trainings that start from stage 1, each with as many steps and tuning trials.
 
 An arm names its losses, whose features it learns from, and which data it sees. Controls have no
 teacher, or teacher features without biomedical knowledge; they measure the effect of regularization alone.
@@ -18,15 +18,15 @@ validation; or an earlier student's."""
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to go on from stage 1.
+    """One training that starts from stage 1.
 
     Attributes:
         losses: weights.
         source: whose features it learns from.
         options: other settings of `DistillOptions`.
-        screened: trained on the pairs that teachers agree with, or on all.
-        shared: also on the teachers' own pairs, with their right captions.
-        images: joined by the images of the teachers' groups, without captions.
+        screened: whether it is trained on screened pairs alone.
+        shared: whether it is also trained on the teachers' pairs, with their right captions.
+        images: whether the images of the teachers' groups are added, without captions.
         aligned: kind of aligner where aligned features are read.
         trials: changes that are tried on validation, of losses by name or of ``learning_rate`` as a factor.
     """

@@ -1,6 +1,6 @@
 """Runs: a teacher, a student after stage 1, a student by one arm. Each writes one folder.
 
-A run is finished when the last file of its folder is there, which appears whole; one that was killed begins anew.
+A run is finished when the last file of its folder is there, which appears whole; one that was killed starts again.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def start(self) -> Run:
-        """The stage-1 student that it goes on from."""
+        """The stage-1 student that it starts from."""
         return replace(self, arm="", trial=0)
 
     @property

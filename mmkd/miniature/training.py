@@ -147,7 +147,7 @@ class ArrayFeatures(TeacherFeatures):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Widths alone: a killed run of the experiment begins anew."""
+        """Widths alone: a killed run of the experiment starts again."""
         return {name: f"{dim} wide" for name, dim in self.dims.items()}
 
     def lookup(self, ids: Sequence[str]) -> Features:

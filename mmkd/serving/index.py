@@ -36,7 +36,7 @@ VERSION = 1
 SHARD_ROWS = 8192
 GRAPH_ROWS = 200_000  # live rows from which on a graph is made
 TAIL_ROWS = 20_000  # rows after the graph that are searched exactly before it is extended
-REMOVED_SHARE = 0.3  # of all rows, from which on the index is written anew
+REMOVED_SHARE = 0.3  # of all rows, from which on the index is rewritten
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 128, 192
 SAMPLED_BYTES = 1 << 20  # of the beginning and the end of the graph, which are checked when it is opened
 SPARE = 16  # answers beyond k that the graph gives, for rows that were removed since
@@ -289,7 +289,7 @@ class SearchIndex:
         return found
 
     def optimize(self, threads: int = 0) -> None:
-        """Write the index anew where much of it is removed, and make or extend the graph where it is large.
+        """Rewrite the index where much of it is removed, and make or extend the graph where it is large.
 
         Args:
             threads: of the graph; 0 for all cores.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks of this device against a CPU, and its speed: less than eight minutes on one GPU, the last line is JSON.
+# Checks of this device against a CPU, and its speed: sized for eight minutes on one GPU; the last line is JSON.
 # bash tests/device/run.sh [--cpu] [--output FILE]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
