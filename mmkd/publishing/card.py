@@ -23,7 +23,7 @@ from mmkd.publishing.publication import Draft
 
 SETTINGS_FILE, PICTURE_FILE = "settings.yaml", "results.svg"
 HUB = "https://huggingface.co"
-ATLAS_SCHEMA = "https://atlas.rsna.org/schemas/2026-12/model.json"
+ATLAS_SCHEMA = "https://atlas.rsna.org/schemas/2025-11/model.json"
 FOLDER_SETTINGS = ("output", "pairs", "features", "aligned")
 NOT_THE_RECIPE = ("output", "quiet", "overwrite", "workers", "checkpoint_every", "checkpoints_kept")
 STAGES = {
