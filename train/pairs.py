@@ -218,7 +218,8 @@ def export(settings: ExportSettings) -> None:
             partial.replace(settings.output)
         else:
             with atomic_folder(settings.output, settings.overwrite) as output:
-                write_webdataset(folder, output, settings.shard_pairs, bar.update)
+                for _ in write_webdataset(folder, output, settings.shard_pairs):
+                    bar.update()
     if not settings.quiet:
         print(f"{settings.output}: {len(folder.pairs):,} pairs")
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mmkd.data.archives import ArchiveWriter
+from PIL import Image
+
+from mmkd.data.archives import ArchivedFile, ArchiveWriter
 from mmkd.data.folder import PairFolder
 from mmkd.data.images import UnreadableImageError, open_image, read_image_bytes, thumbnail
 from mmkd.data.splits import spread
@@ -66,34 +71,39 @@ def count_pairs(pairs: Iterable[Pair]) -> dict[str, Any]:
     return {"pairs": len(words), "groups": len(groups), **usual, **ordered}
 
 
-def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int, advance: Callable[[int], Any]) -> int:
-    """Write pairs as WebDataset tars of ``ID.jpg`` (or what the image is), ``ID.txt`` and ``ID.json``.
+def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int) -> Iterator[Pair]:
+    """Write pairs as tars of ``NUMBER.jpg``, ``NUMBER.txt`` and ``NUMBER.json``.
+
+    webdataset and `datasets` read them. Both take what follows the first dot of a name for its column, and `datasets`
+    requires the same columns of all samples: so names are numbers, and all images have the suffix of the first one.
+    Readers recognise an image by its content.
 
     Args:
         folder: the pairs.
         output: an empty folder.
         shard_pairs: pairs in a tar.
-        advance: called with the number of pairs done.
 
-    Returns:
-        The number of tars.
+    Yields:
+        Each pair after it is written, with the place of its image in the tars.
 
     Raises:
         UnreadableImageError: an image is missing.
     """
-    number = -1
+    suffix, keys = "", count()
     for number, batch in enumerate(batches(folder.pairs, shard_pairs)):
-        with (output / f"{number:06d}.tar").open("wb") as file:
+        archive = f"{number:06d}.tar"
+        with (output / archive).open("wb") as file:
             writer = ArchiveWriter(file)
             for pair in batch:
-                data = read_image_bytes(folder.image_path(pair))
+                key, path = f"{next(keys):09d}", folder.image_path(pair)
+                data = read_image_bytes(path)
+                suffix = suffix or _suffix(data, path)
                 metadata = {k: v for k, v in asdict(pair).items() if k not in ("image", "caption")}
-                writer.add(f"{pair.id}.{_suffix(data, pair)}", data)
-                writer.add(f"{pair.id}.json", json.dumps(metadata, ensure_ascii=False).encode())
-                writer.add(f"{pair.id}.txt", pair.caption.encode())
-                advance(1)
+                stored = writer.add(f"{key}.{suffix}", data)
+                writer.add(f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode())
+                writer.add(f"{key}.txt", pair.caption.encode())
+                yield replace(pair, image=str(ArchivedFile(Path(archive), stored.offset, stored.size)))
             writer.finish()
-    return number + 1
 
 
 def write_preview(folder: PairFolder, file: Path, number: int) -> int:
@@ -149,7 +159,8 @@ def _check(folder: PairFolder, pair: Pair) -> tuple[str, bool]:
     return "", hashlib.sha256(data).hexdigest() == pair.sha256
 
 
-def _suffix(data: bytes, pair: Pair) -> str:
-    if data.startswith(b"\xff\xd8"):
-        return "jpg"
-    return "png" if data.startswith(b"\x89PNG") else Path(pair.image).suffix[1:].lower() or "img"
+def _suffix(data: bytes, path: Path | ArchivedFile) -> str:
+    """How the name of an image ends: its form where Pillow recognises it, else the suffix that it has."""
+    with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(data)) as opened:
+        return str(opened.format).lower().replace("jpeg", "jpg")
+    return (path.suffix[1:].lower() if isinstance(path, Path) else "") or "img"

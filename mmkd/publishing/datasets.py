@@ -7,25 +7,19 @@ downloaded from the Hub.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from mmkd.data.archives import ArchivedFile, ArchiveWriter
 from mmkd.data.features.store import FeatureStore, meta_sha256
 from mmkd.data.folder import PairFolder, open_pairs, write_manifest
+from mmkd.data.inspection import write_webdataset
 from mmkd.data.licenses import is_open
+from mmkd.data.pixel_rules import UnreadableImageError
 from mmkd.data.provenance import UNSTATED, store_teacher
 from mmkd.data.table import TABLE_FILE, Pair
-from mmkd.files import atomic_file, write_json
+from mmkd.files import write_json
 from mmkd.publishing import card as cards
 from mmkd.publishing.publication import Draft, Publication, stage_file, stage_json, without_places
 from mmkd.student.folder import describe_pairs
@@ -117,36 +111,14 @@ def _conflict(parts: list[cards.Component], license: str | None) -> list[str]:
 def _in_tars(pairs: PairFolder, staged: Path) -> Iterator[Pair]:
     """The pairs, with their images in tars, of which there are never more than `MOST_TARS`.
 
-    A tar holds ``NUMBER.jpg``, ``NUMBER.txt`` and ``NUMBER.json`` of each pair, as `datasets` and webdataset read them.
+    Raises:
+        FileNotFoundError: an image is missing.
     """
-    rows, size = iter(pairs.pairs), max(PAIRS_OF_A_TAR, -(-len(pairs.pairs) // MOST_TARS))
-    for number in range(-(-len(pairs.pairs) // size)):
-        archive = f"{number:05d}.tar"
-        with atomic_file(staged / archive) as file:
-            writer = ArchiveWriter(file)
-            for place, pair in enumerate(islice(rows, size)):
-                key, image = f"{number:05d}{place:07d}", pairs.image_path(pair)
-                try:
-                    data = image.read_bytes()
-                except FileNotFoundError:
-                    raise FileNotFoundError(
-                        f"pair {pair.id}: {image} is missing; curate again, or push with --images false"
-                    ) from None
-                stored = writer.add(f"{key}.{_suffix(image, data)}", data)
-                writer.add(f"{key}.txt", pair.caption.encode())
-                facts = {name: value for name, value in asdict(pair).items() if name not in ("image", "caption")}
-                writer.add(f"{key}.json", json.dumps(facts, ensure_ascii=False).encode())
-                yield replace(pair, image=str(ArchivedFile(Path(archive), stored.offset, stored.size)))
-            writer.finish()
-
-
-def _suffix(image: Path | ArchivedFile, data: bytes) -> str:
-    """How the name of an image ends; in an archive, where names are not published, the kind that it is."""
-    if isinstance(image, Path):
-        return image.suffix[1:].lower()
-    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as opened:
-        return str(opened.format).lower()
-    return "bin"
+    staged.mkdir()
+    try:
+        yield from write_webdataset(pairs, staged, max(PAIRS_OF_A_TAR, -(-len(pairs.pairs) // MOST_TARS)))
+    except UnreadableImageError as error:
+        raise FileNotFoundError(f"{error}; curate again, or push with --images false") from None
 
 
 def _image_notes(restricted: dict[str, int], images: bool | None, count: int) -> list[str]:

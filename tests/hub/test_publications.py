@@ -152,11 +152,28 @@ def test_images_in_archives_come_out_of_them(tmp_path, publication):
     staged = publication(tmp_path).staged
     published = open_pairs(staged)
     assert published.image_path(published.pairs[0]).read_bytes() == tiny.getvalue()
-    assert [path.name for path in (staged / "images").iterdir()] == ["00000.tar"]
-    assert b"secret-name" not in (staged / "images/00000.tar").read_bytes()
+    assert [path.name for path in (staged / "images").iterdir()] == ["000000.tar"]
+    assert b"secret-name" not in (staged / "images/000000.tar").read_bytes()
     loaded = load_dataset("webdataset", data_files=str(staged / "images/*.tar"), split="train", streaming=True)
     (row,) = loaded
     assert (row["png"].size, row["txt"], row["json"]["license"]) == ((4, 4), "caption", "CC0")
+
+
+def test_datasets_reads_published_images_of_several_forms(tmp_path, publication):
+    """It requires the same suffix of all images, and takes what follows the first dot of a name for a column."""
+    (tmp_path / "images").mkdir()
+    forms = {"a.1": "PNG", "b": "JPEG", "c": "BMP"}
+    for name, form in forms.items():
+        Image.new("RGB", (4, 6)).save(tmp_path / "images" / f"{name}.{form.lower()}")
+    write_manifest(tmp_path, [Pair(k, f"{k}.{form.lower()}", f"of {k}", license="CC0") for k, form in forms.items()])
+    staged = publication(tmp_path).staged
+    rows = list(load_dataset("webdataset", data_files=str(staged / "images/*.tar"), split="train", streaming=True))
+    assert [(row["png"].size, row["txt"], row["json"]["id"]) for row in rows] == [
+        ((4, 6), f"of {name}", name) for name in forms
+    ]
+    (tmp_path / "images" / "b.jpeg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.jpeg.*push with --images false"):
+        publication(tmp_path)
 
 
 def test_a_store_without_a_shard_is_refused(published_features, tmp_path, publication):

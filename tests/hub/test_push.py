@@ -157,7 +157,7 @@ def test_pairs_go_up_with_images_that_may_be_passed_on_and_come_down_as_they_wer
     assert done.returncode == 0, done.stderr
     assert "check that none names a patient" in done.stderr
     files = hub.repository("user/pairs", "dataset").files
-    assert "images/00000.tar" in files and not [name for name in files if name.endswith((".png", "dropped.jsonl"))]
+    assert "images/000000.tar" in files and not [name for name in files if name.endswith((".png", "dropped.jsonl"))]
     card = DatasetCard(files["README.md"][0].decode())
     assert card.data.license == "cc-by-4.0"
     assert card.data.configs[0]["data_files"] == [{"split": "all", "path": "images/*.tar"}]
@@ -182,7 +182,7 @@ def test_images_without_a_licence_stay_where_they_are(hub, published_pairs, tmp_
     assert "images/deep" not in shown.stdout and "not uploaded: dropped.jsonl, images" in shown.stdout
     assert "The images themselves are not here" in shown.stdout
     forced = mmkd_at(hub, tmp_path, "push", folder, "--repo", "user/pairs", "--dry-run", "--images", "true")
-    assert "images are published although" in forced.stderr and "images/00000.tar" in forced.stdout
+    assert "images are published although" in forced.stderr and "images/000000.tar" in forced.stdout
 
 
 def test_features_go_up_with_their_teachers_licences(hub, published_features, tmp_path):
