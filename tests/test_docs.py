@@ -1,4 +1,4 @@
-"""README, pages and notebooks: Python blocks run, commands have the settings that they give, links and tables hold."""
+"""Python blocks of README and pages run; in notebooks too, commands have the settings that they give, and links hold."""
 
 import dataclasses
 import importlib
