@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 from mmkd.data.folder import open_pairs
 from mmkd.encoders.encoder import BATCH_SIZE, DualEncoder
@@ -26,9 +28,8 @@ from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import inputs_of, run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
-from mmkd.exporting.encoder import ExportedEncoder
 from mmkd.exporting.folder import compare_towers, examples, tower_bytes, towers
-from mmkd.exporting.usage import DESCRIPTION, Tower, load_tower
+from mmkd.exporting.usage import DESCRIPTION, Encoder, Tower, load_tower
 from mmkd.files import read_json
 from modeling_mmkd import MMKDClipModel
 
@@ -36,6 +37,33 @@ MODEL = "model"
 BATCHES = (1, 16)
 COMPARED, TOKENS = 16, 16
 WARM_UPS = 2
+
+
+class ExportedEncoder(DualEncoder):
+    """An exported folder as an encoder; its own ``usage.py`` prepares images and texts."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Load the towers.
+
+        Args:
+            folder: that ``mmkd export`` has written.
+            name: of the encoder.
+        """
+        self._encoder = Encoder(folder, threads=torch.get_num_threads())
+        metadata = self._encoder.metadata
+        super().__init__(name, metadata["dim"], {"export": metadata})
+
+    def prepare(self, image: Image.Image) -> NDArray[np.float32]:
+        """See `DualEncoder`; (3, side, side)."""
+        return self._encoder.pixels(image)
+
+    def image_features(self, prepared: list[NDArray[np.float32]]) -> Tensor:
+        """See `DualEncoder`."""
+        return torch.from_numpy(self._encoder.encode_pixels(prepared))
+
+    def text_features(self, texts: list[str]) -> Tensor:
+        """See `DualEncoder`."""
+        return torch.from_numpy(self._encoder.encode_texts(texts))
 
 
 def measure(
