@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmkd.encoders.authors_checkpoint import to_authors
-from mmkd.exporting.folder import examples
+from mmkd.exporting.folder import examples, require_exportable
 from mmkd.files import write_json
 from mmkd.student.folder import load_student
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
@@ -96,6 +97,8 @@ def write_open_clip(student: str, folder: Path, place: Path) -> None:
 
     model, processor = load_student(student)
     model.eval()
+    require_exportable(processor, Path(student))
+    _require_open_clip_pixels(student, processor.image_processor)
     try:
         tensors = open_clip_tensors(model.state_dict())
     except ValueError as error:
@@ -179,6 +182,15 @@ def with_place(config: dict[str, Any], place: Path) -> dict[str, Any]:
     model = config["model_cfg"]
     names = dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), str(place.resolve()))
     return {**config, "model_cfg": {**model, "text_cfg": {**model["text_cfg"], **names}}}
+
+
+def _require_open_clip_pixels(student: str, pixels: Any) -> None:
+    """Refuse other preprocessing than `open_clip_config` states: bicubic, the shortest side to that of the crop."""
+    side = pixels.crop_size["height"]
+    if pixels.size.get("shortest_edge") != side or pixels.resample != Image.Resampling.BICUBIC:
+        raise ValueError(
+            _refusal(student, f"its images are resized to {dict(pixels.size)} by resample {int(pixels.resample)}")
+        )
 
 
 def _features(output: Any, normalize: bool) -> Tensor:

@@ -164,6 +164,15 @@ def test_a_student_that_open_clip_cannot_hold_names_the_adapter(tmp_path, capsys
     assert_refused(capsys, tmp_path, "hidden layer", "load_open_clip", checkpoint=student, to="open_clip")
 
 
+def test_pixels_that_open_clip_would_not_make_are_refused(tmp_path, capsys):
+    pytest.importorskip("open_clip")
+    student = save_tiny(tmp_path / "student")
+    processor = MMKDClipProcessor.from_pretrained(student)
+    processor.image_processor.size = {"shortest_edge": 40}
+    processor.save_pretrained(student)
+    assert_refused(capsys, tmp_path, "resized to", "load_open_clip", checkpoint=student, to="open_clip")
+
+
 def test_mixed_precision_takes_the_widest(tmp_path, tiny):
     state = {key: value.half() if "mlp" in key else value for key, value in state_of(tiny[2]).items()}
     torch.save(state, tmp_path / "x.pt")
