@@ -18,7 +18,15 @@ from safetensors import SafetensorError, safe_open
 from mmkd.data.provenance import UNSTATED
 from mmkd.files import fingerprint, read_json, write_json
 from mmkd.publishing import card as cards
-from mmkd.publishing.publication import ADAPTER_CONFIG, Draft, Publication, stage_file, stage_json, without_places
+from mmkd.publishing.publication import (
+    ADAPTER_CONFIG,
+    Draft,
+    Publication,
+    refuse_links,
+    stage_file,
+    stage_json,
+    without_places,
+)
 from mmkd.publishing.scores import read_scores
 from mmkd.student.folder import (
     INDEX_FILE,
@@ -58,13 +66,16 @@ def stage_model(
 
     Raises:
         FileNotFoundError: weights, processor, tokenizer, results, ONNX files or examples are missing.
-        ValueError: a file is damaged, or the results or ONNX files are of other weights.
+        ValueError: a file is damaged, the results or ONNX files are of other weights, or a file is a link out of its
+            folder.
     """
     folder, staged = draft.folder, draft.staged
     files, provenance = weight_files(folder), without_places(read_provenance(folder))
     tensors = read_headers(files)
     scores = read_scores(results, files) if results is not None else None
     sizes = cards.model_sizes(folder, count_parameters(tensors), {dtype for dtype, _ in tensors.values()})
+    for other in filter(None, (onnx, examples)):
+        refuse_links(other)
     if onnx is not None:
         _stage_onnx(onnx, staged, files)
     shown = _stage_examples(examples, staged) if examples is not None else []

@@ -95,7 +95,7 @@ def kind_of(folder: Path) -> Kind:
         raise FileNotFoundError(f"{folder}: no such folder; give {KINDS}")
     if folder.name.endswith(".partial"):
         raise ValueError(f"{folder} is an unfinished run; run its command again to finish it")
-    _refuse_links(folder)
+    refuse_links(folder)
     if (folder / TABLE_FILE).is_file():
         return "pairs"
     if (folder / "meta.json").is_file() or any(folder.glob("*/meta.json")):
@@ -115,7 +115,7 @@ def kind_of(folder: Path) -> Kind:
     raise ValueError(f"{folder} holds {found}; expected {KINDS}")
 
 
-def _refuse_links(folder: Path) -> None:
+def refuse_links(folder: Path) -> None:
     """Refuse links out of a folder that others may have made: what they name would be published.
 
     Raises:

@@ -209,6 +209,11 @@ def test_links_out_of_the_folder_are_not_published(published_student, publicatio
     (folder / "vocab.txt").symlink_to(tmp_path / "private.txt")
     with pytest.raises(ValueError, match=r"vocab\.txt is a link out of the folder"):
         publication(folder)
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    (shown / "mri.png").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(ValueError, match=r"mri\.png is a link out of the folder"):
+        publication(published_student, "--examples", shown)
     cached = tmp_path / "cache" / "snapshots" / "main"
     cached.mkdir(parents=True)
     (tmp_path / "cache" / "blobs").mkdir()
