@@ -1,7 +1,7 @@
 """Heat map of a whole slide: how similar each tile is to a text, as a picture and as GeoJSON for QuPath.
 
 In QuPath, drag OUTPUT.geojson onto the open slide, and colour the tiles by the measurement (Measure, Show measurement
-maps). Coordinates are pixels of the finest level. Similarities of one model rank tiles; they are no probabilities.
+maps). Coordinates are pixels of the finest level. Similarities of one model rank tiles; they are not probabilities.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from mmkd.distributed import chosen_device
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.slides.tiles import Slide, Tiling, drawn_tiles
 from mmkd.files import atomic_write_bytes, refuse_existing, write_json
+from mmkd.serving.explain import text_direction
 
 
 def main(settings: SlideHeatmapSettings) -> None:
@@ -78,17 +79,16 @@ def main(settings: SlideHeatmapSettings) -> None:
             raise ValueError(f"{settings.slide.name}: {error}") from None
         encoder = load_encoder(settings.model, chosen_device(settings.device))
         encoder.batch_size = settings.batch_size
-        other = settings.against.strip()
-        texts = encoder.encode_texts([settings.text, other] if other else [settings.text])
-        direction = texts[0] - texts[1] if other else texts[0]
+        direction = text_direction(encoder, settings.text, settings.against)
         parts: list[NDArray[np.float32]] = []
         with tqdm(total=len(corners), unit="tile", disable=settings.quiet) as bar:
             for images in tiling.batches(slide, corners, settings.batch_size, settings.workers):
-                parts.append((encoder.encode_images(images) @ direction).numpy())
+                parts.append(encoder.encode_images(images).numpy() @ direction)
                 bar.update(len(images))
         scores = np.concatenate(parts)
         drawn = drawn_tiles(slide, corners, side, scores)
-    write_json(table, geojson(corners, side, scores, f"{settings.text} - {other}" if other else settings.text))
+    name = f"{settings.text} - {settings.against}" if settings.against.strip() else settings.text
+    write_json(table, geojson(corners, side, scores, name))
     atomic_write_bytes(picture, encode(drawn, None)[1])
     if not settings.quiet:
         low, middle, high = np.percentile(scores, (0, 50, 100))

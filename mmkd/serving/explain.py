@@ -22,6 +22,24 @@ CELLS, WINDOW, SHORT_SIDE = 10, 3, 384
 COLD, WARM, HOT = "#1f3b73", "#f2a33a", "#fff2b0"
 
 
+def text_direction(encoder: Encoder, text: str, against: str = "") -> NDArray[np.float32]:
+    """The vector (dim,) whose product with an image's vector is its similarity with a text.
+
+    Args:
+        encoder: of the images.
+        text: caption.
+        against: another caption, whose similarity is subtracted.
+
+    Raises:
+        ValueError: an empty text.
+    """
+    if not text.strip():
+        raise ValueError("the text is empty; give the caption that the heat map is for")
+    texts = np.asarray(encoder.encode_texts([text, against] if against.strip() else [text]), np.float32)
+    direction: NDArray[np.float32] = texts[0] - texts[1] if len(texts) == 2 else texts[0]
+    return direction
+
+
 def heat_map(
     encoder: Encoder, image: Image.Image, text: str, against: str = "", cells: int = CELLS
 ) -> NDArray[np.float32]:
@@ -43,13 +61,10 @@ def heat_map(
     """
     if cells < WINDOW:
         raise ValueError(f"cells is {cells}; at least {WINDOW} are needed")
-    if not text.strip():
-        raise ValueError("the text is empty; give the caption that the heat map is for")
     image = shrink(to_rgb(image), SHORT_SIDE)
     side = min(image.size) / cells
     columns, rows = (max(cells, round(length / side)) for length in image.size)
-    texts = np.asarray(encoder.encode_texts([text, against] if against.strip() else [text]))
-    direction = texts[0] - texts[1] if len(texts) == 2 else texts[0]
+    direction = text_direction(encoder, text, against)
     windows = list(_windows(rows, columns))
     whole = float(np.asarray(encoder.encode_images([image]))[0] @ direction)
     fill = tuple(int(value) for value in np.asarray(image).mean(axis=(0, 1)).round())
