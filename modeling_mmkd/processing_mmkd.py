@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature, CLIPImageProcessorPil, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
-from transformers.utils import logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +36,6 @@ AUTO_MAP = {  # as in the configuration, so that neither forgets it
     "AutoImageProcessor": "processing_mmkd.MMKDClipImageProcessor",
     "AutoProcessor": "processing_mmkd.MMKDClipProcessor",
 }
-IMAGES_FILE = "preprocessor_config.json"  # where clients in other languages look for the image processor
 LOCAL_SETTINGS = ("local_files_only", "is_local", "backend")  # how a tokenizer was read, which is nobody else's concern
 WINDOW_PERCENTILES = (0.5, 99.5)  # of deep grey, as in `mmkd.data.pixel_rules`, whose pixels these are exactly
 DEFAULTS: dict[str, dict[str, Any]] = {"text_kwargs": {"padding": True, "truncation": True}}
@@ -80,7 +79,10 @@ class MMKDClipProcessor(ProcessorMixin):
         self.auto_map = dict(AUTO_MAP)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Write a folder for every client: ``preprocessor_config.json`` too, and nothing of the machine it was made on.
+        """Write a folder for every client, with nothing of the machine it was made on.
+
+        transformers reads the image processor from ``processor_config.json``. ``preprocessor_config.json`` is a copy of
+        these settings for clients in other languages, such as transformers.js: change both or neither.
 
         Returns:
             paths of the files.
@@ -90,7 +92,7 @@ class MMKDClipProcessor(ProcessorMixin):
         if isinstance(self.image_processor, MMKDClipImageProcessor):
             self.image_processor.auto_map = dict(AUTO_MAP)  # type: ignore[attr-defined]
         files = super().save_pretrained(save_directory, *args, **kwargs)
-        path = Path(save_directory) / IMAGES_FILE
+        path = Path(save_directory) / IMAGE_PROCESSOR_NAME
         values = {**self.image_processor.to_dict(), "image_processor_type": "CLIPImageProcessor"}
         values.pop("auto_map", None)  # from here pipelines would run the folder's code for a video processor
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

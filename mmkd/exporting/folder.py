@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from mmkd.data.provenance import installed_versions
 from mmkd.exporting.onnx_files import FOLDER, FP16, QUANTIZED, quiet_exporters, write_onnx
@@ -39,7 +40,6 @@ READER, READER_MODULES = "pixel_reader", ("archives.py", "images.py", "medical.p
 PACKAGES = ("mmkd-clip", "torch", "transformers", "onnx", "onnxruntime")
 TOLERANCE = 1e-4  # largest difference to the model that an export in floating point may have
 MAX_BATCH = 65536
-IMAGES_FILE = "preprocessor_config.json"
 NOT_OF_EXPORT = ("processor_config.json", "processing_mmkd.py")  # of a processor that needs this package
 
 
@@ -151,9 +151,8 @@ def write_client_files(output: Path, model: MMKDClipModel, processor: Any) -> No
     """Write what clients of a CLIP read, none of which needs this package; sizes that the graphs hold are left out."""
     for name in NOT_OF_EXPORT:
         (output / name).unlink(missing_ok=True)
-    pixels = read_json(output / IMAGES_FILE)
-    pixels.pop("auto_map", None)
-    write_json(output / IMAGES_FILE, pixels | {"processor_class": "VisionTextDualEncoderProcessor"})
+    pixels = read_json(output / IMAGE_PROCESSOR_NAME)
+    write_json(output / IMAGE_PROCESSOR_NAME, pixels | {"processor_class": "VisionTextDualEncoderProcessor"})
     width, text = {"projection_dim": model.config.projection_dim}, model.config.text_config
     config = {
         "architectures": ["CLIPModel"],
