@@ -142,7 +142,8 @@ class MMKDClipPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Projections: normal with ``initializer_range`` times ``initializer_factor``; ``logit_scale``: its value."""
         if isinstance(module, nn.Linear) and getattr(module, "_is_projection", False):
-            spread = self.config.initializer_range or module.in_features**-0.5
+            spread = self.config.initializer_range
+            spread = module.in_features**-0.5 if spread is None else spread
             init.normal_(module.weight, mean=0.0, std=spread * self.config.initializer_factor)
         elif isinstance(scale := module._parameters.get("logit_scale"), nn.Parameter):
             init.constant_(scale, self.config.logit_scale_init_value)
