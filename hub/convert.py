@@ -159,10 +159,10 @@ def write_for_open_clip(settings: ConvertSettings) -> None:
 
 
 def require_folder(settings: ConvertSettings) -> None:
-    """Refuse what is not a model folder, and sizes beside one.
+    """Raise if the checkpoint is not a model folder, or if ``--config`` is given with one.
 
     Raises:
-        ValueError: ``--config`` is given, or the checkpoint is no model folder.
+        ValueError: see above.
     """
     if settings.config is not None:
         raise ValueError("--config belongs to --to transformers; a folder states its own sizes")
