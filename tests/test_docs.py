@@ -1,4 +1,4 @@
-"""Python blocks of README and pages run; in notebooks too, commands have the settings that they give, and links hold."""
+"""Python blocks of README and pages run; in notebooks too, commands have the settings that they give and links hold."""
 
 import dataclasses
 import importlib
