@@ -72,7 +72,7 @@ def gather(rows: Tensor) -> Tensor:
     """Concatenate the rows of all processes in rank order, with gradient.
 
     Args:
-        rows: `(rows, ...)`, the same shape on every process; floating point or bool.
+        rows: `(rows, ...)`, the same shape on every process; only floating point has a gradient.
 
     Returns:
         `(rows * world_size, ...)`; the rows of this process start at `rank() * rows`. The gradient that reaches
@@ -225,7 +225,7 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
-    """Within it fp32 products do not use TF32: at a scale of 100 its logits would be wrong by some hundredths."""
+    """Within it fp32 products do not use TF32, in which logits at a scale of 100 are wrong by some hundredths."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -60,6 +60,7 @@ from mmkd.data.features.lookup import Features, TeacherFeatures, available_featu
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
 from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
+from mmkd.distillation.heads import TeacherHeads, dispersions_of, open_standardizer
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import require_width
 from mmkd.distillation.weighting import spread_scales
@@ -116,8 +117,6 @@ def distill_objective(
     settings.require_known(teachers, sorted({pair.modality for pair in pairs}) if by_modality else [])
     heads, dispersions = None, {}
     if settings.losses["heads"]:
-        from mmkd.distillation.heads import TeacherHeads, dispersions_of, open_standardizer
-
         raw, standardizer = features["teachers"], None
         if settings.head_form == "standardized":
             standardizer = open_standardizer(settings.standardizer, raw.dims)

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import torch
 
 from mmkd.command.settings import resolved, save_settings
-from mmkd.distributed import chosen_device, join_group, rank, wait_for_everyone
+from mmkd.distributed import allow_tf32, chosen_device, join_group, rank, wait_for_everyone
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import named_sources
@@ -68,7 +68,7 @@ def main(settings: EvalSettings) -> None:
 
 def run_once(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
     """One evaluation into one folder; the summary on the first process, nothing on the others."""
-    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    allow_tf32(settings.precision == "tf32")
 
     def load(source: str) -> DualEncoder:
         device = chosen_device(settings.device)

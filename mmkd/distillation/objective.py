@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmkd.data.features.lookup import Modality
 from mmkd.distillation import losses
+from mmkd.distillation.heads import TeacherHeads
 from mmkd.distillation.options import ALIGNED_LOSSES, DistillOptions
 from mmkd.distillation.rows import Rows, captioned_rows
 from mmkd.distillation.targets import TeacherSimilarities, TeacherWeights, combined_target, teacher_weights
@@ -22,9 +23,6 @@ from mmkd.distillation.weighting import sample_teacher
 from mmkd.distributed import gather
 from mmkd.student.embed import embed
 from mmkd.training.objectives import Objective, gathered, task_loss
-
-if TYPE_CHECKING:
-    from mmkd.distillation.heads import TeacherHeads
 
 
 class DistillObjective(Objective):
@@ -81,7 +79,7 @@ class DistillObjective(Objective):
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` and every part that has a weight, unweighted.
 
-        Where the batch has ``captioned``, a number, only so many rows have a caption, the first ones. The other images
+        ``captioned``, where the batch has it, is the number of rows with a caption, which come first. The other images
         take part in the losses of images alone.
         """
         student, options = gathered(embeddings), self.options

@@ -111,9 +111,9 @@ def check(settings: EvalSettings, sources: dict[str, str]) -> None:
     given = [name for name in ("pairs", "suite", "datasets") if getattr(settings, name)]
     if len(given) != 1:
         raise ValueError(f"give one of --pairs, --suite and --datasets; {' and '.join(given) or 'none'} given")
-    if (settings.data if given == ["pairs"] else settings.questions) is not None:
-        own, other = ("data", "--suite or --datasets") if given == ["pairs"] else ("questions", "--pairs")
-        raise ValueError(f"--{own} belongs to {other}; leave it out with --{given[0]}")
+    unused, belongs = ("data", "--suite or --datasets") if given == ["pairs"] else ("questions", "--pairs")
+    if getattr(settings, unused) is not None:
+        raise ValueError(f"--{unused} belongs to {belongs}; leave it out with --{given[0]}")
     for kind in settings.tasks:
         if kind not in TASK_KINDS:
             raise ValueError(f"unknown task {kind!r}{nearest(kind, TASK_KINDS)}; known: {', '.join(TASK_KINDS)}")

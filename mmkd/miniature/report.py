@@ -117,7 +117,7 @@ class Scores:
 
 
 def contrasts(scores: Scores, arms: Sequence[str], baselines: Sequence[str], noises: Sequence[float]) -> dict[str, Any]:
-    """Every difference of the default from another row, the primary one first, Holm-adjusted over the others.
+    """Every difference of the default from another row, Holm-adjusted over all of them.
 
     Args:
         scores: of all rows.
@@ -126,7 +126,7 @@ def contrasts(scores: Scores, arms: Sequence[str], baselines: Sequence[str], noi
         noises: shares of wrong captions.
 
     Returns:
-        ``primary``, one row, or None where its noise or a control is missing; and ``rows``.
+        ``rows``, one for each other row, endpoint and noise; the primary contrast is not among them, see `primary`.
     """
     counts = {e: sum(len(q.rows) for q in scores.questions.values() if q.endpoint == e) for e in ENDPOINTS}
     found = []

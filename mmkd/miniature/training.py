@@ -124,7 +124,7 @@ def resized(pixels: Tensor) -> Tensor:
 
 
 def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """A random square of each image `(rows, 3, side, side)` uint8, every second one mirrored, at the side `SIDE`."""
+    """A random square of each image `(rows, 3, side, side)` uint8 at the side `SIDE`, mirrored with probability 1/2."""
     rows = len(pixels)
     scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * torch.rand(rows, generator=generator)
     shift = (2 * torch.rand(rows, 2, generator=generator) - 1) * (1 - scale[:, None])

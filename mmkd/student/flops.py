@@ -47,7 +47,7 @@ PEAKS = {
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
 }
-WITHOUT_TF32 = ("V100", "T4", "MI250X")  # the others have half the bf16 peak in it
+WITHOUT_TF32 = ("V100", "T4", "MI250X")  # the TF32 peak of the others is half that of bf16
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from mmkd.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = timedelta(hours=1)  # of processes for one another: validation, a checkpoint, the first batches of a cold disk
+TIMEOUT = timedelta(hours=1)  # a process may wait for others that validate, save or read from a slow disk
 
 
 def start(settings: LoopSettings) -> Accelerator:

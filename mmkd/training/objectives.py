@@ -135,7 +135,7 @@ class ObjectiveWrapper(nn.Module):
             return self.objective.encode(batch)
 
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`Objective.loss`, in full fp32."""
+        """`Objective.loss`, in full fp32; its backward pass may use TF32, as `allow_tf32` has set."""
         with full_fp32():
             return self.objective.loss(embeddings, batch)
 

@@ -219,7 +219,7 @@ def _memory_gb(stage: Stage, size: ModelSize, hardware: Hardware) -> float:
 
 
 def fitting(stage: Stage, size: ModelSize, hardware: Hardware) -> Stage | None:
-    """The stage with the largest batch and micro-batch that fit, at most its own; None where the weights do not fit."""
+    """The stage with a batch that the GPUs share evenly, its micro-batch halved until it fits; None if none does."""
     stage = replace(stage, batch_size=max(1, stage.batch_size // hardware.gpus) * hardware.gpus)
     micro, _ = _local_rows(stage, hardware)
     while _memory_gb(stage, size, hardware) > GPU_MEMORY[hardware.gpu]:

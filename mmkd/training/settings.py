@@ -41,8 +41,8 @@ class BatchSettings(RunSettings):
     GROUP: ClassVar[str] = "data"
 
     batch_size: int = setting(64, "global batch size over all processes [pairs]")
-    crop: Literal["random", "center"] = setting("random", "crop of training images: a random part, or none")
-    crop_area: float = setting(0.9, "smallest share of the area of a random crop")
+    crop: Literal["random", "center"] = setting("random", "crop of training images: a random part, or the center")
+    crop_area: float = setting(0.9, "smallest area of a random crop, as a share of the image")
     workers: int = setting(2, "processes that read images, for each training process")
     cache_frozen_towers: Path | None = setting(
         None, "folder for the outputs of frozen towers, encoded once for all runs that name it; needs --crop center"
@@ -73,7 +73,7 @@ class LoopSettings(RunSettings):
         None, "decay per step of the exponential moving average of the weights, which is the output; null disables it"
     )
     precision: Literal["fp32", "bf16"] = setting("fp32", "precision of the model's forward pass; losses are fp32")
-    tf32: bool = setting(True, "on GPUs, fp32 products of the model in TF32; those of losses stay in full fp32")
+    tf32: bool = setting(True, "on GPUs, fp32 products in TF32, except the similarities of losses")
     dropout: float = setting(
         0.0, "probability of every dropout layer; above 0 results depend on the number of processes"
     )
