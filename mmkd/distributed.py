@@ -34,7 +34,7 @@ def world_size() -> int:
 
 
 def join_group() -> None:
-    """Join the processes that a launcher has started, for evaluation and extraction, not for training.
+    """Join the processes that a launcher has started, for evaluation and alignment, not for training.
 
     They communicate over gloo, which needs no GPU, with a timeout of days: one process may compute a long result while
     the others wait.

@@ -108,6 +108,8 @@ def check(settings: FinetuneSettings) -> None:
         raise ValueError("--merge false writes an adapter alone, and --method full has none; choose lora or dora")
     if not settings.merge and settings.train_logit_scale:
         raise ValueError("an adapter cannot hold logit_scale: --train_logit_scale true needs --merge true")
+    if settings.positives == "caption" and settings.objective == "classification":
+        raise ValueError("--positives caption belongs to --objective contrastive; leave it out with classification")
 
 
 def save_adapter(folder: Path, adapted: Any, processor: Any, provenance: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.medical import form_of, read_dicom, read_nifti
@@ -224,6 +224,11 @@ def thumbnail(source: Path | ArchivedFile) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def heat_colours(heat: Image.Image) -> Image.Image:
+    """A grey image in the colours of heat maps: dark blue for 0, orange between, light yellow for 255."""
+    return ImageOps.colorize(heat, "#1f3b73", "#fff2b0", "#f2a33a")
 
 
 def check_quality(quality: int) -> None:

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mmkd.data.images import shrink, to_rgb
+from mmkd.data.images import heat_colours, shrink, to_rgb
 from mmkd.serving.encoders import Encoder
 
 CELLS, WINDOW, SHORT_SIDE = 10, 3, 384
-COLD, WARM, HOT = "#1f3b73", "#f2a33a", "#fff2b0"
 
 
 def text_direction(encoder: Encoder, text: str, against: str = "") -> NDArray[np.float32]:
@@ -92,9 +91,7 @@ def overlay(image: Image.Image, heat: NDArray[np.float32], opacity: float = 0.65
     scaled = (255 * positive / max(float(positive.max()), np.finfo(np.float32).tiny)).round().astype(np.uint8)
     smooth = Image.fromarray(scaled).resize(image.size, Image.Resampling.BICUBIC)
     grey = ImageOps.grayscale(image).convert("RGB")
-    return Image.composite(
-        ImageOps.colorize(smooth, COLD, HOT, WARM), grey, smooth.point(lambda value: opacity * value)
-    )
+    return Image.composite(heat_colours(smooth), grey, smooth.point(lambda value: opacity * value))
 
 
 def _windows(rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:

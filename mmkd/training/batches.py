@@ -118,7 +118,7 @@ def global_sampler(pairs: int, settings: BatchSettings) -> GlobalBatchSampler:
 
 
 class PairBatches:
-    """Batches of images, captions and teacher features, each in ``micro_batches`` where it is larger than one.
+    """Batches of images, captions and teacher features; a batch of several micro-batches has them as ``micro_batches``.
 
     Worker processes assemble micro-batches: a large batch never is one piece of shared memory, nor copied as a whole.
     """

@@ -132,6 +132,7 @@ def test_default_adapters_are_a_few_megabytes(preset):
     [
         (["--method", "full", "--merge", "false"], "--merge false writes an adapter alone"),
         (["--merge", "false", "--train_logit_scale", "true"], "an adapter cannot hold logit_scale"),
+        (["--objective", "classification", "--positives", "caption"], "belongs to --objective contrastive"),
         (["--rank", "0"], "--rank is 0"),
     ],
 )

@@ -19,17 +19,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
-from mmkd.data.images import UnreadableImageError, open_image
+from mmkd.data.images import UnreadableImageError, heat_colours, open_image
 
 THUMBNAIL = 1024
 GLASS, STAIN = 15, 60  # bounds of the threshold: dirty glass stays below 15; a slide may be tissue all over
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 PYRAMIDS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms")
 COARSEST_MPP = 20.0  # a header that states more describes a screen (72 dots an inch), not a microscope
-COLD, WARM, HOT, OPACITY = "#1f3b73", "#f2a33a", "#fff2b0", 0.6
-OUTLINE = "#0b6b66"
+OPACITY, OUTLINE = 0.6, "#0b6b66"
 BATCHES_AHEAD = 2
 MOST_PIXELS = 10**11  # of a slide; the largest of scanners have half of it
 BLOCK = 8000  # largest side, in pixels, of a region that is read at once; 256 MB as RGBA
@@ -270,4 +269,4 @@ def drawn_tiles(
     for box, shade in zip(boxes, shades.tolist(), strict=True):
         draw_heat.rectangle(box, fill=shade)
         draw_covered.rectangle(box, fill=round(255 * OPACITY))
-    return Image.composite(ImageOps.colorize(heat, COLD, HOT, WARM), thumbnail, covered)
+    return Image.composite(heat_colours(heat), thumbnail, covered)
