@@ -44,7 +44,7 @@ class MiniatureSettings:
     protocol: str = setting("", "version of the protocol, such as a commit; recorded in claim.json")
     quick: bool = setting(False, "one draw, one seed, 20 % wrong captions, five arms, 300 images of a collection")
     train_vision: bool = setting(
-        False, "train the students' vision towers too, in minutes each; frozen ones choose among the tuning trials"
+        False, "also train the students' vision towers, minutes each; tuning trials are chosen with frozen towers"
     )
     workers: int = setting(2, "number of processes")
     quiet: bool = setting(False, "show no progress bars")

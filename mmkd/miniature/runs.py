@@ -60,7 +60,7 @@ OWN = "own starting towers"
 STUDENT_VISION = "packaged:efficientnet-lite0"
 TEACHER_VISIONS = ("packaged:efficientnet-lite2", "packaged:efficientnet-lite1")
 DIM, HIDDEN = 128, 256
-VISION_BATCH = 64  # pairs of a batch at most, where the student's vision tower is trained
+VISION_BATCH = 64  # largest batch of a student whose vision tower is trained
 ALIGNING_STEPS = 300  # of the paper's autoencoder
 POOL, PERCENTILE, FEWEST, MINIMUM = 1024, 80.0, 50, 1
 

@@ -34,9 +34,9 @@ from modeling_mmkd.modeling_mmkd import MMKDClipProjection, vision_width
 WEIGHTS, EMBEDDINGS = "weights.safetensors", "embeddings.safetensors"
 LOGIT_SCALE = float(np.log(1 / 0.07))
 SIDE = 96  # pixels, of the images of a student whose vision tower is trained
-SMALLEST_CROP = 0.6  # of a side
-TOWER_RATE = 0.1  # learning rate of a trained tower, as a factor
-TOGETHER = 64
+SMALLEST_CROP = 0.6  # side of a random crop, as a share of the image's
+TOWER_RATE = 0.1  # learning rate of a trained vision tower, as a factor of the projections'
+TOGETHER = 64  # images encoded at once
 
 
 @dataclass(frozen=True)

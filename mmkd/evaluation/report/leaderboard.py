@@ -403,7 +403,7 @@ def caveat(board: Leaderboard) -> str:
     control = (
         "The difference from stage 1 includes the effect of training for longer: no model that was trained as long "
         "without a teacher is among the encoders. "
-        if distillation(board) and not over_control(board)
+        if distillation(board) and NO_TEACHER not in board.rows
         else ""
     )
     return (
