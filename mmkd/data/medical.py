@@ -418,8 +418,8 @@ def _reading(name: str) -> Iterator[None]:
     Raises:
         UnreadableImageError: ``corrupt``.
     """
-    for name in ("pydicom", "nibabel.global"):
-        logger = logging.getLogger(name)
+    for library in ("pydicom", "nibabel.global"):
+        logger = logging.getLogger(library)
         if _not_reading not in logger.filters:
             logger.addFilter(_not_reading)
     token = _READING.set(True)

@@ -44,7 +44,7 @@ def reason_of(data, name=None, tmp_path=None, **options):
     with pytest.raises(UnreadableImageError) as caught:
         open_image(source, **options)
     assert caught.value.reason in REASONS
-    assert "SECRET" not in str(caught.value)
+    assert "SECRET" not in str(caught.value) and str(source if name else "image") in str(caught.value)
     return caught.value.reason
 
 
