@@ -1,10 +1,10 @@
 """Tasks of a stage in processes of this machine, in jobs of Slurm or on a Ray cluster.
 
 The work of a data-parallel stage is a list of items, each of which writes its own files whole or not at all: a shard of
-features, the part of one tar, the features of one slide. These files are the only record of what is done. A task is a
-run of items that one process works through; when all tasks have ended, the items whose files are still missing, because
-a process was killed or a node was lost, become new tasks for the others. Two processes may work on one item, since both
-write the same bytes. No server is needed on one machine, and one worker is this process itself.
+features, the part of one tar. These files are the only record of what is done. A task is a run of items that one
+process works through; when all tasks have ended, the items whose files are still missing, because a process was killed
+or a node was lost, become new tasks for the others. Two processes may work on one item, since both write the same
+bytes. No server is needed on one machine, and one worker is this process itself.
 
 The executors are the standard library's process pool, submitit for Slurm and Ray's remote functions. datatrove, which
 has all three, was tried as well: its local pool never returns when a process of it is killed (docs/log.md).
@@ -195,21 +195,27 @@ def _on_ray(
     import ray
 
     ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
-    run = ray.remote(max_retries=TRIES, **settings.resources)(_run)
+    lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+    run = ray.remote(**{"max_retries": TRIES} | settings.resources)(_run)
     left = list(tasks)[::-1]
     running: dict[Any, Sequence[Item]] = {}
-    while left or running:
-        while left and len(running) < settings.workers:
-            task = left.pop()
-            running[run.remote(work, task, str(Path.cwd()))] = task
-        for ended in ray.wait(list(running))[0]:
-            task = running.pop(ended)
-            try:
-                ray.get(ended)
-            except ray.exceptions.WorkerCrashedError:
-                logger.warning("a process was killed %d times; its tasks are given to others", TRIES)
-                continue
-            yield task
+    try:
+        while left or running:
+            while left and len(running) < settings.workers:
+                task = left.pop()
+                running[run.remote(work, task, str(Path.cwd()))] = task
+            for ended in ray.wait(list(running))[0]:
+                task = running.pop(ended)
+                try:
+                    ray.get(ended)
+                except lost:
+                    logger.warning("a process was killed %d times; its tasks are given to others", TRIES)
+                    continue
+                yield task
+    except BaseException:
+        for other in running:
+            ray.cancel(other)
+        raise
 
 
 EXECUTORS: dict[str, Callable[..., Iterator[Any]]] = {"local": _locally, "slurm": _on_slurm, "ray": _on_ray}

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from numbered_work import FATAL, WRONG, write_numbers
+from numbered_work import FATAL, SLOW, WRONG, WRONG_LATER, wait_for, write_numbers
 from tqdm import tqdm
 
 from mmkd.command import tasks
@@ -58,6 +58,14 @@ def test_an_error_of_the_work_ends_the_stage(here, executor):
         run([WRONG, 1, 2], TaskSettings(executor=executor, workers=2))
     run([1, 2], TaskSettings(executor=executor, workers=2))
     assert {path.name for path in Path("out").iterdir()} == {"1", "2"}
+
+
+@ray
+def test_an_error_of_the_work_stops_the_tasks_that_run_on_ray(here):
+    with pytest.raises(ValueError, match="this number is wrong"):
+        run([SLOW, WRONG_LATER], TaskSettings(executor="ray", workers=2, resources={"num_cpus": 0}))
+    wait_for(Path("out/stopped"))
+    assert {path.name for path in Path("out").iterdir()} == {"slow", "stopped"}
 
 
 def test_one_worker_is_this_process_and_does_what_is_missing(here):
