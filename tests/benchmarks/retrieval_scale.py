@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import resource
 import tempfile
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from private_memory import PrivateMemory
 from simulated_suite import Simulated, simulated_inputs
 
 from mmkd.data.table import Pair
@@ -48,21 +48,6 @@ class Hashed(Simulated):
 
     def digest(self, pair: Pair) -> str:
         return hashlib.sha256(pair.id.encode()).hexdigest()
-
-
-class Watch(threading.Thread):
-    """The most memory of this process that no file backs, GiB, sampled."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = 0.0
-
-    def run(self) -> None:
-        while True:
-            status = Path("/proc/self/status").read_text()
-            own = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-            self.peak = max(self.peak, int(own.split()[1]) / 2**20)
-            time.sleep(0.02)
 
 
 def opened(pool: int) -> tuple[Hashed, DatasetInputs]:
@@ -143,14 +128,13 @@ def main() -> None:
         writer.start()
         writer.join()
         assert writer.exitcode == 0, "the vectors could not be written"
-        watch = Watch()
-        watch.start()
         ranks.search = searched = Searched(arguments.queries)
         began = time.perf_counter()
-        _, inputs = opened(arguments.pool)
-        run = SuiteRun(settings, [known])
-        run.evaluate(inputs)
-        found = run.summary()["tasks"]["retrieval-simulated"]["rows"]["student"]["metrics"]["mean_recall"]
+        with PrivateMemory() as memory:
+            _, inputs = opened(arguments.pool)
+            run = SuiteRun(settings, [known])
+            run.evaluate(inputs)
+            found = run.summary()["tasks"]["retrieval-simulated"]["rows"]["student"]["metrics"]["mean_recall"]
         seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     threads, each = torch.get_num_threads(), searched.seconds / 2 / arguments.queries
@@ -163,7 +147,7 @@ def main() -> None:
         f"all else of the task, {arguments.replicates} replicates: {seconds - searched.seconds:.1f} s; mean recall "
         f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
     )
-    print(f"peak resident memory {peak:.2f} GiB, mapped pages counted; {watch.peak:.2f} GiB without them")
+    print(f"peak resident memory {peak:.2f} GiB, mapped pages counted; {memory.peak / 2**30:.2f} GiB without them")
     plain = arguments.pool**2 * 4 / 2**30
     print(
         json.dumps({"name": "retrieval_scale", "ours": peak, "baseline": plain, "unit": "GiB", "ratio": plain / peak})

@@ -10,15 +10,14 @@ not grow. Memory is the private part (RssAnon), which mapped files do not add to
 import argparse
 import json
 import multiprocessing
-import re
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from private_memory import PrivateMemory
 
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import write_manifest
@@ -77,31 +76,16 @@ def make(folder: Path, pairs: int, teachers: int, width: int) -> None:
 
 
 def measure(folder: Path, width: int) -> dict[str, float]:
-    """Align, while a thread reads the private memory of this process every 20 ms."""
-    peak, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            peak[0] = max(peak[0], private_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    """Align, while the private memory of this process is read."""
     began = time.perf_counter()
     settings: dict[str, Any] = {
         "pairs": folder / "pairs",
         "features": folder / "features",
         "output": folder / "aligned",
     }
-    align(AlignSettings(**settings, dim=width, quiet=True, trackers=["none"]))
-    done.set()
-    watcher.join()
-    return {"peak": float(peak[0]), "seconds": time.perf_counter() - began}
-
-
-def private_bytes() -> int:
-    """RssAnon of this process."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found.group(1)) * 1024 if found else 0
+    with PrivateMemory() as memory:
+        align(AlignSettings(**settings, dim=width, quiet=True, trackers=["none"]))
+    return {"peak": float(memory.peak), "seconds": time.perf_counter() - began}
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from private_memory import PrivateMemory
 
 PER_PART, EVERY, FULL = 100_000, 100, 24_000_000
 
@@ -60,23 +60,14 @@ def join(work: Path, pairs: int) -> dict[str, float]:
              for number in range(-(-pairs // PER_PART))]  # fmt: skip
     rules = read_rules("paper", near_duplicates="both")
     decide(files[:1], rules, Exclusions())  # libraries are loaded
-    peak, ended = [anonymous_mb()], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.02):
-            peak[0] = max(peak[0], anonymous_mb())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     start = time.process_time()
-    decisions = decide(files, rules, Exclusions())
+    with PrivateMemory() as memory:
+        decisions = decide(files, rules, Exclusions())
     seconds = time.process_time() - start
-    ended.set()
-    watcher.join()
     dropped = decisions.counts()
     assert dropped == {"duplicate": pairs // EVERY, "near_duplicate": pairs // EVERY}, dropped
     shutil.rmtree(work)
-    return {"anonymous_mb": round(peak[0]), "cpu_seconds": round(seconds, 1)}
+    return {"anonymous_mb": round(memory.peak / 2**20), "cpu_seconds": round(seconds, 1)}
 
 
 def write_part(folder: Path, number: int, rows: int) -> Path:
@@ -114,12 +105,6 @@ def write_part(folder: Path, number: int, rows: int) -> Path:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_table(table)
     return path
-
-
-def anonymous_mb() -> float:
-    """Memory of this process that is no file, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 if __name__ == "__main__":
