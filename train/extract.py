@@ -1,9 +1,9 @@
 """Extract the features of every image and caption of a folder of pairs with one or more teachers, once.
 
 Teachers named together share the decoding of images, and the preprocessing where theirs is the same; both run in
-threads beside the encoding. Tasks of any executor (``--executor slurm --workers 16``) write the shards, and each process
-loads the teachers once; a run that is killed resumes at the shard. If pairs have been added since, only these are
-extracted. A pair whose image or caption cannot be read is left out, counted, and listed in the store's
+threads beside the encoding. Tasks of any executor (``--executor slurm --workers 16``) write the shards, and each
+process loads the teachers once; a run that is killed resumes at the shard. If pairs have been added since, only these
+are extracted. A pair whose image or caption cannot be read is left out, counted, and listed in the store's
 ``skipped.jsonl``.
 """
 

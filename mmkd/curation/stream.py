@@ -188,7 +188,7 @@ def _finish(
             f"nothing is left of the {account['read']} samples of {settings['source']}; dropped: {account['dropped']}"
         )
     folder = parts / f"output-{decisions.fingerprint()[:16]}"
-    remove(folder)  # of a killed run: its archives would be taken without a look inside
+    remove(folder)  # of a killed run, whose archives would be reused unchecked
     (folder / "shards").mkdir(parents=True)
     shards = [(file, folder / "shards" / f"{n:06d}.tar", decisions.kept(n)) for n, file in enumerate(files)]
     bar = partial(tqdm, desc="write", unit="shard", disable=quiet)

@@ -22,7 +22,7 @@ from mmkd.data.archives import ArchivedFile, ArchiveWriter
 from mmkd.data.folder import PairFolder
 from mmkd.data.images import UnreadableImageError, open_image, read_image_bytes, thumbnail
 from mmkd.data.splits import spread
-from mmkd.data.table import Pair, batches, table_schema
+from mmkd.data.table import Pair, batches, in_columns, table_schema
 from mmkd.pages.page import Page, Section, counted, write_page
 
 BATCH = 256
@@ -117,7 +117,11 @@ def write_preview(folder: PairFolder, file: Path, number: int) -> int:
     Returns:
         The number of pairs that are shown.
     """
-    ids, modalities = zip(*((pair.id, pair.modality) for pair in folder.pairs), strict=True)
+    ids: list[str] = []
+    modalities: list[str] = []
+    for some_ids, some_modalities in in_columns(folder.pairs, ("id", "modality")):
+        ids += some_ids
+        modalities += some_modalities
     shown = [folder.pairs[row] for row in spread(ids, modalities, number)]
     cards = [
         {

@@ -1,4 +1,8 @@
-"""The settings of an extraction, which its processes receive."""
+"""The settings of an extraction.
+
+They are apart from the recipe, which worker processes do not import, and from modules that import torch, since help and
+misspelt options are answered before that.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teacher features of a folder of pairs: what one process does of an extraction, and all that it needs loaded once."""
+"""Teacher features of a folder of pairs: the part of an extraction that one process does with teachers loaded once."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def group_tasks(tasks: Sequence[FeatureTask]) -> list[list[FeatureTask]]:
         own = task.extraction
         for group in groups:
             other = group[0].extraction
-            if own.size == other.size and own.lacks_what(other):
+            if own.size == other.size and own.lacks_same_pairs(other):
                 group.append(task)
                 break
         else:

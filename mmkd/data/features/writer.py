@@ -197,8 +197,8 @@ class FeatureExtraction:
         """Positions of a shard's pairs among all."""
         return np.asarray(self.missing[shard * self.size : (shard + 1) * self.size])
 
-    def lacks_what(self, other: FeatureExtraction) -> bool:
-        """Whether the same pairs are missing in another store."""
+    def lacks_same_pairs(self, other: FeatureExtraction) -> bool:
+        """Whether the same pairs are missing as in another store."""
         if isinstance(self.missing, range) and isinstance(other.missing, range):
             return self.missing == other.missing
         return np.array_equal(self.missing, other.missing)
