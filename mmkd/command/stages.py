@@ -1,9 +1,8 @@
 """Run stages as the commands that a user would type, each in its own process, and skip those that have finished.
 
-``WORK/stages.json`` lists finished stages with a hash of their settings, their inputs and the package's
-version. If the system can fork, torch and
-transformers are imported once for all processes. A request to stop is forwarded to the running stages: they save, and
-no other stage starts.
+``WORK/stages.json`` lists finished stages with a hash of their settings, their inputs and the package's version. If the
+system can fork, torch and transformers are imported once for all processes. A request to stop is forwarded to the
+running stages: they save, and no other stage starts.
 """
 
 from __future__ import annotations
@@ -205,11 +204,16 @@ def hash_of_named(values: Any, own: Sequence[Path]) -> str:
         listed = values.values() if isinstance(values, dict) else values
         return hashlib.sha256("".join(hash_of_named(value, own) for value in listed).encode()).hexdigest()
     text = str(values).rpartition("=")[2] if isinstance(values, (str, Path)) else ""
-    path = Path(text)
-    if not text or any(path.absolute().is_relative_to(each.absolute()) for each in own):
+    path, outputs = Path(text).absolute(), [each.absolute() for each in own]
+
+    def is_output(file: Path) -> bool:
+        return any(map(file.is_relative_to, outputs))
+
+    if not text or is_output(path):
         return ""
     with contextlib.suppress(OSError):  # such as a sentence, which is too long for a name
-        return fingerprint([path] if path.is_file() else (file for file in path.rglob("*") if file.is_file()))
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        return fingerprint(file for file in files if not is_output(file))
     return ""
 
 

@@ -27,6 +27,14 @@ def test_a_file_that_is_replaced_by_one_of_equal_size_changes_the_key(named, fil
     assert named() != before
 
 
+def test_outputs_of_stages_below_a_named_folder_do_not_change_the_key(named):
+    before = hash_of_named({"source": "."}, [Path("work")])
+    Path("work/pairs/manifest.arrow").write_bytes(b"after")
+    assert hash_of_named({"source": "."}, [Path("work")]) == before
+    Path("data/labels.csv").write_bytes(b"after")
+    assert hash_of_named({"source": "."}, [Path("work")]) != before
+
+
 def test_outputs_of_stages_and_files_that_no_setting_names_do_not_change_the_key(named):
     before = named()
     Path("work/pairs/manifest.arrow").write_bytes(b"after")
