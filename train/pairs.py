@@ -197,7 +197,7 @@ def preview(settings: PreviewSettings) -> None:
     """Write the page.
 
     Raises:
-        ValueError: the output is no ``.html`` file, or no pair is asked for.
+        ValueError: the output is no ``.html`` file, or the number is below 1.
     """
     if settings.output.suffix != ".html" or settings.number < 1:
         raise ValueError(f"--output {settings.output} must end in .html, and --number {settings.number} be 1 or more")

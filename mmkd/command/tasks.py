@@ -54,14 +54,14 @@ class TaskSettings:
     GROUPS: ClassVar[dict[str, str]] = {"computing": "executor tasks workers resources"}
 
     executor: Literal["local", "slurm", "ray"] = setting(
-        "local", "processes of this machine, jobs of Slurm, or a Ray cluster; machines share the folders"
+        "local", "processes of this machine, jobs of Slurm, or a Ray cluster; all machines must see the same folders"
     )
     tasks: int = setting(0, f"number of tasks; 0 takes {TASKS_PER_WORKER} for each worker")
-    workers: int = setting(1, "tasks that run at the same time; 1 of executor local is this process")
+    workers: int = setting(1, "tasks that run at the same time; with executor local, 1 runs in this process")
     resources: dict[str, Any] = setting(
         factory=dict,
-        help="of a task, by the names of submitit (slurm_partition, timeout_min, gpus_per_node, cpus_per_task, mem_gb) "
-        "or Ray (num_cpus, num_gpus, memory)",
+        help="resources of a task by the names of submitit (slurm_partition, timeout_min, gpus_per_node, cpus_per_task, "
+        "mem_gb) or Ray (num_cpus, num_gpus, memory)",
     )
 
     def check_tasks(self) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 
 from mmkd.command.settings import nearest
 from mmkd.data.archives import ArchivedFile, archived_file
-from mmkd.data.splits import numbered_share
 from mmkd.data.table import (
     FIELDS,
     SPLITS,
@@ -286,7 +285,7 @@ def select(
         ValueError: a modality, label or collection that no pair has, a part that is not like 1/3, or fewer than two
             pairs left.
     """
-    share, count = numbered_share(part or "1/1", "part")
+    share, count = _numbered_share(part or "1/1")
     chosen_values = {"modalities": modalities, "labels": labels, "sources": list(sources)}
     if not any(chosen_values.values()) and count == 1:
         return _at_least_two(pairs, pairs)
@@ -312,3 +311,11 @@ def _at_least_two(kept: Sequence[Pair], pairs: Sequence[Pair]) -> Sequence[Pair]
     if len(kept) < 2:
         raise ValueError(f"the selection leaves {len(kept)} of {len(pairs)} training pairs; at least 2 are needed")
     return kept
+
+
+def _numbered_share(text: str) -> tuple[int, int]:
+    """The numbers of ``i/n``, such as 3/8."""
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        raise ValueError(f"--part {text} must be i/n with 1 <= i <= n, for example 3/8")
+    return int(number), int(total)

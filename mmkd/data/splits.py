@@ -109,18 +109,6 @@ def spread(keys: Sequence[str], modalities: Sequence[str], count: int) -> list[i
     return turns[:count]
 
 
-def numbered_share(text: str, option: str) -> tuple[int, int]:
-    """The numbers of ``i/n``, such as 3/8.
-
-    Raises:
-        ValueError: the text has another form; the message names the option.
-    """
-    number, _, total = text.partition("/")
-    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
-        raise ValueError(f"--{option} {text} must be i/n with 1 <= i <= n, for example 3/8")
-    return int(number), int(total)
-
-
 def hashed(seed: int, key: str) -> str:
     """A reproducible random order: the hash of seed and key."""
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).hexdigest()
