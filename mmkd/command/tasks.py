@@ -60,7 +60,7 @@ class TaskSettings:
     workers: int = setting(1, "tasks that run at the same time; with executor local, 1 runs in this process")
     resources: dict[str, Any] = setting(
         factory=dict,
-        help="resources of a task by the names of submitit (slurm_partition, timeout_min, gpus_per_node, cpus_per_task, "
+        help="resources of a task, by name of submitit (slurm_partition, timeout_min, gpus_per_node, cpus_per_task, "
         "mem_gb) or Ray (num_cpus, num_gpus, memory)",
     )
 
