@@ -189,7 +189,7 @@ def _packages(part: str, requirements: Iterable[Requirement], uses: str, extra: 
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{name} {version} does not satisfy {requirement.specifier}")
     if wrong:
-        breaks = f'{", ".join(wrong)}: {uses} will not work; pip install --upgrade "mmkd-clip{extra}"'
+        breaks = f'{", ".join(wrong)}: {uses} will not work; pip install --upgrade -e ".{extra}" in your clone'
         return Finding(part, "warning" if extra else "problem", ", ".join(seen) or "none installed", breaks)
     return Finding(part, "ok", ", ".join(seen))
 

@@ -140,7 +140,7 @@ def _run(name: str, arguments: list[str]) -> None:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        fail(1, f'{package} is not installed; run `pip install "mmkd-clip[{EXTRAS[package]}]"`')
+        fail(1, f'{package} is not installed; run `pip install -e ".[{EXTRAS[package]}]"` in your clone')
     finally:
         os.environ.pop(COMMAND_VARIABLE, None)
 

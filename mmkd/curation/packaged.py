@@ -49,7 +49,7 @@ def packaged_versions() -> str:
     try:
         return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in IMPORT_NAMES)
     except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f'the packaged images need {error.name}: pip install "mmkd-clip[demo]"') from error
+        raise ValueError(f'the packaged images need {error.name}: pip install -e ".[demo]" in your clone') from error
 
 
 def packaged_attribution() -> str:

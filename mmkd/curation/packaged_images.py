@@ -278,4 +278,4 @@ def package_file(package: str, file: str) -> Path:
         if (Path(folder) / file).is_file():
             return Path(folder) / file
     problem = f"this version of {package} has no {file}" if spec else f"{package} is not installed"
-    raise ValueError(f'the packaged images need {package}, but {problem}: pip install "mmkd-clip[demo]"')
+    raise ValueError(f'the packaged images need {package}, but {problem}: pip install -e ".[demo]" in your clone')

@@ -187,7 +187,7 @@ def _database_rows(url: str, query: str) -> list[dict[str, Any]]:
     try:
         import sqlalchemy
     except ImportError:
-        raise ValueError('reports in a database need SQLAlchemy: pip install "mmkd-clip[reports]"') from None
+        raise ValueError('reports in a database need SQLAlchemy: pip install -e ".[reports]" in your clone') from None
     engine = None
     try:
         with warnings.catch_warnings():

@@ -36,7 +36,7 @@ from mmkd.data.pixel_rules import (
     window_hounsfield,
 )
 
-INSTALL = 'pip install "mmkd-clip[dicom]"'
+INSTALL = 'pip install -e ".[dicom]" in your clone'
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 OTHER_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")  # a picture that has DICOM's mark by chance or by intent
 PREAMBLE, MARK = 128, b"DICM"

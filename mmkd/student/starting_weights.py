@@ -291,7 +291,7 @@ def _package(module: str, distribution: str, extra: str = "demo") -> Path:
     """Folder of an installed package, found without running its code."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
-        raise FileNotFoundError(f'{distribution} is not installed; run `pip install "mmkd-clip[{extra}]"`')
+        raise FileNotFoundError(f'{distribution} is not installed; run `pip install -e ".[{extra}]"` in your clone')
     return Path(found.origin).parent
 
 

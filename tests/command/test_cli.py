@@ -109,7 +109,7 @@ def test_a_missing_library_names_the_extra_that_brings_it(monkeypatch, capsys):
     monkeypatch.setattr(cli.runpy, "run_module", missing)
     with pytest.raises(SystemExit, match="1"):
         cli.main(["curate"])
-    assert 'pip install "mmkd-clip[train]"' in capsys.readouterr().err
+    assert 'pip install -e ".[train]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

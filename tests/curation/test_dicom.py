@@ -178,6 +178,6 @@ def test_without_pydicom_an_archive_is_refused_at_once(archive, tmp_path, monkey
     import sys
 
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ValueError, match=r'pip install "mmkd-clip\[dicom\]"'):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[dicom\]"'):
         curate(str(archive), tmp_path / "pairs", read_rules("list"), quiet=True)
     assert not (tmp_path / "pairs").exists() and not (tmp_path / "pairs.parts").exists()

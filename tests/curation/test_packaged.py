@@ -81,5 +81,5 @@ def test_missing_package_says_what_to_install(monkeypatch):
     with pytest.raises(ValueError, match="this version of pydicom has no x"):
         package_file("pydicom", "x.dcm")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "mmkd-clip\[demo\]"'):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[demo\]"'):
         package_file("nilearn", "x")

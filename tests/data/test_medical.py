@@ -196,7 +196,7 @@ def test_a_syntax_without_decoder_and_missing_libraries(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     monkeypatch.setitem(sys.modules, "nibabel", None)
     for data in (ct, volume_file):
-        with pytest.raises(UnreadableImageError, match=r'pip install "mmkd-clip\[dicom\]"') as caught:
+        with pytest.raises(UnreadableImageError, match=r'pip install -e "\.\[dicom\]"') as caught:
             open_image(data)
         assert caught.value.reason == "no_decoder"
 

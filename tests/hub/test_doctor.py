@@ -113,7 +113,7 @@ def test_a_missing_or_old_package_names_what_breaks(monkeypatch):
     assert "transformers 4.57.1 does not satisfy >=5" in finding(found, "packages").breaks
     teachers = finding(found, "extra [teachers]")
     assert teachers.status == "warning" and teachers.breaks.startswith("open_clip_torch is missing: teachers in")
-    assert 'pip install --upgrade "mmkd-clip[teachers]"' in teachers.breaks
+    assert 'pip install --upgrade -e ".[teachers]"' in teachers.breaks
 
 
 def test_a_full_or_closed_disk_and_a_driver_without_torch_are_found(monkeypatch, tmp_path):

@@ -245,7 +245,7 @@ def test_a_missing_package_names_the_extra(vit, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(SystemExit, match="1"):
         cli(["export", str(vit), "--format", "onnx", "--output", str(tmp_path / "out")])
-    assert 'pip install "mmkd-clip[export]"' in capsys.readouterr().err
+    assert 'pip install -e ".[export]"' in capsys.readouterr().err
     assert real is importlib.import_module
 
 

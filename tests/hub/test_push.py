@@ -1,9 +1,9 @@
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from mmkd.publishing.model import stage_weights
 from mmkd.student.folder import weight_files
 from modeling_mmkd import MMKDClipModel
 
+EXPORT = Path(__file__).resolve().parents[2] / "examples" / "results_to_mteb.py"
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["mmkd"] = sys.modules["modeling_mmkd"] = None  # as if not installed
@@ -37,10 +38,21 @@ processor = AutoProcessor.from_pretrained("user/student")
 """
 WITH_MTEB = """
 import modeling_mmkd, mteb
-from PIL import Image
+from mteb.mocks import MockAny2AnyRetrievalI2TTask, MockImageClassificationTask, MockZeroShotClassificationTask
 model = mteb.get_model("user/student")
-vectors = model.model.encode([{"image": Image.new("RGB", (50, 40))}], convert_to_tensor=True)
-print("MODALITIES", *sorted(model.mteb_model_meta.modalities), f"NORM {vectors.norm():.3f}")
+print("MODALITIES", *sorted(model.mteb_model_meta.modalities))
+tasks = [MockAny2AnyRetrievalI2TTask(), MockImageClassificationTask(), MockZeroShotClassificationTask()]
+for result in mteb.evaluate(model, tasks, cache=None, show_progress_bar=False):
+    print("SCORE", result.task_name, result.get_score())
+"""
+RESULTS_IN_MTEB = """
+import json, runpy, mteb
+from pathlib import Path
+export, results, cache = {!r}, {!r}, mteb.ResultCache({!r})
+runpy.run_path(export)["main"](Path(results), cache)
+(found,) = cache.load_results().model_results
+assert found.model_name == "local/ours"
+print(json.dumps({{task.task_name: task.get_score() for task in found.task_results}}))
 """
 SHOW = """
 import torch
@@ -53,7 +65,7 @@ print("EMBEDDING", found[0].tolist())
 def python(hub, home, code, token=TOKEN):
     """In an interpreter of its own, for libraries that keep where the Hub is when they are imported."""
     environment = hub_environment(hub, home, token)
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_a_dry_run_shows_card_and_files_and_touches_no_network(hub, published_student, tmp_path):
@@ -122,13 +134,23 @@ def test_what_was_pushed_loads_by_its_id_with_and_without_the_package(hub, publi
     assert f"removed {', '.join(sorted([*shards, 'model.safetensors.index.json']))}" in whole.stdout
 
 
-def test_mteb_finds_both_modalities_by_id(hub, published_student, tmp_path):
-    if importlib.util.find_spec("mteb") is None:
-        pytest.skip("mteb is not installed")
+def test_mteb_evaluates_image_tasks_by_id(hub, published_student, tmp_path):
+    pytest.importorskip("mteb")
     done = mmkd_at(hub, tmp_path, "push", published_student, "--repo", "user/student")
     assert done.returncode == 0, done.stderr
     loaded = python(hub, tmp_path / "mteb", WITH_MTEB)
-    assert "MODALITIES image text NORM 1.000" in loaded.stdout, loaded.stderr[-2000:]
+    assert "MODALITIES image text" in loaded.stdout, loaded.stderr[-2000:]
+    scores = [line.split() for line in loaded.stdout.splitlines() if line.startswith("SCORE")]
+    assert len(scores) == 3 and all(0 <= float(score) <= 1 for _, _, score in scores)
+
+
+def test_mteb_reads_exported_results(hub, results, tmp_path):
+    pytest.importorskip("mteb")
+    loaded = python(hub, tmp_path, RESULTS_IN_MTEB.format(str(EXPORT), str(results), str(tmp_path / "cache")))
+    scores = json.loads(loaded.stdout or loaded.stderr[-2000:])
+    tasks = json.loads((results / "summary.json").read_text())["tasks"]
+    expected = {name: task["rows"]["ours"]["metrics"][task["primary_metric"]]["value"] for name, task in tasks.items()}
+    assert scores == pytest.approx(expected, abs=1e-6)
 
 
 def test_shards_hold_the_same_numbers(published_student, tmp_path):

