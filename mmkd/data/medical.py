@@ -67,7 +67,7 @@ def form_of(data: bytes, name: str = "") -> Form:
     """Whether a file is DICOM or NIfTI, by its content, or DICOM by its suffix; empty for all others."""
     if data[PREAMBLE : PREAMBLE + len(MARK)] == MARK and not data.startswith(OTHER_STARTS):
         return "dicom"
-    if name.lower().endswith(DICOM_SUFFIXES) and not data.startswith(OTHER_STARTS):
+    if _is_encrypted(data) or (name.lower().endswith(DICOM_SUFFIXES) and not data.startswith(OTHER_STARTS)):
         return "dicom"
     start = _inflated(data, NIFTI_START) if data.startswith(GZIP) else data
     return "nifti" if any(start[at : at + len(mark)] == mark for at, mark in NIFTI_MARKS) else ""
@@ -220,7 +220,7 @@ def _dataset(data: bytes, name: str, elements: Sequence[str], with_pixels: bool 
         from pydicom import dcmread
     except ImportError:
         raise UnreadableImageError("no_decoder", f"{name} is DICOM, which needs pydicom: {INSTALL}") from None
-    if data.startswith(b"\x30") and ENVELOPE in data[:64]:
+    if _is_encrypted(data):
         raise UnreadableImageError("encrypted", f"{name} is an encrypted file; decrypt it first")
     _refuse_large_deflated(data, name)
     dataset = dcmread(
@@ -229,6 +229,11 @@ def _dataset(data: bytes, name: str, elements: Sequence[str], with_pixels: bool 
     if data[PREAMBLE : PREAMBLE + len(MARK)] != MARK and "SOPClassUID" not in dataset and "Rows" not in dataset:
         raise UnreadableImageError("corrupt", f"{name} is not DICOM, though its name says so")
     return dataset
+
+
+def _is_encrypted(data: bytes) -> bool:
+    """Whether a file is an envelope that only its recipient opens."""
+    return data.startswith(b"\x30") and ENVELOPE in data[:64]
 
 
 def _refuse_large_deflated(data: bytes, name: str) -> None:

@@ -2,13 +2,12 @@
 
 import io
 import json
-import struct
 import tarfile
 import zipfile
-import zlib
 
 import pytest
 from biomedica_form import caption, facts, key, picture, sample, write_tar
+from damage import png_of_size
 from PIL import Image
 
 from mmkd.curation.rules import read_rules
@@ -16,21 +15,6 @@ from mmkd.curation.stream import curate
 from mmkd.data.archives import members
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import read_image_bytes
-
-
-def png_bomb():
-    """A PNG of 100,000 x 100,000 pixels in a few hundred bytes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 1, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(10_000)))
-        + chunk(b"IEND", b"")
-    )
 
 
 def zip_bomb():
@@ -63,7 +47,7 @@ CASES = {
     "corrupt": with_image(4, picture(4)[:-200]),
     "unsupported": with_image(8, b"this is no image"),
     "empty_image": with_image(12, b""),
-    "too_large": with_image(16, png_bomb(), "png"),
+    "too_large": with_image(16, png_of_size(100_000, 100_000), "png"),
     "too_small": with_image(20, picture(20, 40, 4)),
     "invalid_json": with_facts(24, b'{"image_secondary_label": ["computer'),
     "invalid_json ": with_facts(28, b'{"a": ' + b"[" * 100_000),

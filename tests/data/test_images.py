@@ -2,11 +2,10 @@
 
 import io
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
+from damage import png_of_size
 from PIL import Image
 
 from mmkd.data.images import is_plain, open_image
@@ -20,16 +19,6 @@ def encoded(image, format="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
-
-
-def png_of_size(width, height):
-    """A valid header that claims a size, and no pixels."""
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def reason_of(source, **options):

@@ -3,8 +3,10 @@
 import re
 
 import pytest
+from fake_encoder import write_pairs
 from suite_results import write_suite
 
+from mmkd.data.table import Pair
 from mmkd.evaluation.report.leaderboard import Leaderboard
 from mmkd.evaluation.report.page import report_page
 from mmkd.evaluation.settings import ReportSettings
@@ -64,3 +66,23 @@ def test_the_distilled_student_is_named_and_without_a_choice_nothing_is(page):
     assert "validation" not in claims and "distilled" not in claims
     _, claims, _ = page(0.9, 0.9, {"weight": 1.0, "candidates": CANDIDATES})
     assert "the student is the distilled one and no average" in claims and "distilled student minus" not in claims
+
+
+def test_the_page_begins_with_stage1_and_the_control_and_states_what_training_shares(tmp_path):
+    skills = {"student": 0.9, "stage1": 0.3, "no-teacher": 0.4}
+    write_suite(tmp_path, DATASETS, rows=tuple(skills), skills=skills, baselines=["stage1", "no-teacher"])
+    write_json(tmp_path / "choice.json", CHOICE | {"weight": 1.0, "candidates": CANDIDATES})
+    places = [("train", "a.dcm", "a1"), ("train", "b.dcm", "b1"), ("test", "a.dcm", "a2"), ("test", "c.dcm", "b1")]
+    pairs = [
+        Pair(f"p{k}", f"{k}.png", f"text {k}", "CT", "mass", group, split, source)
+        for k, (split, source, group) in enumerate(places)
+    ]
+    write_pairs(tmp_path / "pairs", pairs)
+    inputs = ReportSettings(tmp_path, pairs=tmp_path / "pairs", choice=tmp_path / "choice.json")
+    page = report_page(Leaderboard(read_json(tmp_path / "summary.json"), tmp_path), inputs)
+    assert page.title.startswith("Distillation improved on stage 1: +")
+    assert page.claims[0].startswith("The teachers improved on the same training without a teacher: +")
+    assert page.claims[1].startswith("Chosen on 93 validation pairs")
+    assert dict(page.facts)["Held-out images"] == (
+        "2 groups from 2 sources; training images come from 1 of these sources and 1 of these groups"
+    )

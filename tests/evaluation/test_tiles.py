@@ -231,6 +231,12 @@ def test_a_heat_map_of_a_slide_for_people_and_for_qupath(slides, tmp_path, monke
     assert (picture[300:] == 235).all() and picture[250, 200] > picture[10, 200] + 50
     with pytest.raises(FileExistsError, match=r"heat\.geojson exists"):
         slide_heatmap.main(asked)
-    with pytest.raises(ValueError, match=r"empty\.png: no tile of 32 pixels"):
-        empty = [str(slides / "empty.png"), *options, "--overwrite", "true", "--slide_mpp", "0.25"]
-        slide_heatmap.main(parse(slide_heatmap.SlideHeatmapSettings, empty))
+    for name, error, reason in (
+        ("empty.png", ValueError, r"empty\.png: no tile of 32 pixels"),
+        ("broken.svs", ValueError, "OpenSlide"),
+        ("damaged.tif", ValueError, "a region of level 0 cannot be read"),
+        ("nowhere.tif", FileNotFoundError, "no such file"),
+    ):
+        bad = [str(slides / name), *options, "--overwrite", "true", "--slide_mpp", "0.25"]
+        with pytest.raises(error, match=reason):
+            slide_heatmap.main(parse(slide_heatmap.SlideHeatmapSettings, bad))

@@ -384,3 +384,15 @@ def test_two_hundred_and_fifty_clients_at_once(folder):
     reference = vectors(found[0])
     np.testing.assert_allclose(vectors(found[60]), reference, atol=1e-5)
     assert json.loads(found[249].text)["model"] == "tiny"
+
+
+def test_a_thousand_clients_at_once_are_answered_or_refused(folder):
+    async def work(client, service):
+        requests = (client.post("/v1/embeddings", json={"input": f"w{n % 60}"}) for n in range(1000))
+        return await asyncio.gather(*requests), await client.post("/v1/embeddings", json={"input": "w3"})
+
+    found, after = serve_here(folder, work)
+    refused = [response for response in found if response.status_code != 200]
+    assert {error(response)[:2] for response in refused} == {(503, "overloaded")}
+    assert all("retry-after" in response.headers for response in refused)
+    assert len(found) - len(refused) >= Limits().waiting and after.status_code == 200

@@ -2,7 +2,9 @@
 
 import copy
 import os
+import struct
 import sys
+import zlib
 
 from mmkd.command.settings import run
 
@@ -83,3 +85,13 @@ def damaged_values(values, generator):
             part = part[key]
         del part[place[-1]]
         yield changed
+
+
+def png_of_size(width, height):
+    """A PNG whose header claims a size, and which holds no pixels."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

@@ -344,7 +344,7 @@ def claims(board: Leaderboard) -> list[str]:
     if distillation(board):
         worse = tone(mean.differences[STAGE1]) == "behind"
         sentences += ["The student is worse than the model that distillation started from."] if worse else []
-        sentences += [over_control(board), comparison(board)]
+        sentences.append(comparison(board))
     sentences += [_against(board, best, f"its best teacher, {best}"), _against(board, ENSEMBLE, COMPOSED[ENSEMBLE])]
     clean = board.clean_against(best) if best else []
     if clean and len(clean) < len(board.tasks) and best in board.mean_of(clean).differences:

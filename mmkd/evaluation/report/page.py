@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmkd.data.folder import open_pairs
+from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.evaluation.report import figures, tables
 from mmkd.evaluation.report.examples import examples_sections
-from mmkd.evaluation.report.leaderboard import Leaderboard, caveat, claims, facts, title
+from mmkd.evaluation.report.leaderboard import Leaderboard, caveat, claims, facts, over_control, title
 from mmkd.evaluation.report.lineage import (
     choice_claims,
     choice_section,
@@ -22,7 +22,7 @@ from mmkd.evaluation.report.lineage import (
 )
 from mmkd.evaluation.settings import ReportSettings
 from mmkd.files import read_json
-from mmkd.pages.page import Page, Section, write_page
+from mmkd.pages.page import Page, Section, counted, write_page
 
 
 def write_report(inputs: ReportSettings) -> None:
@@ -47,6 +47,7 @@ def report_page(board: Leaderboard, inputs: ReportSettings) -> Page:
     """The whole page; sections without content are left out."""
     sections: list[Section] = []
     choice = _optional(inputs.choice)
+    folder = open_pairs(inputs.pairs) if inputs.pairs else None
     if board.tasks:
         sections = [
             tables.leaderboard_section(board),
@@ -57,7 +58,7 @@ def report_page(board: Leaderboard, inputs: ReportSettings) -> Page:
             tables.ranks_section(board),
             tables.results_section(board),
             figures.tasks_section(board),
-            *(examples_sections(board, open_pairs(inputs.pairs)) if inputs.pairs else []),
+            *(examples_sections(board, folder) if folder else []),
             figures.differences_section(board),
             figures.learning_section(board),
             figures.survival_section(board),
@@ -77,11 +78,25 @@ def report_page(board: Leaderboard, inputs: ReportSettings) -> Page:
     return Page(
         choice_title(choice) or title(board),
         [section for section in sections if section.blocks or section.content],
-        [*choice_claims(choice, board), *claims(board)],
-        facts(board),
+        [sentence for sentence in (over_control(board), *choice_claims(choice, board), *claims(board)) if sentence],
+        [*facts(board), *(origin(folder, board.summary["settings"].get("split", "test")) if folder else [])],
         caveat(board),
         f"Made by mmkd report, mmkd-clip {version}. Not a medical device, no medical advice.",
     )
+
+
+def origin(folder: PairFolder, split: str) -> list[tuple[str, str]]:
+    """How many sources and groups of the held-out images the training images share, where sources are recorded."""
+    held_out, train = ([pair for pair in folder.pairs if pair.split == part] for part in (split, "train"))
+    sources, groups = {pair.source for pair in held_out}, {pair.group or pair.id for pair in held_out}
+    if "" in sources or not sources:
+        return []
+    shared = len(sources & {pair.source for pair in train}), len(groups & {pair.group or pair.id for pair in train})
+    text = (
+        f"{counted(len(groups), 'group')} from {counted(len(sources), 'source')}; "
+        f"training images come from {shared[0]} of these sources and {shared[1]} of these groups"
+    )
+    return [("Held-out images", text)]
 
 
 def _datasheet(pairs: Path | None) -> str:
