@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+from mmkd.command.launch import end_with_parent
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
 from mmkd.alignment.covariances import Covariances
 from mmkd.alignment.procrustes import ProcrustesAligner
@@ -439,6 +440,7 @@ class Pool:
 
 
 def _begin(*arguments: Any) -> None:
+    end_with_parent()  # a student takes minutes
     _RUNNER.append(Runner(*arguments))
 
 
