@@ -8,7 +8,6 @@ and collections that no model was trained on. Started again, what has finished i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +86,6 @@ def main(settings: MiniatureSettings) -> None:
         FileNotFoundError: there are too few collections.
         ValueError: unknown arms or collections.
     """
-    began = time.monotonic()
     arms = chosen_arms(settings)
     world = WorldSettings(
         tuple(settings.data),
@@ -114,7 +112,7 @@ def main(settings: MiniatureSettings) -> None:
             for name in arms
         ]
         train_students(pool, runs, best)
-    write(settings, runner, arms, runs, trials, round(time.monotonic() - began))
+    write(settings, runner, arms, runs, trials)
 
 
 def chosen_arms(settings: MiniatureSettings) -> list[str]:
@@ -157,7 +155,6 @@ def write(
     arms: Sequence[str],
     runs: Sequence[Run],
     trials: dict[str, int],
-    seconds: int,
 ) -> None:
     """Score everything and write the results."""
     draws = [runner.draw(number) for number in range(1, settings.draws + 1)]
@@ -185,7 +182,6 @@ def write(
         "protocol": settings.protocol,
         "settings": {k: v for k, v in resolved(settings).items() if k not in ("data", "work", "results", "page")},
         "versions": versions(),
-        "seconds": seconds,
         "collections": {"seen": runner.world.seen, "unseen": runner.world.unseen},
         "trials": {name: dict(ARMS[name].trials[trial]) for name, trial in trials.items()},
         "validation": validation,
