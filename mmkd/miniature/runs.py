@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from mmkd.command.launch import end_with_parent
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
 from mmkd.alignment.covariances import Covariances
 from mmkd.alignment.procrustes import ProcrustesAligner
+from mmkd.command.launch import end_with_parent
 from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair
 from mmkd.distillation.objective import DistillObjective
