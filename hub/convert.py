@@ -58,7 +58,15 @@ from mmkd.encoders.authors_checkpoint import (
     require_same_bits,
     to_authors,
 )
-from mmkd.encoders.weights import listed, quiet_transformers, read_state_dict, require_hub, require_same_keys
+from mmkd.encoders.weights import (
+    CONFIG_FILES,
+    listed,
+    quiet_transformers,
+    read_part,
+    read_state_dict,
+    require_hub,
+    require_same_keys,
+)
 from mmkd.files import atomic_folder, atomic_write_bytes, fingerprint, read_json, refuse_existing
 from mmkd.student.folder import conversion_provenance, read_weights, write_provenance, write_sentence_transformers
 from modeling_mmkd import MMKDClipConfig, MMKDClipImageProcessor, MMKDClipProcessor
@@ -130,7 +138,7 @@ def write_checkpoint(settings: ConvertSettings) -> None:
     if settings.output.is_dir():
         raise ValueError(f"--output {settings.output} is a folder; --to authors writes a file")
     try:
-        config = MMKDClipConfig.from_pretrained(settings.checkpoint, trust_remote_code=False)
+        config = read_part(MMKDClipConfig, settings.checkpoint, CONFIG_FILES[:1])
         state = read_weights(settings.checkpoint)
         require_same_keys(state, empty_model(config).state_dict(), "model.safetensors")
         authors = to_authors(state)
@@ -226,12 +234,12 @@ def find_tokenizer(name: str, text_config: PreTrainedConfig) -> tuple[Any, str]:
 
 def _load_tokenizer(name: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return read_part(AutoTokenizer, name, local_files_only=True)
     except OSError:
         if Path(name).is_dir() or constants.HF_HUB_OFFLINE:
             raise
         require_hub()
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return read_part(AutoTokenizer, name)
 
 
 def _warn_of_missing_tokenizer(settings: ConvertSettings, problem: str, config: MMKDClipConfig) -> None:

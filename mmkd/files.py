@@ -99,7 +99,10 @@ def read_json(path: Path) -> Any:
         ValueError: the file is not JSON; the message names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text := path.read_text(encoding="utf-8"))
+        if "\\ud" in text.lower():  # perhaps half a character, which no file that is written can hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply to be read") from error
     except ValueError as error:

@@ -42,6 +42,7 @@ AUTO_MAP = {  # lets a saved folder work without this package: the files are sav
     "AutoImageProcessor": "processing_mmkd.MMKDClipImageProcessor",
     "AutoProcessor": "processing_mmkd.MMKDClipProcessor",
 }
+OWN_CODE = tuple({name.partition(".")[0] + "." for name in AUTO_MAP.values()})
 
 # What a configuration file may give a timm backbone: sizes and choices of its form. Others name files, which old
 # releases of timm load by unpickling.
@@ -50,6 +51,7 @@ TIMM_ARGUMENTS = (
     *("reg_tokens", "no_embed_class", "drop_rate", "drop_path_rate", "output_stride", "features_only", "out_indices"),
 )
 LARGEST_SIZE, MOST_LAYERS = 1 << 20, 1 << 10  # beyond those of any model; a forged file must not fill the memory
+SIZES = ("size", "dim", "hidden", "width", "length", "embeddings", "heads", "channels", "layers", "depth", "depths")
 
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions start behind the padding token's
 
@@ -139,7 +141,9 @@ class MMKDClipConfig(PreTrainedConfig):
             self.text_projection_hidden = (tower_width(self.text_config) + self.projection_dim) // 2
         _check_sizes("vision_config", self.vision_config)
         _check_sizes("text_config", self.text_config)
-        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+        stated = kwargs.pop("auto_map", None) or {}  # of a file; what others' code it names is not passed on
+        own = {key: name for key, name in stated.items() if str(name).startswith(OWN_CODE)}
+        super().__post_init__(auto_map=own or dict(AUTO_MAP), **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "MMKDClipConfig":
@@ -184,29 +188,48 @@ def position_limit(config: Any) -> int | None:
     return positions
 
 
+def check_bounds(name: str, values: dict[str, Any]) -> None:
+    """Refuse sizes beyond any model's and files that timm would open, at any depth of a configuration.
+
+    Args:
+        name: of the configuration, for the error.
+        values: what a file states, before a model or a configuration is built from it.
+
+    Raises:
+        ValueError: a size that no model has, or an argument of timm that may name a file.
+    """
+    for key, value in values.items():
+        if isinstance(value, dict):
+            check_bounds(key, value)
+        most = MOST_LAYERS if str(key).endswith(("layers", "depth", "depths")) else LARGEST_SIZE
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if str(key).endswith(SIZES) and isinstance(size, int | float) and not -most <= size <= most:
+                raise ValueError(f"{name}: {key} is {size}; allowed: 1 to {most}")
+    arguments = values.get("model_args") or {}
+    for key, value in arguments.items():
+        if key not in TIMM_ARGUMENTS or not isinstance(value, int | float | str | bool | list | tuple):
+            raise ValueError(f"{name}: model_args has {key!r}; allowed: {', '.join(TIMM_ARGUMENTS)}")
+    for key in ("architecture", "timm_model_name"):
+        if isinstance(value := values.get(key), str) and (":" in value or "/" in value):
+            raise ValueError(f"{name}: {key} is {value!r}; allowed: a name of timm's, not a file")
+
+
 def _check_sizes(name: str, config: PreTrainedConfig) -> None:
     """Refuse sizes that no tower can have, where its configuration states them, and files that timm would open.
 
     Raises:
-        ValueError: a size below 1 or beyond any model's, an argument of timm that may name a file, heads or patches
-            that do not divide, or an unknown activation.
+        ValueError: see `check_bounds`; a size below 1, heads or patches that do not divide, or an unknown activation.
     """
+    check_bounds(name, config.to_dict())
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
     stated = {key: value for key in sizes if isinstance(value := getattr(config, key, None), int)}
     for key, value in stated.items():
-        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_SIZE
-        if not 1 <= value <= most:
+        if value < 1:
+            most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_SIZE
             raise ValueError(f"{name}: {key} is {value}; allowed: 1 to {most}")
     for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
         if stated.get(whole, 0) % stated.get(part, 1):
             raise ValueError(f"{name}: {whole} {stated[whole]} must be a multiple of {part} {stated[part]}")
-    if config.model_type == "timm_wrapper":
-        arguments = config.model_args or {}
-        for key, value in arguments.items():
-            if key not in TIMM_ARGUMENTS or not isinstance(value, int | float | str | bool | list | tuple):
-                raise ValueError(f"{name}: model_args has {key!r}; allowed: {', '.join(TIMM_ARGUMENTS)}")
-        if ":" in config.architecture or "/" in config.architecture:
-            raise ValueError(f"{name}: architecture is {config.architecture!r}; allowed: a name of timm's, not a file")
     activation = getattr(config, "hidden_act", None)
     if isinstance(activation, str) and activation not in ACT2FN:
         raise ValueError(f"{name}: hidden_act is {activation!r}; allowed: {', '.join(sorted(ACT2FN))}")

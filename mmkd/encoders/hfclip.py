@@ -25,6 +25,8 @@ from mmkd.encoders.weights import (
     first_file,
     load_strictly,
     load_transformers,
+    read_part,
+    read_processor,
     read_state_dict,
 )
 from modeling_mmkd import (
@@ -53,7 +55,7 @@ def load(spec: TeacherSpec, device: str) -> HFClipEncoder:
     model = load_transformers(AutoModel, spec.weights, folder, trust_remote_code=trusted)
     if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
         raise ValueError(f"{spec.weights}: {type(model).__name__} has no get_image_features and get_text_features")
-    processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=trusted)
+    processor = read_processor(AutoProcessor, folder, backend="pil", trust_remote_code=trusted)
     return build(spec, model, device, processor, sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
 
 
@@ -101,9 +103,7 @@ def load_unimed(spec: TeacherSpec, device: str) -> HFClipEncoder:
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size=size, image_mean=list(spec.mean), image_std=list(spec.std)
     )
-    tokenizer = AutoTokenizer.from_pretrained(
-        companion(checkpoint.parent, spec.text_model, TOKENIZER_FILES), trust_remote_code=False
-    )
+    tokenizer = read_part(AutoTokenizer, companion(checkpoint.parent, spec.text_model, TOKENIZER_FILES))
     processor = MMKDClipProcessor(image_processor, tokenizer)
     return build(spec, model, device, processor, [checkpoint])
 

@@ -21,7 +21,8 @@ from mmkd.command.settings import nearest
 from mmkd.encoders.encoder import DualEncoder, FastSquare, NoTokens, with_input_of
 from mmkd.encoders.spec import TeacherSpec, describe
 from mmkd.encoders.weights import TOKENIZER_FILES, companion, fetch, first_file, load_strictly, read_state_dict
-from mmkd.files import read_json
+from mmkd.files import is_inside, read_json
+from modeling_mmkd.configuration_mmkd import check_bounds
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = (
@@ -126,7 +127,11 @@ def load(spec: TeacherSpec, device: str) -> OpenClipEncoder:
         text_config["context_length"] = spec.context
     context = text_config.get("context_length", 77)
     tokenizer, tokenizer_name = _tokenizer(weights.parent, text_config, context)
-    model = _build(weights.parent, config)
+    try:
+        model = _build(weights.parent, config)
+    except Exception as error:  # of wrong values, open_clip, timm and torch raise anything
+        told = " ".join(str(error).split())
+        raise ValueError(f"{weights.parent / CONFIG_FILE} describes no model that can be built: {told}") from error
     load_strictly(model, _renamed(read_state_dict(weights), model), str(weights))
     transform = clip_transform({**merge_preprocess_dict({}, stated), "size": model.visual.image_size})
     provenance = describe(
@@ -177,6 +182,13 @@ def _find(spec: TeacherSpec) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     stated = config.get("preprocess_cfg") or {}
     if "model_cfg" not in config or not {"mean", "std"} <= set(stated):
         raise ValueError(f"{folder / CONFIG_FILE} must state model_cfg and, in preprocess_cfg, mean and std")
+    try:
+        check_bounds("model_cfg", config["model_cfg"])
+        for key, name in config["model_cfg"]["text_cfg"].items():
+            if key in ("hf_model_name", "hf_tokenizer_name") and not is_inside(name):
+                raise ValueError(f"{key} is {name!r}, which leaves the folder; refused")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
     return first_file(folder, files), deepcopy(config["model_cfg"]), stated
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.weights import TOKENIZER_FILES, companion, load_config
+from mmkd.encoders.weights import TOKENIZER_FILES, companion, load_config, read_part
 
 # Hidden states and attention mask of a text tower to one vector a text, (batch, width).
 Pooling = Callable[[Any, Tensor], Tensor]
@@ -89,4 +89,4 @@ def bert_files(folder: Path, hub_id: str) -> tuple[Any, Any]:
 
     bert = companion(folder, hub_id, ["config.json", *TOKENIZER_FILES])
     config = load_config(bert)
-    return config, AutoTokenizer.from_pretrained(bert, trust_remote_code=False)
+    return config, read_part(AutoTokenizer, bert)

@@ -23,6 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmkd.files import read_json
+from modeling_mmkd.configuration_mmkd import check_bounds
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,6 +37,9 @@ TOKENIZER_FILES = (
 )
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
+PIXEL_FILES = ("processor_config.json", "preprocessor_config.json")
+PIXEL_KEYS = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample")
+PIXEL_KEYS += ("rescale_factor", "image_mean", "image_std")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 STRAY_BUFFERS = ("position_ids", "relative_position_index")  # saved by older releases, derived by newer ones
@@ -271,40 +277,105 @@ def load_config(folder: Path | str) -> Any:
 
     Raises:
         OSError: there is none.
-        ValueError: it describes no model; the message names it.
+        ValueError: it describes no model, or none that can be built; the message names it.
     """
     from transformers import AutoConfig
 
+    _refuse_forged(folder)
+    return read_part(AutoConfig, folder, CONFIG_FILES[:1])
+
+
+def read_part(loader: Any, folder: Path | str, files: Sequence[str] = CONFIG_FILES[1:], **options: Any) -> Any:
+    """A configuration, tokenizer or processor of transformers; code beside it runs only with ``trust_remote_code``.
+
+    Args:
+        loader: a class with ``from_pretrained``.
+        folder: a folder, or a Hub id.
+        files: that it may read, for the error.
+        **options: of ``from_pretrained``.
+
+    Raises:
+        OSError: there is none.
+        ValueError: a file is damaged, or holds what the loader does not expect; the message names it.
+    """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except OSError:
-        raise
-    except Exception as error:  # configurations of transformers raise anything at values that they do not expect
-        raise _no_configuration(folder, error) from error
+        return loader.from_pretrained(folder, **{"trust_remote_code": False, **options})
+    except BaseException as error:  # of wrong values, transformers raises anything, and tokenizers panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        found = [path for name in files if (path := Path(folder) / name).is_file()]
+        if isinstance(error, OSError) and not found:
+            raise
+        for path in found:
+            if path.suffix == ".json":
+                read_json(path)
+        named, told = ", ".join(map(str, found)), " ".join(str(error).split())
+        raise ValueError(f"{named or folder} describes no model that {loader.__name__} can read: {told}") from error
 
 
-def _no_configuration(folder: Path | str, error: Exception) -> ValueError:
-    return ValueError(f"{Path(folder) / 'config.json'} describes no model: {' '.join(str(error).split())}")
+def read_processor(loader: Any, folder: Path, **options: Any) -> Any:
+    """A processor or image processor of transformers; see `read_part`.
+
+    Raises:
+        OSError: there is none.
+        ValueError: a file is damaged, or two files describe different pixels; the message names them.
+    """
+    stated = [read_json(path) for name in PIXEL_FILES if (path := folder / name).is_file()]
+    if len(stated) == len(PIXEL_FILES) and all(isinstance(values, dict) for values in stated):
+        first, second = stated[0].get("image_processor"), stated[1]
+        for key in PIXEL_KEYS:
+            if isinstance(first, dict) and key in first and key in second and _sizes(first[key]) != _sizes(second[key]):
+                raise ValueError(
+                    f"{folder / PIXEL_FILES[0]} has {key} {first[key]}, {PIXEL_FILES[1]} beside it {second[key]}: "
+                    "transformers reads the first, other programs the second; write into both what training used"
+                )
+    return read_part(loader, folder, **options)
+
+
+def _sizes(value: Any) -> Any:
+    """A size as its numbers: older releases write 224 for a shortest edge, a height and a width of 224."""
+    return set(value.values()) if isinstance(value, dict) else {value} if isinstance(value, int) else value
+
+
+def _refuse_forged(folder: Path | str) -> None:
+    """Refuse a local configuration of a size that no model has, or whose model would open files.
+
+    Raises:
+        ValueError: the message names the file.
+    """
+    path = Path(folder) / CONFIG_FILES[0]
+    if path.is_file():
+        values = read_json(path)
+        try:
+            check_bounds("it", values)
+        except (AttributeError, RecursionError, ValueError) as error:
+            raise ValueError(f"{path} describes no model: {error}") from error
 
 
 def read_transformers(model_class: Any, source: str, folder: Path | None, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A transformers model in fp32 and transformers' report about its keys, without a progress bar.
 
     Raises:
-        ValueError: a weight file is damaged, or holds more than tensors.
+        OSError: a file is missing.
+        ValueError: a file is damaged, holds more than tensors, or describes no model.
     """
+    if folder is not None:
+        _refuse_forged(folder)
     try:
         with quiet_transformers():
             options = {"trust_remote_code": False, **options}
             return model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
     except SafetensorError as error:
         raise ValueError(f"{source} is truncated or not a safetensors file: {error}") from error
-    except Exception:  # torch's unpickler raises anything: where the file is broken, `read_tensors` raises a better one
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler raises anything; `read_tensors` names the broken file
         for path in sorted(folder.glob("*.bin")) if folder else ():
             read_tensors(path)
         if folder is not None:
             load_config(folder)
-        raise
+        told = " ".join(str(error).split())
+        raise ValueError(f"{source}: {CONFIG_FILES[0]} describes no model that can be built: {told}") from error
 
 
 def _refuse_misfits(missing: Iterable[str], unexpected: Iterable[str], shapes: list[str], what: str) -> None:

@@ -17,7 +17,14 @@ from torch import Tensor
 from mmkd.data.folder import PairFolder
 from mmkd.data.provenance import OTHERS, UNSTATED, installed_versions
 from mmkd.data.table import in_columns
-from mmkd.encoders.weights import CONFIG_FILES, fetch, load_transformers, quiet_transformers, read_tensors
+from mmkd.encoders.weights import (
+    CONFIG_FILES,
+    fetch,
+    load_transformers,
+    quiet_transformers,
+    read_processor,
+    read_tensors,
+)
 from mmkd.files import read_json, write_json
 from modeling_mmkd import MMKDClipModel, MMKDClipProcessor
 
@@ -64,7 +71,7 @@ def load_student(name: str) -> tuple[MMKDClipModel, Any]:
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"--model {name}: no such folder; `mmkd pretrain --output {name}` writes one")
     folder = fetch(name, [*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json"])
-    processor = MMKDClipProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    processor = read_processor(MMKDClipProcessor, folder, backend="pil")
     return load_transformers(MMKDClipModel, name, folder), processor
 
 
@@ -72,6 +79,9 @@ def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance:
     """Write a ``from_pretrained`` folder and, if given, the provenance of the student; no path of this machine."""
     for config in (model.config, model.config.vision_config, model.config.text_config):
         config.name_or_path = ""
+    for part in (model.config.vision_config, model.config.text_config):
+        vars(part).pop("auto_map", None)  # code of others, which users of the folder would be asked to run
+    processor.tokenizer.init_kwargs.pop("auto_map", None)
     with quiet_transformers():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

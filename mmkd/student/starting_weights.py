@@ -38,6 +38,8 @@ from mmkd.encoders.weights import (
     listed,
     load_config,
     load_transformers,
+    read_part,
+    read_processor,
     read_state_dict,
     read_transformers,
 )
@@ -240,10 +242,10 @@ def _transformers_vision(name: str) -> VisionStart:
     vision = getattr(config, "vision_config", config)
     if _is_mmkd_clip(config):
         state = load_transformers(MMKDClipModel, name, folder).vision_model.state_dict()
-        pixels = MMKDClipProcessor.from_pretrained(folder, trust_remote_code=False).image_processor
+        pixels = read_processor(MMKDClipProcessor, folder).image_processor
     elif vision.model_type == "clip_vision_model":
         state = _loaded(CLIPVisionModel, name, folder, vision)
-        pixels = CLIPImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
+        pixels = read_processor(CLIPImageProcessorPil, folder)
     else:
         raise ValueError(f"{name} is a {config.model_type!r}; allowed: a CLIP, an MMKD-CLIP folder or a timm: name")
     return VisionStart(vision, state, pixels.crop_size["height"], list(pixels.image_mean), list(pixels.image_std))
@@ -253,7 +255,7 @@ def _transformers_text(name: str) -> TextStart:
     """A BERT-like encoder, or the text tower of an `MMKDClipModel`."""
     folder = _folder(name)
     config = load_config(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = read_part(AutoTokenizer, folder)
     if _is_mmkd_clip(config):
         state = load_transformers(MMKDClipModel, name, folder).text_model.state_dict()
         return TextStart(config.text_config, state, tokenizer, config.text_pooling)

@@ -19,6 +19,7 @@ from tiny_model import save_tiny
 
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import open_pairs
+from mmkd.student.folder import load_student
 from mmkd.train import catalog, features, pairs, plan
 
 
@@ -107,6 +108,26 @@ def test_a_damaged_file_is_refused_in_one_line_that_names_it(world, capsys, monk
         path.write_bytes(whole)
     assert count >= 8
     assert not wrong, f"{len(wrong)} of {count}: {wrong[:8]}"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"]
+)
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_a_damaged_part_of_a_model_is_refused_by_name(world, name, seed):
+    path, wrong = world / "model" / name, []
+    whole, generator = path.read_bytes(), random.Random(f"{name} {seed}")
+    try:
+        for content in variants(path, generator):
+            path.write_bytes(content)
+            try:
+                load_student(str(world / "model"))
+            except (ValueError, OSError) as error:
+                if name not in str(error):
+                    wrong.append((content[:80], error))
+    finally:
+        path.write_bytes(whole)
+    assert not wrong, wrong[:8]
 
 
 def test_wrong_offsets_of_a_manifest_are_refused(world):

@@ -114,7 +114,7 @@ class ResultStore:
         tensors |= {f"replicates.{name}": np.ascontiguousarray(values) for name, values in replicates.items()}
         tensors |= {f"together.{name}": np.ascontiguousarray(values) for name, values in together.items()}
         atomic_write_bytes(self._file(encoder, task.name, "safetensors"), safetensors.numpy.save(tensors))
-        write_scores(self.path / "scores" / encoder / f"{task.name}.parquet", task, outputs)
+        write_scores(self._scores(encoder, task.name), task, outputs)
         stated = result | {CHECKSUM: self._checksum(encoder, task.name, json.loads(json.dumps(result)))}
         write_json(self._file(encoder, task.name, "json"), stated)
         return result, outputs
@@ -131,7 +131,8 @@ class ResultStore:
         return None
 
     def _checksum(self, encoder: str, task: str, result: Result) -> str:
-        return fingerprint_of([result, fingerprint([self._file(encoder, task, "safetensors")])])
+        files = [self._file(encoder, task, "safetensors"), self._scores(encoder, task)]
+        return fingerprint_of([result, fingerprint(path for path in files if path.is_file())])
 
     def outputs(self, encoder: str, task: str) -> Outputs:
         """Per-sample outputs of a result."""
@@ -179,6 +180,9 @@ class ResultStore:
 
     def _file(self, encoder: str, task: str, ending: str) -> Path:
         return self.path / FOLDER / encoder / f"{task}.{ending}"
+
+    def _scores(self, encoder: str, task: str) -> Path:
+        return self.path / "scores" / encoder / f"{task}.parquet"
 
     def _tensors(self, encoder: str, task: str, prefix: str) -> dict[str, Any]:
         with safetensors.safe_open(self._file(encoder, task, "safetensors"), framework="np") as stored:
