@@ -8,6 +8,7 @@ end of a shard is whole again when all shards are read.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
@@ -61,7 +62,7 @@ ListRow = tuple[str, "dict[str, Any] | str"]  # place, and the values by column 
 
 def list_file(folder: Path, table: Path | None = None) -> Path:
     """The list of the images of a folder, if it has one: a named one, ``labels.csv`` or the authors' ``meta.jsonl``."""
-    return table or (folder / LABELS_FILE if (folder / LABELS_FILE).is_file() else folder / META_FILE)
+    return table or folder / (LABELS_FILE if os.path.lexists(folder / LABELS_FILE) else META_FILE)
 
 
 def list_rows(folder: Path, table: Path | None = None, columns: str = "") -> list[ListRow]:
@@ -74,9 +75,11 @@ def list_rows(folder: Path, table: Path | None = None, columns: str = "") -> lis
 
     Raises:
         FileNotFoundError: the table does not exist.
-        ValueError: the list lacks a needed column, is broken or empty.
+        ValueError: the list lacks a needed column, is broken or empty, or a link out of the folder.
     """
     path = list_file(folder, table)
+    if table is None and not leads_inside(folder, path):
+        raise ValueError(f"{path} is a link out of its folder; refused: put a copy in its place, or name it by --table")
     if not path.is_file():
         raise FileNotFoundError(f"--table {path}: no such file")
     status = path.stat()

@@ -187,7 +187,7 @@ def _form_of(path: Path, table: Path | None) -> str:
     if path.is_file():
         suffix = suffix_of(path.name)
         return suffix if suffix in ROW_FORMS else IMAGES if suffix in IMAGE_SUFFIXES else ""
-    if table is not None or list_file(path).is_file():
+    if table is not None or os.path.lexists(list_file(path)):
         return "list"
     suffixes = {suffix_of(name) for _, _, files in os.walk(path) for name in files}
     rows = next((form for form in ROW_FORMS if form in suffixes), "")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmkd.data.archives import ArchivedFile, members
-from mmkd.files import is_inside, leads_inside
+from mmkd.files import is_folder_name, is_inside, leads_inside, read_json
 
 NIFTI_GZ = "nii.gz"
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2"))
@@ -272,16 +272,43 @@ def open_hub_dataset(repository: str, **options: Any) -> Any:
     Raises:
         PermissionError: the repository is gated and this account has no access; the message gives the remedy.
         FileNotFoundError: there is no such repository, or the Hub cannot be reached and nothing is cached.
+        ValueError: the folder is damaged, or names files outside it.
     """
     import datasets
 
     if Path(repository).is_dir():
-        return _without_decoding(datasets.load_from_disk(repository))
+        _refuse_foreign_files(Path(repository))
+        try:
+            return _without_decoding(datasets.load_from_disk(repository))
+        except Exception as error:  # of damaged folders, datasets raises anything
+            raise ValueError(f"{repository} is no complete folder of save_to_disk: {error}") from error
     try:
         with hub_errors(repository):
             return _without_decoding(datasets.load_dataset(repository, **options))
     except datasets.exceptions.DatasetsError as error:
         raise FileNotFoundError(f"{repository} could not be loaded from the Hub: {error}") from error
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    """Refuse a folder of ``save_to_disk`` whose ``state.json`` names tables that lie elsewhere.
+
+    Raises:
+        ValueError: the message names the file.
+    """
+    for state in (*folder.glob("state.json"), *folder.glob("*/state.json")):
+        try:
+            names = [entry["filename"] for entry in read_json(state)["_data_files"]]
+            inside = all(is_inside(name) and leads_inside(folder, state.parent / name) for name in names)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{state} is damaged: {error!r}; save the data set again") from error
+        if not inside:
+            raise ValueError(f"{state} names a table outside {folder}; refused")
+    splits = folder / "dataset_dict.json"
+    if splits.is_file():
+        names = read_json(splits)
+        names = names.get("splits") if isinstance(names, dict) else None
+        if not isinstance(names, list) or not all(map(is_folder_name, names)):
+            raise ValueError(f"{splits} names no folders of splits beside it; refused")
 
 
 @contextlib.contextmanager

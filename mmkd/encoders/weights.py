@@ -334,7 +334,9 @@ def read_processor(loader: Any, folder: Path, **options: Any) -> Any:
 
 def _sizes(value: Any) -> Any:
     """A size as its numbers: older releases write 224 for a shortest edge, a height and a width of 224."""
-    return set(value.values()) if isinstance(value, dict) else {value} if isinstance(value, int) else value
+    if isinstance(value, dict):
+        return set(map(str, value.values()))
+    return {str(value)} if isinstance(value, int) else value
 
 
 def _refuse_forged(folder: Path | str) -> None:

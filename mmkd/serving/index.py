@@ -453,13 +453,16 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is no index; make one with `mmkd index DIR --model MODEL --output {path}`")
     meta = read_json(path / INDEX_FILE)
     try:
-        named = [*(shard["file"] for shard in meta["shards"]), meta["removed"], (meta["graph"] or {}).get("file")]
+        graph = [] if meta["graph"] is None else [meta["graph"]]
+        named = [entry["file"] for entry in [*meta["shards"], *graph]] + [meta["removed"]] * bool(meta["removed"])
         numbers = [meta["dim"], *(shard["rows"] for shard in meta["shards"])]
+        digests = [*(shard["header_sha256"] for shard in meta["shards"]), *(entry["sample"] for entry in graph)]
         right = meta["version"] == VERSION and isinstance(meta["model"], dict)
         right = right and meta["window"] in get_args(WindowPreset)
-        right = right and all(name is None or is_folder_name(name) for name in named)
+        right = right and all(map(is_folder_name, named))
+        right = right and all(isinstance(digest, str) for digest in digests)
         right = right and all(isinstance(number, int) and number >= 0 for number in numbers)
-        right = right and (meta["graph"] or {"rows": 0})["rows"] <= sum(numbers[1:])
+        right = right and all(entry["rows"] <= sum(numbers[1:]) for entry in graph)
     except (TypeError, KeyError, AttributeError):
         right = False
     if not right:

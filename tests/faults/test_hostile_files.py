@@ -6,12 +6,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import datasets
 import pytest
 from tiny_model import save_tiny
 
 from mmkd.command.settings import fail, run
 from mmkd.curation.contamination import _catalog_contents
 from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.readers import open_hub_dataset
 from mmkd.data.table import Pair
 from mmkd.encoders import hfclip, openclip
 from mmkd.encoders.spec import TeacherSpec
@@ -121,15 +123,30 @@ def test_code_that_a_file_names_is_not_passed_on_to_those_who_load_what_came_of_
     assert "modeling_mmkd.MMKDClipModel" in saved and "else/where" not in saved
 
 
+def test_a_saved_data_set_names_no_tables_elsewhere(tmp_path):
+    table = datasets.DatasetDict({"test": datasets.Dataset.from_dict({"label": ["private"]})})
+    table.save_to_disk(tmp_path / "private")
+    (tmp_path / "private" / "test").rename(tmp_path / "elsewhere")
+    table.save_to_disk(tmp_path / "forged")
+    state = tmp_path / "forged" / "test" / "state.json"
+    whole, split = state.read_text(), tmp_path / "forged" / "dataset_dict.json"
+    (name,) = [entry["filename"] for entry in json.loads(whole)["_data_files"]]
+    state.write_text(whole.replace(name, f"../../elsewhere/{name}"))
+    with pytest.raises(ValueError, match=r"state\.json names a table outside"):
+        open_hub_dataset(str(tmp_path / "forged"))
+    state.write_text(whole)
+    split.write_text('{"splits": ["../elsewhere"]}')
+    with pytest.raises(ValueError, match=r"dataset_dict\.json names no folders"):
+        open_hub_dataset(str(tmp_path / "forged"))
+
+
 def test_two_files_that_describe_different_pixels_are_refused(tmp_path):
     save_tiny(tmp_path)
     values = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values | {"size": 32}))  # as older releases write it
     load_student(str(tmp_path))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values | {"image_mean": [0.9, 0.9, 0.9]}))
-    with pytest.raises(
-        ValueError, match=r"processor_config\.json has image_mean .* beside it"
-    ):
+    with pytest.raises(ValueError, match=r"processor_config\.json has image_mean .* beside it"):
         load_student(str(tmp_path))
 
 

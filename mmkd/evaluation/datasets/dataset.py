@@ -173,7 +173,8 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
     except (FileNotFoundError, PermissionError) as error:
         raise DatasetNotFoundError(f"{error}; {where_to_get(manifest)}") from error
     except ValueError as error:
-        raise ValueError(f"{manifest.id}: {error}") from None
+        place = "" if paths[0].name in str(error) else f"{paths[0].name}: "
+        raise ValueError(f"{manifest.id}: {place}{error}") from None
     pairs = _pairs(manifest, reading.samples, splits)
     dataset = Dataset(manifest, pairs, reading.questions, reading.store)
     dataset.root = reading.root
