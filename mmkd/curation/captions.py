@@ -137,7 +137,10 @@ def language_of(text: str, requested: tuple[str, ...] = ()) -> str:
 def _identifier(requested: tuple[str, ...]) -> Any:
     import py3langid
 
-    py3langid.set_languages(sorted({*PUBLICATION_LANGUAGES, *requested}))
+    try:
+        py3langid.set_languages(sorted({*PUBLICATION_LANGUAGES, *requested}))
+    except ValueError as error:
+        raise ValueError(f"languages of the rules are {', '.join(requested)}: {error}") from error
     return py3langid
 
 

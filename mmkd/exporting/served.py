@@ -14,6 +14,7 @@ from PIL import Image
 from mmkd.exporting.usage import DESCRIPTION, Encoder
 from mmkd.files import read_json
 
+LARGEST_SIDE = 4096  # pixels of an image as the model takes it
 BATCH_SIZE = 16  # of heat maps; the service collects its own batches
 
 
@@ -26,19 +27,29 @@ class OnnxEncoder:
         """Load the towers; `OMP_NUM_THREADS` limits the threads of ONNX Runtime.
 
         Raises:
-            ValueError: a folder in another format, or one without its provenance.
+            ValueError: a folder in another format, one without its provenance, or a damaged one.
         """
         metadata = read_json(folder / DESCRIPTION)
-        if metadata.get("format") not in ("onnx", "int8"):
+        form = metadata.get("format") if isinstance(metadata, dict) else None
+        if form not in ("onnx", "int8"):
             raise ValueError(
-                f"{folder} holds towers as {metadata.get('format')}, which can run code when they are loaded; serve "
+                f"{folder} holds towers as {form}, which can run code when they are loaded; serve "
                 "the model, or `mmkd export --format onnx`"
             )
-        if "provenance" not in metadata:
+        if not isinstance(metadata.get("provenance"), dict):
             raise ValueError(f"{folder} does not name its model; export it again with this version: `mmkd export`")
-        self._towers = Encoder(folder, int(os.environ.get("OMP_NUM_THREADS") or 0))
-        self.dim: int = metadata["dim"]
         self.provenance: dict[str, Any] = metadata["provenance"]
+        try:
+            self.dim: int = metadata["dim"]
+            if not 1 <= metadata["image"]["side"] <= metadata["image"]["size"] <= LARGEST_SIDE:
+                raise ValueError(f"image: side and size must be 1 to {LARGEST_SIDE}, side the smaller")
+            self._towers = Encoder(folder, int(os.environ.get("OMP_NUM_THREADS") or 0))
+            for vectors in (self.encode_images([Image.new("RGB", (8, 8))]), self.encode_texts(["a"])):
+                if vectors.shape != (1, self.dim) or not np.isfinite(vectors).all():
+                    raise ValueError(f"the towers give vectors {vectors.shape}, dim is {self.dim}")
+        except Exception as error:  # of damaged graphs and tokenizers, their libraries raise anything
+            told = " ".join(str(error).split())
+            raise ValueError(f"{folder / DESCRIPTION}, or a file that it names, cannot be used: {told}") from error
 
     def prepare_any(self, image: Image.Image) -> NDArray[np.float32]:
         """See `mmkd.serving.encoders.ServedEncoder`; (3, side, side)."""

@@ -45,12 +45,19 @@ class Encoder:
         Args:
             folder: the exported folder.
             threads: of ONNX Runtime; 0 for as many as there are cores.
+
+        Raises:
+            ValueError: ``export.json`` names a tower outside the folder, or a program as the tower of a folder of ONNX.
         """
         folder = Path(folder)
         self.metadata: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         self.scale = float(self.metadata["logit_scale"])
-        self._image = load_tower(folder / self.metadata["image"]["file"], threads)
-        self._text = load_tower(folder / self.metadata["text"]["file"], threads)
+        ending = ".pt2" if self.metadata["format"] == "exported-program" else ".onnx"
+        paths = [folder / self.metadata[name]["file"] for name in ("image", "text")]
+        for path in paths:
+            if path.suffix != ending or not path.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{folder / DESCRIPTION} names the tower {path}; allowed: {ending} files in it")
+        self._image, self._text = (load_tower(path, threads) for path in paths)
         text = self.metadata["text"]
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(text["context"])

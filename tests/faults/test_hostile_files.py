@@ -18,6 +18,7 @@ from mmkd.data.table import Pair
 from mmkd.encoders import hfclip, openclip
 from mmkd.encoders.spec import TeacherSpec
 from mmkd.encoders.weights import load_config
+from mmkd.exporting.served import OnnxEncoder
 from mmkd.student.folder import load_student, save_student
 from modeling_mmkd import MMKDClipConfig
 
@@ -121,6 +122,16 @@ def test_code_that_a_file_names_is_not_passed_on_to_those_who_load_what_came_of_
     save_student(tmp_path / "saved", *load_student(str(tmp_path / "model")))
     saved = "".join(path.read_text() for path in (tmp_path / "saved").rglob("*.json"))
     assert "modeling_mmkd.MMKDClipModel" in saved and "else/where" not in saved
+
+
+@pytest.mark.parametrize("file", ["onnx/evil.pt2", "../private.onnx", "/private.onnx"])
+def test_a_folder_of_onnx_names_no_program_and_no_tower_elsewhere(tmp_path, file):
+    (tmp_path / "folder").mkdir()
+    stated = {"format": "onnx", "dim": 8, "logit_scale": 1, "provenance": {}, "text": {"file": "onnx/text.onnx"}}
+    stated["image"] = {"file": file, "side": 32, "size": 32}
+    (tmp_path / "folder" / "export.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=r"export\.json names the tower .*; allowed: \.onnx files in it"):
+        OnnxEncoder(tmp_path / "folder")
 
 
 def test_a_saved_data_set_names_no_tables_elsewhere(tmp_path):
