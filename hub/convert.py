@@ -264,4 +264,4 @@ def _on_one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    run(ConvertSettings, main, lambda settings: [settings.output])
+    run(ConvertSettings, main)

@@ -180,4 +180,4 @@ def write(output: Path, ids: list[str], vectors: Tensor, encoder: DualEncoder) -
 
 
 if __name__ == "__main__":
-    run(EmbedSettings, main, lambda settings: [settings.output])
+    run(EmbedSettings, main)

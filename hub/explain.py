@@ -66,4 +66,4 @@ def main(settings: ExplainSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(ExplainSettings, main, lambda settings: [settings.output])
+    run(ExplainSettings, main)

@@ -173,4 +173,4 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    run(ExportSettings, main, lambda settings: [settings.output])
+    run(ExportSettings, main)

@@ -163,4 +163,4 @@ def file_states(ids: Sequence[str], stamps: dict[str, tuple[int, int]], hashes: 
 
 
 if __name__ == "__main__":
-    run(IndexSettings, main, lambda settings: [settings.output])
+    run(IndexSettings, main)

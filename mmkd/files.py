@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import stat
 import time
@@ -31,6 +30,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+HEX8 = "[0-9a-f]" * 8  # of temporary names, as a pattern
 ZIP_LIMIT_BYTES = 8 * 1024**3
 YAML_LIMIT_BYTES, DEEPEST_YAML, MOST_ALIASES = 16 * 1024**2, 50, 100
 YAML_STARTS = (
@@ -221,6 +221,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(path: Path, output: Path) -> None:
+    """Take away a folder beside an output in one step, of which `exclusive` removes the rest if it is interrupted."""
+    left = _sibling(output)
+    path.rename(left)
+    remove(left)
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise before any work when ``path`` holds something and may not be replaced.
 
@@ -237,7 +244,7 @@ def exclusive(output: Path) -> Iterator[None]:
     """Hold an output against other runs, on this machine and on those that share its folder; not on Windows.
 
     The lock is the system's (``flock`` of ``.NAME.lock`` beside the output) and ends with the process, however that
-    ends. Temporary siblings of a run that was killed are removed.
+    ends. What a killed run left under temporary names beside the output and in it is removed.
 
     Args:
         output: file or folder that is written.
@@ -245,6 +252,8 @@ def exclusive(output: Path) -> Iterator[None]:
     Raises:
         OutputInUseError: another run holds it; the message says which.
     """
+    output = output.absolute()  # "." has no name
+    made = [folder for folder in output.parents if not folder.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     place = output.with_name(f".{output.name}.lock")
     handle = _locked(place)
@@ -252,13 +261,16 @@ def exclusive(output: Path) -> Iterator[None]:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {platform.node()}, started {started}".encode())
-        for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
-            if re.fullmatch(r"[0-9a-f]{8}", left.name[len(output.name) + 2 : -len(".tmp")]):
-                remove(left)
+        beside = output.parent.glob(f".{glob.escape(output.name)}.{HEX8}.tmp")
+        for left in [*beside, *output.rglob(f".*.{HEX8}.tmp")]:
+            remove(left)
         yield
     finally:
         place.unlink(missing_ok=True)  # before the lock ends, so that nobody holds a file that another has removed
         os.close(handle)
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is in use
+                folder.rmdir()
 
 
 def _locked(place: Path) -> int:

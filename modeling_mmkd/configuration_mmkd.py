@@ -196,22 +196,22 @@ def check_bounds(name: str, values: dict[str, Any]) -> None:
         values: what a file states, before a model or a configuration is built from it.
 
     Raises:
-        ValueError: a size that no model has, or an argument of timm that may name a file.
+        ValueError: a size that no model has, or a value by which timm or transformers would open files or run code.
     """
-    for key, value in values.items():
+    for key, value in ((str(key), value) for key, value in values.items()):
         if isinstance(value, dict):
             check_bounds(key, value)
-        most = MOST_LAYERS if str(key).endswith(("layers", "depth", "depths")) else LARGEST_SIZE
+        most = MOST_LAYERS if key.endswith(("layers", "depth", "depths")) else LARGEST_SIZE
         for size in value if isinstance(value, list | tuple) else [value]:
-            if str(key).endswith(SIZES) and isinstance(size, int | float) and not -most <= size <= most:
+            if key.endswith(SIZES) and isinstance(size, int | float) and not -most <= size <= most:
                 raise ValueError(f"{name}: {key} is {size}; allowed: 1 to {most}")
-    arguments = values.get("model_args") or {}
-    for key, value in arguments.items():
+        # timm opens the folder, transformers downloads and runs the kernel that stands in place of a name
+        is_name = key in ("architecture", "timm_model_name") or "attn_implementation" in key
+        if is_name and isinstance(value, str) and (":" in value or "/" in value):
+            raise ValueError(f"{name}: {key} is {value!r}; allowed: a name, not a file or repository")
+    for key, value in (values.get("model_args") or {}).items():
         if key not in TIMM_ARGUMENTS or not isinstance(value, int | float | str | bool | list | tuple):
             raise ValueError(f"{name}: model_args has {key!r}; allowed: {', '.join(TIMM_ARGUMENTS)}")
-    for key in ("architecture", "timm_model_name"):
-        if isinstance(value := values.get(key), str) and (":" in value or "/" in value):
-            raise ValueError(f"{name}: {key} is {value!r}; allowed: a name of timm's, not a file")
 
 
 def _check_sizes(name: str, config: PreTrainedConfig) -> None:

@@ -181,4 +181,4 @@ def write_report(folder: Path, aligner: Aligner, features: TeacherFeatures, samp
 
 
 if __name__ == "__main__":
-    run(AlignSettings, main, lambda settings: [settings.output])
+    run(AlignSettings, main)

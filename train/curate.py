@@ -129,4 +129,4 @@ def main(settings: CurateSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(CurateSettings, main, lambda settings: [settings.output])
+    run(CurateSettings, main)

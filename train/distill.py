@@ -163,4 +163,4 @@ def _open(
 
 
 if __name__ == "__main__":
-    run(DistillSettings, main, lambda settings: [settings.output])
+    run(DistillSettings, main)

@@ -131,4 +131,4 @@ def _shown(metric: dict[str, float | None]) -> str:
 
 
 if __name__ == "__main__":
-    run(EvalSettings, main, lambda settings: [settings.output])
+    run(EvalSettings, main)

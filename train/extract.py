@@ -98,8 +98,7 @@ def described(encoder: DualEncoder) -> str:
 
 def held(settings: ExtractSettings) -> list[Path]:
     """The feature stores of this run; others of the folder may be written meanwhile."""
-    output = settings.output
-    return [output.with_name(f"{output.name}.{name}") for name in named_sources(settings.teacher)]
+    return [settings.output / name for name in named_sources(settings.teacher)]
 
 
 def reasons(skipped: dict[str, str]) -> str:

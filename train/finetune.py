@@ -121,4 +121,4 @@ def save_adapter(folder: Path, adapted: Any, processor: Any, provenance: dict[st
 
 
 if __name__ == "__main__":
-    run(FinetuneSettings, main, lambda settings: [settings.output])
+    run(FinetuneSettings, main)

@@ -232,4 +232,4 @@ def print_choice(choice: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(MergeSettings, main, lambda settings: [settings.output])
+    run(MergeSettings, main)

@@ -116,4 +116,4 @@ def refuse_other_sizes(settings: PretrainSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(PretrainSettings, main, lambda settings: [settings.output])
+    run(PretrainSettings, main)

@@ -28,4 +28,4 @@ def main(settings: ReportSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(ReportSettings, main, lambda settings: [settings.output])
+    run(ReportSettings, main)

@@ -173,4 +173,4 @@ def nothing_left(summary: dict[str, Any], settings: ScreenSettings, minimum: int
 
 
 if __name__ == "__main__":
-    run(ScreenSettings, main, lambda settings: [settings.output])
+    run(ScreenSettings, main)

@@ -213,5 +213,10 @@ def packed(arrays: dict[str, np.ndarray], made_of: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def held(settings: TileSettings) -> list[Path]:
+    """The folder of this run; bags of other encoders may be written meanwhile."""
+    return [settings.output / ("preview" if settings.preview else next(iter(named_sources([settings.encoder]))))]
+
+
 if __name__ == "__main__":
-    run(TileSettings, main)
+    run(TileSettings, main, held)

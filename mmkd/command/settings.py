@@ -90,15 +90,15 @@ def setting(
 def run(
     command: type[T] | Mapping[str, type[T]],
     main: Callable[[T], None],
-    outputs: Callable[[T], Iterable[Path]] = lambda settings: (),
+    outputs: Callable[[T], Iterable[Path]] | None = None,
 ) -> None:
     """Read the settings and call ``main`` with them; errors become one line, with ``--debug`` a traceback.
 
     Args:
         command: see `parse`.
         main: the recipe.
-        outputs: files and folders that the run writes and holds against other runs; with several processes, the first
-            of them holds them for all.
+        outputs: files and folders that the run writes and holds against other runs, by default the setting ``output``;
+            with several processes, the first of them holds them for all.
 
     Raises:
         SystemExit: with 2 for wrong settings, 1 for an error of the recipe, 130 after ctrl-C.
@@ -110,7 +110,7 @@ def run(
         end_with_parent()
     try:
         with printable_output(), ignore_broken_pipe(), contextlib.ExitStack() as held:
-            for output in outputs(settings) if is_first else ():
+            for output in (outputs or _output_of)(settings) if is_first else ():
                 held.enter_context(exclusive(output))
             main(settings)
     except ModuleNotFoundError:
@@ -122,6 +122,10 @@ def run(
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _output_of(settings: Any) -> list[Path]:
+    return [settings.output] if isinstance(getattr(settings, "output", None), Path) else []
 
 
 def check_arguments(command: Command) -> None:

@@ -8,7 +8,6 @@ from the fragments that the parts keep.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ from mmkd.data.table import VERSION
 from mmkd.files import (
     atomic_write_lines,
     atomic_write_text,
+    discard,
     read_json,
     refuse_existing,
     remove,
@@ -183,7 +183,7 @@ def _finish(
     decisions = decide(files, rules, exclusions)
     account = _account(parts, count, joined, decisions) | {"test_sets": exclusions.report}
     if not account["kept"]:
-        shutil.rmtree(parts, ignore_errors=True)
+        discard(parts, output)
         raise ValueError(
             f"nothing is left of the {account['read']} samples of {settings['source']}; dropped: {account['dropped']}"
         )
@@ -202,7 +202,7 @@ def _finish(
     report = write_sheet(folder, output.name, settings["source"], account, settings)
     write_json(folder / SETTINGS_FILE, settings)
     rename_folder(folder, output)
-    shutil.rmtree(parts, ignore_errors=True)
+    discard(parts, output)
     return report
 
 

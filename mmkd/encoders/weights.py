@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmkd.files import read_json
+from mmkd.files import is_folder_name, read_json
 from modeling_mmkd.configuration_mmkd import check_bounds
 
 TOKENIZER_FILES = (
@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
 )
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
+INDEX_PATTERN, ADAPTER_CONFIG = "*.index.json", "adapter_config.json"
 PIXEL_FILES = ("processor_config.json", "preprocessor_config.json")
 PIXEL_KEYS = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample")
 PIXEL_KEYS += ("rescale_factor", "image_mean", "image_std")
@@ -339,13 +340,30 @@ def _sizes(value: Any) -> Any:
     return {str(value)} if isinstance(value, int) else value
 
 
+def indexed_files(index: Path) -> list[str]:
+    """Names of the files that the index of a model in several files states.
+
+    Raises:
+        ValueError: the index is damaged, or names a file in another folder.
+    """
+    values = read_json(index)
+    named = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(named, dict) or not all(map(is_folder_name, named.values())):
+        raise ValueError(f"{index} must map tensors to files beside it, and to no others")
+    return sorted(set(named.values()))
+
+
 def _refuse_forged(folder: Path | str) -> None:
-    """Refuse a local configuration of a size that no model has, or whose model would open files.
+    """Refuse a local model of a size that no model has, or of which transformers would open files elsewhere.
 
     Raises:
         ValueError: the message names the file.
     """
-    path = Path(folder) / CONFIG_FILES[0]
+    for path in Path(folder).glob(INDEX_PATTERN):
+        indexed_files(path)
+    adapter, path = Path(folder) / ADAPTER_CONFIG, Path(folder) / CONFIG_FILES[0]
+    if adapter.is_file():
+        raise ValueError(f"{adapter}: transformers would load the model that it names; give the model without adapter")
     if path.is_file():
         values = read_json(path)
         try:

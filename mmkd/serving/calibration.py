@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from mmkd.evaluation.statistics.bootstrap import ResamplingUnits, interval, plain, replicate
 from mmkd.evaluation.statistics.metrics import calibration_error, share_of, weighted_mean
-from mmkd.files import read_json, write_json
+from mmkd.files import exclusive, read_json, write_json
 
 CALIBRATION_FILE = "calibration.json"
 VERSION = 1
@@ -237,15 +237,14 @@ def read_calibration(folder: Path, fingerprint: str, key: str) -> Calibration | 
 def write_calibration(folder: Path, calibration: Calibration) -> None:
     """Add a calibration to the folder's, in place of one of the same labels; those of other weights are dropped."""
     path = folder / CALIBRATION_FILE
-    sets: dict[str, Any] = {}
-    if path.is_file():
-        content = _read(path)
-        sets = content["sets"] if content.get("fingerprint") == calibration.fingerprint else {}
     entry = asdict(calibration)
     del entry["fingerprint"], entry["key"]
     entry["quantile"] = None if math.isinf(calibration.quantile) else calibration.quantile
-    sets[calibration.key] = entry
-    write_json(path, {"version": VERSION, "fingerprint": calibration.fingerprint, "sets": sets})
+    with exclusive(path):  # another run may add one between reading and writing
+        content = _read(path) if path.is_file() else {}
+        sets = content["sets"] if content.get("fingerprint") == calibration.fingerprint else {}
+        sets[calibration.key] = entry
+        write_json(path, {"version": VERSION, "fingerprint": calibration.fingerprint, "sets": sets})
 
 
 def _read(path: Path) -> dict[str, Any]:

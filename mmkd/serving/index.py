@@ -95,16 +95,17 @@ class SearchIndex:
         """Make an empty index.
 
         Args:
-            path: a folder that does not exist, or is empty.
+            path: a folder that does not exist, is empty, or holds what a killed run left.
             provenance: of the encoder; what identifies its vectors is kept.
             dim: width of its vectors.
             source: where the encoder is loaded from: a Hub id, a name, or its folder relative to the index.
             window: in which CT images are read.
 
         Raises:
-            FileExistsError: the folder holds something.
+            FileExistsError: the folder holds something else.
         """
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        own = (*PATTERNS, f".{INDEX_FILE}.lock")  # of a killed run; the first commit removes them
+        if path.exists() and not (path.is_dir() and all(any(map(file.match, own)) for file in path.iterdir())):
             raise FileExistsError(f"{path} exists and is no index; choose another --output")
         model = {"name": provenance.get("teacher"), "source": source, **{key: provenance.get(key) for key in IDENTITY}}
         path.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from mmkd.data.table import in_columns
 from mmkd.encoders.weights import (
     CONFIG_FILES,
     fetch,
+    indexed_files,
     load_transformers,
     quiet_transformers,
     read_processor,
@@ -102,9 +103,10 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are none, or one that the index names is missing.
+        ValueError: the index is damaged, or names a file in another folder.
     """
     index = folder / INDEX_FILE
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
+    names = indexed_files(index) if index.is_file() else [WEIGHTS_FILE]
     for name in names:
         if not (folder / name).is_file():
             pickled = " (pickled weights are not read; load the model and save it with save_pretrained)"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmkd.command.settings import resolved, save_settings
-from mmkd.files import atomic_write_text, read_json, read_yaml, rename_folder, write_json
+from mmkd.files import atomic_write_text, discard, read_json, read_yaml, rename_folder, write_json
 
 MAY_CHANGE = (
     *("quiet", "overwrite", "workers", "checkpoint_every", "checkpoints_kept", "skipped_in_a_row"),
@@ -134,7 +134,7 @@ class RunFolder:
         for source in (self.path / name for name in KEPT if (self.path / name).exists()):
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, final / source.name)
         rename_folder(final, self.output)
-        shutil.rmtree(self.path)
+        discard(self.path, self.output)
 
 
 def _step(line: str) -> float:

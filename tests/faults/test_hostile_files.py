@@ -17,9 +17,9 @@ from mmkd.data.readers import open_hub_dataset
 from mmkd.data.table import Pair
 from mmkd.encoders import hfclip, openclip
 from mmkd.encoders.spec import TeacherSpec
-from mmkd.encoders.weights import load_config
+from mmkd.encoders.weights import load_config, read_state_dict
 from mmkd.exporting.served import OnnxEncoder
-from mmkd.student.folder import load_student, save_student
+from mmkd.student.folder import load_student, save_student, weight_files
 from modeling_mmkd import MMKDClipConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +28,7 @@ FORGED = {  # of a teacher in transformers' form; the sizes are of no model, tim
     "words": {"text_config": {"vocab_size": 10**12}},
     "positions": {"text_config": {"max_position_embeddings": 10**12}},
     "width": {"projection_dim": 10**12},
+    "kernel": {"text_config": {"attn_implementation": "else/where"}},
     "file": {
         "model_type": "vision-text-dual-encoder",
         "vision_config": {
@@ -93,6 +94,23 @@ def test_no_teacher_is_built_of_a_size_that_no_model_has_nor_opens_files(tmp_pat
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "clip"} | FORGED[kind]))
     with pytest.raises(ValueError, match=r"config\.json describes no model: .* allowed: "):
         hfclip.load(TeacherSpec("T", "hfclip", str(tmp_path / "model")), "cpu")
+
+
+@pytest.mark.parametrize("load", [weight_files, lambda folder: load_student(str(folder)), load_config])
+def test_an_index_of_weights_names_no_file_elsewhere(tmp_path, load):
+    save_tiny(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "private.safetensors")
+    index = {"weight_map": dict.fromkeys(read_state_dict(tmp_path / "private.safetensors"), "../private.safetensors")}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json must map tensors to files beside it"):
+        load(tmp_path / "model")
+
+
+def test_an_adapter_beside_a_model_does_not_replace_it(tmp_path):
+    save_tiny(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "else/where", "peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"adapter_config\.json: transformers would load the model that it names"):
+        load_student(str(tmp_path))
 
 
 @pytest.mark.parametrize(

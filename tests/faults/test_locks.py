@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmkd.command.settings import run
-from mmkd.files import OutputInUseError, exclusive
+from mmkd.files import OutputInUseError, discard, exclusive
 from mmkd.train import curate
 
 HOLDER = """
@@ -55,9 +55,41 @@ def test_what_a_killed_run_left_beside_the_output_is_removed(tmp_path):
     kept = (".pairs2.0123abcd.tmp", ".pairs.notes.tmp", "pairs.0123abcd.tmp")
     for name in kept:
         (tmp_path / name).write_text("x")
+    (output / "tasks").mkdir(parents=True)
+    (output / "tasks" / ".task.json.0123abcd.tmp").write_text("x")
+    (output / "tasks" / ".task.json").write_text("x")
     with exclusive(output):
-        assert {path.name for path in tmp_path.iterdir()} == {*kept, ".pairs.lock"}
-    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+        assert {path.name for path in tmp_path.iterdir()} == {*kept, ".pairs.lock", "pairs"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "pairs"}
+    assert [path.name for path in (output / "tasks").iterdir()] == [".task.json"]
+
+
+def test_the_working_directory_can_be_an_output(tmp_path, monkeypatch):
+    (tmp_path / "pairs").mkdir()
+    monkeypatch.chdir(tmp_path / "pairs")
+    with exclusive(Path()):
+        assert (tmp_path / ".pairs.lock").is_file()
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
+    with exclusive(tmp_path / "a" / "b" / "pairs"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not (tmp_path / "a").exists()
+    with exclusive(tmp_path / "a" / "b" / "pairs"):
+        (tmp_path / "a" / "kept").write_text("x")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
+
+
+def test_a_folder_that_is_discarded_goes_at_once(tmp_path, monkeypatch):
+    (tmp_path / "pairs.parts").mkdir()
+    (tmp_path / "pairs.parts" / "half").write_text("x")
+    monkeypatch.setattr("mmkd.files.remove", lambda path: None)  # as if the process were killed here
+    discard(tmp_path / "pairs.parts", tmp_path / "pairs")
+    assert not (tmp_path / "pairs.parts").exists() and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    with exclusive(tmp_path / "pairs"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_curation_of_the_same_output_is_refused(tmp_path, monkeypatch, capsys):
@@ -66,7 +98,7 @@ def test_a_second_curation_of_the_same_output_is_refused(tmp_path, monkeypatch, 
     arguments = ["--source", str(tmp_path / "source"), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["mmkd curate", *arguments])
     with exclusive(output), pytest.raises(SystemExit, match="1"):
-        run(curate.CurateSettings, curate.main, lambda settings: [settings.output])
+        run(curate.CurateSettings, curate.main)
     errors = capsys.readouterr().err
     assert f"process {os.getpid()}" in errors and "choose another output" in errors
     assert not output.exists()

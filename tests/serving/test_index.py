@@ -196,6 +196,15 @@ def test_create_takes_no_folder_that_holds_something(tmp_path):
         SearchIndex.open(tmp_path / "full")
 
 
+def test_create_takes_what_a_killed_run_left(tmp_path):
+    for name in ("vectors-0.safetensors", f".{INDEX_FILE}.lock", ".vectors-1.safetensors.0123abcd.tmp"):
+        (tmp_path / name).write_text("x")
+    SearchIndex.create(tmp_path, MODEL, DIM).add(["a"], unit(1))
+    assert len(SearchIndex.open(tmp_path)) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {INDEX_FILE, *(path.name for path in tmp_path.glob("v*"))}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def damage_meta(path, change):
     meta = json.loads((path / INDEX_FILE).read_text())
     change(meta)
