@@ -37,6 +37,7 @@ YAML_STARTS = (
     *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
     *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
 )
+_last_read: list[Path] = []
 YAML_ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
@@ -91,6 +92,29 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write_lines(path, chain(encoder.iterencode(value), ["\n"]))
 
 
+def note_read(path: Path) -> None:
+    """Remember the file that is read now, for an error that nobody expected and that names no file."""
+    _last_read[:] = [path]
+
+
+def last_read() -> Path | None:
+    """The file of the last `note_read`."""
+    return _last_read[0] if _last_read else None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; see `read_json`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else; the message names it.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -98,6 +122,7 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is not JSON; the message names it.
     """
+    note_read(path)
     try:
         value = json.loads(text := path.read_text(encoding="utf-8"))
         if "\\ud" in text.lower():  # perhaps half a character, which no file that is written can hold
@@ -116,6 +141,7 @@ def read_yaml(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is not YAML, over 16 MiB, nested too deeply, or full of aliases; the message names it.
     """
+    note_read(path)
     if path.stat().st_size > YAML_LIMIT_BYTES:
         raise ValueError(f"{path} has more than {YAML_LIMIT_BYTES} bytes; refused")
     try:
@@ -135,6 +161,7 @@ def json_lines(path: Path, start: int = 0, stop: int | None = None, line: int = 
         stop: byte after the last line; None for all.
         line: number of the first line.
     """
+    note_read(path)
     with path.open("rb") as file:
         file.seek(start)
         while stop is None or file.tell() < stop:

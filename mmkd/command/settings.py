@@ -39,7 +39,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from mmkd.command.launch import end_with_parent
-from mmkd.files import atomic_write_text, exclusive, read_yaml
+from mmkd.files import atomic_write_text, exclusive, last_read, read_yaml
 
 T = TypeVar("T")
 Command = type | Mapping[str, type]
@@ -483,8 +483,9 @@ def _message(error: Exception) -> str:
         return f"{where}{error.strerror}{'; free some and try again' if error.errno == errno.ENOSPC else ''}"
     if isinstance(error, (ValueError, OSError, SafetensorError)):
         return str(error)
-    told = " ".join(str(error).split())
-    return f"{type(error).__name__}: {told}; this was not expected: --debug shows where it happened"
+    told, path = " ".join(str(error).split()), last_read()
+    read = f" (after {path} was read, which may be damaged)" if path is not None and str(path) not in told else ""
+    return f"{type(error).__name__}: {told}{read}; this was not expected: --debug shows where it happened"
 
 
 def _unknown(key: str, hints: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmkd.data.archives import ArchivedFile, members
-from mmkd.files import is_folder_name, is_inside, leads_inside, read_json
+from mmkd.files import is_folder_name, is_inside, leads_inside, note_read, read_json, read_object
 
 NIFTI_GZ = "nii.gz"
 IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2"))
@@ -72,6 +72,7 @@ def read_csv(path: Path) -> Table:
         FileNotFoundError: there is no such file.
         ValueError: a quote is opened and never closed, or a cell is longer than 16 MiB.
     """
+    note_read(path)
     text = _decode(path.read_bytes()).replace("\0", "").lstrip()
     header = text.splitlines()[0] if text else ""
     delimiter = max(",;\t", key=header.count)
@@ -305,8 +306,7 @@ def _refuse_foreign_files(folder: Path) -> None:
             raise ValueError(f"{state} names a table outside {folder}; refused")
     splits = folder / "dataset_dict.json"
     if splits.is_file():
-        names = read_json(splits)
-        names = names.get("splits") if isinstance(names, dict) else None
+        names = read_object(splits).get("splits")
         if not isinstance(names, list) or not all(map(is_folder_name, names)):
             raise ValueError(f"{splits} names no folders of splits beside it; refused")
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from mmkd.files import note_read
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -218,6 +220,7 @@ def map_table(path: Path) -> pa.Table:
     """
     import pyarrow as pa
 
+    note_read(path)
     try:
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_file(file).read_all()

@@ -21,7 +21,7 @@ from mmkd.command.settings import nearest
 from mmkd.encoders.encoder import DualEncoder, FastSquare, NoTokens, with_input_of
 from mmkd.encoders.spec import TeacherSpec, describe
 from mmkd.encoders.weights import TOKENIZER_FILES, companion, fetch, first_file, load_strictly, read_state_dict
-from mmkd.files import is_inside, read_json
+from mmkd.files import is_inside, read_object
 from modeling_mmkd.configuration_mmkd import check_bounds
 
 CONFIG_FILE = "open_clip_config.json"
@@ -178,7 +178,7 @@ def _find(spec: TeacherSpec) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         return find_by_architecture(spec)
     files = spec.files or WEIGHT_FILES
     folder = _fetch(spec, files)
-    config = read_json(first_file(folder, [CONFIG_FILE]))
+    config = read_object(first_file(folder, [CONFIG_FILE]))
     stated = config.get("preprocess_cfg") or {}
     if "model_cfg" not in config or not {"mean", "std"} <= set(stated):
         raise ValueError(f"{folder / CONFIG_FILE} must state model_cfg and, in preprocess_cfg, mean and std")

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmkd.files import is_folder_name, read_json
+from mmkd.files import is_folder_name, note_read, read_json, read_object
 from modeling_mmkd.configuration_mmkd import check_bounds
 
 TOKENIZER_FILES = (
@@ -160,6 +160,7 @@ def read_tensors(path: Path) -> Any:
     Raises:
         ValueError: it cannot be read; the message says what it seems to be and what to do.
     """
+    note_read(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -321,8 +322,8 @@ def read_processor(loader: Any, folder: Path, **options: Any) -> Any:
         OSError: there is none.
         ValueError: a file is damaged, or two files describe different pixels; the message names them.
     """
-    stated = [read_json(path) for name in PIXEL_FILES if (path := folder / name).is_file()]
-    if len(stated) == len(PIXEL_FILES) and all(isinstance(values, dict) for values in stated):
+    stated = [read_object(path) for name in PIXEL_FILES if (path := folder / name).is_file()]
+    if len(stated) == len(PIXEL_FILES):
         first, second = stated[0].get("image_processor"), stated[1]
         for key in PIXEL_KEYS:
             if isinstance(first, dict) and key in first and key in second and _sizes(first[key]) != _sizes(second[key]):
@@ -346,8 +347,7 @@ def indexed_files(index: Path) -> list[str]:
     Raises:
         ValueError: the index is damaged, or names a file in another folder.
     """
-    values = read_json(index)
-    named = values.get("weight_map") if isinstance(values, dict) else None
+    named = read_object(index).get("weight_map")
     if not isinstance(named, dict) or not all(map(is_folder_name, named.values())):
         raise ValueError(f"{index} must map tensors to files beside it, and to no others")
     return sorted(set(named.values()))
@@ -365,7 +365,7 @@ def _refuse_forged(folder: Path | str) -> None:
     if adapter.is_file():
         raise ValueError(f"{adapter}: transformers would load the model that it names; give the model without adapter")
     if path.is_file():
-        values = read_json(path)
+        values = read_object(path)
         try:
             check_bounds("it", values)
         except (AttributeError, RecursionError, ValueError) as error:

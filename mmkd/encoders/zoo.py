@@ -10,7 +10,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mmkd.command.settings import nearest
 from mmkd.data.licenses import NON_COMMERCIAL, OWN_MODEL, terms
@@ -20,7 +19,7 @@ from mmkd.encoders import python as python_form
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.spec import UNDECLARED, TeacherSpec, announce, read_spec
 from mmkd.encoders.weights import fetch
-from mmkd.files import read_json
+from mmkd.files import read_object
 
 OPENAI = "openai"  # the tag of open_clip's weights where none is given
 TEACHERS = {name: TeacherSpec(name, **entry) for name, entry in teachers_file()["paper"].items()}
@@ -177,7 +176,6 @@ def _spec_of_folder(name: str, weights: str, folder: Path) -> TeacherSpec:
             f"{folder} holds neither config.json nor {openclip.CONFIG_FILE}: its form is unknown; write a YAML file "
             "that states it"
         )
-    config: dict[str, Any] = read_json(folder / "config.json")
-    if config.get("model_type") == "mmkd_clip":
+    if read_object(folder / "config.json").get("model_type") == "mmkd_clip":
         return TeacherSpec(name, "ours", weights, license=OWN_MODEL if Path(weights).is_dir() else UNDECLARED)
     return TeacherSpec(name, "hfclip", weights)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmkd.exporting.usage import DESCRIPTION, Encoder
-from mmkd.files import read_json
+from mmkd.files import read_object
 
 LARGEST_SIDE = 4096  # pixels of an image as the model takes it
 BATCH_SIZE = 16  # of heat maps; the service collects its own batches
@@ -29,8 +29,8 @@ class OnnxEncoder:
         Raises:
             ValueError: a folder in another format, one without its provenance, or a damaged one.
         """
-        metadata = read_json(folder / DESCRIPTION)
-        form = metadata.get("format") if isinstance(metadata, dict) else None
+        metadata = read_object(folder / DESCRIPTION)
+        form = metadata.get("format")
         if form not in ("onnx", "int8"):
             raise ValueError(
                 f"{folder} holds towers as {form}, which can run code when they are loaded; serve "

@@ -18,7 +18,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 from mmkd.data.licenses import NONE_DECLARED, OPEN, hub_id, strictest, terms
 from mmkd.data.provenance import OTHERS, UNSTATED
-from mmkd.files import read_json, read_yaml
+from mmkd.files import read_object, read_yaml
 from mmkd.publishing.publication import Draft
 
 SETTINGS_FILE, PICTURE_FILE = "settings.yaml", "results.svg"
@@ -174,7 +174,7 @@ def repository_url() -> str | None:
 def needs_timm(folder: Path) -> bool:
     """Whether the model's image tower is a backbone of timm; an adapter's model is not known."""
     path = folder / "config.json"
-    return path.is_file() and read_json(path)["vision_config"].get("model_type") == "timm_wrapper"
+    return path.is_file() and (read_object(path).get("vision_config") or {}).get("model_type") == "timm_wrapper"
 
 
 def dataset_card(draft: Draft, parts: list[Component], count: int, data_file: str | None, **metadata: Any) -> str:
@@ -340,11 +340,11 @@ def recipe_yaml(folder: Path) -> str:
 
 def model_sizes(folder: Path, parameters: int, dtypes: Iterable[str]) -> dict[str, str]:
     """Sizes of a model as rows of a table."""
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     vision, text = config["vision_config"], config["text_config"]
     architecture = vision.get("architecture") or f"{vision.get('model_type')}, {_layers(vision)}"
     path = folder / "tokenizer_config.json"
-    context = read_json(path).get("model_max_length", UNSTATED) if path.is_file() else UNSTATED
+    context = read_object(path).get("model_max_length", UNSTATED) if path.is_file() else UNSTATED
     if isinstance(context, (int, float)) and context > 10**6:  # transformers' value for no limit
         context = UNSTATED
     return {
@@ -360,7 +360,7 @@ def image_size(folder: Path) -> int | str:
     """Side of the images in pixels, as the processor makes them."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            found = read_json(folder / name)
+            found = read_object(folder / name)
             size = found.get("image_processor", found).get("crop_size") or {}
             return size.get("height", UNSTATED) if isinstance(size, dict) else size
     return UNSTATED

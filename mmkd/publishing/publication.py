@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mmkd.data.folder import META_FILE
 from mmkd.data.table import TABLE_FILE
-from mmkd.files import leads_inside, read_json, write_json
+from mmkd.files import leads_inside, read_json, read_object, write_json
 
 Kind = Literal["model", "adapter", "features", "pairs"]
 
@@ -101,7 +101,7 @@ def kind_of(folder: Path) -> Kind:
     if (folder / "meta.json").is_file() or any(folder.glob("*/meta.json")):
         return "features"
     if (folder / "config.json").is_file():
-        model_type = read_json(folder / "config.json").get("model_type")
+        model_type = read_object(folder / "config.json").get("model_type")
         if model_type != "mmkd_clip":
             raise ValueError(f"{folder} holds a model of type {model_type!r}; only type 'mmkd_clip' is pushed")
         return "model"

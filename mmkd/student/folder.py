@@ -26,7 +26,7 @@ from mmkd.encoders.weights import (
     read_processor,
     read_tensors,
 )
-from mmkd.files import read_json, write_json
+from mmkd.files import read_object, write_json
 from modeling_mmkd import MMKDClipModel, MMKDClipProcessor
 
 PROVENANCE_FILE = "provenance.json"
@@ -169,12 +169,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         ValueError: ``provenance.json`` is there but not an object of JSON.
     """
     path = folder / PROVENANCE_FILE
-    if not path.is_file():
-        return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(found).__name__}")
-    return found
+    return read_object(path) if path.is_file() else {}
 
 
 def describe_pairs(folder: PairFolder) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from mmkd.encoders.weights import (
     read_state_dict,
     read_transformers,
 )
-from mmkd.files import extract_zip, read_json
+from mmkd.files import extract_zip, read_object
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 from modeling_mmkd.configuration_mmkd import position_limit
 
@@ -260,7 +260,7 @@ def _transformers_text(name: str) -> TextStart:
         state = load_transformers(MMKDClipModel, name, folder).text_model.state_dict()
         return TextStart(config.text_config, state, tokenizer, config.text_pooling)
     described = folder / POOLING_FILE
-    pooling = "mean" if described.is_file() and read_json(described).get("pooling_mode_mean_tokens") else "cls"
+    pooling = "mean" if described.is_file() and read_object(described).get("pooling_mode_mean_tokens") else "cls"
     state = _loaded(AutoModel, name, folder, config)
     tokenizer.model_max_length = min(CONTEXT, position_limit(config) or CONTEXT)
     return TextStart(config, state, tokenizer, pooling)

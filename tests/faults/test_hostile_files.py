@@ -19,6 +19,7 @@ from mmkd.encoders import hfclip, openclip
 from mmkd.encoders.spec import TeacherSpec
 from mmkd.encoders.weights import load_config, read_state_dict
 from mmkd.exporting.served import OnnxEncoder
+from mmkd.files import read_json, read_object
 from mmkd.student.folder import load_student, save_student, weight_files
 from modeling_mmkd import MMKDClipConfig
 
@@ -218,6 +219,17 @@ def test_what_was_not_expected_is_one_line_and_a_traceback_on_request(monkeypatc
     monkeypatch.setenv("MMKD_DEBUG", "")
     with pytest.raises(KeyError):
         run(NoSettings, fails)
+
+
+def test_what_was_not_expected_names_the_file_that_was_read_last(tmp_path, monkeypatch, capsys):
+    (tmp_path / "forged.json").write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["mmkd test"])
+    with pytest.raises(SystemExit, match="1"):
+        run(NoSettings, lambda _: read_json(tmp_path / "forged.json")["teachers"])
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and f"after {tmp_path / 'forged.json'} was read" in errors
+    with pytest.raises(ValueError, match=r"forged\.json must hold a JSON object, not a list"):
+        read_object(tmp_path / "forged.json")
 
 
 def test_a_manifest_opens_no_images_outside_folders_of_pairs(tmp_path):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmkd.files import atomic_write_bytes
+from mmkd.files import atomic_write_bytes, note_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,6 +170,7 @@ def read_tensors(path: Path) -> tuple[bytes, dict[str, Any], dict[str, str]]:
         FileNotFoundError: it is not there.
         ValueError: it is truncated, has bytes left over, or is not a safetensors file.
     """
+    note_read(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; extract again with `mmkd extract`")
     with path.open("rb") as file:
