@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,17 +30,6 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes: of the group, without a group the launcher's ``WORLD_SIZE``, else 1."""
     return dist.get_world_size() if _initialized() else int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_group() -> None:
-    """Join the processes that a launcher has started, for evaluation and alignment, not for training.
-
-    They communicate over gloo, which needs no GPU, with a timeout of days: one process may compute a long result while
-    the others wait.
-    """
-    if world_size() > 1 and not _initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-        atexit.register(_leave_group)
 
 
 def settle_group(parallelism: str) -> None:

@@ -3,23 +3,24 @@
 Fitted on the training pairs alone, then applied to every pair that has features. The default rotates each teacher so
 that teachers agree on the same sample; ``--aligner autoencoder`` is the paper's method; ``--aligner phi-s`` leaves each
 teacher its own space and equalizes variances, for the heads loss. Reads ``features/``, writes one feature store for
-each teacher, the aligner itself and ``report.json`` with ``report.html``: agreement of teachers before and after.
+each teacher, the aligner itself and ``report.json`` with ``report.html``: agreement of teachers before and after. Tasks
+of any executor add up the training pairs and write the stores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.tasks import TaskSettings
 from mmkd.training.settings import LoopSettings
 
 
 @dataclass(kw_only=True)
-class AlignSettings(LoopSettings):
+class AlignSettings(TaskSettings, LoopSettings):
     """Align the features of all teachers into a shared embedding space (settings of training: autoencoder only).
 
     Example:
@@ -45,137 +46,82 @@ class AlignSettings(LoopSettings):
 if __name__ == "__main__":
     check_arguments(AlignSettings)  # before the imports that take seconds
 
+from typing import Any
+
 import numpy as np
-import torch
+from tqdm import tqdm
 
 from mmkd.alignment.aligner import Aligner
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
-from mmkd.alignment.covariances import Covariances
 from mmkd.alignment.phi_s import PhiSAligner
 from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.alignment.report import alignment_page, alignment_report
+from mmkd.alignment.shards import AlignmentInputs, covariances, write_stores
 from mmkd.command.settings import save_settings
-from mmkd.data.features.lookup import Features, TeacherFeatures, available_features, seen_pairs
-from mmkd.data.features.writer import SHARD_SIZE, FeatureWriter, finish_store
-from mmkd.data.folder import open_pairs
-from mmkd.data.provenance import teachers_of
-from mmkd.data.table import Pair, in_columns, take_rows
-from mmkd.distributed import gather_lists, join_group, rank, sum_over_processes, wait_for_everyone, world_size
-from mmkd.files import atomic_folder, refuse_existing, write_json
+from mmkd.command.tasks import open_parts
+from mmkd.data.features.lookup import seen_pairs
+from mmkd.data.table import VERSION, take_rows
+from mmkd.distributed import rank
+from mmkd.files import content_sha256, refuse_existing, remove, rename_folder, write_json
 from mmkd.pages.page import write_page
 from mmkd.training.batches import StoredBatches
 from mmkd.training.loop import fit, start
 from mmkd.training.settings import BatchSettings, check
 
 REPORTED_PAIRS = 5000
-ROWS_AT_ONCE = 4096  # of nine teachers some 300 MB in float32
 
 
 def main(settings: AlignSettings) -> None:
     """Fit, transform, report."""
-    if settings.aligner == "autoencoder":
-        train(settings)
-        return
     check(settings)
+    settings.check_tasks()
+    inputs = AlignmentInputs(settings.pairs, settings.features, settings.teachers)
+    if settings.aligner == "autoencoder":
+        train(settings, inputs)
+    elif rank() == 0:  # the others were started by an accelerate configuration
+        solve(settings, inputs)
+
+
+def solve(settings: AlignSettings, inputs: AlignmentInputs) -> None:
+    """Align in closed form; parts lie in ``OUTPUT.parts`` until all are there."""
     refuse_existing(settings.output, settings.overwrite)
-    join_group()  # over gloo: one process may wait for another's shard
-    features, training = opened(settings)
-    share = np.arange(len(training) * rank() // world_size(), len(training) * (rank() + 1) // world_size())
-    own = share[seen_pairs(features, take_rows(training, share), settings.features)]
-    total = int(sum_over_processes(torch.tensor(len(own))))
-    require_features(total, settings)
-    aligner = closed_form(settings, features, take_rows(training, own))
-    chosen = gather_lists([str(row) for row in own[:: -(-total // REPORTED_PAIRS)].tolist()])
-    with atomic_folder(settings.output, settings.overwrite) if rank() == 0 else nullcontext(None) as mine:
-        folder = Path(gather_lists([] if mine is None else [str(mine)])[0])
-        write_stores(folder, aligner, features, settings, rank(), world_size())
-        if rank() == 0:
-            write_report(folder, aligner, features, take_rows(training, np.array(chosen, dtype=np.int64)))
-            save_settings(settings, folder / "settings.yaml")
-        wait_for_everyone()
+    parts = settings.output.with_name(f"{settings.output.name}.parts")
+    open_parts(parts, made_of(settings, inputs), settings.overwrite)
+    is_phi_s, bar = settings.aligner == "phi-s", partial(tqdm, disable=settings.quiet)
+    found = covariances(inputs, not is_phi_s, parts / "sums", settings, bar)
+    aligner: Aligner = PhiSAligner.fit(found) if is_phi_s else ProcrustesAligner.fit(found, settings.dim)
+    write(parts / "output", aligner, inputs, settings)
+    save_settings(settings, parts / "output" / "settings.yaml")
+    rename_folder(parts / "output", settings.output)
+    remove(parts)
 
 
-def train(settings: AlignSettings) -> None:
-    """Train the autoencoder; the first process alone writes."""
+def train(settings: AlignSettings, inputs: AlignmentInputs) -> None:
+    """Train the autoencoder; the first process then runs the tasks that write the stores, and the others end."""
     accelerator = start(settings)
-    features, training = opened(settings)
+    features, training = inputs.open()
     pairs = take_rows(training, np.flatnonzero(seen_pairs(features, training, settings.features)))
-    require_features(len(pairs), settings)
+    if not pairs:
+        raise ValueError(f"{settings.features} has features for no training pair of {settings.pairs}; extract them")
     aligner = AutoencoderAligner(features.dims, settings.dim, settings.noise, settings.dropout)
     order = BatchSettings(batch_size=settings.batch_size, seed=settings.seed)
     batches = StoredBatches(pairs, order, features={"teachers": features})
-
-    def write(folder: Path) -> None:
-        write_stores(folder, aligner, features, settings, 0, 1)
-        write_report(folder, aligner, features, pairs[:: -(-len(pairs) // REPORTED_PAIRS)])
-
-    fit(accelerator, AlignObjective(aligner), batches, settings, write)
+    write_output = partial(write, aligner=aligner, inputs=inputs, settings=settings)
+    fit(accelerator, AlignObjective(aligner), batches, settings, write_output)
 
 
-def opened(settings: AlignSettings) -> tuple[TeacherFeatures, Sequence[Pair]]:
-    """The features, and the training pairs."""
-    features = TeacherFeatures.open(settings.features, settings.teachers or None)
-    return features, open_pairs(settings.pairs, "train").pairs
+def made_of(settings: AlignSettings, inputs: AlignmentInputs) -> dict[str, Any]:
+    """What sums and aligned features depend on."""
+    files = [file for file in sorted(settings.pairs.iterdir()) if file.suffix in (".arrow", ".jsonl")]
+    data = {"features": inputs.open()[0].identity, "pairs": content_sha256(*files)}
+    return {"version": VERSION, "aligner": settings.aligner, "dim": settings.dim, **data}
 
 
-def require_features(pairs: int, settings: AlignSettings) -> None:
-    """Refuse to fit on nothing."""
-    if not pairs:
-        raise ValueError(f"{settings.features} has features for no training pair of {settings.pairs}; extract them")
-
-
-def closed_form(settings: AlignSettings, features: TeacherFeatures, pairs: Sequence[Pair]) -> Aligner:
-    """An aligner without training, fitted by all processes together, each on its own `pairs`."""
-    is_phi_s = settings.aligner == "phi-s"
-    covariances = Covariances.stream(chunks(features, pairs), features.dims, cross=not is_phi_s)
-    return PhiSAligner.fit(covariances) if is_phi_s else ProcrustesAligner.fit(covariances, settings.dim)
-
-
-def chunks(features: TeacherFeatures, pairs: Sequence[Pair]) -> Iterator[Features]:
-    """Features of the pairs, some thousands at a time."""
-    for ids, teachers in in_columns(pairs, ("id", "teachers")):
-        for begin in range(0, len(ids), ROWS_AT_ONCE):
-            part = slice(begin, begin + ROWS_AT_ONCE)
-            yield available_features(features, ids[part], teachers[part])
-
-
-def write_stores(
-    folder: Path, aligner: Aligner, features: TeacherFeatures, settings: AlignSettings, part: int, parts: int
-) -> None:
-    """Write the aligned features of every pair that has raw ones, one store for each teacher.
-
-    Args:
-        folder: where the stores go.
-        aligner: fitted on some of the pairs.
-        features: raw.
-        settings: with the folder of raw features, whose weights and licences the stores keep.
-        part: which of the `parts` this process writes: every so many shards, and finally every so many stores.
-        parts: number of processes that write.
-    """
-    for number in range(part, -(-len(features.ids) // SHARD_SIZE), parts):
-        writers = {name: FeatureWriter(folder / name, name, first_shard=number) for name in features.names}
-        for begin in range(number * SHARD_SIZE, min((number + 1) * SHARD_SIZE, len(features.ids)), ROWS_AT_ONCE):
-            ids = features.ids[begin : min(begin + ROWS_AT_ONCE, (number + 1) * SHARD_SIZE)]
-            fingerprints = features.fingerprints(ids)
-            for name, found in aligner.transform_all(features.lookup(ids)).items():
-                mask = found["mask"]
-                own = [id for id, present in zip(ids, mask.tolist(), strict=True) if present]
-                writers[name].add(own, found["image"][mask], found["text"][mask], fingerprints[name][1][mask.numpy()])
-        for writer in writers.values():
-            writer.flush()
-    if parts > 1:
-        wait_for_everyone()
-    raw = {teacher["teacher"]: teacher for teacher in teachers_of([settings.features])}
-    for name in features.names[part::parts]:
-        origin = {"aligner": aligner.kind, "width_before": aligner.widths[name], "raw": raw.get(name, {})}
-        finish_store(folder / name, name, "float16", sorted((folder / name).glob("shard-*")), origin)
-
-
-def write_report(folder: Path, aligner: Aligner, features: TeacherFeatures, sample: Sequence[Pair]) -> None:
-    """Write the aligner and the report on some training pairs."""
+def write(folder: Path, aligner: Aligner, inputs: AlignmentInputs, settings: AlignSettings) -> None:
+    """Write the stores, the aligner and the report on some training pairs."""
+    write_stores(inputs, aligner, folder, settings, partial(tqdm, disable=settings.quiet))
     aligner.save(folder)
-    found = available_features(features, [pair.id for pair in sample], [pair.teachers for pair in sample])
-    report = alignment_report(found, aligner)
+    report = alignment_report(inputs.sample(REPORTED_PAIRS), aligner)
     write_json(folder / "report.json", report)
     write_page(folder / "report.html", alignment_page(report))
 

@@ -2,18 +2,19 @@
 
     mmkd eval --encoders student,biomedclip,plip --pairs pairs
     mmkd eval --encoders student,biomedclip,features:features/PLIP --suite offline --data data
-    mmkd eval --num_processes 2 --encoders student,biomedclip --datasets busi.yaml,kvasir.yaml --data data
+    mmkd eval --workers 2 --encoders student,biomedclip --datasets busi.yaml,kvasir.yaml --data data
     mmkd eval --watch runs/distill --encoders biomedclip,plip --suite offline --data data
 
 Every encoder embeds images and texts once; all tasks read that cache. Each result (encoder x task) is one file, written
-whole, so that the same command after a kill, or with one more encoder, computes only what is missing. Processes share
-the work; the results are the same bytes whatever their number.
+whole, so that the same command after a kill, or with one more encoder, computes only what is missing. Tasks of any
+executor embed; results are then computed in this process, and are the same bytes wherever tasks ran.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,8 @@ from mmkd.evaluation.settings import EvalSettings
 if __name__ == "__main__":
     check_arguments(EvalSettings)  # before the imports that take seconds
 
-import torch
-
 from mmkd.command.settings import resolved, save_settings
-from mmkd.distributed import allow_tf32, chosen_device, join_group, rank, wait_for_everyone
-from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.zoo import load_encoder
+from mmkd.encoders.zoo import load_with_precision
 from mmkd.evaluation.embeddings.encoders import named_sources
 from mmkd.evaluation.report.page import write_report
 from mmkd.evaluation.results.summary import lock_of, versions
@@ -48,18 +45,16 @@ def main(settings: EvalSettings) -> None:
     if settings.watch is None:
         sources = named_sources(settings.encoders)
         check(settings, sources)
-        join_group()
         run_once(settings, sources)
         return
     sources = named_sources([f"{STUDENT}={settings.watch}", *settings.encoders])
     check(settings, sources)
-    join_group()
 
     def evaluated(student: Path, output: Path) -> dict[str, Any]:
         encoders = [f"{STUDENT}={student}", *settings.encoders]
         own = dataclasses.replace(settings, encoders=encoders, output=output, cache=settings.embeddings)
         summary = run_once(own, {**sources, STUDENT: str(student)})
-        if settings.cache is None and rank() == 0:  # each checkpoint is evaluated once, and there are many
+        if settings.cache is None:  # each checkpoint is evaluated once, and there are many
             shutil.rmtree(settings.embeddings / STUDENT, ignore_errors=True)
         return summary
 
@@ -67,27 +62,17 @@ def main(settings: EvalSettings) -> None:
 
 
 def run_once(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
-    """One evaluation into one folder; the summary on the first process, nothing on the others."""
-    allow_tf32(settings.precision == "tf32")
-
-    def load(source: str) -> DualEncoder:
-        device = chosen_device(settings.device)
-        encoder = load_encoder(source, device=device)
-        encoder.autocast = (device.partition(":")[0], torch.bfloat16) if settings.precision == "bfloat16" else None
-        encoder.provenance["precision"] = settings.precision
-        return encoder
-
+    """One evaluation into one folder."""
+    load = partial(load_with_precision, device=settings.device, precision=settings.precision)
     summary = evaluate(settings, sources, load)
-    if rank() == 0:
-        summary |= {"settings": resolved(settings), "versions": versions()}
-        save_settings(settings, settings.output / "settings.yaml")
-        write_json(settings.output / "repro.lock", lock_of(summary))
-        write_json(settings.output / "summary.json", summary)
-        print_summary(summary)
-        page = settings.output / "report.html"
-        write_report(ReportSettings(settings.output, settings.pairs, page))
-        print(f"\nreport: {page}")
-    wait_for_everyone()
+    summary |= {"settings": resolved(settings), "versions": versions()}
+    save_settings(settings, settings.output / "settings.yaml")
+    write_json(settings.output / "repro.lock", lock_of(summary))
+    write_json(settings.output / "summary.json", summary)
+    print_summary(summary)
+    page = settings.output / "report.html"
+    write_report(ReportSettings(settings.output, settings.pairs, page))
+    print(f"\nreport: {page}")
     return summary
 
 

@@ -38,7 +38,7 @@ class MergeSettings:
         factory=list, help="share of the second model, 0 to 1; by default 0.5, with --pairs 0.25, 0.5 and 0.75"
     )
     pairs: Path | None = setting(None, "folder of pairs; write what is best on its validation split")
-    tasks: list[str] = setting(factory=list, help=f"(pairs) kinds of task, by default all: {', '.join(PAIRS_KINDS)}")
+    kinds: list[str] = setting(factory=list, help=f"(pairs) kinds of task, by default all: {', '.join(PAIRS_KINDS)}")
     replicates: int = setting(1000, "(pairs) replicates of the bootstrap")
     batch_size: int = setting(32, "(pairs) images or texts at a time")
     device: str = setting("auto", "(pairs) cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
@@ -166,7 +166,7 @@ def why_not_evaluated(settings: MergeSettings) -> str | None:
     if not samples.held_out:
         return f"none of the {len(folder.pairs)} pairs is in the {SPLIT} split"
     own = evaluation(settings, Path(), [])
-    tasks, reasons = tasks_for(samples, own.kinds, task_options(own))
+    tasks, reasons = tasks_for(samples, own.task_kinds, task_options(own))
     return None if tasks else f"the {len(samples.held_out)} {SPLIT} pairs allow no task: {'; '.join(reasons.values())}"
 
 
@@ -202,7 +202,7 @@ def evaluation(settings: MergeSettings, work: Path, encoders: list[str]) -> Eval
         pairs=settings.pairs,
         output=work / "results",
         split=SPLIT,
-        tasks=settings.tasks,
+        kinds=settings.kinds,
         baselines=[source.partition("=")[0] for source in encoders[1:]],
         replicates=settings.replicates,
         batch_size=settings.batch_size,

@@ -3,29 +3,33 @@
 Tissue is found on a thumbnail; its tiles are read at the requested resolution and encoded in batches.
 ``OUTPUT/ENCODER/SLIDE.h5`` holds ``features`` (before the projection, or the joint vectors where the encoder has no
 projection), ``proj`` (the joint space, unit length) and ``coords``. Files are written atomically; run the
-same command again to resume. Slides that cannot be read are listed in ``skipped.json``. ``--preview`` draws the tiles
+same command again to resume. Tasks of any executor share the slides; those that cannot be read are listed in
+``skipped.json``. ``--preview`` draws the tiles
 on thumbnails instead, to try a resolution and a share of tissue before anything is encoded.
 """
 
 from __future__ import annotations
 
 import importlib
-import io
-import json
+import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.tasks import TaskSettings
 
 
-@dataclass
-class TileSettings:
+@dataclass(kw_only=True)
+class TileSettings(TaskSettings):
     """Cut slides into tiles and keep an encoder's features of them.
 
     Example:
         mmkd tile --slides slides --encoder biomedclip --output bags
     """
+
+    GROUPS: ClassVar[dict[str, str]] = {"computing": "batch_size threads device quiet"}
 
     slides: Path = setting(help="folder of slides, searched recursively")
     encoder: str = setting("", "a teacher's name, a folder or a Hub id; NAME=SOURCE sets the name for `mmkd eval`")
@@ -38,29 +42,25 @@ class TileSettings:
     tissue: float = setting(0.25, "smallest share of tissue in a tile")
     dtype: Literal["float16", "float32"] = setting("float16", "stored number format")
     batch_size: int = setting(64, "tiles per batch of the encoder")
-    workers: int = setting(4, "threads that read tiles")
-    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    threads: int = setting(4, "threads that read tiles")
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one, another for each process")
     quiet: bool = setting(False, "no progress bar")
 
 
 if __name__ == "__main__":
     check_arguments(TileSettings)  # before the imports that take seconds
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from mmkd.data.images import encode
-from mmkd.distributed import chosen_device
+from mmkd.command.tasks import run_tasks
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import encoder_fingerprint, named_sources
 from mmkd.evaluation.slides.bags import slide_name
-from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Slide, Tiling, drawn_tiles
-from mmkd.files import atomic_write_bytes, write_json
+from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Tiling
+from mmkd.evaluation.slides.writing import SlideWriter, load, write_slides
+from mmkd.files import remove, write_json
 
 SKIPPED_FILE = "skipped.json"
-ARRAYS = ("features", "proj", "coords")
 
 
 def main(settings: TileSettings) -> None:
@@ -77,37 +77,28 @@ def main(settings: TileSettings) -> None:
 
     check(settings)
     files = slide_files(settings.slides)
-    folder = settings.output / "preview"
-    made_of: dict[str, Any] | None = None
-    if not settings.preview:
+    sizes = tiling(settings), settings.batch_size, settings.threads
+    if settings.preview:
+        writer, opened = SlideWriter(settings.output / "preview", *sizes), None
+        remove(writer.folder)
+    else:
         name, source = next(iter(named_sources([settings.encoder]).items()))
-        encoder = load_encoder(source, chosen_device(settings.device))
-        encoder.batch_size = settings.batch_size
-        folder, made_of = settings.output / name, recipe(settings, encoder, source, name)
-    skipped: dict[str, str] = {}
-    tiles = 0
-    for slide, path in tqdm(files.items(), desc=folder.name, unit="slide", disable=settings.quiet):
-        target = folder / f"{slide}.{'png' if made_of is None else 'h5'}"
-        if made_of is not None and is_made(target, made_of):
-            continue
-        try:
-            with Slide(path) as opened_slide:
-                corners = tiling(settings).corners(opened_slide)
-                if made_of is None:
-                    side = tiling(settings).side(opened_slide)
-                    content = encode(drawn_tiles(opened_slide, corners, side), None)[1]
-                else:
-                    content = packed(bag(opened_slide, corners, encoder, settings), made_of)
-        except (ValueError, OSError) as error:
-            skipped[slide] = str(error)
-            continue
-        atomic_write_bytes(target, content)
-        tiles += len(corners)
-    write_json(folder / SKIPPED_FILE, skipped)
+        encoder = load(source, settings.device if settings.is_here else "cpu")
+        writer = SlideWriter(settings.output / name, *sizes, recipe(settings, encoder, source, name))
+        opened = (lambda: encoder) if settings.is_here else partial(load, source, settings.device)
+    run_tasks(
+        partial(write_slides, uuid.uuid4().hex, writer, opened),
+        lambda: [(slide, path) for slide, path in files.items() if not writer.has(slide)],
+        settings,
+        writer.folder,
+        partial(tqdm, desc=writer.folder.name, unit="slide", disable=settings.quiet),
+    )
+    skipped = writer.skipped()
+    write_json(writer.folder / SKIPPED_FILE, skipped)
     if len(skipped) == len(files):
         raise ValueError(f"none of {len(files)} slides could be used; the first: {next(iter(skipped.values()))}")
     if not settings.quiet:
-        print(f"{folder}: {len(files) - len(skipped)} of {len(files)} slides, {tiles} new tiles")
+        print(f"{writer.folder}: {len(files) - len(skipped)} of {len(files)} slides")
         for slide, reason in skipped.items():
             print(f"  {slide}: {reason}")
 
@@ -118,8 +109,9 @@ def check(settings: TileSettings) -> None:
         raise FileNotFoundError(f"--slides {settings.slides} is not a folder")
     if not settings.encoder and not settings.preview:
         raise ValueError("give --encoder, whose features are kept, or --preview true")
-    if min(settings.batch_size, settings.workers) < 1:
-        raise ValueError("--batch_size and --workers must be at least 1")
+    settings.check_tasks()
+    if min(settings.batch_size, settings.threads) < 1:
+        raise ValueError("--batch_size and --threads must be at least 1")
     tiling(settings)
 
 
@@ -157,60 +149,6 @@ def recipe(settings: TileSettings, encoder: DualEncoder, source: str, name: str)
         "tissue": settings.tissue,
         "dtype": settings.dtype,
     }
-
-
-def is_made(path: Path, made_of: dict[str, Any]) -> bool:
-    """Whether a bag exists; one that is damaged is written again.
-
-    Raises:
-        ValueError: it was made with other settings.
-    """
-    import h5py
-
-    if not path.is_file():
-        return False
-    try:
-        with h5py.File(path, "r") as file:
-            own = dict(json.loads(file.attrs.get("made_of", "{}")))
-            for name in ARRAYS:
-                file[name][:]  # compares the checksum of every chunk
-    except Exception:  # of damaged files, h5py raises anything from OSError to SystemError
-        return False
-    differing = [key for key in made_of if own.get(key) != made_of[key]]
-    if differing:
-        changes = ", ".join(f"{key} {own.get(key)!r} there, {made_of[key]!r} now" for key in differing)
-        raise ValueError(f"{path} was made with other settings ({changes}); choose another --output")
-    return True
-
-
-def bag(slide: Slide, corners: np.ndarray, encoder: DualEncoder, settings: TileSettings) -> dict[str, np.ndarray]:
-    """Features, joint vectors and coordinates of a slide's tiles.
-
-    Raises:
-        ValueError: a tile cannot be read.
-    """
-    joint: list[torch.Tensor] = []
-    pooled: list[torch.Tensor] = []
-    for images in tiling(settings).batches(slide, corners, settings.batch_size, settings.workers):
-        vectors, before = encoder.encode_images_and_pooled(images)
-        joint.append(vectors)
-        pooled.append(vectors if before is None else before)
-    kind = np.dtype(settings.dtype)
-    arrays = {"features": torch.cat(pooled).numpy().astype(kind), "proj": torch.cat(joint).numpy().astype(kind)}
-    return {**arrays, "coords": corners}
-
-
-def packed(arrays: dict[str, np.ndarray], made_of: dict[str, Any]) -> bytes:
-    """The bytes of an HDF5 file."""
-    import h5py
-
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
-        for name, array in arrays.items():
-            file.create_dataset(name, data=array, fletcher32=True)
-        file.attrs["encoder"] = made_of["encoder"]
-        file.attrs["made_of"] = json.dumps(made_of, sort_keys=True)
-    return buffer.getvalue()
 
 
 def held(settings: TileSettings) -> list[Path]:

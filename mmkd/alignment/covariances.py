@@ -1,7 +1,7 @@
 """Second moments of all teachers' features, within and across teachers, streamed.
 
-Sums are float64 in the order of the samples: the same samples in the same order on the same number of processes give
-the same bits, and any other order or number of processes differs by rounding.
+Sums are float64 in the order of the samples: the same samples in the same order give the same bits, and any other
+order differs by rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mmkd.data.features.lookup import MODALITIES, Features
-from mmkd.distributed import sum_over_processes
+
+Sums = dict[tuple[str, str], Tensor]  # of two teachers, `(width + 2, width + 2)`
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,15 @@ class Moments:
 class Covariances:
     """Moments of each teacher and centered cross-moments of each pair of teachers, float64."""
 
-    def __init__(self, sums: dict[tuple[str, str], Tensor], widths: dict[str, int]) -> None:
-        """Use `stream` instead."""
+    def __init__(self, sums: Sums, widths: dict[str, int]) -> None:
+        """Take the sums of all samples, see `moment_sums`, and the feature width of each teacher."""
         self._sums, self.widths = sums, widths
         self._moments = {name: self._own(name) for name in widths}
 
     @classmethod
     def stream(cls, chunks: Iterable[Features], widths: dict[str, int], cross: bool) -> Covariances:
-        """Read this process' samples once, and add up the sums of all processes.
-
-        Args:
-            chunks: of this process' samples, each with every teacher in `widths`.
-            widths: the feature width of each teacher.
-            cross: whether to compute cross-moments of pairs of teachers.
-        """
-        names = sorted(widths)
-        pairs = [(k, j) for k, j in combinations_with_replacement(names, 2) if cross or k == j]
-        sums = {(k, j): torch.zeros(widths[k] + 2, widths[j] + 2, dtype=torch.float64) for k, j in pairs}
-        for chunk in chunks:
-            _add(sums, chunk, names)
-        return cls({pair: sum_over_processes(total) for pair, total in sums.items()}, widths)
+        """Of samples that are read once; see `moment_sums`."""
+        return cls(moment_sums(chunks, widths, cross), widths)
 
     def of(self, name: str) -> Moments:
         """Moments of one teacher.
@@ -92,7 +82,23 @@ class Covariances:
         return Moments(count, mean, spread)
 
 
-def _add(sums: dict[tuple[str, str], Tensor], chunk: Features, names: list[str]) -> None:
+def moment_sums(chunks: Iterable[Features], widths: dict[str, int], cross: bool) -> Sums:
+    """Sums of the products of some samples' features, which may be added to those of others.
+
+    Args:
+        chunks: of samples, each with every teacher in `widths`.
+        widths: the feature width of each teacher.
+        cross: whether to compute cross-moments of pairs of teachers.
+    """
+    names = sorted(widths)
+    pairs = [(k, j) for k, j in combinations_with_replacement(names, 2) if cross or k == j]
+    sums = {(k, j): torch.zeros(widths[k] + 2, widths[j] + 2, dtype=torch.float64) for k, j in pairs}
+    for chunk in chunks:
+        _add(sums, chunk, names)
+    return sums
+
+
+def _add(sums: Sums, chunk: Features, names: list[str]) -> None:
     """Add the products of some samples; two columns of ones, for images and texts, carry counts and sums along."""
     masks = {name: chunk[name]["mask"].double() for name in names}
     weight = 1 / (torch.stack(list(masks.values())).sum(dim=0) - 1).clamp(min=1)

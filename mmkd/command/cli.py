@@ -54,7 +54,7 @@ RECIPES = {
     "convert": ("mmkd.hub.convert", "convert the authors' checkpoint to a from_pretrained folder, and back"),
 }
 PIPELINES = {"quickstart": "quickstart.yaml"}
-DISTRIBUTED = ("pretrain", "align", "distill", "finetune", "eval")
+DISTRIBUTED = ("pretrain", "align", "distill", "finetune")
 EXTRAS = {
     **dict.fromkeys(("accelerate", "psutil"), "train"),
     "peft": "train",
@@ -110,7 +110,7 @@ def _main(argv: list[str]) -> None:
     launcher, arguments = split_launcher_options(arguments)
     if launcher and name not in DISTRIBUTED:
         allowed = ", ".join(DISTRIBUTED)
-        fail(2, f"{launcher[0]} is an option of {allowed}; {name} runs in one process", f"mmkd {name}")
+        fail(2, f"{launcher[0]} is an option of {allowed}; {name} may have --workers", f"mmkd {name}")
     if name in PIPELINES:
         preset = importlib.resources.files("mmkd.train.configs") / PIPELINES[name]
         arguments = ["--config", str(preset), *arguments]

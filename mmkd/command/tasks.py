@@ -13,6 +13,7 @@ has all three, was tried as well: its local pool never returns when a process of
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import multiprocessing
 import os
@@ -32,9 +33,10 @@ from tqdm import tqdm
 
 from mmkd.command.launch import end_with_parent
 from mmkd.command.settings import setting
-from mmkd.files import remove
+from mmkd.files import read_json, remove, write_json
 
 Item = TypeVar("Item")
+T = TypeVar("T")
 Progress = Callable[[int], object]
 Work = Callable[[Sequence[Item], Progress], object]
 
@@ -121,6 +123,42 @@ def run_tasks(
                 f"processes were killed {TRIES} times before one item was done, perhaps for lack of memory; run the "
                 "same command again to resume, with fewer --workers or more --resources"
             )
+
+
+_resident: dict[str, Any] = {}
+
+
+def resident(run: str, make: Callable[[], T]) -> T:
+    """What `make` returned when this process called it first in a run: models, opened files."""
+    if run not in _resident:
+        _resident.clear()
+        _resident[run] = make()
+    found: T = _resident[run]
+    return found
+
+
+def open_parts(parts: Path, made_of: dict[str, Any], overwrite: bool) -> None:
+    """Create the folder of an unfinished output's parts, or check that they belong to this run.
+
+    Args:
+        parts: the folder.
+        made_of: JSON values on which the parts depend.
+        overwrite: remove parts of another run.
+
+    Raises:
+        FileExistsError: the folder holds parts of another run.
+    """
+    file, expected = parts / "settings.json", json.loads(json.dumps(made_of))
+    if file.is_file() and read_json(file) == expected:
+        return
+    if parts.exists() and any(parts.iterdir()):
+        if not overwrite:
+            raise FileExistsError(
+                f"{parts} holds parts of a run with other settings or another state of the source; "
+                "give the old settings to resume it, or start again with --overwrite true"
+            )
+        remove(parts)
+    write_json(file, expected)
 
 
 def _divided(items: Sequence[Item], settings: TaskSettings) -> list[Sequence[Item]]:

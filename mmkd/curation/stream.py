@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mmkd.command.tasks import Progress, TaskSettings, run_tasks
+from mmkd.command.tasks import Progress, TaskSettings, open_parts, run_tasks
 from mmkd.curation.contamination import checksums, read_exclusions
 from mmkd.curation.datasheet import write_sheet
 from mmkd.curation.decisions import Decisions, decide
@@ -100,7 +100,7 @@ def curate(
         return report
     refuse_existing(output, overwrite)
     parts = output.with_name(f"{output.name}.parts")
-    _open_parts(parts, settings, units, overwrite)
+    open_parts(parts, settings | {"units": [asdict(unit) for unit in units]}, overwrite)
     if reports is not None:
         write_reports(parts, reports, rows)
     bar = partial(tqdm, desc="curate", unit="shard", disable=quiet)
@@ -120,23 +120,6 @@ def _refuse_rules_without_effect(units: list[Unit], rules: Rules) -> None:
         raise ValueError("--mentions: articles (image_context) come with WebDataset tars only; leave it out here")
     if rules.panel_types and kinds <= {"list", "images", DICOM, PACKAGED}:
         raise ValueError("--panel_types: lists and folders of images state no type of panel; leave it out here")
-
-
-def _open_parts(parts: Path, settings: dict[str, Any], units: list[Unit], overwrite: bool) -> None:
-    """Create the folder of parts, or check that the existing one belongs to this run."""
-    expected = settings | {"units": [asdict(unit) for unit in units]}
-    file = parts / SETTINGS_FILE
-    if file.is_file() and read_json(file) == expected:
-        return
-    if parts.exists() and any(parts.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"{parts} holds parts of a run with other settings or another state of the source; "
-                "give the old settings to resume it, or start again with --overwrite true"
-            )
-        remove(parts)
-    parts.mkdir(parents=True, exist_ok=True)
-    write_json(file, expected)
 
 
 def _is_done(parts: Path, unit: Unit) -> bool:

@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkd.command.tasks import Progress
+from mmkd.command.tasks import Progress, resident
 from mmkd.data.features.index import Ids, fingerprints_of
 from mmkd.data.features.writer import FeatureExtraction
 from mmkd.data.folder import PairFolder, ids_at, open_pairs, pairs_at
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
-from mmkd.distributed import allow_tf32, chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
 from mmkd.encoders.frozen_encoder import FrozenEncoder, with_frozen_towers
 from mmkd.encoders.settings import ExtractSettings
-from mmkd.encoders.zoo import load_encoder, named_sources
+from mmkd.encoders.zoo import load_with_precision, named_sources
 
 
 class FeatureTask(EncodingTask[Pair]):
@@ -86,14 +85,13 @@ class OpenExtraction:
             FileNotFoundError: pairs or weights are not there.
             ValueError: a store of other weights, or an id that occurs twice.
         """
-        allow_tf32(settings.precision == "tf32")
         self.settings, self.folder = settings, open_pairs(settings.pairs)
         pairs = self.folder.pairs
         self.ids = Ids(len(pairs), partial(ids_at, pairs))  # twenty million as a list are two gigabytes
         fingerprints = fingerprints_of(pairs)
         self.tasks: dict[str, FeatureTask] = {}
         for name, source in named_sources(settings.teacher).items():
-            encoder = load_teacher(name, source, settings, chosen_device(device))
+            encoder = load_teacher(name, source, settings, device)
             stored = (settings.output / name, name, self.ids, fingerprints, encoder.provenance)
             self.tasks[name] = FeatureTask(encoder, FeatureExtraction(*stored, settings.dtype, settings.shard_size))
 
@@ -109,26 +107,18 @@ class OpenExtraction:
             encode_shards(tasks, own, read, self.settings.batch_size, self.settings.threads, progress)
 
 
-_opened: dict[str, OpenExtraction] = {}
-
-
 def extract_shards(
     run: str, settings: ExtractSettings, names: Sequence[str], shards: Sequence[int], progress: Progress
 ) -> None:
     """A task of `mmkd.command.tasks`; a process loads the teachers for its first task of a run."""
-    if run not in _opened:
-        _opened.clear()
-        _opened[run] = OpenExtraction(settings, settings.device)
-    _opened[run].extract(names, shards, progress)
+    resident(run, lambda: OpenExtraction(settings, settings.device)).extract(names, shards, progress)
 
 
 def load_teacher(name: str, source: str, settings: ExtractSettings, device: str) -> DualEncoder:
     """The teacher on a device, under the name of its feature store."""
     weights = settings.weights.get(name)
-    encoder = load_encoder(source, device, Path(weights) if weights else None)
+    encoder = load_with_precision(source, device, settings.precision, Path(weights) if weights else None)
     encoder.batch_size = settings.batch_size
-    encoder.autocast = (device.partition(":")[0], torch.bfloat16) if settings.precision == "bfloat16" else None
-    encoder.provenance["precision"] = settings.precision
     if settings.resize == "fast" and encoder.fast_prepare is not None:
         encoder.fast = True
         encoder.provenance["preprocessing"] += ", resized as uint8 by torch"

@@ -11,12 +11,16 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from mmkd.command.settings import nearest
 from mmkd.data.licenses import NON_COMMERCIAL, OWN_MODEL, terms
 from mmkd.data.provenance import teachers_file
+from mmkd.distributed import allow_tf32, chosen_device
 from mmkd.encoders import hfclip, medclip, openclip, pmcclip
 from mmkd.encoders import python as python_form
 from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.settings import Precision
 from mmkd.encoders.spec import UNDECLARED, TeacherSpec, announce, read_spec
 from mmkd.encoders.weights import fetch
 from mmkd.files import read_object
@@ -67,6 +71,23 @@ def load_encoder(name_or_path: str, device: str = "cpu", weights: Path | None = 
             f"{spec.name} is {encoder.dim} wide, but its specification states dim {spec.dim}; are these its weights?"
         )
     announce(encoder.provenance)
+    return encoder
+
+
+def load_with_precision(source: str, device: str, precision: Precision, weights: Path | None = None) -> DualEncoder:
+    """An encoder whose forward pass has a precision, which its provenance names; see `load_encoder`.
+
+    Args:
+        source: name or path.
+        device: see `chosen_device`.
+        precision: of the forward pass.
+        weights: see `load_encoder`.
+    """
+    allow_tf32(precision == "tf32")
+    device = chosen_device(device)
+    encoder = load_encoder(source, device, weights)
+    encoder.autocast = (device.partition(":")[0], torch.bfloat16) if precision == "bfloat16" else None
+    encoder.provenance["precision"] = precision
     return encoder
 
 

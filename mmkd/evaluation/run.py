@@ -16,22 +16,20 @@ from typing import Any
 from tqdm import tqdm
 
 from mmkd.data.table import Pair
-from mmkd.distributed import rank, wait_for_everyone, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.evaluation.datasets.catalog import contaminated, find_manifests, load_suite
-from mmkd.evaluation.datasets.dataset import Dataset, Samples, open_dataset, split_samples
+from mmkd.evaluation.datasets.dataset import Dataset, open_dataset, split_samples
 from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, Manifest
 from mmkd.evaluation.datasets.pairs import PROBED, PairsDataset, open_pairs_dataset
 from mmkd.evaluation.datasets.questions import read_vqa_rad
 from mmkd.evaluation.embeddings.cache import DatasetInputs
-from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.embeddings.encoders import EncoderRecord, embed_everything
 from mmkd.evaluation.results.store import ResultStore, fingerprint_of
-from mmkd.evaluation.results.summary import Table, overall, split_summary, suite_means, task_summary
+from mmkd.evaluation.results.summary import overall, split_summary, suite_means, task_summary
 from mmkd.evaluation.settings import EvalSettings
 from mmkd.evaluation.slides.cohort import read_cohort
 from mmkd.evaluation.suite import LEARNING, inputs_of, run_task, tasks_for
-from mmkd.evaluation.tasks.task import Task, TaskOptions
+from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.student.folder import read_provenance
 
 Load = Callable[[str], DualEncoder]
@@ -67,17 +65,19 @@ class SuiteRun:
         encoders = [each.embedded(inputs, dataset) for each in self.known]
         unreadable = {key: reason for each in encoders for key, reason in each.unreadable.items()}
         samples = split_samples(dataset, settings.split, inputs.digests, unreadable)
-        tasks, skipped = tasks_for(samples, settings.kinds, self.options) if samples.held_out else ([], {})
+        tasks, skipped = tasks_for(samples, settings.task_kinds, self.options) if samples.held_out else ([], {})
         if not tasks:
-            kinds, count = ", ".join(settings.kinds), len(samples.held_out)
+            kinds, count = ", ".join(settings.task_kinds), len(samples.held_out)
             skipped = skipped or {name: f"no task of {kinds} on its {count} readable {settings.split} samples"}
         by_question = samples.manifest.task == "vqa"  # questions have splits of their own
         resampled = [*samples.train, *samples.validation, *samples.held_out] if by_question else samples.held_out
         results = self._results(name, resampled)
-        table = run_tasks(tasks, samples, encoders, self.teachers, results, settings.quiet or settings.pairs is None)
+        hidden = settings.quiet or settings.pairs is None
+        table = {
+            task.name: run_task(task, samples, encoders, self.teachers, results)
+            for task in tqdm(tasks, desc="tasks", unit="task", disable=hidden)
+        }
         self.skipped |= skipped
-        if rank() > 0:
-            return
         for task in tasks:
             summary = task_summary(results.describe(task), table[task.name], self.student, results)
             self.tasks[task.name] = summary | {"contaminated": marks(self.known, dataset)}
@@ -125,21 +125,18 @@ def evaluate(settings: EvalSettings, sources: dict[str, str], load: Load) -> dic
         load: loads a dual encoder.
 
     Returns:
-        The content of `summary.json`; on the first process only, nothing on the others.
+        The content of `summary.json`.
 
     Raises:
         FileNotFoundError: the pairs, a manifest or an encoder's folder do not exist.
         ValueError: a manifest or its data are wrong, no dataset or nothing can be evaluated.
     """
     inputs, absent = open_inputs(settings)
-    known = embed_everything(sources, inputs, load, settings.embeddings, settings.batch_size, settings.quiet)
-    wait_for_everyone()
+    known = embed_everything(sources, inputs, load, settings.embeddings, settings.batch_size, settings.quiet, settings)
     run = SuiteRun(settings, known)
-    hidden = settings.quiet or rank() > 0 or settings.pairs is not None
+    hidden = settings.quiet or settings.pairs is not None
     for own in tqdm(inputs, desc="datasets", unit="dataset", disable=hidden):
         run.evaluate(own)
-    if rank() > 0:
-        return {}
     if not run.tasks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in run.skipped.items())
         raise ValueError(f"nothing to evaluate. {reasons}")
@@ -160,10 +157,10 @@ def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[
     Raises:
         ValueError: data that do not fit their manifest, groups in several splits, or none can be evaluated.
     """
-    found, absent, options = [], {}, task_options(settings)
-    for manifest in tqdm(manifests, desc="opening", unit="dataset", disable=settings.quiet or rank() > 0):
-        if not set(manifest.kinds) & set(settings.kinds):  # nothing of it would be evaluated, so nothing is embedded
-            absent[manifest.id] = f"it is evaluated by {', '.join(manifest.kinds)}, not by {', '.join(settings.kinds)}"
+    found, absent, options, requested = [], {}, task_options(settings), settings.task_kinds
+    for manifest in tqdm(manifests, desc="opening", unit="dataset", disable=settings.quiet):
+        if not set(manifest.kinds) & set(requested):  # nothing of it would be evaluated, so nothing is embedded
+            absent[manifest.id] = f"it is evaluated by {', '.join(manifest.kinds)}, not by {', '.join(requested)}"
             continue
         try:
             opened = open_dataset(manifest, settings.data)
@@ -173,7 +170,7 @@ def survey(manifests: Sequence[Manifest], settings: EvalSettings) -> tuple[list[
         if manifest.task == "survival":
             read_cohort(opened, None)  # for its errors, before anything is embedded
         reopen = partial(open_dataset, manifest, settings.data)
-        kinds = [kind for kind in manifest.kinds if kind in settings.kinds]
+        kinds = [kind for kind in manifest.kinds if kind in requested]
         found.append(inputs_of(opened, reopen, kinds, settings.split, options))
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
@@ -185,11 +182,13 @@ def open_inputs(settings: EvalSettings) -> tuple[list[DatasetInputs], dict[str, 
     """The datasets that are named, by whatever setting; see `survey`."""
     if settings.pairs is None:
         return survey(load_suite(settings.suite) if settings.suite else find_manifests(settings.datasets), settings)
-    trains = bool(set(LEARNING) & set(settings.kinds))
+    trains = bool(set(LEARNING) & set(settings.task_kinds))
     questions = read_vqa_rad(settings.questions)[0] if settings.questions else []
-    dataset = open_pairs_dataset(settings.pairs, settings.split, trains, questions)
-    options, quiet = task_options(settings), settings.quiet or rank() > 0
-    return [inputs_of(dataset, lambda: dataset, settings.kinds, settings.split, options, quiet)], {}
+    reopen = partial(open_pairs_dataset, settings.pairs, settings.split, trains, questions)
+    dataset = reopen()
+    opened = (lambda: dataset) if settings.is_here else reopen
+    options = task_options(settings)
+    return [inputs_of(dataset, opened, settings.task_kinds, settings.split, options, settings.quiet)], {}
 
 
 def marks(known: Sequence[EncoderRecord], dataset: Dataset) -> dict[str, str]:
@@ -209,28 +208,3 @@ def marks(known: Sequence[EncoderRecord], dataset: Dataset) -> dict[str, str]:
         elif seen & own:
             found[each.name] = f"its provenance.json names {', '.join(sorted(seen & own))}"
     return found
-
-
-def run_tasks(
-    tasks: Sequence[Task],
-    samples: Samples,
-    encoders: list[Embedded],
-    teachers: list[str],
-    results: ResultStore,
-    quiet: bool,
-) -> Table:
-    """Results of these tasks; processes share the tasks, and the first one then has all results.
-
-    Returns:
-        Results by task and row on the first process, empty on the others.
-    """
-    hidden = quiet or rank() > 0
-    own = tasks[rank() :: world_size()]
-    table = {
-        task.name: run_task(task, samples, encoders, teachers, results)
-        for task in tqdm(own, desc="tasks", unit="task", disable=hidden)
-    }
-    if world_size() > 1:
-        wait_for_everyone()
-        table = {} if rank() else {task.name: run_task(task, samples, encoders, teachers, results) for task in tasks}
-    return table

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from mmkd.command.settings import nearest, setting
+from mmkd.command.tasks import TaskSettings
+from mmkd.encoders.settings import Precision
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
 
 STAGE1, DISTILLED, NO_TEACHER = "stage1", "distilled", "no-teacher"  # names of rows that the report explains
 TASK_KINDS = ("zeroshot", "retrieval", "probe", "vqa", "diagnosis", "survival")
 PAIRS_KINDS = ("zeroshot", "retrieval", "probe", "vqa")
-Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass
-class EvalSettings:
+class EvalSettings(TaskSettings):
     """Compare encoders on held-out pairs, on the datasets of a suite, or while a student is trained.
 
     The first encoder is the student, the others are its teachers unless they are named as baselines. Exactly one of
@@ -28,7 +29,7 @@ class EvalSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "pairs suite datasets data output cache split questions",
-        "tasks": "tasks probe_on probe_search probe_curve",
+        "tasks": "kinds probe_on probe_search probe_curve",
         "statistics": "baselines replicates seed",
         "computing": "batch_size precision device watch poll_seconds quiet",
     }
@@ -44,7 +45,7 @@ class EvalSettings:
     output: Path = setting(Path("results"), "folder of results and summary.json; existing results are kept")
     cache: Path | None = setting(None, "folder of embeddings, by default OUTPUT/embeddings; may be shared")
     split: Literal["train", "validation", "test"] = setting("test", "split that is evaluated")
-    tasks: list[str] = setting(factory=list, help=f"kinds of task, by default all: {', '.join(TASK_KINDS)}")
+    kinds: list[str] = setting(factory=list, help=f"kinds of task, by default all: {', '.join(TASK_KINDS)}")
     probe_on: Literal["pooled", "joint"] | None = setting(
         None,
         "image vectors of the probes, before the projection (pooled) or after it; null = pooled, of pairs joint",
@@ -67,9 +68,9 @@ class EvalSettings:
     quiet: bool = setting(False, "no progress bars")
 
     @property
-    def kinds(self) -> list[str]:
+    def task_kinds(self) -> list[str]:
         """The requested kinds of task."""
-        return self.tasks or list(PAIRS_KINDS if self.pairs is not None else TASK_KINDS)
+        return self.kinds or list(PAIRS_KINDS if self.pairs is not None else TASK_KINDS)
 
     @property
     def embeddings(self) -> Path:
@@ -114,7 +115,8 @@ def check(settings: EvalSettings, sources: dict[str, str]) -> None:
     unused, belongs = ("data", "--suite or --datasets") if given == ["pairs"] else ("questions", "--pairs")
     if getattr(settings, unused) is not None:
         raise ValueError(f"--{unused} belongs to {belongs}; leave it out with --{given[0]}")
-    for kind in settings.tasks:
+    settings.check_tasks()
+    for kind in settings.kinds:
         if kind not in TASK_KINDS:
             raise ValueError(f"unknown task {kind!r}{nearest(kind, TASK_KINDS)}; known: {', '.join(TASK_KINDS)}")
     for name in settings.baselines:

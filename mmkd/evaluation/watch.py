@@ -16,7 +16,6 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from mmkd.distributed import gather_lists, rank, wait_for_everyone
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import FOLDER
 from mmkd.files import atomic_write_text, read_yaml, rename_folder
@@ -50,18 +49,15 @@ def watch(run: Path, output: Path, evaluate: Evaluate, poll_seconds: float, quie
     before: Path | None = None
     announced = False
     while True:
-        found = _agreed(folder, output)
+        found = _pending(folder, output)
         for name, student in _students(folder, found, output):
             take_over(before, output / name)
-            wait_for_everyone()
-            summary = evaluate(student, output / name)
-            if rank() == 0:
-                _note(output, name, summary)
+            _note(output, name, evaluate(student, output / name))
             before, announced = output / name, False
         if FINAL in found or _is_done(output, FINAL):
             return
         if not found:
-            if not (announced or quiet or rank()):
+            if not (announced or quiet):
                 print(f"waiting for the next checkpoint in {folder.checkpoints}")
                 announced = True
             time.sleep(poll_seconds)
@@ -98,7 +94,7 @@ def write_student(checkpoint: Path, settings: Path, target: Path) -> None:
 
 def take_over(before: Path | None, after: Path) -> None:
     """Copy the results and scores of all rows but the student's from one results folder to the next."""
-    if before is None or after.exists() or rank() > 0:
+    if before is None or after.exists():
         return
     for kind in (FOLDER, "scores"):
         for row in sorted((before / kind).glob("*")):
@@ -106,14 +102,11 @@ def take_over(before: Path | None, after: Path) -> None:
                 shutil.copytree(row, after / kind / row.name)
 
 
-def _agreed(folder: RunFolder, output: Path) -> list[str]:
-    """Names of the checkpoints to evaluate in order, and of the finished model, as found by the first process."""
-    found: list[str] = []
-    if rank() == 0:
-        whole = [path for path in sorted(folder.checkpoints.glob("step-*")) if damage(path) is None]
-        finished = [FINAL] if folder.output.is_dir() else []
-        found = [name for name in (*(_short(path) for path in whole), *finished) if not _is_done(output, name)]
-    return gather_lists(found)
+def _pending(folder: RunFolder, output: Path) -> list[str]:
+    """Names of the checkpoints to evaluate in order, and of the finished model."""
+    whole = [path for path in sorted(folder.checkpoints.glob("step-*")) if damage(path) is None]
+    names = [*(_short(path) for path in whole), *([FINAL] if folder.output.is_dir() else [])]
+    return [name for name in names if not _is_done(output, name)]
 
 
 def _students(folder: RunFolder, found: list[str], output: Path) -> Iterator[tuple[str, Path]]:
@@ -124,18 +117,14 @@ def _students(folder: RunFolder, found: list[str], output: Path) -> Iterator[tup
             continue
         target = output / "students" / name
         checkpoint = folder.checkpoints / f"step-{int(name.removeprefix('step-')):08d}"
-        if rank() == 0 and not target.is_dir():
-            try:
+        try:
+            if not target.is_dir():
                 write_student(checkpoint, folder.path / SETTINGS_FILE, target)
-            except FileNotFoundError:  # a newer checkpoint has taken its place
-                shutil.rmtree(target, ignore_errors=True)
-        wait_for_everyone()
-        if not target.is_dir():
+        except FileNotFoundError:  # a newer checkpoint has taken its place
+            shutil.rmtree(target, ignore_errors=True)
             continue
         yield name, target
-        wait_for_everyone()
-        if rank() == 0:
-            shutil.rmtree(target.parent)
+        shutil.rmtree(target.parent)
 
 
 def _note(output: Path, name: str, summary: dict[str, Any]) -> None:

@@ -145,7 +145,6 @@ class Checkpoints:
             unshard(self.objective, state)
             self.objective.eval()
             self.folder.finish(write_output)
-        wait_for_everyone()
 
     def _load(self, path: Path) -> Progress:
         weights = load_file(path / WEIGHTS)

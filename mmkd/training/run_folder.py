@@ -21,6 +21,7 @@ MAY_CHANGE = (
     *("quiet", "overwrite", "workers", "checkpoint_every", "checkpoints_kept", "skipped_in_a_row"),
     *("micro_batch_size", "gradient_checkpointing"),  # the same gradient, to rounding
     *("trackers", "peak_tflops", "profile_steps"),
+    *("executor", "tasks", "resources"),
 )
 LOG_FILE, SETTINGS_FILE = "log.jsonl", "settings.yaml"
 KEPT = (SETTINGS_FILE, LOG_FILE, "environment.json", "loss.png", "tensorboard", "profile")  # beside the output

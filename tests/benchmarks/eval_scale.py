@@ -1,8 +1,8 @@
 """Minutes and gigabytes of an evaluation of the catalog's datasets by ten encoders, from a warm cache.
 
-``python tests/benchmarks/eval_scale.py [--encoders 10] [--share 1.0] [--tasks zeroshot,retrieval] [--replicates 1000]``
+``python tests/benchmarks/eval_scale.py [--encoders 10] [--share 1.0] [--kinds zeroshot,retrieval] [--replicates 1000]``
 
-``--tasks`` takes any of zeroshot, retrieval, probe, vqa, diagnosis and survival. Embeddings are simulated in the sizes
+``--kinds`` takes any of zeroshot, retrieval, probe, vqa, diagnosis and survival. Embeddings are simulated in the sizes
 of the real datasets (all splits, 512 joint and 768 pooled numbers an image, half precision, shards of 4096 rows, as the
 cache has them); slides have bags of ``--tiles`` simulated tiles, far fewer than real ones; ``--share`` shrinks every
 dataset. The cache of one dataset is written, judged (every cell: outputs, 1,000 replicates twice, intervals, Parquet)
@@ -85,7 +85,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoders", type=int, default=10)
     parser.add_argument("--share", type=float, default=1.0)
-    parser.add_argument("--tasks", default="zeroshot,retrieval")
+    parser.add_argument("--kinds", default="zeroshot,retrieval")
     parser.add_argument("--replicates", type=int, default=1000)
     parser.add_argument("--tiles", type=int, default=64)
     parser.add_argument("--sweep", action="store_true")
@@ -94,7 +94,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
-    kinds = chosen.tasks.split(",")
+    kinds = chosen.kinds.split(",")
     wanted = {name for kind in kinds for name in KINDS.get(kind, SIZES)}
     manifests = [
         manifest
@@ -108,7 +108,7 @@ def main() -> None:
             names,
             suite="paper58",
             output=output,
-            tasks=kinds,
+            kinds=kinds,
             replicates=chosen.replicates,
             probe_search="sweep" if chosen.sweep else "fast",
             probe_curve=False,

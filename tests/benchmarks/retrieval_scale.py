@@ -119,7 +119,7 @@ def main() -> None:
             ["student"],
             suite="paper58",
             output=Path(folder),
-            tasks=["retrieval"],
+            kinds=["retrieval"],
             replicates=arguments.replicates,
             quiet=True,
         )

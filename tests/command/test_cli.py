@@ -51,7 +51,7 @@ def test_unknown_command_answers_with_the_nearest(capsys):
 def test_recipes_of_one_process_refuse_launcher_options(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["curate", "--num_processes", "2"])
-    assert "runs in one process" in capsys.readouterr().err
+    assert "an option of pretrain, align, distill, finetune; curate may have --workers" in capsys.readouterr().err
 
 
 def test_help_lists_the_commands(capsys):

@@ -200,7 +200,7 @@ def evaluate(world: Path, device: str) -> tuple[dict[str, Any], list[str]]:
     def scores(name: str, place: str, precision: str) -> dict[str, float]:
         settings = mmkd.train.eval.EvalSettings(
             encoders=[f"student={world / 'student'}"], pairs=world / "pairs", output=world / name, device=place,
-            precision=precision, tasks=["zeroshot", "retrieval"], replicates=100, quiet=True,
+            precision=precision, kinds=["zeroshot", "retrieval"], replicates=100, quiet=True,
         )  # fmt: skip
         mmkd.train.eval.main(settings)
         tasks = json.loads((world / name / "summary.json").read_text())["tasks"]

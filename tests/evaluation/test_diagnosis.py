@@ -146,6 +146,6 @@ def test_what_cannot_be_asked_says_why(slides):
 def test_of_slides_only_sentences_are_embedded(slides, tmp_path):
     texts = sorted({text for own in slides.manifest.prompts().values() for text in own})
     inputs = inputs_of(slides.dataset, lambda: slides.dataset, ["diagnosis"], "test", TaskOptions())
-    embed([(FakeEncoder("fake"), inputs.files(tmp_path, "f"))], inputs)
+    embed({"fake": FakeEncoder("fake")}, 32, inputs.lacking({"fake": inputs.files(tmp_path, "f")}))
     found = read_embedded("fake", "f", {}, inputs, tmp_path)
     assert found.text_matrix(texts).shape == (len(texts), 41) and not found.unreadable

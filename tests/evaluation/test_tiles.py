@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from fake_encoder import COLOURS, load_colours
 from PIL import Image
 
 h5py = pytest.importorskip("h5py", reason="bags are HDF5 files")
@@ -18,25 +19,6 @@ from mmkd.hub import slide_heatmap  # noqa: E402
 from mmkd.train import tile  # noqa: E402
 
 SIDE = 512
-
-
-class ColourEncoder(DualEncoder):
-    """The mean colour before the projection, red alone and a constant after it."""
-
-    def __init__(self):
-        super().__init__("colour", 2, {"weights": "none"})
-        self.calls = 0
-
-    def image_and_pooled(self, prepared):
-        self.calls += len(prepared)
-        colours = torch.tensor(np.array([np.asarray(image).mean(axis=(0, 1)) for image in prepared])).float()
-        return torch.stack([colours[:, 0], torch.ones(len(colours))], dim=1), colours
-
-    def image_features(self, prepared):
-        return self.image_and_pooled(prepared)[0]
-
-    def text_features(self, texts):
-        raise AssertionError("tiles have no texts")
 
 
 def glass_with_tissue():
@@ -131,9 +113,9 @@ def settings(slides, output, **others):
 
 @pytest.fixture
 def encoder(monkeypatch):
-    own = ColourEncoder()
-    monkeypatch.setattr(tile, "load_encoder", lambda source, device: own)
-    return own
+    COLOURS.calls = 0
+    monkeypatch.setattr(tile, "load", load_colours)
+    return COLOURS
 
 
 def test_slides_become_bags_and_bad_ones_are_listed(slides, tmp_path, encoder):
@@ -149,6 +131,10 @@ def test_slides_become_bags_and_bad_ones_are_listed(slides, tmp_path, encoder):
     assert set(skipped) == {"broken", "damaged", "empty"} and "no tile of 32 pixels" in skipped["empty"]
     assert "a region of level 0 cannot be read" in skipped["damaged"] and "OpenSlide" in skipped["broken"]
     before = {path: path.read_bytes() for path in bags.files.values()}
+    tile.main(settings(slides, tmp_path / "two", slide_mpp=0.25, workers=2))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "two" / "fake").glob("*")} == {
+        path.name: path.read_bytes() for path in (tmp_path / "bags" / "fake").glob("*")
+    }
     bags.files["b"].unlink()
     place = before[bags.files["a"]].index(bags.features("a").tobytes())
     bags.files["a"].write_bytes(before[bags.files["a"]][:place] + b"~" + before[bags.files["a"]][place + 1 :])

@@ -85,7 +85,7 @@ class Source(FakeDataset):
 def test_pooled_vectors_stand_beside_joint_ones(tmp_path):
     source = Source([1, 2, 5, 7, 99, 3])
     inputs = DatasetInputs.of(source, lambda: source, [source.pairs], [], quiet=True)
-    embed([(Wide("wide", 2, {}), inputs.files(tmp_path, "f"))], inputs, batch_size=2)
+    embed({"wide": Wide("wide", 2, {})}, 2, inputs.lacking({"wide": inputs.files(tmp_path, "f")}))
     found = read_embedded("wide", "f", {}, inputs, tmp_path)
     assert found.unreadable == {"p5": "corrupt"} and len(found.pooled) == 5
     kept = [pair for pair in source.pairs if pair.id in ("p1", "p2", "p7")]
@@ -102,8 +102,8 @@ def test_an_image_is_decoded_once_for_all_encoders(tmp_path):
     source = Source([1, 2, 7])
     read, source.image = [], lambda pair: read.append(pair.id) or Source.image(source, pair)
     inputs = DatasetInputs.of(source, lambda: source, [source.pairs[:1], source.pairs[1:]], [], quiet=True)
-    encoders = [(Wide(name, 2, {}), inputs.files(tmp_path / name, name)) for name in ("one", "other")]
-    embed(encoders, inputs)
+    files = {name: inputs.files(tmp_path / name, name) for name in ("one", "other")}
+    embed({name: Wide(name, 2, {}) for name in files}, 32, inputs.lacking(files))
     assert sorted(read) == ["p1", "p2", "p7"]
     found = [read_embedded(name, name, {}, inputs, tmp_path / name) for name in ("one", "other")]
     np.testing.assert_array_equal(*(own.pooled_matrix(source.pairs)[:, 0] for own in found))
@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_at_the_shard_to_the_same_bytes(tmp_path, monkeypat
 
     def run(folder, workers):
         monkeypatch.setattr(extraction, "share_of_cores", lambda: workers)
-        embed([(Wide("wide", 2, {}), inputs.files(folder, "f"))], inputs, batch_size=2)
+        embed({"wide": Wide("wide", 2, {})}, 2, inputs.lacking({"wide": inputs.files(folder, "f")}))
 
     run(tmp_path / "whole", 1)
     read, source.image = [], lambda pair: read.append(pair.id) or Source.image(source, pair)
@@ -137,9 +137,8 @@ def test_a_killed_run_resumes_at_the_shard_to_the_same_bytes(tmp_path, monkeypat
     assert sorted(read) == ["p3", "p4", "p9"]
     names = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert names == {path.name: path.read_bytes() for path in (tmp_path / "resumed").iterdir()} and len(names) == 4
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        run(tmp_path / "two", 2)
-        assert len(list((tmp_path / "two").iterdir())) == (2 if rank == "1" else 4)
+    files = {"wide": inputs.files(tmp_path / "two", "f")}
+    embed({"wide": Wide("wide", 2, {})}, 2, inputs.lacking(files)[1::2])
+    assert [shard.files["wide"] for shard in inputs.lacking(files)] == files["wide"][::2]
+    run(tmp_path / "two", 2)
     assert names == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}

@@ -73,7 +73,7 @@ def results(published_student, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
     write_pairs(folder / "held-out", make_pairs(48))
     arguments = ["--encoders", f"ours={published_student}", "--pairs", str(folder / "held-out"), "--quiet"]
-    arguments += ["--output", str(folder / "results"), "--tasks", "zeroshot,retrieval", "--replicates", "100"]
+    arguments += ["--output", str(folder / "results"), "--kinds", "zeroshot,retrieval", "--replicates", "100"]
     evaluation.main(parse(evaluation.EvalSettings, arguments))
     return folder / "results"
 

@@ -59,7 +59,7 @@ def test_scores_on_datasets_bear_their_names(published_student, tmp_path, public
     manifest |= {"source": {"imagefolder": str(tmp_path)}, "classes": ["cat", "dog"]}
     (tmp_path / "pets.yaml").write_text(json.dumps(manifest))
     arguments = ["--encoders", f"ours={published_student}", "--datasets", str(tmp_path / "pets.yaml"), "--quiet"]
-    arguments += ["--output", str(tmp_path / "results"), "--tasks", "zeroshot", "--replicates", "100"]
+    arguments += ["--output", str(tmp_path / "results"), "--kinds", "zeroshot", "--replicates", "100"]
     evaluation.main(parse(evaluation.EvalSettings, arguments))
     card = ModelCard(publication(published_student, "--results", tmp_path / "results").card)
     assert {(row.dataset_name, row.dataset_split) for row in card.data.eval_results} == {("pets", "test")}

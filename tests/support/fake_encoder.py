@@ -79,6 +79,33 @@ class FakeEncoder(DualEncoder):
         return vectors * float("nan") if self.nan else vectors
 
 
+class ColourEncoder(DualEncoder):
+    """The mean colour before the projection, red alone and a constant after it."""
+
+    def __init__(self):
+        super().__init__("colour", 2, {"weights": "none"})
+        self.calls = 0
+
+    def image_and_pooled(self, prepared):
+        self.calls += len(prepared)
+        colours = torch.tensor(np.array([np.asarray(image).mean(axis=(0, 1)) for image in prepared])).float()
+        return torch.stack([colours[:, 0], torch.ones(len(colours))], dim=1), colours
+
+    def image_features(self, prepared):
+        return self.image_and_pooled(prepared)[0]
+
+    def text_features(self, texts):
+        raise AssertionError("tiles have no texts")
+
+
+COLOURS = ColourEncoder()
+
+
+def load_colours(source, device):
+    """In the place of `load_encoder`, also in other processes."""
+    return COLOURS
+
+
 def _number(name, known):
     return known.index(name) + 1 if name in known else 0
 

@@ -38,15 +38,15 @@ NEAR_ONE, CLOSED_NEAR_ONE, DRAWS = 0.95, 0.9, 40
 KNOWN = ",".join(f"{name}=$TESTS/{name}.yaml" for name in CONTROLS)
 COMMANDS = [
     f"mmkd quickstart --output {STUDENT}",
-    "mmkd eval --suite offline --tasks zeroshot,probe,retrieval,survival --data $DATA --output results \\\n"
+    "mmkd eval --suite offline --kinds zeroshot,probe,retrieval,survival --data $DATA --output results \\\n"
     f"  --baselines {','.join(CONTROLS)} --encoders \\\n"
     + ",".join([STUDENT, *(f"mmkd-clip-work/teachers/{name}" for name in TEACHERS)])
     + f",\\\n{KNOWN}",
-    "mmkd eval --datasets vqa-rad --tasks vqa --data $DATA --output results-vqa --cache results/embeddings \\\n"
+    "mmkd eval --datasets vqa-rad --kinds vqa --data $DATA --output results-vqa --cache results/embeddings \\\n"
     f"  --baselines {','.join(CONTROLS)} --encoders {STUDENT},{KNOWN}",
     f"for cohort in {' '.join(COHORTS)}; do [ -d simulated/$cohort ] || python $TESTS/simulate_cohort.py \\\n"
     "  $DATA/tcga_survival/tcga_${cohort}_clinical.csv simulated/$cohort; done",
-    "mmkd eval --tasks survival --output results-simulated --baselines noise,told --encoders \\\n"
+    "mmkd eval --kinds survival --output results-simulated --baselines noise,told --encoders \\\n"
     + ",".join(f"{name}=$TESTS/random.yaml" for name in ("hazard", "noise", "told"))
     + " \\\n  --datasets "
     + ",".join(f"simulated/{cohort}/manifest.yaml" for cohort in COHORTS),

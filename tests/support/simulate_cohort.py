@@ -1,7 +1,7 @@
 """Give the cases of a clinical table deaths of a known hazard, and bags of features that tell it or do not.
 
     python tests/support/simulate_cohort.py shared/data/tcga_survival/tcga_blca_clinical.csv sim/blca
-    mmkd eval --datasets sim/blca/manifest.yaml --tasks survival --encoders hazard=ENCODER,noise=ENCODER,told=ENCODER
+    mmkd eval --datasets sim/blca/manifest.yaml --kinds survival --encoders hazard=ENCODER,noise=ENCODER,told=ENCODER
 
 Cases, slides, age and sex are the table's. Each case has a risk z from N(0, 1) and dies at a time of rate
 ``c exp(1.5 z)``. It is censored at a time drawn from the table's own censoring (Kaplan-Meier, censored cases taken as

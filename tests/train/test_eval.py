@@ -27,7 +27,7 @@ FAST = ["zeroshot", "retrieval"]
 def loads_fakes(monkeypatch):
     for encoder in ENCODERS.values():
         encoder.calls = 0
-    monkeypatch.setattr(recipe, "load_encoder", lambda source, device: ENCODERS[source])
+    monkeypatch.setattr(recipe, "load_with_precision", lambda source, device, precision: ENCODERS[source])
 
 
 def evaluate(pairs, output, encoders=("student", "ct", "mri", "stage1"), **settings):
@@ -105,30 +105,30 @@ def test_a_second_run_makes_nothing_and_gives_the_same_bytes(folder, tmp_path):
 
 
 def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
-    evaluate(folder, tmp_path / "whole", tasks=FAST)
-    evaluate(folder, tmp_path / "results", tasks=FAST)
+    evaluate(folder, tmp_path / "whole", kinds=FAST)
+    evaluate(folder, tmp_path / "results", kinds=FAST)
     lost = tmp_path / "results/encoders/student/retrieval.json"
     expected = lost.read_bytes()
     lost.unlink()
     kept = tmp_path / "results/encoders/ct/retrieval.json"
     stamp = kept.stat().st_mtime_ns
-    evaluate(folder, tmp_path / "results", tasks=FAST)
+    evaluate(folder, tmp_path / "results", kinds=FAST)
     assert lost.read_bytes() == expected and kept.stat().st_mtime_ns == stamp
     tasks = [read_json(tmp_path / name / "summary.json")["tasks"] for name in ("whole", "results")]
     assert tasks[0] == tasks[1]
 
 
 def test_a_changed_image_is_embedded_again(folder, tmp_path):
-    evaluate(folder, tmp_path / "results", ("student", "ct"), tasks=["zeroshot"])
+    evaluate(folder, tmp_path / "results", ("student", "ct"), kinds=["zeroshot"])
     (folder / "images/0.png").write_bytes((folder / "images/1.png").read_bytes())
     before = read_json(tmp_path / "results/encoders/student/zeroshot-label.json")["key"]
-    evaluate(folder, tmp_path / "results", ("student", "ct"), tasks=["zeroshot"])
+    evaluate(folder, tmp_path / "results", ("student", "ct"), kinds=["zeroshot"])
     assert read_json(tmp_path / "results/encoders/student/zeroshot-label.json")["key"] != before
 
 
 def test_results_do_not_depend_on_who_else_is_evaluated(folder, tmp_path):
-    evaluate(folder, tmp_path / "few", ("student",), tasks=FAST)
-    evaluate(folder, tmp_path / "many", ("student", "mri", "ct"), tasks=FAST)
+    evaluate(folder, tmp_path / "few", ("student",), kinds=FAST)
+    evaluate(folder, tmp_path / "many", ("student", "mri", "ct"), kinds=FAST)
     cells = [(tmp_path / name / "encoders/student/retrieval.json").read_bytes() for name in ("few", "many")]
     assert cells[0] == cells[1]
 
@@ -204,7 +204,7 @@ def test_nothing_to_evaluate_is_a_clear_error(tmp_path):
 @pytest.mark.parametrize(
     ("encoders", "settings", "message"),
     [
-        (["student"], {"tasks": ["zeroshut"]}, "did you mean 'zeroshot'"),
+        (["student"], {"kinds": ["zeroshut"]}, "did you mean 'zeroshot'"),
         (["a=student", "A=ct"], {}, "two encoders are called 'A'"),
         (["ensemble=student"], {}, "other than ensemble"),
         ([], {}, "encoders is empty"),

@@ -9,7 +9,6 @@ import pyarrow.parquet
 import pytest
 import torch
 from fake_suite import ENCODERS, evaluate, write_datasets
-from processes import in_group
 
 import mmkd.train.eval as recipe
 from mmkd.data.features.writer import FeatureWriter
@@ -26,14 +25,14 @@ def data(tmp_path_factory):
 def loads_fakes(monkeypatch):
     for encoder in ENCODERS.values():
         encoder.calls = 0
-    monkeypatch.setattr(recipe, "load_encoder", lambda source, device: ENCODERS[source])
+    monkeypatch.setattr(recipe, "load_with_precision", fake_suite.load)
 
 
 @pytest.fixture(scope="module")
 def first(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("first") / "results"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "load_encoder", lambda source, device: ENCODERS[source])
+        patch.setattr(recipe, "load_with_precision", fake_suite.load)
         return output, evaluate(data, output)
 
 
@@ -86,18 +85,18 @@ def test_the_report_tells_the_means_of_the_summary(first):
 
 
 def test_a_dataset_without_a_requested_task_is_not_embedded(data, tmp_path):
-    summary = evaluate(data, tmp_path / "results", tasks=["zeroshot"])
+    summary = evaluate(data, tmp_path / "results", kinds=["zeroshot"])
     assert "it is evaluated by retrieval, not by zeroshot" in summary["skipped_datasets"]["notes"]
     assert not list((tmp_path / "results").rglob("*notes*"))
 
 
 def test_tasks_embed_what_they_need_and_reuse_what_is_there(data, tmp_path, capsys):
     student, both = ENCODERS["student"], {"names": ("lungs",), "encoders": ("student",)}
-    evaluate(data, tmp_path / "results", tasks=["zeroshot"], **both)
+    evaluate(data, tmp_path / "results", kinds=["zeroshot"], **both)
     description = read_json(tmp_path / "results/tasks/zeroshot-lungs.json")
     sentences = {text for own in description["prompts"].values() for text in own}
     assert student.calls == 47 + len(sentences)
-    evaluate(data, tmp_path / "results", tasks=["zeroshot", "probe"], **both)
+    evaluate(data, tmp_path / "results", kinds=["zeroshot", "probe"], **both)
     assert student.calls == 47 + len(sentences) + 48 + 24
     assert f"report: {tmp_path / 'results/report.html'}" in capsys.readouterr().out
 
@@ -153,7 +152,7 @@ def test_a_damaged_result_is_computed_anew(data, tmp_path, ending):
 
 def test_marks_of_contamination_and_means_without(data, tmp_path, monkeypatch):
     monkeypatch.setattr(suite_run, "contaminated", lambda name, manifest: (name, manifest.id) == ("weak", "lungs"))
-    summary = evaluate(data, tmp_path / "results", tasks=["zeroshot", "retrieval"])
+    summary = evaluate(data, tmp_path / "results", kinds=["zeroshot", "retrieval"])
     marks = {name: task["contaminated"] for name, task in summary["tasks"].items()}
     assert set(marks["zeroshot-lungs"]) == {"weak"} and marks["retrieval-notes"] == {}
     assert summary["means"]["clean"]["overall"]["tasks"] == ["retrieval-notes"]
@@ -175,7 +174,7 @@ def test_a_store_of_features_answers_what_it_can(data, tmp_path):
     writer.add([pair.id for pair in pairs], vectors, vectors + 0.01)
     writer.finish({"teacher": "good"})
     sources = ("student", f"kept=features:{tmp_path / 'store'}")
-    summary = evaluate(data, tmp_path / "results", sources, tasks=["zeroshot", "probe", "retrieval"])
+    summary = evaluate(data, tmp_path / "results", sources, kinds=["zeroshot", "probe", "retrieval"])
     rows = {name: task["rows"]["kept"] for name, task in summary["tasks"].items()}
     assert "no vectors of" in rows["zeroshot-lungs"]["undefined"] and "sentences" in rows["zeroshot-lungs"]["undefined"]
     assert rows["probe-lungs"]["undefined"] is None
@@ -199,9 +198,9 @@ def test_wrong_settings(data, tmp_path, settings, message):
         evaluate(data, tmp_path / "results", **settings)
 
 
-def test_two_processes_give_the_bytes_of_one(data, first, tmp_path):
+def test_two_workers_give_the_bytes_of_one_process(data, first, tmp_path):
     whole, _ = first
-    in_group(fake_suite.__file__, data, tmp_path / "results")
+    evaluate(data, tmp_path / "results", workers=2, tasks=3)
     for kind in ("encoders", "scores", "embeddings", "tasks"):
         ours = {p.relative_to(whole): p.read_bytes() for p in (whole / kind).rglob("*.*")}
         theirs = {

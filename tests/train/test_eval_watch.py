@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import mmkd.train.eval as recipe
 import mmkd.train.pretrain
 from mmkd.command.settings import parse
-from mmkd.encoders.zoo import load_encoder
+from mmkd.encoders.zoo import load_with_precision
 from mmkd.evaluation import watch as watching
 from mmkd.files import read_json
 from mmkd.training.run_folder import RunFolder
@@ -45,14 +45,16 @@ def run(trained, tmp_path, monkeypatch):
     for name in ("pairs", "before", "done"):
         shutil.copytree(trained / name, tmp_path / name)
     monkeypatch.setattr(
-        recipe, "load_encoder", lambda source, device: TEACHER if source == "teacher" else load_encoder(source, device)
+        recipe,
+        "load_with_precision",
+        lambda source, **how: TEACHER if source == "teacher" else load_with_precision(source, **how),
     )
     TEACHER.calls = 0
     return tmp_path
 
 
 def settings(root, **more):
-    more = {"quiet": True, "replicates": 100, "tasks": ["zeroshot", "retrieval"], **more}
+    more = {"quiet": True, "replicates": 100, "kinds": ["zeroshot", "retrieval"], **more}
     return recipe.EvalSettings(
         encoders=["teacher"], watch=root / "run", pairs=root / "pairs", output=root / "results", **more
     )

@@ -142,7 +142,7 @@ def test_without_validation_pairs_the_start_stays(work, tmp_path):
         (["a", "--output", "c"], "give two models, not 1"),
         (["a", "b", "--weight", "1.5", "--output", "c"], "must be 0 to 1"),
         (["a", "b", "--weight", ".2,.4", "--output", "c"], "give one, or --pairs"),
-        (["a", "b", "--pairs", "p", "--tasks", "zeroshots", "--output", "c"], "did you mean 'zeroshot'"),
+        (["a", "b", "--pairs", "p", "--kinds", "zeroshots", "--output", "c"], "did you mean 'zeroshot'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(arguments, message, tmp_path, monkeypatch):

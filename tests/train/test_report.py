@@ -58,7 +58,7 @@ def evaluate(monkeypatch, pairs, output, **settings):
         "stage1": FakeEncoder("stage1", 3.0),
         "broken": FakeEncoder("broken", nan=True),
     }
-    monkeypatch.setattr(evaluation, "load_encoder", lambda source, device: encoders[source])
+    monkeypatch.setattr(evaluation, "load_with_precision", lambda source, device, precision: encoders[source])
     settings = {"encoders": ["student", "ct", "mri", "stage1"], "replicates": 100, "quiet": True, **settings}
     evaluation.main(evaluation.EvalSettings(pairs=pairs, output=output, **settings))
 
@@ -73,7 +73,7 @@ def test_the_page_stands_alone_and_escapes_what_users_wrote(tmp_path, monkeypatc
     pairs = [
         dataclasses.replace(p, caption=f"{p.caption} {EVIL}", modality=f"{p.modality} {EVIL}") for p in make_pairs(24)
     ]
-    evaluate(monkeypatch, write_pairs(tmp_path / "pairs", pairs), tmp_path / "results", tasks=["zeroshot", "retrieval"])
+    evaluate(monkeypatch, write_pairs(tmp_path / "pairs", pairs), tmp_path / "results", kinds=["zeroshot", "retrieval"])
     (tmp_path / "pairs/README.md").write_text(f"# Datasheet {EVIL}")
     html = report(tmp_path)
     found = parsed(html)

@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ import mmkd.train.configs
 import mmkd.train.distill
 import mmkd.train.pipeline
 import mmkd.train.pretrain
+from mmkd.alignment import shards
+from mmkd.alignment.aligner import Aligner
 from mmkd.alignment.procrustes import ProcrustesAligner
 from mmkd.command.settings import parse
 from mmkd.data.features.index import fingerprints_of
@@ -314,25 +317,29 @@ def test_aligned_stores_and_report(tmp_path, world):
     assert after["image"] > before["image"]
 
 
-def test_processes_share_out_an_alignment(tmp_path, world):
-    inputs = [text for name in ("pairs", "features") for text in (f"--{name}", world / name)]
-    in_group("-m", "mmkd.train.align", *inputs, "--output", tmp_path / "two", "--dim", DIM, "--quiet")
-    one, two = (TeacherFeatures.open(folder) for folder in (world / "aligned", tmp_path / "two"))
-    assert list(one.ids) == list(two.ids) and one.names == two.names
-    for name, expected in one.lookup(one.ids[:]).items():
-        for key, value in two.lookup(one.ids[:])[name].items():
-            torch.testing.assert_close(value, expected[key], atol=2e-3, rtol=2e-3)  # stored in fp16
-    reports = [json.loads((folder / "report.json").read_text()) for folder in (world / "aligned", tmp_path / "two")]
-    assert reports[0]["teachers"] == reports[1]["teachers"] and set(reports[0]["after"]) == set(reports[1]["after"])
-
-
-def test_a_sharded_store_is_the_same_rows(tmp_path, world, monkeypatch):
-    monkeypatch.setattr(mmkd.train.align, "SHARD_SIZE", 5)
-    align(tmp_path / "shards", world, "--dim", DIM)
-    one, cut = (TeacherFeatures.open(folder) for folder in (world / "aligned", tmp_path / "shards"))
-    assert len(list((tmp_path / "shards" / "one").glob("shard-*"))) == 3
-    for name, expected in one.lookup(one.ids[:]).items():
-        assert all(torch.equal(value, expected[key]) for key, value in cut.lookup(one.ids[:])[name].items())
+def test_an_alignment_is_the_same_bytes_however_tasks_are_divided_and_where_a_killed_run_stopped(
+    tmp_path, world, monkeypatch
+):
+    monkeypatch.setattr(shards, "SHARD_SIZE", 5)
+    monkeypatch.setattr(shards, "SHORTEST_RUN", 4)
+    align(tmp_path / "one", world, "--dim", DIM)
+    align(tmp_path / "two", world, "--dim", DIM, "--workers", 2, "--tasks", 3)
+    with monkeypatch.context() as killed:
+        killed.setattr(Aligner, "save", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            align(tmp_path / "three", world, "--dim", DIM)
+    align(tmp_path / "three", world, "--dim", DIM)
+    expected, *others = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.[!y]*")}
+        for name in ("one", "two", "three")
+    )
+    assert others == [expected, expected] and len([name for name in expected if name.match("one/shard-*")]) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three", "two"]
+    one, cut = (TeacherFeatures.open(folder) for folder in (world / "aligned", tmp_path / "one"))
+    assert list(one.ids) == list(cut.ids)
+    for name, found in one.lookup(one.ids[:]).items():
+        for key, value in cut.lookup(one.ids[:])[name].items():
+            torch.testing.assert_close(value, found[key], atol=2e-3, rtol=2e-3)  # stored in fp16
 
 
 def test_alignment_is_fitted_on_training_pairs_alone(tmp_path, world):

@@ -66,7 +66,6 @@ class FeatureWriter:
         name: str,
         dtype: FeatureType = "float16",
         shard_size: int = SHARD_SIZE,
-        first_shard: int = 0,
     ) -> None:
         """Name the store; nothing is written yet.
 
@@ -75,7 +74,6 @@ class FeatureWriter:
             name: the teacher.
             dtype: how numbers are stored.
             shard_size: pairs a shard.
-            first_shard: number of the first shard that is written here; other processes write the others.
 
         Raises:
             ValueError: an unknown dtype, or a shard size below 1.
@@ -85,7 +83,6 @@ class FeatureWriter:
                 f"dtype {dtype!r} must be one of {', '.join(TORCH_TYPES)}, shard_size {shard_size} at least 1"
             )
         self.path, self.name, self.dtype, self.shard_size = path, name, dtype, shard_size
-        self.first_shard = first_shard
         self._shards: list[Path] = []
         self._ids: list[str] = []
         self._features: list[Tensor] = []
@@ -103,7 +100,7 @@ class FeatureWriter:
         Raises:
             ValueError: the shapes differ, or a number is not finite.
         """
-        self.add_stored(ids, _stored(image, text, self.dtype, self.path), fingerprints)
+        self.add_stored(ids, stored(image, text, self.dtype, self.path), fingerprints)
 
     def add_stored(self, ids: Sequence[str], features: Tensor, fingerprints: np.ndarray | None = None) -> None:
         """The same of features (n, 2, dim) that are in the type of the store already."""
@@ -134,7 +131,7 @@ class FeatureWriter:
 
     def _write(self, rows: int) -> None:
         features, fingerprints = torch.cat(self._features), np.concatenate(self._fingerprints)
-        file = self.path / f"shard-{self.first_shard + len(self._shards):05d}.safetensors"
+        file = self.path / f"shard-{len(self._shards):05d}.safetensors"
         write_shard(file, self._ids[:rows], {"features": features[:rows]}, fingerprints[:rows])
         self._shards.append(file)
         self._ids, self._features, self._fingerprints = self._ids[rows:], [features[rows:]], [fingerprints[rows:]]
@@ -224,7 +221,7 @@ class FeatureExtraction:
         found = self._ids_at(positions)
         kept = [k for k, id in enumerate(found) if id not in skipped]
         ids, prints = [found[k] for k in kept], self._fingerprints[positions[kept]]
-        features = _stored(image, text, self.dtype, self.path)
+        features = stored(image, text, self.dtype, self.path)
         write_shard(self._file(shard), ids, {"features": features}, prints, {"skipped": skipped})
 
     def close(self) -> dict[str, str] | None:
@@ -354,8 +351,8 @@ def shard_size(pairs: int) -> int:
     return size
 
 
-def _stored(image: Tensor, text: Tensor, dtype: FeatureType, place: Path) -> Tensor:
-    """Image and text features (n, dim) as (n, 2, dim) in the type of a store.
+def stored(image: Tensor, text: Tensor, dtype: FeatureType, place: Path) -> Tensor:
+    """Image and text features (n, dim) as (n, 2, dim) in the type of a store at a `place`.
 
     Raises:
         ValueError: the shapes differ, or a number is not finite or too large for ``dtype``.

@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from mmkd.data.features.shards import shard_file, write_shard
+from mmkd.data.features.shards import is_whole, shard_file, write_shard
 from mmkd.data.features.store import VectorStore
 from mmkd.data.table import Pair
-from mmkd.distributed import gather_lists, rank, world_size
 from mmkd.encoders.extraction import share_of_cores
 from mmkd.evaluation.datasets.dataset import Dataset
 
@@ -35,6 +34,25 @@ SHARD_SIZE = 4096
 HALF_LIMIT = 6e4
 
 Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EmbeddingShard:
+    """Images or texts that are embedded together, and the files of the encoders that lack them.
+
+    Attributes:
+        dataset: its name.
+        open: opens it.
+        kind: ``images`` or ``texts``.
+        keys: ids of the images, or the texts.
+        files: by name of the encoder.
+    """
+
+    dataset: str
+    open: Callable[[], Dataset]
+    kind: str
+    keys: Sequence[str]
+    files: dict[str, Path]
 
 
 @dataclass
@@ -64,7 +82,7 @@ class DatasetInputs:
         texts: Sequence[Sequence[str]],
         quiet: bool,
     ) -> DatasetInputs:
-        """Hash the images of an opened dataset, shared by the processes; ``"missing"`` where one cannot be read.
+        """Hash the images of an opened dataset; ``"missing"`` where one cannot be read.
 
         Args:
             opened: the dataset.
@@ -74,12 +92,10 @@ class DatasetInputs:
             texts: that are embedded, likewise.
             quiet: no progress bar.
         """
-        parts = [opened.pairs[start :: world_size()] for start in range(world_size())]
         with ThreadPoolExecutor(share_of_cores()) as threads:
-            found = threads.map(opened.digest, parts[rank()])
-            shown = tqdm(found, desc="hashing images", unit="image", total=len(parts[rank()]), disable=quiet)
-            hashes = gather_lists(list(shown))
-        digests = dict(zip((pair.id for part in parts for pair in part), hashes, strict=True))
+            found = threads.map(opened.digest, opened.pairs)
+            shown = tqdm(found, desc="hashing images", unit="image", total=len(opened.pairs), disable=quiet)
+            digests = dict(zip((pair.id for pair in opened.pairs), shown, strict=True))
         ids = [[pair.id for pair in shard] for own in images for shard in shards_of(own)]
         sentences = [list(shard) for own in texts for shard in shards_of(own)]
         return cls(opened.manifest.dataset, reopen, ids, digests, sentences)
@@ -93,6 +109,15 @@ class DatasetInputs:
     def text_hashes(self) -> list[str]:
         """Hash over the texts of each shard of texts."""
         return [_sha256(part) for part in self.texts]
+
+    def lacking(self, files: Mapping[str, Sequence[Path]]) -> list[EmbeddingShard]:
+        """The shards that some encoders lack; ``files`` of each by its name."""
+        parts = [*(("images", ids) for ids in self.images), *(("texts", texts) for texts in self.texts)]
+        found = []
+        for number, (kind, keys) in enumerate(parts):
+            own = {name: of[number] for name, of in files.items() if not is_whole(of[number])}
+            found += [EmbeddingShard(self.name, self.open, kind, keys, own)] * bool(own)
+        return found
 
     def files(self, cache: Path, fingerprint: str) -> list[Path]:
         """Files of all shards under an encoder's cache, those of images first."""

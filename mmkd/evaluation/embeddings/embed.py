@@ -1,8 +1,7 @@
 """Embed once: every task reads the same cached image and text embeddings of an encoder.
 
 Images go through the loader of `mmkd.encoders.extraction`, as in `mmkd extract`: read, decoded and prepared by threads
-while the encoders compute, and decoded once for all of them. Processes share the missing shards; which of them writes
-one changes nothing.
+while the encoders compute, and decoded once for all of them.
 """
 
 from __future__ import annotations
@@ -10,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkd.command.tasks import Progress, resident
 from mmkd.data.features.shards import is_whole, read_header
 from mmkd.data.features.store import VectorStore
 from mmkd.data.table import Pair
-from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.embeddings.cache import (
     DatasetInputs,
+    EmbeddingShard,
     Rows,
     StoredVectors,
     Vectors,
@@ -113,29 +114,48 @@ class _ImageTask(EncodingTask[Pair]):
 
 
 def embed(
-    encoders: Sequence[tuple[DualEncoder, Sequence[Path]]],
-    inputs: DatasetInputs,
-    batch_size: int = 32,
-    progress: Callable[[int], object] = lambda items: None,
+    encoders: Mapping[str, DualEncoder],
+    batch_size: int,
+    shards: Sequence[EmbeddingShard],
+    progress: Progress = lambda items: None,
 ) -> None:
-    """Write this process' share of the missing shards; an image is read and decoded once for all encoders.
+    """Write shards; an image is read and decoded once for all encoders.
 
     Args:
-        encoders: each with the files of its shards (`DatasetInputs.files`).
-        inputs: what is embedded.
+        encoders: by name.
         batch_size: images or texts at a time.
-        progress: called with the number of images, or of texts of one encoder.
+        shards: what is embedded.
+        progress: called with the number of images or texts.
     """
-    dataset, own = inputs.open(), slice(rank(), None, world_size())
-    pairs = {pair.id: pair for pair in dataset.image_pairs}
-    images = [(number, [pairs[id] for id in part]) for number, part in list(enumerate(inputs.images))[own]]
-    tasks = [_ImageTask(encoder, files) for encoder, files in encoders]
-    encode_shards(tasks, images, partial(_read, dataset), batch_size, progress=progress)
-    for encoder, files in encoders:
-        for file, texts in list(zip(files[len(inputs.images) :], inputs.texts, strict=True))[own]:
-            if not is_whole(file):
-                _embed_texts(encoder, texts, file, batch_size)
-            progress(len(texts))
+    for (_, kind, names), group in groupby(shards, lambda shard: (shard.dataset, shard.kind, tuple(shard.files))):
+        own = list(group)
+        if kind == "images":
+            dataset = own[0].open()
+            pairs = {pair.id: pair for pair in dataset.image_pairs}
+            images = [(number, [pairs[id] for id in shard.keys]) for number, shard in enumerate(own)]
+            tasks = [_ImageTask(encoders[name], [shard.files[name] for shard in own]) for name in names]
+            encode_shards(tasks, images, partial(_read, dataset), batch_size, progress=progress)
+            continue
+        for shard in own:
+            for name in names:
+                _embed_texts(encoders[name], shard.keys, shard.files[name], batch_size)
+            progress(len(shard.keys))
+
+
+def load_and_embed(
+    run: str,
+    load: Callable[[str], DualEncoder],
+    sources: Mapping[str, str],
+    batch_size: int,
+    shards: Sequence[EmbeddingShard],
+    progress: Progress,
+) -> None:
+    """A task of `mmkd.command.tasks`; a process loads each encoder for its first shard of a run."""
+    loaded: dict[str, DualEncoder] = resident(run, dict)
+    for name in dict.fromkeys(name for shard in shards for name in shard.files):
+        if name not in loaded:
+            loaded[name] = load(sources[name])
+    embed(loaded, batch_size, shards, progress)
 
 
 def read_embedded(

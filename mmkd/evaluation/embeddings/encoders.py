@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,16 +14,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mmkd.command.tasks import TaskSettings, run_tasks
 from mmkd.data.features.index import changes, fingerprints_of
 from mmkd.data.features.shards import is_whole
 from mmkd.data.features.store import FeatureStore
 from mmkd.data.table import Pair
-from mmkd.distributed import rank, world_size
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import by_name
 from mmkd.evaluation.datasets.dataset import Dataset
-from mmkd.evaluation.embeddings.cache import DatasetInputs
-from mmkd.evaluation.embeddings.embed import Embedded, embed, read_embedded
+from mmkd.evaluation.embeddings.cache import DatasetInputs, EmbeddingShard
+from mmkd.evaluation.embeddings.embed import Embedded, embed, load_and_embed, read_embedded
 from mmkd.evaluation.embeddings.tokens import TokenSource
 from mmkd.files import fingerprint
 
@@ -84,46 +85,40 @@ def embed_everything(
     cache: Path,
     batch_size: int,
     quiet: bool,
+    tasks: TaskSettings | None = None,
 ) -> list[EncoderRecord]:
     """Embed what is missing of all inputs; encoders that lack vectors are in memory together, and share the decoding.
 
     Args:
         sources: what each is loaded from, by name.
         inputs: what is embedded.
-        load: loads a dual encoder.
+        load: loads a dual encoder; pickled, unless the work is done in this process.
         cache: root of the caches; each encoder has a folder of its name.
         batch_size: images or texts at a time.
         quiet: no progress bars.
+        tasks: where shards are embedded; None for this process.
     """
-    known = []
-    lacking: dict[str, list[tuple[DualEncoder, EncoderRecord]]] = {}
+    tasks = tasks or TaskSettings()
+    known: list[EncoderRecord] = []
+    loaded: dict[str, DualEncoder] = {}
     for name, source in sources.items():
         if source.startswith(FEATURES):
             stored = StoredFeatures(Path(source[len(FEATURES) :]))
             known.append(EncoderRecord(name, source, stored.fingerprint, stored.provenance, cache / name, stored))
             continue
         encoder = load(source)
-        own = EncoderRecord(
-            name,
-            source,
-            encoder_fingerprint(encoder, source),
-            encoder.provenance,
-            cache / name,
-            load=partial(load, source),
-            batch_size=batch_size,
-        )
-        known.append(own)
-        for each in inputs:
-            if not all(map(is_whole, own.files(each))):
-                lacking.setdefault(each.name, []).append((encoder, own))
-    counts = {each.name: (sum(map(len, each.images)), sum(map(len, each.texts))) for each in inputs}
-    total = sum(counts[name][0] + counts[name][1] * len(own) for name, own in lacking.items()) // world_size()
-    with tqdm(total=total, unit="item", disable=quiet or rank() > 0) as bar:
-        for each in inputs:
-            if each.name in lacking:
-                bar.set_description(f"embedding {each.name}: {', '.join(own.name for _, own in lacking[each.name])}")
-                encoders = [(encoder, own.files(each)) for encoder, own in lacking[each.name]]
-                embed(encoders, each, batch_size, bar.update)
+        about = encoder_fingerprint(encoder, source), encoder.provenance, cache / name
+        known.append(EncoderRecord(name, source, *about, load=partial(load, source), batch_size=batch_size))
+        if tasks.is_here and not all(is_whole(file) for each in inputs for file in known[-1].files(each)):
+            loaded[name] = encoder
+
+    def lacking() -> list[EmbeddingShard]:
+        files = [({own.name: own.files(each) for own in known if own.stored is None}, each) for each in inputs]
+        return [shard for of, each in files for shard in each.lacking(of)]
+
+    own = partial(embed, loaded) if tasks.is_here else partial(load_and_embed, uuid.uuid4().hex, load, sources)
+    bar = partial(tqdm, desc="embedding", unit="item", disable=quiet)
+    run_tasks(partial(own, batch_size), lacking, tasks, cache, bar, lambda shard: len(shard.keys))
     return known
 
 
