@@ -96,7 +96,8 @@ def run_stages(settings: PipelineSettings, stages: Stages) -> None:
     stage1, distilled = work / STAGE1, work / DISTILLED
     source = str(settings.data) if settings.data else "packaged"
     stages.run("curate", "curate", pairs, {"source": source, **settings.curate})
-    require_questions(pairs, settings.eval.get("split", "test"))
+    if evaluated_pairs(settings) is not None:
+        require_questions(pairs, settings.eval.get("split", "test"))
     stages.run("pretrain", "pretrain", stage1, {"pairs": str(pairs), **settings.pretrain})
     teachers = settings.teachers or train_specialists(stages, settings, pairs)
     stages.run("extract", "extract", features, {"teacher": teachers, "pairs": str(pairs), **settings.extract})
@@ -112,9 +113,15 @@ def run_stages(settings: PipelineSettings, stages: Stages) -> None:
     if settings.control:
         baselines[NO_TEACHER] = train_control(stages, settings, pairs, stage1)
     encoders = [f"student={settings.output}", *teachers, *(f"{name}={path}" for name, path in baselines.items())]
-    compared = {"encoders": encoders, "baselines": list(baselines), "pairs": str(pairs)}
+    compared = {"encoders": encoders, "baselines": list(baselines), "pairs": evaluated_pairs(settings)}
     stages.run("eval", "eval", work / "results", {**compared, **settings.eval})
     stages.run("report", "report", settings.report, report_inputs(settings, stages))
+
+
+def evaluated_pairs(settings: PipelineSettings) -> str | None:
+    """The folder whose held-out pairs are evaluated; None where the evaluation names datasets instead."""
+    found: str | None = settings.eval.get("pairs", str(settings.work / "pairs"))
+    return found
 
 
 def require_questions(pairs: Path, split: str) -> None:
@@ -176,7 +183,7 @@ def report_inputs(settings: PipelineSettings, stages: Stages) -> dict[str, Any]:
     work = settings.work
     return {
         "results": str(work / "results"),
-        "pairs": str(work / "pairs"),
+        "pairs": evaluated_pairs(settings),
         "stage1_log": str(work / STAGE1 / "log.jsonl"),
         "distill_log": str(work / DISTILLED / "log.jsonl"),
         "choice": str(settings.output / "choice.json"),

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +163,14 @@ def test_stages_take_their_settings_of_the_paper_s_pipeline(tmp_path):
             parse(getattr(module, f"{name.title()}Settings"), ["--config", str(tmp_path / "stage.yaml"), "--check"])
         assert ended.value.code == 0, name
     assert given["distill"] == {k: v for k, v in base.items() if k not in ("pairs", "features", "model", "output")}
+    run: dict[str, dict] = {}
+    stages = SimpleNamespace(check=lambda: None, record=tmp_path / "stages.json")
+    stages.run = lambda recipe, name, output, values: run.update({name: values})
+    mmkd.train.pipeline.run_stages(settings, stages)  # without pairs of a test split, as the suite is evaluated
+    control = ["own towers", "control", "choice of the control"]
+    assert list(run) == [*mmkd.train.pipeline.STAGES[:7], *control, "eval", "report"]
+    assert run["eval"]["pairs"] is run["report"]["pairs"] is None and run["eval"]["suite"] == "paper58"
+    assert run["curate"]["validation_share"] > 0 and run["distill"]["best_metric"], "a split to choose by"
 
 
 @pytest.mark.parametrize("name", ["mmkd-clip-tiny", "mmkd-clip-mobile"])

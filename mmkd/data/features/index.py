@@ -210,7 +210,11 @@ def fingerprints(captions: Iterable[str], hashes: Iterable[str], images: Iterabl
 
 def fingerprints_of(pairs: Sequence[Pair]) -> np.ndarray:
     """Fingerprints of all pairs, (n,)."""
-    return np.concatenate([np.zeros(0, dtype=FINGERPRINT), *(part for _, part in fingerprinted(pairs))])
+    found, start = np.empty(len(pairs), dtype=FINGERPRINT), 0
+    for ids, part in fingerprinted(pairs):
+        found[start : start + len(ids)] = part
+        start += len(ids)
+    return found
 
 
 def fingerprinted(pairs: Sequence[Pair]) -> Iterator[tuple[list[str], np.ndarray]]:
