@@ -19,19 +19,25 @@ from mmkd.encoders.zoo import load_encoder
 
 
 class MMKDClipEmbedder(ImagePathEmbedder, ImageBytesEmbedder, TextEmbedder):
+    """A model folder as an embedder of images and texts."""
+
     def __init__(self, folder: str) -> None:
         self.encoder = load_encoder(folder, "cuda" if torch.cuda.is_available() else "cpu")
 
     def embedding_space_spec(self) -> EmbeddingSpaceSpec:
+        """Name the space by the weights' fingerprint."""
         return EmbeddingSpaceSpec(space_key=self.encoder.provenance["fingerprint"], dimension=self.encoder.dim)
 
     def embed_images(self, paths: list[str]) -> EmbeddingResult:
+        """Embed the images of a dataset; DICOM and NIfTI too."""
         return result(self.encoder.encode_images([open_image(Path(path)) for path in paths]))
 
     def embed_image_bytes(self, images: list[bytes]) -> EmbeddingResult:
+        """Embed images that are dropped into the search bar."""
         return result(self.encoder.encode_images([open_image(image) for image in images]))
 
     def embed_text(self, texts: list[str]) -> EmbeddingResult:
+        """Embed queries."""
         return result(self.encoder.encode_texts(texts))
 
 

@@ -166,6 +166,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in slugs(target), link
 
 
+@pytest.mark.parametrize("page", [page for page in TEXTS if page.name != "log.md"], ids=name_of)
+def test_named_files_of_the_repository_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/])(?:mmkd|train|hub|tests|examples|modeling_mmkd)/[\w/.-]+\.\w+", text)
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_every_page_is_in_the_navigation_of_the_site():
     named = re.findall(r'"([\w/-]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8"))
     assert sorted(named) == [str(page.relative_to(ROOT / "docs")) for page in PAGES]

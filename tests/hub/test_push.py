@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import DatasetCard, ModelCard
 from loopback_hub import TOKEN, hub_environment, mmkd_at
+from PIL import Image
 from safetensors.torch import load_file
 
 from mmkd.data.features.lookup import TeacherFeatures
@@ -120,7 +122,11 @@ def test_what_was_pushed_loads_by_its_id_with_and_without_the_package(hub, publi
     assert set(json.loads(files["model.safetensors.index.json"][0])["weight_map"].values()) == set(shards)
     model = MMKDClipModel.from_pretrained(published_student).eval()
     expected = None
-    for name, code in (("without", WITHOUT_PACKAGE), ("with", WITH_PACKAGE)):
+    snippets = re.findall(r"^```python\n(.*?)^```", files["README.md"][0].decode(), flags=re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 3
+    Image.new("RGB", (50, 40)).save(tmp_path / "image.png")
+    in_folder = f"import os\nos.chdir({str(tmp_path)!r})\n"
+    for name, code in (("without", "".join([WITHOUT_PACKAGE, in_folder, *snippets])), ("with", WITH_PACKAGE)):
         hub.fail("GET", "/cdn/", "cut")  # once in the middle of a download
         loaded = python(hub, tmp_path / name, code + SHOW)
         assert "EMBEDDING" in loaded.stdout, loaded.stderr[-2000:]
