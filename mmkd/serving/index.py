@@ -37,7 +37,7 @@ SHARD_ROWS = 8192
 GRAPH_ROWS = 200_000  # live rows from which on a graph is made
 TAIL_ROWS = 20_000  # rows after the graph that are searched exactly before it is extended
 REMOVED_SHARE = 0.3  # of all rows, from which on the index is rewritten
-CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 128, 192
+CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 64, 192
 SAMPLED_BYTES = 1 << 20  # of the beginning and the end of the graph, which are checked when it is opened
 SPARE = 16  # answers beyond k that the graph gives, for rows that were removed since
 PATTERNS = ("vectors-*.safetensors", "removed-*.safetensors", "graph-*.usearch", ".*.tmp", ".lock")
@@ -401,10 +401,10 @@ class SearchIndex:
         if covered:
             graph = Index.restore(str(self.path / self.meta["graph"]["file"]), view=False)
         else:
-            graph = Index(
-                ndim=self.dim, metric="cos", dtype="f16", connectivity=CONNECTIVITY, expansion_add=EXPANSION_ADD
-            )
+            graph = Index(ndim=self.dim, metric="ip", dtype="f16", connectivity=CONNECTIVITY)
+        graph.expansion_add = EXPANSION_ADD
         fresh = self._live[np.searchsorted(self._live, covered) :]
+        fresh = np.random.default_rng(0).permutation(fresh)  # in the order of patients, less would be found
         for rows in np.split(fresh, range(SHARD_ROWS, len(fresh), SHARD_ROWS)):
             graph.add(rows.astype(np.uint64), self._store.gather("vectors", rows), threads=threads)
         total = len(self._store)

@@ -1,8 +1,8 @@
 """Opening, latency and recall of a search index, against the exact product with all its vectors.
 
-``python tests/benchmarks/search_index.py [--rows 1000000] [--queries 200] [--threads 1] [--work FOLDER]``
+``python tests/benchmarks/search_index.py [--rows 1000000] [--dim 512] [--queries 200] [--threads 1] [--work FOLDER]``
 
-Vectors are simulated: 512 numbers, unit length, around ``rows / 100`` random centres on a shared cone (cosine of about
+Vectors are simulated: unit length, around ``rows / 100`` random centres on a shared cone (cosine of about
 0.4 between any two, 0.8 within a cluster), as image embeddings of CLIP models lie; real ones differ. Queries are drawn
 from the same clusters. The index is built by `SearchIndex.add` and `optimize`, opened by a process of its own, and
 answers one query at a time. Each line is JSON: ``ours`` is the index, ``baseline`` the exact product over the same
@@ -22,7 +22,7 @@ import torch
 from mmkd.serving import index as index_module
 from mmkd.serving.index import SearchIndex
 
-DIM, PART, K = 512, 1 << 16, 10
+PART, K = 1 << 16, 10
 CONE, SPREAD = 0.8, 0.45
 
 
@@ -30,15 +30,16 @@ def vectors(seed: int, rows: int, centres: torch.Tensor) -> torch.Tensor:
     """Unit vectors (rows, dim) around random centres."""
     generator = torch.Generator().manual_seed(seed)
     own = centres[torch.randint(len(centres), (rows,), generator=generator)]
-    noise = torch.randn(rows, DIM, generator=generator) / DIM**0.5
+    dim = centres.shape[1]
+    noise = torch.randn(rows, dim, generator=generator) / dim**0.5
     return torch.nn.functional.normalize(own + SPREAD * noise, dim=1)
 
 
-def make_centres(count: int) -> torch.Tensor:
+def make_centres(count: int, dim: int) -> torch.Tensor:
     """Centres (count, dim) around one direction."""
     generator = torch.Generator().manual_seed(0)
-    cone = torch.nn.functional.normalize(torch.randn(DIM, generator=generator), dim=0)
-    own = torch.nn.functional.normalize(torch.randn(count, DIM, generator=generator), dim=1)
+    cone = torch.nn.functional.normalize(torch.randn(dim, generator=generator), dim=0)
+    own = torch.nn.functional.normalize(torch.randn(count, dim, generator=generator), dim=1)
     return torch.nn.functional.normalize(CONE * cone + own, dim=1)
 
 
@@ -73,6 +74,7 @@ def main() -> None:
     """Build, open, search."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--exact", type=int, default=50, help="queries that are also searched exactly")
     parser.add_argument("--threads", type=int, default=1)
@@ -81,11 +83,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     index_module.GRAPH_ROWS = options.graph
-    centres = make_centres(max(10, options.rows // 100))
+    centres = make_centres(max(10, options.rows // 100), options.dim)
     with tempfile.TemporaryDirectory() as temporary:
-        path = (options.work or Path(temporary)) / f"index-{options.rows}"
+        path = (options.work or Path(temporary)) / f"index-{options.rows}-{options.dim}"
         if not path.exists():
-            index = SearchIndex.create(path, {"fingerprint": "simulated"}, DIM)
+            index = SearchIndex.create(path, {"fingerprint": "simulated"}, options.dim)
             began = time.perf_counter()
             for start in range(0, options.rows, PART):
                 count = min(PART, options.rows - start)
