@@ -76,13 +76,13 @@ def main(settings: IndexSettings) -> None:
     existing = SearchIndex.open(settings.output) if (settings.output / INDEX_FILE).is_file() else None
     encoder = load_encoder(settings.model, chosen_device(settings.device))
     encoder.batch_size = settings.batch_size
-    if existing is not None:
+    if existing is not None:  # perhaps without an image yet
         existing.require_model(encoder.provenance)
         existing.require_window(settings.window)
-    source = source_of_model(settings.model, settings.output)
-    index = existing or SearchIndex.create(
-        settings.output, encoder.provenance, encoder.dim, source, settings.window or "auto"
-    )
+        index = existing
+    else:
+        source = source_of_model(settings.model, settings.output)
+        index = SearchIndex.create(settings.output, encoder.provenance, encoder.dim, source, settings.window or "auto")
     update(index, files, encoder, settings)
     if len(index) >= GRAPH_ROWS and not settings.quiet:
         print("bringing the graph up to date; the index can be searched meanwhile")
