@@ -289,7 +289,8 @@ def exclusive(output: Path) -> Iterator[None]:
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {platform.node()}, started {started}".encode())
         beside = output.parent.glob(f".{glob.escape(output.name)}.{HEX8}.tmp")
-        for left in [*beside, *output.rglob(f".*.{HEX8}.tmp")]:
+        inside = () if Path.cwd().is_relative_to(output) else output.rglob(f".*.{HEX8}.tmp")
+        for left in [*beside, *(path for path in inside if not _is_of_another_run(path))]:
             remove(left)
         yield
     finally:
@@ -324,6 +325,11 @@ def _locked(place: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)  # its holder removed it in between
+
+
+def _is_of_another_run(temporary: Path) -> bool:
+    """Whether the output to which a temporary name belongs has a lock of its own."""
+    return temporary.with_name(f"{temporary.name[: -len('.01234567.tmp')]}.lock").exists()
 
 
 def _is_at(handle: int, place: Path) -> bool:

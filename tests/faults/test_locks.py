@@ -58,10 +58,13 @@ def test_what_a_killed_run_left_beside_the_output_is_removed(tmp_path):
     (output / "tasks").mkdir(parents=True)
     (output / "tasks" / ".task.json.0123abcd.tmp").write_text("x")
     (output / "tasks" / ".task.json").write_text("x")
+    for name in (".other.0123abcd.tmp", ".other.lock"):  # of a run that holds its own output
+        (output / name).write_text("x")
     with exclusive(output):
         assert {path.name for path in tmp_path.iterdir()} == {*kept, ".pairs.lock", "pairs"}
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "pairs"}
     assert [path.name for path in (output / "tasks").iterdir()] == [".task.json"]
+    assert {path.name for path in output.iterdir()} == {"tasks", ".other.0123abcd.tmp", ".other.lock"}
 
 
 def test_the_working_directory_can_be_an_output(tmp_path, monkeypatch):
