@@ -379,6 +379,7 @@ def _parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    note_read(path)
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:

@@ -31,7 +31,7 @@ from mmkd.evaluation.datasets.manifest import (
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.datasets.readers import READERS
 from mmkd.evaluation.datasets.source import Sample, Store, group_of
-from mmkd.files import content_sha256
+from mmkd.files import content_sha256, last_read
 
 OF_BAGS = ("survival", "diagnosis")
 ABOUT = ("title", "task", "modality", "license", "tier", "citation")
@@ -173,7 +173,8 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
     except (FileNotFoundError, PermissionError) as error:
         raise DatasetNotFoundError(f"{error}; {where_to_get(manifest)}") from error
     except ValueError as error:
-        place = "" if paths[0].name in str(error) else f"{paths[0].name}: "
+        path = last_read() or paths[0]  # perhaps the manifest, with which the data disagree
+        place = "" if path.name in str(error) else f"{path.name}: "
         raise ValueError(f"{manifest.id}: {place}{error}") from None
     pairs = _pairs(manifest, reading.samples, splits)
     dataset = Dataset(manifest, pairs, reading.questions, reading.store)
