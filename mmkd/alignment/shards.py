@@ -156,10 +156,10 @@ def write_aligned(
                 own = [id for id, present in zip(ids, mask.tolist(), strict=True) if present]
                 aligned = stored(found["image"][mask], found["text"][mask], "float16", folder / name)
                 parts[name].append((own, aligned, fingerprints[name][1][mask.numpy()]))
-        for name, own in parts.items():
-            ids, tensors, prints = zip(*own, strict=True)
+        for name, pieces in parts.items():
+            names, tensors, prints = zip(*pieces, strict=True)
             file = _shard(folder, name, number)
-            write_shard(file, [*chain(*ids)], {"features": torch.cat(tensors)}, np.concatenate(prints))
+            write_shard(file, [*chain(*names)], {"features": torch.cat(tensors)}, np.concatenate(prints))
         progress(len(rows))
 
 

@@ -234,7 +234,7 @@ def _on_ray(
 
     ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
     lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
-    run = ray.remote(**{"max_retries": TRIES} | settings.resources)(_run)
+    run: Any = ray.remote(**{"max_retries": TRIES} | settings.resources)(_run)
     left = list(tasks)[::-1]
     running: dict[Any, Sequence[Item]] = {}
     try:

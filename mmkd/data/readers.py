@@ -306,8 +306,8 @@ def _refuse_foreign_files(folder: Path) -> None:
             raise ValueError(f"{state} names a table outside {folder}; refused")
     splits = folder / "dataset_dict.json"
     if splits.is_file():
-        names = read_object(splits).get("splits")
-        if not isinstance(names, list) or not all(map(is_folder_name, names)):
+        listed = read_object(splits).get("splits")
+        if not isinstance(listed, list) or not all(map(is_folder_name, listed)):
             raise ValueError(f"{splits} names no folders of splits beside it; refused")
 
 

@@ -39,8 +39,10 @@ TOKENIZER_FILES = (
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
 INDEX_PATTERN, ADAPTER_CONFIG = "*.index.json", "adapter_config.json"
 PIXEL_FILES = ("processor_config.json", "preprocessor_config.json")
-PIXEL_KEYS = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample")
-PIXEL_KEYS += ("rescale_factor", "image_mean", "image_std")
+PIXEL_KEYS = (
+    *("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample"),
+    *("rescale_factor", "image_mean", "image_std"),
+)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 STRAY_BUFFERS = ("position_ids", "relative_position_index")  # saved by older releases, derived by newer ones

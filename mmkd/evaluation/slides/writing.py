@@ -116,9 +116,9 @@ class SlideWriter:
             joint.append(vectors)
             pooled.append(vectors if before is None else before)
         kind, buffer = np.dtype(made_of["dtype"]), io.BytesIO()
-        vectors = (torch.cat(own).numpy().astype(kind) for own in (pooled, joint))
+        arrays = *(torch.cat(own).numpy().astype(kind) for own in (pooled, joint)), corners
         with h5py.File(buffer, "w") as file:
-            for name, array in zip(ARRAYS, (*vectors, corners), strict=True):
+            for name, array in zip(ARRAYS, arrays, strict=True):
                 file.create_dataset(name, data=array, fletcher32=True)
             file.attrs["encoder"] = made_of["encoder"]
             file.attrs["made_of"] = json.dumps(made_of, sort_keys=True)
