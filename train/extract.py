@@ -64,7 +64,8 @@ def extract(group: Sequence[FeatureTask], work: Callable[..., None], settings: E
     names = [store.name for store in stores]
     run_tasks(
         partial(work, names),
-        lambda: [shard for shard in range(len(stores[0])) if not all(store.has(shard) for store in stores)],
+        range(len(stores[0])),
+        lambda shard: all(store.has(shard) for store in stores),
         settings,
         settings.output,
         partial(tqdm, desc=", ".join(names), unit="pair", disable=settings.quiet),

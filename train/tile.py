@@ -88,7 +88,8 @@ def main(settings: TileSettings) -> None:
         opened = (lambda: encoder) if settings.is_here else partial(load, source, settings.device)
     run_tasks(
         partial(write_slides, uuid.uuid4().hex, writer, opened),
-        lambda: [(slide, path) for slide, path in files.items() if not writer.has(slide)],
+        files.items(),
+        lambda item: writer.has(item[0]),
         settings,
         writer.folder,
         partial(tqdm, desc=writer.folder.name, unit="slide", disable=settings.quiet),

@@ -80,7 +80,8 @@ def covariances(
     runs = {folder / f"{rows.start}.safetensors": rows for rows in _runs(len(training), _run_length(len(training)))}
     run_tasks(
         partial(write_sums, inputs, cross),
-        lambda: [(file, rows) for file, rows in runs.items() if not file.exists()],
+        runs.items(),
+        lambda item: item[0].exists(),
         tasks,
         folder,
         partial(bar, desc="sums", unit="pair"),
@@ -125,7 +126,8 @@ def write_stores(
     shards = list(enumerate(_runs(len(features.ids), SHARD_SIZE)))
     run_tasks(
         partial(write_aligned, inputs, aligner, folder),
-        lambda: [s for s in shards if not all(_shard(folder, name, s[0]).exists() for name in features.names)],
+        shards,
+        lambda shard: all(_shard(folder, name, shard[0]).exists() for name in features.names),
         tasks,
         folder,
         partial(bar, desc="aligned", unit="pair"),

@@ -1,10 +1,10 @@
 """Tasks of a stage in processes of this machine, in jobs of Slurm or on a Ray cluster.
 
 The work of a data-parallel stage is a list of items, each of which writes its own files whole or not at all: a shard of
-features, the part of one tar. These files are the only record of what is done. A task is a run of items that one
-process works through; when all tasks have ended, the items whose files are still missing, because a process was killed
-or a node was lost, become new tasks for the others. Two processes may work on one item, since both write the same
-bytes. No server is needed on one machine, and one worker is this process itself.
+features, the part of one tar, the features of one slide. These files are the only record of what is done. A task is a
+run of items that one process works through; when all tasks have ended, the items whose files are still missing, because
+a process was killed or a node was lost, become new tasks for the others. Two processes may work on one item, since both
+write the same bytes. No server is needed on one machine, and one worker is this process itself.
 
 The executors are the standard library's process pool, submitit for Slurm and Ray's remote functions. datatrove, which
 has all three, was tried as well: its local pool never returns when a process of it is killed (docs/log.md).
@@ -21,7 +21,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -85,7 +85,8 @@ class TaskSettings:
 
 def run_tasks(
     work: Work[Item],
-    missing: Callable[[], Sequence[Item]],
+    items: Iterable[Item],
+    is_done: Callable[[Item], bool],
     settings: TaskSettings,
     output: Path,
     bar: Callable[..., tqdm],
@@ -96,7 +97,8 @@ def run_tasks(
     Args:
         work: writes the files of items; called with some of them and with what counts the finished ones. It is pickled,
             and so are the items: a function of a module, or a `functools.partial` of one.
-        missing: the items whose files are not there yet.
+        items: all of them.
+        is_done: whether the files of an item are there and whole; asked once, and again only of items that tasks did.
         settings: where tasks run.
         output: what the stage writes; files of Slurm jobs lie beside it meanwhile.
         bar: makes a progress bar of a total.
@@ -108,7 +110,7 @@ def run_tasks(
         Exception: what ``work`` raised.
     """
     settings.check_tasks()
-    left, tries = missing(), 0
+    left, tries = [item for item in items if not is_done(item)], 0
     while left:
         with bar(total=sum(map(size, left))) as shown:
             if settings.is_here or (settings.executor == "local" and len(left) == 1):
@@ -116,7 +118,7 @@ def run_tasks(
                 return
             for task in EXECUTORS[settings.executor](work, _divided(left, settings), settings, output):
                 shown.update(sum(map(size, task)))
-        before, left = len(left), missing()
+        before, left = len(left), [item for item in left if not is_done(item)]
         tries = tries + 1 if len(left) == before else 0
         if tries == TRIES:
             raise OSError(

@@ -105,7 +105,7 @@ def curate(
         write_reports(parts, reports, rows)
     bar = partial(tqdm, desc="curate", unit="shard", disable=quiet)
     work = partial(_curate_units, parts, rules)
-    run_tasks(work, lambda: [unit for unit in units if not _is_done(parts, unit)], tasks, output, bar)
+    run_tasks(work, units, partial(_is_done, parts), tasks, output, bar)
     return _finish(parts, units, output, source, settings, rules, exclude, tasks, quiet)
 
 
@@ -175,7 +175,7 @@ def _finish(
     (folder / "shards").mkdir(parents=True)
     shards = [(file, folder / "shards" / f"{n:06d}.tar", decisions.kept(n)) for n, file in enumerate(files)]
     bar = partial(tqdm, desc="write", unit="shard", disable=quiet)
-    run_tasks(_write_shards, lambda: [s for s in shards if s[2].any() and not s[1].exists()], tasks, output, bar)
+    run_tasks(_write_shards, shards, lambda shard: not shard[2].any() or shard[1].exists(), tasks, output, bar)
     write_merged_manifest(files, decisions, folder, settings["source"])
     dropped = chain(_dropped_in_parts(parts, count), dropped_rows(files, decisions))
     atomic_write_lines(folder / "dropped.jsonl", (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))

@@ -36,10 +36,9 @@ def run(numbers, settings):
         bars.append(tqdm(total=total, file=io.StringIO()))
         return bars[-1]
 
-    def left():
-        return [number for number in numbers if not Path("out", str(number)).exists()]
-
-    run_tasks(partial(write_numbers, "out"), left, settings, Path("out"), bar)
+    run_tasks(
+        partial(write_numbers, "out"), numbers, lambda n: Path("out", str(n)).exists(), settings, Path("out"), bar
+    )
     return sum(own.n for own in bars)
 
 
@@ -75,12 +74,12 @@ def test_one_worker_is_this_process_and_does_what_is_missing(here):
 
 
 def test_a_process_that_is_killed_again_and_again_is_an_error(here):
-    def left():
+    def is_done(number):
         Path("out/killed").unlink(missing_ok=True)
-        return [FATAL, FATAL]
+        return False
 
     with pytest.raises(OSError, match="killed 3 times before one item was done"):
-        run_tasks(partial(write_numbers, "out"), left, TaskSettings(workers=2), Path("out"), hidden)
+        run_tasks(partial(write_numbers, "out"), [FATAL, FATAL], is_done, TaskSettings(workers=2), Path("out"), hidden)
 
 
 def test_tasks_are_runs_of_nearly_equal_length():

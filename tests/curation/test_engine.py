@@ -38,8 +38,8 @@ class StoppedError(Exception):
 def some_units(source, output, monkeypatch, numbers):
     """A curation that is stopped when the units of these numbers are done."""
 
-    def stopped(work, missing, *_):
-        left = {unit.number: unit for unit in missing()}
+    def stopped(work, units, is_done, *_):
+        left = {unit.number: unit for unit in units if not is_done(unit)}
         work([left[number] for number in numbers if number in left], lambda items: None)
         raise StoppedError
 

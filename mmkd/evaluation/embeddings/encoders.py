@@ -111,15 +111,16 @@ def embed_everything(
         known.append(EncoderRecord(name, source, *about, load=partial(load, source), batch_size=batch_size))
         if tasks.is_here and not all(is_whole(file) for each in inputs for file in known[-1].files(each)):
             loaded[name] = encoder
-
-    def lacking() -> list[EmbeddingShard]:
-        files = [({own.name: own.files(each) for own in known if own.stored is None}, each) for each in inputs]
-        return [shard for of, each in files for shard in each.lacking(of)]
-
+    files = [({own.name: own.files(each) for own in known if own.stored is None}, each) for each in inputs]
+    shards = [shard for of, each in files for shard in each.lacking(of)]
     own = partial(embed, loaded) if tasks.is_here else partial(load_and_embed, uuid.uuid4().hex, load, sources)
     bar = partial(tqdm, desc="embedding", unit="item", disable=quiet)
-    run_tasks(partial(own, batch_size), lacking, tasks, cache, bar, lambda shard: len(shard.keys))
+    run_tasks(partial(own, batch_size), shards, _is_embedded, tasks, cache, bar, lambda shard: len(shard.keys))
     return known
+
+
+def _is_embedded(shard: EmbeddingShard) -> bool:
+    return all(map(is_whole, shard.files.values()))
 
 
 def named_sources(encoders: list[str]) -> dict[str, str]:
