@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -166,10 +167,12 @@ class PairTable(Sequence[Pair]):
             if wrong.size:
                 value = self.column(name)[int(wrong[0])].as_py()
                 raise ValueError(f"{self.path}, row {wrong[0]}: {name} {value!r} {rule}; refused")
-        hashes = np.empty(len(self), dtype=np.int64)  # sorted in place; a set of all ids would take ten times as much
-        for start, (ids,) in zip(range(0, len(self), ROWS_TOGETHER), in_columns(self, ("id",)), strict=True):
-            hashes[start : start + len(ids)] = np.fromiter(map(hash, ids), np.int64, len(ids))
-        hashes.sort()
+        with tempfile.TemporaryFile() as file:  # sorted in place on disk; a set of all ids takes eighty bytes each
+            file.truncate(8 * max(1, len(self)))
+            hashes = np.memmap(file, np.int64, "r+")[: len(self)]
+            for start, (ids,) in zip(range(0, len(self), ROWS_TOGETHER), in_columns(self, ("id",)), strict=True):
+                hashes[start : start + len(ids)] = np.fromiter(map(hash, ids), np.int64, len(ids))
+            hashes.sort()
         if (hashes[1:] == hashes[:-1]).any():
             counted = pc.value_counts(self.column("id"))
             twice = counted.filter(pc.greater(counted.field("counts"), 1))

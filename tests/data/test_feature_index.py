@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
+from mmkd.data.features import index
 from mmkd.data.features.index import DIGEST, LISTED_TOGETHER, IdIndex, Ids, digests, refuse_repeated
 from mmkd.data.features.shards import write_shard
 from mmkd.data.features.store import VectorStore
@@ -42,9 +44,19 @@ def test_ids_are_a_sequence_on_disk(tmp_path):
         found[99999]
 
 
+def test_an_index_made_in_pieces_is_the_same(tmp_path, monkeypatch):
+    ids = [f"pair-{k}" for k in range(1000)]
+    expected = IdIndex.of(digests(ids)).save(tmp_path)
+    monkeypatch.setattr(index, "COMPARED_TOGETHER", 64)
+    monkeypatch.setattr(index, "SORTED_TOGETHER", 100)
+    assert IdIndex.of_many(ids, tmp_path).save(tmp_path) == expected
+    assert [path.name for path in tmp_path.iterdir()] == [expected[0]]
+
+
 def test_a_saved_index_is_the_same_and_nothing_else_is_taken_for_one(tmp_path):
     built = IdIndex.of(digests(["a", "b", "c"]))
     name, _ = built.save(tmp_path)
+    assert (tmp_path / name).read_bytes() == save({part: getattr(built, part) for part in ("key", "check", "row")})
     assert IdIndex.open(tmp_path / name).rows(digests(["c", "x", "a"])).tolist() == [2, -1, 0]
     write_shard(tmp_path / "shard", ["a"], {"features": torch.ones(1, 2, 3)})
     with pytest.raises(ValueError, match="is not an index of ids"):
@@ -70,9 +82,12 @@ def test_ids_with_equal_hashes_are_told_apart():
     assert found.rows(np.concatenate([above, below])).tolist() == [-1, -1]
 
 
-def test_ids_that_cannot_be(tmp_path):
+@pytest.mark.parametrize("together", [2, 1 << 16])
+def test_ids_that_cannot_be(tmp_path, monkeypatch, together):
+    monkeypatch.setattr(index, "COMPARED_TOGETHER", together)
+    monkeypatch.setattr(index, "SORTED_TOGETHER", together)
     with pytest.raises(ValueError, match="id 'pair-3' occurs twice"):
-        refuse_repeated(store(tmp_path, ["a", "pair-3", "b", "pair-3"], chunk=2).ids)
+        refuse_repeated(store(tmp_path, ["a", "pair-3", "b", "pair-3"], chunk=2).ids, tmp_path)
     with pytest.raises(ValueError, match="not Unicode text"):
         store(tmp_path / "surrogates", ["a", "\ud800"])
     assert not list((tmp_path / "surrogates").iterdir())

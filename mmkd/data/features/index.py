@@ -14,23 +14,27 @@ once in 32,768), one of several pairs practically never.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
 import numpy as np
-import safetensors.numpy
 
 from mmkd.data.features.shards import TensorMap
 from mmkd.data.table import Pair, in_columns
-from mmkd.files import atomic_write_bytes
+from mmkd.files import atomic_file
 
 DIGEST = np.dtype([("key", "<u8"), ("check", "<u4")])
+ENTRY = np.dtype([*DIGEST.descr, ("row", "<u4")])
 FINGERPRINT = np.dtype([("caption", "<u2"), ("image", "<u2")])
-MAX_ROWS = 2**32 - 1
-COMPARED_TOGETHER = 1 << 18
+STORED_AS = {"<u8": "U64", "<u4": "U32"}  # in safetensors
+COMPARED_TOGETHER = 1 << 16
+SORTED_TOGETHER = 1 << 18
 LISTED_TOGETHER = 4096
 SHOWN = 5
 
@@ -55,6 +59,36 @@ class IdIndex:
         return cls(table["key"][order], table["check"][order], order.astype("<u4"))
 
     @classmethod
+    def of_many(cls, ids: Sequence[str], folder: Path) -> IdIndex:
+        """The index of any number of ids in row order, as arrays of files in a folder, which vanish with them.
+
+        The digests go to disk in buckets by their leading bits, and each bucket is sorted: memory does not grow.
+        """
+        count = -(-len(ids) // SORTED_TOGETHER)
+        if count <= 1:
+            return cls.of(digests(ids))
+        with contextlib.ExitStack() as stack:
+            *buckets, key, check, row = (
+                stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(count + 3)
+            )
+            for start in range(0, len(ids), COMPARED_TOGETHER):
+                found = digests(ids[start : start + COMPARED_TOGETHER])
+                table = np.empty(len(found), dtype=ENTRY)
+                table["key"], table["check"] = found["key"], found["check"]
+                table["row"] = np.arange(start, start + len(found))
+                owner = (found["key"] >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)
+                for k, bucket in enumerate(buckets):
+                    bucket.write(table[owner == k].tobytes())
+            for bucket in buckets:
+                bucket.seek(0)
+                table = np.frombuffer(bucket.read(), dtype=ENTRY)
+                own = cls.of(table)
+                key.write(own.key.tobytes())
+                check.write(own.check.tobytes())
+                row.write(table["row"][own.row].tobytes())
+            return cls(*(np.memmap(f, t, "r") for f, t in ((key, "<u8"), (check, "<u4"), (row, "<u4"))))
+
+    @classmethod
     def open(cls, path: Path) -> IdIndex:
         """Map the file of an index.
 
@@ -71,10 +105,20 @@ class IdIndex:
 
     def save(self, folder: Path) -> tuple[str, str]:
         """Write the index under a name derived from its content; returns the name and the SHA-256 of the file."""
-        data = safetensors.numpy.save({"key": self.key, "check": self.check, "row": self.row})
-        digest = hashlib.sha256(data).hexdigest()
+        arrays, header, end = {"key": self.key, "check": self.check, "row": self.row}, {}, 0
+        for name, array in arrays.items():
+            offsets = [end, end := end + array.nbytes]
+            header[name] = {"dtype": STORED_AS[array.dtype.str], "shape": list(array.shape), "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        parts = [len(text).to_bytes(8, "little"), text, *(array.data for array in arrays.values())]
+        sha256 = hashlib.sha256()
+        for part in parts:
+            sha256.update(part)
+        digest = sha256.hexdigest()
         name = f"ids-{digest[:12]}.safetensors"
-        atomic_write_bytes(folder / name, data)
+        with atomic_file(folder / name) as file:
+            file.writelines(parts)
         return name, digest
 
     def __len__(self) -> int:
@@ -99,8 +143,13 @@ class IdIndex:
 
     def repeated(self) -> int | None:
         """A row whose id an earlier row has, too; None if all ids differ."""
-        same = np.flatnonzero((self.key[1:] == self.key[:-1]) & (self.check[1:] == self.check[:-1]))
-        return int(self.row[same[0] + 1]) if len(same) else None
+        for start in range(0, len(self), COMPARED_TOGETHER):
+            part = slice(start, start + COMPARED_TOGETHER + 1)
+            key, check = self.key[part], self.check[part]
+            same = np.flatnonzero((key[1:] == key[:-1]) & (check[1:] == check[:-1]))
+            if len(same):
+                return int(self.row[start + same[0] + 1])
+        return None
 
     def missing_from(self, others: Sequence[IdIndex]) -> np.ndarray:
         """Rows whose ids none of ``others`` has, in ascending order; (m,) int64."""
@@ -166,21 +215,20 @@ def digests(ids: Iterable[str]) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), dtype=DIGEST)
 
 
-def refuse_repeated(ids: Sequence[str], place: object = "") -> IdIndex:
-    """The index of ids, each of which occurs once.
+def refuse_repeated(ids: Sequence[str], folder: Path) -> IdIndex:
+    """The index of a folder's ids, each of which occurs once.
 
     Args:
         ids: in row order.
-        place: where they lie, for the error.
+        folder: where they lie.
 
     Raises:
         ValueError: an id occurs twice; the message names it.
     """
-    parts = (digests(ids[start : start + COMPARED_TOGETHER]) for start in range(0, len(ids), COMPARED_TOGETHER))
-    index = IdIndex.of(np.concatenate([digests([]), *parts]))
+    index = IdIndex.of_many(ids, folder)
     row = index.repeated()
     if row is not None:
-        raise ValueError(f"{f'{place}: ' if place else ''}id {ids[row]!r} occurs twice; ids must be unique")
+        raise ValueError(f"{folder}: id {ids[row]!r} occurs twice; ids must be unique")
     return index
 
 
