@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ if __name__ == "__main__":
     check_arguments(EvalSettings)  # before the imports that take seconds
 
 from mmkd.command.settings import resolved, save_settings
-from mmkd.encoders.zoo import load_with_precision
 from mmkd.evaluation.embeddings.encoders import named_sources
 from mmkd.evaluation.report.page import write_report
 from mmkd.evaluation.results.summary import lock_of, versions
@@ -63,8 +61,7 @@ def main(settings: EvalSettings) -> None:
 
 def run_once(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
     """One evaluation into one folder."""
-    load = partial(load_with_precision, device=settings.device, precision=settings.precision)
-    summary = evaluate(settings, sources, load)
+    summary = evaluate(settings, sources)
     summary |= {"settings": resolved(settings), "versions": versions()}
     save_settings(settings, settings.output / "settings.yaml")
     write_json(settings.output / "repro.lock", lock_of(summary))

@@ -54,8 +54,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmkd.command.settings import save_settings
 from mmkd.data.folder import open_pairs
-from mmkd.distributed import chosen_device
-from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.dataset import split_samples
 from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.run import evaluate, task_options
@@ -178,11 +176,8 @@ def candidates(
     sources = {name: str(work / name) for name in names}
     for name, weight in names.items():
         models.write(work / name, weight)
-    device = chosen_device(settings.device)
     encoders = [f"{name}={source}" for name, source in sources.items()]
-    summary = evaluate(
-        evaluation(settings, work, encoders), sources, lambda source: load_encoder(source, device=device)
-    )
+    summary = evaluate(evaluation(settings, work, encoders), sources)
     overall = summary["overall"]
     start = overall["rows"][f"{weights[0]:g}"]["value"]
     found = [Candidate(weights[0], start, 0.0, 0.0)]

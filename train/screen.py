@@ -1,30 +1,33 @@
 """Filter pairs by teacher agreement.
 
 Only the training split is filtered. Validation and test pairs all stay, because held-out data chosen by the teachers
-would be optimistic; they carry their availability, compared within their own split. Pairs are streamed, so that memory
-does not grow with them. Images stay where they are: the new manifest points at the root of the old one. ``report.json``
-holds counts and histograms, ``report.html`` shows them.
+would be optimistic; they carry their availability, compared within their own split. Tasks of any executor screen runs
+of pairs, whose files are joined. Images stay where they are: the new manifest points at the root of the old one.
+``report.json`` holds counts and histograms, ``report.html`` shows them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterator
+import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.tasks import TaskSettings
 
 
-@dataclass
-class ScreenSettings:
+@dataclass(kw_only=True)
+class ScreenSettings(TaskSettings):
     """Filter pairs by teacher agreement: find the available teachers of each pair, keep training pairs with enough.
 
     Example:
         mmkd screen --pairs pairs --features features --output screened
     """
+
+    GROUPS: ClassVar[dict[str, str]] = {"computing": "quiet"}
 
     pairs: Path = setting(help="folder of pairs")
     features: Path = setting(help="folder with one feature store for each teacher")
@@ -53,27 +56,27 @@ class ScreenSettings:
 if __name__ == "__main__":
     check_arguments(ScreenSettings)  # before the imports that take seconds
 
-import numpy as np
 from tqdm import tqdm
 
 from mmkd.command.settings import nearest, save_settings
+from mmkd.command.tasks import open_parts, resident, run_tasks
 from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
-from mmkd.data.folder import Choice, PairFolder, in_chunks, open_pairs, write_choice
-from mmkd.data.table import Pair
+from mmkd.data.folder import join_parts, open_pairs
+from mmkd.data.table import VERSION
 from mmkd.distillation.screening import (
-    KEPT,
-    OTHER_MODALITY,
-    TOO_FEW,
-    UNSEEN,
     Screen,
     ScreeningReport,
+    counts_of,
     default_minimum,
-    draw_pools,
+    draw,
+    screen_runs,
     screening_page,
     warnings_of,
 )
-from mmkd.files import atomic_folder, refuse_existing, write_json
+from mmkd.files import atomic_folder, content_sha256, refuse_existing, remove, write_json
 from mmkd.pages.page import write_page
+
+RUN = 16384  # pairs whose decisions are one file
 
 logger = logging.getLogger(__name__)
 
@@ -86,26 +89,50 @@ def main(settings: ScreenSettings) -> None:
         FileExistsError: OUTPUT exists.
         ValueError: settings out of range, or no training pair is left.
     """
+    settings.check_tasks()
     refuse_existing(settings.output, settings.overwrite)
     folder = open_pairs(settings.pairs)
     features = TeacherFeatures.open(settings.features, settings.teachers or None)
     minimum = check(settings, features)
     seen_pairs(features, folder.pairs, settings.features)
-    pools, modalities = draw_pools(folder, features, settings.pool, settings.seed, settings.modality_pairs)
+    drawn, modalities = draw(folder.pairs, features, settings.pool, settings.seed, settings.modality_pairs)
     for name in settings.modalities:
         if name.lower() not in modalities:
             hint, listed = nearest(name.lower(), modalities), ", ".join(sorted(modalities))
             raise ValueError(f"--modalities {name!r}{hint}: no pair has it; the pairs have {listed}")
-    screen = Screen(features, pools, settings.rule, settings.percentile, settings.top)
+    parts = settings.output.with_name(f"{settings.output.name}.parts")
+    open_parts(parts, made_of(settings, features), settings.overwrite)
+    rule = drawn, settings.modality_pairs, settings.rule, settings.percentile, settings.top
+    screen, files = Screen(folder, features, *rule), runs(len(folder.pairs), parts)
+    opened = partial(Screen.open, settings.pairs, settings.features, features.names, *rule)
+    elsewhere = partial(resident, uuid.uuid4().hex, opened)
+    run_tasks(
+        partial(
+            screen_runs,
+            (lambda: screen) if settings.is_here else elsewhere,
+            minimum,
+            {name.lower() for name in settings.modalities},
+        ),
+        files.items(),
+        lambda item: item[0].exists(),
+        settings,
+        settings.output,
+        partial(tqdm, desc="screening", unit="pair", disable=settings.quiet),
+        lambda item: len(item[1]),
+    )
     report = ScreeningReport(features.names)
+    for file in files:
+        report.add_json(counts_of(file))
+    summary = report.summary(minimum, screen.about_pools())
+    if not summary["train"]["kept"]:
+        remove(parts)
+        raise ValueError(nothing_left(summary, settings, minimum))
     with atomic_folder(settings.output, settings.overwrite) as output:
-        write_choice(output, folder, choices(folder, screen, report, minimum, settings))
-        summary = report.summary(minimum, screen.about_pools())
-        if not summary["train"]["kept"]:
-            raise ValueError(nothing_left(summary, settings, minimum))
+        join_parts(output, list(files), folder.image_root)
         write_json(output / "report.json", summary)
         write_page(output / "report.html", screening_page(summary))
         save_settings(settings, output / "settings.yaml")
+    remove(parts)
     if not settings.quiet:
         train = summary["train"]
         dropped = ", ".join(f"{reason} {count}" for reason, count in train["dropped"].items() if count) or "none"
@@ -132,34 +159,17 @@ def check(settings: ScreenSettings, features: TeacherFeatures) -> int:
     return minimum
 
 
-def choices(
-    folder: PairFolder, screen: Screen, report: ScreeningReport, minimum: int, settings: ScreenSettings
-) -> Iterator[Choice]:
-    """The pairs that stay, with their teachers, some thousands at a time; every pair is counted in the report."""
-    allowed = {name.lower() for name in settings.modalities}
-    with tqdm(total=len(folder.pairs), desc="screening", unit="pair", disable=settings.quiet) as bar:
-        for start, pairs in in_chunks(folder.pairs):
-            passed, present = screen.availability(pairs, report)
-            kept: list[tuple[int, Pair]] = []
-            for k, pair in enumerate(pairs):
-                teachers = tuple(name for name in screen.features.names if passed[name][k])
-                reason = keep(pair, teachers, bool(present[k]), minimum, allowed)
-                report.add(pair, teachers, reason)
-                if reason == KEPT:
-                    kept.append((start + k, dataclasses.replace(pair, teachers=teachers)))
-            yield np.array([position for position, _ in kept], dtype=np.int64), [pair for _, pair in kept]
-            bar.update(len(pairs))
+def runs(count: int, parts: Path) -> dict[Path, range]:
+    """The files of decisions, and the positions of their pairs."""
+    return {parts / f"{k}.arrow": range(k, min(k + RUN, count)) for k in range(0, count, RUN)}
 
 
-def keep(pair: Pair, teachers: tuple[str, ...], has_features: bool, minimum: int, modalities: set[str]) -> str:
-    """Whether a pair stays, or why not; held-out pairs always do."""
-    if pair.split != "train":
-        return KEPT
-    if modalities and pair.modality.lower() not in modalities:
-        return OTHER_MODALITY
-    if len(teachers) >= minimum:
-        return KEPT
-    return TOO_FEW if has_features else UNSEEN
+def made_of(settings: ScreenSettings, features: TeacherFeatures) -> dict[str, Any]:
+    """What decisions depend on."""
+    names = ("rule", "percentile", "top", "minimum_teachers", "modalities", "pool", "modality_pairs", "seed")
+    files = [file for file in sorted(settings.pairs.iterdir()) if file.suffix in (".arrow", ".jsonl")]
+    data = {"features": features.identity, "pairs": content_sha256(*files)}
+    return {"version": VERSION, **{name: getattr(settings, name) for name in names}, **data}
 
 
 def nothing_left(summary: dict[str, Any], settings: ScreenSettings, minimum: int) -> str:

@@ -7,13 +7,13 @@ stages identify pairs by ``id`` only: features are looked up by it, and the orde
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,9 +34,11 @@ from mmkd.data.table import (
 )
 from mmkd.files import is_folder_name, is_inside, json_lines, leads_inside, parse_json_object
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 META_FILE = "meta.jsonl"
 CHUNK = 4096
-Choice = tuple[np.ndarray, list[Pair]]  # positions in the source, (n,), and the pairs with their teachers
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,30 +141,35 @@ def write_manifest(folder: Path, pairs: Iterable[Pair], images: Path | None = No
     write_table(folder / TABLE_FILE, schema, (pa.Table.from_pylist(some, schema=schema) for some in rows))
 
 
-def write_choice(output: Path, source: PairFolder, choices: Iterable[Choice]) -> None:
-    """Write the chosen pairs with their available teachers; images stay where they are.
+def chosen_rows(source: PairFolder, positions: np.ndarray, teachers: Sequence[Sequence[str]]) -> pa.Table:
+    """Rows of a manifest with their available teachers.
 
     Args:
-        output: the folder.
-        source: where the pairs come from, all splits; further columns of its manifest are kept.
-        choices: the pairs in the order of the source.
+        source: where the pairs come from; further columns of its manifest are kept.
+        positions: of the chosen pairs, (n,).
+        teachers: of each.
     """
     import pyarrow as pa
 
-    if not isinstance(source.pairs, PairTable):
-        write_manifest(output, chain.from_iterable(chosen for _, chosen in choices), images=source.image_root)
-        return
-    whole = map_table(source.pairs.path)
-    more = {field.name: field.type for field in whole.schema if field.name not in FIELDS}
-    schema = table_schema(more, _relative(source.image_root, output))
-    column = whole.schema.get_field_index("teachers")
+    if isinstance(source.pairs, PairTable):
+        table = source.pairs.all_columns(positions)
+    else:
+        rows = [dataclasses.asdict(pair) for pair in pairs_at(source.pairs, positions)]
+        table = pa.Table.from_pylist(rows, schema=table_schema({}, ""))
+    column = pa.array(teachers, pa.list_(pa.string()))
+    return table.set_column(table.schema.get_field_index("teachers"), "teachers", column)
 
-    def tables() -> Iterator[pa.Table]:
-        for positions, pairs in choices:
-            teachers = pa.array([pair.teachers for pair in pairs], pa.list_(pa.string()))
-            yield whole.take(positions).set_column(column, "teachers", teachers)
 
-    write_table(output / TABLE_FILE, schema, tables())
+def join_parts(output: Path, parts: Sequence[Path], images: Path) -> None:
+    """Write a manifest of the rows of several tables, mapped one after another; images stay where they are.
+
+    Args:
+        output: the folder.
+        parts: files of `chosen_rows`, at least one.
+        images: the root of the images.
+    """
+    more = {field.name: field.type for field in map_table(parts[0]).schema if field.name not in FIELDS}
+    write_table(output / TABLE_FILE, table_schema(more, _relative(images, output)), map(map_table, parts))
 
 
 def _relative(images: Path, folder: Path) -> str:

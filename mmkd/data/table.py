@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from mmkd.files import note_read
+from mmkd.files import atomic_file, note_read
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -99,7 +99,7 @@ class PairTable(Sequence[Pair]):
     def __getitem__(self, index: slice) -> PairTable: ...
     def __getitem__(self, index: int | slice) -> Pair | PairTable:
         if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+            return self.take(np.arange(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         row = index % len(self) if self._rows is None else int(self._rows[index])
@@ -116,6 +116,10 @@ class PairTable(Sequence[Pair]):
     def take(self, indices: np.ndarray) -> PairTable:
         """The pairs at these positions, (n,) integers, without copying a column."""
         return PairTable(self.path, indices if self._rows is None else self._rows[indices])
+
+    def all_columns(self, indices: np.ndarray) -> pa.Table:
+        """The rows at these positions, (n,), with the columns that are none of `Pair`'s, too."""
+        return self._table.take(indices if self._rows is None else self._rows[indices])
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of the shown rows."""
@@ -252,14 +256,9 @@ def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> No
     """Write a manifest atomically from tables of some rows each."""
     import pyarrow as pa
 
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            for table in tables:
-                writer.write_table(table.select(schema.names).cast(schema), max_chunksize=ROWS_TOGETHER)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as file, pa.ipc.new_file(file, schema) as writer:
+        for table in tables:
+            writer.write_table(table.select(schema.names).cast(schema), max_chunksize=ROWS_TOGETHER)
 
 
 def _pair(values: list[Any]) -> Pair:

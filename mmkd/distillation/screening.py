@@ -13,20 +13,23 @@ nothing but the modality would pass. The report's counts add up, and it shows ea
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmkd.command.tasks import Progress
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.folder import PairFolder, in_chunks
-from mmkd.data.table import SPLITS, UNKNOWN, Pair
+from mmkd.data.folder import CHUNK, PairFolder, chosen_rows, open_pairs, pairs_at
+from mmkd.data.table import SPLITS, UNKNOWN, Pair, in_columns, map_table, write_table
 from mmkd.pages.charts import histograms
 from mmkd.pages.page import Grid, Page, Section, Table, number
 
@@ -215,6 +218,8 @@ SHOWN_CLASSES = 40  # the largest ones, in the report
 
 FEWEST_OF_CLASS, DEPLETED = 10, 0.5
 
+COUNTS = b"counts"  # in the metadata of a file of `screen_runs`
+
 
 class ScreeningReport:
     """Counts of pairs in a stream; its size grows with their labels, not with them."""
@@ -222,36 +227,37 @@ class ScreeningReport:
     def __init__(self, teachers: Sequence[str]) -> None:
         """Start at zero."""
         self.teachers = list(teachers)
-        self.reasons: Counter[str] = Counter()
-        self.agreeing: Counter[int] = Counter()
-        self.available: Counter[str] = Counter()
-        self.modalities: Counter[str] = Counter()
-        self.kept_of: Counter[str] = Counter()
-        self.classes: Counter[tuple[str, str]] = Counter()
-        self.kept_of_class: Counter[tuple[str, str]] = Counter()
-        self.available_of: Counter[tuple[str, str]] = Counter()
-        self.held_out = 0
+        self.counts: Counter[tuple[str, ...]] = Counter()  # what is counted, and of what
         self.own = {name: np.zeros(len(BINS) - 1, dtype=np.int64) for name in teachers}
 
     def add(self, pair: Pair, available: Sequence[str], reason: str) -> None:
         """Count a pair: the teachers available for it, and whether it stays or why not."""
         if pair.split != "train":
-            self.held_out += 1
+            self.counts["held out",] += 1
             return
         modality = pair.modality or "unnamed"
-        self.reasons[reason] += 1
-        self.agreeing[len(available)] += 1
-        self.available.update(available)
-        self.modalities[modality] += 1
-        self.kept_of[modality] += reason == KEPT
-        self.available_of.update((modality, name) for name in available)
-        if pair.label:
-            self.classes[modality, pair.label] += 1
-            self.kept_of_class[modality, pair.label] += reason == KEPT
+        keys = [("reason", reason), ("agreeing", str(len(available))), ("modality", modality)]
+        keys += [("available", modality, name) for name in available]
+        keys += [("class", modality, pair.label)] if pair.label else []
+        if reason == KEPT:
+            keys += [("kept", *key) for key in keys if key[0] in ("modality", "class")]
+        self.counts.update(keys)
 
     def add_similarities(self, teacher: str, similarities: np.ndarray) -> None:
         """Count similarities (n,) of a teacher's own image-caption pairs."""
         self.own[teacher] += np.histogram(np.clip(similarities, -1, 1), BINS)[0]
+
+    def to_json(self) -> str:
+        """All counts, for `add_json`."""
+        counts = [[*key, count] for key, count in self.counts.items()]
+        return json.dumps({"counts": counts, "own": {name: bins.tolist() for name, bins in self.own.items()}})
+
+    def add_json(self, text: bytes) -> None:
+        """Add the counts of other pairs."""
+        found = json.loads(text)
+        self.counts.update({tuple(key): count for *key, count in found["counts"]})
+        for name, bins in found["own"].items():
+            self.own[name] += np.array(bins)
 
     def summary(self, minimum: int, pools: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Everything as JSON; training pairs = kept + dropped = sum of ``agreeing``, by modality and by teacher, too.
@@ -261,19 +267,19 @@ class ScreeningReport:
             pools: teacher -> ``pool`` (its size), ``threshold`` and ``mismatched`` (counts by bin) of its pool over all
                 modalities, ``thresholds`` by modality.
         """
-        total = sum(self.reasons.values())
-        dropped = {reason: self.reasons[reason] for reason in (TOO_FEW, UNSEEN, OTHER_MODALITY)}
+        dropped = {reason: self.counts["reason", reason] for reason in (TOO_FEW, UNSEEN, OTHER_MODALITY)}
+        kept = self.counts["reason", KEPT]
         modalities = {
             modality: {
                 "pairs": count,
-                "kept": self.kept_of[modality],
-                "available": {name: self.available_of[modality, name] for name in self.teachers},
+                "kept": self.counts["kept", "modality", modality],
+                "available": {name: self.counts["available", modality, name] for name in self.teachers},
             }
-            for modality, count in sorted(self.modalities.items())
+            for (modality,), count in sorted(self._of("modality").items())
         }
         classes = [
-            {"modality": modality, "label": label, "pairs": count, "kept": self.kept_of_class[modality, label]}
-            for (modality, label), count in sorted(self.classes.items(), key=lambda item: (-item[1], item[0]))
+            {"modality": own[0], "label": own[1], "pairs": count, "kept": self.counts["kept", "class", own[0], own[1]]}
+            for own, count in sorted(self._of("class").items(), key=lambda item: (-item[1], item[0]))
         ]
         similarities = {
             name: {**pools[name], "own": histogram(self.own[name]), "mismatched": histogram(pools[name]["mismatched"])}
@@ -281,15 +287,18 @@ class ScreeningReport:
         }
         return {
             "minimum_teachers": minimum,
-            "train": {"pairs": total, "kept": self.reasons[KEPT], "dropped": dropped},
-            "held_out_kept_unscreened": self.held_out,
-            "agreeing_teachers": {str(count): self.agreeing[count] for count in range(len(self.teachers) + 1)},
-            "available": {name: self.available[name] for name in self.teachers},
+            "train": {"pairs": kept + sum(dropped.values()), "kept": kept, "dropped": dropped},
+            "held_out_kept_unscreened": self.counts["held out",],
+            "agreeing_teachers": {str(n): self.counts["agreeing", str(n)] for n in range(len(self.teachers) + 1)},
+            "available": {name: sum(own["available"][name] for own in modalities.values()) for name in self.teachers},
             "modalities": modalities,
             "classes": classes[:SHOWN_CLASSES],
             "depleted_classes": depleted(classes),
             "similarities": similarities,
         }
+
+    def _of(self, kind: str) -> dict[tuple[str, ...], int]:
+        return {key[1:]: count for key, count in self.counts.items() if key[0] == kind}
 
 
 def depleted(classes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -374,51 +383,91 @@ ALL = ""  # the pools of all modalities together
 
 Pools = dict[str, dict[str, dict[str, Pool]]]  # split -> teacher -> modality, or `ALL` -> its pool
 
+Drawn = dict[str, dict[str, np.ndarray]]  # split -> modality, or `ALL` -> positions of pairs, (m,)
 
-def draw_pools(
-    folder: PairFolder, features: TeacherFeatures, size: int, seed: int, fewest: int | None
-) -> tuple[Pools, set[str]]:
+
+def draw(
+    pairs: Sequence[Pair], features: TeacherFeatures, size: int, seed: int, fewest: int | None
+) -> tuple[Drawn, set[str]]:
     """For each split and modality random pairs that teachers have features of; and the modalities of all pairs.
 
     Every pair gets a random number, and those with the smallest ones are drawn: one pass, and the same pairs for all.
 
     Args:
-        folder: the pairs.
+        pairs: all of them.
         features: of all teachers.
         size: pairs of a pool.
         seed: of the draw.
         fewest: pairs from which a modality has pools of its own; None for pools over all modalities only.
 
     Returns:
-        The pools, and the modalities in lower case.
+        The positions of the pairs of each pool, and the modalities in lower case.
     """
-    generator = np.random.default_rng(seed)
-    drawn: dict[str, dict[str, list[tuple[float, str, Pair]]]] = {split: {ALL: []} for split in SPLITS}
-    modalities: set[str] = set()
-    for _, pairs in in_chunks(folder.pairs):
-        present, order = features.seen([pair.id for pair in pairs]), generator.random(len(pairs))
-        for pair, has_features, place in zip(pairs, present.tolist(), order.tolist(), strict=True):
-            modalities.add(pair.modality.lower())
-            own = ALL if fewest is None or pair.modality == UNKNOWN else pair.modality
-            for name in {ALL, own} if has_features else ():
-                drawn[pair.split].setdefault(name, []).append((place, pair.id, pair))
-        drawn = {split: {name: sorted(members)[:size] for name, members in own.items()} for split, own in drawn.items()}
-    return {split: _pools_of(own, features, fewest or 0) for split, own in drawn.items()}, modalities
+    generator, start = np.random.default_rng(seed), 0
+    none = np.zeros(0), np.zeros(0, dtype=np.int64)
+    drawn: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {split: {ALL: none} for split in SPLITS}
+    found: set[str] = set()
+    for ids, splits, modalities in in_columns(pairs, ("id", "split", "modality")):
+        numbers = generator.random(len(ids))
+        members: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for row, (split, modality) in enumerate(zip(splits, modalities, strict=True)):
+            members[split, modality].append(row)
+        for (split, modality), rows in members.items():
+            found.add(modality.lower())
+            for name in {ALL, ALL if fewest is None or modality == UNKNOWN else modality}:
+                before, positions = drawn[split].get(name, none)
+                own = np.array(rows)
+                if len(before) == size:
+                    own = own[numbers[own] < before[-1]]
+                own = own[features.seen([ids[row] for row in own.tolist()])]
+                joined = np.concatenate([before, numbers[own]])
+                order = np.argsort(joined)[:size]
+                drawn[split][name] = joined[order], np.concatenate([positions, start + own])[order]
+        start += len(ids)
+    return {split: {name: own[1] for name, own in of.items()} for split, of in drawn.items()}, found
 
 
 class Screen:
     """A rule applied to pairs, within their own split and modality."""
 
-    def __init__(self, features: TeacherFeatures, pools: Pools, rule: Rule, percentile: float, top: int) -> None:
-        """Screen by `rule`: ``percentile`` reads `percentile`, ``rank`` reads `top`, ``all`` passes every pair."""
-        self.features, self.pools, self.rule, self.top = features, pools, rule, top
+    def __init__(
+        self,
+        folder: PairFolder,
+        features: TeacherFeatures,
+        drawn: Drawn,
+        fewest: int | None,
+        rule: Rule,
+        percentile: float,
+        top: int,
+    ) -> None:
+        """Make the pools; ``percentile`` reads `percentile`, ``rank`` reads `top`, ``all`` passes every pair.
+
+        Args:
+            folder: the pairs.
+            features: of all teachers.
+            drawn: the pools' pairs, see `draw`.
+            fewest: pairs from which a modality has pools of its own.
+            rule: see `ScreenSettings`.
+            percentile: of the mismatched similarities.
+            top: rank that passes.
+        """
+        self.folder, self.features, self.rule, self.top = folder, features, rule, top
+        self.pools: Pools = {
+            split: _pools_of({name: pairs_at(folder.pairs, rows) for name, rows in own.items()}, features, fewest or 0)
+            for split, own in drawn.items()
+        }
         self.thresholds = {
             split: {
                 teacher: {modality: pool.threshold(percentile) for modality, pool in own.items()}
                 for teacher, own in teachers.items()
             }
-            for split, teachers in pools.items()
+            for split, teachers in self.pools.items()
         }
+
+    @classmethod
+    def open(cls, pairs: Path, features: Path, teachers: Sequence[str], *rule: Any) -> Screen:
+        """The same of folders; see `__init__`."""
+        return cls(open_pairs(pairs), TeacherFeatures.open(features, teachers), *rule)
 
     def availability(self, pairs: Sequence[Pair], report: ScreeningReport) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Which pairs each teacher is available for, (n,) bool: it has their features and they pass the rule.
@@ -467,14 +516,11 @@ class Screen:
         return found
 
 
-def _pools_of(
-    drawn: dict[str, list[tuple[float, str, Pair]]], features: TeacherFeatures, fewest: int
-) -> dict[str, dict[str, Pool]]:
+def _pools_of(drawn: dict[str, list[Pair]], features: TeacherFeatures, fewest: int) -> dict[str, dict[str, Pool]]:
     """Each teacher's pools of a split; one of a modality only with enough pairs, and mismatches among them."""
-    labels = deciding_labels({id: pair for members in drawn.values() for _, id, pair in members}.values())
+    labels = deciding_labels({pair.id: pair for members in drawn.values() for pair in members}.values())
     pools: dict[str, dict[str, Pool]] = defaultdict(dict)
-    for modality, members in drawn.items():
-        pairs = [pair for _, _, pair in members]
+    for modality, pairs in drawn.items():
         for teacher, found in features.lookup([pair.id for pair in pairs]).items():
             mask = found["mask"]
             own = [pair for pair, has_features in zip(pairs, mask.tolist(), strict=True) if has_features]
@@ -482,3 +528,57 @@ def _pools_of(
             if modality == ALL or (len(own) >= fewest and len(pool.mismatched()) >= fewest):
                 pools[teacher][modality] = pool
     return dict(pools)
+
+
+def screen_runs(
+    opened: Callable[[], Screen],
+    minimum: int,
+    modalities: set[str],
+    runs: Sequence[tuple[Path, range]],
+    progress: Progress,
+) -> None:
+    """A task of `mmkd.command.tasks`: files of the pairs that stay of runs of pairs, and of the counts of all.
+
+    Args:
+        opened: gives the rule, which a process opens once.
+        minimum: teachers that must agree.
+        modalities: of training pairs, in lower case; empty for all.
+        runs: files, and positions of pairs.
+        progress: counts pairs.
+    """
+    screen = opened()
+    for file, run in runs:
+        report, tables = ScreeningReport(screen.features.names), []
+        for start in range(run.start, run.stop, CHUNK):
+            positions = np.arange(start, min(start + CHUNK, run.stop))
+            pairs = pairs_at(screen.folder.pairs, positions)
+            passed, present = screen.availability(pairs, report)
+            kept, agreeing = [], []
+            for k, pair in enumerate(pairs):
+                teachers = [name for name in screen.features.names if passed[name][k]]
+                reason = _keep(pair, len(teachers), bool(present[k]), minimum, modalities)
+                report.add(pair, teachers, reason)
+                if reason == KEPT:
+                    kept.append(k)
+                    agreeing.append(teachers)
+            tables.append(chosen_rows(screen.folder, positions[kept], agreeing))
+            progress(len(pairs))
+        schema = tables[0].schema.with_metadata({COUNTS: report.to_json()})
+        write_table(file, schema, tables)
+
+
+def counts_of(file: Path) -> bytes:
+    """The counts in a file of `screen_runs`, for `ScreeningReport.add_json`."""
+    counts: bytes = map_table(file).schema.metadata[COUNTS]
+    return counts
+
+
+def _keep(pair: Pair, teachers: int, has_features: bool, minimum: int, modalities: set[str]) -> str:
+    """Whether a pair stays, or why not; held-out pairs always do."""
+    if pair.split != "train":
+        return KEPT
+    if modalities and pair.modality.lower() not in modalities:
+        return OTHER_MODALITY
+    if teachers >= minimum:
+        return KEPT
+    return TOO_FEW if has_features else UNSEEN

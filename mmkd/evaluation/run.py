@@ -7,7 +7,7 @@ dataset are in memory while its tasks are evaluated, and no encoder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mmkd.data.table import Pair
-from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.zoo import load_with_precision
 from mmkd.evaluation.datasets.catalog import contaminated, find_manifests, load_suite
 from mmkd.evaluation.datasets.dataset import Dataset, open_dataset, split_samples
 from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, Manifest
@@ -31,8 +31,6 @@ from mmkd.evaluation.slides.cohort import read_cohort
 from mmkd.evaluation.suite import LEARNING, inputs_of, run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.student.folder import read_provenance
-
-Load = Callable[[str], DualEncoder]
 
 
 class SuiteRun:
@@ -116,13 +114,12 @@ class SuiteRun:
         return ResultStore(self.settings.output, resampled, self.settings.replicates, seed)
 
 
-def evaluate(settings: EvalSettings, sources: dict[str, str], load: Load) -> dict[str, Any]:
+def evaluate(settings: EvalSettings, sources: dict[str, str]) -> dict[str, Any]:
     """Embed every dataset with every encoder, evaluate, compare.
 
     Args:
         settings: checked.
         sources: encoders by name.
-        load: loads a dual encoder.
 
     Returns:
         The content of `summary.json`.
@@ -132,7 +129,10 @@ def evaluate(settings: EvalSettings, sources: dict[str, str], load: Load) -> dic
         ValueError: a manifest or its data are wrong, no dataset or nothing can be evaluated.
     """
     inputs, absent = open_inputs(settings)
-    known = embed_everything(sources, inputs, load, settings.embeddings, settings.batch_size, settings.quiet, settings)
+    load = partial(load_with_precision, device=settings.device, precision=settings.precision)
+    here = load if settings.is_here else partial(load, device="cpu")  # the GPUs are those of the tasks
+    cache, batch_size = settings.embeddings, settings.batch_size
+    known = embed_everything(sources, inputs, here, cache, batch_size, settings.quiet, settings, load)
     run = SuiteRun(settings, known)
     hidden = settings.quiet or settings.pairs is not None
     for own in tqdm(inputs, desc="datasets", unit="dataset", disable=hidden):

@@ -31,7 +31,7 @@ from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair
 from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import DistillOptions
-from mmkd.distillation.screening import Screen, ScreeningReport, draw_pools
+from mmkd.distillation.screening import Screen, ScreeningReport, draw
 from mmkd.distillation.weighting import spread_scales
 from mmkd.evaluation.tasks.zeroshot import standardise
 from mmkd.files import atomic_write_bytes
@@ -220,8 +220,8 @@ class Runner:
         """The pairs with the teachers that the shipped rule leaves available for each; labels are hidden from it."""
         hidden = [replace(pair, label="", split="train") for pair in pairs]
         features = ArrayFeatures([pair.id for pair in hidden], arrays)
-        pools, _ = draw_pools(PairFolder(self.work, self.work, hidden), features, POOL, 0, FEWEST)
-        screen = Screen(features, pools, "percentile", PERCENTILE, 1)
+        drawn, _ = draw(hidden, features, POOL, 0, FEWEST)
+        screen = Screen(PairFolder(self.work, self.work, hidden), features, drawn, FEWEST, "percentile", PERCENTILE, 1)
         passed, _ = screen.availability(hidden, ScreeningReport(list(arrays)))
         return [
             replace(pair, teachers=tuple(name for name in arrays if passed[name][k])) for k, pair in enumerate(pairs)

@@ -56,8 +56,12 @@ def write_datasets(root: Path) -> Path:
     return root
 
 
+DEVICES = []
+
+
 def load(source, device, precision):
     """In the place of `load_with_precision`, also in other processes."""
+    DEVICES.append(device)
     return ENCODERS[source]
 
 

@@ -6,6 +6,7 @@ from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs, write_pair
 
 import mmkd.train.eval as recipe
 from mmkd.data.table import Pair
+from mmkd.evaluation import run as suite_run
 from mmkd.evaluation.embeddings.encoders import named_sources
 from mmkd.files import read_json
 
@@ -27,7 +28,7 @@ FAST = ["zeroshot", "retrieval"]
 def loads_fakes(monkeypatch):
     for encoder in ENCODERS.values():
         encoder.calls = 0
-    monkeypatch.setattr(recipe, "load_with_precision", lambda source, device, precision: ENCODERS[source])
+    monkeypatch.setattr(suite_run, "load_with_precision", lambda source, device, precision: ENCODERS[source])
 
 
 def evaluate(pairs, output, encoders=("student", "ct", "mri", "stage1"), **settings):

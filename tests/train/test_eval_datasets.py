@@ -10,7 +10,6 @@ import pytest
 import torch
 from fake_suite import ENCODERS, evaluate, write_datasets
 
-import mmkd.train.eval as recipe
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.evaluation import run as suite_run
 from mmkd.files import read_json
@@ -25,14 +24,14 @@ def data(tmp_path_factory):
 def loads_fakes(monkeypatch):
     for encoder in ENCODERS.values():
         encoder.calls = 0
-    monkeypatch.setattr(recipe, "load_with_precision", fake_suite.load)
+    monkeypatch.setattr(suite_run, "load_with_precision", fake_suite.load)
 
 
 @pytest.fixture(scope="module")
 def first(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("first") / "results"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "load_with_precision", fake_suite.load)
+        patch.setattr(suite_run, "load_with_precision", fake_suite.load)
         return output, evaluate(data, output)
 
 
@@ -200,7 +199,9 @@ def test_wrong_settings(data, tmp_path, settings, message):
 
 def test_two_workers_give_the_bytes_of_one_process(data, first, tmp_path):
     whole, _ = first
+    fake_suite.DEVICES.clear()
     evaluate(data, tmp_path / "results", workers=2, tasks=3)
+    assert set(fake_suite.DEVICES) == {"cpu"}  # of this process: GPUs are those of the workers
     for kind in ("encoders", "scores", "embeddings", "tasks"):
         ours = {p.relative_to(whole): p.read_bytes() for p in (whole / kind).rglob("*.*")}
         theirs = {

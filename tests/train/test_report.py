@@ -9,6 +9,7 @@ from fake_encoder import LABELS, FakeEncoder, make_pairs, write_pairs
 import mmkd.train.eval as evaluation
 import mmkd.train.report as recipe
 from mmkd.data.table import Pair
+from mmkd.evaluation import run as suite_run
 from mmkd.files import write_json
 
 EVIL = '<img src=https://evil.example/x onerror=alert(1)> & "quoted"'
@@ -58,7 +59,7 @@ def evaluate(monkeypatch, pairs, output, **settings):
         "stage1": FakeEncoder("stage1", 3.0),
         "broken": FakeEncoder("broken", nan=True),
     }
-    monkeypatch.setattr(evaluation, "load_with_precision", lambda source, device, precision: encoders[source])
+    monkeypatch.setattr(suite_run, "load_with_precision", lambda source, device, precision: encoders[source])
     settings = {"encoders": ["student", "ct", "mri", "stage1"], "replicates": 100, "quiet": True, **settings}
     evaluation.main(evaluation.EvalSettings(pairs=pairs, output=output, **settings))
 

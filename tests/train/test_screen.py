@@ -1,16 +1,20 @@
 import dataclasses
 import re
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from mmkd.command.settings import parse
+from mmkd.data import table
 from mmkd.data.features.lookup import TeacherFeatures
 from mmkd.data.features.writer import FeatureWriter
-from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.folder import join_parts, open_pairs, write_manifest
 from mmkd.data.table import Pair, table_schema, write_table
-from mmkd.distillation.screening import Screen, ScreeningReport, draw_pools
+from mmkd.distillation import screening
+from mmkd.distillation.screening import Screen, ScreeningReport, counts_of, draw, screen_runs
 from mmkd.files import read_json
 from mmkd.train import screen
 from mmkd.train.screen import ScreenSettings, main
@@ -193,28 +197,28 @@ def test_memory_does_not_grow_with_the_pairs(work, monkeypatch):
     """Every look-up is of a chunk; a table of pairs is read in slices and written as it comes."""
     import tracemalloc
 
-    from mmkd.data import folder as choice
-
-    monkeypatch.setattr(choice, "CHUNK", 500)
+    monkeypatch.setattr(screening, "CHUNK", 500)
+    monkeypatch.setattr(table, "ROWS_TOGETHER", 500)
     peaks = []
     for count in (1_000, 8_000):
         write_manifest(Path("pairs"), [Pair(f"p{k}", f"{k}.png", f"caption {k}") for k in range(count)])
         image = torch.nn.functional.normalize(torch.randn(count, 16), dim=1)
         write_store("good", [f"p{k}" for k in range(count)], image, image)
         folder, features = open_pairs(Path("pairs")), TeacherFeatures.open(Path("features"), ["good"])
-        settings = parse(
-            ScreenSettings, ["--pairs", "p", "--features", "f", "--output", "o", "--pool", "64", "--quiet"]
-        )
-        report = ScreeningReport(features.names)
         tracemalloc.start()
-        pools, _ = draw_pools(folder, features, settings.pool, settings.seed, settings.modality_pairs)
-        rule = Screen(features, pools, settings.rule, settings.percentile, settings.top)
-        chosen = screen.choices(folder, rule, report, 1, settings)
+        drawn, _ = draw(folder.pairs, features, 64, 42, 50)
+        rule = Screen(folder, features, drawn, 50, "percentile", 80.0, 1)
+        runs = {Path(f"{k}.arrow"): range(k, k + 1_000) for k in range(0, count, 1_000)}
+        screen_runs(partial(lambda own: own, rule), 1, set(), list(runs.items()), lambda pairs: None)
         Path("chosen").mkdir(exist_ok=True)
-        choice.write_choice(Path("chosen"), folder, chosen)
+        join_parts(Path("chosen"), list(runs), folder.image_root)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert sum(report.reasons.values()) == count
+        report = ScreeningReport(features.names)
+        for file in runs:
+            report.add_json(counts_of(file))
+        summary = report.summary(1, rule.about_pools())
+        assert summary["train"]["pairs"] == count and summary["train"]["kept"] == len(open_pairs(Path("chosen")).pairs)
     assert peaks[1] < 1.5 * peaks[0]
 
 
@@ -224,9 +228,9 @@ def test_a_table_gives_a_table_with_all_its_columns(work):
     columns = {f.name: [getattr(p, f.name) for p in pairs] for f in dataclasses.fields(Pair)}
     columns["image"] = [f"shards/0.tar@{k}+5" for k in range(len(pairs))]
     columns["teachers"] = pa.array([None] * len(pairs), pa.list_(pa.string()))
-    table = pa.table({**columns, "mesh": [f"term {k}" for k in range(len(pairs))]})
+    whole = pa.table({**columns, "mesh": [f"term {k}" for k in range(len(pairs))]})
     Path("table").mkdir()
-    write_table(Path("table/manifest.arrow"), table_schema({"mesh": pa.string()}, "images"), [table])
+    write_table(Path("table/manifest.arrow"), table_schema({"mesh": pa.string()}, "images"), [whole])
     expected, _ = run("screened", "--minimum_teachers", "3")
     folder, _ = run("screened-table", "--pairs", "table", "--minimum_teachers", "3")
     assert [(p.id, p.teachers) for p in folder.pairs] == [(p.id, p.teachers) for p in expected.pairs]
@@ -235,12 +239,21 @@ def test_a_table_gives_a_table_with_all_its_columns(work):
     assert folder.image_root.resolve() == (work / "table/images").resolve()
 
 
-def test_images_stay_where_they_are_and_bytes_repeat(work):
+@pytest.mark.parametrize("more", [(), ("--workers", "2", "--tasks", "3"), ("killed",)])
+def test_images_stay_where_they_are_and_bytes_are_the_same_however_tasks_are_divided(work, monkeypatch, more):
+    monkeypatch.setattr(screen, "RUN", 15)
     folder, _ = run("a/screened")
     assert folder.image_root.resolve() == (work / "elsewhere/images").resolve()
-    run("a/again")
+    if more == ("killed",):
+        with monkeypatch.context() as killed, pytest.raises(SystemExit):
+            killed.setattr(screen, "join_parts", lambda *_: sys.exit(9))
+            run("a/again")
+        more = ()
+        monkeypatch.setattr(Screen, "availability", None)  # all runs of pairs are done
+    run("a/again", *more)
     for name in ("manifest.arrow", "report.json", "report.html"):
         assert (work / "a/screened" / name).read_bytes() == (work / "a/again" / name).read_bytes()
+    assert sorted(path.name for path in Path("a").iterdir()) == ["again", "screened"]
 
 
 def test_pairs_without_features_are_counted(work):

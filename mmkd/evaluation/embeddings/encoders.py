@@ -86,17 +86,19 @@ def embed_everything(
     batch_size: int,
     quiet: bool,
     tasks: TaskSettings | None = None,
+    load_in_tasks: Callable[[str], DualEncoder] | None = None,
 ) -> list[EncoderRecord]:
     """Embed what is missing of all inputs; encoders that lack vectors are in memory together, and share the decoding.
 
     Args:
         sources: what each is loaded from, by name.
         inputs: what is embedded.
-        load: loads a dual encoder; pickled, unless the work is done in this process.
+        load: loads a dual encoder in this process.
         cache: root of the caches; each encoder has a folder of its name.
         batch_size: images or texts at a time.
         quiet: no progress bars.
         tasks: where shards are embedded; None for this process.
+        load_in_tasks: loads a dual encoder there; pickled.
     """
     tasks = tasks or TaskSettings()
     known: list[EncoderRecord] = []
@@ -113,7 +115,7 @@ def embed_everything(
             loaded[name] = encoder
     files = [({own.name: own.files(each) for own in known if own.stored is None}, each) for each in inputs]
     shards = [shard for of, each in files for shard in each.lacking(of)]
-    own = partial(embed, loaded) if tasks.is_here else partial(load_and_embed, uuid.uuid4().hex, load, sources)
+    own = partial(embed, loaded) if tasks.is_here else partial(load_and_embed, uuid.uuid4().hex, load_in_tasks, sources)
     bar = partial(tqdm, desc="embedding", unit="item", disable=quiet)
     run_tasks(partial(own, batch_size), shards, _is_embedded, tasks, cache, bar, lambda shard: len(shard.keys))
     return known
