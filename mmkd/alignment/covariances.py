@@ -55,7 +55,8 @@ class Covariances:
         moments = self._moments[name]
         if moments.count < 2:
             raise ValueError(
-                f"teacher {name!r} has features for {moments.count} training pairs; alignment needs at least 2"
+                f"teacher {name!r} has features for {moments.count} training pairs; alignment needs at least 2: "
+                "extract features of these pairs, or leave this teacher out (--teachers)"
             )
         return moments
 
