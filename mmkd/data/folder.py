@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ def chosen_rows(source: PairFolder, positions: np.ndarray, teachers: Sequence[Se
     if isinstance(source.pairs, PairTable):
         table = source.pairs.all_columns(positions)
     else:
-        rows = [dataclasses.asdict(pair) for pair in pairs_at(source.pairs, positions)]
+        rows = [dataclasses.asdict(pair) for pair in take_rows(source.pairs, positions)]
         table = pa.Table.from_pylist(rows, schema=table_schema({}, ""))
     column = pa.array(teachers, pa.list_(pa.string()))
     return table.set_column(table.schema.get_field_index("teachers"), "teachers", column)
@@ -220,21 +220,11 @@ def _published_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
-def in_chunks(pairs: Sequence[Pair]) -> Iterator[tuple[int, list[Pair]]]:
-    """All pairs in chunks of some thousands, each with the position of its first pair."""
-    yield from zip(range(0, len(pairs), CHUNK), batches(pairs, CHUNK), strict=True)
-
-
 def ids_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[str]:
     """The ids of the pairs at these positions, (n,)."""
     if isinstance(pairs, PairTable):
         return pairs.column("id").take(positions).to_pylist()
     return [pairs[k].id for k in positions.tolist()]
-
-
-def pairs_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[Pair]:
-    """The pairs at these positions, (n,)."""
-    return list(pairs.take(positions)) if isinstance(pairs, PairTable) else [pairs[k] for k in positions.tolist()]
 
 
 def hold_out_split(folder: PairFolder, share: float) -> tuple[PairFolder, PairFolder | None]:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from mmkd.command.tasks import Progress
 from mmkd.data.features.lookup import TeacherFeatures
-from mmkd.data.folder import CHUNK, PairFolder, chosen_rows, open_pairs, pairs_at
-from mmkd.data.table import SPLITS, UNKNOWN, Pair, in_columns, map_table, write_table
+from mmkd.data.folder import CHUNK, PairFolder, chosen_rows, open_pairs
+from mmkd.data.table import SPLITS, UNKNOWN, Pair, in_columns, map_table, take_rows, write_table
 from mmkd.pages.charts import histograms
 from mmkd.pages.page import Grid, Page, Section, Table, number
 
@@ -452,10 +452,7 @@ class Screen:
             top: rank that passes.
         """
         self.folder, self.features, self.rule, self.top = folder, features, rule, top
-        self.pools: Pools = {
-            split: _pools_of({name: pairs_at(folder.pairs, rows) for name, rows in own.items()}, features, fewest or 0)
-            for split, own in drawn.items()
-        }
+        self.pools: Pools = {split: _pools_of(folder.pairs, own, features, fewest or 0) for split, own in drawn.items()}
         self.thresholds = {
             split: {
                 teacher: {modality: pool.threshold(percentile) for modality, pool in own.items()}
@@ -516,14 +513,17 @@ class Screen:
         return found
 
 
-def _pools_of(drawn: dict[str, list[Pair]], features: TeacherFeatures, fewest: int) -> dict[str, dict[str, Pool]]:
+def _pools_of(
+    pairs: Sequence[Pair], drawn: dict[str, np.ndarray], features: TeacherFeatures, fewest: int
+) -> dict[str, dict[str, Pool]]:
     """Each teacher's pools of a split; one of a modality only with enough pairs, and mismatches among them."""
-    labels = deciding_labels({pair.id: pair for members in drawn.values() for pair in members}.values())
+    members = {modality: list(take_rows(pairs, rows)) for modality, rows in drawn.items()}
+    labels = deciding_labels({pair.id: pair for each in members.values() for pair in each}.values())
     pools: dict[str, dict[str, Pool]] = defaultdict(dict)
-    for modality, pairs in drawn.items():
-        for teacher, found in features.lookup([pair.id for pair in pairs]).items():
+    for modality, each in members.items():
+        for teacher, found in features.lookup([pair.id for pair in each]).items():
             mask = found["mask"]
-            own = [pair for pair, has_features in zip(pairs, mask.tolist(), strict=True) if has_features]
+            own = [pair for pair, has_features in zip(each, mask.tolist(), strict=True) if has_features]
             pool = Pool(Meanings.of(own, labels), found["image"][mask], found["text"][mask], labels)
             if modality == ALL or (len(own) >= fewest and len(pool.mismatched()) >= fewest):
                 pools[teacher][modality] = pool
@@ -551,7 +551,7 @@ def screen_runs(
         report, tables = ScreeningReport(screen.features.names), []
         for start in range(run.start, run.stop, CHUNK):
             positions = np.arange(start, min(start + CHUNK, run.stop))
-            pairs = pairs_at(screen.folder.pairs, positions)
+            pairs = list(take_rows(screen.folder.pairs, positions))
             passed, present = screen.availability(pairs, report)
             kept, agreeing = [], []
             for k, pair in enumerate(pairs):

@@ -13,9 +13,9 @@ from torch import Tensor
 from mmkd.command.tasks import Progress, resident
 from mmkd.data.features.index import Ids, fingerprints_of
 from mmkd.data.features.writer import FeatureExtraction
-from mmkd.data.folder import PairFolder, ids_at, open_pairs, pairs_at
+from mmkd.data.folder import PairFolder, ids_at, open_pairs
 from mmkd.data.pixels import read_pixels
-from mmkd.data.table import Pair
+from mmkd.data.table import Pair, take_rows
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
 from mmkd.encoders.frozen_encoder import FrozenEncoder, with_frozen_towers
@@ -98,7 +98,7 @@ class OpenExtraction:
     def extract(self, names: Sequence[str], shards: Sequence[int], progress: Progress) -> None:
         """Write shards of teachers that share the decoding."""
         tasks, pairs = [self.tasks[name] for name in names], self.folder.pairs
-        own = ((shard, pairs_at(pairs, tasks[0].extraction.positions(shard))) for shard in shards)
+        own = ((shard, list(take_rows(pairs, tasks[0].extraction.positions(shard)))) for shard in shards)
         encoder = tasks[0].encoder
         if isinstance(encoder, FrozenEncoder):
             encoder.encode_shards(tasks[0], self.folder, own, lambda joint, _: {"image": joint}, progress)

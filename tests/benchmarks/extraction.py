@@ -36,9 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmkd.data.features.index import fingerprints_of
 from mmkd.data.features.writer import FeatureExtraction
-from mmkd.data.folder import open_pairs, pairs_at, write_manifest
+from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.pixels import read_pixels
-from mmkd.data.table import Pair
+from mmkd.data.table import Pair, take_rows
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import encode_shards
 from mmkd.encoders.openclip import clip_transform
@@ -130,7 +130,7 @@ def profile(images: int, width: int, height: int, resize: str) -> dict[str, floa
         ids, stamps = [pair.id for pair in pairs.pairs], fingerprints_of(pairs.pairs)
         extraction = FeatureExtraction(folder / "out", "tiny", ids, stamps, teacher.provenance, "float16")
         extraction.write = timed("write", extraction.write)  # type: ignore[method-assign]
-        shards = [(k, pairs_at(pairs.pairs, extraction.positions(k))) for k in range(len(extraction))]
+        shards = [(k, list(take_rows(pairs.pairs, extraction.positions(k)))) for k in range(len(extraction))]
         whole = time.process_time()
         encode_shards([FeatureTask(teacher, extraction)], shards, lambda pair: decode(pairs.image_path(pair)), 64, 1)
         extraction.close()
