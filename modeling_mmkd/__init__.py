@@ -30,8 +30,9 @@ from transformers import (
     BertTokenizer,
 )
 
-from .configuration_mmkd import PRESETS, MMKDClipConfig
 from .modeling_mmkd import (
+    PRESETS,
+    MMKDClipConfig,
     MMKDClipModel,
     MMKDClipOutput,
     MMKDClipPreTrainedModel,

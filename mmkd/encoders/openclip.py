@@ -22,7 +22,7 @@ from mmkd.encoders.encoder import DualEncoder, FastSquare, NoTokens, with_input_
 from mmkd.encoders.spec import TeacherSpec, describe
 from mmkd.encoders.weights import TOKENIZER_FILES, companion, fetch, first_file, load_strictly, read_state_dict
 from mmkd.files import is_inside, read_object
-from modeling_mmkd.configuration_mmkd import check_bounds
+from modeling_mmkd.modeling_mmkd import check_bounds
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILES = (

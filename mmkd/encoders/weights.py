@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmkd.files import is_folder_name, note_read, read_json, read_object
-from modeling_mmkd.configuration_mmkd import check_bounds
+from modeling_mmkd.modeling_mmkd import check_bounds
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -37,10 +37,10 @@ from mmkd.student.folder import (
     weight_files,
     write_sentence_transformers,
 )
-from modeling_mmkd.configuration_mmkd import AUTO_MAP
+from modeling_mmkd.modeling_mmkd import AUTO_MAP
 
 ADAPTER_FILE, ATLAS_FILE = "adapter_model.safetensors", "atlas.json"
-CODE = ("configuration_mmkd.py", "modeling_mmkd.py", "processing_mmkd.py")
+CODE = ("modeling_mmkd.py", "processing_mmkd.py")
 SIBLING = re.compile(r"^\s*from \.(\w+_mmkd) import", re.MULTILINE)
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model")

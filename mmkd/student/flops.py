@@ -22,8 +22,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_mmkd.configuration_mmkd import position_limit
-from modeling_mmkd.modeling_mmkd import build_tower
+from modeling_mmkd.modeling_mmkd import build_tower, position_limit
 
 COUNTED_SIDE = 224  # pixels, for image towers of any size
 COUNTED_TOKENS = 16  # and twice as many; fewer where a tower has fewer positions

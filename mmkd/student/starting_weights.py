@@ -45,7 +45,7 @@ from mmkd.encoders.weights import (
 )
 from mmkd.files import extract_zip, read_object
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
-from modeling_mmkd.configuration_mmkd import position_limit
+from modeling_mmkd.modeling_mmkd import position_limit
 
 CONTEXT = 256  # tokens, as published
 POOLING_FILE = "1_Pooling/config.json"  # the pooling of sentence encoders
