@@ -32,7 +32,7 @@ class ExportSettings:
     output: Path = setting(help="folder to write")
     pairs: Path | None = setting(None, "folder of pairs, to compare zero-shot accuracy on")
     split: Literal["train", "validation", "test"] = setting("test", "split of the pairs")
-    repeats: int = setting(20, "timed runs of each side, alternated; 0 skips the comparison")
+    repeats: int = setting(20, "maximum number of timed runs of each side, alternated; 0 skips the comparison")
     replicates: int = setting(REPLICATES, "bootstrap replicates")
     seed: int = setting(SEED, "seed of the bootstrap")
     quiet: bool = setting(False, "print nothing")
@@ -138,7 +138,7 @@ def show(settings: ExportSettings, comparison: dict[str, Any]) -> None:
     if settings.format == "exported-program":
         print("a .pt2 file can run code when it is loaded: load only those that you trust")
     if "rows" in comparison:
-        print(f"\nmilliseconds an item, median of {comparison['repeats']} alternated runs, threads: ", end="")
+        print(f"\nmilliseconds an item, median of at most {comparison['repeats']} alternated runs, threads: ", end="")
         print(comparison["threads"])
         print(f"{'':<18}{'MB':>8}" + "".join(f"{f'{t}, batch {b}':>18}" for t in ("image", "text") for b in (1, 16)))
         for name, row in comparison["rows"].items():

@@ -36,7 +36,8 @@ from modeling_mmkd import MMKDClipModel
 MODEL = "model"
 BATCHES = (1, 16)
 COMPARED, TOKENS = 16, 16
-WARM_UPS = 2
+WARM_UPS = 1
+ENOUGH_SECONDS = 10.0  # of one row of alternated runs, after which a large model gets no more of them
 
 
 class ExportedEncoder(DualEncoder):
@@ -76,7 +77,7 @@ def measure(
         model_bytes: size of its weights on disk.
         exports: name -> exported folder.
         side: of the images in pixels.
-        repeats: timed runs of each, alternated.
+        repeats: maximum number of timed runs of each, alternated; fewer where they take more than ten seconds.
 
     Returns:
         row -> ``megabytes``, and ``image_ms`` and ``text_ms`` by batch size, for one item of the batch.
@@ -152,7 +153,10 @@ def zero_shot(
 def _alternated(runs: dict[str, Tower], inputs: dict[str, NDArray[Any]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each run."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.perf_counter()
     for turn in range(WARM_UPS + repeats):
+        if turn > WARM_UPS and time.perf_counter() - began > ENOUGH_SECONDS:
+            break
         for name, run in runs.items():
             begin = time.perf_counter()
             run(inputs)
