@@ -278,13 +278,15 @@ def load_served(model: str, device: str, fast: bool) -> tuple[ServedEncoder, Cal
         exported = OnnxEncoder(Path(model))
         return exported, exported.count_tokens
     from mmkd.distributed import chosen_device
-    from mmkd.encoders.encoder import token_counter
+    from mmkd.encoders.encoder import HFClipEncoder, token_counter
     from mmkd.encoders.zoo import load_encoder
 
     encoder = load_encoder(model, str(chosen_device(device)))
     if fast and encoder.fast_prepare is None:
         raise ValueError("--resize fast: this model's preprocessing has no faster form; leave it out")
     encoder.fast = fast
+    if isinstance(encoder, HFClipEncoder):
+        encoder.fold_batch_norms()
     return encoder, token_counter(encoder)
 
 

@@ -1,10 +1,12 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from teacher_forms import TEXTS, check_odd_texts, randomized, rewrite, write_bert
+from torch import nn
 from torch.nn import functional
 from transformers import (
     BertTokenizer,
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from mmkd.encoders import zoo
+from mmkd.encoders.encoder import HFClipEncoder
 from mmkd.encoders.zoo import load_encoder
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
@@ -194,3 +197,34 @@ def test_medsiglip_is_padded_to_its_context(tmp_path, images):
     assert encoder.provenance["logit_scale"] == pytest.approx(model.logit_scale.exp().item(), rel=1e-3)
     states, mask = encoder.text_token_features(TEXTS)
     assert states.shape == (3, 64, 16) and mask.all()
+
+
+class Convolutional(nn.Module):
+    """A model whose tower lists a convolution, a batch norm and an activation, and runs them in a given order."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, order):
+        super().__init__()
+        parts = {"conv": nn.Conv2d(3, 3, 3, bias=False), "norm": nn.BatchNorm2d(3), "act": nn.Tanh()}
+        self.vision_model, self.order = nn.ModuleDict(parts), order
+
+    def get_image_features(self, pixel_values):
+        for name in self.order:
+            pixel_values = self.vision_model[name](pixel_values)
+        return pixel_values.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("order", "folded"), [(("conv", "norm", "act"), True), (("norm", "conv", "act"), False)])
+def test_batch_norms_are_folded_only_where_the_vectors_stay(order, folded, images):
+    torch.manual_seed(0)
+    model = randomized(Convolutional(order))
+
+    def processor(images, return_tensors):
+        return {"pixel_values": torch.stack([torch.tensor(np.array(i)) for i in images]).permute(0, 3, 1, 2) / 255}
+
+    encoder = HFClipEncoder("folded", 3, {}, model, processor, 8)
+    expected = encoder.encode_images(images[:1])
+    encoder.fold_batch_norms()
+    torch.testing.assert_close(encoder.encode_images(images[:1]), expected, atol=1e-6, rtol=0)
+    assert isinstance(encoder.model.vision_model["norm"], nn.BatchNorm2d) is not folded
