@@ -8,8 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 from PIL import Image
 
-from mmkd.curation.packaged import PLANES, packaged_attribution, read_packaged
-from mmkd.curation.packaged_images import package_file
+from mmkd.curation.packaged import description, package_file, packaged_attribution, read_packaged
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def test_slabs_are_a_gap_apart_in_all_maps(packaged):
         if found := re.match(r"images/mni152-(\w+)-(\w+)-([+-]\d+)", row["file"]):
             positions[found[2]][row["split"]].add(int(found[3]))
             assert int(found[3]) > 0 or found[2] != "sagittal"
-    assert set(positions) == {plane.name for plane in PLANES}
+    assert set(positions) == {plane["name"] for plane in description()["planes"]}
     for sides in positions.values():
         held_out = sides["test"] | sides["validation"]
         assert min(abs(a - b) for a in sides["train"] for b in held_out) >= 8
