@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from mmkd.curation.samples import RawSample, decode_metadata
 from mmkd.data.pixel_rules import window_between, window_by_percentiles
-from mmkd.files import read_yaml
 
 IMPORT_NAMES = {"scikit-image": "skimage", "nilearn": "nilearn", "pydicom": "pydicom"}
 ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "central", "right")
@@ -76,7 +76,7 @@ class Field:
 @cache
 def description() -> dict[str, Any]:
     """The content of ``packaged.yaml``."""
-    found: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml"))
+    found: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     return found
 
 

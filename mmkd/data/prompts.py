@@ -7,79 +7,26 @@ in its name. Classes are described by the mean of their sentences, which is stea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
-# The first family one of whose words occurs in the name of the modality decides. Sentences take the finding as {}.
-FAMILIES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "x-ray": (
-        r"x-?ray|xray|radiograph|mammogra|\bcr\b|\bdx\b",
-        ("an X-ray image", "a plain radiograph"),
-        ("an X-ray image showing {}", "radiograph of {}", "plain film with {}"),
-    ),
-    "optical coherence tomography": (
-        r"\boct\b|optical coherence",
-        ("an optical coherence tomography (OCT) scan", "an OCT B-scan of the retina"),
-        ("an OCT scan showing {}", "optical coherence tomography of a retina with {}", "retinal B-scan, {}"),
-    ),
-    "immunohistochemistry": (
-        r"immunohisto|\bihc\b",
-        ("an immunohistochemistry image", "immunohistochemically stained tissue"),
-        ("an immunohistochemistry image of {}", "immunostained tissue showing {}", "IHC staining, {}"),
-    ),
-    "histopathology": (
-        r"histo|patholog|h&e|whole.?slide",
-        ("a histopathology image", "a stained tissue section under the microscope"),
-        ("a histopathology image of {}", "H&E stained tissue section showing {}", "microscopic section with {}"),
-    ),
-    "clinical photography": (
-        r"clinical photo|smartphone",
-        ("a clinical photograph", "a photograph taken by a phone"),
-        ("a clinical photograph of {}", "close photograph of skin with {}", "smartphone photograph showing {}"),
-    ),
-    "dermatology": (
-        r"dermato|dermo|skin",
-        ("a dermatoscopic image of a skin lesion", "a close photograph of skin"),
-        ("a dermatoscopic image of {}", "skin lesion diagnosed as {}", "dermatoscopy showing {}"),
-    ),
-    "fundus photography": (
-        r"fundus|retina|\beye",
-        ("a color fundus photograph", "a photograph of the retina"),
-        ("a fundus photograph showing {}", "retinal image with {}", "color photograph of the fundus, {}"),
-    ),
-    "endoscopy": (
-        r"endoscop|colonoscop|laryngoscop|gastroscop",
-        ("an endoscopy image", "an image from the camera of an endoscope"),
-        ("an endoscopy image showing {}", "endoscopic view of {}", "endoscopic finding: {}"),
-    ),
-    "ultrasound": (
-        r"ultraso|sonogra|echocard|\bus\b",
-        ("an ultrasound image", "a sonogram"),
-        ("an ultrasound image showing {}", "sonogram of {}", "ultrasonography with {}"),
-    ),
-    "nuclear medicine": (
-        r"nuclear|scintigra|bone scan|\bpet\b|\bspect\b|positron",
-        ("a nuclear medicine scan", "an image of tracer uptake"),
-        ("a nuclear medicine scan, {}", "tracer uptake in {}", "scintigraphy: {}"),
-    ),
-    "microscopy": (
-        r"microscop|blood smear|cytolog|fluorescen",
-        ("a microscopy image", "a micrograph of cells"),
-        ("a microscopy image of {}", "micrograph showing {}", "{} under the microscope"),
-    ),
-    "magnetic resonance imaging": (
-        r"\bmri?\b|magnetic|\bt[12]\b|\bflair\b",
-        ("a magnetic resonance image (MRI)", "an MR scan"),
-        ("an MRI scan showing {}", "magnetic resonance image of {}", "MR imaging, {}"),
-    ),
-    "computed tomography": (
-        r"\bct\b|tomogra",
-        ("a computed tomography (CT) image", "an axial CT slice"),
-        ("a CT scan showing {}", "computed tomography image of {}", "CT slice, {}"),
-    ),
-}
+
+@dataclass(frozen=True)
+class Family:
+    """A family of modalities in ``prompts.yaml``: a pattern for their names, and sentences; {} stands for a finding."""
+
+    words: str
+    modality: list[str]
+    finding: list[str]
+
+
+_FILE = Path(__file__).with_suffix(".yaml")
+FAMILIES = {name: Family(**entry) for name, entry in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items()}
 ANY_MODALITY = ("a biomedical image of {}", "an image showing {}", "medical image, {}")
 # What is put into the templates of a modality to describe images with and without any finding.
 NORMAL = ("a normal finding", "no abnormality", "healthy anatomy")
@@ -91,7 +38,7 @@ def modality_prompts(modality: str) -> list[str]:
     """Sentences that name a modality: in the collection's own words, and in those of its family if it is known."""
     name = _plain(modality)
     kin = family(modality)
-    known = list(FAMILIES[kin][1]) if kin else []
+    known = FAMILIES[kin].modality if kin else []
     return [f"a {name} image", f"biomedical image, {name}", *known]
 
 
@@ -105,10 +52,10 @@ def absence_prompts(label: str, modality: str) -> list[str]:
     return fill_absence(templates_of(modality), label)
 
 
-def templates_of(modality: str) -> tuple[str, ...]:
+def templates_of(modality: str) -> Sequence[str]:
     """The sentences of a modality, which take the finding as {}; those of any modality if it is empty or unknown."""
     kin = family(modality)
-    return FAMILIES[kin][2] if kin else ANY_MODALITY
+    return FAMILIES[kin].finding if kin else ANY_MODALITY
 
 
 def fill(templates: Iterable[str], label: str) -> list[str]:
@@ -133,7 +80,7 @@ def class_vector(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def family(modality: str) -> str | None:
     """The first family whose words occur in the name of a modality; None if there is none."""
     lowered = modality.lower()
-    return next((name for name, (words, _, _) in FAMILIES.items() if re.search(words, lowered)), None)
+    return next((name for name, own in FAMILIES.items() if re.search(own.words, lowered)), None)
 
 
 def _plain(name: str) -> str:
