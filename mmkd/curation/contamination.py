@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mmkd.curation.duplicates import Fingerprints, bit_ranges
-from mmkd.curation.pictures import prepare_picture
+from mmkd.curation.part import prepare_picture
 from mmkd.curation.readers import ARTICLE, LABELS_FILE, list_rows
 from mmkd.data.archives import ArchivedFile
 from mmkd.data.folder import META_FILE, open_pairs

@@ -12,9 +12,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from mmkd.curation.captions import (
     caption_from_labels,
@@ -28,23 +31,77 @@ from mmkd.curation.captions import (
 )
 from mmkd.curation.dicom import Header, read_header
 from mmkd.curation.duplicates import SIGNATURE_BYTES, caption_signature, short_hash
-from mmkd.curation.pictures import Picture, prepare_picture
 from mmkd.curation.reports import open_reports
 from mmkd.curation.rules import EACH, Rules
 from mmkd.curation.samples import DroppedError, Fragment, Item, Metadata, RawSample, Refused, decode_metadata
 from mmkd.data.archives import BLOCK, ArchiveWriter
+from mmkd.data.images import JPEG_QUALITY, encode, finish_image, is_plain, open_header, shrink
 from mmkd.data.medical import DICOM_SUFFIXES, count_frames, form_of
-from mmkd.data.pixel_rules import UnreadableImageError
+from mmkd.data.pixel_rules import DEFAULT_WINDOW, MINIMUM_SIDE, UnreadableImageError, Window
 from mmkd.data.readers import IMAGE_SUFFIXES
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import SPLITS, UNKNOWN
 from mmkd.files import atomic_file, content_sha256, write_json
 
 ID_LENGTH = 24
+HASH_SIDE = 64  # of the reduced image that a perceptual hash is made of
 STORED = (".tar", ".arrow", ".fragments.tar")  # files of a part beside its counts; the last one not of every part
 ACCEPTED_AS = {"jpg": ("jpg", "jpeg"), "png": ("png",)}
 OTHER_THAN_DICOM = IMAGE_SUFFIXES - {suffix[1:] for suffix in DICOM_SUFFIXES}
 STATED = ("", *SPLITS)  # the split that a source states, by the number that stands for it
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A stored image: file extension, bytes, size in pixels, and perceptual hash."""
+
+    suffix: str
+    content: bytes
+    width: int
+    height: int
+    perceptual_hash: int
+
+
+def prepare_picture(
+    data: bytes,
+    minimum_side: int = MINIMUM_SIDE,
+    short_side: int = 0,
+    jpeg_quality: int = JPEG_QUALITY,
+    window: Window = DEFAULT_WINDOW,
+    suffix: str = "",
+) -> Picture:
+    """Check an image and choose the bytes to store.
+
+    Args:
+        data: the file.
+        minimum_side: images with a shorter side in pixels are refused.
+        short_side: larger images are stored with this shorter side; 0 keeps sizes.
+        jpeg_quality: of JPEG files that are stored smaller, see `mmkd.data.images.encode`.
+        window: of DICOM and NIfTI, and which frame.
+        suffix: of the file's name, for DICOM files that only it shows.
+
+    Raises:
+        UnreadableImageError: see `mmkd.data.pixel_rules.REASONS`.
+    """
+    image = open_header(data, f"image.{suffix}", minimum_side, window)
+    shrinks = 0 < short_side < min(image.size)
+    keeps_bytes = not shrinks and is_plain(data)
+    if keeps_bytes and image.format == "JPEG":
+        width, height = image.size
+        return Picture("jpg", data, width, height, perceptual_hash(finish_image(image, "image", HASH_SIDE, "L")))
+    quality = jpeg_quality if shrinks and image.format == "JPEG" else None
+    decoded = shrink(finish_image(image, "image", draft_side=short_side or None), short_side)
+    ending, content = (".png", data) if keeps_bytes else encode(decoded, quality)
+    return Picture(ending[1:], content, decoded.width, decoded.height, perceptual_hash(decoded))
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """The 64-bit DCT hash of ImageHash: near images differ in few bits."""
+    import imagehash
+
+    reduced = image.reduce(max(1, min(image.size) // HASH_SIDE)) if min(image.size) >= 2 * HASH_SIDE else image
+    bits = imagehash.phash(reduced).hash
+    return int.from_bytes(np.packbits(bits.ravel()).tobytes(), "big")
 
 
 class PartWriter:

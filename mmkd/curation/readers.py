@@ -57,6 +57,8 @@ MOST_FRAGMENT_BYTES = 256 << 20
 LARGEST_TEXT = 64 << 20
 DICOM_LISTS = ("DICOMDIR", "VERSION", "LOCKFILE")  # of a disk as PACS write it
 HEAD_BYTES = 256
+MEMBERS = ("image", "caption", "metadata")  # of a sample in a tar
+Members = dict[str, tuple[str, ArchivedFile]]  # of one sample, by kind: suffix and place
 ListRow = tuple[str, "dict[str, Any] | str"]  # place, and the values by column or why there are none
 
 
@@ -201,7 +203,7 @@ def read_tar(path: Path) -> Iterator[Item]:
 
     Tars without JSON hold images and captions only; in others a sample that lacks one of three is a fragment.
     """
-    waiting: dict[str, dict[str, tuple[str, ArchivedFile]]] = {}
+    waiting: dict[str, Members] = {}
     finished: set[str] = set()
     repeated: set[str] = set()
     has_metadata = False
@@ -220,24 +222,25 @@ def read_tar(path: Path) -> Iterator[Item]:
                 has_metadata |= kind == "metadata"
                 if len(parts) == 3:
                     finished.add(key)
-                    yield _tar_sample(key, place, waiting.pop(key))
+                    yield tar_sample(key, place, waiting.pop(key))
     except DamagedArchiveError:
         yield Refused(path.name, "damaged_shard")
     room = MOST_FRAGMENT_BYTES
     for key, parts in waiting.items():
         place = f"{path.name}:{key}"
         if not has_metadata and len(parts) == 2:
-            yield _tar_sample(key, place, parts)
+            yield tar_sample(key, place, parts)
             continue
         room -= sum(file.size for _, file in parts.values())
         if room < 0:
-            missing = next(kind for kind in ("image", "caption", "metadata") if kind not in parts)
+            missing = next(kind for kind in MEMBERS if kind not in parts)
             yield Refused(place, f"no_{missing}")
         else:
             yield Fragment(key, place, {kind: (s, file.read_bytes()) for kind, (s, file) in parts.items()})
 
 
-def _tar_sample(key: str, place: str, parts: Mapping[str, tuple[str, ArchivedFile]]) -> RawSample:
+def tar_sample(key: str, place: str, parts: Members) -> RawSample:
+    """A sample of members of tars; a text that is too large for one counts as empty."""
     suffix, image = parts["image"]
     texts = (parts[kind][1] if kind in parts else None for kind in ("caption", "metadata"))
     caption, metadata = ((t.read_bytes() if t.size <= LARGEST_TEXT else b"") if t else None for t in texts)

@@ -2,20 +2,23 @@
 
 Parts are collected in ``OUTPUT.parts`` beside the output. They stay when a run is killed, and the next run continues
 with them. The output depends on the source and the rules alone. Samples cut in two by the end of a shard are made whole
-from the fragments that the parts keep.
+from the fragments that the parts keep. An archive of which nothing is dropped is linked, not copied; of another the
+kept ranges are copied as they are. Memory holds the rows of one part at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections import defaultdict
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,16 +26,17 @@ from tqdm import tqdm
 from mmkd.command.tasks import Progress, TaskSettings, open_parts, run_tasks
 from mmkd.curation.contamination import checksums, read_exclusions
 from mmkd.curation.datasheet import write_sheet
-from mmkd.curation.decisions import Decisions, decide
-from mmkd.curation.merge import dropped_rows, reason_counts, write_merged_manifest, write_shard
-from mmkd.curation.part import PartWriter, part_checksum
+from mmkd.curation.decisions import REASONS, Decisions, decide
+from mmkd.curation.part import PartWriter, dropped_row, part_checksum
+from mmkd.curation.readers import MEMBERS, Members, tar_sample
 from mmkd.curation.reports import ReportSource, write_reports
 from mmkd.curation.rules import Rules
-from mmkd.curation.samples import Item, RawSample, Refused
+from mmkd.curation.samples import Item, Refused
 from mmkd.curation.sources import ATTRIBUTION_FILE, DICOM, PACKAGED, Unit, attribution, checksum_of, plan_units
-from mmkd.data.archives import ArchivedFile, members
-from mmkd.data.table import VERSION
+from mmkd.data.archives import ArchivedFile, ArchiveWriter, members
+from mmkd.data.table import SPLITS, TABLE_FILE, VERSION, map_table, table_schema, write_table
 from mmkd.files import (
+    atomic_file,
     atomic_write_lines,
     atomic_write_text,
     discard,
@@ -43,9 +47,11 @@ from mmkd.files import (
     write_json,
 )
 
-SETTINGS_FILE, REPORT_FILE = "settings.json", "report.json"
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-KINDS = ("image", "caption", "metadata")
+SETTINGS_FILE, REPORT_FILE = "settings.json", "report.json"
+MORE_COLUMNS = ("key", "article", "study", "panel_type", "labels")  # of the manifest
 
 
 def curate(
@@ -176,7 +182,7 @@ def _finish(
     shards = [(file, folder / "shards" / f"{n:06d}.tar", decisions.kept(n)) for n, file in enumerate(files)]
     bar = partial(tqdm, desc="write", unit="shard", disable=quiet)
     run_tasks(_write_shards, shards, lambda shard: not shard[2].any() or shard[1].exists(), tasks, output, bar)
-    write_merged_manifest(files, decisions, folder, settings["source"])
+    _write_manifest(files, decisions, folder, settings["source"])
     dropped = chain(_dropped_in_parts(parts, count), dropped_rows(files, decisions))
     atomic_write_lines(folder / "dropped.jsonl", (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
     origin = attribution(source)
@@ -219,40 +225,93 @@ def joined_samples(parts: Path, count: int) -> Iterator[Item]:
         parts: the folder of parts.
         count: number of parts.
     """
-    pieces: dict[str, list[tuple[int, int, list[str], str]]] = defaultdict(list)
+    found: dict[str, tuple[str, Members]] = {}
     for part in range(count):
-        for number, (key, place, kinds) in enumerate(read_json(parts / f"{part:06d}.json")["fragments"]):
-            pieces[key].append((part, number, kinds, place))
-    files = _FragmentFiles(parts)
-    for key, found in pieces.items():
-        where: dict[str, tuple[int, int]] = {}
-        for part, number, kinds, _ in found:
-            for kind in kinds:
-                where.setdefault(kind, (part, number))
-        missing = [kind for kind in KINDS if kind not in where]
-        place = found[0][3]
-        yield Refused(place, f"no_{missing[0]}") if missing else files.sample(key, place, where)
+        fragments = read_json(parts / f"{part:06d}.json")["fragments"]
+        archive = parts / f"{part:06d}.fragments.tar"
+        for member in members(archive) if fragments else ():
+            number, kind, suffix = member.name.split(".", 2)
+            key, place, _ = fragments[int(number)]
+            known = found.setdefault(key, (place, {}))[1]
+            known.setdefault(kind, (suffix, ArchivedFile(archive, member.offset, member.size)))
+    for key, (place, own) in found.items():
+        missing = next((kind for kind in MEMBERS if kind not in own), None)
+        yield Refused(place, f"no_{missing}") if missing else tar_sample(key, place, own)
 
 
-class _FragmentFiles:
-    """The members of fragments that parts keep, by part, number and kind."""
+def write_shard(part: Path, tar: Path, kept: np.ndarray) -> None:
+    """Write the kept pairs of a part's archive to ``tar``, which appears whole.
 
-    def __init__(self, parts: Path) -> None:
-        self.parts = parts
-        self.found: dict[int, dict[tuple[int, str], tuple[str, ArchivedFile]]] = {}
+    Args:
+        part: the part's Arrow file; its archive lies beside it.
+        tar: where to write.
+        kept: (m,) bool.
+    """
+    table, source = map_table(part), part.with_suffix(".tar")
+    if kept.all():
+        with contextlib.suppress(OSError):  # not every file system has links
+            os.link(source, tar)
+            return
+    with source.open("rb") as old, atomic_file(tar) as new:
+        writer = ArchiveWriter(new)
+        for start, end in _runs(table["start"].to_numpy()[kept], table["end"].to_numpy()[kept]):
+            writer.copy(old, start, end)
+        writer.finish()
 
-    def sample(self, key: str, place: str, where: dict[str, tuple[int, int]]) -> RawSample:
-        own = {kind: self._in_part(part)[number, kind] for kind, (part, number) in where.items()}
-        caption, metadata = own["caption"][1].read_bytes(), own["metadata"][1].read_bytes()
-        suffix, image = own["image"]
-        return RawSample(key, place, caption, metadata, image.read_bytes, suffix)
 
-    def _in_part(self, part: int) -> dict[tuple[int, str], tuple[str, ArchivedFile]]:
-        if part not in self.found:
-            archive = self.parts / f"{part:06d}.fragments.tar"
-            self.found[part] = {}
-            for member in members(archive):
-                number, kind, suffix = member.name.split(".")
-                file = ArchivedFile(archive, member.offset, member.size)
-                self.found[part][int(number), kind] = suffix, file
-        return self.found[part]
+def _write_manifest(parts: Sequence[Path], decisions: Decisions, folder: Path, source: str) -> None:
+    """Write ``manifest.arrow``: a batch of rows for each part, images named by shard, offset and size."""
+    import pyarrow as pa
+
+    more = {name: pa.list_(pa.string()) if name == "labels" else pa.string() for name in MORE_COLUMNS}
+    schema = table_schema(more, ".")
+
+    def tables() -> Iterator[pa.Table]:
+        for number, part in enumerate(parts):
+            chosen = decisions.kept(number)
+            kept = map_table(part).filter(pa.array(chosen))
+            archive = Path(f"shards/{number:06d}.tar")
+            starts, ends, offsets = (kept[name].to_numpy() for name in ("start", "end", "offset"))
+            new_starts = np.cumsum(ends - starts) - (ends - starts)
+            places = zip((offsets - starts + new_starts).tolist(), kept["size"].to_pylist(), strict=True)
+            splits = decisions.splits[decisions.bounds[number] : decisions.bounds[number + 1]][chosen]
+            columns = {name: kept[name] for name in schema.names if name in kept.column_names}
+            columns["image"] = pa.array([str(ArchivedFile(archive, o, s)) for o, s in places], pa.string())
+            columns["split"] = pa.array([SPLITS[split] for split in splits.tolist()], pa.string())
+            columns["source"] = pa.array([value or source for value in kept["source"].to_pylist()], pa.string())
+            for name, spelt in decisions.spellings.items():
+                if spelt:
+                    values = [spelt.get(value, value) for value in kept[name].to_pylist()]
+                    columns[name] = pa.array(values, pa.string())
+            yield pa.table([columns[name] for name in schema.names], schema=schema)
+
+    write_table(folder / TABLE_FILE, schema, tables())
+
+
+def dropped_rows(parts: Sequence[Path], decisions: Decisions) -> Iterator[dict[str, str]]:
+    """Every pair that a comparison dropped: its place, key, reason and, if any, the test set."""
+    for number, part in enumerate(parts):
+        start = int(decisions.bounds[number])
+        gone = np.flatnonzero(~decisions.kept(number))
+        if gone.size:
+            named = map_table(part).select(["place", "key"]).take(gone).to_pylist()
+            for names, row in zip(named, (gone + start).tolist(), strict=True):
+                reason = REASONS[decisions.reasons[row] - 1]
+                _, test_set = decisions.found_in.get(row, ("", ""))
+                yield dropped_row(names["place"], names["key"], reason, test_set)
+
+
+def _runs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Join ranges (start, end) that follow each other without a gap."""
+    if len(starts):
+        cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+        for run_starts, run_ends in zip(np.split(starts, cuts), np.split(ends, cuts), strict=True):
+            yield int(run_starts[0]), int(run_ends[-1])
+
+
+def reason_counts(*counts: dict[str, int]) -> dict[str, int]:
+    """The sum of counts by reason, sorted by name."""
+    total: Counter[str] = Counter()
+    for some in counts:
+        total.update(some)
+    return dict(sorted(total.items()))

@@ -20,7 +20,7 @@ from mmkd.curation.duplicates import (
     near_components,
     similarity,
 )
-from mmkd.curation.pictures import prepare_picture
+from mmkd.curation.part import prepare_picture
 from mmkd.curation.rules import read_rules
 from mmkd.curation.stream import curate
 from mmkd.data.folder import open_pairs
