@@ -29,7 +29,7 @@ from mmkd.command.settings import nearest
 from mmkd.command.tasks import run_tasks
 from mmkd.data.features.writer import SKIPPED_FILE
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.frozen_encoder import FrozenEncoder
+from mmkd.encoders.frozen import FrozenEncoder
 from mmkd.encoders.teacher_features import FeatureTask, OpenExtraction, extract_shards, group_tasks
 from mmkd.encoders.zoo import named_sources
 

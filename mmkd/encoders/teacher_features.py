@@ -18,7 +18,7 @@ from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair, take_rows
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
-from mmkd.encoders.frozen_encoder import FrozenEncoder, with_frozen_towers
+from mmkd.encoders.frozen import FrozenEncoder, with_frozen_towers
 from mmkd.encoders.settings import ExtractSettings
 from mmkd.encoders.zoo import load_with_precision, named_sources
 

@@ -17,7 +17,7 @@ from mmkd.command.settings import nearest
 from mmkd.data.licenses import NON_COMMERCIAL, OWN_MODEL, terms
 from mmkd.data.provenance import teachers_file
 from mmkd.distributed import allow_tf32, chosen_device
-from mmkd.encoders import hfclip, medclip, openclip, pmcclip
+from mmkd.encoders import hfclip, openclip, tower_pair
 from mmkd.encoders import python as python_form
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.settings import Precision
@@ -40,8 +40,8 @@ LOADERS: dict[str, Callable[[TeacherSpec, str], DualEncoder]] = {
     "hfclip": hfclip.load,
     "ours": hfclip.load,
     "unimed": hfclip.load_unimed,
-    "pmcclip": pmcclip.load,
-    "medclip": medclip.load,
+    "pmcclip": tower_pair.load_pmcclip,
+    "medclip": tower_pair.load_medclip,
     "python": python_form.load,
     "towers": hfclip.load_towers,
 }

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import BertModel, BertTokenizer
 from transformers.models.bert import BertConfig
 
-from mmkd.encoders.pmcclip import IMAGE_FILE, PROJECTION_FILE, TEXT_FILE
+from mmkd.encoders.tower_pair import IMAGE_FILE, PROJECTION_FILE, TEXT_FILE
 from mmkd.encoders.zoo import load_encoder
 
 BERT = "BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
