@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
 from mmkd.distillation.options import LOSSES_OF_IMAGES, DistillOptions
-from mmkd.student.settings import ModelSettings
-from mmkd.training.settings import LoopSettings, ValidationSettings
+from mmkd.training.settings import LoopSettings, ModelSettings, ValidationSettings
 
 
 @dataclass(kw_only=True)
@@ -65,10 +64,10 @@ from mmkd.distillation.objective import DistillObjective
 from mmkd.distillation.options import require_width
 from mmkd.distillation.weighting import spread_scales
 from mmkd.student.folder import load_student, save_student, training_provenance
-from mmkd.student.trainable import make_trainable
 from mmkd.training.batches import training_batches
 from mmkd.training.dataset import TeacherStores
 from mmkd.training.loop import fit, start
+from mmkd.training.optimizer import make_trainable
 from mmkd.training.validation import validation_of
 
 DISPERSION_PAIRS, SPREAD_PAIRS = 8192, 2048

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
-from mmkd.student.settings import ModelSettings
-from mmkd.training.settings import BatchSettings, LoopSettings
+from mmkd.training.settings import BatchSettings, LoopSettings, ModelSettings
 
 
 @dataclass(kw_only=True)
@@ -54,12 +53,12 @@ from transformers.utils.logging import disable_progress_bar
 from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.encoders.weights import quiet_transformers
 from mmkd.student.folder import load_student, save_student, training_provenance, write_provenance
-from mmkd.student.trainable import add_adapter, make_trainable
+from mmkd.student.trainable import add_adapter
 from mmkd.training.batches import training_batches
-from mmkd.training.classification import PromptClassification
-from mmkd.training.contrastive import ContrastiveObjective
+from mmkd.training.contrastive import ContrastiveObjective, PromptClassification
 from mmkd.training.loop import fit, start
 from mmkd.training.objectives import Objective
+from mmkd.training.optimizer import make_trainable
 
 
 def main(settings: FinetuneSettings) -> None:

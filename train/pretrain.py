@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
-from mmkd.student.settings import ModelSettings
-from mmkd.training.settings import LoopSettings, ValidationSettings
+from mmkd.training.settings import LoopSettings, ModelSettings, ValidationSettings
 
 
 @dataclass(kw_only=True)
@@ -66,10 +65,10 @@ from mmkd.command.settings import resolved
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs, select
 from mmkd.student.folder import save_student, training_provenance
 from mmkd.student.towers import starting_student
-from mmkd.student.trainable import make_trainable
 from mmkd.training.batches import training_batches
 from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.loop import fit, start
+from mmkd.training.optimizer import make_trainable
 from mmkd.training.validation import validation_of
 
 

@@ -1,4 +1,4 @@
-"""Provenance of data and weights: versions of packages, and the teachers of feature stores with their licences.
+"""Provenance of data and weights: versions of code, and the teachers of feature stores with their licences.
 
 ``teachers.yaml`` beside this file lists the teachers known by name: their loaders read it in `mmkd.encoders.zoo`, and
 the authors' published features, which state nothing about their teachers, take weights, licence and note from it.
@@ -7,6 +7,7 @@ the authors' published features, which state nothing about their teachers, take 
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import yaml
 
 from mmkd.data.folder import META_FILE, read_published
-from mmkd.files import read_json
+from mmkd.files import is_inside, read_json
 
+PACKAGE = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
 UNSTATED, OTHERS = "not stated", "others"  # a licence or source that is not stated; those beyond the listed ones
 TEACHERS_FILE = Path(__file__).with_name("teachers.yaml")
 # Of a teacher's provenance, what a student's provenance keeps.
@@ -70,6 +72,34 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def git_commit(folder: Path) -> str | None:
+    """Commit that is checked out in a folder with a ``.git``; None elsewhere.
+
+    The files of git are read and git itself is never started: the configuration of a repository can name programs that
+    git then runs, and the folder may be anybody's.
+    """
+    place = folder / ".git"
+    try:
+        if place.is_file():  # a worktree or submodule: ``gitdir: FOLDER``
+            place = folder / place.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+        head = (place / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref: "):
+            return _commit(head)
+        reference = head.removeprefix("ref: ")
+        shared = place / "commondir"
+        common = place / shared.read_text(encoding="utf-8").strip() if shared.is_file() else place
+        if is_inside(reference) and (common / reference).is_file():
+            return _commit((common / reference).read_text(encoding="utf-8").strip())
+        packed = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((_commit(line.split()[0]) for line in packed if line.endswith(f" {reference}")), None)
+    except (OSError, ValueError):
+        return None
+
+
+def _commit(text: str) -> str | None:
+    return text if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) else None
 
 
 def _teachers_in(folder: Path) -> list[dict[str, Any]]:

@@ -21,8 +21,7 @@ from mmkd.evaluation.results.store import FOLDER
 from mmkd.files import atomic_write_text, read_yaml, rename_folder
 from mmkd.student.folder import save_student
 from mmkd.student.towers import starting_student
-from mmkd.training.checkpoints import AVERAGE, WEIGHTS, damage
-from mmkd.training.run_folder import SETTINGS_FILE, RunFolder
+from mmkd.training.checkpoints import AVERAGE, SETTINGS_FILE, WEIGHTS, RunFolder, damage
 
 STUDENT = "student"
 FINAL, LOG = "final", "watch.jsonl"

@@ -48,7 +48,7 @@ def embed(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         Unit-norm ``image`` and ``text`` features (rows, dim), in fp32.
     """
     return {
-        "image": F.normalize(_image_features(model, batch).float(), dim=1),
+        "image": F.normalize(image_features(model, batch).float(), dim=1),
         "text": F.normalize(_text_features(model, batch).float(), dim=1),
     }
 
@@ -125,7 +125,8 @@ def _best_bounds(lengths: np.ndarray, count: int) -> list[int]:
     return bounds
 
 
-def _image_features(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def image_features(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Image features of a batch, (rows, dim) of any length; see `embed`."""
     if "pooled_images" in batch:
         return model.get_submodule("visual_projection")(batch["pooled_images"])
     pixels = batch["pixel_values"]

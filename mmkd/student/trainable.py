@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mmkd.student.settings import ModelSettings
 from modeling_mmkd import MMKDClipModel
 
 _FIRST_LAYERS = re.compile(r"(?P<tower>[\w.]+)\[:(?P<count>\d+)\]")
@@ -23,22 +22,6 @@ BATCH_NORMALIZATION = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBa
 TOWERS = ("vision_model", "text_model")
 PROJECTIONS = ("visual_projection", "text_projection")
 QUERIES_AND_VALUES = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "qkv", "query_proj", "value_proj")
-
-
-def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> None:
-    """Apply the settings to a model: frozen parts, gradient checkpointing, attention and compilation.
-
-    Raises:
-        ValueError: a part that the model does not have, or an attention that it or this machine does not support.
-    """
-    freeze(model, settings.freeze)
-    if settings.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    if settings.attention is not None:
-        set_attention(model, settings.attention)
-    if settings.compile:
-        for tower in TOWERS:
-            model.get_submodule(tower).compile(dynamic=True)  # in place, so that no name in a checkpoint changes
 
 
 def freeze(model: nn.Module, parts: list[str]) -> None:

@@ -20,7 +20,6 @@ from mmkd.data.features.lookup import TeacherFeatures, available_features
 from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair, in_columns
 from mmkd.distributed import rank, world_size
-from mmkd.encoders.frozen import FrozenTowers
 from mmkd.training.dataset import (
     Collate,
     GlobalBatchSampler,
@@ -80,6 +79,8 @@ def training_batches(
     if settings.cache_frozen_towers is None:
         batches: list[Batches] = [pair_batches(own, processor, settings, features) for own in (folder, images) if own]
     else:
+        from mmkd.encoders.frozen import FrozenTowers  # here, because most trainings read images
+
         require_frozen(model, settings.crop)
         towers = FrozenTowers(settings.cache_frozen_towers, model, processor, settings.quiet)
         batches = []

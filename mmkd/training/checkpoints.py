@@ -1,13 +1,15 @@
-"""Numbered checkpoints beside an unfinished output, each whole or absent, from which a run resumes exactly.
+"""An unfinished run: ``OUTPUT.partial`` with its settings, log and checkpoints, from which it resumes exactly.
 
-A checkpoint holds weights, their average and Adam's moments as safetensors under the names of the parameters, whole
-even where they are sharded, so that a run may resume on another number of processes. Random state is not saved: every
-step has its own seed. A checkpoint is written under a temporary name and renamed when its last file,
-``checkpoint.json``, states the checksums of all the others; one whose checksums do not agree is skipped.
+Checkpoints are numbered, each whole or absent. One holds weights, their average and Adam's moments as safetensors under
+the names of the parameters, whole even where they are sharded, so that a run may resume on another number of processes.
+Random state is not saved: every step has its own seed. A checkpoint is written under a temporary name and renamed when
+its last file, ``checkpoint.json``, states the checksums of all the others; one whose checksums do not agree is skipped.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import shutil
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mmkd.command.settings import resolved, save_settings
 from mmkd.distributed import (
     load_model_state,
     load_optimizer_state,
@@ -31,15 +34,149 @@ from mmkd.distributed import (
     wait_for_everyone,
     world_size,
 )
-from mmkd.files import fingerprint, is_folder_name, read_json, write_json
+from mmkd.files import (
+    atomic_write_text,
+    discard,
+    fingerprint,
+    is_folder_name,
+    read_json,
+    read_yaml,
+    rename_folder,
+    write_json,
+)
 from mmkd.training.optimizer import WeightAverage
-from mmkd.training.run_folder import RunFolder
 from mmkd.training.settings import LoopSettings
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS, OPTIMIZER, AVERAGE = "objective.safetensors", "optimizer.safetensors", "average.safetensors"
 PROGRESS = "checkpoint.json"
+MAY_CHANGE = (
+    *("quiet", "overwrite", "workers", "checkpoint_every", "checkpoints_kept", "skipped_in_a_row"),
+    *("micro_batch_size", "gradient_checkpointing"),  # the same gradient, to rounding
+    *("trackers", "peak_tflops", "profile_steps"),
+    *("executor", "tasks", "resources"),
+)
+LOG_FILE, SETTINGS_FILE = "log.jsonl", "settings.yaml"
+KEPT = (SETTINGS_FILE, LOG_FILE, "environment.json", "loss.png", "tensorboard", "profile")  # beside the output
+SPARE_BYTES = 64 * 1024**2  # for logs and tokenizer, beside weights
+
+
+class RunFolder:
+    """The folder of an unfinished run, beside the output."""
+
+    def __init__(self, output: Path) -> None:
+        """Choose the paths; nothing is written yet."""
+        self.output = output
+        self.path = output.with_name(f"{output.name}.partial")
+        self.checkpoints = self.path / "checkpoints"
+        self._log, self._settings = self.path / LOG_FILE, self.path / SETTINGS_FILE
+        self._data, self._best = self.path / "data.json", self.path / "best"
+
+    def begin(self, settings: Any, data: Mapping[str, Any], step: int) -> None:
+        """Write the settings and the identity of the data, and cut an earlier log after `step`."""
+        save_settings(settings, self._settings)
+        write_json(self._data, data)
+        lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True) if self._log.is_file() else []
+        atomic_write_text(self._log, "".join(line for line in lines if _step(line) <= step))
+
+    def refuse_changes(self, settings: Any, data: Mapping[str, Any]) -> None:
+        """Compare with the settings and the data of the interrupted run.
+
+        Raises:
+            ValueError: one that would change the result differs; the message names the old and the new value.
+        """
+        before, now = read_yaml(self._settings), resolved(settings)
+        changed = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
+        if changed:
+            listed = "; ".join(f"{key} was {before.get(key)!r}, is now {now[key]!r}" for key in changed)
+            raise ValueError(
+                f"{self.path} holds an unfinished run with other settings: {listed}. Start it with the "
+                f"same settings, choose another --output, or remove {self.path}"
+            )
+        known = read_json(self._data)
+        changed = [key for key in data if known.get(key) != data[key]]
+        if changed:
+            listed = "; ".join(f"{key} was {known.get(key)}, is now {data[key]}" for key in changed)
+            raise ValueError(
+                f"{self.path} holds an unfinished run on other data: {listed}. Restore the data (and a "
+                "number of processes that divides the batch in the same way), choose another --output, or remove "
+                f"{self.path}"
+            )
+
+    def require_space(self, checkpoint_bytes: int) -> None:
+        """Refuse to continue if the next checkpoint would not fit on the disk.
+
+        Raises:
+            OSError: the message states the free and the required space.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < checkpoint_bytes + SPARE_BYTES:
+            raise OSError(
+                f"{self.path}: {free / 1e9:.2f} GB are free, but the next checkpoint needs "
+                f"{(checkpoint_bytes + SPARE_BYTES) / 1e9:.2f} GB; free some space and run the same command to resume"
+            )
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to ``log.jsonl``."""
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def sync_log(self) -> None:
+        """Flush the log to the disk, before a checkpoint relies on it."""
+        if self._log.is_file():
+            with self._log.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def best(self) -> dict[str, Any] | None:
+        """The metadata of the weights that `keep_best` kept last."""
+        metadata = self._best / "metadata.json"
+        return read_json(metadata) if metadata.is_file() else None
+
+    def keep_best(self, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Keep weights and their metadata, instead of those kept before.
+
+        Raises:
+            OSError: the disk is full; those kept before stay.
+        """
+        new = self._best.with_name("best.new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        try:
+            save_file(tensors, new / "objective.safetensors")
+        except SafetensorError as error:
+            raise OSError(f"{new} cannot be written: {error}") from error
+        write_json(new / "metadata.json", metadata)
+        rename_folder(new, self._best)
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """The weights of `keep_best`."""
+        return load_file(self._best / "objective.safetensors")
+
+    def finish(self, write_output: Callable[[Path], None]) -> None:
+        """Write the output with settings, log and the other files in `KEPT` into one folder, and rename it.
+
+        Raises:
+            OSError: the disk is full; the checkpoints stay, and the same command finishes the run.
+        """
+        final = self.path / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        try:
+            write_output(final)
+        except SafetensorError as error:
+            raise OSError(f"{final} cannot be written: {error}") from error
+        for source in (self.path / name for name in KEPT if (self.path / name).exists()):
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, final / source.name)
+        rename_folder(final, self.output)
+        discard(self.path, self.output)
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinite for a truncated line."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    return float("inf")
 
 
 @dataclass

@@ -3,13 +3,19 @@
 Beside losses by name a line has the speed of the step: pairs and tokens of captions per second over all processes
 (without padding), the share of tokens that was not padding, the share of time spent waiting for data, the share of the
 device's peak (MFU, by the formula of `mmkd.student.flops`), memory, and each teacher's share of the pairs. On request a
-few steps are recorded with torch's profiler.
+few steps are recorded with torch's profiler. Beside the log lie the environment and the plot of the losses.
+
+Nothing is sent by default: TensorBoard writes files beside the output, and a tracker that sends data to a server
+(wandb, trackio ...) is used only when it is named. Names of hosts, users and folders are not written.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import math
+import platform
 import resource
 import sys
 import time
@@ -22,17 +28,20 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.command.settings import resolved
+from mmkd.data.provenance import PACKAGE, git_commit, installed_versions
 from mmkd.distributed import gather_lists, rank, world_size
+from mmkd.files import write_json
 from mmkd.student.embed import padding_free_share
 from mmkd.student.flops import StepCost, peak_flops, step_cost
-from mmkd.training.checkpoints import Progress
+from mmkd.training.checkpoints import LOG_FILE, Progress, RunFolder
 from mmkd.training.dataset import micro_batches
-from mmkd.training.run_folder import LOG_FILE, RunFolder
 from mmkd.training.settings import LoopSettings
-from mmkd.training.tracking import CURVE_FILE, draw_losses, plain_settings, tracker_options, write_environment
 
 logger = logging.getLogger(__name__)
 
+ENVIRONMENT_FILE, CURVE_FILE, TENSORBOARD_FOLDER = "environment.json", "loss.png", "tensorboard"
+PACKAGES = ("mmkd-clip", "torch", "torchvision", "transformers", "accelerate", "numpy", "pillow", "simplejpeg", "peft")
+CURVE_POINTS = 2000
 TEACHER_KEYS = ("aligned", "teachers")
 PROFILE_FOLDER = "profile"
 UNPROFILED_STEPS = 2  # the first ones start workers, allocate and compile
@@ -72,7 +81,8 @@ class StepLog:
             formula = self.cost.formula() if self.cost is not None else None
             if formula is not None:
                 logger.info("%s", formula)
-            write_environment(self.folder.path, {"training_cost": formula, "peak_flops": self.peak_flops})
+            measured = {"training_cost": formula, "peak_flops": self.peak_flops}
+            write_json(self.folder.path / ENVIRONMENT_FILE, environment(measured))
 
     def close(self) -> None:
         """End the trackers, and draw the losses."""
@@ -219,3 +229,84 @@ def _write(profiler: Any, folder: Path) -> None:
     order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=TABLE_ROWS)
     (folder / "operators.txt").write_text(table, encoding="utf-8")
+
+
+def tracker_options(name: str, step: int) -> dict[str, dict[str, Any]]:
+    """Options of each tracker for a run of this name that resumes after `step`."""
+    named = {"name": name}
+    return {"tensorboard": {"purge_step": step + 1}, "wandb": {**named, "resume": "allow"}, "trackio": named}
+
+
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """Settings as trackers accept them: one level, names joined by dots, other types as text."""
+    flat: dict[str, str | int | float | bool] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": item for key, item in plain_settings(value).items()}
+        else:
+            flat[name] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return flat
+
+
+def environment(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment of a run: versions, devices, processes and the commit of the code.
+
+    Args:
+        extra: further entries, as JSON values.
+    """
+    cuda = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if cuda else []
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": installed_versions(PACKAGES),
+        "devices": devices or [platform.processor() or platform.machine()],
+        "cuda": torch.version.cuda if cuda else None,
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "package_commit": git_commit(PACKAGE),
+        "folder_commit": git_commit(Path.cwd()),
+        **extra,
+    }
+
+
+def draw_losses(log: Path, output: Path) -> bool:
+    """Plot the losses of a ``log.jsonl`` over steps as PNG, with their moving means.
+
+    Args:
+        log: the file.
+        output: the PNG file to write.
+
+    Returns:
+        Whether it was written: it needs matplotlib and a log of at least two steps.
+    """
+    curves = _curves(log)
+    if importlib.util.find_spec("matplotlib") is None or len(curves.get("loss", ())) < 2:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(curves), 3.2), layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        steps, values = zip(*points, strict=True)
+        window = max(1, len(values) // 50)
+        means = [sum(values[max(0, k - window + 1) : k + 1]) / min(window, k + 1) for k in range(len(values))]
+        axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+        axes.plot(steps, means, color="tab:blue", linewidth=1.6)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    figure.savefig(output, format="png", dpi=120, metadata={"Software": None})
+    return True
+
+
+def _curves(log: Path) -> dict[str, list[tuple[int, float]]]:
+    """Points of the loss, its parts and the validation losses, thinned for the plot."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    if not lines:
+        return {}
+    first = list(lines[0])
+    names = first[first.index("epoch") + 1 : first.index("gradient_norm")] if "gradient_norm" in first else ["loss"]
+    names += sorted({name for line in lines for name in line if name.startswith("validation_loss")})
+    thin = max(1, len(lines) // CURVE_POINTS)
+    kept = [line for number, line in enumerate(lines) if number % thin == 0 or any(n not in first for n in line)]
+    points = {name: [(line["step"], line[name]) for line in kept if line.get(name) is not None] for name in names}
+    return {name: found for name, found in points.items() if found}

@@ -28,14 +28,12 @@ from mmkd.distributed import allow_tf32, mean_over_processes, rank, settle_group
 from mmkd.files import refuse_existing
 from mmkd.student.trainable import set_training_mode
 from mmkd.training.batches import Batches, batches_from
-from mmkd.training.checkpoints import Checkpoints
+from mmkd.training.checkpoints import Checkpoints, RunFolder
 from mmkd.training.gradient_cache import cached_backward, set_seed
-from mmkd.training.log import StepLog, profiled_steps, report_skipped, timed
+from mmkd.training.log import TENSORBOARD_FOLDER, StepLog, profiled_steps, report_skipped, timed
 from mmkd.training.objectives import Objective, ObjectiveWrapper
 from mmkd.training.optimizer import WeightAverage, build_optimizer, clamp_scales, scale_values, set_learning_rate
-from mmkd.training.run_folder import RunFolder
-from mmkd.training.settings import LoopSettings, check
-from mmkd.training.tracking import TENSORBOARD_FOLDER, chosen_trackers
+from mmkd.training.settings import LoopSettings, check, chosen_trackers
 from mmkd.training.validation import Validation
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The learning rate schedule, AdamW with its parameter groups, the bounds of scales, the moving average of weights."""
+"""What is trained and how fast: parts, learning rates, AdamW, bounds of scales, and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmkd.distributed import whole
-from mmkd.student.trainable import layers_of, require_part
-from mmkd.training.settings import LoopSettings
+from mmkd.student.trainable import (
+    TOWERS,
+    enable_gradient_checkpointing,
+    freeze,
+    layers_of,
+    require_part,
+    set_attention,
+)
+from mmkd.training.settings import LoopSettings, ModelSettings
 
 LOGIT_SCALE_RANGE = (0.0, math.log(100))
+
+
+def make_trainable(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Apply the settings to a model: frozen parts, gradient checkpointing, attention and compilation.
+
+    Raises:
+        ValueError: a part that the model does not have, or an attention that it or this machine does not support.
+    """
+    freeze(model, settings.freeze)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if settings.attention is not None:
+        set_attention(model, settings.attention)
+    if settings.compile:
+        for tower in TOWERS:
+            model.get_submodule(tower).compile(dynamic=True)  # in place, so that no name in a checkpoint changes
 
 
 def learning_rate(step: int, total: int, settings: LoopSettings) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +16,8 @@ LEAST = {
 }
 LEAST_UNLESS_NONE = {"max_steps": 1, "micro_batch_size": 1, "profile_steps": 1}
 RECALLS = (1, 5, 10)
+AUTO, NONE = "auto", "none"
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 DIRECTIONS = ("image_to_text", "text_to_image")
 METRICS = ("loss", "mean_recall", *(f"{way}_recall@{k}" for way in DIRECTIONS for k in RECALLS))
 
@@ -32,6 +36,22 @@ class RunSettings:
         None, "pairs encoded at once by each process, the same gradient in less memory; null encodes all at once"
     )
     quiet: bool = setting(False, "show no progress bar")
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Settings of the model that every kind of training has."""
+
+    GROUP: ClassVar[str] = "model"
+
+    freeze: list[str] = setting(
+        factory=list, help="frozen modules: vision_model, text_model.embeddings, text_model[:4]"
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = setting(
+        None, "attention implementation, by default torch's choice; flash needs its package, a GPU and bf16"
+    )
+    compile: bool = setting(False, "compile the towers: minutes at the start, then faster steps; not the same bytes")
 
 
 @dataclass(kw_only=True)
@@ -101,8 +121,6 @@ def check(settings: LoopSettings) -> None:
     for name, least in LEAST_UNLESS_NONE.items():
         if values[name] is not None and values[name] < least:
             raise ValueError(f"--{name} is {values[name]}; it must be at least {least}, or null")
-    from mmkd.training.tracking import chosen_trackers  # imports torch
-
     chosen_trackers(settings.trackers)
     if settings.peak_tflops is not None and not settings.peak_tflops > 0:
         raise ValueError(f"--peak_tflops is {settings.peak_tflops}; it must be above 0, or null")
@@ -121,6 +139,25 @@ def check(settings: LoopSettings) -> None:
         raise ValueError(f"--crop_area is {values['crop_area']}; it must be above 0 and at most 1")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"--dropout is {settings.dropout}; it must be at least 0 and below 1")
+
+
+def chosen_trackers(names: Sequence[str]) -> list[str]:
+    """The trackers to use: ``auto`` is TensorBoard if it is installed, ``none`` is no tracker.
+
+    Raises:
+        ValueError: an unknown name, a tracker that is not installed, or ``auto`` or ``none`` beside others.
+    """
+    if list(names) == [AUTO]:
+        return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    if list(names) == [NONE]:
+        return []
+    for name in names:
+        if name not in TRACKERS:
+            allowed = ", ".join(TRACKERS)
+            raise ValueError(f"--trackers {name}{nearest(name, TRACKERS)}: give {allowed}, or {AUTO} or {NONE} alone")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--trackers {name} is not installed; run `pip install {name}`, or give {NONE}")
+    return list(names)
 
 
 @dataclass(kw_only=True)

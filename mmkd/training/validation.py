@@ -19,11 +19,11 @@ from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.data.table import Pair
 from mmkd.distributed import gather, mean_over_processes, model_state, rank, wait_for_everyone
 from mmkd.training.batches import Batches, pair_batches
+from mmkd.training.checkpoints import RunFolder
 from mmkd.training.dataset import TeacherStores, micro_batches, without_inputs
 from mmkd.training.gradient_cache import encoded
 from mmkd.training.objectives import ObjectiveWrapper
 from mmkd.training.optimizer import WeightAverage
-from mmkd.training.run_folder import RunFolder
 from mmkd.training.settings import DIRECTIONS, RECALLS, ValidationSettings, check_validation
 
 ROWS_AT_ONCE = 1024

@@ -40,14 +40,13 @@ from mmkd.distributed import allow_tf32
 from mmkd.encoders.zoo import load_encoder
 from mmkd.student.flops import peak_flops, step_cost
 from mmkd.student.folder import load_student
-from mmkd.student.settings import ModelSettings
-from mmkd.student.trainable import make_trainable, set_training_mode
+from mmkd.student.trainable import set_training_mode
 from mmkd.training.batches import pair_batches
 from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.gradient_cache import cached_backward
 from mmkd.training.objectives import Objective, ObjectiveWrapper
-from mmkd.training.optimizer import build_optimizer
-from mmkd.training.settings import BatchSettings, LoopSettings
+from mmkd.training.optimizer import build_optimizer, make_trainable
+from mmkd.training.settings import BatchSettings, LoopSettings, ModelSettings
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 PAIRS, BATCH, MICRO = 48, 16, 6

@@ -23,7 +23,7 @@ import mmkd
 PLACES = {
     "step": ("loop.py", "gradient_cache.py", "objectives.py", "optimizer.py", "log.py"),
     "checkpoint": ("checkpoints.py",),
-    "files": ("run_folder.py", "../files.py"),
+    "files": ("../files.py",),
 }
 ROOM = Path(mmkd.__file__).parent / "training"
 PLACE_OF = {str((ROOM / file).resolve()): place for place, files in PLACES.items() for file in files}

@@ -15,7 +15,7 @@ from mmkd.command.settings import parse
 from mmkd.encoders.zoo import load_with_precision
 from mmkd.evaluation import watch as watching
 from mmkd.files import read_json
-from mmkd.training.run_folder import RunFolder
+from mmkd.training.checkpoints import RunFolder
 
 TEACHER = FakeEncoder("teacher", 0.3)
 

@@ -16,7 +16,7 @@ from mmkd.data.table import Pair
 from mmkd.student.folder import load_student, save_student
 from mmkd.student.towers import build_model
 from mmkd.student.trainable import adapter_targets
-from mmkd.training.classification import PromptClassification
+from mmkd.training.contrastive import PromptClassification
 from modeling_mmkd import PRESETS, MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
 
 peft = pytest.importorskip("peft", reason="adapters need peft, of the extra train")

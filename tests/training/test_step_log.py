@@ -9,12 +9,12 @@ import torch
 from captioned_batches import batch, descending, model
 from safetensors.torch import save_file
 
+from mmkd.data.provenance import git_commit
+from mmkd.training.checkpoints import RunFolder
 from mmkd.training.contrastive import ContrastiveObjective
-from mmkd.training.log import StepLog, memory_gb, teacher_use
+from mmkd.training.log import StepLog, draw_losses, environment, memory_gb, plain_settings, teacher_use
 from mmkd.training.loop import fit, start
-from mmkd.training.run_folder import RunFolder
-from mmkd.training.settings import LoopSettings
-from mmkd.training.tracking import chosen_trackers, draw_losses, environment, git_commit, plain_settings
+from mmkd.training.settings import LoopSettings, chosen_trackers
 
 
 class Batches:
