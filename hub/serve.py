@@ -80,10 +80,9 @@ from mmkd.exporting.usage import DESCRIPTION
 from mmkd.files import read_json
 from mmkd.serving.api import Metrics, create_app, with_gate
 from mmkd.serving.calibration import read_calibration
-from mmkd.serving.encoders import ServedEncoder
 from mmkd.serving.gate import LOOPBACK_NAMES, MEBIBYTE, Limits
 from mmkd.serving.index import SearchIndex
-from mmkd.serving.predictor import Label, Predictor, normal_labels, read_labels, read_templates
+from mmkd.serving.predictor import Label, Predictor, ServedEncoder, normal_labels, read_labels, read_templates
 from mmkd.serving.service import Archive, Batching, Service
 
 

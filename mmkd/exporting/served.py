@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mmkd.exporting.usage import DESCRIPTION, Encoder
@@ -18,8 +17,8 @@ LARGEST_SIDE = 4096  # pixels of an image as the model takes it
 BATCH_SIZE = 16  # of heat maps; the service collects its own batches
 
 
-class OnnxEncoder:
-    """A folder of ``mmkd export --format onnx`` or ``int8``."""
+class OnnxEncoder(Encoder):
+    """A folder of ``mmkd export --format onnx`` or ``int8``; see `mmkd.serving.predictor.ServedEncoder`."""
 
     batch_size = BATCH_SIZE
 
@@ -43,7 +42,7 @@ class OnnxEncoder:
             self.dim: int = metadata["dim"]
             if not 1 <= metadata["image"]["side"] <= metadata["image"]["size"] <= LARGEST_SIDE:
                 raise ValueError(f"image: side and size must be 1 to {LARGEST_SIDE}, side the smaller")
-            self._towers = Encoder(folder, int(os.environ.get("OMP_NUM_THREADS") or 0))
+            super().__init__(folder, int(os.environ.get("OMP_NUM_THREADS") or 0))
             for vectors in (self.encode_images([Image.new("RGB", (8, 8))]), self.encode_texts(["a"])):
                 if vectors.shape != (1, self.dim) or not np.isfinite(vectors).all():
                     raise ValueError(f"the towers give vectors {vectors.shape}, dim is {self.dim}")
@@ -51,22 +50,8 @@ class OnnxEncoder:
             told = " ".join(str(error).split())
             raise ValueError(f"{folder / DESCRIPTION}, or a file that it names, cannot be used: {told}") from error
 
-    def prepare_any(self, image: Image.Image) -> NDArray[np.float32]:
-        """See `mmkd.serving.encoders.ServedEncoder`; (3, side, side)."""
-        return self._towers.pixels(image)
-
-    def encode_prepared(self, prepared: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """See `mmkd.serving.encoders.ServedEncoder`."""
-        return self._towers.encode_pixels(prepared)
-
-    def encode_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """See `mmkd.serving.encoders.Encoder`."""
-        return self._towers.encode_images(images)
-
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """See `mmkd.serving.encoders.Encoder`."""
-        return self._towers.encode_texts(texts)
+    prepare_any, encode_prepared = Encoder.pixels, Encoder.encode_pixels
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """Tokens of texts, each up to the context."""
-        return int(self._towers.tokens(texts)["attention_mask"].sum())
+        return int(self.tokens(texts)["attention_mask"].sum())

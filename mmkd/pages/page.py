@@ -219,6 +219,11 @@ def _render(template: str, **values: Any) -> str:
     return _environment(template.endswith(".md.j2")).get_template(template).render(**values)
 
 
+def macros(template: str) -> Any:
+    """The macros of a template of HTML below the package, as functions that escape what they are given."""
+    return _environment(False).get_template(template).module
+
+
 @lru_cache(maxsize=2)
 def _environment(markdown: bool) -> Any:
     """Templates of the whole package; every string is escaped, for Markdown by what Jinja calls on each value."""

@@ -6,6 +6,7 @@ import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any, Literal
 
 import orjson
@@ -27,7 +28,6 @@ from mmkd.serving.inputs import (
     SearchRequest,
     read_request,
 )
-from mmkd.serving.predictor import Prediction
 from mmkd.serving.service import Service, Vectors
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -225,7 +225,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
             raise RequestError(400, "images are classified, not texts", "invalid_item", f"input.{texts[0]}")
         predictor = await _labelled(service.predictor(requested.labels))
         predictions = await service.classify(await service.embed(items), predictor)
-        data = [classification(place, own) for place, own in enumerate(predictions)]
+        data = [Classification(index=place, **asdict(own)) for place, own in enumerate(predictions)]
         return Classifications(model=service.name, calibrated=predictor.calibration is not None, data=data)
 
     @app.post("/v1/search", openapi_extra=_body_of(SearchRequest))
@@ -280,18 +280,6 @@ def with_gate(
     """The application behind its gate; arguments as `mmkd.serving.gate.Gate`."""
     routes = [*list(app.openapi()["paths"]), "/openapi.json"]
     return Gate(app, service.limits, key, hosts, routes, page_paths, metrics.request, frame_ancestors)
-
-
-def classification(index: int, prediction: Prediction) -> Classification:
-    """A prediction as JSON."""
-    found = prediction.conformal_set
-    return Classification(
-        index=index,
-        probabilities=prediction.probabilities,
-        labels=list(prediction.labels),
-        conformal_set=None if found is None else list(found),
-        abstained=prediction.abstained,
-    )
 
 
 async def _read(service: Service, request: Request, form: type[Form]) -> tuple[Form, list[Item]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from mmkd.data.images import heat_colours, shrink, to_rgb
-from mmkd.serving.encoders import Encoder
+from mmkd.serving.predictor import Encoder
 
 CELLS, WINDOW, SHORT_SIDE = 10, 3, 384
 

@@ -12,9 +12,9 @@ import secrets
 import time
 from base64 import b64encode
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from html import escape
 from importlib import resources
 from typing import Any
 
@@ -23,11 +23,11 @@ from PIL import Image
 
 from mmkd.data.images import encode, open_image, shrink
 from mmkd.data.pixel_rules import UnreadableImageError, Window
+from mmkd.pages.page import macros
 from mmkd.serving.api import NOTICE
 from mmkd.serving.gate import MEBIBYTE, RequestError
 from mmkd.serving.index import Hit
 from mmkd.serving.inputs import parse_items
-from mmkd.serving.predictor import Prediction, Predictor
 from mmkd.serving.service import Archive, Service, Vectors
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -43,6 +43,7 @@ SHOWN_LABELS, NEIGHBOURS = 12, 8
 MOST_WAITING, MOST_READ = 32, 4  # events of all visitors; images that are decoded at once, each held as base64
 MOST_KEPT, KEPT_SECONDS = 128, 1800  # images of all visitors
 BASE64_GROWTH = 4 / 3
+PARTS = macros("serving/page.html.j2")
 NO_IMAGE = "Choose an image first."
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "Arial", "sans-serif")
 MONOSPACED = ("ui-monospace", "Cascadia Mono", "Liberation Mono", "Menlo", "monospace")
@@ -96,7 +97,7 @@ def build_page(service: Service) -> gr.Blocks:
     own: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "minimal"}
     with gr.Blocks(title=f"{service.name}: MMKD-CLIP", analytics_enabled=False) as page:
         picture = gr.State("", time_to_live=KEPT_SECONDS, delete_callback=actions.forget)
-        gr.HTML(_title(service), elem_classes="mmkd")
+        gr.HTML(PARTS.title(service.name, NOTICE), elem_classes="mmkd")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picker = gr.HTML(
@@ -112,7 +113,9 @@ def build_page(service: Service) -> gr.Blocks:
                     ", ".join(service.labels), label="Labels, separated by commas", lines=2, max_lines=8
                 )
                 classify = gr.Button("Classify", variant="primary")
-                answer = gr.HTML(_quiet("Choose an image to see the probabilities of the labels."), elem_classes="mmkd")
+                answer = gr.HTML(
+                    PARTS.quiet("Choose an image to see the probabilities of the labels."), elem_classes="mmkd"
+                )
         with gr.Row():
             with gr.Column(min_width=300):
                 text = gr.Textbox(label="Heat map for a text", placeholder="by default the most probable label")
@@ -121,12 +124,12 @@ def build_page(service: Service) -> gr.Blocks:
                 heat = gr.HTML("", elem_classes="mmkd mmkd-picture")
         if service.archive is not None:
             gr.HTML(f"<h2>Archive of {len(service.archive.index)} images</h2>", elem_classes="mmkd")
-            near = gr.HTML(_quiet("Choose an image to see the most similar ones."), elem_classes="mmkd")
+            near = gr.HTML(PARTS.quiet("Choose an image to see the most similar ones."), elem_classes="mmkd")
             caption = gr.Textbox(label="Search the archive by caption", placeholder="power Doppler ultrasound")
             search = gr.Button("Search")
             found = gr.HTML("", elem_classes="mmkd")
             gr.on([search.click, caption.submit], actions.search, [caption], [found], **own)
-        gr.HTML(_facts(service), elem_classes="mmkd")
+        gr.HTML(PARTS.facts(service.facts), elem_classes="mmkd")
         read = picker.upload(actions.read, [picker], [picture, shown, heat], **own | {"concurrency_limit": MOST_READ})
         read.success(actions.classify, [picture, labels], [answer], **own)
         if service.archive is not None:
@@ -166,16 +169,16 @@ class _Actions:
         key = secrets.token_urlsafe()
         self.pictures[key] = Picture(image, vector, time.monotonic())
         self.forget("")
-        return key, await self._img(image, alt), ""
+        return key, PARTS.image(await self.service.in_pool(_jpeg, image), alt), ""
 
     async def classify(self, key: str, labels: str) -> str:
         """Probabilities of the labels."""
         picture = self.pictures.get(key)
         if picture is None:
-            return _quiet(NO_IMAGE)
+            return PARTS.quiet(NO_IMAGE)
         names = [name for line in labels.splitlines() for name in line.split(",") if name.strip()]
         if not names:
-            return _quiet("Write the labels to choose from, such as: normal, pneumonia.")
+            return PARTS.quiet("Write the labels to choose from, such as: normal, pneumonia.")
         same = [name.strip() for name in names] == self.service.labels
         try:
             predictor = await self.service.predictor(None if same else names)
@@ -184,27 +187,21 @@ class _Actions:
             raise gr.Error(str(error), print_exception=False) from None
         if key in self.pictures:
             self.pictures[key] = replace(picture, best=next(iter(prediction.probabilities)))
-        return _answer(prediction, predictor)
+        return PARTS.answer(prediction, predictor.calibration, SHOWN_LABELS)
 
     async def explain(self, key: str, text: str) -> str:
         """The heat map of a text."""
         picture = self.pictures.get(key)
         if picture is None:
-            return _quiet(NO_IMAGE)
+            return PARTS.quiet(NO_IMAGE)
         text = text.strip() or picture.best
         if not text:
-            return _quiet("Write the text to explain.")
+            return PARTS.quiet("Write the text to explain.")
         try:
             coloured = await self.service.explain(picture.shown, text)
         except (RequestError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from None
-        image = await self._img(coloured, f"Heat map for: {text}")
-        meaning = (
-            "Bright: without this part, the image is less similar to the text. "
-            "It shows what the model uses, not where a finding is. Much of it is the same for other texts about the "
-            "image; `mmkd explain --against` subtracts another text."
-        )
-        return f'<p class="mmkd-quiet">Heat map for “{escape(text)}”</p>{image}{_quiet(meaning)}'
+        return PARTS.heat(text, await self.service.in_pool(_jpeg, coloured))
 
     async def neighbours(self, key: str) -> str:
         """The most similar images of the archive."""
@@ -214,7 +211,7 @@ class _Actions:
     async def search(self, caption: str) -> str:
         """The images of the archive that fit a caption."""
         if not caption.strip():
-            return _quiet("Write a caption to search for.")
+            return PARTS.quiet("Write a caption to search for.")
         try:
             vectors = await self.service.embed([caption])
         except (RequestError, ValueError) as error:
@@ -225,85 +222,26 @@ class _Actions:
         archive = self.service.archive
         assert archive is not None
         hits = await self.service.search(vector, NEIGHBOURS)
-        entries = await self.service.in_pool(lambda: "".join(_entry(archive, hit, self.service.window) for hit in hits))
-        return f'<p class="mmkd-quiet">{escape(title)}</p><ol class="mmkd-found">{entries}</ol>'
-
-    async def _img(self, image: Image.Image, alt: str) -> str:
-        return await self.service.in_pool(_img, image, alt)
+        return PARTS.hits(title, await self.service.in_pool(_found, archive, hits, self.service.window))
 
 
-def _img(image: Image.Image, alt: str) -> str:
-    """An image as a part of the page."""
-    _, data = encode(image, QUALITY)
-    return f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{b64encode(data).decode()}">'
+def _jpeg(image: Image.Image) -> str:
+    """An image as base64, to be embedded in the page."""
+    return b64encode(encode(image, QUALITY)[1]).decode()
 
 
-def _entry(archive: Archive, hit: Hit, window: Window) -> str:
-    """An image that was found, with its name and its similarity."""
-    path = archive.path(hit.id)
-    shown = '<span class="none"></span>'
-    if path is not None:
-        with suppress(UnreadableImageError):  # it has changed since it was indexed: its name is shown
-            shown = _img(shrink(open_image(path, window=window), THUMBNAIL_SIDE), hit.id)
-    return f"<li>{shown}{escape(hit.id)} <span class='mmkd-tag'>{hit.score:.2f}</span></li>"
-
-
-def _answer(prediction: Prediction, predictor: Predictor) -> str:
-    """The probabilities of one image."""
-    calibration, kept = predictor.calibration, prediction.conformal_set
-    if prediction.abstained:
-        head = (
-            "<b>The model abstains</b><br>This image is less similar to every label than the images of the calibration."
-        )
-    elif prediction.labels:
-        head = f"<b>{escape(', '.join(prediction.labels))}</b>"
-    else:
-        head = "<b>None of the labels</b>"
-    rows = []
-    for name, value in list(prediction.probabilities.items())[:SHOWN_LABELS]:
-        tag = "<span class='mmkd-tag'>in the set</span>" if kept is not None and name in kept else ""
-        rows.append(
-            f"<li><span class='name'>{escape(name)}{tag}</span><span class='share'>{100 * value:.1f} %</span>"
-            f"<span class='bar' aria-hidden='true'><i style='width:{100 * value:.1f}%'></i></span></li>"
-        )
-    hidden = len(prediction.probabilities) - len(rows)
-    more = f"{hidden} less probable labels are not shown. " if hidden else ""
-    if calibration is None:
-        source = "Not calibrated for these labels: the probabilities rank labels, they are no frequencies."
-    else:
-        source = f"Calibrated on {calibration.images} labelled images."
-        if kept is not None:
-            source += (
-                f" On average over images like those of the calibration, the set contains the true label for at least "
-                f"{100 * (1 - calibration.alpha):.0f} %."
-            )
-    return (
-        f'<div role="status"><p class="mmkd-answer">{head}</p><ol class="mmkd-bars">{"".join(rows)}</ol></div>'
-        + _quiet(more + source)
-    )
-
-
-def _title(service: Service) -> str:
-    return (
-        f'<div class="mmkd-title"><h1>{escape(service.name)}</h1>'
-        "<p>Zero-shot labels, heat maps and search for biomedical images. An image stays in the memory of this service "
-        "for at most half an hour, and on no disk.</p>"
-        f'<p class="mmkd-notice"><strong>{NOTICE}</strong> For research: a model of image and text similarity, not a '
-        "medical device.</p></div>"
-    )
-
-
-def _facts(service: Service) -> str:
-    rows = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in service.facts.items()
-    )
-    return f'<h2>The model</h2><dl class="mmkd-facts">{rows}</dl>'
+def _found(archive: Archive, hits: Sequence[Hit], window: Window) -> list[tuple[Hit, str]]:
+    """Images that were found, each as base64; empty where it has changed since it was indexed, or is not shown."""
+    found = []
+    for hit in hits:
+        path, data = archive.path(hit.id), ""
+        if path is not None:
+            with suppress(UnreadableImageError):
+                data = _jpeg(shrink(open_image(path, window=window), THUMBNAIL_SIDE))
+        found.append((hit, data))
+    return found
 
 
 def _resource(name: str) -> str:
     """A file beside this one."""
     return (resources.files("mmkd.serving") / name).read_text(encoding="utf-8")
-
-
-def _quiet(text: str) -> str:
-    return f'<p class="mmkd-quiet">{escape(text)}</p>'

@@ -19,10 +19,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from mmkd.command.settings import nearest
 from mmkd.data.features.shards import TensorMap, is_whole, shard_file, write_shard
@@ -40,7 +41,6 @@ from mmkd.data.prompts import (
 from mmkd.data.readers import read_csv
 from mmkd.files import read_yaml
 from mmkd.serving.calibration import Calibration
-from mmkd.serving.encoders import ServedEncoder
 
 Mode = Literal["single", "multilabel", "normal"]
 Probabilities = NDArray[np.float64]
@@ -53,6 +53,42 @@ DEFAULT_SCALE = 100.0  # CLIP's own limit, for weights that state no logit scale
 DEFAULT_THRESHOLD = 0.5
 CACHED_LABEL_SETS = 64
 CACHE_VARIABLE = "XDG_CACHE_HOME"
+
+
+class Encoder(Protocol):
+    """What heat maps need of an encoder: arrays, or tensors that are read as arrays.
+
+    Attributes:
+        batch_size: images that are best given at once.
+    """
+
+    batch_size: int
+
+    def encode_images(self, images: Sequence[Image.Image]) -> ArrayLike:
+        """Images of any size and mode to unit vectors, (n, dim)."""
+
+    def encode_texts(self, texts: Sequence[str]) -> ArrayLike:
+        """Texts to unit vectors, (n, dim)."""
+
+
+class ServedEncoder(Encoder, Protocol):
+    """What prediction and the service need: an encoder whose images several threads prepare.
+
+    `DualEncoder` satisfies both protocols, and so does an exported folder without torch (`mmkd.exporting.served`).
+
+    Attributes:
+        dim: width of its vectors.
+        provenance: JSON values that describe it.
+    """
+
+    dim: int
+    provenance: dict[str, Any]
+
+    def prepare_any(self, image: Image.Image) -> Any:
+        """Preprocess one image."""
+
+    def encode_prepared(self, prepared: Sequence[Any]) -> ArrayLike:
+        """Images that `prepare_any` has prepared to unit vectors, (n, dim)."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +166,12 @@ class Predictor:
         _check_labels(labels, mode)
         self.labels = [label.name for label in labels]
         self.mode: Mode = mode
-        sentences = {label.name: _prompts(label, templates) for label in labels}
-        negated = {label.name: _negative_prompts(label, templates) for label in labels} if mode == "multilabel" else {}
+        sentences, negated = {}, {}
+        for label in labels:
+            own = templates_of(label.modality) if label.modality else templates or ANY_MODALITY
+            sentences[label.name] = list(label.prompts) or fill(own, label.name)
+            if mode == "multilabel":
+                negated[label.name] = list(label.negative_prompts) or fill_absence(own, label.name)
         self.key = label_key(mode, sentences, negated)
         self.fingerprint = str(encoder.provenance.get("fingerprint", ""))
         self.model_scale = float(encoder.provenance.get("logit_scale") or DEFAULT_SCALE)
@@ -396,18 +436,6 @@ def _refuse_repeated(labels: Iterable[Label]) -> None:
         if same in seen:
             raise ValueError(f"the label {label.name!r} occurs twice (as {seen[same]!r}); labels must differ")
         seen[same] = label.name
-
-
-def _prompts(label: Label, templates: Sequence[str]) -> list[str]:
-    return list(label.prompts) or fill(_templates(label, templates), label.name)
-
-
-def _negative_prompts(label: Label, templates: Sequence[str]) -> list[str]:
-    return list(label.negative_prompts) or fill_absence(_templates(label, templates), label.name)
-
-
-def _templates(label: Label, templates: Sequence[str]) -> Sequence[str]:
-    return templates_of(label.modality) if label.modality else templates or ANY_MODALITY
 
 
 def _class_vectors(

@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from mmkd.data.images import open_image
 from mmkd.data.pixel_rules import DEFAULT_WINDOW, UnreadableImageError, Window
 from mmkd.files import is_inside, leads_inside
 from mmkd.serving.batching import Batcher
-from mmkd.serving.encoders import ServedEncoder
 from mmkd.serving.explain import heat_map, overlay
 from mmkd.serving.gate import Limits, RequestError, overloaded
 from mmkd.serving.index import Hit, SearchIndex
-from mmkd.serving.predictor import Label, Prediction, Predictor
+from mmkd.serving.predictor import Label, Prediction, Predictor, ServedEncoder
 
 Vectors = NDArray[np.float32]
 Result = TypeVar("Result")
@@ -128,8 +127,8 @@ class Service:
         self._model_thread: Executor = ThreadPoolExecutor(1, "model")
         self._pool: Executor = ThreadPoolExecutor(self.batching.threads, "prepare")
         self._explaining: Executor = ThreadPoolExecutor(1, "explain")
-        self._images: Batcher[Any, Vectors] = self._batcher(self._compute_images, "image")
-        self._texts: Batcher[str, Vectors] = self._batcher(self._compute_texts, "text")
+        self._images: Batcher[Any, Vectors] = self._batcher(self.encoder.encode_prepared, "image")
+        self._texts: Batcher[str, Vectors] = self._batcher(self.encoder.encode_texts, "text")
         await self.embed([Image.new("RGB", (64, 64)), "warm-up"])
         self.ready = True
 
@@ -242,10 +241,10 @@ class Service:
         finally:
             self._pending -= items
 
-    def _batcher(self, compute: Callable[[Sequence[Any]], Sequence[Vectors]], kind: str) -> Batcher[Any, Vectors]:
+    def _batcher(self, compute: Callable[[Sequence[Any]], ArrayLike], kind: str) -> Batcher[Any, Vectors]:
         how = self.batching
         batcher: Batcher[Any, Vectors] = Batcher(
-            compute,
+            lambda items: list(np.asarray(compute(items))),
             self._model_thread,
             self._turn,
             how.largest,
@@ -274,12 +273,6 @@ class Service:
         except UnreadableImageError as error:
             raise RequestError(400, str(error), f"image_{error.reason}", place) from None
 
-    def _compute_images(self, prepared: Sequence[Any]) -> list[Vectors]:
-        return list(np.asarray(self.encoder.encode_prepared(prepared)))
-
-    def _compute_texts(self, texts: Sequence[str]) -> list[Vectors]:
-        return list(np.asarray(self.encoder.encode_texts(texts)))
-
 
 class _SharedEncoder:
     """The service as an encoder for another thread, so that its many images share batches with those of clients."""
@@ -289,17 +282,12 @@ class _SharedEncoder:
     def __init__(self, service: Service, loop: asyncio.AbstractEventLoop) -> None:
         self._service, self._loop = service, loop
 
-    def encode_images(self, images: Sequence[Image.Image]) -> Vectors:
+    def encode_images(self, items: Sequence[str | Image.Image]) -> Vectors:
         """See `Encoder`."""
-        return self._embed(images)
-
-    def encode_texts(self, texts: Sequence[str]) -> Vectors:
-        """See `Encoder`."""
-        return self._embed(texts)
-
-    def _embed(self, items: Sequence[str | Image.Image]) -> Vectors:
         vectors = asyncio.run_coroutine_threadsafe(self._service.embed(items), self._loop)
         return vectors.result(self._service.limits.seconds)
+
+    encode_texts = encode_images  # the service tells them apart
 
 
 async def _nothing() -> list[Vectors]:
