@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,27 +28,7 @@ from modeling_mmkd.modeling_mmkd import build_tower, position_limit
 
 COUNTED_SIDE = 224  # pixels, for image towers of any size
 COUNTED_TOKENS = 16  # and twice as many; fewer where a tower has fewer positions
-# Dense peaks in TFLOP/s: bf16 (fp16 where there is no bf16), and fp32 outside tensor cores. Makers' data sheets.
-PEAKS = {
-    "B200": (2250.0, 75.0),
-    "GH200": (989.0, 67.0),
-    "H200": (989.0, 67.0),
-    "H100 PCIe": (756.0, 51.0),
-    "H100": (989.0, 67.0),
-    "A100": (312.0, 19.5),
-    "MI300X": (1307.0, 163.0),
-    "MI250X": (383.0, 48.0),
-    "L40S": (362.0, 92.0),
-    "L4": (121.0, 30.0),
-    "A10": (125.0, 31.0),
-    "A10G": (125.0, 31.0),
-    "A6000": (155.0, 39.0),
-    "RTX 4090": (165.0, 83.0),
-    "RTX 3090": (71.0, 36.0),
-    "V100": (125.0, 15.7),
-    "T4": (65.0, 8.1),
-}
-WITHOUT_TF32 = ("V100", "T4", "MI250X")  # the TF32 peak of the others is half that of bf16
+GPUS: dict[str, dict[str, float]] = yaml.safe_load(Path(__file__).with_name("gpus.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -118,15 +100,12 @@ def peak_flops(device: str, precision: str) -> float | None:
     """Peak operations a second of a device, None for an unknown name.
 
     Args:
-        device: a name that holds one of `PEAKS`, such as ``NVIDIA H100 80GB HBM3``.
+        device: a name with the words of one in ``gpus.yaml``, such as ``NVIDIA H100 80GB HBM3``.
         precision: ``bf16``, ``tf32`` or ``fp32``.
     """
-    words = device.replace("-", " ").lower().split()
-    for name, (half, single) in PEAKS.items():
-        if all(word in words for word in name.lower().split()):
-            tf32 = single if name in WITHOUT_TF32 else half / 2
-            return {"bf16": half, "tf32": tf32, "fp32": single}[precision] * 1e12
-    return None
+    words = set(device.replace("-", " ").lower().split())
+    found = next((gpu for name, gpu in GPUS.items() if words.issuperset(name.split("-"))), None)
+    return found and found[precision] * 1e12
 
 
 def _passes(tower: nn.Module) -> float:

@@ -7,6 +7,7 @@ out; settings are in ``settings.yaml`` in the same folder.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,27 +34,7 @@ PROVENANCE_FILE = "provenance.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MOST_VALUES = 40  # values of a column that are listed by name
 PACKAGES = ("mmkd-clip", "torch", "transformers")
-SENTENCE_TRANSFORMERS: dict[str, Any] = {  # its files: texts and images to unit vectors; mteb reads the modalities here
-    "modules.json": [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
-        {
-            "idx": 1,
-            "name": "1",
-            "path": "1_Normalize",
-            "type": "sentence_transformers.base.modules.normalize.Normalize",
-        },
-    ],
-    "sentence_bert_config.json": {
-        "transformer_task": "feature-extraction",
-        "modality_config": {
-            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
-            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
-        },
-        "module_output_name": "sentence_embedding",
-    },
-    "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
-    "1_Normalize/config.json": {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"},
-}
+SENTENCE_TRANSFORMERS = Path(__file__).with_name("sentence_transformers.json")  # file of a model's folder -> content
 PACKAGED_LICENSES = {
     "packaged:efficientnet-lite0": "Apache-2.0 (the original's; the package declares none)",
     "packaged:all-minilm-l6-v2": "Apache-2.0 (the original's; the package declares none)",
@@ -92,8 +73,8 @@ def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance:
 
 
 def write_sentence_transformers(folder: Path) -> None:
-    """Write the files by which sentence-transformers and mteb read a model's folder."""
-    for name, values in SENTENCE_TRANSFORMERS.items():
+    """Write the files by which sentence-transformers and mteb read a model's folder, and the modalities it has."""
+    for name, values in json.loads(SENTENCE_TRANSFORMERS.read_text(encoding="utf-8")).items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_json(folder / name, values)
 

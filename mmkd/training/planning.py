@@ -15,14 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmkd.student.flops import StepCost, peak_flops, step_cost
+from mmkd.student.flops import GPUS, StepCost, peak_flops, step_cost
 
-# Memory of a GPU in 10^9 bytes, by words of its name as in `mmkd.student.flops.PEAKS`.
-GPU_MEMORY = {
-    **{"b200": 180, "gh200": 96, "h200": 141, "h100": 80, "h100-pcie": 80, "a100": 80, "a100-40": 40},
-    **{"mi300x": 192, "mi250x": 128, "l40s": 48, "l4": 24, "a10": 24, "a6000": 48},
-    **{"rtx-4090": 24, "rtx-3090": 24, "v100": 32, "t4": 16},
-}
 BYTES_OF_TRAINING = 16  # of a parameter: fp32 value, gradient and AdamW's two moments
 BYTES_OF_CAST = 2  # of a parameter's bf16 copy under autocast
 RESERVED_GB = 3.0  # CUDA context, communication buffers and fragmentation
@@ -61,7 +55,7 @@ class Hardware:
     """The GPUs and what is assumed about them.
 
     Attributes:
-        gpu: name from `GPU_MEMORY`.
+        gpu: name from `mmkd.student.flops.GPUS`.
         gpus: number of GPUs.
         precision: of the forward pass.
         sharded: weights, gradients and optimizer state are sharded over the GPUs (FSDP2).
@@ -90,8 +84,8 @@ class Hardware:
         Raises:
             ValueError: the message lists the known ones.
         """
-        if self.gpu not in GPU_MEMORY:
-            raise ValueError(f"--gpu {self.gpu} is not known; give one of {', '.join(GPU_MEMORY)}")
+        if self.gpu not in GPUS:
+            raise ValueError(f"--gpu {self.gpu} is not known; give one of {', '.join(GPUS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +152,7 @@ def measure(model: nn.Module, image_size: int, precision: Literal["fp32", "bf16"
 
 def estimate(stage: Stage, size: ModelSize, hardware: Hardware) -> Estimate:
     """Memory of a GPU, hours and price of a stage."""
-    peak = peak_flops(hardware.gpu.replace("-40", ""), hardware.precision)
+    peak = peak_flops(hardware.gpu, hardware.precision)
     assert peak is not None
     seconds_compute = _operations(stage, size, hardware) / (peak * hardware.efficiency)
     seconds_data = 1 / (hardware.images_per_core * hardware.cores_per_gpu)
@@ -222,7 +216,7 @@ def fitting(stage: Stage, size: ModelSize, hardware: Hardware) -> Stage | None:
     """The stage with a batch that the GPUs share evenly, its micro-batch halved until it fits; None if none does."""
     stage = replace(stage, batch_size=max(1, stage.batch_size // hardware.gpus) * hardware.gpus)
     micro, _ = _local_rows(stage, hardware)
-    while _memory_gb(stage, size, hardware) > GPU_MEMORY[hardware.gpu]:
+    while _memory_gb(stage, size, hardware) > GPUS[hardware.gpu]["memory"]:
         if micro <= 1:
             return None
         micro //= 2
@@ -232,7 +226,7 @@ def fitting(stage: Stage, size: ModelSize, hardware: Hardware) -> Stage | None:
 
 def _warnings(stage: Stage, size: ModelSize, hardware: Hardware) -> list[str]:
     """What cannot work, and what would."""
-    gpu, room, memory = hardware.gpu, GPU_MEMORY[hardware.gpu], _memory_gb(stage, size, hardware)
+    gpu, room, memory = hardware.gpu, GPUS[hardware.gpu]["memory"], _memory_gb(stage, size, hardware)
     found = []
     if stage.batch_size % hardware.gpus:
         found.append(f"{stage.name}: a batch of {stage.batch_size} cannot be divided evenly among {hardware.gpus} GPUs")
@@ -240,7 +234,7 @@ def _warnings(stage: Stage, size: ModelSize, hardware: Hardware) -> list[str]:
         found.append(f"{stage.name}: {gpu} has no bf16; use --precision fp32")
     if memory <= room:
         return found
-    needs = f"{stage.name}: {memory:.0f} GB per GPU do not fit into the {room} GB of a {gpu}"
+    needs = f"{stage.name}: {memory:.0f} GB per GPU do not fit into the {room:g} GB of a {gpu}"
     fits = fitting(stage, size, hardware)
     if fits is not None:
         micro = fits.micro_batch_size
