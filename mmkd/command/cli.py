@@ -55,34 +55,25 @@ RECIPES = {
 }
 PIPELINES = {"quickstart": "quickstart.yaml"}
 DISTRIBUTED = ("pretrain", "align", "distill", "finetune")
-EXTRAS = {
-    **dict.fromkeys(("accelerate", "psutil"), "train"),
-    "peft": "train",
-    "torchvision": "train",
-    "open_clip": "teachers",
-    "timm": "teachers",
-    "sklearn": "eval",
-    "threadpoolctl": "eval",
-    "scipy": "eval",
-    "usearch": "search",
-    "submitit": "slurm",
-    "ray": "ray",
-    "onnx": "export",
-    "onnxscript": "export",
-    "onnxruntime": "export",
-    **dict.fromkeys(("pyarrow", "msgspec", "imagehash", "datasketch", "py3langid", "pylatexenc"), "curate"),
-    "datasets": "curate",
-    **dict.fromkeys(("h5py", "openslide", "skimage"), "slides"),
-    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client", "gradio", "python_multipart", "orjson"), "serve"),
+EXTRAS = {  # name of an imported package -> the extra that brings it
+    package: extra
+    for extra, packages in {
+        "train": "accelerate psutil peft torchvision",
+        "teachers": "open_clip timm",
+        "eval": "sklearn threadpoolctl scipy",
+        "search": "usearch",
+        "slurm": "submitit",
+        "ray": "ray",
+        "export": "onnx onnxscript onnxruntime",
+        "curate": "pyarrow msgspec imagehash datasketch py3langid pylatexenc datasets",
+        "slides": "h5py openslide skimage",
+        "serve": "fastapi uvicorn prometheus_client gradio python_multipart orjson",
+    }.items()
+    for package in packages.split()
 }
 LAUNCHER_OPTIONS = (
-    "num_processes",
-    "num_machines",
-    "machine_rank",
-    "main_process_ip",
-    "main_process_port",
-    "gpu_ids",
-    "config_file",
+    *("num_processes", "num_machines", "machine_rank", "gpu_ids", "config_file"),
+    *("main_process_ip", "main_process_port"),
 )
 
 

@@ -15,10 +15,8 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -73,7 +71,6 @@ class StageRunner:
         self._processes = _processes()
         self._running: set[int] = set()
         self._request = StopRequest(self._forward)
-        self._lock = threading.Lock()
 
     def __enter__(self) -> StageRunner:
         self._request.__enter__()
@@ -90,24 +87,20 @@ class StageRunner:
         whole = before.get("seconds") is not None or stage.recipe not in INCREMENTAL
         return before.get("key") == stage.key and whole and stage.output.exists()
 
-    def run(self, stage: Stage, heading: str = "") -> None:
+    def run(self, stage: Stage, heading: str) -> None:
         """Write the stage's settings as YAML and run ``mmkd RECIPE --config`` on it, unless it has finished.
 
         Raises:
             ValueError: the stage failed or was stopped; it has printed its own message.
             SystemExit: with 0, this process was requested to stop; complete outputs stay.
         """
-        heading = heading or stage.name
         self._stop_if_requested(heading)
         if self.finished(stage):
             print(f"{heading}: done before, in {_duration(self.known[stage.name]['seconds'])}", flush=True)
             return
         if self.known.get(stage.name, {}).get("key") != stage.key:
-            for path in (
-                stage.output,
-                stage.output.with_name(stage.output.name + ".partial"),
-            ):  # of other settings
-                remove(path)
+            for name in (stage.output.name, f"{stage.output.name}.partial"):
+                remove(stage.output.with_name(name))  # of other settings
         self._remember(stage, None)
         config = self.work / "configs" / f"{stage.name.replace(' ', '-').replace('/', '-')}.yaml"
         values = {"output": str(stage.output), **stage.values}
@@ -124,25 +117,6 @@ class StageRunner:
         seconds = round(time.monotonic() - started, 1)
         self._remember(stage, seconds)
         print(f"{heading}: {_duration(seconds)}, {stage.output}", flush=True)
-
-    def run_all(self, stages: Sequence[Stage], workers: int = 1) -> None:
-        """Run independent stages, several at a time; after a failure no other stage starts.
-
-        Raises:
-            ValueError: a stage failed.
-        """
-        total = len(stages)
-        with ThreadPoolExecutor(workers) as pool:
-            jobs = [
-                pool.submit(self.run, stage, f"[{number}/{total}] {stage.name}")
-                for number, stage in enumerate(stages, start=1)
-            ]
-            try:
-                for job in jobs:
-                    job.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
 
     def start(self, recipe: str, arguments: list[str]) -> int | None:
         """Run ``mmkd RECIPE`` in its own process; returns the exit code."""
@@ -182,9 +156,8 @@ class StageRunner:
             raise SystemExit(0)
 
     def _remember(self, stage: Stage, seconds: float | None) -> None:
-        with self._lock:
-            self.known[stage.name] = {"key": stage.key, "output": str(stage.output), "seconds": seconds}
-            write_json(self.record, self.known)
+        self.known[stage.name] = {"key": stage.key, "output": str(stage.output), "seconds": seconds}
+        write_json(self.record, self.known)
 
 
 def _duration(seconds: float | None) -> str:

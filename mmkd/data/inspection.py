@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,7 +21,7 @@ from mmkd.data.archives import ArchivedFile, ArchiveWriter
 from mmkd.data.folder import PairFolder
 from mmkd.data.images import UnreadableImageError, open_image, read_image_bytes, thumbnail
 from mmkd.data.splits import spread
-from mmkd.data.table import Pair, batches, in_columns, table_schema
+from mmkd.data.table import Pair, batches, in_columns, table_schema, value_counts
 from mmkd.pages.page import Page, Section, counted, write_page
 
 BATCH = 256
@@ -55,18 +54,17 @@ def faults(folder: PairFolder, workers: int, advance: Callable[[int], Any]) -> t
     return found, originals
 
 
-def count_pairs(pairs: Iterable[Pair]) -> dict[str, Any]:
+def count_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Counts by split, modality, licence, source and label, and the usual lengths of captions and sides."""
-    names = ("split", "modality", "license", "source", "label")
-    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+    counts = value_counts(pairs, ("split", "modality", "license", "source", "label"))
+    for found in counts.values():
+        found["not stated"] += found.pop("", 0)
     words, sides, groups = [], [], set()
-    for pair in pairs:
-        for name in names:
-            counts[name][getattr(pair, name) or "not stated"] += 1
-        words.append(len(pair.caption.split()))
-        sides.append(min(pair.width, pair.height))
-        groups.add(pair.group or pair.id)
-    ordered = {name: dict(sorted(c.items(), key=lambda item: (-item[1], item[0]))) for name, c in counts.items()}
+    for captions, widths, heights, ids, own in in_columns(pairs, ("caption", "width", "height", "id", "group")):
+        words += [len(caption.split()) for caption in captions]
+        sides += map(min, widths, heights)
+        groups |= {group or id for group, id in zip(own, ids, strict=True)}
+    ordered = {name: dict(sorted((+c).items(), key=lambda item: (-item[1], item[0]))) for name, c in counts.items()}
     usual = {"caption_words": median(words), "shorter_side": median(sides)} if words else {}
     return {"pairs": len(words), "groups": len(groups), **usual, **ordered}
 

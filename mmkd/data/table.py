@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -210,6 +211,15 @@ def in_columns(pairs: Sequence[Pair], names: Sequence[str]) -> Iterator[list[lis
             yield columns
         else:
             yield [[getattr(pair, name) for pair in some] for name in names]
+
+
+def value_counts(pairs: Sequence[Pair], names: Sequence[str]) -> dict[str, Counter[str]]:
+    """How often each value of some attributes occurs; of pairs on disk only these columns are read."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for columns in in_columns(pairs, names):
+        for name, column in zip(names, columns, strict=True):
+            counts[name].update(column)
+    return counts
 
 
 def batches(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:

@@ -21,27 +21,25 @@ from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 HEAD_WIDTH = 64  # of the published model, in both towers
 BUFFERS = {"text_encoder.transformer.embeddings.position_ids"}  # saved by transformers before 4.31, no weight
 
+KINDS = ("weight", "bias")
 BLOCK = {
-    "ln_1.weight": "layer_norm1.weight",
-    "ln_1.bias": "layer_norm1.bias",
-    "ln_2.weight": "layer_norm2.weight",
-    "ln_2.bias": "layer_norm2.bias",
-    "attn.out_proj.weight": "self_attn.out_proj.weight",
-    "attn.out_proj.bias": "self_attn.out_proj.bias",
-    "mlp.c_fc.weight": "mlp.fc1.weight",
-    "mlp.c_fc.bias": "mlp.fc1.bias",
-    "mlp.c_proj.weight": "mlp.fc2.weight",
-    "mlp.c_proj.bias": "mlp.fc2.bias",
+    f"{theirs}.{kind}": f"{ours}.{kind}"
+    for theirs, ours in {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }.items()
+    for kind in KINDS
 }
 FUSED = ("q_proj", "k_proj", "v_proj")
 VISION = {
     "class_embedding": "embeddings.class_embedding",
     "positional_embedding": "embeddings.position_embedding.weight",
     "conv1.weight": "embeddings.patch_embedding.weight",
-    "ln_pre.weight": "pre_layrnorm.weight",  # the spelling is transformers'
-    "ln_pre.bias": "pre_layrnorm.bias",
-    "ln_post.weight": "post_layernorm.weight",
-    "ln_post.bias": "post_layernorm.bias",
+    **{f"ln_pre.{kind}": f"pre_layrnorm.{kind}" for kind in KINDS},  # the spelling is transformers'
+    **{f"ln_post.{kind}": f"post_layernorm.{kind}" for kind in KINDS},
 }
 TEXT_PREFIX = ("text_encoder.transformer.", "text_model.")
 PROJECTION = {

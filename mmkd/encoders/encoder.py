@@ -68,9 +68,7 @@ class DualEncoder(ABC):
         Raises:
             ValueError: the model gives features of another shape, of no direction, or some that are not finite.
         """
-        return self._encode(
-            images, lambda batch: self.image_features([self.prepare(to_rgb(i)) for i in batch]), "image"
-        )
+        return self._encode(images, lambda own: self.image_features([self.prepare(to_rgb(i)) for i in own]), "image")
 
     def encode_images_and_pooled(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor | None]:
         """Encode n images of any size and mode; returns and raises as `encode_prepared_and_pooled`."""

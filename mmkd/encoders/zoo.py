@@ -28,6 +28,7 @@ from mmkd.files import read_object
 OPENAI = "openai"  # the tag of open_clip's weights where none is given
 TEACHERS = {name: TeacherSpec(name, **entry) for name, entry in teachers_file()["paper"].items()}
 NEWER_TEACHERS = {name: TeacherSpec(name, **entry) for name, entry in teachers_file()["newer"].items()}
+KNOWN = TEACHERS | NEWER_TEACHERS
 
 # Words of ``--teacher`` that narrow the teachers down instead of naming one.
 FILTERS: dict[str, Callable[[TeacherSpec], bool]] = {
@@ -98,7 +99,7 @@ def find_spec(name_or_path: str) -> TeacherSpec:
         FileNotFoundError: a path that is not there.
         ValueError: an unknown name; the message lists the known ones.
     """
-    specs = {name.lower(): spec for name, spec in known_teachers().items()}
+    specs = {name.lower(): spec for name, spec in KNOWN.items()}
     if name_or_path.lower() in specs:
         return specs[name_or_path.lower()]
     path = Path(name_or_path)
@@ -121,7 +122,7 @@ def find_spec(name_or_path: str) -> TeacherSpec:
     if "/" in name_or_path:
         return _spec_of_folder(path.name, name_or_path, fetch(name_or_path, ["config.json", openclip.CONFIG_FILE]))
     raise ValueError(
-        f"unknown encoder {name_or_path!r}{nearest(name_or_path.lower(), specs)}; known: {_names()}; or "
+        f"unknown encoder {name_or_path!r}{nearest(name_or_path.lower(), specs)}; known: {', '.join(KNOWN)}; or "
         f"give a folder, a Hub id (owner/name), open_clip:ARCHITECTURE[:PRETRAINED], or a YAML file"
     )
 
@@ -139,20 +140,11 @@ def named_sources(sources: list[str]) -> dict[str, str]:
     filters = [FILTERS[source] for source in sources if source in FILTERS]
     named = [source for source in sources if source not in FILTERS]
     if filters:
-        specs = [(source, find_spec(source.rpartition("=")[2])) for source in named or known_teachers()]
+        specs = [(source, find_spec(source.rpartition("=")[2])) for source in named or KNOWN]
         named = [source for source, spec in specs if all(passes(spec) for passes in filters)]
     if not named:
-        raise ValueError(f"no teacher is named, or none passes the filters; known: {_names()}")
+        raise ValueError(f"no teacher is named, or none passes the filters; known: {', '.join(KNOWN)}")
     return by_name(named, lambda source: find_spec(source).name, "teacher")
-
-
-def known_teachers() -> dict[str, TeacherSpec]:
-    """The paper's teachers and the newer ones by name."""
-    return TEACHERS | NEWER_TEACHERS
-
-
-def _names() -> str:
-    return ", ".join(known_teachers())
 
 
 def by_name(

@@ -43,24 +43,24 @@ MAX_BATCH = 65536
 NOT_OF_EXPORT = ("processor_config.json", "processing_mmkd.py")  # of a processor that needs this package
 
 
-class ImageTower(nn.Module):
-    """Pixels to unit vectors."""
+class _Part(nn.Module):
+    """A part of a model, to be traced."""
 
     def __init__(self, model: MMKDClipModel) -> None:
         super().__init__()
         self.model = model
+
+
+class ImageTower(_Part):
+    """Pixels to unit vectors."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map `(images, 3, side, side)` to `(images, dim)`."""
         return functional.normalize(self.model.get_image_features(pixel_values, return_dict=True).pooler_output, dim=-1)
 
 
-class TextTower(nn.Module):
+class TextTower(_Part):
     """Tokens to unit vectors."""
-
-    def __init__(self, model: MMKDClipModel) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Map token ids and mask, each `(texts, tokens)`, to `(texts, dim)`."""
@@ -68,12 +68,8 @@ class TextTower(nn.Module):
         return functional.normalize(output.pooler_output, dim=-1)
 
 
-class BothTowers(nn.Module):
+class BothTowers(_Part):
     """Pixels and tokens to similarities and unit vectors, with the arguments and outputs of a CLIP."""
-
-    def __init__(self, model: MMKDClipModel) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Similarities `(images, texts)` and `(texts, images)`, text and image vectors."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmkd.data.folder import PairFolder
 from mmkd.data.provenance import OTHERS, UNSTATED, installed_versions
-from mmkd.data.table import in_columns
+from mmkd.data.table import in_columns, value_counts
 from mmkd.encoders.weights import (
     CONFIG_FILES,
     fetch,
@@ -155,24 +155,15 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def describe_pairs(folder: PairFolder) -> dict[str, Any]:
     """Number of pairs and groups, and counts by license, source, modality and split; no ids, captions or paths."""
-    columns = ("license", "source", "modality", "split")
-    counts: dict[str, Counter[str]] = {name: Counter() for name in columns}
-    groups = set()
-    for ids, own_groups, *values in in_columns(folder.pairs, ("id", "group", *columns)):  # may be millions, on disk
-        groups |= {group or id for id, group in zip(ids, own_groups, strict=True)}
-        for name, column in zip(columns, values, strict=True):
-            counts[name].update(column)
+    counts = value_counts(folder.pairs, ("license", "source", "modality", "split"))
+    columns = in_columns(folder.pairs, ("id", "group"))  # may be millions, on disk
+    groups = {group or id for ids, own in columns for id, group in zip(ids, own, strict=True)}
     for own in counts.values():
         if "" in own:
             own[UNSTATED] += own.pop("")
-    return {
-        "pairs": len(folder.pairs),
-        "groups": len(groups),
-        "licenses": _most(counts["license"]),
-        "sources": _most(counts["source"]),
-        "modalities": _most(counts["modality"]),
-        "splits": _most(counts["split"]),
-    }
+    named = {"licenses": "license", "sources": "source", "modalities": "modality", "splits": "split"}
+    described = {plural: _most(counts[name]) for plural, name in named.items()}
+    return {"pairs": len(folder.pairs), "groups": len(groups), **described}
 
 
 def starting_weights(name: str) -> dict[str, Any]:
