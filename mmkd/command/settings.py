@@ -110,7 +110,8 @@ def run(
         end_with_parent()
     try:
         with printable_output(), ignore_broken_pipe(), contextlib.ExitStack() as held:
-            for output in (outputs or _output_of)(settings) if is_first else ():
+            named = outputs(settings) if outputs is not None else [getattr(settings, "output", None)]
+            for output in (path for path in named if is_first and isinstance(path, Path)):
                 held.enter_context(exclusive(output))
             main(settings)
     except ModuleNotFoundError:
@@ -122,10 +123,6 @@ def run(
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _output_of(settings: Any) -> list[Path]:
-    return [settings.output] if isinstance(getattr(settings, "output", None), Path) else []
 
 
 def check_arguments(command: Command) -> None:

@@ -17,31 +17,20 @@ import html
 import re
 import unicodedata
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from mmkd.curation.samples import DroppedError
 from mmkd.data.table import UNKNOWN
 
-BOTH_KNOWN: tuple[str, ...] = (
-    "{modality} image: {label}.",
-    "{label}, {modality}.",
-    "{modality} image labeled {label}.",
-    "An image of the class {label}, acquired by {modality}.",
-    "{label} in a {modality} image.",
-)
 
-LABEL_KNOWN: tuple[str, ...] = (
-    "{label}.",
-    "A biomedical image of {label}.",
-    "Image labeled {label}.",
-    "{label} in a biomedical image.",
-)
-
-MODALITY_KNOWN: tuple[str, ...] = (
-    "{modality} image.",
-    "An image acquired by {modality}.",
-    "Biomedical image, {modality}.",
-)
+@cache
+def sentences() -> dict[str, list[str]]:
+    """The sentences of ``captions.yaml``, by what is known of an image: its ``label``, its ``modality`` or ``both``."""
+    found: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return found
 
 
 def clean_text(text: str) -> str:
@@ -61,14 +50,12 @@ def caption_from_labels(label: str, modality: str, key: str) -> str:
         key: selects the sentence; the same key always gives the same one.
     """
     known_modality = "" if modality.lower() == UNKNOWN else modality
-    if label and known_modality and label.casefold() != known_modality.casefold():
-        templates = BOTH_KNOWN
-    elif label:
-        templates = LABEL_KNOWN if not known_modality else MODALITY_KNOWN
-    elif known_modality:
-        templates = MODALITY_KNOWN
-    else:
+    if not label and not known_modality:
         return ""
+    known = "modality" if known_modality else "label"
+    if label and known_modality and label.casefold() != known_modality.casefold():
+        known = "both"
+    templates = sentences()[known]
     choice = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % len(templates)
     sentence = templates[choice].format(label=label, modality=known_modality)
     return sentence[0].upper() + sentence[1:]

@@ -154,10 +154,6 @@ class Rules:
         dropped = next((condition.name for condition in self.drop if condition.holds(metadata)), "")
         return (modality, "") if not dropped else ("", dropped)
 
-    def as_dict(self) -> dict[str, Any]:
-        """All values as JSON types."""
-        return dataclasses.asdict(self)
-
     def _modality(self, metadata: Metadata) -> str:
         labels = [label.casefold() for label in metadata.values("image_secondary_label")]
         stated = metadata.text("modality")

@@ -98,7 +98,7 @@ def curate(
     units = plan_units(source, table, salt, columns)
     rows = reports.read(units[0].key()) if reports is not None else {}
     _refuse_rules_without_effect(units, rules)
-    settings = {"version": VERSION, "source": name, "units": checksum_of(units), "rules": rules.as_dict()}
+    settings = {"version": VERSION, "source": name, "units": checksum_of(units), "rules": asdict(rules)}
     settings |= {"reports": reports.describe(rows)} if reports is not None else {}
     settings = json.loads(json.dumps(settings | {"exclude": checksums(exclude)}))
     if not overwrite and (output / SETTINGS_FILE).is_file() and read_json(output / SETTINGS_FILE) == settings:
@@ -183,7 +183,8 @@ def _finish(
     bar = partial(tqdm, desc="write", unit="shard", disable=quiet)
     run_tasks(_write_shards, shards, lambda shard: not shard[2].any() or shard[1].exists(), tasks, output, bar)
     _write_manifest(files, decisions, folder, settings["source"])
-    dropped = chain(_dropped_in_parts(parts, count), dropped_rows(files, decisions))
+    listed = chain.from_iterable(read_json(file.with_suffix(".json"))["listed"] for file in files)
+    dropped = chain(listed, dropped_rows(files, decisions))
     atomic_write_lines(folder / "dropped.jsonl", (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
     origin = attribution(source)
     if origin is not None:
@@ -211,11 +212,6 @@ def _account(parts: Path, count: int, joined: dict[str, Any], decisions: Decisio
         "unknown_splits": reason_counts(*(part["unknown_splits"] for part in every)),
         "merged_spellings": decisions.spellings,
     }
-
-
-def _dropped_in_parts(parts: Path, count: int) -> Iterator[dict[str, str]]:
-    for number in range(count + 1):
-        yield from read_json(parts / f"{number:06d}.json")["listed"]
 
 
 def joined_samples(parts: Path, count: int) -> Iterator[Item]:

@@ -238,16 +238,9 @@ def find_file(root: Path, name: str, folders: Sequence[str] = ("",)) -> Path | N
         return None
     spellings = dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
     candidates = [root / folder / spelling for folder in folders for spelling in spellings]
-    path = next((candidate for candidate in candidates if _is_file(candidate)), candidates[0])
+    there = (candidate for candidate in candidates if os.path.isfile(candidate))  # noqa: PTH113  Path.is_file may raise
+    path = next(there, candidates[0])
     return path if leads_inside(root, path) else None
-
-
-def _is_file(path: Path) -> bool:
-    """Whether there is such a file; a name that no file system takes has none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def parse_hub_address(address: str) -> tuple[str, str | None, str]:

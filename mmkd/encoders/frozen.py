@@ -118,15 +118,13 @@ class FrozenTowers:
                 parts = []
                 for start in range(0, len(ordered), BATCH_SIZE):
                     batch = [by_key[key] for key in ordered[start : start + BATCH_SIZE]]
-                    parts.append(self._text_batch(batch))
+                    with torch.inference_mode():
+                        encode = partial(self.encoder.text_features, batch)
+                        parts.append(with_input_of(self.model.text_projection, encode)[1].float().cpu())
                     bar.update(len(batch))
                 self._texts.add(ordered, torch.cat(parts))
         self._encoded(self._texts, share)
         return self._texts.read(keys)
-
-    @torch.inference_mode()
-    def _text_batch(self, texts: list[str]) -> Tensor:
-        return with_input_of(self.model.text_projection, lambda: self.encoder.text_features(texts))[1].float().cpu()
 
     def _missing(self, outputs: TowerOutputs, keys: list[str], share: bool) -> list[list[str]]:
         """The keys that are not cached, as the shards that this process encodes."""

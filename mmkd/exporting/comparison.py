@@ -28,7 +28,7 @@ from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.results.summary import task_summary
 from mmkd.evaluation.suite import inputs_of, run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
-from mmkd.exporting.folder import compare_towers, examples, tower_bytes, towers
+from mmkd.exporting.folder import compare_towers, examples, towers
 from mmkd.exporting.usage import DESCRIPTION, Encoder, Tower, load_tower
 from mmkd.files import read_json
 from modeling_mmkd import MMKDClipModel
@@ -85,7 +85,10 @@ def measure(
     files = {name: tower_files(folder) for name, folder in exports.items()}
     rows: dict[str, Any] = {MODEL: {"megabytes": model_bytes / 1e6}}
     for name, folder in exports.items():
-        sizes = {tower: tower_bytes(folder, file) / 1e6 for tower, file in files[name].items()}
+        sizes = {  # with weights beside the graph
+            tower: sum(path.stat().st_size for path in folder.glob(f"{file}*")) / 1e6
+            for tower, file in files[name].items()
+        }
         rows[name] = {"megabytes": sum(sizes.values()), **{f"{tower}_megabytes": size for tower, size in sizes.items()}}
     for tower, module in towers(model).items():
         runs: dict[str, Tower] = {MODEL: _on_arrays(module)}

@@ -264,8 +264,3 @@ def compare_towers(
             cosine = min(cosine, float((vectors * expected).sum(axis=1).min()))
         found[name] = (difference, cosine)
     return found
-
-
-def tower_bytes(folder: Path, file: str) -> int:
-    """Size of a tower, with weights beside its graph."""
-    return sum(path.stat().st_size for path in folder.glob(f"{file}*"))

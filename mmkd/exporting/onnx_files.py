@@ -53,11 +53,6 @@ def write_onnx(program: ExportedProgram, output: Path) -> dict[str, int]:
         return _save(_quantized(folder / "model.onnx"), folder, QUANTIZED)
 
 
-def weights_size(model: Any) -> int:
-    """Bytes of a graph's constants."""
-    return sum(len(constant.raw_data) for constant in model.graph.initializer)
-
-
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
     """Silence the exporters; ONNX Runtime's quantization warns on the root logger."""
@@ -81,7 +76,7 @@ def _save(model: Any, folder: Path, suffix: str) -> dict[str, int]:
     parts = {name: _half(model, output) for name, output in HALVES.items()}
     for name, part in {**parts, "model": model}.items():  # the model last: saving moves large weights out of it
         file = f"{name}{suffix}.onnx"
-        large = weights_size(part) > PROTOBUF_LIMIT_BYTES
+        large = sum(len(constant.raw_data) for constant in part.graph.initializer) > PROTOBUF_LIMIT_BYTES
         onnx.save(part, folder / file, save_as_external_data=large, location=f"{file}_data")
     return {name: sum(node.op_type in INTEGER_PRODUCTS for node in part.graph.node) for name, part in parts.items()}
 

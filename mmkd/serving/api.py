@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any, Literal
@@ -223,7 +223,10 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         texts = [place for place, item in enumerate(items) if isinstance(item, str)]
         if texts:
             raise RequestError(400, "images are classified, not texts", "invalid_item", f"input.{texts[0]}")
-        predictor = await _labelled(service.predictor(requested.labels))
+        try:
+            predictor = await service.predictor(requested.labels)
+        except ValueError as error:
+            raise RequestError(400, str(error), "invalid_labels", "labels") from None
         predictions = await service.classify(await service.embed(items), predictor)
         data = [Classification(index=place, **asdict(own)) for place, own in enumerate(predictions)]
         return Classifications(model=service.name, calibrated=predictor.calibration is not None, data=data)
@@ -295,13 +298,6 @@ async def _read(service: Service, request: Request, form: type[Form]) -> tuple[F
             404, f"model {named[:80]!r} is not served; allowed: {service.name}", "model_not_found", "model"
         )
     return requested, items
-
-
-async def _labelled(predictor: Awaitable[Any]) -> Any:
-    try:
-        return await predictor
-    except ValueError as error:
-        raise RequestError(400, str(error), "invalid_labels", "labels") from None
 
 
 def _encoded(vectors: Vectors, form: Literal["float", "base64"]) -> list[Any]:

@@ -163,13 +163,11 @@ class Gate:
         """The known path, or a word for it: paths of the page may hold names of files."""
         if path in self.routes:
             return path
-        return "page" if self._is_page(path) else "unknown"
-
-    def _is_page(self, path: str) -> bool:
-        return any(
+        is_page = any(
             path == known or (known.endswith("/") and known != "/" and path.startswith(known))
             for known in self.page_paths
         )
+        return "page" if is_page else "unknown"
 
     def _admit(self, scope: Scope, route: str) -> None:
         """Refuse strangers, foreign names and unknown paths.

@@ -185,7 +185,10 @@ class Service:
             raise ValueError("a label is empty; leave it out")
         if key not in self._predictors:
             labels = [Label(name) for name in key]
-            self._predictors[key] = await self._in_model_thread(lambda: self._predict(labels))
+            loop = asyncio.get_running_loop()
+            with self._room(1):
+                async with self._turn:
+                    self._predictors[key] = await loop.run_in_executor(self._model_thread, self._predict, labels)
             while len(self._predictors) > KEPT_LABEL_SETS:
                 self._predictors.popitem(last=False)
         self._predictors.move_to_end(key)
@@ -218,11 +221,6 @@ class Service:
     async def in_pool(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """The result of a function in a thread that prepares images."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
-    async def _in_model_thread(self, function: Callable[[], Result]) -> Result:
-        with self._room(1):
-            async with self._turn:
-                return await asyncio.get_running_loop().run_in_executor(self._model_thread, function)
 
     @contextmanager
     def _room(self, items: int) -> Iterator[None]:

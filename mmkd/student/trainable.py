@@ -177,9 +177,7 @@ def adapter_targets(model: MMKDClipModel, targets: Literal["attention", "all"]) 
         layers = [(name, m) for name, m in model.named_modules() if name.startswith(f"{tower}.")]
         linear = [name for name, module in layers if isinstance(module, nn.Linear)]
         attention = [name for name in linear if name.rsplit(".", 1)[-1] in QUERIES_AND_VALUES]
-        chosen += (attention if targets == "attention" else linear) if attention else _pointwise(layers)
+        convolutions = [(name, module) for name, module in layers if isinstance(module, nn.Conv2d)]
+        pointwise = [name for name, module in convolutions if module.kernel_size == (1, 1) and module.groups == 1]
+        chosen += (attention if targets == "attention" else linear) if attention else pointwise
     return chosen
-
-
-def _pointwise(layers: list[tuple[str, nn.Module]]) -> list[str]:
-    return [name for name, m in layers if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1]

@@ -72,6 +72,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._log, self._settings = self.path / LOG_FILE, self.path / SETTINGS_FILE
         self._data, self._best = self.path / "data.json", self.path / "best"
+        self.best_weights = self._best / WEIGHTS
 
     def begin(self, settings: Any, data: Mapping[str, Any], step: int) -> None:
         """Write the settings and the identity of the data, and cut an earlier log after `step`."""
@@ -143,15 +144,11 @@ class RunFolder:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         try:
-            save_file(tensors, new / "objective.safetensors")
+            save_file(tensors, new / WEIGHTS)
         except SafetensorError as error:
             raise OSError(f"{new} cannot be written: {error}") from error
         write_json(new / "metadata.json", metadata)
         rename_folder(new, self._best)
-
-    def best_weights(self) -> dict[str, Tensor]:
-        """The weights of `keep_best`."""
-        return load_file(self._best / "objective.safetensors")
 
     def finish(self, write_output: Callable[[Path], None]) -> None:
         """Write the output with settings, log and the other files in `KEPT` into one folder, and rename it.
@@ -274,7 +271,7 @@ class Checkpoints:
     def finish(self, write_output: Callable[[Path], None], best: bool) -> None:
         """Write the output: the `best` weights where validation kept some, else the average, else the last."""
         if best and self.folder.best() is not None:
-            state = self.folder.best_weights() if rank() == 0 else {}
+            state = load_file(self.folder.best_weights) if rank() == 0 else {}
         else:
             with self.average.applied(self.objective):
                 state = {name: tensor.clone() for name, tensor in model_state(self.objective).items()}

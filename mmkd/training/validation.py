@@ -114,17 +114,12 @@ class Validation:
             return
         value, best = measured[self.best_metric], folder.best()
         wait_for_everyone()  # no process may write while another reads
-        if self.is_better(value, best["value"] if best else None):
+        sign = -1 if self.best_metric == "loss" else 1  # a loss falls, a recall rises
+        if best is None or sign * value > sign * best["value"]:
             tensors = model_state(objective)
             if rank() == 0:
                 folder.keep_best({"step": step, "metric": self.best_metric, "value": value}, tensors)
         wait_for_everyone()
-
-    def is_better(self, value: float, best: float | None) -> bool:
-        """Whether a value of the metric is better than the best before; a loss falls, a recall rises."""
-        if best is None:
-            return True
-        return value < best if self.best_metric == "loss" else value > best
 
 
 def validation_of(
@@ -169,7 +164,8 @@ def retrieval(images: Tensor, texts: Tensor, captions: Tensor) -> dict[str, floa
     """
     found: dict[str, float] = {}
     for way, queries, answers in ((DIRECTIONS[0], images, texts), (DIRECTIONS[1], texts, images)):
-        ranks = torch.cat([_ranks(queries[rows], answers, captions[rows], captions) for rows in _chunks(len(queries))])
+        parts = zip(queries.split(ROWS_AT_ONCE), captions.split(ROWS_AT_ONCE), strict=True)
+        ranks = torch.cat([_ranks(rows, answers, wanted, captions) for rows, wanted in parts])
         found |= {f"{way}_recall@{k}": (ranks <= k).double().mean().item() for k in RECALLS}
     return found | {"mean_recall": sum(found.values()) / len(found)}
 
@@ -196,7 +192,3 @@ def _ranks(queries: Tensor, answers: Tensor, wanted: Tensor, captions: Tensor) -
     before = ((scores > best) & ~right).sum(dim=1)
     ties = ((scores == best) & ~right).sum(dim=1)
     return 1 + before + ties / 2
-
-
-def _chunks(rows: int) -> list[slice]:
-    return [slice(begin, begin + ROWS_AT_ONCE) for begin in range(0, rows, ROWS_AT_ONCE)]

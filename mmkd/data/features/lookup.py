@@ -125,11 +125,11 @@ class TeacherFeatures:
         if self._published is not None:
             both = self.seen(ids), self._published.fingerprints(ids)
             return dict.fromkeys(self.names, both)
-        rows = {name: found for key, found in self._rows(ids).items() for name in self._names_of(key)}
-        return {name: (rows[name] >= 0, store.fingerprints(rows[name])) for name, store in self.stores.items()}
-
-    def _names_of(self, key: str) -> list[str]:
-        return [name for name, store in self.stores.items() if store.meta["ids"]["sha256"] == key]
+        rows, result = self._rows(ids), {}
+        for name, store in self.stores.items():
+            own = rows[store.meta["ids"]["sha256"]]
+            result[name] = own >= 0, store.fingerprints(own)
+        return result
 
     def _rows(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Rows of the ids in each distinct index; teachers of the same pairs share one."""
