@@ -52,8 +52,6 @@ class DistillSettings(DistillOptions, LoopSettings, ModelSettings, ValidationSet
 if __name__ == "__main__":
     check_arguments(DistillSettings)  # before the imports that take seconds
 
-from transformers.utils.logging import disable_progress_bar
-
 from mmkd.data.features import FeatureKind
 from mmkd.data.features.lookup import Features, TeacherFeatures, available_features, seen_pairs
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
@@ -76,8 +74,6 @@ DISPERSION_PAIRS, SPREAD_PAIRS = 8192, 2048
 def main(settings: DistillSettings) -> None:
     """Distil and write the folder."""
     accelerator = start(settings)
-    if settings.quiet:
-        disable_progress_bar()
     folder, held_out = hold_out_split(open_pairs(settings.pairs, "train"), settings.hold_out)
     images = None if settings.images is None else open_pairs(settings.images, "train")
     features = open_features(settings, folder)

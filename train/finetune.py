@@ -48,8 +48,6 @@ class FinetuneSettings(LoopSettings, ModelSettings, BatchSettings):
 if __name__ == "__main__":
     check_arguments(FinetuneSettings)  # before the imports that take seconds
 
-from transformers.utils.logging import disable_progress_bar
-
 from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.encoders.weights import quiet_transformers
 from mmkd.student.folder import load_student, save_student, training_provenance, write_provenance
@@ -69,8 +67,6 @@ def main(settings: FinetuneSettings) -> None:
     """
     accelerator = start(settings)
     check(settings)
-    if settings.quiet:
-        disable_progress_bar()
     folder = open_pairs(settings.pairs, "train")
     pairs = list(folder.pairs)
     if settings.objective == "classification":

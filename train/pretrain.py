@@ -59,8 +59,6 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
 if __name__ == "__main__":
     check_arguments(PretrainSettings)  # before the imports that take seconds
 
-from transformers.utils.logging import disable_progress_bar
-
 from mmkd.command.settings import resolved
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs, select
 from mmkd.student.folder import save_student, training_provenance
@@ -75,8 +73,6 @@ from mmkd.training.validation import validation_of
 def main(settings: PretrainSettings) -> None:
     """Train and write the folder."""
     accelerator = start(settings)
-    if settings.quiet:
-        disable_progress_bar()
     folder, held_out = hold_out_split(open_pairs(settings.pairs, "train"), settings.hold_out)
     pairs = select(folder.pairs, settings.modalities, settings.labels, settings.part, settings.sources)
     if settings.model is None and settings.preset is not None:

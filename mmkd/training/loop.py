@@ -22,6 +22,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, send_to_device
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from mmkd.command.launch import StopRequest
 from mmkd.distributed import allow_tf32, mean_over_processes, rank, settle_group, whole, world_size
@@ -49,6 +50,8 @@ def start(settings: LoopSettings) -> Accelerator:
         FileExistsError: the output exists and may not be replaced.
     """
     check(settings)
+    if settings.quiet:
+        disable_progress_bar()
     refuse_existing(settings.output, settings.overwrite)
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from mmkd.command.settings import nearest, setting
 
-LEAST = {
-    **{"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "checkpoints_kept": 1, "skipped_in_a_row": 1},
-    **{"warmup_steps": 0, "workers": 0, "seed": 0},
-}
-LEAST_UNLESS_NONE = {"max_steps": 1, "micro_batch_size": 1, "profile_steps": 1}
+RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (  # what is allowed, its test, settings
+    ("at least 0", lambda value: value >= 0, ("warmup_steps", "workers", "seed")),
+    ("at least 1", lambda value: value >= 1, ("epochs", "max_steps", "checkpoint_every", "checkpoints_kept")),
+    ("at least 1", lambda value: value >= 1, ("micro_batch_size", "skipped_in_a_row", "profile_steps")),
+    ("at least 2", lambda value: value >= 2, ("batch_size", "validation_pairs")),
+    ("above 0", lambda value: value > 0, ("learning_rate", "clip_norm", "peak_tflops")),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, ("layer_decay", "crop_area")),
+    ("above 0 and below 1", lambda value: 0 < value < 1, ("ema_decay",)),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("dropout", "hold_out")),
+)
 RECALLS = (1, 5, 10)
 AUTO, NONE = "auto", "none"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
@@ -114,31 +119,25 @@ def check(settings: LoopSettings) -> None:
     Raises:
         ValueError: the message names the setting, its value and what is allowed.
     """
-    values: dict[str, Any] = vars(settings)
-    for name, least in LEAST.items():
-        if name in values and values[name] < least:
-            raise ValueError(f"--{name} is {values[name]}; it must be at least {least}")
-    for name, least in LEAST_UNLESS_NONE.items():
-        if values[name] is not None and values[name] < least:
-            raise ValueError(f"--{name} is {values[name]}; it must be at least {least}, or null")
+    check_ranges(settings)
     chosen_trackers(settings.trackers)
-    if settings.peak_tflops is not None and not settings.peak_tflops > 0:
-        raise ValueError(f"--peak_tflops is {settings.peak_tflops}; it must be above 0, or null")
-    if settings.clip_norm is not None and not settings.clip_norm > 0:
-        raise ValueError(f"--clip_norm is {settings.clip_norm}; it must be above 0, or null")
-    if settings.ema_decay is not None and not 0 < settings.ema_decay < 1:
-        raise ValueError(f"--ema_decay is {settings.ema_decay}; it must be above 0 and below 1, or null")
-    if not settings.learning_rate > 0:
-        raise ValueError(f"--learning_rate is {settings.learning_rate}; it must be above 0")
-    if not 0 < settings.layer_decay <= 1:
-        raise ValueError(f"--layer_decay is {settings.layer_decay}; it must be above 0 and at most 1")
     for part, factor in settings.learning_rate_factors.items():
         if not factor > 0:
             raise ValueError(f"--learning_rate_factors.{part} is {factor}; it must be above 0, or --freeze {part}")
-    if "crop_area" in values and not 0 < values["crop_area"] <= 1:
-        raise ValueError(f"--crop_area is {values['crop_area']}; it must be above 0 and at most 1")
-    if not 0 <= settings.dropout < 1:
-        raise ValueError(f"--dropout is {settings.dropout}; it must be at least 0 and below 1")
+
+
+def check_ranges(settings: RunSettings) -> None:
+    """Refuse numbers out of `RANGES`.
+
+    Raises:
+        ValueError: the message names the setting, its value and what is allowed.
+    """
+    values, null = vars(settings), {field.name for field in fields(settings) if field.default is None}
+    for allowed, fits, names in RANGES:
+        for name in names:
+            if values.get(name) is not None and not fits(values[name]):
+                more = ", or null" if name in null else ""
+                raise ValueError(f"--{name} is {values[name]}; it must be {allowed}{more}")
 
 
 def chosen_trackers(names: Sequence[str]) -> list[str]:
@@ -181,11 +180,8 @@ class ValidationSettings(BatchSettings):
         Raises:
             ValueError: the message names the setting and what is allowed.
         """
+        check_ranges(self)
         check_validation(self.validate_every, self.best_metric)
-        if self.validation_pairs < 2:
-            raise ValueError(f"--validation_pairs is {self.validation_pairs}; it must be at least 2")
-        if not 0 <= self.hold_out < 1:
-            raise ValueError(f"--hold_out is {self.hold_out}; it must be at least 0 (nothing) and below 1")
         if self.hold_out and self.validate_every is None:
             raise ValueError(f"--hold_out {self.hold_out} needs --validate_every STEPS, or those pairs are never used")
 
