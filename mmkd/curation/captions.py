@@ -11,7 +11,6 @@ places and rare diseases are not found: de-identify such texts with a tool made 
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import html
 import re
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 
 from mmkd.curation.samples import DroppedError
+from mmkd.data.readers import decode
 from mmkd.data.table import UNKNOWN
 
 
@@ -83,16 +83,10 @@ def decode_caption(data: str | bytes | None) -> tuple[str, bool]:
         raise DroppedError("no_caption")
     if isinstance(data, str):
         return data, False
-    guessed = False
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        guessed = True
-        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        try:
-            text = data.decode("utf-16" if wide else "cp1252")
-        except UnicodeDecodeError as error:
-            raise DroppedError("caption_not_text") from error
+        text, guessed = decode(data)
+    except UnicodeDecodeError as error:
+        raise DroppedError("caption_not_text") from error
     if BINARY.search(text):
         raise DroppedError("caption_not_text")
     return text, guessed

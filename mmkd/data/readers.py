@@ -73,7 +73,7 @@ def read_csv(path: Path) -> Table:
         ValueError: a quote is opened and never closed, or a cell is longer than 16 MiB.
     """
     note_read(path)
-    text = _decode(path.read_bytes()).replace("\0", "").lstrip()
+    text = decode(path.read_bytes(), "replace")[0].replace("\0", "").lstrip()
     header = text.splitlines()[0] if text else ""
     delimiter = max(",;\t", key=header.count)
     skipped = 0
@@ -92,6 +92,19 @@ def read_csv(path: Path) -> Table:
     finally:
         csv.field_size_limit(limit)
     return Table(columns, rows)
+
+
+def decode(data: bytes, errors: str = "strict") -> tuple[str, bool]:
+    """Text in UTF-8, else in UTF-16 with a byte-order mark, else in the Windows code page; and whether it was guessed.
+
+    Raises:
+        UnicodeDecodeError: with strict errors, it is none of them.
+    """
+    try:
+        return data.decode("utf-8-sig"), False
+    except UnicodeDecodeError:
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if wide else "cp1252", errors), True
 
 
 def is_empty(cell: str) -> bool:
@@ -356,16 +369,6 @@ def _refuse_open_quote(path: Path, text: str, delimiter: str) -> None:
     if last != ["last line"]:
         line = 1 + sum(1 + "".join(row).count("\n") for row in before)
         raise ValueError(f'{path}: the row at line {line} opens a quote (") that is never closed; close or double it')
-
-
-def _decode(data: bytes) -> str:
-    """Decode UTF-8, else UTF-16 with a byte-order mark, else the Windows code page."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", errors="replace")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("cp1252", errors="replace")
 
 
 def _parquet(path: Path) -> Any:
