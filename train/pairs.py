@@ -117,7 +117,7 @@ from tqdm import tqdm
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import read_image_bytes
 from mmkd.data.inspection import count_pairs, faults, write_parquet, write_preview, write_webdataset
-from mmkd.files import atomic_folder, atomic_write_bytes, refuse_existing
+from mmkd.files import atomic_file, atomic_folder, atomic_write_bytes, refuse_existing
 
 SHOWN_FAULTS = 20
 SHOWN_CAPTION = 80
@@ -213,9 +213,8 @@ def export(settings: ExportSettings) -> None:
     folder = open_pairs(settings.pairs, settings.split)
     with tqdm(total=len(folder.pairs), desc="export", unit="pair", disable=settings.quiet) as bar:
         if settings.form == "manifest":
-            partial = settings.output.with_name(f"{settings.output.name}.partial")
-            write_parquet(folder, partial, bar.update)
-            partial.replace(settings.output)
+            with atomic_file(settings.output) as file:
+                write_parquet(folder, file, bar.update)
         else:
             with atomic_folder(settings.output, settings.overwrite) as output:
                 for _ in write_webdataset(folder, output, settings.shard_pairs):

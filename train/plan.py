@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, resolved, run, setting
 
 PAPER = "paper"
 
@@ -81,7 +81,7 @@ def main(settings: PlanSettings) -> None:
     estimates = [estimate(stage, size, hardware) for stage in stages_of(settings)]
     print("\n".join(report(settings, size, estimates)))
     if settings.output is not None:
-        write_json(settings.output, {"settings": _plain(settings), "stages": [asdict(each) for each in estimates]})
+        write_json(settings.output, {"settings": resolved(settings), "stages": [asdict(each) for each in estimates]})
     if any(each.warnings for each in estimates):
         raise SystemExit(1)
 
@@ -158,10 +158,6 @@ def report(settings: PlanSettings, size: ModelSize, estimates: list[Estimate]) -
     hints = [f"hint: {hint}" for each in estimates for hint in each.hints]
     warnings = [f"warning: {warning}" for each in estimates for warning in each.warnings]
     return [*lines, "", measured, size.cost.formula(), assumed, disk, *commands(settings, size), *hints, *warnings]
-
-
-def _plain(settings: PlanSettings) -> dict[str, object]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -136,7 +136,7 @@ def write_preview(folder: PairFolder, file: Path, number: int) -> int:
     return len(shown)
 
 
-def write_parquet(folder: PairFolder, file: Path, advance: Callable[[int], Any]) -> None:
+def write_parquet(folder: PairFolder, file: BinaryIO, advance: Callable[[int], Any]) -> None:
     """Write the rows of pairs without their images, for redistribution if licences forbid that of the images."""
     import pyarrow as pa
     import pyarrow.parquet as pq
