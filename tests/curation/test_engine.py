@@ -13,7 +13,9 @@ from biomedica_form import caption, key, picture, sample, write_source, write_ta
 
 from mmkd.command.tasks import TaskSettings
 from mmkd.curation import stream as engine
+from mmkd.curation.part import PartWriter
 from mmkd.curation.rules import read_rules
+from mmkd.curation.samples import Fragment
 from mmkd.curation.stream import curate
 from mmkd.data.folder import open_pairs
 from mmkd.data.images import open_image, read_image_bytes
@@ -253,3 +255,13 @@ def test_the_shards_are_webdatasets(undisturbed):
     told = [(e["__key__"], e["txt"].decode(), json.loads(e["json"])["modality"]) for e in found]
     assert told == [(pair.id, pair.caption, pair.modality) for pair in pairs]
     assert [e["jpg"] for e in found] == [picture(number) for number in range(60) if number % 4 in (0, 2)]
+
+
+def test_a_fragment_keeps_a_suffix_of_two_parts(tmp_path):
+    first = Fragment("key", "place", {"image": ("nii.gz", b"pixels"), "caption": ("txt", b"a scan")})
+    second = Fragment("key", "elsewhere", {"metadata": ("json", b"{}")})
+    for number, fragment in enumerate((first, second)):
+        PartWriter(tmp_path, number, rules()).write(iter([fragment]))
+    (whole,) = engine.joined_samples(tmp_path, 2)
+    assert (whole.place, whole.image_suffix, whole.read_image()) == ("place", "nii.gz", b"pixels")
+    assert (whole.caption, whole.metadata) == (b"a scan", b"{}")

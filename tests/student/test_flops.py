@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, CLIPVisionConfig, TimmWrapperConfig
 
-from mmkd.student.flops import peak_flops, step_cost
+from mmkd.student.flops import GPUS, peak_flops, step_cost
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
 SMALL = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -78,6 +78,7 @@ def test_peaks_by_name():
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
     assert peak_flops("a device of tomorrow", "bf16") is None
+    assert all(peak_flops(name, "bf16") == gpu["bf16"] * 1e12 for name, gpu in GPUS.items())
 
 
 def test_other_models_have_no_cost():
