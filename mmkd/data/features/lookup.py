@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from mmkd.data.features import FeatureKind
 from mmkd.data.features.index import SHOWN, Ids, changes, digests, fingerprinted
-from mmkd.data.features.published import PublishedFeatures
 from mmkd.data.features.store import FeatureStore, store_paths
 from mmkd.data.folder import META_FILE
 from mmkd.data.table import Pair
 from mmkd.distributed import rank
+
+if TYPE_CHECKING:
+    from mmkd.data.features.published import PublishedFeatures
 
 logger = logging.getLogger(__name__)
 Modality = Literal["image", "text"]
@@ -44,9 +46,9 @@ class TeacherFeatures:
             names: the teachers to use.
         """
         self.names = list(names)
-        self._published = sources if isinstance(sources, PublishedFeatures) else None
+        self._published = None if isinstance(sources, dict) else sources
         self.stores = {name: sources[name] for name in names} if isinstance(sources, dict) else {}
-        widths = sources.dims if isinstance(sources, PublishedFeatures) else {n: s.dim for n, s in self.stores.items()}
+        widths = {name: store.dim for name, store in self.stores.items()} if isinstance(sources, dict) else sources.dims
         self.dims = {name: widths[name] for name in names}
         self._by_index = {store.meta["ids"]["sha256"]: store for store in self.stores.values()}
 
@@ -78,6 +80,8 @@ class TeacherFeatures:
         """
         sources: dict[str, FeatureStore] | PublishedFeatures
         if (folder / META_FILE).is_file():
+            from mmkd.data.features.published import PublishedFeatures  # here, because most trainings read stores
+
             sources = PublishedFeatures(folder, kind)
             found = list(sources.dims)
         else:
