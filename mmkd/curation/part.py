@@ -36,8 +36,15 @@ from mmkd.curation.rules import EACH, Rules
 from mmkd.curation.samples import DroppedError, Fragment, Item, Metadata, RawSample, Refused, decode_metadata
 from mmkd.data.archives import BLOCK, ArchiveWriter
 from mmkd.data.images import JPEG_QUALITY, encode, finish_image, is_plain, open_header, shrink
-from mmkd.data.medical import DICOM_SUFFIXES, count_frames, form_of
-from mmkd.data.pixel_rules import DEFAULT_WINDOW, MINIMUM_SIDE, UnreadableImageError, Window
+from mmkd.data.medical import count_frames
+from mmkd.data.pixel_rules import (
+    DEFAULT_WINDOW,
+    DICOM_SUFFIXES,
+    MINIMUM_SIDE,
+    UnreadableImageError,
+    Window,
+    form_of,
+)
 from mmkd.data.readers import IMAGE_SUFFIXES
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import SPLITS, UNKNOWN

@@ -20,7 +20,7 @@ from mmkd.curation.samples import KINDS, Fragment, Item, RawSample, Refused
 from mmkd.data.archives import ArchivedFile, DamagedArchiveError
 from mmkd.data.folder import META_FILE, PublishedSample, read_published
 from mmkd.data.images import read_image_bytes
-from mmkd.data.medical import DICOM_SUFFIXES, form_of
+from mmkd.data.pixel_rules import DICOM_SUFFIXES, form_of
 from mmkd.data.readers import (
     IMAGE_SUFFIXES,
     find_file,

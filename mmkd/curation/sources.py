@@ -32,7 +32,8 @@ from mmkd.curation.readers import (
 )
 from mmkd.curation.samples import Item
 from mmkd.data.folder import META_FILE
-from mmkd.data.medical import DICOM_SUFFIXES, require_pydicom
+from mmkd.data.medical import require_pydicom
+from mmkd.data.pixel_rules import DICOM_SUFFIXES
 from mmkd.data.readers import (
     HUB_PREFIX,
     IMAGE_SUFFIXES,

@@ -28,7 +28,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmkd.data.archives import ArchivedFile
-from mmkd.data.medical import form_of, read_dicom, read_nifti
 from mmkd.data.pixel_rules import (
     DEFAULT_WINDOW,
     MAX_FILE_BYTES,
@@ -36,6 +35,7 @@ from mmkd.data.pixel_rules import (
     UnreadableImageError,
     Window,
     check_size,
+    form_of,
     window_by_percentiles,
 )
 
@@ -91,6 +91,8 @@ def open_header(
     """
     form = form_of(data, name)
     if form:
+        from mmkd.data.medical import read_dicom, read_nifti  # here, because trainings seldom read either
+
         read = read_dicom if form == "dicom" else read_nifti
         return Image.fromarray(read(data, name, minimum_side, window)).convert("RGB")
     with warnings.catch_warnings():

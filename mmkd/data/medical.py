@@ -13,7 +13,6 @@ files.
 
 from __future__ import annotations
 
-import gzip
 import io
 import logging
 import math
@@ -22,29 +21,28 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mmkd.data.pixel_rules import (
+    GZIP,
+    MARK,
     MAX_FILE_BYTES,
+    NIFTI_MARKS,
+    PREAMBLE,
     UnreadableImageError,
     Window,
     check_size,
+    inflated,
+    is_encrypted,
     window_between,
     window_by_percentiles,
     window_hounsfield,
 )
 
 INSTALL = 'pip install -e ".[dicom]" in your clone'
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-OTHER_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")  # a picture that has DICOM's mark by chance or by intent
-PREAMBLE, MARK = 128, b"DICM"
-ENVELOPE = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07"  # of a file that is encrypted as a whole (CMS)
 DEFLATED = b"1.2.840.10008.1.2.1.99"
-NIFTI_MARKS = ((344, b"n+1\0"), (4, b"n+2\0"))
-NIFTI_START = 352
-GZIP = b"\x1f\x8b"
 MAX_FRAMES = 65_536
 
 PIXEL_ELEMENTS = (
@@ -60,17 +58,6 @@ PIXEL_ELEMENTS = (
 )  # fmt: skip
 STORES = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 FRAME_GROUPS = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
-Form = Literal["dicom", "nifti", ""]
-
-
-def form_of(data: bytes, name: str = "") -> Form:
-    """Whether a file is DICOM or NIfTI, by its content, or DICOM by its suffix; empty for all others."""
-    if data[PREAMBLE : PREAMBLE + len(MARK)] == MARK and not data.startswith(OTHER_STARTS):
-        return "dicom"
-    if _is_encrypted(data) or (name.lower().endswith(DICOM_SUFFIXES) and not data.startswith(OTHER_STARTS)):
-        return "dicom"
-    start = _inflated(data, NIFTI_START) if data.startswith(GZIP) else data
-    return "nifti" if any(start[at : at + len(mark)] == mark for at, mark in NIFTI_MARKS) else ""
 
 
 def read_dicom(data: bytes, name: str, minimum_side: int, window: Window) -> np.ndarray:
@@ -163,7 +150,7 @@ def read_nifti(data: bytes, name: str, minimum_side: int, window: Window) -> np.
     except ImportError:
         raise UnreadableImageError("no_decoder", f"{name} is NIfTI, which needs nibabel: {INSTALL}") from None
     with _reading(name):
-        data = _inflated(data, MAX_FILE_BYTES + 1) if data.startswith(GZIP) else data
+        data = inflated(data, MAX_FILE_BYTES + 1) if data.startswith(GZIP) else data
         if len(data) > MAX_FILE_BYTES:
             raise UnreadableImageError("too_large", f"{name} has more than {MAX_FILE_BYTES} bytes when decompressed")
         form = nibabel.Nifti1Image if data[344:348] == NIFTI_MARKS[0][1] else nibabel.Nifti2Image
@@ -220,7 +207,7 @@ def _dataset(data: bytes, name: str, elements: Sequence[str], with_pixels: bool 
         from pydicom import dcmread
     except ImportError:
         raise UnreadableImageError("no_decoder", f"{name} is DICOM, which needs pydicom: {INSTALL}") from None
-    if _is_encrypted(data):
+    if is_encrypted(data):
         raise UnreadableImageError("encrypted", f"{name} is an encrypted file; decrypt it first")
     _refuse_large_deflated(data, name)
     dataset = dcmread(
@@ -229,11 +216,6 @@ def _dataset(data: bytes, name: str, elements: Sequence[str], with_pixels: bool 
     if data[PREAMBLE : PREAMBLE + len(MARK)] != MARK and "SOPClassUID" not in dataset and "Rows" not in dataset:
         raise UnreadableImageError("corrupt", f"{name} is not DICOM, though its name says so")
     return dataset
-
-
-def _is_encrypted(data: bytes) -> bool:
-    """Whether a file is an envelope that only its recipient opens."""
-    return data.startswith(b"\x30") and ENVELOPE in data[:64]
 
 
 def _refuse_large_deflated(data: bytes, name: str) -> None:
@@ -400,15 +382,6 @@ def _text(value: Any) -> str:
     several = isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue"
     parts = value if several else [value]
     return "\\".join("" if part is None else str(part).strip() for part in parts)
-
-
-def _inflated(data: bytes, most: int) -> bytes:
-    """At most this many bytes of a gzip file; those before the damage of a broken one."""
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            return file.read(most)
-    except (OSError, EOFError, zlib.error):
-        return b""
 
 
 _READING = ContextVar("reading DICOM", default=False)

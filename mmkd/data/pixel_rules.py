@@ -1,4 +1,4 @@
-"""What every reader of pixels keeps to: reasons of refusal, limits of size, and how deep values become 8 bits.
+"""What every reader of pixels keeps to: forms of files, reasons of refusal, limits of size, deep values as 8 bits.
 
 There is one rule for grey values of more than 8 bits: they are windowed from their 0.5th to their 99.5th percentile
 (from minimum to maximum where these coincide), ignoring values that are not finite. DICOM and NIfTI state more: CT is
@@ -7,11 +7,15 @@ shown in a display window of Hounsfield units if one is chosen (`Window`), and D
 
 from __future__ import annotations
 
+import gzip
+import io
+import zlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
+Form = Literal["dicom", "nifti", ""]
 Reason = Literal[
     "missing", "unreadable", "unsupported", "corrupt", "too_small", "too_large", "too_narrow", "no_pixels", "no_frame",
     "no_decoder", "encrypted",
@@ -26,6 +30,13 @@ WINDOW_PERCENTILES = (0.5, 99.5)
 WindowPreset = Literal["auto", "lung", "soft", "bone", "brain", "three"]
 HOUNSFIELD_WINDOWS = {"lung": (-600, 1500), "soft": (40, 400), "bone": (400, 1800), "brain": (40, 80)}
 CHANNELS_OF_THREE = ("lung", "soft", "bone")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+OTHER_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")  # a picture that has DICOM's mark by chance or by intent
+PREAMBLE, MARK = 128, b"DICM"
+ENVELOPE = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07"  # of a file that is encrypted as a whole (CMS)
+NIFTI_MARKS = ((344, b"n+1\0"), (4, b"n+2\0"))
+NIFTI_START = 352
+GZIP = b"\x1f\x8b"
 
 
 class UnreadableImageError(ValueError):
@@ -115,3 +126,27 @@ def window_hounsfield(values: np.ndarray, preset: str) -> np.ndarray:
         return np.stack([window_hounsfield(values, channel) for channel in CHANNELS_OF_THREE], axis=2)
     center, width = HOUNSFIELD_WINDOWS[preset]
     return window_between(values, center - width / 2, center + width / 2)
+
+
+def form_of(data: bytes, name: str = "") -> Form:
+    """Whether a file is DICOM or NIfTI, by its content, or DICOM by its suffix; empty for all others."""
+    if data[PREAMBLE : PREAMBLE + len(MARK)] == MARK and not data.startswith(OTHER_STARTS):
+        return "dicom"
+    if is_encrypted(data) or (name.lower().endswith(DICOM_SUFFIXES) and not data.startswith(OTHER_STARTS)):
+        return "dicom"
+    start = inflated(data, NIFTI_START) if data.startswith(GZIP) else data
+    return "nifti" if any(start[at : at + len(mark)] == mark for at, mark in NIFTI_MARKS) else ""
+
+
+def is_encrypted(data: bytes) -> bool:
+    """Whether a file is an envelope that only its recipient opens."""
+    return data.startswith(b"\x30") and ENVELOPE in data[:64]
+
+
+def inflated(data: bytes, most: int) -> bytes:
+    """At most this many bytes of a gzip file; those before the damage of a broken one."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            return file.read(most)
+    except (OSError, EOFError, zlib.error):
+        return b""

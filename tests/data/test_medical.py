@@ -17,8 +17,15 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLosslessSV1, RLELossless
 
 from mmkd.data.images import open_image
-from mmkd.data.medical import count_frames, dicom_values, form_of
-from mmkd.data.pixel_rules import HOUNSFIELD_WINDOWS, REASONS, UnreadableImageError, Window, window_by_percentiles
+from mmkd.data.medical import count_frames, dicom_values
+from mmkd.data.pixel_rules import (
+    HOUNSFIELD_WINDOWS,
+    REASONS,
+    UnreadableImageError,
+    Window,
+    form_of,
+    window_by_percentiles,
+)
 from mmkd.data.pixels import read_pixels
 
 RAMP = np.arange(400, dtype=np.int16).reshape(20, 20) * 10 - 2000
