@@ -127,8 +127,8 @@ class Service:
         self._model_thread: Executor = ThreadPoolExecutor(1, "model")
         self._pool: Executor = ThreadPoolExecutor(self.batching.threads, "prepare")
         self._explaining: Executor = ThreadPoolExecutor(1, "explain")
-        self._images: Batcher[Any, Vectors] = self._batcher(self.encoder.encode_prepared, "image")
-        self._texts: Batcher[str, Vectors] = self._batcher(self.encoder.encode_texts, "text")
+        self._images: Batcher[Any, Vectors] = self._batcher(lambda items: self.encoder.encode_prepared(items), "image")
+        self._texts: Batcher[str, Vectors] = self._batcher(lambda items: self.encoder.encode_texts(items), "text")
         await self.embed([Image.new("RGB", (64, 64)), "warm-up"])
         self.ready = True
 
