@@ -59,7 +59,9 @@ def count_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
     counts = value_counts(pairs, ("split", "modality", "license", "source", "label"))
     for found in counts.values():
         found["not stated"] += found.pop("", 0)
-    words, sides, groups = [], [], set()
+    words: list[int] = []
+    sides: list[int] = []
+    groups: set[str] = set()
     for captions, widths, heights, ids, own in in_columns(pairs, ("caption", "width", "height", "id", "group")):
         words += [len(caption.split()) for caption in captions]
         sides += map(min, widths, heights)

@@ -50,7 +50,8 @@ class OnnxEncoder(Encoder):
             told = " ".join(str(error).split())
             raise ValueError(f"{folder / DESCRIPTION}, or a file that it names, cannot be used: {told}") from error
 
-    prepare_any, encode_prepared = Encoder.pixels, Encoder.encode_pixels
+    prepare_any = Encoder.pixels
+    encode_prepared = Encoder.encode_pixels
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """Tokens of texts, each up to the context."""

@@ -144,7 +144,6 @@ class Predictor:
         labels: Sequence[Label],
         templates: Sequence[str] = (),
         mode: Mode = "single",
-        calibration: Calibration | None = None,
         cache: Path | None = None,
     ) -> None:
         """Encode the sentences of all labels, once.
@@ -154,11 +153,10 @@ class Predictor:
             labels: at least two for ``single``, one for ``multilabel``; for ``normal`` none, or normal and abnormal.
             templates: sentences with ``{}`` for labels without sentences or modality; by default those of any modality.
             mode: see the module.
-            calibration: of the same weights, mode and labels.
             cache: folder that keeps the vectors of the last label sets.
 
         Raises:
-            ValueError: an unknown mode, too few labels, a label twice, or a calibration of something else.
+            ValueError: an unknown mode, too few labels, or a label twice.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}{nearest(mode, get_args(Mode))}; allowed: {', '.join(get_args(Mode))}")
@@ -177,7 +175,6 @@ class Predictor:
         self.model_scale = float(encoder.provenance.get("logit_scale") or DEFAULT_SCALE)
         self.scale = self.model_scale
         self.calibration: Calibration | None = None
-        self.calibrate(calibration)
         vectors = _class_vectors(encoder, [*sentences.values(), *negated.values()], cache)
         self._positive = vectors[: len(labels)]
         self._negative = vectors[len(labels) :] if negated else None

@@ -105,7 +105,7 @@ def peak_flops(device: str, precision: str) -> float | None:
     """
     words = set(device.replace("-", " ").lower().split())
     found = next((gpu for name, gpu in GPUS.items() if words.issuperset(name.split("-"))), None)
-    return found and found[precision] * 1e12
+    return None if found is None else found[precision] * 1e12
 
 
 def _passes(tower: nn.Module) -> float:

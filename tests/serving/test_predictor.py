@@ -90,10 +90,12 @@ def test_calibration_sets_scale_sets_and_abstention():
     assert near.labels == ("a",) and near.conformal_set == ("a",) and not near.abstained
     assert between.labels == () and between.abstained and between.conformal_set == ("a", "b")
     with pytest.raises(ValueError, match="other weights"):
-        Predictor(Angles("others"), THREE, calibration=calibration)
+        Predictor(Angles("others"), THREE).calibrate(calibration)
     with pytest.raises(ValueError, match="other labels"):
-        Predictor(Angles(), THREE[:2], calibration=calibration)
-    assert Predictor(Angles(), THREE[::-1], calibration=calibration).scale == 2.0  # order does not matter
+        Predictor(Angles(), THREE[:2]).calibrate(calibration)
+    reordered = Predictor(Angles(), THREE[::-1])  # order does not matter
+    reordered.calibrate(calibration)
+    assert reordered.scale == 2.0
 
 
 def test_sentences_are_encoded_once_for_each_model(tmp_path, monkeypatch):
