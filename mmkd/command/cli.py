@@ -7,6 +7,7 @@ start through ``torchrun``, because ``accelerate launch --cpu`` starts one.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.resources
 import os
@@ -101,7 +102,7 @@ def _main(argv: list[str]) -> None:
     launcher, arguments = split_launcher_options(arguments)
     if launcher and name not in DISTRIBUTED:
         allowed = ", ".join(DISTRIBUTED)
-        fail(2, f"{launcher[0]} is an option of {allowed}; {name} may have --workers", f"mmkd {name}")
+        fail(2, f"--{next(iter(launcher))} is an option of {allowed}; {name} may have --workers", f"mmkd {name}")
     if name in PIPELINES:
         preset = importlib.resources.files("mmkd.train.configs") / PIPELINES[name]
         arguments = ["--config", str(preset), *arguments]
@@ -136,43 +137,30 @@ def _run(name: str, arguments: list[str]) -> None:
         os.environ.pop(COMMAND_VARIABLE, None)
 
 
-def split_launcher_options(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Options of ``accelerate launch`` and the recipe's own arguments, apart."""
-    launcher: list[str] = []
-    own: list[str] = []
-    position = 0
-    while position < len(arguments):
-        key, equals, _ = arguments[position].lstrip("-").partition("=")
-        taken = 1 if equals else 2
-        if arguments[position].startswith("--") and key.replace("-", "_") in LAUNCHER_OPTIONS:
-            launcher += arguments[position : position + taken]
-        else:
-            own.append(arguments[position])
-            taken = 1
-        position += taken
-    return launcher, own
+def split_launcher_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of ``accelerate launch`` by name, and the recipe's own arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in LAUNCHER_OPTIONS:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    launcher, own = parser.parse_known_args(arguments)
+    return vars(launcher), own
 
 
-def launch_command(module: str, launcher: list[str], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+def launch_command(module: str, launcher: dict[str, str], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """The command that starts ``module`` on several processes of this interpreter, and the environment it needs."""
     import torch
 
     from mmkd.distributed import TORCHRUN
 
-    if torch.cuda.is_available() or "--config_file" in launcher or not launcher:
-        return [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", module, *arguments], {}
+    if torch.cuda.is_available() or "config_file" in launcher or not launcher:
+        options = [f"--{name}={value}" for name, value in launcher.items()]
+        return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", module, *arguments], {}
     names = {"num_processes": "nproc_per_node", "num_machines": "nnodes", "machine_rank": "node_rank"}
     names |= {"main_process_ip": "master_addr", "main_process_port": "master_port"}
-    renamed = [_rename(option, names) for option in launcher]
-    alone = [] if any("nnodes" in option for option in renamed) else ["--standalone"]  # a free port of its own
-    command = [sys.executable, "-m", TORCHRUN, *alone, *renamed, "-m", module, *arguments]
+    options = [f"--{names.get(name, name)}={value}" for name, value in launcher.items()]
+    alone = [] if "num_machines" in launcher else ["--standalone"]  # a free port of its own
+    command = [sys.executable, "-m", TORCHRUN, *alone, *options, "-m", module, *arguments]
     return command, {"ACCELERATE_USE_CPU": "1"}
-
-
-def _rename(option: str, names: dict[str, str]) -> str:
-    key, equals, value = option.partition("=")
-    known = names.get(key.lstrip("-").replace("-", "_"))
-    return f"--{known}{equals}{value}" if option.startswith("--") and known else option
 
 
 def _is_launched() -> bool:

@@ -15,31 +15,31 @@ from mmkd.command.settings import BROKEN_PIPE, ignore_broken_pipe
 def test_launcher_options_are_told_apart():
     arguments = ["--config", "a.yaml", "--num_processes", "2", "--epochs", "3", "--main-process-port=29511"]
     launcher, own = cli.split_launcher_options(arguments)
-    assert launcher == ["--num_processes", "2", "--main-process-port=29511"]
+    assert launcher == {"num_processes": "2", "main_process_port": "29511"}
     assert own == ["--config", "a.yaml", "--epochs", "3"]
 
 
 def test_several_processes_without_gpu_start_through_torchrun_of_this_interpreter(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("PATH", "")
-    options = ["--num_processes", "2"]
+    options = {"num_processes": "2"}
     command, environment = cli.launch_command("mmkd.train.distill", options, ["--epochs", "3"])
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    assert command[3:] == ["--standalone", "--nproc_per_node", "2", "-m", "mmkd.train.distill", "--epochs", "3"]
+    assert command[3:] == ["--standalone", "--nproc_per_node=2", "-m", "mmkd.train.distill", "--epochs", "3"]
     assert environment == {"ACCELERATE_USE_CPU": "1"}
 
 
 def test_several_machines_without_gpu_meet_at_the_first(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    options = ["--num_machines=2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1", "--main_process_port=29600"]
+    options = {"num_machines": "2", "machine_rank": "1", "main_process_ip": "10.0.0.1", "main_process_port": "29600"}
     command, _ = cli.launch_command("mmkd.train.distill", options, [])
-    assert command[3:-2] == ["--nnodes=2", "--node_rank", "1", "--master_addr", "10.0.0.1", "--master_port=29600"]
+    assert command[3:-2] == ["--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29600"]
 
 
 def test_gpus_start_through_accelerate(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    command, _ = cli.launch_command("mmkd.train.distill", ["--num_processes", "8"], [])
-    assert command[1:] == ["-m", "accelerate.commands.launch", "--num_processes", "8", "-m", "mmkd.train.distill"]
+    command, _ = cli.launch_command("mmkd.train.distill", {"num_processes": "8"}, [])
+    assert command[1:] == ["-m", "accelerate.commands.launch", "--num_processes=8", "-m", "mmkd.train.distill"]
 
 
 def test_unknown_command_answers_with_the_nearest(capsys):
