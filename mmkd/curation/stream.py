@@ -307,7 +307,4 @@ def _runs(starts: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def reason_counts(*counts: dict[str, int]) -> dict[str, int]:
     """The sum of counts by reason, sorted by name."""
-    total: Counter[str] = Counter()
-    for some in counts:
-        total.update(some)
-    return dict(sorted(total.items()))
+    return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))

@@ -13,13 +13,12 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import RawIOBase
+from io import BytesIO, RawIOBase
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
 BLOCK = 512
 COPY_BYTES = 1 << 24
-END_BYTES = 10_240  # tar pads with zero blocks to a multiple of this
 LARGEST_HEADER = 1 << 20
 LARGEST_MEMBER = 1 << 30
 MOST_OPEN = 64
@@ -113,30 +112,27 @@ class ArchiveWriter:
 
     def __init__(self, file: BinaryIO) -> None:
         """Write to an open file at its beginning."""
-        self._file, self._offset = file, 0
+        self._file = file
+        self._tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)
 
     def add(self, name: str, data: bytes) -> Member:
         """Append a file; returns its place."""
         header = tarfile.TarInfo(name)
-        header.size, header.mode = len(data), 0o644
-        block = header.tobuf(tarfile.GNU_FORMAT)
-        self._file.write(block)
-        self._file.write(data)
-        self._file.write(bytes(-len(data) % BLOCK))
-        member = Member(name, self._offset + len(block), len(data))
-        self._offset = member.offset + -(-len(data) // BLOCK) * BLOCK
-        return member
+        header.size = len(data)
+        self._tar.addfile(header, BytesIO(data))
+        self._tar.members = []  # type: ignore[attr-defined]  # or the list of all members stays in memory
+        return Member(name, self._tar.offset + -len(data) // BLOCK * BLOCK, len(data))
 
     def copy(self, source: BinaryIO, start: int, end: int) -> None:
         """Append the whole members that lie between two bytes of another archive."""
         source.seek(start)
         for position in range(start, end, COPY_BYTES):
             self._file.write(source.read(min(COPY_BYTES, end - position)))
-        self._offset += end - start
+        self._tar.offset += end - start
 
     def finish(self) -> None:
         """Write the end of the archive and flush it to the disk."""
-        self._file.write(bytes(2 * BLOCK + -(self._offset + 2 * BLOCK) % END_BYTES))
+        self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
 
