@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
-from mmkd.evaluation.datasets.catalog import catalog
+from mmkd.evaluation.datasets.manifest import catalog
 
 
 @dataclass
@@ -93,10 +93,20 @@ from mmkd.data.images import UnreadableImageError
 from mmkd.data.readers import DATA_VARIABLE
 from mmkd.data.splits import hashed
 from mmkd.data.table import SPLITS, Pair
-from mmkd.evaluation.datasets.catalog import CATALOG, compared_with, find_manifests, load_suite, own_catalog
 from mmkd.evaluation.datasets.dataset import Dataset, open_dataset
-from mmkd.evaluation.datasets.manifest import TASKS, DatasetNotFoundError, Manifest, locate, read_manifest
-from mmkd.evaluation.slides.cohort import read_cohort
+from mmkd.evaluation.datasets.manifest import (
+    CATALOG,
+    TASKS,
+    DatasetNotFoundError,
+    Manifest,
+    compared_with,
+    find_manifests,
+    load_suite,
+    locate,
+    own_catalog,
+    read_manifest,
+)
+from mmkd.evaluation.slides.survival import read_cohort
 from mmkd.files import atomic_write_text
 
 COLUMNS = ("id", "task", "modality", "tier", "license", "data")

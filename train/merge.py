@@ -56,10 +56,9 @@ from mmkd.command.settings import save_settings
 from mmkd.data.folder import open_pairs
 from mmkd.evaluation.datasets.dataset import split_samples
 from mmkd.evaluation.datasets.pairs import PairsDataset
-from mmkd.evaluation.run import evaluate, task_options
+from mmkd.evaluation.run import evaluate, task_options, tasks_for
 from mmkd.evaluation.settings import EvalSettings
 from mmkd.evaluation.settings import check as check_evaluation
-from mmkd.evaluation.suite import tasks_for
 from mmkd.files import atomic_folder, refuse_existing, write_json
 from mmkd.student.merging import ModelPair
 

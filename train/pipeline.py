@@ -60,8 +60,8 @@ from mmkd.data.folder import open_pairs
 from mmkd.data.splits import partition
 from mmkd.evaluation.datasets.dataset import split_samples
 from mmkd.evaluation.datasets.pairs import PROBED, PairsDataset
+from mmkd.evaluation.run import SUITE, tasks_for
 from mmkd.evaluation.settings import DISTILLED, NO_TEACHER, STAGE1
-from mmkd.evaluation.suite import SUITE, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.files import refuse_existing
 

@@ -56,8 +56,7 @@ from mmkd.command.tasks import run_tasks
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.evaluation.embeddings.encoders import encoder_fingerprint, named_sources
 from mmkd.evaluation.slides.bags import slide_name
-from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, Tiling
-from mmkd.evaluation.slides.writing import SlideWriter, load, write_slides
+from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, SlideWriter, Tiling, load, write_slides
 from mmkd.files import remove, write_json
 
 SKIPPED_FILE = "skipped.json"

@@ -26,7 +26,7 @@ from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.embeddings.encoders import embed_everything
 from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.results.summary import task_summary
-from mmkd.evaluation.suite import inputs_of, run_task, tasks_for
+from mmkd.evaluation.run import inputs_of, run_task, tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.exporting.folder import compare_towers, examples, towers
 from mmkd.exporting.usage import DESCRIPTION, Encoder, Tower, load_tower

@@ -16,8 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmkd.evaluation.statistics.bootstrap import difference, interval, replicate_weights, resampling_units
-from mmkd.evaluation.statistics.comparisons import above_chance, average_ranks, holm
+from mmkd.evaluation.statistics.bootstrap import (
+    above_chance,
+    average_ranks,
+    difference,
+    holm,
+    interval,
+    replicate_weights,
+    resampling_units,
+)
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.files import atomic_write_text
 from mmkd.miniature.arms import CONTROLS, DEFAULT

@@ -36,7 +36,7 @@ from mmkd.distillation.weighting import spread_scales
 from mmkd.evaluation.tasks.zeroshot import standardise
 from mmkd.files import atomic_write_bytes
 from mmkd.miniature.arms import ARMS, TASK_ALONE, Arm
-from mmkd.miniature.data import Noise, with_noise
+from mmkd.miniature.data import Noise, World, WorldSettings, with_noise
 from mmkd.miniature.tasks import Draw, Embedded, Question, answers, judge, scores
 from mmkd.miniature.training import (
     EMBEDDINGS,
@@ -49,7 +49,6 @@ from mmkd.miniature.training import (
     teacher_arrays,
     train,
 )
-from mmkd.miniature.world import World, WorldSettings
 from mmkd.training.batches import Batches, JoinedBatches, StoredBatches, batches_from
 from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.settings import BatchSettings

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from mmkd.data.splits import hashed
 from mmkd.evaluation.tasks.logistic_regression import probe
-from mmkd.miniature.data import PARTS, assign
-from mmkd.miniature.world import World
+from mmkd.miniature.data import PARTS, World, assign
 
 Endpoint = Literal["seen", "unseen", "retrieval"]
 SHOTS = 16

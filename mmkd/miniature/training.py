@@ -21,8 +21,8 @@ from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 
 from mmkd.data.features.lookup import Features, TeacherFeatures
 from mmkd.files import atomic_write_bytes
+from mmkd.miniature.data import World
 from mmkd.miniature.tasks import Embedded
-from mmkd.miniature.world import World
 from mmkd.student.embed import PixelStatistics, normalized_pixels
 from mmkd.student.towers import build_model
 from mmkd.training.batches import Batches, StoredBatches

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from mmkd.evaluation.datasets.catalog import catalog
+from mmkd.evaluation.datasets.manifest import catalog
 from mmkd.files import fingerprint, read_json
 from mmkd.publishing.card import Scores, escape
 

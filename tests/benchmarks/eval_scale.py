@@ -35,10 +35,9 @@ from simulated_slides import KINDS, QUESTIONS, SLIDES, Slides, asked, write_bags
 from simulated_suite import SIZES, Simulated, simulated_inputs, write_cache
 
 from mmkd.data.features.shards import TensorMap
-from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import Dataset
-from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import DatasetInputs
+from mmkd.evaluation.datasets.manifest import Manifest, load_suite
+from mmkd.evaluation.embeddings.embed import DatasetInputs
 from mmkd.evaluation.embeddings.encoders import EncoderRecord
 from mmkd.evaluation.run import SuiteRun
 from mmkd.evaluation.settings import EvalSettings

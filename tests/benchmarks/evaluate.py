@@ -29,7 +29,7 @@ from mmkd.data.folder import open_pairs
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.pairs import PairsDataset
 from mmkd.evaluation.embeddings.encoders import embed_everything
-from mmkd.evaluation.suite import inputs_of
+from mmkd.evaluation.run import inputs_of
 from mmkd.evaluation.tasks.task import TaskOptions
 
 BATCH = 32

@@ -32,8 +32,8 @@ from private_memory import PrivateMemory
 from simulated_suite import Simulated, simulated_inputs
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.catalog import find_manifests
-from mmkd.evaluation.embeddings.cache import SHARD_SIZE, DatasetInputs, write_vectors
+from mmkd.evaluation.datasets.manifest import find_manifests
+from mmkd.evaluation.embeddings.embed import SHARD_SIZE, DatasetInputs, write_vectors
 from mmkd.evaluation.embeddings.encoders import EncoderRecord
 from mmkd.evaluation.run import SuiteRun
 from mmkd.evaluation.settings import EvalSettings

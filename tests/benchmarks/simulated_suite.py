@@ -8,9 +8,9 @@ import torch
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import SHARD_SIZE, DatasetInputs, write_vectors
+from mmkd.evaluation.embeddings.embed import SHARD_SIZE, DatasetInputs, write_vectors
 from mmkd.evaluation.embeddings.encoders import EncoderRecord
-from mmkd.evaluation.suite import inputs_of
+from mmkd.evaluation.run import inputs_of
 from mmkd.evaluation.tasks.task import TaskOptions
 
 JOINT, POOLED = 512, 768

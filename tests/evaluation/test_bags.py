@@ -9,7 +9,7 @@ h5py = pytest.importorskip("h5py", reason="bags are HDF5 files")
 
 from simulated_slides import write_bag  # noqa: E402
 
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError  # noqa: E402
+from mmkd.evaluation.embeddings.embed import UndefinedMetricError  # noqa: E402
 from mmkd.evaluation.slides.bags import BagFolder, slide_name  # noqa: E402
 
 

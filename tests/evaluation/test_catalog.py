@@ -10,19 +10,22 @@ from PIL import Image
 from mmkd.command import settings
 from mmkd.data.prompts import family
 from mmkd.encoders.zoo import TEACHERS
-from mmkd.evaluation.datasets.catalog import (
+from mmkd.evaluation.datasets.manifest import (
     CATALOG,
+    PRIMARY_METRICS,
     PUBLICATIONS,
     SUITES,
+    TASKS,
     TRAINING,
     catalog,
     compared_with,
     contaminated,
     find_manifests,
     load_suite,
+    make_manifest,
+    read_manifest,
     suite_names,
 )
-from mmkd.evaluation.datasets.manifest import PRIMARY_METRICS, TASKS, make_manifest, read_manifest
 from mmkd.evaluation.slides.diagnosis import SlideTask
 from mmkd.evaluation.slides.survival import Survival
 from mmkd.evaluation.tasks.classification import Classification, MultiLabel

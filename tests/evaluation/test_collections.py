@@ -8,10 +8,9 @@ from PIL import Image
 
 from mmkd.data.archives import ArchiveWriter
 from mmkd.data.images import UnreadableImageError
-from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import open_dataset
-from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, make_manifest
-from mmkd.evaluation.slides.cohort import read_cohort
+from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, load_suite, make_manifest
+from mmkd.evaluation.slides.survival import read_cohort
 
 CLASSES = {"cat": ["a cat"], "dog": ["a dog", "a hound"]}
 

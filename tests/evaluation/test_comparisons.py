@@ -14,10 +14,9 @@ from mmkd.evaluation.datasets.readers import read_bags
 from mmkd.evaluation.report.leaderboard import task_notes
 from mmkd.evaluation.results.store import ResultStore, write_scores
 from mmkd.evaluation.results.summary import dataset_ranks, mean_block, task_summary
-from mmkd.evaluation.slides.cohort import site_folds
+from mmkd.evaluation.slides.survival import site_folds
 from mmkd.evaluation.statistics import metrics
-from mmkd.evaluation.statistics.bootstrap import resampling_units
-from mmkd.evaluation.statistics.comparisons import average_ranks, holm, paired_differences
+from mmkd.evaluation.statistics.bootstrap import average_ranks, holm, paired_differences, resampling_units
 from mmkd.evaluation.tasks.zeroshot import ZeroShot
 
 

@@ -10,11 +10,10 @@ from mmkd.data.features.store import VectorStore
 from mmkd.data.prompts import class_vector
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import StoredVectors, UndefinedMetricError, write_vectors
-from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.embed import Embedded, StoredVectors, UndefinedMetricError, write_vectors
 from mmkd.evaluation.results.store import ResultStore
+from mmkd.evaluation.run import tasks_for
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
-from mmkd.evaluation.suite import tasks_for
 from mmkd.evaluation.tasks import linear_probe, retrieval, zeroshot
 from mmkd.evaluation.tasks.task import TaskOptions
 

@@ -14,13 +14,12 @@ from sklearn.metrics import cohen_kappa_score
 from torch.nn import functional
 
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError
-from mmkd.evaluation.embeddings.embed import Embedded, embed, read_embedded
+from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError, embed, read_embedded
+from mmkd.evaluation.run import inputs_of
 from mmkd.evaluation.slides import diagnosis
 from mmkd.evaluation.slides.attention import train_attention
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
-from mmkd.evaluation.suite import inputs_of
 from mmkd.evaluation.tasks.task import TaskOptions
 
 CLASSES = {"luad": ["lung adenocarcinoma"], "lusc": ["squamous cell carcinoma of the lung"]}

@@ -10,7 +10,7 @@ from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.tasks import linear_probe
-from mmkd.evaluation.tasks.learning_curve import settings_of
+from mmkd.evaluation.tasks.linear_probe import settings_of
 from mmkd.evaluation.tasks.logistic_regression import Sweep, log_loss, probe, search_exponent
 from mmkd.evaluation.tasks.task import TaskOptions
 

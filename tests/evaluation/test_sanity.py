@@ -11,8 +11,8 @@ from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.run import tasks_for
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
-from mmkd.evaluation.suite import tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.evaluation.vqa import co_attention
 

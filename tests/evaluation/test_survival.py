@@ -14,11 +14,10 @@ from simulated_slides import (
 )
 
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError
-from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError
 from mmkd.evaluation.slides import attention as attention_mil
 from mmkd.evaluation.slides import survival
-from mmkd.evaluation.slides.cohort import read_cohort, stratified_folds
+from mmkd.evaluation.slides.survival import read_cohort, stratified_folds
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
 from mmkd.evaluation.statistics.survival import Outcomes, concordance
 from mmkd.evaluation.tasks.task import TaskOptions

@@ -7,8 +7,7 @@ from fake_encoder import LABELS, MODALITIES, FakeEncoder, make_pairs
 
 from mmkd.data.prompts import class_vector, label_prompts, modality_prompts
 from mmkd.data.table import Pair
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError
-from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError
 from mmkd.evaluation.results.summary import split_summary
 from mmkd.evaluation.statistics import ranks as ranks_module
 from mmkd.evaluation.statistics.bootstrap import replicate

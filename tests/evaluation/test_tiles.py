@@ -12,7 +12,7 @@ tifffile = pytest.importorskip("tifffile", reason="the tests write TIFF pyramids
 
 from mmkd.command.settings import parse  # noqa: E402
 from mmkd.encoders.encoder import DualEncoder  # noqa: E402
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError  # noqa: E402
+from mmkd.evaluation.embeddings.embed import UndefinedMetricError  # noqa: E402
 from mmkd.evaluation.slides import tiles  # noqa: E402
 from mmkd.evaluation.slides.bags import BagFolder  # noqa: E402
 from mmkd.hub import slide_heatmap  # noqa: E402

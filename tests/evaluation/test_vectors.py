@@ -12,10 +12,16 @@ from mmkd.data.table import Pair
 from mmkd.encoders import extraction
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings import cache
 from mmkd.evaluation.embeddings import embed as embed_module
-from mmkd.evaluation.embeddings.cache import DatasetInputs, StoredVectors, UndefinedMetricError, rows_of, write_vectors
-from mmkd.evaluation.embeddings.embed import embed, read_embedded
+from mmkd.evaluation.embeddings.embed import (
+    DatasetInputs,
+    StoredVectors,
+    UndefinedMetricError,
+    embed,
+    read_embedded,
+    rows_of,
+    write_vectors,
+)
 
 KEYS = [f"k{number}" for number in range(10)]
 
@@ -111,7 +117,7 @@ def test_an_image_is_decoded_once_for_all_encoders(tmp_path):
 
 
 def test_a_killed_run_resumes_at_the_shard_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SHARD_SIZE", 2)
+    monkeypatch.setattr(embed_module, "SHARD_SIZE", 2)
     source = Source([1, 2, 5, 7, 9, 3, 4])
     inputs = DatasetInputs.of(source, lambda: source, [source.pairs], [], quiet=True)
 
@@ -127,7 +133,7 @@ def test_a_killed_run_resumes_at_the_shard_to_the_same_bytes(tmp_path, monkeypat
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(file)
-        cache.write_vectors(file, *values)
+        embed_module.write_vectors(file, *values)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(embed_module, "write_vectors", killed)

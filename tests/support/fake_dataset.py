@@ -6,9 +6,8 @@ from mmkd.data.folder import PairFolder
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.pairs import PairsDataset
-from mmkd.evaluation.run import task_options
+from mmkd.evaluation.run import task_options, tasks_for
 from mmkd.evaluation.settings import EvalSettings
-from mmkd.evaluation.suite import tasks_for
 
 
 class FakeDataset(Dataset):

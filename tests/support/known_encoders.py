@@ -14,9 +14,8 @@ from collections import defaultdict
 import numpy as np
 
 from mmkd.data.images import UnreadableImageError
-from mmkd.evaluation.datasets.catalog import load_suite
 from mmkd.evaluation.datasets.dataset import open_dataset
-from mmkd.evaluation.datasets.manifest import DatasetNotFoundError
+from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, load_suite
 from mmkd.evaluation.vqa.statements import choices
 
 DIM, SHORT, MOST_QUESTIONS = 512, 32, 16

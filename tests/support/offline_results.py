@@ -19,14 +19,13 @@ import safetensors.numpy
 from known_encoders import DIM
 from offline_page import page
 
-from mmkd.evaluation.datasets.catalog import find_manifests
 from mmkd.evaluation.datasets.dataset import open_dataset, split_samples
+from mmkd.evaluation.datasets.manifest import find_manifests
 from mmkd.evaluation.embeddings.embed import Embedded
-from mmkd.evaluation.slides.cohort import read_cohort
-from mmkd.evaluation.slides.survival import RIDGE, standardised
+from mmkd.evaluation.run import tasks_for
+from mmkd.evaluation.slides.survival import RIDGE, read_cohort, standardised
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED, difference, interval, replicate
 from mmkd.evaluation.statistics.survival import Outcomes, concordance
-from mmkd.evaluation.suite import tasks_for
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.files import atomic_write_text, read_json, write_json
 

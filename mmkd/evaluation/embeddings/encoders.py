@@ -22,8 +22,14 @@ from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import by_name
 from mmkd.evaluation.datasets.dataset import Dataset
-from mmkd.evaluation.embeddings.cache import DatasetInputs, EmbeddingShard
-from mmkd.evaluation.embeddings.embed import Embedded, embed, load_and_embed, read_embedded
+from mmkd.evaluation.embeddings.embed import (
+    DatasetInputs,
+    Embedded,
+    EmbeddingShard,
+    embed,
+    load_and_embed,
+    read_embedded,
+)
 from mmkd.evaluation.embeddings.tokens import TokenSource
 from mmkd.files import fingerprint
 

@@ -7,6 +7,7 @@ to that size; tokens before the map, such as the class token, are kept.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -25,7 +26,6 @@ from mmkd.data.images import UnreadableImageError
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
-from mmkd.evaluation.embeddings.cache import text_ids
 
 FORMAT = 1
 SIDE = 7
@@ -133,6 +133,11 @@ class _TokenTask(EncodingTask[Pair]):
     def write(self, shard: int, items: list[Pair], arrays: dict[str, Tensor], skipped: list[tuple[Pair, str]]) -> None:
         reasons = {pair.id: reason for pair, reason in skipped}
         write_shard(self.files[shard], [pair.id for pair in items], arrays, notes={"skipped": reasons})
+
+
+def text_ids(texts: Sequence[str]) -> list[str]:
+    """Ids of the rows of texts: their hashes."""
+    return [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
 
 
 def at_most_a_map(tokens: Tensor) -> Tensor:

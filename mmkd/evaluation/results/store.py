@@ -25,7 +25,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError
+from mmkd.evaluation.embeddings.embed import UndefinedMetricError
 from mmkd.evaluation.statistics.bootstrap import (
     Metrics,
     ResamplingUnits,

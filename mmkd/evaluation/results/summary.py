@@ -22,8 +22,7 @@ from mmkd.data.provenance import PACKAGE, git_commit, installed_versions
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import Result, ResultStore
-from mmkd.evaluation.statistics.bootstrap import Metrics, with_interval
-from mmkd.evaluation.statistics.comparisons import above_chance, average_ranks, paired_differences
+from mmkd.evaluation.statistics.bootstrap import Metrics, above_chance, average_ranks, paired_differences, with_interval
 from mmkd.evaluation.statistics.metrics import Floats, defined_mean
 
 PACKAGES = ("mmkd-clip", "torch", "transformers", "numpy", "scikit-learn", "open_clip_torch", "timm")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.distributed import chosen_device
-from mmkd.evaluation.embeddings.cache import Vectors
+from mmkd.evaluation.embeddings.embed import Vectors
 
 HIDDEN, ATTENTION, DROPOUT = 256, 128, 0.25
 EPOCHS, LEARNING_RATE, WEIGHT_DECAY, TILES = 20, 3e-4, 1e-5, 4096

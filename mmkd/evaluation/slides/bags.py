@@ -19,7 +19,7 @@ import numpy as np
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Dataset
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError, Vectors
+from mmkd.evaluation.embeddings.embed import UndefinedMetricError, Vectors
 
 FEATURE_NAMES = ("features", "feats", "patch_embeddings", "embeddings")
 JOINT_NAMES = ("proj", "projected")

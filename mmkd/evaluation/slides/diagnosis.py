@@ -22,8 +22,7 @@ from torch.nn import functional
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.embeddings.cache import Vectors
-from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.embed import Embedded, Vectors
 from mmkd.evaluation.slides.attention import train_attention
 from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of, listed, slide_of
 from mmkd.evaluation.statistics import metrics

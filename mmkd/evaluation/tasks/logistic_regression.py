@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError
-from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError
 from mmkd.evaluation.statistics.metrics import Floats, Integers
 from mmkd.evaluation.tasks.task import Outputs
 

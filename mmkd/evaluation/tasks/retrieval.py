@@ -17,8 +17,7 @@ import numpy as np
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.datasets.source import MISSING
-from mmkd.evaluation.embeddings.cache import Vectors
-from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.embed import Embedded, Vectors
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units, subset_units
 from mmkd.evaluation.statistics.metrics import Floats

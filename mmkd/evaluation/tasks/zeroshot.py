@@ -17,8 +17,7 @@ from mmkd.data.prompts import class_vector
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.embeddings.cache import Vectors
-from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.embed import Embedded, Vectors
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.classification import Classification, MultiLabel
 from mmkd.evaluation.tasks.task import Outputs, TaskOptions, task_name

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.questions import Question
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError
-from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from mmkd.data.images import UnreadableImageError
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import NoTokens
-from mmkd.evaluation.embeddings.cache import UndefinedMetricError
-from mmkd.evaluation.embeddings.embed import Embedded
+from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError
 from mmkd.evaluation.tasks.task import Outputs
 from mmkd.evaluation.vqa.answer_head import VisualQuestions, train_epochs
 
