@@ -108,6 +108,7 @@ def test_findings_in_columns_and_in_one_text(tmp_path):
     [
         (["a.png,cat,p1,train", "b.png,dog,p1,test"], {}, r"1 groups are in several splits: p1 \(test and train\)"),
         (["a.png,cat,,train", "b.png,dgo,,test"], {}, r"label 'dgo' \(did you mean 'dog'\?\)"),
+        (["a.png,cat|dgo,,train", "b.png,dog,,test"], {"task": "multilabel"}, r"label 'dgo' \(did you mean 'dog'\?\)"),
         (["a.png,cat,,train", "b.png,cat,,test"], {}, r"class 'dog' of the manifest is not in the data"),
         (["a.png,cat,,train", "b.png,dog,,"], {}, "1 of 2 rows have no split"),
         (["a.png,cat,,train", "b.png,dog,,val"], {}, "no sample is in the test split"),
@@ -359,6 +360,18 @@ def test_slides_of_a_cohort(tmp_path):
         table(tmp_path / "cohort", [*rows, row], "slide,case,months,censored")
         with pytest.raises(ValueError, match=match):
             read_cohort(open_dataset(manifest(source, task="survival", classes={}), tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("row", "match"), [("s3,c1,dog,test", "1 groups are in several splits: c1"), ("s3,c3,dgo,test", "label 'dgo'")]
+)
+def test_slides_of_a_diagnosis(tmp_path, row, match):
+    source = {"bags": "${DATA}/slides"}
+    table(tmp_path / "slides", ["s1,c1,cat,train", "s2,c2,dog,test"], "slide,case,label,split")
+    assert open_dataset(manifest(source, task="diagnosis"), tmp_path).root == tmp_path / "slides"
+    table(tmp_path / "slides", ["s1,c1,cat,train", "s2,c2,dog,test", row], "slide,case,label,split")
+    with pytest.raises(ValueError, match=match):
+        open_dataset(manifest(source, task="diagnosis"), tmp_path)
 
 
 def test_the_offline_suite_opens(shared_data):

@@ -134,10 +134,6 @@ def test_what_cannot_be_asked_says_why(slides):
         replace(slides, train=[p for p in slides.train if p.label == "luad"]), TaskOptions()
     )
     assert len(found) == 2 and skipped["diagnosis-slides-mil"] == "no training slide of lusc"
-    with pytest.raises(ValueError, match="1 cases lie in training and held-out slides: case12"):
-        diagnosis.tasks(replace(slides, train=[*slides.train, slides.held_out[0]]), TaskOptions())
-    with pytest.raises(ValueError, match=r"labels benign are not among its classes .luad, lusc."):
-        diagnosis.tasks(replace(slides, train=[replace(slides.train[0], label="benign")]), TaskOptions())
     with pytest.raises(UndefinedMetricError, match="no bags of clip in"):
         diagnosis.tasks(slides, TaskOptions())[0][2].outputs(encoder("clip", slides))
 

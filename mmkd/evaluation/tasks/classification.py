@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmkd.command.settings import nearest
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import PRIMARY_METRICS, Manifest
 from mmkd.evaluation.statistics import metrics
@@ -45,13 +44,13 @@ class Classification(Task):
             chance: of further metrics.
 
         Raises:
-            ValueError: a label is not a class of the manifest, or its primary metric is not one of this task.
+            ValueError: the manifest's primary metric is not one of this task.
         """
         super().__init__(manifest, title, variant)
         self.pairs, self.classes = list(pairs), list(classes)
-        names = class_names(manifest, self.pairs)
-        self.targets: Integers = np.array([self.classes.index(name) for name in names], dtype=np.int64)
-        self.units = {"image": resampling_units(names, [pair.group for pair in self.pairs])}
+        self.targets = self.targets_of(self.pairs)
+        names, groups = [pair.label for pair in self.pairs], [pair.group for pair in self.pairs]
+        self.units = {"image": resampling_units(names, groups)}
         self.sample_pairs = {"image": self.pairs}
         self.ordinal, self.medmnist = manifest.task == "ordinal", "medmnist" in manifest.source
         if self.ordinal:
@@ -175,7 +174,7 @@ class MultiLabel(Task):
         """
         super().__init__(manifest, title)
         self.pairs, self.labels = list(pairs), list(labels)
-        self.positive: NDArray[np.bool_] = self.findings(pairs)
+        self.positive = label_sets(self.labels, pairs)
         any_finding = np.any(self.positive, axis=1).tolist()
         strata = ["finding" if own else "none" for own in any_finding]
         self.units = {"image": resampling_units(strata, [pair.group for pair in pairs])}
@@ -261,46 +260,13 @@ class MultiLabel(Task):
         """``score: LABEL``, what AUROC ranks by."""
         return {"image": score_columns(self.labels, outputs["image.scores"].astype(np.float64))}
 
-    def findings(self, pairs: Sequence[Pair]) -> NDArray[np.bool_]:
-        """Which of the task's labels each pair has, ``(n, labels)``."""
-        columns = [list(self.manifest.classes).index(label) for label in self.labels]
-        return label_sets(self.manifest, pairs)[:, columns]
-
 
 def score_columns(names: Sequence[str], scores: Floats) -> dict[str, Floats]:
     """A column ``score: NAME`` for each class or label of ``scores`` ``(n, names)``."""
     return {f"score: {name}": scores[:, k] for k, name in enumerate(names)}
 
 
-def class_names(manifest: Manifest, pairs: Sequence[Pair]) -> list[str]:
-    """The class of every pair.
-
-    Raises:
-        ValueError: a label is empty or not a class of the manifest.
-    """
-    for pair in pairs:
-        _check(manifest, pair, pair.label)
-    return [pair.label for pair in pairs]
-
-
-def label_sets(manifest: Manifest, pairs: Sequence[Pair]) -> NDArray[np.bool_]:
-    """Which labels every pair has, ``(n, labels)`` in the manifest's order; an empty label means none.
-
-    Raises:
-        ValueError: a label is not one of the manifest's.
-    """
-    position = {name: k for k, name in enumerate(manifest.classes)}
-    found = np.zeros((len(pairs), len(position)), dtype=bool)
-    for row, pair in enumerate(pairs):
-        for name in pair.label.split(SEPARATOR) if pair.label else []:
-            _check(manifest, pair, name)
-            found[row, position[name]] = True
-    return found
-
-
-def _check(manifest: Manifest, pair: Pair, label: str) -> None:
-    if label not in manifest.classes:
-        raise ValueError(
-            f"{manifest.id}: image {pair.id} has the label {label!r}{nearest(label, manifest.classes)}; "
-            f"the classes of the manifest are {', '.join(manifest.classes)}"
-        )
+def label_sets(labels: Sequence[str], pairs: Sequence[Pair]) -> NDArray[np.bool_]:
+    """Which of some labels every pair has, ``(n, labels)``; an empty label means none."""
+    found = [pair.label.split(SEPARATOR) for pair in pairs]
+    return np.array([[label in own for label in labels] for own in found], dtype=bool).reshape(-1, len(labels))

@@ -25,7 +25,7 @@ from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics
 from mmkd.evaluation.statistics.metrics import Floats, Integers
-from mmkd.evaluation.tasks.classification import Classification, MultiLabel, class_names, label_sets
+from mmkd.evaluation.tasks.classification import Classification, MultiLabel, label_sets
 from mmkd.evaluation.tasks.logistic_regression import Sweep, fast_exponent, log_mean, probe, probed_features
 from mmkd.evaluation.tasks.task import Outputs, Task, TaskOptions, task_name
 
@@ -229,7 +229,7 @@ class MultiLabelProbe(MultiLabel, Probe):
 
     def targets_of(self, pairs: Sequence[Pair]) -> Any:
         """See `Probe`."""
-        return self.findings(pairs)
+        return label_sets(self.labels, pairs)
 
 
 def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Any], dict[str, str]]:
@@ -239,20 +239,17 @@ def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Any], dict[str, 
         ``probe-ID`` and, for classes and grades, ``probe-ID-shots``; and why they are left out.
 
     Raises:
-        ValueError: a label or the primary metric is unknown to the manifest.
+        ValueError: the manifest's primary metric is not one of these tasks.
     """
     manifest, name = samples.manifest, task_name("probe", samples.manifest)
     if not samples.train or not samples.held_out:
         return [], {name: f"no readable image {'to learn from' if samples.held_out else 'held out'}"}
     if manifest.task == "multilabel":
-        shown, _, _ = (label_sets(manifest, own) for own in (samples.train, samples.validation, samples.held_out))
-        counts = shown.sum(axis=0).tolist()
+        counts = label_sets(list(manifest.classes), samples.train).sum(axis=0).tolist()
         labels = [own for own, count in zip(manifest.classes, counts, strict=True) if 0 < count < len(samples.train)]
         if not labels:
             return [], {name: "no finding that some training images show and others do not"}
         return [MultiLabelProbe(samples, labels, options)], {}
-    for pairs in (samples.train, samples.validation, samples.held_out):
-        class_names(manifest, pairs)
     seen = Counter(pair.label for pair in samples.train)
     classes = [known for known in manifest.classes if seen[known] >= options.probe_images]
     if len(classes) < 2:

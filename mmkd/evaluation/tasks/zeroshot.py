@@ -34,7 +34,7 @@ class ZeroShot(Classification):
         """Fix images and prompts.
 
         Raises:
-            ValueError: a label or the primary metric is unknown.
+            ValueError: the manifest's primary metric is not one of this task.
         """
         self.prompts = manifest.prompts()
         super().__init__(manifest, TITLE, pairs, list(self.prompts))
@@ -69,7 +69,7 @@ def tasks(samples: Samples, options: TaskOptions) -> tuple[list[Any], dict[str, 
     """The zero-shot task of a dataset of classes, grades or findings, or why it has none.
 
     Raises:
-        ValueError: a label or the primary metric is unknown to the manifest.
+        ValueError: the manifest's primary metric is not one of the task.
     """
     manifest = samples.manifest
     if not samples.held_out:
