@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mmkd.data.folder import PairFolder
 from mmkd.data.images import thumbnail
 from mmkd.data.splits import spread
-from mmkd.evaluation.report.leaderboard import Leaderboard
+from mmkd.evaluation.report.leaderboard import Leaderboard, section
 from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.tasks.task import Outputs
 from mmkd.files import read_json
@@ -134,14 +134,12 @@ def examples_sections(board: Leaderboard, folder: PairFolder) -> list[Section]:
     examples = Examples(board, folder, name)
     retrieval = examples.task["kind"] == "retrieval"
     what = f"{len(examples.task['captions' if retrieval else 'classes'])} {'captions' if retrieval else 'classes'}"
-    lead = (
-        f"The student's first {SHOWN_ANSWERS} of {what} for held-out images, chosen by a fixed rule that does not use "
-        f"the results.{' ' + GRADES if retrieval else ''}"
-    )
-    sections = [Section("images", "Predictions on held-out images", lead, template=TEMPLATE, content=examples.images())]
+    grades = f" {GRADES}" if retrieval else ""
+    values = {"answers": SHOWN_ANSWERS, "pool": what, "grades": grades}
+    sections = [section("images", [], TEMPLATE, examples.images(), **values)]
     if retrieval:
-        lead = f"The first five of {len(examples.task['ids'])} held-out images for a caption, with cosines. {GRADES}"
-        sections.append(Section("captions", "Search by caption", lead, template=TEMPLATE, content=examples.captions()))
+        images = len(examples.task["ids"])
+        sections.append(section("captions", [], TEMPLATE, examples.captions(), images=images, grades=GRADES))
     return sections
 
 

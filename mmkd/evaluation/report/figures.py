@@ -19,6 +19,7 @@ from mmkd.evaluation.report.leaderboard import (
     kind_label,
     p_value,
     p_values,
+    section,
     task_notes,
     tone,
 )
@@ -43,11 +44,7 @@ def means_section(board: Leaderboard) -> Section:
     if found:
         charts.append(_differences("Student minus each encoder", {board.label(row): own for row, own in found.items()}))
     kinds = ", ".join(dict.fromkeys(kind_label(board.tasks[name]["kind"]) for name in mean.tasks))
-    lead = (
-        f"Each kind of task ({kinds}) has the same weight. The same draws of held-out sources serve every encoder, so "
-        "differences are paired."
-    )
-    return Section("overall", "All tasks together", lead, [Grid(charts)] if charts else [])
+    return section("overall", [Grid(charts)] if charts else [], kinds=kinds)
 
 
 def tasks_section(board: Leaderboard) -> Section:
@@ -65,10 +62,10 @@ def tasks_section(board: Leaderboard) -> Section:
         beside = accuracies_beside(board, name, board.student)
         also = [f"{board.student}: {', '.join(beside)}."] if beside else []
         charts.append(replace(chart, notes=[*task_notes(task), *also]))
-    lead = "Dots are values on all held-out samples, bars their 95 % intervals, the dashed line is chance."
+    drawn = ""
     if len(board.tasks) > TASK_CHARTS:
-        lead += f" Drawn are the first {TASK_CHARTS} of {len(board.tasks)} tasks; all numbers are in the table above."
-    return Section("tasks", "Charts of each task", lead, _gallery(charts, "More tasks", 2 * OPEN_CHARTS))
+        drawn = f" Drawn are the first {TASK_CHARTS} of {len(board.tasks)} tasks; all numbers are in the table above."
+    return section("tasks", _gallery(charts, "More tasks", 2 * OPEN_CHARTS), drawn=drawn)
 
 
 def differences_section(board: Leaderboard) -> Section:
@@ -84,13 +81,8 @@ def differences_section(board: Leaderboard) -> Section:
                 found[f"{board.task_label(name)} · {kind_label(task['kind'])}"] = own
         if found:
             charts.append(_differences(f"{board.student} minus {row}", found))
-    lead = (
-        "Student minus another encoder, with the 95 % interval of the paired difference; the same draws of held-out "
-        "sources serve both sides. p is two-sided, of one comparison alone; Holm corrects it for the number of "
-        "encoders that the student is compared with on that task or mean. Colored where the interval excludes zero."
-    )
     blocks: list[Block] = [Grid(charts), differences_table(board)] if board.others else []
-    return Section("differences", "Paired differences", lead, blocks)
+    return section("differences", blocks)
 
 
 def modalities_section(board: Leaderboard) -> Section:
@@ -107,11 +99,7 @@ def modalities_section(board: Leaderboard) -> Section:
                 series.append(Series(board.label(str(row)), color, points))
         if series:
             tables.insert(0, radar("Mean score by modality", board.modalities, series))
-    lead = (
-        "Specialists are strong on the modality that they were trained on; a student of many should be weak on none. "
-        "Modalities differ in difficulty, so compare encoders within a modality. A dot marks the best encoder."
-    )
-    return Section("modalities", "By modality", lead, tables)
+    return section("modalities", tables)
 
 
 def learning_section(board: Leaderboard) -> Section:
@@ -123,8 +111,7 @@ def learning_section(board: Leaderboard) -> Section:
             if len(places) > 1:
                 caption = f"{task.get('dataset') or name}: probe by {axis}"
                 charts.append(lines(caption, axis, series, {x: f"{x:g}" for x in sorted(places)}))
-    lead = "Balanced accuracy of linear probes with little data, mean over seeds; the shade is the student's interval."
-    return Section("learning", "Learning curves", lead, _gallery(charts, "More learning curves"))
+    return section("learning", _gallery(charts, "More learning curves"))
 
 
 def survival_section(board: Leaderboard) -> Section:
@@ -143,13 +130,9 @@ def survival_section(board: Leaderboard) -> Section:
                 series.append(Series(f"{half} risk{size}", color, points))
             caption = f"{board.task_label(name)}, {board.label(row)}: log-rank {p_value(found.get('logrank_p'))}"
             (own if row == board.student else others).append(lines(caption, "time", series, steps=True))
-    lead = (
-        "Survival prediction (C-index): share of the held-out cases alive, of those whose predicted risk lies above "
-        "the median of the training cases, and of the others; p is that of the log-rank test between them."
-    )
     blocks: list[Block] = [Grid(own)] if own else []
     blocks += [Fold(f"Other encoders ({len(others)})", [Grid(others)])] if others else []
-    return Section("survival", "Survival by predicted risk", lead, blocks)
+    return section("survival", blocks)
 
 
 def confusions_section(board: Leaderboard) -> Section:
@@ -169,8 +152,7 @@ def confusions_section(board: Leaderboard) -> Section:
         tables.append(Table(caption, ["True class", *classes], rows, "heat"))
     blocks: list[Block] = [*tables[:1]]
     blocks += [Fold(f"More matrices ({len(tables) - 1})", tables[1:])] if len(tables) > 1 else []
-    lead = f"Predictions of {board.label(board.student)} on all held-out samples of each classification."
-    return Section("confusions", "Confusion matrices", lead, blocks)
+    return section("confusions", blocks, student=board.label(board.student))
 
 
 def _interval(label: str, role: str, metric: Metric) -> Interval:

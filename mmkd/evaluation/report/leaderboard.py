@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import stored_array
@@ -21,7 +23,7 @@ from mmkd.evaluation.results.summary import Replicates, dataset_ranks, mean_bloc
 from mmkd.evaluation.settings import NO_TEACHER, STAGE1
 from mmkd.evaluation.statistics.bootstrap import BY_IMAGE
 from mmkd.evaluation.statistics.metrics import Floats
-from mmkd.pages.page import counted, number, signed
+from mmkd.pages.page import Block, Section, counted, number, signed
 
 KINDS = {
     "zeroshot": "zero-shot",
@@ -51,6 +53,7 @@ Task = dict[str, Any]
 Metric = dict[str, float | None]
 
 NOT_STORED = np.full(1, np.nan)
+SECTIONS = Path(__file__).with_name("sections.yaml")
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,26 @@ class Leaderboard:
                     return lambda row, task: NOT_STORED
                 found[row, task] = values.astype(np.float64)
         return lambda row, task: found[row, task]
+
+
+@cache
+def _section_texts() -> dict[str, dict[str, str]]:
+    texts: dict[str, dict[str, str]] = yaml.safe_load(SECTIONS.read_text(encoding="utf-8"))
+    return texts
+
+
+def section(anchor: str, blocks: Sequence[Block], template: str = "", content: Any = None, **values: Any) -> Section:
+    """A section with its heading and lead from ``sections.yaml``.
+
+    Args:
+        anchor: its name there.
+        blocks: see `Section`, as ``template`` and ``content``.
+        template: as above.
+        content: as above.
+        values: what the lead names in braces.
+    """
+    own = _section_texts()[anchor]
+    return Section(anchor, own["heading"], own["lead"].format(**values), blocks, template, content)
 
 
 def tone(found: Metric | None) -> str:

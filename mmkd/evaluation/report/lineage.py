@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from mmkd.evaluation.report.leaderboard import Leaderboard
+from mmkd.evaluation.report.leaderboard import Leaderboard, section
 from mmkd.evaluation.settings import DISTILLED
 from mmkd.pages.charts import Chart, Series, lines, moving_mean
 from mmkd.pages.page import Block, Fold, Grid, Section, Table, number, signed
@@ -38,8 +38,7 @@ def training_section(logs: dict[str, Path | None]) -> Section:
         folded = [Fold(f"Parts of the loss ({len(parts)})", [Grid(parts)])] if len(parts) > 1 else []
         blocks.append(Grid([_curve(f"{title}: loss", curves["loss"], 220)]))
         blocks += folded
-    lead = "Every step faint, a moving mean bold. The parts of the loss are shown before their weights."
-    return Section("training", "Training", lead, blocks)
+    return section("training", blocks)
 
 
 def choice_title(choice: dict[str, Any] | None) -> str:
@@ -85,9 +84,9 @@ def choice_section(choice: dict[str, Any] | None) -> Section:
         for own in (choice["candidates"] if choice else [])
     ]
     header = ["Share of the distilled student", "mean", "minus stage 1", "standard error"]
-    blocks: list[Block] = [Table("Candidates on validation", header, rows)] if choice and rows else []
-    lead = f"Rule: {choice['rule']}. Chosen: {choice['weight']:g}." if choice else ""
-    return Section("choice", "Choice on validation", lead, blocks)
+    blocks: list[Block] = [Table("Candidates on validation", header, rows)] if rows else []
+    chosen = choice or {"rule": "", "weight": 0}
+    return section("choice", blocks, rule=chosen["rule"], weight=chosen["weight"])
 
 
 def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
@@ -122,11 +121,7 @@ def teachers_section(aligned: Any, screened: Any) -> Section:
         tables.append(Table("Mean cosines before and after alignment", ["Between", "before", "after"], rows))
     if isinstance(screened, dict) and (counts := _flatten(screened)):
         tables.append(Table("Screening: pairs that each teacher agrees with", ["Count", "value"], counts))
-    lead = (
-        "Alignment brings the teachers' features into one space: the same sample of two teachers should come together "
-        "and different samples stay apart. Screening keeps the training pairs that enough teachers agree with."
-    )
-    return Section("teachers", "Alignment and screening of the teachers", lead, [Grid(tables)] if tables else [])
+    return section("teachers", [Grid(tables)] if tables else [])
 
 
 def _curve(caption: str, points: list[tuple[float, float]], height: int) -> Chart:

@@ -18,6 +18,7 @@ from mmkd.evaluation.report.leaderboard import (
     p_value,
     p_values,
     sample_counts,
+    section,
     tone,
 )
 from mmkd.pages.page import Block, Cell, Code, Column, Filters, Fold, Grid, Notes, Row, Section, Table, number, signed
@@ -60,13 +61,6 @@ def leaderboard_section(board: Leaderboard) -> Section:
             relative = scored(means[0].above_chance.get(row))
             cells[first:first] = [relative, *(Cell(number(value), value=value) for value in values)]
             rows.append(Row([board.label(row), *cells], board.role(row), data, hidden))
-    lead = (
-        "Mean over kinds of task of the mean over tasks, with its 95 % interval, each over the tasks that every "
-        "encoder of the column has; their number is in the first row. Relative to chance is the mean of (score - "
-        "chance) / (1 - chance): 0 is chance, 1 is all correct, whatever the number of classes. Accuracy and balanced "
-        "accuracy are means without an interval. A dot marks the best encoder of a column. Ensemble and oracle are "
-        "composed of the teachers; the oracle is selected on these test sets and is optimistic."
-    )
     choice = Filters({
         "modality": ("Modality", {modality: modality for modality in board.modalities}),
         "kind": ("Kind of task", {kind: kind_label(kind) for kind in board.kinds}),
@@ -76,7 +70,7 @@ def leaderboard_section(board: Leaderboard) -> Section:
     ]
     table = Table("Leaderboard: mean of the primary metrics", ["Encoder", *columns], rows, anchor="board")
     excluded = [Notes("Excluded from the means over all kinds, since an encoder lacks them:", missing)]
-    return Section("leaderboard", "Leaderboard", lead, [choice, table, *(excluded if missing else [])])
+    return section("leaderboard", [choice, table, *(excluded if missing else [])])
 
 
 def results_section(board: Leaderboard) -> Section:
@@ -92,13 +86,9 @@ def results_section(board: Leaderboard) -> Section:
              sample_counts(task)[0], *cells],
             data={"modality": modality_of(task), "kind": task["kind"]},
         ))  # fmt: skip
-    lead = (
-        "Value on all held-out samples and 95 % interval. † = the encoder was trained on data of the same source; a "
-        "dot marks the best encoder."
-    )
     columns = ["Dataset", "Task", "Modality", "n", *map(board.label, board.rows)]
     table = Table("Primary metric of every encoder on every task", columns, rows, anchor="results")
-    return Section("results", "Results of each task", lead, [table])
+    return section("results", [table])
 
 
 def best_teachers_section(board: Leaderboard) -> Section:
@@ -108,13 +98,9 @@ def best_teachers_section(board: Leaderboard) -> Section:
              compared(mean.differences.get(best)), len(mean.tasks)])
         for modality, best, mean in board.best_teachers()
     ]  # fmt: skip
-    lead = (
-        "The best single teacher of each modality, selected on these same test sets, which is optimistic for it. A "
-        "student at this level replaces the choice of a specialist."
-    )
     columns = ["Modality", "Best teacher", "its mean", "student", "student minus teacher", "tasks"]
     tables = [Table("Best teacher", columns, rows)] if rows else []
-    return Section("best", "Best teacher of each modality", lead, tables)
+    return section("best", tables)
 
 
 def wins_section(board: Leaderboard) -> Section:
@@ -129,14 +115,9 @@ def wins_section(board: Leaderboard) -> Section:
             of_clean = [outcomes, compared(board.mean_of(clean).differences.get(row))]
         mean = compared(board.mean().differences.get(row))
         rows.append(Row([board.label(row), wins, ties, losses, unknown, mean, *of_clean], board.role(row)))
-    lead = (
-        f"Over {len(tasks)} tasks: a win where the whole 95 % interval of the paired difference lies above zero, a "
-        "loss where it lies below, else a tie. About one in forty is a win, and as many a loss, by chance alone. "
-        "Clean = without datasets that the student or this encoder was trained on."
-    )
     columns = ["Encoder", "wins", "ties", "losses", "unknown", "mean difference", "clean: w / t / l", "clean: mean"]
     tables = [Table("Student against each encoder", columns, rows)] if rows else []
-    return Section("wins", "Win, tie, loss", lead, tables)
+    return section("wins", tables, tasks=len(tasks))
 
 
 def ranks_section(board: Leaderboard) -> Section:
@@ -152,15 +133,9 @@ def ranks_section(board: Leaderboard) -> Section:
                 *(Cell(p_value(own[key]), value=own[key]) for key in ("p", "p_holm")),
             ]
         rows.append(Row([board.label(row), Cell(number(own["rank"]), value=own["rank"]), *tests], board.role(row)))
-    lead = (
-        f"Rank 1 is the best encoder on a dataset; ranks are averaged over {len(ranks['datasets'])} datasets, each "
-        "with the mean of its tasks that every encoder has. The Wilcoxon signed-rank test compares the student with an "
-        "encoder over datasets; with fewer than six datasets it cannot reach p = 0.05 and is left out. Holm corrects "
-        "for the number of encoders."
-    )
     columns = ["Encoder", "average rank", "median difference", "signed-rank p", "Holm-adjusted p"]
     tables = [Table("Average rank over datasets", columns, rows)] if rows else []
-    return Section("ranks", "Average rank over datasets", lead, tables)
+    return section("ranks", tables, datasets=len(ranks["datasets"]))
 
 
 def differences_table(board: Leaderboard) -> Table:
@@ -227,12 +202,7 @@ def metrics_section(board: Leaderboard) -> Section:
         label = f"{board.task_label(name)} · {kind_label(task['kind'])}"
         columns = ["Encoder", *map(metric_label, metrics)]
         folds.append(Fold(label, [Table(f"{label}: {task['title']}", columns, rows)]))
-    lead = (
-        "All measured metrics of each task, with 95 % intervals, and chance where it is known. Macro AUROC is the mean "
-        "over classes of the area of one class against the rest; with three classes or more it is also given with "
-        "each class weighted by its frequency (average='weighted' of scikit-learn). Published figures use either."
-    )
-    return Section("metrics", "All metrics", lead, folds)
+    return section("metrics", folds)
 
 
 def contamination_section(board: Leaderboard) -> Section:
@@ -243,13 +213,9 @@ def contamination_section(board: Leaderboard) -> Section:
         for row, reason in board.marks(name).items()
         if row not in COMPOSED
     }
-    lead = (
-        "Marked with † above. A mark means that training data and test set share a source, not that test images were "
-        "seen; without a mark no overlap is known."
-    )
     rows = [[board.label(row), dataset, reason] for row, dataset, reason in sorted(marked)]
     tables = [Table("Marks of contamination", ["Encoder", "Dataset", "Reason"], rows)] if rows else []
-    return Section("contamination", "Trained on the test set's source", lead, tables)
+    return section("contamination", tables)
 
 
 def skipped_section(board: Leaderboard) -> Section:
@@ -260,7 +226,7 @@ def skipped_section(board: Leaderboard) -> Section:
     unreadable = [f"{name}: {reason}" for name, reason in board.summary.get("unreadable", {}).items()]
     if unreadable:
         tables.append(Fold(f"Images that could not be read ({len(unreadable)})", [Notes("", unreadable)]))
-    return Section("skipped", "Not evaluated", "What is not among the numbers above, and why.", tables)
+    return section("skipped", tables)
 
 
 def datasets_section(board: Leaderboard, datasheet: str) -> Section:
@@ -289,12 +255,6 @@ def datasets_section(board: Leaderboard, datasheet: str) -> Section:
             for part, own in ((part, splits["counts"][part]) for part in SPLITS if part in splits["counts"])
         ]  # fmt: skip
         notes += [f"{name}: {note}" for note in own.get("notes") or []]
-    lead = (
-        "Images of one source (patient, case, slide or what else the dataset names as group) are trained on or held "
-        "out as a whole, and the intervals draw sources, not images; an image without a source is one of its own. "
-        "What is shared with training makes scores too high. Tier A is open, B needs a registration, C credentials and "
-        "an agreement."
-    )
     columns = ["Dataset", "modality", "task", "licence", "tier", "held out", "shared with training"]
     blocks: list[Block] = []
     if rows:
@@ -302,7 +262,7 @@ def datasets_section(board: Leaderboard, datasheet: str) -> Section:
         blocks = [Table("Datasets evaluated on", columns, rows), Fold("Samples by split", [by_split])]
     blocks += [Notes("Notes:", notes)] if notes else []
     blocks += [Fold("Datasheet of the pairs", [Code(datasheet)])] if datasheet else []
-    return Section("data", "Datasets", lead, blocks)
+    return section("data", blocks)
 
 
 def provenance_section(board: Leaderboard, settings: dict[str, str], stages: Any) -> Section:
@@ -328,16 +288,16 @@ def provenance_section(board: Leaderboard, settings: dict[str, str], stages: Any
     ]
     file = board.results / LOCK
     lock = file.read_text(encoding="utf-8") if file.is_file() else ""
-    lead = "Weights and versions behind every number; the settings of each command, seeds included, are below."
+    where = "Weights and versions behind every number; the settings of each command, seeds included, are below."
     if lock:
-        lead = f"Weights, data, settings and versions behind every number are in {LOCK} beside the results."
+        where = f"Weights, data, settings and versions behind every number are in {LOCK} beside the results."
     blocks: list[Block] = [
         Grid(tables),
         *([Notes("Failures:", failures)] if failures else []),
         *([Fold(LOCK, [Code(lock)])] if lock else []),
         *(Fold(f"mmkd {name} --config settings.yaml", [Code(own)]) for name, own in settings.items()),
     ]
-    return Section("provenance", "How this was made", lead, blocks)
+    return section("provenance", blocks, where=where)
 
 
 def scored(metric: Metric | None, best: bool = False) -> Cell:
