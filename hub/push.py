@@ -48,8 +48,7 @@ from huggingface_hub.utils import HFValidationError, disable_progress_bars, vali
 
 from mmkd.publishing.datasets import stage_features, stage_pairs
 from mmkd.publishing.model import parse_size, stage_adapter, stage_model
-from mmkd.publishing.publication import Draft, Publication, kind_of
-from mmkd.publishing.upload import Uploaded, require_token, upload
+from mmkd.publishing.publication import Draft, Publication, Uploaded, kind_of, require_token, upload
 
 SHOWN_FILES = 5
 

@@ -24,7 +24,7 @@ from mmkd.encoders.zoo import load_with_precision
 from mmkd.evaluation.datasets.dataset import Dataset, Samples, open_dataset, split_samples
 from mmkd.evaluation.datasets.manifest import DatasetNotFoundError, Manifest, contaminated, find_manifests, load_suite
 from mmkd.evaluation.datasets.pairs import PROBED, PairsDataset, open_pairs_dataset
-from mmkd.evaluation.datasets.questions import read_vqa_rad
+from mmkd.evaluation.datasets.source import read_vqa_rad
 from mmkd.evaluation.embeddings.embed import DatasetInputs, Embedded, UndefinedMetricError
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE, EncoderRecord, embed_everything
 from mmkd.evaluation.results.store import Result, ResultStore, fingerprint_of

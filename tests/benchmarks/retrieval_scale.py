@@ -37,8 +37,8 @@ from mmkd.evaluation.embeddings.embed import SHARD_SIZE, DatasetInputs, write_ve
 from mmkd.evaluation.embeddings.encoders import EncoderRecord
 from mmkd.evaluation.run import SuiteRun
 from mmkd.evaluation.settings import EvalSettings
-from mmkd.evaluation.statistics import ranks
-from mmkd.evaluation.statistics.ranks import search
+from mmkd.evaluation.tasks import retrieval as ranks
+from mmkd.evaluation.tasks.retrieval import search
 
 DIM, CHECKED, PART = 512, 16, 1 << 16
 

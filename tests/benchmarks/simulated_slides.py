@@ -9,7 +9,7 @@ from simulated_suite import JOINT, POOLED, Simulated
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.datasets.questions import Question
+from mmkd.evaluation.datasets.source import Question
 
 # Images, questions and distinct answers, about as published.
 QUESTIONS = {"vqa-rad": (314, 2248, 500), "slake-en": (642, 7033, 220), "path-vqa": (4998, 32632, 4000)}

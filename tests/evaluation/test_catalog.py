@@ -30,7 +30,7 @@ from mmkd.evaluation.slides.diagnosis import SlideTask
 from mmkd.evaluation.slides.survival import Survival
 from mmkd.evaluation.tasks.classification import Classification, MultiLabel
 from mmkd.evaluation.tasks.retrieval import Retrieval
-from mmkd.evaluation.vqa.answer_head import VisualQuestions
+from mmkd.evaluation.vqa.heads import VisualQuestions
 from mmkd.train import catalog as command
 
 GOOD = {"id": "a", "task": "classification", "modality": "OCT", "license": "MIT", "source": {"csv": "a.csv"}}

@@ -9,12 +9,12 @@ from fake_dataset import make_samples
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.datasets.questions import Question
+from mmkd.evaluation.datasets.source import Question
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.run import tasks_for
 from mmkd.evaluation.statistics.bootstrap import interval, replicate
 from mmkd.evaluation.tasks.task import TaskOptions
-from mmkd.evaluation.vqa import co_attention
+from mmkd.evaluation.vqa import heads
 
 pytest.importorskip("sklearn", reason="the probe is scikit-learn's")
 
@@ -158,7 +158,7 @@ def test_random_is_at_chance_and_an_oracle_near_one(kind):
 
 
 def test_answers_of_random_vectors_come_from_the_question(monkeypatch):
-    monkeypatch.setattr(co_attention, "EPOCHS", 6)
+    monkeypatch.setattr(heads, "TOKEN_EPOCHS", 6)
     samples = dataset("vqa")
     found, _ = tasks_for(samples, ["vqa"], TaskOptions())
     assert {"vqa-toy", "vqa-toy-meter", "vqa-toy-disjoint", "vqa-toy-meter-disjoint", "vqa-toy-zeroshot"} == {

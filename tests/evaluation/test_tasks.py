@@ -9,10 +9,10 @@ from mmkd.data.prompts import class_vector, label_prompts, modality_prompts
 from mmkd.data.table import Pair
 from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError
 from mmkd.evaluation.results.summary import split_summary
-from mmkd.evaluation.statistics import ranks as ranks_module
 from mmkd.evaluation.statistics.bootstrap import replicate
-from mmkd.evaluation.statistics.ranks import Answers, search, search_both
 from mmkd.evaluation.tasks import retrieval
+from mmkd.evaluation.tasks import retrieval as ranks_module
+from mmkd.evaluation.tasks.retrieval import Answers, search, search_both
 from mmkd.evaluation.tasks.task import best_by_modality
 
 

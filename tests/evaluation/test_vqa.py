@@ -10,10 +10,10 @@ from fake_dataset import pairs_samples, pairs_tasks
 from PIL import Image
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.questions import Question, normalise, read_vqa_rad, stated_split
+from mmkd.evaluation.datasets.source import Question, normalise, read_vqa_rad, stated_split
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.tasks.task import TaskOptions
-from mmkd.evaluation.vqa.answer_head import fused
+from mmkd.evaluation.vqa.heads import fused
 from mmkd.evaluation.vqa.tasks import texts
 
 COLORS, DIM = ("red", "green", "blue"), 16

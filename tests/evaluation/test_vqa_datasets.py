@@ -13,11 +13,11 @@ from mmkd.encoders.encoder import DualEncoder, NoTokens
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.datasets.questions import Question, read_vqa_rad
+from mmkd.evaluation.datasets.source import Question, read_vqa_rad
 from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError
 from mmkd.evaluation.embeddings.tokens import TokenSource, at_most_a_map
 from mmkd.evaluation.tasks.task import TaskOptions
-from mmkd.evaluation.vqa import co_attention
+from mmkd.evaluation.vqa import heads
 from mmkd.evaluation.vqa.statements import choices
 from mmkd.evaluation.vqa.tasks import tasks, texts
 
@@ -109,7 +109,7 @@ def values(task, outputs):
 
 
 def test_a_dataset_is_answered_by_three_heads_on_two_splits(tmp_path, monkeypatch):
-    monkeypatch.setattr(co_attention, "EPOCHS", 6)
+    monkeypatch.setattr(heads, "TOKEN_EPOCHS", 6)
     samples, embedded, encoder = world(tmp_path)
     found, skipped = tasks(samples, TaskOptions())
     assert not skipped and tuple(task.name for task in found) == ALL
@@ -233,7 +233,7 @@ def test_large_maps_are_averaged():
 
 def test_padding_changes_no_answer():
     torch.manual_seed(0)
-    head = co_attention.CoAttention(6, 5, 4).eval()
+    head = heads.CoAttention(6, 5, 4).eval()
     images, words = torch.randn(2, 3, 6), torch.randn(2, 4, 5)
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
     with torch.no_grad():

@@ -4,8 +4,7 @@ import pytest
 from huggingface_hub import constants
 from loopback_hub import TOKEN
 
-from mmkd.publishing.publication import Publication
-from mmkd.publishing.upload import is_edited, upload, with_mark
+from mmkd.publishing.publication import Publication, is_edited, upload, with_mark
 
 # The Hub's client hands parts of files to its HTTP library in a way that the library wants another word for.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -28,9 +28,8 @@ from mmkd.evaluation.datasets.manifest import (
     source_kind,
     where_to_get,
 )
-from mmkd.evaluation.datasets.questions import Question
 from mmkd.evaluation.datasets.readers import READERS
-from mmkd.evaluation.datasets.source import Sample, Store, group_of
+from mmkd.evaluation.datasets.source import Question, Sample, Store, group_of
 from mmkd.files import content_sha256, last_read
 
 OF_BAGS = ("survival", "diagnosis")

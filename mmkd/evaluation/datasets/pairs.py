@@ -23,8 +23,7 @@ from mmkd.data.prompts import label_prompts, modality_prompts
 from mmkd.data.table import UNKNOWN, Pair
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.datasets.questions import Question
-from mmkd.evaluation.datasets.source import MISSING
+from mmkd.evaluation.datasets.source import MISSING, Question
 
 NAME = "pairs"
 PROBED = 5  # training images of a class that is probed

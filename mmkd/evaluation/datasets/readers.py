@@ -27,8 +27,8 @@ from mmkd.data.images import UnreadableImageError, check_size, read_image_bytes
 from mmkd.data.readers import IMAGE_SUFFIXES
 from mmkd.data.splits import meaning_of
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.datasets.questions import Question, read_slake, read_vqa_rad, stated
 from mmkd.evaluation.datasets.source import (
+    Question,
     Reading,
     Sample,
     Store,
@@ -38,9 +38,12 @@ from mmkd.evaluation.datasets.source import (
     files_under,
     images_folder,
     passes,
+    read_slake,
+    read_vqa_rad,
     row_sample,
     split_column,
     split_labels,
+    stated,
     table_fields,
 )
 

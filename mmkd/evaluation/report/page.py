@@ -1,28 +1,169 @@
 """The report of an evaluation: one self-contained page and the same numbers as Markdown.
 
 It is built from what `mmkd eval` wrote. Sections that only some results have (example images of a folder of pairs, the
-training's curves, alignment and screening, learning and survival curves) appear where there is something to show.
+training's curves, alignment and screening, learning and survival curves) appear where there is something to show. How
+the student was made (loss curves, the choice on validation, alignment and screening) is read from what stages wrote.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.evaluation.report import figures, tables
 from mmkd.evaluation.report.examples import examples_sections
-from mmkd.evaluation.report.leaderboard import Leaderboard, caveat, claims, facts, over_control, title
-from mmkd.evaluation.report.lineage import (
-    choice_claims,
-    choice_section,
-    choice_title,
-    teachers_section,
-    training_section,
-)
-from mmkd.evaluation.settings import ReportSettings
+from mmkd.evaluation.report.leaderboard import Leaderboard, caveat, claims, facts, over_control, section, title
+from mmkd.evaluation.settings import DISTILLED, ReportSettings
 from mmkd.files import read_json
-from mmkd.pages.page import Page, Section, counted, write_page
+from mmkd.pages.charts import Chart, Series, lines, moving_mean
+from mmkd.pages.page import Block, Fold, Grid, Page, Section, Table, counted, number, signed, write_page
+
+NOT_LOSSES = (
+    *("step", "epoch", "learning_rate", "lr", "samples_per_second", "tokens_per_second", "useful_tokens"),
+    *("data_time", "mfu", "memory_gb", "gradient_norm", "logit_scale", "interactive_logit_scale", "skipped"),
+)
+NOT_LOSSES_PREFIX = "teacher_use/"
+COSINES = {
+    "same_sample_cross_teacher": "same sample, two teachers",
+    "different_sample_same_teacher": "two samples, same teacher",
+    "image_text": "image and its caption",
+}
+MOST_LINES = 30
+MOST_POINTS = 400
+
+
+def training_section(logs: dict[str, Path | None]) -> Section:
+    """Loss curves of the trainings whose logs are there."""
+    blocks: list[Block] = []
+    for stage, path in logs.items():
+        curves = read_log(path) if path and path.is_file() else {}
+        if "loss" not in curves:
+            continue
+        parts = [_curve(name, points, 130) for name, points in curves.items() if name != "loss"]
+        folded = [Fold(f"Parts of the loss ({len(parts)})", [Grid(parts)])] if len(parts) > 1 else []
+        blocks.append(Grid([_curve(f"{stage}: loss", curves["loss"], 220)]))
+        blocks += folded
+    return section("training", blocks)
+
+
+def choice_title(choice: dict[str, Any] | None) -> str:
+    """The first sentence where validation kept stage 1, else an empty string.
+
+    Args:
+        choice: ``choice.json`` of `mmkd merge --pairs`; None where nothing was chosen.
+    """
+    if choice is None or choice["weight"]:
+        return ""
+    if choice["not_evaluated"]:
+        return "The student is stage 1 itself: there was no validation that could show a gain from distillation."
+    return f"The student is stage 1 itself: on {choice['pairs']} validation pairs, distillation did not improve it."
+
+
+def choice_claims(choice: dict[str, Any] | None, board: Leaderboard) -> list[str]:
+    """What the student is made of, and how the distilled student compares with it or with stage 1 on the test set."""
+    if choice is None:
+        return []
+    weight, pairs, reason = choice["weight"], choice["pairs"], choice["not_evaluated"]
+    made = {
+        0: f"No validation: {reason}." if reason else "",
+        1: f"Chosen on {pairs} validation pairs, the student is the distilled one and no average with stage 1.",
+    }.get(
+        weight,
+        f"Chosen on {pairs} validation pairs, the student is an average of weights: {weight:g} of the distilled "
+        f"student and {1 - weight:g} of stage 1.",
+    )
+    found, compared = board.mean().differences.get(DISTILLED), ""
+    values = [None if found is None else found[key] for key in ("difference", "high", "low")]
+    point, low, high = (None if value is None else signed(-100 * value, 1) for value in values)
+    if point is not None and weight < 1:
+        student = "stage 1" if weight == 0 else "the student"
+        inside = "(no interval)" if low is None else f"[{low}, {high}]"
+        compared = f"On the test set, the distilled student minus {student} is {point} points {inside}."
+    return [sentence for sentence in (made, compared) if sentence]
+
+
+def choice_section(choice: dict[str, Any] | None) -> Section:
+    """Stage 1, the distilled student and their averages on validation."""
+    rows = [
+        [f"{own['weight']:g}", number(own["value"]), signed(own["ahead"]), number(own["error"])]
+        for own in (choice["candidates"] if choice else [])
+    ]
+    header = ["Share of the distilled student", "mean", "minus stage 1", "standard error"]
+    blocks: list[Block] = [Table("Candidates on validation", header, rows)] if rows else []
+    chosen = choice or {"rule": "", "weight": 0}
+    return section("choice", blocks, rule=chosen["rule"], weight=chosen["weight"])
+
+
+def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Losses of a ``log.jsonl`` by name, ``(step, value)``.
+
+    Values that are not finite and a last line that was cut off are left out.
+    """
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            continue
+        for name, value in entry.items():
+            if name in NOT_LOSSES or name.startswith(NOT_LOSSES_PREFIX):
+                continue
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                curves[name].append((entry["step"], float(value)))
+    return dict(curves)
+
+
+def teachers_section(aligned: Any, screened: Any) -> Section:
+    """Cosines before and after alignment, and what screening kept."""
+    tables = []
+    if isinstance(aligned, dict) and isinstance(aligned.get("before"), dict) and isinstance(aligned.get("after"), dict):
+        rows = [
+            [name, number(before, 3), number(after, 3)]
+            for (name, before), (_, after) in zip(_cosines(aligned["before"]), _cosines(aligned["after"]), strict=False)
+        ]
+        tables.append(Table("Mean cosines before and after alignment", ["Between", "before", "after"], rows))
+    if isinstance(screened, dict) and (counts := _flatten(screened)):
+        tables.append(Table("Screening: pairs that each teacher agrees with", ["Count", "value"], counts))
+    return section("teachers", [Grid(tables)] if tables else [])
+
+
+def _curve(caption: str, points: list[tuple[float, float]], height: int) -> Chart:
+    stride = max(1, len(points) // MOST_POINTS)
+    kept = [*range(0, len(points) - 1, stride), len(points) - 1]
+    mean = moving_mean([value for _, value in points])
+    series = [
+        Series("", "student", [points[k] for k in kept], faint=True),
+        Series("moving mean", "student", [(points[k][0], mean[k]) for k in kept]),
+    ]
+    return lines(caption, "step", series, height=height, ends="at the last step")
+
+
+def _cosines(side: dict[str, Any]) -> list[tuple[str, float | None]]:
+    """Named cosines of one side of the alignment report, in a fixed order."""
+    found: list[tuple[str, float | None]] = []
+    for key, between in COSINES.items():
+        values = side.get(key)
+        for name, value in sorted(values.items()) if isinstance(values, dict) else []:
+            found.append((f"{between}: {name}", value if isinstance(value, (int, float)) else None))
+    return found
+
+
+def _flatten(report: dict[str, Any], prefix: str = "") -> list[list[str]]:
+    """Numbers and short strings of a nested report as rows of text."""
+    rows: list[list[str]] = []
+    for key, value in report.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            rows += _flatten(value, f"{name}: ")
+        elif isinstance(value, (int, float, str)):
+            rows.append([name, f"{value:.4g}" if isinstance(value, float) else str(value)])
+    return rows[:MOST_LINES]
 
 
 def write_report(inputs: ReportSettings) -> None:

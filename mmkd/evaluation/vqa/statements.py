@@ -17,7 +17,7 @@ import numpy as np
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
-from mmkd.evaluation.datasets.questions import Question
+from mmkd.evaluation.datasets.source import Question
 from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units

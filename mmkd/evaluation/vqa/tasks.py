@@ -15,10 +15,9 @@ from typing import Any
 
 from mmkd.data.table import SPLITS, Pair
 from mmkd.evaluation.datasets.dataset import Samples
-from mmkd.evaluation.datasets.questions import Question
+from mmkd.evaluation.datasets.source import Question
 from mmkd.evaluation.tasks.task import Task, TaskOptions, task_name
-from mmkd.evaluation.vqa.answer_head import VisualQuestions
-from mmkd.evaluation.vqa.co_attention import MeterQuestions
+from mmkd.evaluation.vqa.heads import MeterQuestions, VisualQuestions
 from mmkd.evaluation.vqa.statements import StatementQuestions, choices, convert
 
 TEST, VALIDATION = 0.2, 0.1
