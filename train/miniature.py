@@ -71,10 +71,10 @@ import numpy as np
 from mmkd.command.settings import nearest, resolved
 from mmkd.evaluation.results.summary import versions
 from mmkd.files import atomic_write_text, write_json
-from mmkd.miniature.arms import ARMS, DEFAULT, NO_TEACHER, QUICK, STAGE1
 from mmkd.miniature.data import WorldSettings
 from mmkd.miniature.report import Row, Scores, best_control, contrasts, primary, ranks, replace_table, summary, table
 from mmkd.miniature.runs import COMBINATIONS, Pool, Run, Runner, Sizes
+from mmkd.miniature.training import ARMS, DEFAULT, NO_TEACHER, QUICK, STAGE1
 
 TUNING_DRAW, TUNING_NOISE = 0, 0.2
 

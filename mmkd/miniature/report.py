@@ -27,8 +27,8 @@ from mmkd.evaluation.statistics.bootstrap import (
 )
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.files import atomic_write_text
-from mmkd.miniature.arms import CONTROLS, DEFAULT
 from mmkd.miniature.tasks import Draw, Question
+from mmkd.miniature.training import CONTROLS, DEFAULT
 
 Answers = Mapping[str, NDArray[np.bool_]]
 """Right answers of one model by question."""

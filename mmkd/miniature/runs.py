@@ -35,12 +35,14 @@ from mmkd.distillation.screening import Screen, ScreeningReport, draw
 from mmkd.distillation.weighting import spread_scales
 from mmkd.evaluation.tasks.zeroshot import standardise
 from mmkd.files import atomic_write_bytes
-from mmkd.miniature.arms import ARMS, TASK_ALONE, Arm
 from mmkd.miniature.data import Noise, World, WorldSettings, with_noise
 from mmkd.miniature.tasks import Draw, Embedded, Question, answers, judge, scores
 from mmkd.miniature.training import (
+    ARMS,
     EMBEDDINGS,
+    TASK_ALONE,
     WEIGHTS,
+    Arm,
     ArrayFeatures,
     PixelBatches,
     Projections,

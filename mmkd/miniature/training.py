@@ -2,18 +2,23 @@
 
 With frozen towers a model is its two projections over stored outputs of the towers, trained in seconds. A student can
 also be trained with its vision tower, in minutes.
+
+The arms of the experiment, in ``arms.yaml``, are trainings that start from stage 1, each with as many steps and tuning
+trials. An arm names its losses, whose features it learns from, and which data it sees. Controls have no teacher, or
+teacher features without biomedical knowledge; they measure the effect of regularization alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -30,6 +35,48 @@ from mmkd.training.loop import fit, start
 from mmkd.training.objectives import Objective
 from mmkd.training.settings import LoopSettings
 from modeling_mmkd.modeling_mmkd import MMKDClipProjection, vision_width
+
+Source = Literal["none", "all", "all and own", "own", "permuted", "random", "best", "self"]
+"""Whose features: no one's; all teachers'; theirs and the student's own starting towers'; the starting towers' alone;
+all teachers' of other images of the same collection; random projections of the teachers' towers; the best teacher's on
+validation; or an earlier student's."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training that starts from stage 1.
+
+    Attributes:
+        losses: weights.
+        source: whose features it learns from.
+        options: other settings of `DistillOptions`.
+        screened: whether it is trained on screened pairs alone.
+        shared: whether it is also trained on the teachers' pairs, with their right captions.
+        images: whether the images of the teachers' groups are added, without captions.
+        aligned: kind of aligner where aligned features are read.
+        trials: changes that are tried on validation, of losses by name or of ``learning_rate`` as a factor.
+    """
+
+    losses: dict[str, float]
+    source: Source = "none"
+    options: dict[str, Any] = field(default_factory=dict)
+    screened: bool = False
+    shared: bool = False
+    images: bool = False
+    aligned: Literal["autoencoder", "procrustes", ""] = ""
+    trials: Sequence[Mapping[str, float]] = ()
+
+
+STAGE1, TASK_ALONE, NO_TEACHER = "stage 1", "task loss alone", "own starting towers"
+DEFAULT = "teachers + images"
+ARMS_FILE = Path(__file__).with_name("arms.yaml")
+
+ARMS = {name: Arm(**own) for name, own in yaml.safe_load(ARMS_FILE.read_text(encoding="utf-8")).items()}
+CONTROLS = tuple(
+    name for name, arm in ARMS.items() if arm.source in ("none", "own", "permuted", "random", "self") and not arm.shared
+)
+QUICK = (TASK_ALONE, f"{NO_TEACHER} + images", "teachers", DEFAULT)
+
 
 WEIGHTS, EMBEDDINGS = "weights.safetensors", "embeddings.safetensors"
 LOGIT_SCALE = float(np.log(1 / 0.07))

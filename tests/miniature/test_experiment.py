@@ -11,9 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmkd.data.table import Pair
-from mmkd.miniature.arms import ARMS, DEFAULT, NO_TEACHER
 from mmkd.miniature.runs import Sizes
-from mmkd.miniature.training import SIDE, WEIGHTS, PixelBatches, augmented
+from mmkd.miniature.training import ARMS, DEFAULT, NO_TEACHER, SIDE, WEIGHTS, PixelBatches, augmented
 from mmkd.student.embed import PixelStatistics
 from mmkd.train import miniature
 from mmkd.training.settings import BatchSettings

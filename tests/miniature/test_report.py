@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mmkd.miniature.arms import ARMS, CONTROLS, DEFAULT, NO_TEACHER
 from mmkd.miniature.report import Row, Scores, best_control, contrasts, primary, replace_table, summary, table
 from mmkd.miniature.tasks import Question
+from mmkd.miniature.training import ARMS, CONTROLS, DEFAULT, NO_TEACHER
 
 ROWS = 240
 
