@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from mmkd.encoders.spec import TeacherSpec
 
 Status = Literal["ok", "warning", "problem"]
-
 MARKS = {"ok": "  ok      ", "warning": "  WARNING ", "problem": "  PROBLEM "}
 MINIMUM_MEMORY_GB, MINIMUM_DISK_GB = 4, 5
 PYTHON = (3, 10)

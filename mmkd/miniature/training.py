@@ -70,14 +70,11 @@ class Arm:
 STAGE1, TASK_ALONE, NO_TEACHER = "stage 1", "task loss alone", "own starting towers"
 DEFAULT = "teachers + images"
 ARMS_FILE = Path(__file__).with_name("arms.yaml")
-
 ARMS = {name: Arm(**own) for name, own in yaml.safe_load(ARMS_FILE.read_text(encoding="utf-8")).items()}
 CONTROLS = tuple(
     name for name, arm in ARMS.items() if arm.source in ("none", "own", "permuted", "random", "self") and not arm.shared
 )
 QUICK = (TASK_ALONE, f"{NO_TEACHER} + images", "teachers", DEFAULT)
-
-
 WEIGHTS, EMBEDDINGS = "weights.safetensors", "embeddings.safetensors"
 LOGIT_SCALE = float(np.log(1 / 0.07))
 SIDE = 96  # pixels, of the images of a student whose vision tower is trained

@@ -24,9 +24,7 @@ COLORS = {
 }  # fmt: skip
 
 SERIES_COLORS = 9
-
 WIDTH = 420
-
 LONGEST_LABEL = 56
 
 STYLE: Any = {

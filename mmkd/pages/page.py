@@ -19,9 +19,7 @@ from mmkd.files import atomic_write_text
 from mmkd.pages.charts import Chart
 
 ROOT = Path(__file__).parents[1]
-
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
 MARKDOWN_SPECIAL = "\\`*_[]<>#|~&"
 
 

@@ -48,7 +48,6 @@ OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 REPLACES = [WEIGHTS_FILE, "model-*-of-*.safetensors", INDEX_FILE, "*_mmkd.py", "onnx/*", "examples/*"]
 BASE = "base_model_name_or_path"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 

@@ -31,7 +31,6 @@ from mmkd.data.table import TABLE_FILE
 from mmkd.files import leads_inside, read_json, read_object, write_json
 
 Kind = Literal["model", "adapter", "features", "pairs"]
-
 CARD_FILE = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 READ_FROM = ("_name_or_path", "name_or_path", "local_files_only", "is_local", "backend")  # how a file was read here

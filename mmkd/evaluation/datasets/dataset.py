@@ -138,7 +138,6 @@ def split_samples(dataset: Dataset, split: str, digests: dict[str, str], unreada
 
 
 SHOWN = 5
-
 SEED = 42
 
 

@@ -26,7 +26,6 @@ from mmkd.data.readers import DATA_PLACE, DATA_VARIABLE
 from mmkd.files import read_yaml
 
 DatasetTask = Literal["classification", "multilabel", "ordinal", "retrieval", "vqa", "survival", "diagnosis"]
-
 TASKS: tuple[str, ...] = get_args(DatasetTask)
 
 PRIMARY_METRICS: dict[str, str] = {  # of a dataset whose manifest names none
@@ -51,7 +50,6 @@ KINDS: dict[str, tuple[str, ...]] = {  # the kinds of task that a dataset is eva
 
 
 HELD_OUT, ASSIGNED = "held-out", "assigned"  # in place of the column of the split
-
 COUNTS = ("n", "n_train", "n_validation", "n_test", "n_questions", "n_test_questions", "n_cases")
 
 SOURCES: dict[str, tuple[str, ...]] = {  # kind of source -> its keys beside the path; ROW_KEYS go with every kind
@@ -231,7 +229,6 @@ def _check(manifest: Manifest) -> None:
 
 
 TIERS = {"A": "download it from", "B": "register for it at", "C": "it needs credentials and an agreement, see"}
-
 SHOWN = 5
 
 

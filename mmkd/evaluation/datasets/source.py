@@ -24,7 +24,6 @@ from mmkd.files import is_inside, leads_inside, read_json
 
 CLOSED, ENGLISH = "CLOSED", "en"
 SLAKE_FILES = {"train": ["train.json"], "validation": ["validate.json", "validation.json"], "test": ["test.json"]}
-
 Questions = tuple[list["Question"], dict[str, str], dict[str, str]]
 
 
@@ -160,9 +159,7 @@ def normalise(answer: str) -> str:
 
 
 MISSING = "missing"
-
 IN_BRACES = re.compile(r"\{([^{}]+)\}")
-
 TRUE, FALSE = ("1", "1.0", "true", "yes"), ("", "0", "0.0", "false", "no")
 
 

@@ -39,7 +39,6 @@ from mmkd.evaluation.embeddings.tokens import TokenSource, text_ids
 FORMAT = 3
 SHARD_SIZE = 4096
 HALF_LIMIT = 6e4
-
 Vectors = NDArray[np.float32]
 
 

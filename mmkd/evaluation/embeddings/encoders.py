@@ -34,11 +34,8 @@ from mmkd.evaluation.embeddings.tokens import TokenSource
 from mmkd.files import fingerprint
 
 ENSEMBLE, ORACLE = "ensemble", "oracle"
-
 FEATURES = "features:"
-
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.txt", "*.yaml")
-
 NOT_WEIGHTS = ("settings.yaml", "report.json", "provenance.json")
 
 

@@ -20,13 +20,9 @@ from mmkd.pages.page import Section, number
 
 SHOWN_IMAGES, SHOWN_CAPTIONS, SHOWN_ANSWERS = 16, 4, 3
 LONGEST_CAPTION = 220
-
 TASKS = ("retrieval", "zeroshot-label", "zeroshot-modality")
-
 TEMPLATE = "evaluation/report/examples.html.j2"
-
 GRADES = "✓ belong together, ≈ same label but another image, ✗ neither."
-
 Grade = Literal["right", "near", "wrong"]
 
 

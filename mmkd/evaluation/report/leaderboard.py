@@ -47,11 +47,9 @@ FEW_GROUPS, TOO_FEW_GROUPS = 200, 5
 NAMED_DATASETS = 4
 ACCURACIES = ("balanced_accuracy", "accuracy")
 FAR_APART = 0.1  # accuracy and balanced accuracy that differ by more are pointed out
-
 Summary = dict[str, Any]
 Task = dict[str, Any]
 Metric = dict[str, float | None]
-
 NOT_STORED = np.full(1, np.nan)
 SECTIONS = Path(__file__).with_name("sections.yaml")
 

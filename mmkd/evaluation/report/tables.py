@@ -24,7 +24,6 @@ from mmkd.evaluation.report.leaderboard import (
 from mmkd.pages.page import Block, Cell, Code, Column, Filters, Fold, Grid, Notes, Row, Section, Table, number, signed
 
 LOCK = "repro.lock"
-
 NONE = Cell("–")
 
 

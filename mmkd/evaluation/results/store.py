@@ -41,7 +41,6 @@ from mmkd.files import atomic_write_bytes, fingerprint, read_json, write_json
 FORMAT = 3
 CHECKSUM = "sha256"
 FOLDER = "encoders"  # of the results
-
 Result = dict[str, Any]
 
 

@@ -86,7 +86,6 @@ def _number(metric: dict[str, float | None]) -> float:
 
 
 Summaries = dict[str, dict[str, Any]]
-
 Replicates = Callable[[str, str], Floats]
 
 

@@ -20,7 +20,6 @@ from mmkd.evaluation.embeddings.embed import Vectors
 HIDDEN, ATTENTION, DROPOUT = 256, 128, 0.25
 EPOCHS, LEARNING_RATE, WEIGHT_DECAY, TILES = 20, 3e-4, 1e-5, 4096
 LEAST_SPREAD = 1e-6
-
 Read = Callable[[int], Vectors]
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -21,19 +21,12 @@ from numpy.typing import NDArray
 from mmkd.evaluation.statistics.metrics import Floats, Integers
 
 REPLICATES = 1000
-
 SEED = 42
-
 CHUNK = 100
-
 CHUNK_ELEMENTS = 1 << 24  # weights held at once; fewer replicates a chunk with more than 167,772 units
-
 KEPT_ELEMENTS = 1 << 25  # draws of units that stay in memory for the next encoder, 64 MB
-
 LEVELS = (2.5, 97.5)
-
 BY_GROUP, BY_IMAGE = "groups within class", "images within class: fewer than two groups, so intervals are too narrow"
-
 Metrics = dict[str, Floats]
 
 

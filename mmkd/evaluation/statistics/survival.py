@@ -18,7 +18,6 @@ from torch import Tensor
 from mmkd.evaluation.statistics.metrics import Floats, Integers
 
 TIED = 1e-8
-
 Booleans = NDArray[np.bool_]
 
 
@@ -112,7 +111,6 @@ def _survival_function(outcomes: Outcomes) -> Any:
 
 
 MIXING, PENALTIES, SMALLEST = 0.5, 10, 0.05
-
 STEPS, TOLERANCE = 300, 1e-5
 
 

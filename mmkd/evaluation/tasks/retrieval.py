@@ -31,7 +31,6 @@ SHOWN = 5
 BLOCK_ELEMENTS = 1 << 26  # similarities held at once, 256 MB
 WHOLE_ELEMENTS = 1 << 28  # similarities of all pairs that are held for both ways, 1 GB
 TILE_ROWS = 1 << 15
-
 Found = tuple[Floats, Integers, Vectors]
 
 

@@ -25,21 +25,13 @@ from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.task import Outputs, Task
 
 BE = ("is", "are", "was", "were")
-
 DO, HAVE = ("do", "does", "did"), ("has", "have", "had")
-
 MODAL = ("can", "could", "will", "would", "should", "may", "might")
-
 ANY = ("any", "a", "an", "some", "evidence of", "signs of")
-
 SEE = r"(?:you\s+)?(?:see|appreciate|identify|find|observe|visualize|notice)"
-
 WORD = re.compile(r"\w+")
-
 DETERMINERS = WORD.findall("a an the this that these those just no")
-
 PLACES = WORD.findall("in on at with without within under above below near from inside outside")
-
 PRONOUNS = WORD.findall("this that it these those they you")
 
 VERBS = WORD.findall(
@@ -54,9 +46,7 @@ STATES = WORD.findall(
 )
 
 NOUNS_IN_ED_ING = WORD.findall("imaging staining thickening swelling bleeding narrowing finding")
-
 EDGE = re.compile(r"[\s.?!:;]+$")
-
 SIDES = {"side", "sides", "the", "a", "an", "in", "on", "of", "image", "patient", "scan", "film", "and", "just"}
 
 
@@ -203,9 +193,7 @@ def _content(answer: str) -> set[str]:
 
 
 SEED = 0
-
 NOTHING = -2.0  # below any cosine: places of questions with fewer choices than others
-
 Converted = list[tuple[Pair, Question, Choices]]
 
 

@@ -22,7 +22,6 @@ from mmkd.evaluation.vqa.statements import StatementQuestions, choices, convert
 
 TEST, VALIDATION = 0.2, 0.1
 TRAINED: dict[str, type[VisualQuestions]] = {"vectors": VisualQuestions, "meter": MeterQuestions}
-
 Placed = tuple[Pair, Question]
 
 
