@@ -133,7 +133,7 @@ def test_a_killed_run_resumes_at_the_shard_to_the_same_bytes(tmp_path, monkeypat
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(file)
-        embed_module.write_vectors(file, *values)
+        write_vectors(file, *values)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(embed_module, "write_vectors", killed)

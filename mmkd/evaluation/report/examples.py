@@ -78,32 +78,30 @@ class Examples:
 
     def captions(self) -> list[Example]:
         """Captions of a retrieval task with the first images."""
-        task, found = self.task, []
-        for position in spread(task["captions"], task["modalities"]["caption"], SHOWN_CAPTIONS):
-            right, label = set(task["right_images"][position]), task["labels"]["caption"][position]
-            pairs = zip(
-                self.outputs["caption.top"][position], self.outputs["caption.top_scores"][position], strict=True
+        shown = spread(self.task["captions"], self.task["modalities"]["caption"], SHOWN_CAPTIONS)
+        return [Example(shorten(self.task["captions"][k]), self._found("caption", k)) for k in shown]
+
+    def _found(self, unit: str, position: int) -> list[Answer]:
+        """The first captions of an image, or the first images of a caption."""
+        task, is_image = self.task, unit == "image"
+        other = "caption" if is_image else "image"
+        right, label = set(task[f"right_{other}s"][position]), task["labels"][unit][position]
+        ranked = zip(self.outputs[f"{unit}.top"][position], self.outputs[f"{unit}.top_scores"][position], strict=True)
+        return [
+            Answer(
+                shorten(task["captions"][k]) if is_image else "",
+                number(float(score)),
+                "right" if int(k) in right else "near" if label and label == task["labels"][other][k] else "wrong",
+                "" if is_image else self._thumbnail(task["ids"][k]),
             )
-            answers = [
-                Answer("", number(float(score)), _grade(int(k) in right, label, task["labels"]["image"][k]),
-                       self._thumbnail(task["ids"][k]))
-                for k, score in pairs
-            ]  # fmt: skip
-            found.append(Example(shorten(task["captions"][position]), answers))
-        return found
+            for k, score in ranked
+        ]
 
     def _image(self, position: int) -> Example:
         task, id = self.task, self.task["ids"][position]
         pair = self.pairs.get(id)
         if task["kind"] == "retrieval":
-            right, label = set(task["right_captions"][position]), task["labels"]["image"][position]
-            pairs = zip(self.outputs["image.top"][position], self.outputs["image.top_scores"][position], strict=True)
-            answers = [
-                Answer(shorten(task["captions"][k]), number(float(score)),
-                       _grade(int(k) in right, label, task["labels"]["caption"][k]))
-                for k, score in list(pairs)[:SHOWN_ANSWERS]
-            ]  # fmt: skip
-            own = pair.caption if pair else ""
+            answers, own = self._found("image", position)[:SHOWN_ANSWERS], pair.caption if pair else ""
         else:
             scores, target = self.outputs["image.scores"][position], task["targets"][position]
             best = sorted(range(len(scores)), key=lambda k: (-scores[k], k))[:SHOWN_ANSWERS]
@@ -144,9 +142,3 @@ def shorten(caption: str) -> str:
     if len(caption) <= LONGEST_CAPTION:
         return caption
     return caption[:LONGEST_CAPTION].rsplit(" ", 1)[0][:LONGEST_CAPTION] + " …"
-
-
-def _grade(right: bool, label: str, other: str) -> Grade:
-    if right:
-        return "right"
-    return "near" if label and label == other else "wrong"
