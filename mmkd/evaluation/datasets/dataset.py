@@ -176,8 +176,8 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
         raise ValueError(f"{manifest.id}: {place}{error}") from None
     pairs = _pairs(manifest, reading.samples, splits)
     dataset = Dataset(manifest, pairs, reading.questions, reading.store)
-    dataset.root = reading.root
     if kind == "bags":
+        dataset.root = paths[0]
         dataset.metadata = {pair.id: own.metadata for pair, own in zip(pairs, reading.samples, strict=True)}
     dataset.notes = [*reading.notes, *_notes(manifest, pairs)]
     _check_counts(manifest, dataset)

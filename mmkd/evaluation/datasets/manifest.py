@@ -12,7 +12,7 @@ import importlib.resources
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -38,17 +38,7 @@ PRIMARY_METRICS: dict[str, str] = {  # of a dataset whose manifest names none
     "diagnosis": "balanced_accuracy",
 }
 
-KINDS: dict[str, tuple[str, ...]] = {  # the kinds of task that a dataset is evaluated by
-    "classification": ("zeroshot", "probe"),
-    "multilabel": ("zeroshot", "probe"),
-    "ordinal": ("zeroshot", "probe"),
-    "retrieval": ("retrieval",),
-    "vqa": ("vqa",),
-    "diagnosis": ("diagnosis",),
-    "survival": ("survival",),
-}
-
-
+OF_CLASSES = ("classification", "multilabel", "ordinal")  # tasks whose images have classes that sentences describe
 HELD_OUT, ASSIGNED = "held-out", "assigned"  # in place of the column of the split
 COUNTS = ("n", "n_train", "n_validation", "n_test", "n_questions", "n_test_questions", "n_cases")
 
@@ -117,7 +107,7 @@ class Manifest:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of task that the dataset is evaluated by."""
-        return KINDS[self.task]
+        return ("zeroshot", "probe") if self.task in OF_CLASSES else (self.task,)
 
     @property
     def dataset(self) -> str:
@@ -131,17 +121,16 @@ class Manifest:
 
     def prompts(self) -> dict[str, list[str]]:
         """Sentences of every class, in the order of ``classes``: each phrase in each template."""
-        templates = self.templates or self.modality
-        return {
-            name: [text for phrase in phrases or [name] for text in label_prompts(phrase, templates)]
-            for name, phrases in self.classes.items()
-        }
+        return self._sentences(label_prompts)
 
     def negative_prompts(self) -> dict[str, list[str]]:
         """Sentences that negate each class, in the templates of `prompts`."""
+        return self._sentences(absence_prompts)
+
+    def _sentences(self, of: Callable[[str, str], list[str]]) -> dict[str, list[str]]:
         templates = self.templates or self.modality
         return {
-            name: [text for phrase in phrases or [name] for text in absence_prompts(phrase, templates)]
+            name: [text for phrase in phrases or [name] for text in of(phrase, templates)]
             for name, phrases in self.classes.items()
         }
 
@@ -219,7 +208,7 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(
                 f"source: {kinds[0]} has no key {key!r}{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
             )
-    if manifest.task in ("classification", "multilabel", "ordinal") and len(manifest.classes) < 2:
+    if manifest.task in OF_CLASSES and len(manifest.classes) < 2:
         raise ValueError(f"a {manifest.task} needs at least two classes, not {list(manifest.classes)}")
     wrong = next((key for key in manifest.expects if key not in COUNTS), None)
     if wrong is not None:

@@ -32,14 +32,13 @@ from mmkd.evaluation.datasets.source import (
     Reading,
     Sample,
     Store,
-    check_where,
     chosen,
     file_name,
     files_under,
     images_folder,
-    passes,
     read_slake,
     read_vqa_rad,
+    row_condition,
     row_sample,
     split_column,
     split_labels,
@@ -94,7 +93,7 @@ def read_csv(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     for path in paths:
         columns, rows = read_table(path)
         fields = table_fields(manifest, columns, "file")
-        where = check_where(manifest, columns)
+        is_chosen = row_condition(manifest, columns)
         beside = images_folder(manifest, path.parent).resolve()
         if not beside.is_relative_to(root):
             raise ValueError(f"source: images {manifest.source['images']!r} leaves {root}; refused")
@@ -102,7 +101,7 @@ def read_csv(manifest: Manifest, paths: Sequence[Path]) -> Reading:
         start = "" if prefix == "." else f"{prefix}/"
         tag = f"{path.parent.name}/" if len(paths) > 1 else ""
         for row in rows:
-            if passes(row, where):
+            if is_chosen(row):
                 sample = row_sample(manifest, row, fields, start + file_name(row, fields["file"]))
                 sample.group = sample.group and f"{tag}{sample.group}"
                 samples.append(sample)
@@ -141,7 +140,7 @@ def read_bags(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     def refuse(name: str) -> bytes:
         raise UnreadableImageError("missing", f"{name}: slides are read through their features, not as images")
 
-    return Reading(samples, Store(refuse), root=folder)
+    return Reading(samples, Store(refuse))
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -183,12 +182,12 @@ def read_parquet(manifest: Manifest, paths: Sequence[Path]) -> Reading:
     for file in files:
         columns = readers.parquet_columns(file)
         fields = table_fields(manifest, columns, "image")
-        where = check_where(manifest, columns)
+        is_chosen = row_condition(manifest, columns)
         named = [chosen(manifest, key, columns, manifest.task == "vqa") for key in ("question", "answer")]
         split = next((part for part in (file.stem.split("-")[0], file.parent.name) if meaning_of(part)), "")
         others = [name for name in columns if name != fields["image"]]
         for group, row, values in readers.parquet_rows(file, others, ROWS):
-            if not passes(values, where):
+            if not is_chosen(values):
                 continue
             name = f"{file.relative_to(root).as_posix()}@{group}+{row}"
             places[name] = (file, fields["image"], group, row)

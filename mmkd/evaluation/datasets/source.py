@@ -19,7 +19,7 @@ from mmkd.data.images import finish_image, open_header, read_image_bytes
 from mmkd.data.pixel_rules import DEFAULT_WINDOW, UnreadableImageError, Window
 from mmkd.data.splits import meaning_of
 from mmkd.data.table import SPLITS
-from mmkd.evaluation.datasets.manifest import ASSIGNED, HELD_OUT, Manifest
+from mmkd.evaluation.datasets.manifest import ASSIGNED, HELD_OUT, OF_CLASSES, Manifest
 from mmkd.files import is_inside, leads_inside, read_json
 
 CLOSED, ENGLISH = "CLOSED", "en"
@@ -116,11 +116,8 @@ def _questions(rows: Sequence[dict[str, Any]], image: str, digests: dict[str, st
 
 def _digest(folder: Path, name: str) -> str:
     """SHA-256 of an image file, empty where it cannot be read or is a link out of the folder."""
-    try:
-        inside = leads_inside(folder, folder / name)
-        return hashlib.sha256(read_image_bytes(folder / name)).hexdigest() if inside else ""
-    except UnreadableImageError:
-        return ""
+    found = files_under(folder).digest(name)
+    return "" if found == MISSING else found
 
 
 def stated(question: Any, answer: Any, place: str) -> tuple[str, str]:
@@ -234,14 +231,12 @@ class Reading:
         samples: one for each image, caption or slide.
         store: of the images.
         questions: about the images.
-        root: the folder of a bag's features.
         notes: what a reader of the results should know of it.
     """
 
     samples: list[Sample]
     store: Store
     questions: list[Question] = field(default_factory=list)
-    root: Path | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -275,19 +270,11 @@ def chosen(manifest: Manifest, key: str, columns: Iterable[str], needed: bool) -
     return ""
 
 
-def passes(row: dict[str, Any], where: dict[str, Any]) -> bool:
-    """Whether a row has one of the wanted values in every column of the conditions."""
-    return all(
-        str(row.get(column)) in [str(value) for value in (wanted if isinstance(wanted, list) else [wanted])]
-        for column, wanted in where.items()
-    )
-
-
-def check_where(manifest: Manifest, columns: Sequence[str]) -> dict[str, Any]:
-    """The conditions on rows.
+def row_condition(manifest: Manifest, columns: Sequence[str]) -> Callable[[dict[str, Any]], bool]:
+    """Whether a row has one of the values that ``where`` names for each of its columns.
 
     Raises:
-        ValueError: they are no mapping or name a column that is not there.
+        ValueError: the conditions are no mapping or name a column that is not there.
     """
     where = manifest.source.get("where") or {}
     if not isinstance(where, dict):
@@ -296,7 +283,8 @@ def check_where(manifest: Manifest, columns: Sequence[str]) -> dict[str, Any]:
     if unknown is not None:
         near = nearest(str(unknown), columns)
         raise ValueError(f"source: where names a column {unknown!r}{near} that the table lacks: {', '.join(columns)}")
-    return where
+    wanted = {column: set(map(str, own if isinstance(own, list) else [own])) for column, own in where.items()}
+    return lambda row: all(str(row.get(column)) in own for column, own in wanted.items())
 
 
 def split_labels(manifest: Manifest, text: str) -> list[str]:
@@ -336,7 +324,7 @@ def table_fields(manifest: Manifest, columns: Sequence[str], image: str) -> dict
         if absent is not None:
             raise ValueError(f"source: no column {absent!r} for label; the table has {', '.join(columns)}")
     else:
-        label = chosen(manifest, "label", columns, manifest.task in ("classification", "multilabel", "ordinal"))
+        label = chosen(manifest, "label", columns, manifest.task in OF_CLASSES)
     return {
         image: _file_field(manifest, image, columns),
         "label": label,

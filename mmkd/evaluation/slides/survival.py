@@ -218,7 +218,7 @@ Chosen = dict[str, float]
 class Survival(Task):
     """Order cases by risk; the unit ``image`` is a case."""
 
-    kind, primary_metric = "survival", "c_index"
+    kind = "survival"
 
     def __init__(self, samples: Samples, cohort: Cohort, variant: str, title: str) -> None:
         """Fix cases and folds.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.manifest import PRIMARY_METRICS, Manifest
+from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats, Integers
@@ -21,8 +21,6 @@ DEFINED_FOR_ONE_CLASS = {"accuracy", "medmnist_acc"}
 
 class Classification(Task):
     """Assign one of several classes, or grades, to each image; ``image.scores`` is ``(n, classes)``."""
-
-    primary_metric = "balanced_accuracy"
 
     def __init__(
         self,
@@ -53,8 +51,6 @@ class Classification(Task):
         self.units = {"image": resampling_units(names, groups)}
         self.sample_pairs = {"image": self.pairs}
         self.ordinal, self.medmnist = manifest.task == "ordinal", "medmnist" in manifest.source
-        if self.ordinal:
-            self.primary_metric = PRIMARY_METRICS["ordinal"]
         counts, guess = np.bincount(self.targets, minlength=len(self.classes)), 1 / len(self.classes)
         share = counts[counts > 0] / len(self.pairs)
         self.describe(
@@ -160,8 +156,6 @@ class Classification(Task):
 
 class MultiLabel(Task):
     """Which findings an image shows; ``image.scores`` is ``(n, labels)``, with a threshold of zero."""
-
-    primary_metric = "macro_auroc"
 
     def __init__(self, manifest: Manifest, title: str, pairs: Sequence[Pair], labels: Sequence[str]) -> None:
         """Fix images, labels and what is resampled: groups, within images with and without any finding.

@@ -157,7 +157,7 @@ WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them i
 class Retrieval(Task):
     """Find the caption of an image and the images of a caption."""
 
-    kind, primary_metric = "retrieval", "mean_recall"
+    kind = "retrieval"
 
     def __init__(self, samples: Samples) -> None:
         """Fix pool and right answers from the held-out pairs that have a caption."""

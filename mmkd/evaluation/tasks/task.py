@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mmkd.command.settings import nearest
 from mmkd.data.table import Pair
-from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.manifest import PRIMARY_METRICS, Manifest
 from mmkd.evaluation.embeddings.embed import Embedded
 from mmkd.evaluation.statistics.bootstrap import Metrics, ResamplingUnits
 from mmkd.evaluation.statistics.metrics import Floats
@@ -71,7 +71,7 @@ class Task(ABC):
 
     def __init__(self, manifest: Manifest, title: str, variant: str = "") -> None:
         """Name the task after its dataset."""
-        self.manifest, self.variant = manifest, variant
+        self.manifest, self.variant, self.primary_metric = manifest, variant, PRIMARY_METRICS[manifest.task]
         self.name = task_name(self.kind, manifest, variant)
         self.title = f"{title}: {manifest.title or manifest.id}" if manifest.title or manifest.id else title
 

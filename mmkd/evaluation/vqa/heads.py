@@ -44,8 +44,7 @@ BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, SEED = 64, 1e-3, 1e-2, 0
 class VisualQuestions(Task):
     """Answer questions about held-out images."""
 
-    kind, primary_metric = "vqa", "accuracy"
-
+    kind = "vqa"
     title = "Visual question answering"
 
     def __init__(

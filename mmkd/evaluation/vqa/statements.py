@@ -200,7 +200,7 @@ Converted = list[tuple[Pair, Question, Choices]]
 class StatementQuestions(Task):
     """Answer closed questions by statements."""
 
-    kind, primary_metric = "vqa", "accuracy"
+    kind = "vqa"
 
     def __init__(self, manifest: Manifest, converted: Converted, left_out: int, metadata: dict[str, Any]) -> None:
         """Fix the questions.
