@@ -73,7 +73,7 @@ from mmkd.evaluation.results.summary import versions
 from mmkd.files import atomic_write_text, write_json
 from mmkd.miniature.data import WorldSettings
 from mmkd.miniature.report import Row, Scores, best_control, contrasts, primary, ranks, replace_table, summary, table
-from mmkd.miniature.runs import COMBINATIONS, Pool, Run, Runner, Sizes
+from mmkd.miniature.runs import COMBINATIONS, Run, Runner, Sizes
 from mmkd.miniature.training import ARMS, DEFAULT, NO_TEACHER, QUICK, STAGE1
 
 TUNING_DRAW, TUNING_NOISE = 0, 0.2
@@ -96,22 +96,21 @@ def main(settings: MiniatureSettings) -> None:
         settings.maximum,
         settings.quiet,
     )
-    runner = Runner(world, settings.work, Sizes())
+    runner = Runner(world, settings.work, Sizes(), settings.workers)
     runner.prepare()
-    with Pool(runner, settings.workers, settings.quiet) as pool:
-        draws = range(1, settings.draws + 1)
-        teachers = [(number, name) for number in (TUNING_DRAW, *draws) for name in runner.specialists]
-        pool.map("teachers", Runner.teacher, teachers)
-        best = {number: runner.best_teacher(number) for number in (TUNING_DRAW, *draws)}
-        trials = tuned(pool, runner, arms, best)
-        runs = [
-            Run(draw, noise, seed, name, trials[name], settings.train_vision)
-            for draw in draws
-            for noise in settings.noise
-            for seed in range(1, settings.seeds + 1)
-            for name in arms
-        ]
-        train_students(pool, runs, best)
+    draws = range(1, settings.draws + 1)
+    teachers = [(number, name) for number in (TUNING_DRAW, *draws) for name in runner.specialists]
+    runner.run_all("teachers", Runner.teacher, teachers)
+    best = {number: runner.best_teacher(number) for number in (TUNING_DRAW, *draws)}
+    trials = tuned(runner, arms, best)
+    runs = [
+        Run(draw, noise, seed, name, trials[name], settings.train_vision)
+        for draw in draws
+        for noise in settings.noise
+        for seed in range(1, settings.seeds + 1)
+        for name in arms
+    ]
+    train_students(runner, runs, best)
     write(settings, runner, arms, runs, trials)
 
 
@@ -128,22 +127,22 @@ def chosen_arms(settings: MiniatureSettings) -> list[str]:
     return [name for name in ARMS if name in {*asked, DEFAULT, NO_TEACHER}]
 
 
-def train_students(pool: Pool, runs: Sequence[Run], best: dict[int, str]) -> None:
+def train_students(runner: Runner, runs: Sequence[Run], best: dict[int, str]) -> None:
     """Stage 1 of every draw, noise and seed, the earlier students that some arms learn from, then the arms."""
     starts = list(dict.fromkeys(run.start for run in runs))
-    pool.map("stage 1", Runner.stage1, [(start,) for start in starts])
+    runner.run_all("stage 1", Runner.stage1, [(start,) for start in starts])
     if any(ARMS[run.arm].source == "self" for run in runs):
-        pool.map("earlier students", Runner.student, [(start.earlier, "") for start in starts])
-    pool.map("students", Runner.student, [(run, best[run.draw]) for run in runs])
+        runner.run_all("earlier students", Runner.student, [(start.earlier, "") for start in starts])
+    runner.run_all("students", Runner.student, [(run, best[run.draw]) for run in runs])
 
 
-def tuned(pool: Pool, runner: Runner, arms: Sequence[str], best: dict[int, str]) -> dict[str, int]:
+def tuned(runner: Runner, arms: Sequence[str], best: dict[int, str]) -> dict[str, int]:
     """Number of the trial with the highest validation score in the tuning draw, by arm."""
     trials = {
         name: [Run(TUNING_DRAW, TUNING_NOISE, 1, name, trial) for trial in range(len(ARMS[name].trials))]
         for name in arms
     }
-    train_students(pool, [run for own in trials.values() for run in own], best)
+    train_students(runner, [run for own in trials.values() for run in own], best)
     return {
         name: max(own, key=lambda run: (runner.validation_score(run), -run.trial)).trial for name, own in trials.items()
     }

@@ -6,12 +6,12 @@ A run is finished when the last file of its folder is there, which appears whole
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
+import os
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mmkd.alignment.autoencoder import AlignObjective, AutoencoderAligner
 from mmkd.alignment.covariances import Covariances
 from mmkd.alignment.procrustes import ProcrustesAligner
-from mmkd.command.launch import end_with_parent
+from mmkd.command.tasks import Progress, TaskSettings, resident, run_tasks
 from mmkd.data.folder import PairFolder
 from mmkd.data.table import Pair
 from mmkd.distillation.objective import DistillObjective
@@ -117,9 +117,10 @@ class Run:
 class Runner:
     """Trains and judges the models of a world; made once in every process."""
 
-    def __init__(self, settings: WorldSettings, work: Path, sizes: Sizes) -> None:
-        """Read the world."""
+    def __init__(self, settings: WorldSettings, work: Path, sizes: Sizes, workers: int = 1) -> None:
+        """Read the world; `run_all` has this number of processes."""
         torch.set_num_threads(1)
+        self.workers, self.id = workers, uuid.uuid4().hex
         self.world, self.folder, self.sizes = World(settings), work, sizes
         key = hashlib.sha256(f"{self.world.key} {sizes}".encode()).hexdigest()[:12]
         self.work = work / f"runs-{key}"  # other collections or sizes are other models
@@ -132,11 +133,28 @@ class Runner:
         own = {name: [name] for name in self.world.seen}
         return {**own, "generalist 1": self.world.seen, "generalist 2": self.world.seen}
 
+    def run_all(self, what: str, method: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+        """Call a method with each of the arguments, in any order, unless it has finished before.
+
+        Raises:
+            Exception: what a call raised; no further one begins.
+        """
+        resident(self.id, lambda: self)  # for what is run in this process
+        work = partial(_call, self.id, partial(Runner, self.world.settings, self.folder, self.sizes), method.__name__)
+        bar = partial(tqdm, desc=what, unit="run", smoothing=0, disable=self.world.settings.quiet)
+        run_tasks(
+            work, arguments, self._is_done, TaskSettings(workers=self.workers, tasks=len(arguments)), self.work, bar
+        )
+
+    def _is_done(self, arguments: tuple[Any, ...]) -> bool:
+        run = arguments[0]
+        is_student = isinstance(run, Run)
+        file = f"{run.folder}/{ANSWERS}" if is_student else f"{_teacher_folder(*arguments)}/{EMBEDDINGS}"
+        return (self.work / file).is_file()
+
     def teacher(self, number: int, name: str) -> None:
         """Train a teacher on the pairs of its collections; a generalist on every second group of all."""
-        output = self.work / f"draw-{number}" / "teachers" / name.replace(" ", "-")
-        if (output / EMBEDDINGS).is_file():
-            return
+        output = self.work / _teacher_folder(number, name)
         draw, place = self.draw(number), list(self.specialists).index(name)
         rows = draw.rows("teachers", self.specialists[name])
         if name.startswith("generalist"):
@@ -154,8 +172,6 @@ class Runner:
     def stage1(self, run: Run) -> None:
         """Train a student on its own pairs, of which a share has wrong captions."""
         output = self.work / run.folder
-        if (output / ANSWERS).is_file():
-            return
         rows, noise = self.student_pairs(run)
         schedule = replace(self.sizes.stage1, seed=run.seed)
         torch.manual_seed(run.seed)
@@ -167,8 +183,6 @@ class Runner:
     def student(self, run: Run, best_teacher: str) -> None:
         """Go on from stage 1 by an arm."""
         output = self.work / run.folder
-        if (output / ANSWERS).is_file():
-            return
         arm, world, draw = ARMS[run.arm], self.world, self.draw(run.draw)
         change = dict(arm.trials[run.trial])
         schedule = replace(self.sizes.stage2, seed=run.seed)
@@ -297,7 +311,7 @@ class Runner:
         return {name: torch.from_numpy(answers(q, self.world, embedded)) for name, q in asked.items()}
 
     def _teachers(self, number: int) -> dict[str, Embedded]:
-        return {name: self._kept(f"draw-{number}/teachers/{name.replace(' ', '-')}") for name in self.specialists}
+        return {name: self._kept(_teacher_folder(number, name)) for name in self.specialists}
 
     def _sources(self, arm: Arm, run: Run, best_teacher: str) -> Mapping[str, Embedded]:
         """Features of the whole world that an arm learns from."""
@@ -406,44 +420,16 @@ class Runner:
         return Embedded(F.normalize(tensors["image"].float(), dim=1), F.normalize(tensors["text"].float(), dim=1))
 
 
-_RUNNER: list[Runner] = []  # one in every process of a pool
+def _teacher_folder(number: int, name: str) -> str:
+    return f"draw-{number}/teachers/{name.replace(' ', '-')}"
 
 
-class Pool:
-    """Processes with a runner each."""
-
-    def __init__(self, runner: Runner, workers: int, quiet: bool) -> None:
-        """Start them; each reads the world by itself."""
-        self.quiet = quiet
-        arguments = (runner.world.settings, runner.folder, runner.sizes)
-        context = multiprocessing.get_context("spawn")
-        self._executor = ProcessPoolExecutor(workers, context, _begin, arguments)
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._executor.shutdown(cancel_futures=kind is not None)
-
-    def map(self, what: str, method: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
-        """Call a method of the runner with each of the arguments, in any order.
-
-        Raises:
-            Exception: what a call raised; no further one begins.
-        """
-        waiting: list[Future[None]] = [self._executor.submit(_call, method.__name__, *own) for own in arguments]
-        try:
-            for done in tqdm(as_completed(waiting), what, len(waiting), disable=self.quiet, unit="run", smoothing=0):
-                done.result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _begin(*arguments: Any) -> None:
-    end_with_parent()  # a student takes minutes
-    _RUNNER.append(Runner(*arguments))
-
-
-def _call(method: str, *arguments: Any) -> None:
-    getattr(_RUNNER[0], method)(*arguments)
+def _call(
+    run: str, make: Callable[[], Runner], method: str, arguments: Sequence[tuple[Any, ...]], progress: Progress
+) -> None:
+    """A task of `mmkd.command.tasks`; a process reads the world for its first call."""
+    os.environ.pop("LOCAL_RANK", None)  # every training is one of its own, and no part of a distributed one
+    runner = resident(run, make)
+    for own in arguments:
+        getattr(runner, method)(*own)
+        progress(1)
