@@ -68,7 +68,7 @@ from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import read_or_reason
 from mmkd.encoders.zoo import load_encoder
-from mmkd.evaluation.statistics.bootstrap import resampling_units
+from mmkd.evaluation.statistics.bootstrap import as_text, resampling_units
 from mmkd.evaluation.tasks.classification import SEPARATOR
 from mmkd.serving.calibration import (
     CALIBRATION_FILE,
@@ -264,12 +264,7 @@ def show(folder: Path, calibration: Calibration, found: dict[str, Any]) -> None:
     for name, own in found["test"].items():
         was = found["uncalibrated"].get(name)
         before = f"  (before {was['value']:.3f})" if was else ""
-        print(f"  {name:<12}{number(own['value'])} [{number(own['low'])}, {number(own['high'])}]{before}")
-
-
-def number(value: float | None) -> str:
-    """A figure for people."""
-    return "undefined" if value is None else f"{value:.3f}"
+        print(f"  {name:<12}{as_text(own)}{before}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
-from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
+from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED, as_text
 
 
 @dataclass
@@ -150,26 +150,14 @@ def show(settings: ExportSettings, comparison: dict[str, Any]) -> None:
         units = task["units"]["image"]
         print(f"\n{name}: {units['n']} images in {units['groups']} groups")
         for row, cell in task["rows"].items():
-            print(f"  {row:<18}" + "  ".join(_scores(cell["metrics"])))
+            print(f"  {row:<18}{_texts(cell['metrics'], 'value')}")
         for other, metrics in task["differences"].items():
-            print(f"  {settings.format} - {other}: " + "  ".join(_differences(metrics)))
+            print(f"  {settings.format} - {other}: {_texts(metrics, 'difference', '+')}")
 
 
-def _scores(metrics: dict[str, Any]) -> list[str]:
-    chosen = {name: metrics[name] for name in ("accuracy", "balanced_accuracy") if name in metrics}
-    return [f"{name} {_number(m['value'])} [{_number(m['low'])}, {_number(m['high'])}]" for name, m in chosen.items()]
-
-
-def _differences(metrics: dict[str, Any]) -> list[str]:
-    chosen = {name: metrics[name] for name in ("accuracy", "balanced_accuracy") if name in metrics}
-    return [
-        f"{name} {_number(m['difference'], '+')} [{_number(m['low'], '+')}, {_number(m['high'], '+')}]"
-        for name, m in chosen.items()
-    ]
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "undefined" if value is None else f"{value:{sign}.4f}"
+def _texts(metrics: dict[str, Any], key: str, sign: str = "") -> str:
+    chosen = [name for name in ("accuracy", "balanced_accuracy") if name in metrics]
+    return "  ".join(f"{name} {as_text(metrics[name], key, 4, sign)}" for name in chosen)
 
 
 if __name__ == "__main__":

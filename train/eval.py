@@ -29,6 +29,7 @@ from mmkd.evaluation.report.page import write_report
 from mmkd.evaluation.results.summary import lock_of, versions
 from mmkd.evaluation.run import evaluate
 from mmkd.evaluation.settings import ReportSettings, check
+from mmkd.evaluation.statistics.bootstrap import as_text
 from mmkd.evaluation.watch import STUDENT, watch
 from mmkd.files import write_json
 
@@ -87,8 +88,8 @@ def print_summary(summary: dict[str, Any]) -> None:
             metric = result["metrics"].get(task["primary_metric"])
             beside = [own for own in ("balanced_accuracy", "accuracy") if own != task["primary_metric"]]
             others = {own.replace("_", " "): result["metrics"].get(own) for own in beside}
-            more = "".join(f"  {name} {_shown(own)}" for name, own in others.items() if own)
-            print(f"  {row:<{width}}  {_shown(metric) + more if metric else result['undefined']}")
+            more = "".join(f"  {name} {as_text(own)}" for name, own in others.items() if own)
+            print(f"  {row:<{width}}  {as_text(metric) + more if metric else result['undefined']}")
         for own in task["units"].values():
             if own.get("pooled"):
                 print(f"  classes with a single group are resampled together: {', '.join(own['pooled'])}")
@@ -97,7 +98,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     width = max(map(len, block["rows"]), default=0)
     for row, metric in block["rows"].items():
         relative = block["above_chance"].get(row)
-        print(f"  {row:<{width}}  {_shown(metric)}" + (f"  relative to chance {_shown(relative)}" if relative else ""))
+        print(
+            f"  {row:<{width}}  {as_text(metric)}" + (f"  relative to chance {as_text(relative)}" if relative else "")
+        )
     for name, encoder in summary["encoders"].items():
         for failure in encoder["failures"]:
             print(f"\n{name}: {failure}")
@@ -105,11 +108,6 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"\n{name}: left out, {reason}")
     if summary["unreadable"]:
         print(f"\n{len(summary['unreadable'])} images could not be read and are left out")
-
-
-def _shown(metric: dict[str, float | None]) -> str:
-    value, low, high = (float("nan") if metric[key] is None else metric[key] for key in ("value", "low", "high"))
-    return f"{value:.3f}  [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

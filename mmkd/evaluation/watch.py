@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mmkd.evaluation.embeddings.encoders import ENSEMBLE, ORACLE
 from mmkd.evaluation.results.store import FOLDER
-from mmkd.files import atomic_write_text, read_yaml, rename_folder
+from mmkd.files import atomic_write_text, json_lines, read_yaml, rename_folder
 from mmkd.student.folder import save_student
 from mmkd.student.towers import starting_student
 from mmkd.training.checkpoints import AVERAGE, SETTINGS_FILE, WEIGHTS, RunFolder, damage
@@ -53,7 +53,7 @@ def watch(run: Path, output: Path, evaluate: Evaluate, poll_seconds: float, quie
             take_over(before, output / name)
             _note(output, name, evaluate(student, output / name))
             before, announced = output / name, False
-        if FINAL in found or _is_done(output, FINAL):
+        if FINAL in found or FINAL in _evaluated(output):
             return
         if not found:
             if not (announced or quiet):
@@ -104,8 +104,9 @@ def take_over(before: Path | None, after: Path) -> None:
 def _pending(folder: RunFolder, output: Path) -> list[str]:
     """Names of the checkpoints to evaluate in order, and of the finished model."""
     whole = [path for path in sorted(folder.checkpoints.glob("step-*")) if damage(path) is None]
-    names = [*(_short(path) for path in whole), *([FINAL] if folder.output.is_dir() else [])]
-    return [name for name in names if not _is_done(output, name)]
+    names = [f"step-{int(path.name.removeprefix('step-'))}" for path in whole]
+    done = _evaluated(output)
+    return [name for name in [*names, *([FINAL] if folder.output.is_dir() else [])] if name not in done]
 
 
 def _students(folder: RunFolder, found: list[str], output: Path) -> Iterator[tuple[str, Path]]:
@@ -140,11 +141,7 @@ def _note(output: Path, name: str, summary: dict[str, Any]) -> None:
     atomic_write_text(log, lines + json.dumps(line, sort_keys=True) + "\n")
 
 
-def _is_done(output: Path, name: str) -> bool:
+def _evaluated(output: Path) -> set[str]:
+    """Names of the lines of the log."""
     log = output / LOG
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    return any(json.loads(line)["name"] == name for line in lines)
-
-
-def _short(checkpoint: Path) -> str:
-    return f"step-{int(checkpoint.name.removeprefix('step-'))}"
+    return {json.loads(line)["name"] for _, line in json_lines(log)} if log.is_file() else set()

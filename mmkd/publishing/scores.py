@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from mmkd.evaluation.datasets.manifest import catalog
+from mmkd.evaluation.statistics.bootstrap import as_text
 from mmkd.files import fingerprint, read_json
 from mmkd.publishing.card import Scores, escape
 
@@ -61,15 +62,6 @@ def read_scores(results: Path, weights: list[Path]) -> Scores:
         raise ValueError(f"{path} is not what `mmkd eval` writes ({error!r}); evaluate again") from error
 
 
-def with_interval(metric: dict[str, float | None]) -> str:
-    """``0.713 [0.655, 0.768]``, or the value alone where there is no interval."""
-    if metric["value"] is None:
-        return "undefined"
-    if metric["low"] is None or metric["high"] is None:
-        return f"{metric['value']:.3f}"
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
-
-
 def _own_row(summary: dict[str, Any], weights: list[Path], results: Path) -> str:
     """The name under which these weights were evaluated, the student's first."""
     own = fingerprint(sorted(weights))
@@ -91,10 +83,10 @@ def _table_row(task: dict[str, Any], result: dict[str, Any], summary: dict[str, 
         "task": escape(task["title"]),
         "kind": KINDS.get(task["kind"], task["kind"]),
         "metric": metric.replace("_", " "),
-        "score": with_interval(result["metrics"][metric]),
+        "score": as_text(result["metrics"][metric]),
         "chance": f"{task['chance'][metric]:.3f}" if metric in task.get("chance", {}) else "",
         "images": f"{units['n']} in {units['groups']} groups",
-        "difference": f"{_signed(difference)} ({escape(best)})" if difference else "",
+        "difference": f"{as_text(difference, 'difference', sign='+')} ({escape(best)})" if difference else "",
     }
 
 
@@ -111,7 +103,7 @@ def _picture(drawn: list[tuple[dict[str, Any], dict[str, Any]]], name: str) -> s
             metric["value"],
             metric["low"],
             metric["high"],
-            with_interval(metric),
+            as_text(metric),
         )
         for task, metric in drawn
     ]
@@ -122,13 +114,6 @@ def _units(task: dict[str, Any]) -> dict[str, Any]:
     """Counts of a task's images, or of its questions, cases or captions."""
     units: dict[str, dict[str, Any]] = task["units"]
     return units["image"] if "image" in units else next(iter(units.values()))
-
-
-def _signed(difference: dict[str, float | None]) -> str:
-    """``+0.041 [+0.006, +0.075]`` of a paired difference."""
-    if any(difference[key] is None for key in ("difference", "low", "high")):
-        return "undefined"
-    return f"{difference['difference']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
 
 
 def _index_entries(
@@ -145,7 +130,7 @@ def _index_entries(
             dataset_config=key,
             dataset_split=split,
             metric_type=metric,
-            metric_name=f"{metric.replace('_', ' ')}: {with_interval(value)}, 95 % interval over {groups} groups",
+            metric_name=f"{metric.replace('_', ' ')}: {as_text(value)}, 95 % interval over {groups} groups",
             metric_value=round(value["value"], 4),
             metric_args={
                 "confidence": 0.95,

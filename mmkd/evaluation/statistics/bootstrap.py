@@ -207,6 +207,23 @@ def _pool_singles(strata: Integers) -> Integers:
     return pooled.astype(np.int64)
 
 
+def as_text(found: Mapping[str, float | None], key: str = "value", digits: int = 3, sign: str = "") -> str:
+    """A value with its interval for people: ``0.713 [0.655, 0.768]``, or the value alone where it has no interval.
+
+    Args:
+        found: ``low``, ``high`` and the value, None where one is undefined.
+        key: name of the value.
+        digits: behind the point.
+        sign: ``+`` for differences.
+    """
+    value, low, high = (
+        None if found[name] is None else f"{found[name]:{sign}.{digits}f}" for name in (key, "low", "high")
+    )
+    if value is None:
+        return "undefined"
+    return value if low is None or high is None else f"{value} [{low}, {high}]"
+
+
 def plain(value: float) -> float | None:
     """A number for JSON: NaN becomes null."""
     return None if np.isnan(value) else float(value)
