@@ -51,6 +51,7 @@ from mmkd.publishing.model import parse_size, stage_adapter, stage_model
 from mmkd.publishing.publication import Draft, Publication, Uploaded, kind_of, require_token, upload
 
 SHOWN_FILES = 5
+OF_KINDS = dict.fromkeys(("results", "onnx", "examples"), "a model") | {"images": "pairs", "base_model": "an adapter"}
 
 
 def main(settings: PushSettings) -> None:
@@ -95,14 +96,9 @@ def make_publication(settings: PushSettings, staged: Path) -> Publication:
     shard_bytes = parse_size(settings.max_shard_size)
     folder = settings.folder
     kind = kind_of(folder)
-    of_models = {"results": settings.results, "onnx": settings.onnx, "examples": settings.examples}
-    for option, value in of_models.items():
-        if value is not None and kind != "model":
-            raise ValueError(f"--{option} belongs to a model; {folder} holds {kind}")
-    if settings.images is not None and kind != "pairs":
-        raise ValueError(f"--images belongs to pairs; {folder} holds {kind}")
-    if settings.base_model is not None and kind != "adapter":
-        raise ValueError(f"--base_model belongs to an adapter; {folder} holds {kind}")
+    for option, owner in OF_KINDS.items():
+        if getattr(settings, option) is not None and kind != owner.split()[-1]:
+            raise ValueError(f"--{option} belongs to {owner}; {folder} holds {kind}")
     if settings.base_model is not None:
         check_repo(settings.base_model, "--base_model")
     name = "model_card.md" if kind in ("model", "adapter") else "dataset_card.md"

@@ -258,7 +258,13 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
         archive,
         facts(settings, encoder),
         count_tokens,
-        limits_of(settings),
+        Limits(
+            settings.max_body * MEBIBYTE,
+            settings.max_memory * MEBIBYTE,
+            settings.max_items,
+            settings.timeout,
+            settings.max_queue,
+        ),
         Batching(settings.max_batch, settings.max_wait_ms / 1000, observe=metrics.batch),
         Window(settings.window or "auto") if archive is None else archive.index.window,
     )
@@ -287,17 +293,6 @@ def load_served(model: str, device: str, fast: bool) -> tuple[ServedEncoder, Cal
     if isinstance(encoder, HFClipEncoder):
         encoder.fold_batch_norms()
     return encoder, token_counter(encoder)
-
-
-def limits_of(settings: ServeSettings) -> Limits:
-    """The limits of requests."""
-    return Limits(
-        settings.max_body * MEBIBYTE,
-        settings.max_memory * MEBIBYTE,
-        settings.max_items,
-        settings.timeout,
-        settings.max_queue,
-    )
 
 
 def facts(settings: ServeSettings, encoder: ServedEncoder) -> dict[str, str]:

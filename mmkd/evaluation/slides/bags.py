@@ -19,7 +19,8 @@ import numpy as np
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Dataset
-from mmkd.evaluation.embeddings.embed import UndefinedMetricError, Vectors
+from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError, Vectors
+from mmkd.evaluation.tasks.task import Task
 
 FEATURE_NAMES = ("features", "feats", "patch_embeddings", "embeddings")
 JOINT_NAMES = ("proj", "projected")
@@ -247,6 +248,28 @@ class BagFolder:
         """Slides of which any encoder has a bag."""
         folders = [path for path in self.root.iterdir() if path.is_dir()]
         return {slide for folder in [self.root, *folders] for slide in bag_files(folder)}
+
+
+class BagTask(Task):
+    """A task over bags.
+
+    Attributes:
+        bags: of all encoders.
+        slides: those whose bags are read.
+    """
+
+    bags: BagFolder
+    slides: list[str]
+
+    def extra_fingerprint(self, embedded: Embedded) -> list[str]:
+        """A fingerprint of the bags that are read."""
+        return [self.bags.open(embedded.name).fingerprint(self.slides)]
+
+    def opened(self, embedded: Embedded) -> EncoderBags:
+        """The bags of an encoder, all there and of one width."""
+        bags = self.bags.open(embedded.name)
+        bags.width(self.slides)
+        return bags
 
 
 def bag_files(folder: Path) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Samples
 from mmkd.evaluation.embeddings.embed import Embedded, Vectors
 from mmkd.evaluation.slides.attention import train_attention
-from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of, listed, slide_of
+from mmkd.evaluation.slides.bags import BagFolder, BagTask, EncoderBags, bags_of, listed, slide_of
 from mmkd.evaluation.statistics import metrics
 from mmkd.evaluation.statistics.bootstrap import Metrics
 from mmkd.evaluation.statistics.metrics import Floats
@@ -37,7 +38,7 @@ TOP, ANSWER = (1, 5, 10, 50, 100), 50
 SEEDS = 5
 
 
-class SlideTask(Classification):
+class SlideTask(Classification, BagTask):
     """Name the class of each held-out slide; the unit ``image`` is a slide."""
 
     kind = "diagnosis"
@@ -54,22 +55,8 @@ class SlideTask(Classification):
         classes, chance = list(samples.manifest.classes), {"kappa": 0.0, "quadratic_kappa": 0.0}
         super().__init__(samples.manifest, title, samples.held_out, classes, variant, chance=chance)
         self.train, self.validation, self.bags = samples.train, samples.validation, bags
+        self.slides = [slide_of(pair) for pair in [*self.train, *self.validation, *self.pairs]]
         self.description |= {"slides": {"train": len(self.train), "validation": len(self.validation)}}
-
-    @property
-    def used(self) -> list[Pair]:
-        """Slides whose bags are read."""
-        return [*self.train, *self.validation, *self.pairs]
-
-    def extra_fingerprint(self, embedded: Embedded) -> list[str]:
-        """A fingerprint of the bags that are read."""
-        return [self.bags.open(embedded.name).fingerprint([slide_of(pair) for pair in self.used])]
-
-    def opened(self, embedded: Embedded) -> EncoderBags:
-        """The bags of an encoder, all there and of one width."""
-        bags = self.bags.open(embedded.name)
-        bags.width([slide_of(pair) for pair in self.used])
-        return bags
 
     def metrics(self, outputs: Outputs, weights: dict[str, Floats]) -> Metrics:
         """Those of `Classification`, and Cohen's kappa without and with quadratic weights."""
@@ -87,8 +74,8 @@ class TopTiles(SlideTask):
     def __init__(self, samples: Samples, bags: BagFolder, variant: str = "") -> None:
         """Fix slides and sentences; variant ``ratio`` counts tiles."""
         way = "share of tiles" if variant else "top tiles"
-        super().__init__(samples, bags, variant, f"Zero-shot slide classification, {way}")
-        self.train, self.validation = [], []
+        held_out = replace(samples, train=[], validation=[])
+        super().__init__(held_out, bags, variant, f"Zero-shot slide classification, {way}")
         self.prompts = samples.manifest.prompts()
         self.description |= {"prompts": self.prompts, "slides": {}, "top": list(TOP), "answered_by": ANSWER}
 
@@ -96,11 +83,12 @@ class TopTiles(SlideTask):
         """``image.scores`` ``(n, classes)``, and ``image.top_J`` for every j or nothing else for the ratio."""
         bags = self.bags.open(embedded.name)
         classes = np.stack([class_vector(embedded.text_matrix(texts)) for texts in self.prompts.values()])
-        slides = [slide_of(pair) for pair in self.pairs]
-        bags.require(slides)
+        bags.require(self.slides)
         if self.variant:
-            return {"image.scores": np.stack([shares(bags.joint(s, classes.shape[1]) @ classes.T) for s in slides])}
-        pooled = np.stack([top_means(bags.joint(s, classes.shape[1]) @ classes.T, TOP) for s in slides])
+            return {
+                "image.scores": np.stack([shares(bags.joint(s, classes.shape[1]) @ classes.T) for s in self.slides])
+            }
+        pooled = np.stack([top_means(bags.joint(s, classes.shape[1]) @ classes.T, TOP) for s in self.slides])
         by_top = {f"image.top_{j}": standardise(pooled[:, k]) for k, j in enumerate(TOP)}
         return {"image.scores": by_top[f"image.top_{ANSWER}"], **by_top}
 
@@ -134,20 +122,19 @@ class AttentionDiagnosis(TrainedTask):
     def outputs(self, embedded: Embedded) -> Outputs:
         """``image.scores``: logarithms of probabilities averaged over seeds, ``(n, classes)``."""
         bags = self.opened(embedded)
-        slides = [slide_of(pair) for pair in self.used]
-        count = len(self.train) + len(self.validation)
-        targets = torch.from_numpy(self.targets_of(self.used[:count]))
+        learned = [*self.train, *self.validation]
+        count, targets = len(learned), torch.from_numpy(self.targets_of(learned))
         scores = []
         for seed in range(SEEDS):
             answer = train_attention(
-                lambda number: bags.features(slides[number]),
+                lambda number: bags.features(self.slides[number]),
                 range(count),
                 targets,
                 len(self.classes),
                 functional.cross_entropy,
                 seed,
             )
-            logits = answer(range(count, len(slides))).astype(np.float64)
+            logits = answer(range(count, len(self.slides))).astype(np.float64)
             scores.append(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
         return {"image.scores": log_mean(scores)}
 

@@ -27,7 +27,7 @@ from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError, Vectors
 from mmkd.evaluation.slides.attention import train_attention
-from mmkd.evaluation.slides.bags import BagFolder, EncoderBags, bags_of, listed, slide_of
+from mmkd.evaluation.slides.bags import BagFolder, BagTask, EncoderBags, bags_of, listed, slide_of
 from mmkd.evaluation.statistics.bootstrap import Metrics, plain, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats, Integers, defined_mean
 from mmkd.evaluation.statistics.survival import (
@@ -319,7 +319,7 @@ class Survival(Task):
         return {"kaplan_meier": curves} | ({"undefined_metrics": undefined} if undefined else {})
 
 
-class BagSurvival(Survival):
+class BagSurvival(Survival, BagTask):
     """Risks from the bags of an encoder."""
 
     def __init__(self, samples: Samples, cohort: Cohort, bags: BagFolder, variant: str, title: str) -> None:
@@ -327,16 +327,6 @@ class BagSurvival(Survival):
         super().__init__(samples, cohort, variant, title)
         self.bags = bags
         self.slides = [slide for own in cohort.slides for slide in own]
-
-    def extra_fingerprint(self, embedded: Embedded) -> list[str]:
-        """A fingerprint of the bags that are read."""
-        return [self.bags.open(embedded.name).fingerprint(self.slides)]
-
-    def opened(self, embedded: Embedded) -> EncoderBags:
-        """The bags of an encoder, all there and of one width."""
-        bags = self.bags.open(embedded.name)
-        bags.width(self.slides)
-        return bags
 
 
 class MeanCox(BagSurvival):
