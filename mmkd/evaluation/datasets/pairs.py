@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mmkd.data.pixels import read_pixels, to_image
 from mmkd.data.prompts import label_prompts, modality_prompts
 from mmkd.data.table import UNKNOWN, Pair
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
-from mmkd.evaluation.datasets.manifest import Manifest
+from mmkd.evaluation.datasets.manifest import DatasetTask, Manifest
 from mmkd.evaluation.datasets.source import MISSING, Question
 
 NAME = "pairs"
@@ -137,14 +138,8 @@ class PairsDataset(Dataset):
         pairs = [pair for pair in samples.held_out if known_modality(pair)]
         modalities = sorted({pair.modality for pair in pairs})
         if len(modalities) >= 2:
-            view = _view(
-                "zeroshot",
-                "modality",
-                "modality",
-                classes={modality: [] for modality in modalities},
-                sentences={modality: modality_prompts(modality) for modality in modalities},
-                target_is_modality=True,
-            )
+            sentences = {modality: modality_prompts(modality) for modality in modalities}
+            view = _view("zeroshot", "modality", "modality", modalities, sentences=sentences, target_is_modality=True)
             found.append(replace(samples, manifest=view, held_out=_relabelled(pairs, known_modality)))
         else:
             skipped["zeroshot-modality"] = f"{len(modalities)} modality among the held-out images; 2 are needed"
@@ -173,17 +168,22 @@ class PairsDataset(Dataset):
         """By modality and by label, where there are enough training images."""
         found: list[Samples] = []
         skipped: Reasons = {}
-        fields: tuple[tuple[str, Callable[[Pair], str]], ...] = (("modality", known_modality), ("label", _label))
-        for name, class_of in fields:
-            views, tested = _probed(samples, name, name, class_of)
-            if tested < 2:
+        fields: dict[str, Callable[[Pair], str]] = {"modality": known_modality, "label": attrgetter("label")}
+        for name, class_of in fields.items():
+            counts = Counter(map(class_of, samples.train))
+            tested = {own for pair in samples.held_out if (own := class_of(pair)) and counts[own] >= PROBED}
+            if len(tested) < 2:
                 skipped[f"probe-{name}"] = (
-                    f"{tested} {name} with at least {PROBED} training images among the held-out ones; 2 are needed"
+                    f"{len(tested)} {name} with at least {PROBED} training images among the held-out ones; 2 are needed"
                 )
             elif name == "label" and all(pair.label in ("", pair.modality) for pair in samples.held_out):
                 skipped["probe-label"] = "labels are the modalities"
             else:
-                found += views
+                parts = {part: getattr(samples, part) for part in ("held_out", "train", "validation")}
+                known = {part: _relabelled(filter(class_of, own), class_of) for part, own in parts.items()}
+                classes = sorted({pair.label for own in known.values() for pair in own})
+                view = _view("probe", name, name, classes, target_is_modality=name == "modality")
+                found.append(replace(samples, manifest=view, **known))
         return found, skipped
 
     def _questions(self, samples: Samples) -> tuple[list[Samples], Reasons]:
@@ -230,8 +230,17 @@ def slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())[:40]
 
 
-def _view(kind: str, id: str, title: str, task: str = "classification", modality: str = "", **values: Any) -> View:
-    return View(id, task, modality, {NAME: ""}, "", title, kind=kind, **values)  # type: ignore[arg-type]
+def _view(
+    kind: str,
+    id: str,
+    title: str,
+    classes: Sequence[str] = (),
+    task: DatasetTask = "classification",
+    modality: str = "",
+    **values: Any,
+) -> View:
+    phrases: dict[str, list[str]] = {name: [] for name in classes}
+    return View(id, task, modality, {NAME: ""}, "", title, phrases, kind=kind, **values)
 
 
 def _labels(samples: Samples, name: str, title: str, modality: str, pairs: Sequence[Pair]) -> list[Samples]:
@@ -240,40 +249,12 @@ def _labels(samples: Samples, name: str, title: str, modality: str, pairs: Seque
     if len(labels) < 2:
         return []
     seen = sorted({(pair.label, pair.modality) for pair in pairs})
-    view = _view(
-        "zeroshot",
-        name,
-        title,
-        modality=modality,
-        classes={label: [] for label in labels},
-        sentences={
-            label: [text for known, own in seen if known == label for text in label_prompts(label, own)]
-            for label in labels
-        },
-    )
+    sentences = {
+        label: [text for known, own in seen if known == label for text in label_prompts(label, own)] for label in labels
+    }
+    view = _view("zeroshot", name, title, labels, modality=modality, sentences=sentences)
     return [replace(samples, manifest=view, held_out=list(pairs))]
 
 
-def _probed(samples: Samples, name: str, title: str, class_of: Callable[[Pair], str]) -> tuple[list[Samples], int]:
-    """The view of all pairs by class, if two classes with enough training images are held out; and their number."""
-    counts = Counter(class_of(pair) for pair in samples.train)
-    tested = {own for pair in samples.held_out if (own := class_of(pair)) and counts[own] >= PROBED}
-    if len(tested) < 2:
-        return [], len(tested)
-    known = samples.where(lambda pair: bool(class_of(pair)))
-    held_out, train, validation = (
-        _relabelled(pairs, class_of) for pairs in (known.held_out, known.train, known.validation)
-    )
-    classes = sorted({pair.label for pair in [*held_out, *train, *validation]})
-    is_modality = class_of is known_modality
-    view = _view("probe", name, title, classes={label: [] for label in classes}, target_is_modality=is_modality)
-    view_samples = replace(samples, manifest=view, held_out=held_out, train=train, validation=validation)
-    return [view_samples], len(tested)
-
-
-def _relabelled(pairs: Sequence[Pair], class_of: Callable[[Pair], str]) -> list[Pair]:
+def _relabelled(pairs: Iterable[Pair], class_of: Callable[[Pair], str]) -> list[Pair]:
     return [replace(pair, label=class_of(pair)) for pair in pairs]
-
-
-def _label(pair: Pair) -> str:
-    return pair.label

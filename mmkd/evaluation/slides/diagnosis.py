@@ -84,11 +84,10 @@ class TopTiles(SlideTask):
         bags = self.bags.open(embedded.name)
         classes = np.stack([class_vector(embedded.text_matrix(texts)) for texts in self.prompts.values()])
         bags.require(self.slides)
+        cosines = (bags.joint(slide, classes.shape[1]) @ classes.T for slide in self.slides)
         if self.variant:
-            return {
-                "image.scores": np.stack([shares(bags.joint(s, classes.shape[1]) @ classes.T) for s in self.slides])
-            }
-        pooled = np.stack([top_means(bags.joint(s, classes.shape[1]) @ classes.T, TOP) for s in self.slides])
+            return {"image.scores": np.stack([shares(own) for own in cosines])}
+        pooled = np.stack([top_means(own, TOP) for own in cosines])
         by_top = {f"image.top_{j}": standardise(pooled[:, k]) for k, j in enumerate(TOP)}
         return {"image.scores": by_top[f"image.top_{ANSWER}"], **by_top}
 
