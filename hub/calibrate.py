@@ -59,6 +59,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmkd.data.folder import PairFolder, open_pairs
@@ -66,7 +67,6 @@ from mmkd.data.images import open_image
 from mmkd.data.table import Pair
 from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.extraction import read_or_reason
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.statistics.bootstrap import as_text, resampling_units
 from mmkd.evaluation.tasks.classification import SEPARATOR
@@ -184,14 +184,11 @@ def encode(
         kept.extend(items)
         parts.append(vectors)
 
-    read = partial(read_pair, folder)
+    def read(pair: Pair) -> Image.Image:
+        return open_image(folder.image_path(pair))
+
     encode_items(encoder, pairs, read, take, f"encoding {split}", settings.workers, settings.quiet)
     return kept, torch.cat(parts)
-
-
-def read_pair(folder: PairFolder, pair: Pair) -> Any:
-    """The image of a pair, or the reason why it cannot be read."""
-    return read_or_reason(lambda: open_image(folder.image_path(pair)))
 
 
 def targets(pairs: Sequence[Pair], predictor: Predictor) -> Booleans:

@@ -64,7 +64,7 @@ class EncodingTask(ABC, Generic[Item]):
         """
 
 
-def read_or_reason(read: Callable[[], Readable]) -> Readable | str:
+def read_or_reason(read: Callable[[], Readable | str]) -> Readable | str:
     """An image, or the reason why it cannot be read."""
     try:
         return read()
@@ -98,8 +98,8 @@ def encode_shards(
     Args:
         tasks: which share the images, and refuse the same ones.
         shards: number and items of each shard.
-        read: the image of an item as Pillow has it or (3, height, width) uint8, or a reason why there is none; several
-            threads call it at once.
+        read: the image of an item as Pillow has it or (3, height, width) uint8; or, raised or returned, a reason why
+            there is none. Several threads call it at once.
         batch_size: images that go through an encoder together.
         workers: threads that read and prepare images; 0 for this process' share of the cores.
         progress: called with the number of items of each batch.
@@ -163,7 +163,7 @@ def _prepare(
     read: Callable[[Item], Readable | str], item: Item, encoders: dict[str, DualEncoder]
 ) -> dict[str, Any] | str:
     """The image of an item, preprocessed for each encoder, or the reason why it cannot be read."""
-    image = read(item)
+    image = read_or_reason(lambda: read(item))
     return image if isinstance(image, str) else {key: own.prepare_any(image) for key, own in encoders.items()}
 
 

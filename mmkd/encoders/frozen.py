@@ -92,7 +92,7 @@ class FrozenTowers:
             encode_shards(
                 [task],
                 [(k, shard) for k, shard in enumerate(shards)],
-                lambda key: read_or_reason(lambda: read_pixels(files[key])),
+                lambda key: read_pixels(files[key]),
                 BATCH_SIZE,
                 progress=bar.update,
             )

@@ -87,8 +87,9 @@ def model_card(
         examples: files of the repository with images to try on its page; their names are the labels.
     """
     labels = ", ".join(dict.fromkeys(map(_label, examples)))
+    place = f"{HUB}/{draft.repo}/resolve/main"
     widget = [
-        {"src": _address(draft.repo, file), "candidate_labels": labels, "example_title": _label(file)}
+        {"src": f"{place}/{quote(file)}", "candidate_labels": labels, "example_title": _label(file)}
         for file in examples
     ]
     shown: dict[str, Any] = {"widget": widget} if widget else {}
@@ -384,10 +385,6 @@ def _without_folders(key: str, value: Any) -> Any:
         return f"{kind}:{Path(rest).name}"
     is_place = key in FOLDER_SETTINGS or value.startswith((".", "~", "/")) or "\\" in value or value.count("/") > 1
     return Path(value.replace("\\", "/")).name if is_place or Path(value).exists() else value
-
-
-def _address(repo: str, file: str) -> str:
-    return f"{HUB}/{repo}/resolve/main/{quote(file)}"
 
 
 def _label(file: str) -> str:

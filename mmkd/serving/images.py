@@ -17,7 +17,7 @@ from pathlib import Path
 from mmkd.data.images import open_image
 from mmkd.data.pixel_rules import DEFAULT_WINDOW, Window
 from mmkd.data.readers import list_files
-from mmkd.encoders.extraction import Readable, read_or_reason
+from mmkd.encoders.extraction import Readable
 from mmkd.files import leads_inside
 
 URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
@@ -66,7 +66,7 @@ def find_images(sources: Sequence[str | Path]) -> list[ImageFile]:
 
 def read_image(file: ImageFile, window: Window = DEFAULT_WINDOW) -> Readable | str:
     """The image as 8-bit RGB, or the reason why it cannot be read; for `encode_shards`."""
-    return file.reason or read_or_reason(lambda: open_image(file.path, window=window))
+    return file.reason or open_image(file.path, window=window)
 
 
 def _named_by(source: str) -> list[tuple[Path, Path, str]]:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from mmkd.data.features.shards import is_whole, read_header, shard_file, write_s
 from mmkd.data.features.store import VectorStore
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason, share_of_cores
+from mmkd.encoders.extraction import EncodingTask, encode_shards, share_of_cores
 from mmkd.evaluation.datasets.dataset import Dataset
 from mmkd.evaluation.embeddings.tokens import TokenSource, text_ids
 
@@ -316,7 +316,7 @@ def embed(
             pairs = {pair.id: pair for pair in dataset.image_pairs}
             images = [(number, [pairs[id] for id in shard.keys]) for number, shard in enumerate(own)]
             tasks = [_ImageTask(encoders[name], [shard.files[name] for shard in own]) for name in names]
-            encode_shards(tasks, images, partial(_read, dataset), batch_size, progress=progress)
+            encode_shards(tasks, images, dataset.image, batch_size, progress=progress)
             continue
         for shard in own:
             for name in names:
@@ -366,10 +366,6 @@ def read_embedded(
         unreadable,
         list(dict.fromkeys(failure for header in headers for failure in header.notes["failures"])),
     )
-
-
-def _read(dataset: Dataset, pair: Pair) -> Readable | str:
-    return read_or_reason(lambda: dataset.image(pair))
 
 
 def _embed_texts(encoder: DualEncoder, texts: Sequence[str], file: Path, batch_size: int) -> None:

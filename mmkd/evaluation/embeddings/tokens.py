@@ -25,7 +25,7 @@ from mmkd.data.features.store import VectorStore
 from mmkd.data.images import UnreadableImageError
 from mmkd.data.table import Pair
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.extraction import EncodingTask, Readable, encode_shards, read_or_reason
+from mmkd.encoders.extraction import EncodingTask, encode_shards
 
 FORMAT = 1
 SIDE = 7
@@ -68,7 +68,7 @@ class TokenSource:
         if not all(map(is_whole, files)):
             task = _TokenTask(self._loaded(), files)
             shards = [(k, pairs[start : start + SHARD_SIZE]) for k, start in enumerate(parts)]
-            encode_shards([task], shards, self._read, self.batch_size)
+            encode_shards([task], shards, self.image, self.batch_size)
         for file in files:
             for id, reason in read_header(file).notes["skipped"].items():
                 raise UnreadableImageError(reason, f"the image of {id} has no tokens")
@@ -88,9 +88,6 @@ class TokenSource:
 
     def _file(self, kind: str, keys: Sequence[str]) -> Path:
         return shard_file(self.cache, FORMAT, self.fingerprint, SIDE, list(keys), kind=f"{kind}-tokens")
-
-    def _read(self, pair: Pair) -> Readable | str:
-        return read_or_reason(lambda: self.image(pair))
 
     @torch.inference_mode()
     def _text_tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -47,7 +47,8 @@ def task_summary(
     measured = {row: own["metrics"] for row, own in results.items() if own["metrics"]}
     differences: dict[str, Any] = {row: {} for row in measured if row != student and student in measured}
     for metric in measured.get(student, {}):
-        points = {row: _number(own[metric]) for row, own in measured.items()}
+        values_of = {row: own[metric]["value"] for row, own in measured.items()}
+        points = {row: float("nan") if value is None else float(value) for row, value in values_of.items()}
         drawn = {row: values[row][metric] for row in measured}
         for row, found in paired_differences(student, points, drawn).items():
             differences[row][metric] = found
@@ -79,10 +80,6 @@ def split_summary(pairs: Sequence[Pair], digests: dict[str, str], split: str) ->
 def versions() -> dict[str, str]:
     """Python and the packages a result may depend on."""
     return {"python": platform.python_version()} | installed_versions(PACKAGES)
-
-
-def _number(metric: dict[str, float | None]) -> float:
-    return float("nan") if metric["value"] is None else float(metric["value"])
 
 
 Summaries = dict[str, dict[str, Any]]

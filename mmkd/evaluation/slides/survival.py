@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ def read_cohort(dataset: Dataset, available: set[str] | None) -> Cohort:
         if len(known) > 1:
             differing = "; ".join(f"time {time:g}, event {event:d}" for time, event in sorted(known))
             raise ValueError(f"{dataset.manifest.id}: slides of case {case} disagree: {differing}")
-        slides = [slide for pair in pairs[case] if (slide := slide_of(pair)) and _counts(slide, available)]
+        slides = [slide for slide in map(slide_of, pairs[case]) if available is None or slide in available]
         if not known or not slides:
             left_out["no bag" if known else "no time or event"] += 1
         else:
@@ -157,10 +157,6 @@ def stratified_folds(event: Booleans, count: int, seed: int) -> Integers:
         folds[rows] = (start + np.arange(len(rows))) % count
         start += len(rows)
     return folds
-
-
-def _counts(slide: str, available: set[str] | None) -> bool:
-    return available is None or slide in available
 
 
 def _outcome(pair: Pair, metadata: dict[str, str]) -> tuple[float, bool] | None:
@@ -211,7 +207,6 @@ REASONS = {
     "c_index_uno": f"no fold holds a death before percentile {HORIZON} of the training cases' times",
 }
 
-Answer = Callable[[Sequence[int]], Floats]
 Chosen = dict[str, float]
 
 
@@ -364,20 +359,18 @@ class AttentionSurvival(BagSurvival):
             return np.concatenate([prepared.features(slide) for slide in self.cohort.slides[case]])
 
         bags, others = train.tolist(), test.tolist()
-        answer = self._train(read, bags)
-        return in_units_of(answer(bags), answer(others)), {}
-
-    def _train(self, read: Callable[[int], Vectors], train: Sequence[int]) -> Answer:
-        own = self.outcomes[np.array(train)]
-        event = torch.from_numpy(own.event.astype(np.float32))
+        event = torch.from_numpy(self.outcomes.event[train].astype(np.float32))
         if self.variant == "mil-cox":
-            targets = torch.stack([torch.from_numpy(own.time).float(), event], dim=1)
-            answer = train_attention(read, train, targets, 1, cox_loss, SEED, COX_TOGETHER)
-            return lambda cases: answer(cases)[:, 0].astype(np.float64)
-        bins = np.searchsorted(time_bins(own, BINS), own.time, side="right")
-        targets = torch.stack([torch.from_numpy(bins).float(), event], dim=1)
-        answer = train_attention(read, train, targets, BINS, discrete_loss, SEED, NLL_TOGETHER)
-        return lambda cases: discrete_risk(answer(cases).astype(np.float64))
+            targets = torch.stack([torch.from_numpy(self.outcomes.time[train]).float(), event], dim=1)
+            answer = train_attention(read, bags, targets, 1, cox_loss, SEED, COX_TOGETHER)
+            risks = [answer(cases)[:, 0].astype(np.float64) for cases in (bags, others)]
+        else:
+            edges = time_bins(self.outcomes[train], BINS)
+            bins = np.searchsorted(edges, self.outcomes.time[train], side="right")
+            targets = torch.stack([torch.from_numpy(bins).float(), event], dim=1)
+            answer = train_attention(read, bags, targets, BINS, discrete_loss, SEED, NLL_TOGETHER)
+            risks = [discrete_risk(answer(cases).astype(np.float64)) for cases in (bags, others)]
+        return in_units_of(*risks), {}
 
 
 class ClinicalCox(Survival):
