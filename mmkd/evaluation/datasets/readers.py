@@ -14,6 +14,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
@@ -406,22 +408,17 @@ def read_wds(manifest: Manifest, paths: Sequence[Path]) -> Reading:
 
 def _grouped(tar: Path) -> Iterator[tuple[str, ArchivedFile, dict[str, str]]]:
     """Key, picture and texts of each sample whose members are adjacent."""
-    key = ""
-    picture: ArchivedFile | None = None
-    notes: dict[str, str] = {}
-    for member in readers.tar_members(tar):
-        if member.fault or not (member.suffix in IMAGE_SUFFIXES or member.suffix in ("cls", "txt")):
-            continue
-        if member.key != key:
-            if picture is not None:
-                yield key, picture, notes
-            key, picture, notes = member.key, None, {}
-        if member.suffix in IMAGE_SUFFIXES:
-            picture = member.file
-        elif member.file.size <= LARGEST_TEXT:
-            notes[member.suffix] = member.file.read_bytes().decode("utf-8", "replace")
-    if picture is not None:
-        yield key, picture, notes
+    used = (own for own in readers.tar_members(tar) if not own.fault and own.suffix in {*IMAGE_SUFFIXES, "cls", "txt"})
+    for key, members in groupby(used, attrgetter("key")):
+        picture: ArchivedFile | None = None
+        notes: dict[str, str] = {}
+        for member in members:
+            if member.suffix in IMAGE_SUFFIXES:
+                picture = member.file
+            elif member.file.size <= LARGEST_TEXT:
+                notes[member.suffix] = member.file.read_bytes().decode("utf-8", "replace")
+        if picture is not None:
+            yield key, picture, notes
 
 
 def _class_name(text: str, names: Sequence[str], tar: Path) -> str:
