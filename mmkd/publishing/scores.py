@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from mmkd.evaluation.datasets.manifest import catalog
+from mmkd.evaluation.report.leaderboard import kind_label, sample_counts
 from mmkd.evaluation.statistics.bootstrap import as_text
 from mmkd.files import fingerprint, read_json
 from mmkd.publishing.card import Scores, escape
@@ -24,7 +25,6 @@ TASK_TYPES = {
     "vqa": "visual-question-answering",
 }
 HUB_DATASETS = "https://huggingface.co/datasets/"
-KINDS = {"zeroshot": "zero-shot", "probe": "linear probe"}
 
 
 def read_scores(results: Path, weights: list[Path]) -> Scores:
@@ -47,17 +47,17 @@ def read_scores(results: Path, weights: list[Path]) -> Scores:
         settings = summary["settings"]
         pairs = Path(settings["pairs"]).name if settings["pairs"] else ""
         split = settings["split"] if pairs else "test"
-        rows, drawn, index, datasets = [], [], [], set()
+        rows, drawn, index, datasets = [], [], [], {}
         for key, task in summary["tasks"].items():
             result = task["rows"].get(name, {})
             if result.get("metrics"):
                 dataset = pairs or task["dataset"]
-                datasets.add(dataset)
+                datasets[dataset] = summary["datasets"][task["dataset"]]["splits"]
                 rows.append(_table_row(task, result, summary, name))
                 drawn.append((task, result["metrics"][task["primary_metric"]]))
                 index += _index_entries(key, task, result, dataset, split)
         on = f"the {split} split of {', '.join(f'`{escape(name)}`' for name in sorted(datasets))}"
-        return Scores(rows, index, on, _checks(summary.get("splits", {})), _picture(drawn, name))
+        return Scores(rows, index, on, _checks(list(datasets.values())), _picture(drawn, name))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what `mmkd eval` writes ({error!r}); evaluate again") from error
 
@@ -76,16 +76,16 @@ def _own_row(summary: dict[str, Any], weights: list[Path], results: Path) -> str
 
 
 def _table_row(task: dict[str, Any], result: dict[str, Any], summary: dict[str, Any], name: str) -> dict[str, str]:
-    metric, units = task["primary_metric"], _units(task)
+    metric, (count, groups) = task["primary_metric"], sample_counts(task)
     best = summary["overall"].get("best_teacher") if name == summary["student"] else None
     difference = task["differences"].get(best, {}).get(metric) if best else None
     return {
         "task": escape(task["title"]),
-        "kind": KINDS.get(task["kind"], task["kind"]),
+        "kind": kind_label(task["kind"]),
         "metric": metric.replace("_", " "),
         "score": as_text(result["metrics"][metric]),
         "chance": f"{task['chance'][metric]:.3f}" if metric in task.get("chance", {}) else "",
-        "images": f"{units['n']} in {units['groups']} groups",
+        "images": f"{count} in {groups} groups",
         "difference": f"{as_text(difference, 'difference', sign='+')} ({escape(best)})" if difference else "",
     }
 
@@ -110,17 +110,11 @@ def _picture(drawn: list[tuple[dict[str, Any], dict[str, Any]]], name: str) -> s
     return intervals(name, rows, None, (0, 1)).svg if rows else None
 
 
-def _units(task: dict[str, Any]) -> dict[str, Any]:
-    """Counts of a task's images, or of its questions, cases or captions."""
-    units: dict[str, dict[str, Any]] = task["units"]
-    return units["image"] if "image" in units else next(iter(units.values()))
-
-
 def _index_entries(
     key: str, task: dict[str, Any], result: dict[str, Any], dataset: str, split: str
 ) -> list[EvalResult]:
     """One entry for each metric; the task is the dataset's configuration, by which the index distinguishes entries."""
-    images, groups = _units(task)["n"], _units(task)["groups"]
+    images, groups = sample_counts(task)
     return [
         EvalResult(
             task_type=TASK_TYPES.get(task["kind"], task["kind"]),
@@ -150,9 +144,9 @@ def _hub_dataset(name: str) -> str:
     return known.register.removeprefix(HUB_DATASETS) if known and known.register.startswith(HUB_DATASETS) else name
 
 
-def _checks(splits: dict[str, Any]) -> str:
-    groups, images = splits.get("shared_groups"), splits.get("shared_images")
-    if groups is None:
-        return ""
-    shared = "were not compared" if images is None else f"shared with other splits: {images}"
+def _checks(splits: list[dict[str, Any]]) -> str:
+    """What the evaluated datasets share with their other splits."""
+    images = [own["shared_images"] for own in splits]
+    shared = "were not compared" if None in images else f"shared with other splits: {sum(images)}"
+    groups = sum(own["shared_groups"] for own in splits)
     return f"Groups (patients, cases) shared with other splits: {groups}; identical images {shared}."

@@ -48,6 +48,7 @@ def test_scores_stand_in_table_and_index_with_their_intervals(published_student,
     assert f"| {metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}] | 0.333 |" in card.text
     assert len({row.task_type for row in card.data.eval_results}) == 2
     assert str(results.parent) not in card.content
+    assert "shared with other splits: 0; identical images shared with other splits: 0." in card.content
 
 
 def test_scores_on_datasets_bear_their_names(published_student, tmp_path, publication):
