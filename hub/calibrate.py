@@ -65,7 +65,6 @@ from torch import Tensor
 from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.data.images import open_image
 from mmkd.data.table import Pair
-from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.statistics.bootstrap import as_text, resampling_units
@@ -101,7 +100,7 @@ def main(settings: CalibrateSettings) -> None:
     pairs = open_pairs(settings.pairs)
     labels = read_labels(settings.labels) if settings.labels else labels_of(pairs, settings.mode)
     templates = read_templates(settings.templates) if settings.templates else []
-    encoder = load_encoder(settings.model, chosen_device(settings.device))
+    encoder = load_encoder(settings.model, settings.device)
     encoder.batch_size = settings.batch_size
     predictor = Predictor(encoder, labels, templates, settings.mode, cache=default_cache())
     chosen = {split: labelled(pairs, split, predictor) for split in ("validation", "test")}

@@ -57,7 +57,6 @@ import torch
 from torch import Tensor
 
 from mmkd.data.features.shards import write_shard
-from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.files import atomic_write_bytes, refuse_existing, write_json
@@ -112,7 +111,7 @@ def check(settings: EmbedSettings) -> None:
 
 def load(settings: EmbedSettings) -> DualEncoder:
     """The model."""
-    encoder = load_encoder(settings.model, chosen_device(settings.device))
+    encoder = load_encoder(settings.model, settings.device)
     encoder.batch_size = settings.batch_size
     return encoder
 

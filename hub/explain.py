@@ -38,7 +38,6 @@ if __name__ == "__main__":
     check_arguments(ExplainSettings)  # before the imports that take seconds
 
 from mmkd.data.images import encode, open_image
-from mmkd.distributed import chosen_device
 from mmkd.encoders.zoo import load_encoder
 from mmkd.files import atomic_write_bytes, refuse_existing
 from mmkd.serving.explain import heat_map, overlay
@@ -56,7 +55,7 @@ def main(settings: ExplainSettings) -> None:
     if settings.output.suffix.lower() != ".png":
         raise ValueError(f"--output {settings.output} must end in .png")
     image = open_image(settings.image, window=Window(settings.window))
-    encoder = load_encoder(settings.model, chosen_device(settings.device))
+    encoder = load_encoder(settings.model, settings.device)
     heat = heat_map(encoder, image, settings.text, settings.against, settings.cells)
     atomic_write_bytes(settings.output, encode(overlay(image, heat), None)[1])
     if not settings.quiet:

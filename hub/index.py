@@ -47,7 +47,6 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.extraction import Readable
 from mmkd.encoders.zoo import load_encoder
@@ -74,7 +73,7 @@ def main(settings: IndexSettings) -> None:
         raise FileNotFoundError(f"{settings.folder}: no such folder")
     files = [file for file in find_images([settings.folder]) if not leads_inside(settings.output, file.path)]
     existing = SearchIndex.open(settings.output) if (settings.output / INDEX_FILE).is_file() else None
-    encoder = load_encoder(settings.model, chosen_device(settings.device))
+    encoder = load_encoder(settings.model, settings.device)
     encoder.batch_size = settings.batch_size
     if existing is not None:  # perhaps without an image yet
         existing.require_model(encoder.provenance)

@@ -62,7 +62,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkd.distributed import chosen_device
 from mmkd.encoders.zoo import load_encoder
 from mmkd.files import atomic_write_bytes
 from mmkd.serving.calibration import read_calibration
@@ -84,7 +83,7 @@ def main(settings: PredictSettings) -> None:
     labels = read_labels(settings.labels) if settings.labels else []
     templates = read_templates(settings.templates) if settings.templates else []
     files = find_images(settings.images)
-    encoder = load_encoder(settings.model, chosen_device(settings.device))
+    encoder = load_encoder(settings.model, settings.device)
     encoder.batch_size = settings.batch_size
     predictor = Predictor(encoder, labels, templates, settings.mode, cache=default_cache())
     folder = Path(settings.model if settings.calibration == "auto" else settings.calibration)

@@ -41,7 +41,6 @@ from torch import Tensor
 from mmkd.data.images import open_image
 from mmkd.data.pixel_rules import Window
 from mmkd.data.readers import IMAGE_SUFFIXES
-from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import load_encoder
 from mmkd.serving.images import URL
@@ -62,7 +61,7 @@ def main(settings: SearchSettings) -> None:
         raise ValueError(f"-k {settings.k} must be at least 1, --least {settings.least:g} from -1 to 1")
     is_image = names_image(settings.query)
     index = SearchIndex.open(settings.index)
-    encoder = load_encoder(settings.model or index.model_source, chosen_device(settings.device))
+    encoder = load_encoder(settings.model or index.model_source, settings.device)
     index.require_model(encoder.provenance)
     hits = index.search(encode(encoder, settings.query, is_image, index.window), settings.k)[0]
     least = max(settings.least, NEAR_COSINE if settings.near else -1.0)

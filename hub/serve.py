@@ -282,11 +282,10 @@ def load_served(model: str, device: str, fast: bool) -> tuple[ServedEncoder, Cal
             raise ValueError("--resize fast: an exported folder supports exact alone; leave it out")
         exported = OnnxEncoder(Path(model))
         return exported, exported.count_tokens
-    from mmkd.distributed import chosen_device
     from mmkd.encoders.encoder import HFClipEncoder, token_counter
     from mmkd.encoders.zoo import load_encoder
 
-    encoder = load_encoder(model, str(chosen_device(device)))
+    encoder = load_encoder(model, device)
     if fast and encoder.fast_prepare is None:
         raise ValueError("--resize fast: this model's preprocessing has no faster form; leave it out")
     encoder.fast = fast

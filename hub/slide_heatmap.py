@@ -48,7 +48,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mmkd.data.images import encode
-from mmkd.distributed import chosen_device
 from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.slides.tiles import Slide, Tiling, drawn_tiles
 from mmkd.files import atomic_write_bytes, refuse_existing, write_json
@@ -77,7 +76,7 @@ def main(settings: SlideHeatmapSettings) -> None:
             corners, side = tiling.corners(slide), tiling.side(slide)
         except ValueError as error:
             raise ValueError(f"{settings.slide.name}: {error}") from None
-        encoder = load_encoder(settings.model, chosen_device(settings.device))
+        encoder = load_encoder(settings.model, settings.device)
         encoder.batch_size = settings.batch_size
         direction = text_direction(encoder, settings.text, settings.against)
         parts: list[NDArray[np.float32]] = []

@@ -54,9 +54,10 @@ from tqdm import tqdm
 
 from mmkd.command.tasks import run_tasks
 from mmkd.encoders.encoder import DualEncoder
+from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.embeddings.encoders import encoder_fingerprint, named_sources
 from mmkd.evaluation.slides.bags import slide_name
-from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, SlideWriter, Tiling, load, write_slides
+from mmkd.evaluation.slides.tiles import PLAIN, PYRAMIDS, SlideWriter, Tiling, write_slides
 from mmkd.files import remove, write_json
 
 SKIPPED_FILE = "skipped.json"
@@ -82,9 +83,9 @@ def main(settings: TileSettings) -> None:
         remove(writer.folder)
     else:
         name, source = next(iter(named_sources([settings.encoder]).items()))
-        encoder = load(source, settings.device if settings.is_here else "cpu")
+        encoder = load_encoder(source, settings.device if settings.is_here else "cpu")
         writer = SlideWriter(settings.output / name, *sizes, recipe(settings, encoder, source, name))
-        opened = (lambda: encoder) if settings.is_here else partial(load, source, settings.device)
+        opened = (lambda: encoder) if settings.is_here else partial(load_encoder, source, settings.device)
     run_tasks(
         partial(write_slides, uuid.uuid4().hex, writer, opened),
         files.items(),

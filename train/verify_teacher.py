@@ -41,7 +41,6 @@ from mmkd.command.settings import nearest
 from mmkd.data.features.published import PublishedFeatures
 from mmkd.data.folder import META_FILE, open_pairs
 from mmkd.data.images import open_image
-from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
 from mmkd.encoders.zoo import find_spec, load_encoder
 from mmkd.files import write_json
@@ -66,7 +65,7 @@ def main(settings: VerifySettings) -> None:
             f"{settings.demo} holds no features of {name!r}{nearest(name, published.dims)}; it has: "
             f"{', '.join(published.dims)}; another name is given with --published_name"
         )
-    encoder = load_encoder(settings.teacher, chosen_device(settings.device), settings.weights)
+    encoder = load_encoder(settings.teacher, settings.device, settings.weights)
     if encoder.dim != published.dims[name]:
         raise ValueError(f"{encoder.name} is {encoder.dim} wide, the published {name} {published.dims[name]}")
     samples = compare(encoder, published, name, settings.demo)

@@ -56,13 +56,14 @@ def load_encoder(name_or_path: str, device: str = "cpu", weights: Path | None = 
             (``owner/name``); ``open_clip:ARCHITECTURE[:PRETRAINED]``, a tag or a file, by default OpenAI's weights (a
             slash may stand for the second colon); ``python:module.function``; ``towers:FOLDER``, a student without its
             projections; or a YAML file.
-        device: for the model.
+        device: for the model; see `chosen_device`.
         weights: a local folder or file instead of the specification's weights.
 
     Raises:
         FileNotFoundError: weights are not there, or the Hub cannot be reached; the message says what to do.
         ValueError: an unknown name (with the known ones), or weights that do not fit the model.
     """
+    device = chosen_device(device)
     spec = find_spec(name_or_path)
     if weights is not None:
         spec = dataclasses.replace(spec, weights=str(weights))

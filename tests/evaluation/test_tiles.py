@@ -114,7 +114,7 @@ def settings(slides, output, **others):
 @pytest.fixture
 def encoder(monkeypatch):
     COLOURS.calls = 0
-    monkeypatch.setattr(tile, "load", load_colours)
+    monkeypatch.setattr(tile, "load_encoder", load_colours)
     return COLOURS
 
 

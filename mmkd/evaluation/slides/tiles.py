@@ -27,9 +27,7 @@ from PIL import Image, ImageDraw
 
 from mmkd.command.tasks import Progress, resident
 from mmkd.data.images import UnreadableImageError, encode, heat_colours, open_image
-from mmkd.distributed import chosen_device
 from mmkd.encoders.encoder import DualEncoder
-from mmkd.encoders.zoo import load_encoder
 from mmkd.files import atomic_write_bytes, atomic_write_text
 
 THUMBNAIL = 1024
@@ -283,11 +281,6 @@ def drawn_tiles(
 
 NOTE = ".skipped"
 ARRAYS = ("features", "proj", "coords")
-
-
-def load(source: str, device: str) -> DualEncoder:
-    """The encoder, on a device that is checked."""
-    return load_encoder(source, chosen_device(device))
 
 
 @dataclass(frozen=True)
