@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save
@@ -38,24 +39,8 @@ from mmkd.training.dataset import center_crop
 
 PARTS = ("teachers", "student", "validation", "test")
 SHARES = (0.60, 0.06, 0.10, 0.24)  # of the groups of a label; the student's part is a tenth of the teachers'
-TEMPLATES = (
-    "Figure 1. {label}.",
-    "{modality} of a patient with {label}.",
-    "The diagnosis was {label}.",
-    "{modality} demonstrates {label}, as described in the text.",
-    "Case of {label} from our series.",
-    "Representative {modality}; {label} was confirmed.",
-    "{label} in a follow-up examination.",
-    "Panel A: {label} ({modality}).",
-)
-VAGUE = (
-    "Representative image.",
-    "Figure panel, see text for details.",
-    "Imaging of the patient.",
-    "Findings at presentation.",
-    "Typical case from our series.",
-    "Image obtained during the examination.",
-)
+CAPTIONS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
+TEMPLATES, VAGUE = CAPTIONS["templates"], CAPTIONS["vague"]
 NEAR = 4  # bits of a 64-bit perceptual hash
 
 

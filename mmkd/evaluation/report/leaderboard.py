@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,8 @@ from mmkd.evaluation.statistics.bootstrap import BY_IMAGE
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.pages.page import Block, Section, counted, number, signed
 
-KINDS = {
-    "zeroshot": "zero-shot",
-    "retrieval": "retrieval",
-    "probe": "linear probe",
-    "vqa": "visual question answering",
-    "survival": "survival",
-    "diagnosis": "diagnosis",
-}
-METRICS = {
-    "balanced_accuracy": "balanced accuracy",
-    "mean_recall": "mean of recall at 1, 5 and 10, both directions",
-    "macro_auroc": "macro AUROC",
-    "weighted_auroc": "AUROC weighted by class frequency",
-    "macro_f1": "macro F1",
-    "quadratic_kappa": "quadratic kappa",
-    "c_index": "concordance index",
-}
+TEXTS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
+KINDS: dict[str, str] = TEXTS["kinds"]
 COMPOSED = {ENSEMBLE: "all teachers together", ORACLE: "best teacher of each modality"}
 FEW_GROUPS, TOO_FEW_GROUPS = 200, 5
 NAMED_DATASETS = 4
@@ -51,7 +35,6 @@ Summary = dict[str, Any]
 Task = dict[str, Any]
 Metric = dict[str, float | None]
 NOT_STORED = np.full(1, np.nan)
-SECTIONS = Path(__file__).with_name("sections.yaml")
 
 
 @dataclass(frozen=True)
@@ -252,14 +235,8 @@ class Leaderboard:
         return lambda row, task: found[row, task]
 
 
-@cache
-def _section_texts() -> dict[str, dict[str, str]]:
-    texts: dict[str, dict[str, str]] = yaml.safe_load(SECTIONS.read_text(encoding="utf-8"))
-    return texts
-
-
 def section(anchor: str, blocks: Sequence[Block], template: str = "", content: Any = None, **values: Any) -> Section:
-    """A section with its heading and lead from ``sections.yaml``.
+    """A section with its heading and lead from ``texts.yaml``.
 
     Args:
         anchor: its name there.
@@ -268,7 +245,7 @@ def section(anchor: str, blocks: Sequence[Block], template: str = "", content: A
         content: as above.
         values: what the lead names in braces.
     """
-    own = _section_texts()[anchor]
+    own = TEXTS["sections"][anchor]
     return Section(anchor, own["heading"], own["lead"].format(**values), blocks, template, content)
 
 
@@ -291,7 +268,7 @@ def kind_label(kind: str) -> str:
 
 def metric_label(metric: str) -> str:
     """A metric for people."""
-    return METRICS.get(metric, metric.replace("_", " ").replace("@", " at "))
+    return TEXTS["metrics"].get(metric, metric.replace("_", " ").replace("@", " at "))
 
 
 def sample_counts(task: Task) -> tuple[int, int]:

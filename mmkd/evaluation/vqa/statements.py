@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from mmkd.data.table import Pair
 from mmkd.evaluation.datasets.manifest import Manifest
@@ -24,30 +26,15 @@ from mmkd.evaluation.statistics.bootstrap import Metrics, resampling_units
 from mmkd.evaluation.statistics.metrics import Floats
 from mmkd.evaluation.tasks.task import Outputs, Task
 
-BE = ("is", "are", "was", "were")
-DO, HAVE = ("do", "does", "did"), ("has", "have", "had")
-MODAL = ("can", "could", "will", "would", "should", "may", "might")
+WORDS_FILE = Path(__file__).with_name("words.yaml")
+WORDS: dict[str, list[str]] = {
+    name: words.split() for name, words in yaml.safe_load(WORDS_FILE.read_text(encoding="utf-8")).items()
+}
+BE, DO, HAVE, MODAL = (WORDS[name] for name in ("be", "do", "have", "modal"))
+DETERMINERS, PLACES = WORDS["determiners"], WORDS["places"]
 ANY = ("any", "a", "an", "some", "evidence of", "signs of")
 SEE = r"(?:you\s+)?(?:see|appreciate|identify|find|observe|visualize|notice)"
-WORD = re.compile(r"\w+")
-DETERMINERS = WORD.findall("a an the this that these those just no")
-PLACES = WORD.findall("in on at with without within under above below near from inside outside")
-PRONOUNS = WORD.findall("this that it these those they you")
-
-VERBS = WORD.findall(
-    """have show demonstrate contain appear represent include involve display suggest look indicate see use extend
-    cross need be suspect reveal depict cause been taken seen given shown drawn done made originate compress occur"""
-)
-
-STATES = WORD.findall(
-    """normal abnormal present visible clear symmetric symmetrical homogenous homogeneous midline intact sharp patent
-    male female bilateral unilateral hyperdense hypodense superior inferior more less larger smaller wider denser
-    bigger brighter darker pathologic large small diffuse focal radiolucent radioopaque not also well"""
-)
-
-NOUNS_IN_ED_ING = WORD.findall("imaging staining thickening swelling bleeding narrowing finding")
 EDGE = re.compile(r"[\s.?!:;]+$")
-SIDES = {"side", "sides", "the", "a", "an", "in", "on", "of", "image", "patient", "scan", "film", "and", "just"}
 
 
 @dataclass(frozen=True)
@@ -127,14 +114,14 @@ def _existence(thing: str, there: str) -> tuple[str, str]:
 
 def _subject_length(words: list[str]) -> int:
     """Number of words of the subject, before the predicate."""
-    if words[0].lower() in PRONOUNS and words[1].lower() in [*DETERMINERS, *PLACES]:
+    if words[0].lower() in WORDS["pronouns"] and words[1].lower() in [*DETERMINERS, *PLACES]:
         return 1
     for place in range(1 if words[0].lower() not in DETERMINERS else 2, len(words)):
         word, before = words[place].lower().strip(","), words[place - 1].lower()
         if before in ("of", "and") or before in DETERMINERS:
             continue
-        begins = word in DETERMINERS or word in PLACES or word in VERBS or word in STATES
-        formed = word.endswith(("ed", "ing", "ible", "able")) and word not in NOUNS_IN_ED_ING and len(word) > 4
+        begins = any(word in WORDS[name] for name in ("determiners", "places", "verbs", "states"))
+        formed = word.endswith(("ed", "ing", "ible", "able")) and word not in WORDS["nouns_in_ed_ing"] and len(word) > 4
         if begins or formed:
             return place
     return max(1, len(words) - 1)
@@ -189,7 +176,7 @@ def _plain_statement(words: list[str]) -> str:
 
 
 def _content(answer: str) -> set[str]:
-    return set(re.findall(r"[\w-]+", answer.lower())) - SIDES
+    return set(re.findall(r"[\w-]+", answer.lower())) - set(WORDS["sides"])
 
 
 SEED = 0
