@@ -11,7 +11,7 @@ single student that has to answer without a choice among specialists.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ SUITE: dict[str, Callable[[Samples, TaskOptions], tuple[list[Any], dict[str, str
 }
 
 LEARNING = ("probe", "vqa")  # kinds of task that learn from the images of other splits
+Load = Callable[[str], DualEncoder]
 
 
 def tasks_for(samples: Samples, kinds: Sequence[str], options: TaskOptions) -> tuple[list[Task], dict[str, str]]:
@@ -140,7 +141,6 @@ def _extra_fingerprint(task: Task, embedded: Embedded) -> list[Any]:
         return task.extra_fingerprint(embedded)
     except UndefinedMetricError as reason:
         return [str(reason)]
-
 
 
 class SuiteRun:

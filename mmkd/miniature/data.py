@@ -42,6 +42,8 @@ SHARES = (0.60, 0.06, 0.10, 0.24)  # of the groups of a label; the student's par
 CAPTIONS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
 TEMPLATES, VAGUE = CAPTIONS["templates"], CAPTIONS["vague"]
 NEAR = 4  # bits of a 64-bit perceptual hash
+TEXT = "packaged:all-minilm-l6-v2"
+TOGETHER = 64
 
 
 def find_collections(folders: Sequence[Path]) -> dict[str, Path]:
@@ -203,10 +205,6 @@ def _differs(pair: Pair, other: Pair, within: bool) -> bool:
         return other.source != pair.source and other.caption != ""
     same = other.label == pair.label if pair.label else other.caption == pair.caption
     return other.source == pair.source and not same and other.group != pair.group
-
-
-TEXT = "packaged:all-minilm-l6-v2"
-TOGETHER = 64
 
 
 @dataclass(frozen=True)

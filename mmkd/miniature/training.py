@@ -40,6 +40,15 @@ Source = Literal["none", "all", "all and own", "own", "permuted", "random", "bes
 """Whose features: no one's; all teachers'; theirs and the student's own starting towers'; the starting towers' alone;
 all teachers' of other images of the same collection; random projections of the teachers' towers; the best teacher's on
 validation; or an earlier student's."""
+STAGE1, TASK_ALONE, NO_TEACHER = "stage 1", "task loss alone", "own starting towers"
+DEFAULT = "teachers + images"
+QUICK = (TASK_ALONE, f"{NO_TEACHER} + images", "teachers", DEFAULT)
+WEIGHTS, EMBEDDINGS = "weights.safetensors", "embeddings.safetensors"
+LOGIT_SCALE = float(np.log(1 / 0.07))
+SIDE = 96  # pixels, of the images of a student whose vision tower is trained
+SMALLEST_CROP = 0.6  # side of a random crop, as a share of the image's
+TOWER_RATE = 0.1  # learning rate of a trained vision tower, as a factor of the projections'
+TOGETHER = 64  # images encoded at once
 
 
 @dataclass(frozen=True)
@@ -67,20 +76,11 @@ class Arm:
     trials: Sequence[Mapping[str, float]] = ()
 
 
-STAGE1, TASK_ALONE, NO_TEACHER = "stage 1", "task loss alone", "own starting towers"
-DEFAULT = "teachers + images"
 ARMS_FILE = Path(__file__).with_name("arms.yaml")
 ARMS = {name: Arm(**own) for name, own in yaml.safe_load(ARMS_FILE.read_text(encoding="utf-8")).items()}
 CONTROLS = tuple(
     name for name, arm in ARMS.items() if arm.source in ("none", "own", "permuted", "random", "self") and not arm.shared
 )
-QUICK = (TASK_ALONE, f"{NO_TEACHER} + images", "teachers", DEFAULT)
-WEIGHTS, EMBEDDINGS = "weights.safetensors", "embeddings.safetensors"
-LOGIT_SCALE = float(np.log(1 / 0.07))
-SIDE = 96  # pixels, of the images of a student whose vision tower is trained
-SMALLEST_CROP = 0.6  # side of a random crop, as a share of the image's
-TOWER_RATE = 0.1  # learning rate of a trained vision tower, as a factor of the projections'
-TOGETHER = 64  # images encoded at once
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ STYLE: Any = {
     "legend.fontsize": 10,
     "lines.solid_capstyle": "round",
 }
+VARIABLES = {color: f"var(--{name})" for name, color in COLORS.items()}
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,6 @@ class Chart:
         drawing = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', drawing, count=1)
         drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
         return re.sub(r"#[0-9a-f]{6}\b", lambda found: VARIABLES.get(found[0], found[0]), drawing)
-
-
-VARIABLES = {color: f"var(--{name})" for name, color in COLORS.items()}
 
 
 @dataclass(frozen=True)

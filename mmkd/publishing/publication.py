@@ -39,6 +39,21 @@ KINDS = (
     "a model (config.json and safetensors, from pretrain, distill or convert), an adapter (adapter_config.json, from "
     "finetune), features (meta.json, from extract or align) or pairs (manifest.arrow, from curate or screen)"
 )
+T = TypeVar("T")
+WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)
+LONGEST_WAIT_SECONDS = 300.0
+RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
+MARK = "<!-- written by mmkd push, "
+# The base of all errors of whichever HTTP library the installed client uses.
+TransportError = cast(type[Exception], HfHubHTTPError.__bases__[0])
+ADVICE = {
+    401: (PermissionError, "The token is not valid: `hf auth login`, or set another HF_TOKEN"),
+    403: (PermissionError, "The token may not write to {repo}; it needs write access there"),
+    404: (FileNotFoundError, "There is no {repo} that this token may see, or no such owner"),
+    409: (OSError, "{repo} is being changed by somebody else; run the same command again"),
+    412: (OSError, "{repo} is being changed by somebody else; run the same command again"),
+    429: (OSError, "The Hub allows no more requests for now; run the same command again later"),
+}
 
 
 @dataclass(frozen=True)
@@ -162,23 +177,6 @@ def without_places(value: Any) -> Any:
     if isinstance(value, str) and (place := PLACE.match(value)):
         return (place[1] or "") + Path(value.replace("\\", "/")).name
     return value
-
-
-T = TypeVar("T")
-WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)
-LONGEST_WAIT_SECONDS = 300.0
-RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
-MARK = "<!-- written by mmkd push, "
-# The base of all errors of whichever HTTP library the installed client uses.
-TransportError = cast(type[Exception], HfHubHTTPError.__bases__[0])
-ADVICE = {
-    401: (PermissionError, "The token is not valid: `hf auth login`, or set another HF_TOKEN"),
-    403: (PermissionError, "The token may not write to {repo}; it needs write access there"),
-    404: (FileNotFoundError, "There is no {repo} that this token may see, or no such owner"),
-    409: (OSError, "{repo} is being changed by somebody else; run the same command again"),
-    412: (OSError, "{repo} is being changed by somebody else; run the same command again"),
-    429: (OSError, "The Hub allows no more requests for now; run the same command again later"),
-}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from mmkd.files import content_sha256, last_read
 
 OF_BAGS = ("survival", "diagnosis")
 ABOUT = ("title", "task", "modality", "license", "tier", "citation")
+SHOWN = 5
+SEED = 42
 
 
 class Dataset:
@@ -135,10 +137,6 @@ def split_samples(dataset: Dataset, split: str, digests: dict[str, str], unreada
             by_split[pair.split].append(pair)
     held_out, by_split[split] = by_split[split], []
     return Samples(dataset.manifest, held_out, by_split["train"], by_split["validation"], digests, dataset)
-
-
-SHOWN = 5
-SEED = 42
 
 
 def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:

@@ -54,6 +54,11 @@ SOURCES: dict[str, tuple[str, ...]] = {  # kind of source -> its keys beside the
 }
 
 ROW_KEYS = ("group", "split", "rename", "splits", "group_pattern", "separator", "window")
+TIERS = {"A": "download it from", "B": "register for it at", "C": "it needs credentials and an agreement, see"}
+SHOWN = 5
+CATALOG = Path(str(importlib.resources.files("mmkd.evaluation.datasets"))) / "catalog"
+SUITES, TRAINING, PUBLICATIONS = "suites.yaml", "training_data.yaml", "publications.yaml"
+OWN_CATALOG, OWN_VARIABLE = "~/.config/mmkd/datasets", "MMKD_CATALOG"
 
 
 @dataclass(frozen=True)
@@ -217,10 +222,6 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"templates {manifest.templates!r} are none of {', '.join(FAMILIES)}")
 
 
-TIERS = {"A": "download it from", "B": "register for it at", "C": "it needs credentials and an agreement, see"}
-SHOWN = 5
-
-
 class DatasetNotFoundError(Exception):
     """The data are not on this machine; the message states where to get them."""
 
@@ -271,11 +272,6 @@ def where_to_get(manifest: Manifest) -> str:
     if not manifest.register:
         return "its manifest does not state where to get it"
     return f"{TIERS[manifest.tier]} {manifest.register}"
-
-
-CATALOG = Path(str(importlib.resources.files("mmkd.evaluation.datasets"))) / "catalog"
-SUITES, TRAINING, PUBLICATIONS = "suites.yaml", "training_data.yaml", "publications.yaml"
-OWN_CATALOG, OWN_VARIABLE = "~/.config/mmkd/datasets", "MMKD_CATALOG"
 
 
 def own_catalog() -> Path:

@@ -25,6 +25,9 @@ from mmkd.files import is_inside, leads_inside, read_json
 CLOSED, ENGLISH = "CLOSED", "en"
 SLAKE_FILES = {"train": ["train.json"], "validation": ["validate.json", "validation.json"], "test": ["test.json"]}
 Questions = tuple[list["Question"], dict[str, str], dict[str, str]]
+MISSING = "missing"
+IN_BRACES = re.compile(r"\{([^{}]+)\}")
+TRUE, FALSE = ("1", "1.0", "true", "yes"), ("", "0", "0.0", "false", "no")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +156,6 @@ def stated_split(row: dict[str, Any]) -> str:
 def normalise(answer: str) -> str:
     """An answer without capitals, outer punctuation and superfluous white space, so that "Yes." is "yes"."""
     return " ".join(answer.lower().split()).strip(" .,;")
-
-
-MISSING = "missing"
-IN_BRACES = re.compile(r"\{([^{}]+)\}")
-TRUE, FALSE = ("1", "1.0", "true", "yes"), ("", "0", "0.0", "false", "no")
 
 
 @dataclass(slots=True)

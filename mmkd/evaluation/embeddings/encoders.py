@@ -37,6 +37,7 @@ ENSEMBLE, ORACLE = "ensemble", "oracle"
 FEATURES = "features:"
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.txt", "*.yaml")
 NOT_WEIGHTS = ("settings.yaml", "report.json", "provenance.json")
+TINY = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,6 @@ def encoder_fingerprint(encoder: DualEncoder, source: str) -> str:
     files = [file for file in found if file.is_file() and file.name not in NOT_WEIGHTS]
     described = json.dumps(encoder.provenance, sort_keys=True, default=str)
     return hashlib.sha256(f"{described} {encoder.dim} {fingerprint(files)}".encode()).hexdigest()
-
-
-TINY = np.finfo(np.float32).tiny
 
 
 class StoredFeatures:

@@ -34,6 +34,9 @@ BRIEF = (
 )
 
 Table = dict[str, dict[str, Result]]
+Summaries = dict[str, dict[str, Any]]
+Replicates = Callable[[str, str], Floats]
+VERSION = 1
 
 
 def task_summary(
@@ -80,10 +83,6 @@ def split_summary(pairs: Sequence[Pair], digests: dict[str, str], split: str) ->
 def versions() -> dict[str, str]:
     """Python and the packages a result may depend on."""
     return {"python": platform.python_version()} | installed_versions(PACKAGES)
-
-
-Summaries = dict[str, dict[str, Any]]
-Replicates = Callable[[str, str], Floats]
 
 
 def suite_means(tasks: Summaries, student: str, teachers: Sequence[str], replicates: Replicates) -> dict[str, Any]:
@@ -254,9 +253,6 @@ def _common(tasks: Summaries) -> tuple[Summaries, list[str]]:
 def _value(task: dict[str, Any], row: str) -> float | None:
     metrics = task["rows"].get(row, {}).get("metrics") or {}
     return metrics.get(task["primary_metric"], {}).get("value")
-
-
-VERSION = 1
 
 
 def lock_of(summary: dict[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,16 @@ COVARIATES = (
 )
 MOST_LEVELS, FEWEST_OF_LEVEL = 10, 10
 YES, NO = ("1", "1.0", "true", "yes", "dead", "deceased", "died"), ("0", "0.0", "false", "no", "alive", "living")
+FOLDS, INNER, FEWEST_DEATHS = 5, 5, 10
+SEED = 0
+BINS, COX_TOGETHER, NLL_TOGETHER = 4, 16, 1
+HORIZON = 90  # percentile of the training cases' times up to which Uno's concordance counts: G is sound until there
+RIDGE = 1e-3
+REASONS = {
+    "c_index": "no fold holds two cases that can be compared: one that died, and one that lived longer",
+    "c_index_uno": f"no fold holds a death before percentile {HORIZON} of the training cases' times",
+}
+Chosen = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -195,19 +205,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
-
-
-FOLDS, INNER, FEWEST_DEATHS = 5, 5, 10
-SEED = 0
-BINS, COX_TOGETHER, NLL_TOGETHER = 4, 16, 1
-HORIZON = 90  # percentile of the training cases' times up to which Uno's concordance counts: G is sound until there
-RIDGE = 1e-3
-REASONS = {
-    "c_index": "no fold holds two cases that can be compared: one that died, and one that lived longer",
-    "c_index_uno": f"no fold holds a death before percentile {HORIZON} of the training cases' times",
-}
-
-Chosen = dict[str, float]
 
 
 class Survival(Task):

@@ -39,6 +39,8 @@ OPACITY, OUTLINE = 0.6, "#0b6b66"
 BATCHES_AHEAD = 2
 MOST_PIXELS = 10**11  # of a slide; the largest of scanners have half of it
 BLOCK = 8000  # largest side, in pixels, of a region that is read at once; 256 MB as RGBA
+NOTE = ".skipped"
+ARRAYS = ("features", "proj", "coords")
 
 
 class Slide:
@@ -277,10 +279,6 @@ def drawn_tiles(
         draw_heat.rectangle(box, fill=shade)
         draw_covered.rectangle(box, fill=round(255 * OPACITY))
     return Image.composite(heat_colours(heat), thumbnail, covered)
-
-
-NOTE = ".skipped"
-ARRAYS = ("features", "proj", "coords")
 
 
 @dataclass(frozen=True)

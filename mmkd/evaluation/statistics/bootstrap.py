@@ -28,6 +28,7 @@ KEPT_ELEMENTS = 1 << 25  # draws of units that stay in memory for the next encod
 LEVELS = (2.5, 97.5)
 BY_GROUP, BY_IMAGE = "groups within class", "images within class: fewer than two groups, so intervals are too narrow"
 Metrics = dict[str, Floats]
+FEWEST_FOR_SIGNED_RANKS = 6  # with five datasets the smallest two-sided p of the signed-rank test is 2 / 2**5 = .06
 
 
 @dataclass(frozen=True)
@@ -232,9 +233,6 @@ def plain(value: float) -> float | None:
 def plain_values(values: dict[str, float]) -> dict[str, float | None]:
     """Numbers for JSON; see `plain`."""
     return {name: plain(value) for name, value in values.items()}
-
-
-FEWEST_FOR_SIGNED_RANKS = 6  # with five datasets the smallest two-sided p of the signed-rank test is 2 / 2**5 = .06
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

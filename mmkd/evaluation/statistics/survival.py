@@ -19,6 +19,8 @@ from mmkd.evaluation.statistics.metrics import Floats, Integers
 
 TIED = 1e-8
 Booleans = NDArray[np.bool_]
+MIXING, PENALTIES, SMALLEST = 0.5, 10, 0.05
+STEPS, TOLERANCE = 300, 1e-5
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,6 @@ def _survival_function(outcomes: Outcomes) -> Any:
     from scipy.stats import CensoredData, ecdf
 
     return ecdf(CensoredData.right_censored(outcomes.time, ~outcomes.event)).sf
-
-
-MIXING, PENALTIES, SMALLEST = 0.5, 10, 0.05
-STEPS, TOLERANCE = 300, 1e-5
 
 
 class CoxPath:

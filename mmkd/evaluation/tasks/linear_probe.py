@@ -32,6 +32,7 @@ from mmkd.evaluation.tasks.task import Outputs, Task, TaskOptions, task_name
 SHOTS = (1, 2, 4, 8, 16, 32)
 FRACTIONS = (0.01, 0.1)
 SEEDS = 5
+TITLE = "Linear probe"
 
 
 class ProbeCurve(Classification):
@@ -151,9 +152,6 @@ def settings_of(counts: Sequence[int]) -> dict[str, list[int]]:
 
 def _metric(setting: str) -> str:
     return f"balanced_accuracy@{setting}"
-
-
-TITLE = "Linear probe"
 
 
 class Probe(Task):

@@ -32,6 +32,9 @@ BLOCK_ELEMENTS = 1 << 26  # similarities held at once, 256 MB
 WHOLE_ELEMENTS = 1 << 28  # similarities of all pairs that are held for both ways, 1 GB
 TILE_ROWS = 1 << 15
 Found = tuple[Floats, Integers, Vectors]
+RECALLS, MEAN_OF = (1, 5, 10, 50, 200), (1, 5, 10)
+DIRECTIONS = (("image_to_text", "image"), ("text_to_image", "caption"))
+WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them in parts
 
 
 class Answers:
@@ -147,11 +150,6 @@ def _first(block: torch.Tensor, shown: int) -> tuple[Integers, Vectors]:
 def _widened(rows: NDArray[Any]) -> torch.Tensor:
     """A copy in single precision, also of memory that is mapped read-only."""
     return torch.from_numpy(np.array(rows)).float()
-
-
-RECALLS, MEAN_OF = (1, 5, 10, 50, 200), (1, 5, 10)
-DIRECTIONS = (("image_to_text", "image"), ("text_to_image", "caption"))
-WHOLE = 1 << 16  # up to as many rows, vectors are read once, and more of them in parts
 
 
 class Retrieval(Task):

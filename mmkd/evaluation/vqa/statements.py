@@ -35,6 +35,8 @@ DETERMINERS, PLACES = WORDS["determiners"], WORDS["places"]
 ANY = ("any", "a", "an", "some", "evidence of", "signs of")
 SEE = r"(?:you\s+)?(?:see|appreciate|identify|find|observe|visualize|notice)"
 EDGE = re.compile(r"[\s.?!:;]+$")
+SEED = 0
+NOTHING = -2.0  # below any cosine: places of questions with fewer choices than others
 
 
 @dataclass(frozen=True)
@@ -179,8 +181,6 @@ def _content(answer: str) -> set[str]:
     return set(re.findall(r"[\w-]+", answer.lower())) - set(WORDS["sides"])
 
 
-SEED = 0
-NOTHING = -2.0  # below any cosine: places of questions with fewer choices than others
 Converted = list[tuple[Pair, Question, Choices]]
 
 
