@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.data.folder import PairFolder, open_pairs
-from mmkd.evaluation.report import figures, tables
+from mmkd.evaluation.report import sections
 from mmkd.evaluation.report.examples import examples_sections
 from mmkd.evaluation.report.leaderboard import Leaderboard, caveat, claims, facts, over_control, section, title
 from mmkd.evaluation.settings import DISTILLED, ReportSettings
@@ -186,39 +186,39 @@ def write_report(inputs: ReportSettings) -> None:
 
 def report_page(board: Leaderboard, inputs: ReportSettings) -> Page:
     """The whole page; sections without content are left out."""
-    sections: list[Section] = []
+    shown: list[Section] = []
     choice = _optional(inputs.choice)
     folder = open_pairs(inputs.pairs) if inputs.pairs else None
     if board.tasks:
-        sections = [
-            tables.leaderboard_section(board),
-            figures.means_section(board),
-            tables.best_teachers_section(board),
-            figures.modalities_section(board),
-            tables.wins_section(board),
-            tables.ranks_section(board),
-            tables.results_section(board),
-            figures.tasks_section(board),
+        shown = [
+            sections.leaderboard_section(board),
+            sections.means_section(board),
+            sections.best_teachers_section(board),
+            sections.modalities_section(board),
+            sections.wins_section(board),
+            sections.ranks_section(board),
+            sections.results_section(board),
+            sections.tasks_section(board),
             *(examples_sections(board, folder) if folder else []),
-            figures.differences_section(board),
-            figures.learning_section(board),
-            figures.survival_section(board),
-            figures.confusions_section(board),
-            tables.metrics_section(board),
-            tables.contamination_section(board),
+            sections.differences_section(board),
+            sections.learning_section(board),
+            sections.survival_section(board),
+            sections.confusions_section(board),
+            sections.metrics_section(board),
+            sections.contamination_section(board),
         ]
-    sections += [
-        tables.skipped_section(board),
-        tables.datasets_section(board, _datasheet(inputs.pairs)),
+    shown += [
+        sections.skipped_section(board),
+        sections.datasets_section(board, _datasheet(inputs.pairs)),
         training_section({"Stage 1, contrastive": inputs.stage1_log, "Stage 2, distillation": inputs.distill_log}),
         choice_section(choice),
         teachers_section(_optional(inputs.align_report), _optional(inputs.screen_report)),
-        tables.provenance_section(board, _settings(inputs), _optional(inputs.stages)),
+        sections.provenance_section(board, _settings(inputs), _optional(inputs.stages)),
     ]
     version = board.summary.get("versions", {}).get("mmkd-clip", "")
     return Page(
         choice_title(choice) or title(board),
-        [section for section in sections if section.blocks or section.content],
+        [section for section in shown if section.blocks or section.content],
         [sentence for sentence in (over_control(board), *choice_claims(choice, board), *claims(board)) if sentence],
         [*facts(board), *(origin(folder, board.summary["settings"].get("split", "test")) if folder else [])],
         caveat(board),
