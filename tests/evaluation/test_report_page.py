@@ -1,9 +1,8 @@
 import json
 
 from mmkd.data.splits import spread
-from mmkd.evaluation.report.examples import shorten
 from mmkd.evaluation.report.leaderboard import task_notes
-from mmkd.evaluation.report.page import read_log, teachers_section, training_section
+from mmkd.evaluation.report.page import read_log, shorten, teachers_section, training_section
 from mmkd.evaluation.statistics.bootstrap import BY_IMAGE
 from mmkd.pages.page import Page, Section, to_html
 
