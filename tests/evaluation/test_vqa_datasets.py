@@ -14,8 +14,7 @@ from mmkd.encoders.zoo import load_encoder
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.datasets.manifest import Manifest
 from mmkd.evaluation.datasets.source import Question, read_vqa_rad
-from mmkd.evaluation.embeddings.embed import Embedded, UndefinedMetricError
-from mmkd.evaluation.embeddings.tokens import TokenSource, at_most_a_map
+from mmkd.evaluation.embeddings.embed import Embedded, TokenSource, UndefinedMetricError, at_most_a_map
 from mmkd.evaluation.tasks.task import TaskOptions
 from mmkd.evaluation.vqa import heads
 from mmkd.evaluation.vqa.statements import choices

@@ -26,11 +26,11 @@ from mmkd.evaluation.embeddings.embed import (
     DatasetInputs,
     Embedded,
     EmbeddingShard,
+    TokenSource,
     embed,
     load_and_embed,
     read_embedded,
 )
-from mmkd.evaluation.embeddings.tokens import TokenSource
 from mmkd.files import fingerprint
 
 ENSEMBLE, ORACLE = "ensemble", "oracle"
