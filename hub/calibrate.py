@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, require_least, run, setting
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
 
 
@@ -133,11 +133,7 @@ def check(settings: CalibrateSettings) -> Path:
             raise ValueError(f"--{name} {value:g} must be between 0 and 1")
     if not 0 <= settings.abstain < 1:
         raise ValueError(f"--abstain {settings.abstain:g} must be at least 0 and below 1")
-    if settings.batch_size < 1 or settings.workers < 0 or settings.replicates < 100:
-        raise ValueError(
-            f"--batch_size {settings.batch_size} must be at least 1, --workers {settings.workers} at least 0, "
-            f"--replicates {settings.replicates} at least 100"
-        )
+    require_least(settings, batch_size=1, workers=0, replicates=100)
     folder = settings.output or Path(settings.model)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder for {CALIBRATION_FILE}; name one with --output")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, require_least, run, setting
 from mmkd.data.pixel_rules import Window, WindowPreset
 
 
@@ -102,10 +102,7 @@ def check(settings: EmbedSettings) -> None:
     """
     if settings.output.suffix not in SUFFIXES:
         raise ValueError(f"--output {settings.output} must end in {', '.join(SUFFIXES)}")
-    if settings.batch_size < 1 or settings.workers < 0:
-        raise ValueError(
-            f"--batch_size {settings.batch_size} must be at least 1, --workers {settings.workers} at least 0"
-        )
+    require_least(settings, batch_size=1, workers=0)
     refuse_existing(settings.output, settings.overwrite)
 
 

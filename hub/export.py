@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, require_least, run, setting
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED, as_text
 
 
@@ -95,10 +95,7 @@ def main(settings: ExportSettings) -> None:
 def check(settings: ExportSettings) -> None:
     """Raise on invalid settings before anything is loaded."""
     refuse_existing(settings.output, settings.overwrite)
-    if settings.repeats < 0 or settings.replicates < 100:
-        raise ValueError(
-            f"--repeats {settings.repeats} must be at least 0, --replicates {settings.replicates} at least 100"
-        )
+    require_least(settings, repeats=0, replicates=100)
     if settings.pairs is not None:
         open_pairs(settings.pairs, settings.split)
     for package in NEEDED.get(settings.format, ()):

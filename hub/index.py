@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, require_least, run, setting
 from mmkd.data.pixel_rules import WindowPreset
 
 
@@ -64,11 +64,7 @@ def main(settings: IndexSettings) -> None:
         FileExistsError: OUTPUT holds something else.
         ValueError: settings that cannot work, an index of another model or a damaged one, or no readable image.
     """
-    if settings.batch_size < 1 or min(settings.workers, settings.threads) < 0:
-        raise ValueError(
-            f"--batch_size {settings.batch_size} must be at least 1, --workers {settings.workers} and --threads "
-            f"{settings.threads} at least 0"
-        )
+    require_least(settings, batch_size=1, workers=0, threads=0)
     if not settings.folder.is_dir():
         raise FileNotFoundError(f"{settings.folder}: no such folder")
     files = [file for file in find_images([settings.folder]) if not leads_inside(settings.output, file.path)]

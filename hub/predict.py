@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, require_least, run, setting
 from mmkd.data.pixel_rules import Window, WindowPreset
 
 
@@ -121,11 +121,7 @@ def check(settings: PredictSettings) -> None:
     Raises:
         ValueError: what came, what is allowed and what to do.
     """
-    if settings.top < 1 or settings.batch_size < 1 or settings.workers < 0:
-        raise ValueError(
-            f"--top {settings.top} and --batch_size {settings.batch_size} must be at least 1, --workers "
-            f"{settings.workers} at least 0"
-        )
+    require_least(settings, top=1, batch_size=1, workers=0)
     if not settings.labels and settings.mode != "normal":
         raise ValueError("--labels is required: a,b,c, or a file with one label on each line")
     if settings.format == "parquet" and settings.output is None:

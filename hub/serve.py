@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, require_least, run, setting
 from mmkd.data.pixel_rules import Window, WindowPreset
 
 KEY_VARIABLE = "MMKD_SERVE_KEY"
@@ -145,8 +145,7 @@ def check(settings: ServeSettings) -> None:
     for name in ("max_batch", "max_queue", "max_items", "max_body", "max_memory", "timeout"):
         if getattr(settings, name) <= 0:
             raise ValueError(f"--{name} {getattr(settings, name)} must be above 0")
-    if settings.max_wait_ms < 0 or settings.grace < 0:
-        raise ValueError(f"--max_wait_ms {settings.max_wait_ms:g} and --grace {settings.grace} must not be negative")
+    require_least(settings, max_wait_ms=0, grace=0)
     if settings.max_queue < settings.max_items:
         raise ValueError(
             f"--max_queue {settings.max_queue} is below --max_items {settings.max_items}: such requests never fit"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, require_least, run, setting
 
 
 @dataclass
@@ -66,8 +66,9 @@ def main(settings: SlideHeatmapSettings) -> None:
     table, picture = (settings.output.with_name(settings.output.name + end) for end in (".geojson", ".png"))
     for file in (table, picture):
         refuse_existing(file, settings.overwrite)
-    if not settings.text.strip() or min(settings.batch_size, settings.workers) < 1:
-        raise ValueError("the text must not be empty, --batch_size and --workers must be at least 1")
+    require_least(settings, batch_size=1, workers=1)
+    if not settings.text.strip():
+        raise ValueError("the text must not be empty")
     if not settings.slide.is_file():
         raise FileNotFoundError(f"{settings.slide}: no such file")
     tiling = Tiling(settings.size, settings.mpp, settings.slide_mpp, settings.level, settings.tissue)

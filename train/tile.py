@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, require_least, run, setting
 from mmkd.command.tasks import TaskSettings
 
 
@@ -111,8 +111,7 @@ def check(settings: TileSettings) -> None:
     if not settings.encoder and not settings.preview:
         raise ValueError("give --encoder, whose features are kept, or --preview true")
     settings.check_tasks()
-    if min(settings.batch_size, settings.threads) < 1:
-        raise ValueError("--batch_size and --threads must be at least 1")
+    require_least(settings, batch_size=1, threads=1)
     tiling(settings)
 
 

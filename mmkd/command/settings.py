@@ -237,6 +237,21 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+def require_least(settings: Any, **least: float) -> None:
+    """Refuse numbers below the least that is allowed.
+
+    Args:
+        settings: any dataclass.
+        least: allowed value by name of the setting.
+
+    Raises:
+        ValueError: the message names the first such setting, its value and what is allowed.
+    """
+    for name, bound in least.items():
+        if getattr(settings, name) < bound:
+            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least {bound:g}")
+
+
 def bare(hint: Any) -> Any:
     """``X`` of ``X | None``."""
     if get_origin(hint) in (typing.Union, types.UnionType):

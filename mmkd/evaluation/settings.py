@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mmkd.command.settings import nearest, setting
+from mmkd.command.settings import nearest, require_least, setting
 from mmkd.command.tasks import TaskSettings
 from mmkd.encoders.settings import Precision
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
@@ -124,8 +124,6 @@ def check(settings: EvalSettings, sources: dict[str, str]) -> None:
             raise ValueError(
                 f"baseline {name!r}{nearest(name, sources)} is not among the encoders: {', '.join(sources)}"
             )
-    if settings.replicates < 100 or settings.batch_size < 1 or settings.poll_seconds <= 0:
-        raise ValueError(
-            f"replicates is {settings.replicates}, at least 100; batch_size {settings.batch_size}, at least 1; "
-            f"poll_seconds {settings.poll_seconds}, above 0"
-        )
+    require_least(settings, replicates=100, batch_size=1)
+    if settings.poll_seconds <= 0:
+        raise ValueError(f"--poll_seconds is {settings.poll_seconds}; it must be above 0")
