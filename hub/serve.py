@@ -96,7 +96,6 @@ def main(settings: ServeSettings) -> None:
     """
     check(settings)
     key = read_key(settings)
-    require_key(settings, key)
     with listen(settings.host, settings.port) as listening:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         for name in ("mmkd.serving", "uvicorn"):
@@ -173,11 +172,12 @@ def is_loopback(host: str) -> bool:
 
 
 def read_key(settings: ServeSettings) -> bytes | None:
-    """The key of the file or the variable; None where there is none.
+    """The key of the file or the variable; None where there is none and none is needed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the key is too short to be one.
+        ValueError: the key is too short to be one, or others can reach the service and there is neither a key nor
+            ``--without_key``.
     """
     if settings.key_file is not None:
         if not settings.key_file.is_file():
@@ -185,26 +185,18 @@ def read_key(settings: ServeSettings) -> bytes | None:
         key, place = settings.key_file.read_bytes().strip(), f"--key_file {settings.key_file}"
     else:
         key, place = os.environb.pop(KEY_VARIABLE.encode(), b"").strip(), f"the variable {KEY_VARIABLE}"
-        if not key:
+        if not key and (settings.without_key or is_loopback(settings.host)):
             return None
+        if not key:
+            raise ValueError(
+                f"--host {settings.host} can be reached from other machines: give --key_file FILE, or --without_key "
+                "true if another layer restricts access"
+            )
     if len(key) < LEAST_KEY or len(key.split()) != 1:
         raise ValueError(
             f"{place} must hold one word of at least {LEAST_KEY} characters; `openssl rand -hex 32` makes one"
         )
     return key
-
-
-def require_key(settings: ServeSettings, key: bytes | None) -> None:
-    """Refuse to open the service to others without a key.
-
-    Raises:
-        ValueError: neither a key nor ``--without_key`` is given.
-    """
-    if key is None and not settings.without_key and not is_loopback(settings.host):
-        raise ValueError(
-            f"--host {settings.host} can be reached from other machines: give --key_file FILE, or --without_key true "
-            "if another layer restricts access"
-        )
 
 
 def listen(host: str, port: int) -> socket.socket:
