@@ -156,7 +156,8 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
     paths = locate(manifest, data)
     kind = source_kind(manifest)
     try:
-        _verify_sum(manifest, paths)
+        if manifest.sha256 and paths[0].is_file() and (found := content_sha256(paths[0])) != manifest.sha256.lower():
+            raise ValueError(f"{paths[0]} has the SHA-256 {found}, the manifest states {manifest.sha256}")
         reading = READERS[kind](manifest, paths)
         reading.store.window = Window(manifest.source.get("window", DEFAULT_WINDOW.preset))
         if not reading.samples:
@@ -180,14 +181,6 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
     dataset.notes = [*reading.notes, *_notes(manifest, pairs)]
     _check_counts(manifest, dataset)
     return dataset
-
-
-def _verify_sum(manifest: Manifest, paths: Sequence[Path]) -> None:
-    if not manifest.sha256 or not paths[0].is_file():
-        return
-    found = content_sha256(paths[0])
-    if found != manifest.sha256.lower():
-        raise ValueError(f"{paths[0]} has the SHA-256 {found}, the manifest states {manifest.sha256}")
 
 
 def _settle_labels(manifest: Manifest, samples: Sequence[Sample]) -> None:
