@@ -47,7 +47,6 @@ SUITE: dict[str, Callable[[Samples, TaskOptions], tuple[list[Any], dict[str, str
 }
 
 LEARNING = ("probe", "vqa")  # kinds of task that learn from the images of other splits
-Load = Callable[[str], DualEncoder]
 
 
 def tasks_for(samples: Samples, kinds: Sequence[str], options: TaskOptions) -> tuple[list[Task], dict[str, str]]:
