@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass(kw_only=True)
@@ -56,7 +56,9 @@ class MiniatureSettings:
         """
         if self.quick:
             self.draws, self.seeds, self.noise, self.maximum = 1, 1, [0.2], min(self.maximum, 300)
-        require_least(self, draws=1, seeds=1, maximum=1, workers=1)
+        for name in ("draws", "seeds", "maximum", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if not self.noise or not all(0 <= share < 1 for share in self.noise):
             raise ValueError(f"--noise {self.noise}: give shares from 0 to below 1")
 

@@ -249,7 +249,7 @@ def require_least(settings: Any, **least: float) -> None:
     """
     for name, bound in least.items():
         if getattr(settings, name) < bound:
-            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least {bound:g}")
+            raise ValueError(f"--{name} {getattr(settings, name)} must be at least {bound:g}")
 
 
 def bare(hint: Any) -> Any:
