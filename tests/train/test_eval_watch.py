@@ -13,6 +13,7 @@ import mmkd.train.eval as recipe
 import mmkd.train.pretrain
 from mmkd.command.settings import parse
 from mmkd.encoders.zoo import load_with_precision
+from mmkd.evaluation import run as suite_run
 from mmkd.evaluation import watch as watching
 from mmkd.files import read_json
 from mmkd.training.checkpoints import RunFolder
@@ -45,7 +46,7 @@ def run(trained, tmp_path, monkeypatch):
     for name in ("pairs", "before", "done"):
         shutil.copytree(trained / name, tmp_path / name)
     monkeypatch.setattr(
-        recipe,
+        suite_run,
         "load_with_precision",
         lambda source, **how: TEACHER if source == "teacher" else load_with_precision(source, **how),
     )
