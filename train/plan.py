@@ -62,7 +62,7 @@ class PlanSettings:
 if __name__ == "__main__":
     check_arguments(PlanSettings)  # before the imports that take seconds
 
-from mmkd.encoders.weights import load_config
+from mmkd.encoders.weights import CONFIG_FILES, fetch, load_config
 from mmkd.files import write_json
 from mmkd.training.planning import Estimate, Hardware, ModelSize, Stage, estimate, fitting, measure
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
@@ -88,7 +88,7 @@ def main(settings: PlanSettings) -> None:
 
 def measured_model(name: str, precision: Literal["fp32", "bf16"]) -> ModelSize:
     """The size of the paper's student, or of the one in a folder, with random weights."""
-    config = MMKDClipConfig() if name == PAPER else load_config(name)
+    config = MMKDClipConfig() if name == PAPER else load_config(fetch(name, CONFIG_FILES[:1]))
     side = getattr(config.vision_config, "image_size", None)
     return measure(MMKDClipModel(config), side if isinstance(side, int) else 224, precision)
 
