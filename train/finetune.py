@@ -7,16 +7,16 @@ the adapter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import check_arguments, run, setting
-from mmkd.training.settings import BatchSettings, LoopSettings, ModelSettings
+from mmkd.training.settings import BatchSettings, LoopSettings, ModelSettings, TaskLossSettings
 
 
 @dataclass(kw_only=True)
-class FinetuneSettings(LoopSettings, ModelSettings, BatchSettings):
+class FinetuneSettings(LoopSettings, ModelSettings, BatchSettings, TaskLossSettings):
     """Fine-tune a model folder on pairs.
 
     Example:
@@ -24,7 +24,7 @@ class FinetuneSettings(LoopSettings, ModelSettings, BatchSettings):
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "losses": "objective positives",
+        "losses": "objective",
         "model": "method rank targets train_logit_scale merge",
     }
 
@@ -32,9 +32,6 @@ class FinetuneSettings(LoopSettings, ModelSettings, BatchSettings):
     model: str = setting(help="folder or Hub id of the model to start from")
     objective: Literal["contrastive", "classification"] = setting(
         "contrastive", "train on captions, or on labels described by the prompts of the evaluation"
-    )
-    positives: Literal["pair", "caption"] = setting(
-        "pair", "positives of the task loss: the own pair, or all of an equal caption, such as views of one report"
     )
     method: Literal["lora", "dora", "full"] = setting("lora", "a low-rank adapter, or all weights")
     rank: int = setting(8, "rank of the adapter")
@@ -78,7 +75,7 @@ def main(settings: FinetuneSettings) -> None:
         adapted = add_adapter(model, settings.method, settings.rank, settings.targets)
         model.get_parameter("logit_scale").requires_grad_(settings.train_logit_scale)
     make_trainable(model, settings)
-    objective: Objective = ContrastiveObjective(model, positives=settings.positives)
+    objective: Objective = ContrastiveObjective(model, settings)
     if settings.objective == "classification":
         objective = PromptClassification(model, processor, pairs)
     batches = training_batches(chosen, model, processor, settings)
@@ -103,8 +100,10 @@ def check(settings: FinetuneSettings) -> None:
         raise ValueError("--merge false writes an adapter alone, and --method full has none; choose lora or dora")
     if not settings.merge and settings.train_logit_scale:
         raise ValueError("an adapter cannot hold logit_scale: --train_logit_scale true needs --merge true")
-    if settings.positives == "caption" and settings.objective == "classification":
-        raise ValueError("--positives caption belongs to --objective contrastive; leave it out with classification")
+    if settings.objective == "classification":
+        for name, value in asdict(TaskLossSettings()).items():
+            if getattr(settings, name) != value:
+                raise ValueError(f"--{name} belongs to --objective contrastive; leave it out with classification")
 
 
 def save_adapter(folder: Path, adapted: Any, processor: Any, provenance: dict[str, Any]) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from mmkd.command.settings import check_arguments, run, setting
-from mmkd.training.settings import LoopSettings, ModelSettings, ValidationSettings
+from mmkd.training.settings import LoopSettings, ModelSettings, TaskLossSettings, ValidationSettings
 
 
 @dataclass(kw_only=True)
-class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
+class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings, TaskLossSettings):
     """Train a student, or a specialist teacher, contrastively on pairs.
 
     Example:
@@ -29,7 +29,7 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
             "text_projection_hidden"
         ),
         "data": "modalities labels sources part",
-        "losses": "gather_gradient positives",
+        "losses": "gather_gradient",
     }
 
     pairs: Path = setting(help="folder of pairs; the training split is used")
@@ -48,9 +48,6 @@ class PretrainSettings(LoopSettings, ModelSettings, ValidationSettings):
     labels: list[str] = setting(factory=list, help="keep only pairs of these labels")
     sources: list[str] = setting(factory=list, help="keep only pairs of these collections")
     part: str | None = setting(None, "keep one share of the groups, such as 1/3")
-    positives: Literal["pair", "caption"] = setting(
-        "pair", "positives of the task loss: the own pair, or all of an equal caption, such as views of one report"
-    )
     gather_gradient: bool = setting(
         True, "gradient through the features of other processes; false as released: another model on several processes"
     )
@@ -82,7 +79,7 @@ def main(settings: PretrainSettings) -> None:
     chosen = PairFolder(folder.path, folder.image_root, pairs)
     batches = training_batches(chosen, model, processor, settings)
     validation = validation_of(settings, settings.pairs, processor, held_out)
-    objective = ContrastiveObjective(model, settings.gather_gradient, settings.positives)
+    objective = ContrastiveObjective(model, settings, settings.gather_gradient)
     started_from = [settings.vision, settings.text]
     if settings.model is not None or settings.preset is not None:
         started_from = [settings.model] if settings.model is not None else []

@@ -22,7 +22,7 @@ from mmkd.distillation.targets import TeacherSimilarities, TeacherWeights, combi
 from mmkd.distillation.weighting import sample_teacher
 from mmkd.distributed import gather
 from mmkd.student.embed import embed
-from mmkd.training.objectives import Objective, gathered, task_loss
+from mmkd.training.objectives import Objective, TaskLoss, gathered
 
 
 class DistillObjective(Objective):
@@ -62,6 +62,7 @@ class DistillObjective(Objective):
         self.model, self.options, self.seed = model, options, seed
         self.heads, self.dispersions, self.scales = heads, dict(dispersions or {}), dict(scales or {})
         self.weights = options.losses
+        self.task = TaskLoss(options, model) if self.weights["task"] else None
         shared = self.weights["affinity"] > 0 and options.affinity_scale == "shared"
         if self.weights["task"] == 0 and not shared:
             model.get_parameter("logit_scale").requires_grad_(False)
@@ -89,10 +90,9 @@ class DistillObjective(Objective):
         whole = Rows(student, teachers, batch)
         pairs = captioned_rows(whole, batch["captioned"]) if "captioned" in batch else whole
         parts: dict[str, Tensor] = {}
-        if self.weights["task"]:
+        if self.task is not None:
             mask = None if pairs.teachers is None else pairs.teachers.negatives_mask()
-            captions = pairs.batch["caption_numbers"] if options.positives == "caption" else None
-            parts["task"] = task_loss(pairs.student, self.model, mask, captions)
+            parts["task"] = self.task(pairs.student, self.model, pairs.batch, mask)
         if any(self.weights[name] for name in ALIGNED_LOSSES):
             parts |= self._aligned_losses(whole, pairs)
         if teachers is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from mmkd.command.settings import nearest, setting
+from mmkd.training.settings import TaskLossSettings
 
 DISTILL_LOSSES = ("task", "affinity", "feature", "interactive", "relational", "heads")
 RAW_LOSSES = ("affinity", "relational", "heads")
@@ -44,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(kw_only=True)
-class DistillOptions:
+class DistillOptions(TaskLossSettings):
     """The losses of stage 2 and what they read."""
 
     GROUP: ClassVar[str] = "losses"
@@ -56,9 +57,6 @@ class DistillOptions:
         factory=dict,
         help=f"weights of {', '.join(DISTILL_LOSSES)}; a mapping replaces the recipe's, --losses.NAME changes one",
         preset=lambda given: dict(RECIPES[given.get("recipe", "default")]["losses"]),
-    )
-    positives: Literal["pair", "caption"] = setting(
-        "pair", "positives of the task loss: the own pair, or all of an equal caption, such as views of one report"
     )
     target: Literal["mean", "random", "leave_one_out"] | None = setting(
         None, "mean of the available teachers, one of them sampled each epoch, or a mean weighted by agreement"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +13,27 @@ from mmkd.data.prompts import label_prompts
 from mmkd.data.table import Pair
 from mmkd.distributed import world_size
 from mmkd.student.embed import embed, image_features
-from mmkd.training.objectives import Objective, gathered, task_loss
+from mmkd.training.objectives import Objective, TaskLoss, gathered
+from mmkd.training.settings import TaskLossSettings
 
 
 class ContrastiveObjective(Objective):
     """Stage 1: symmetric InfoNCE over the global batch."""
 
     def __init__(
-        self, model: nn.Module, gather_gradient: bool = True, positives: Literal["pair", "caption"] = "pair"
+        self, model: nn.Module, settings: TaskLossSettings | None = None, gather_gradient: bool = True
     ) -> None:
         """Train a model.
 
         Args:
             model: its output has ``image_embeds`` and ``text_embeds``, and it has a ``logit_scale``.
+            settings: form of the loss; None for InfoNCE with the own pair.
             gather_gradient: False to treat the features of other processes as constants, as the authors' stage 1 does
                 (open_clip's ``local_loss`` without ``gather_with_grad``): on several processes about half the gradient.
-            positives: of an image its own caption, or all equal ones, and of a caption all their images.
         """
         super().__init__()
-        self.model, self.gather_gradient, self.positives = model, gather_gradient, positives
+        self.model, self.gather_gradient = model, gather_gradient
+        self.task = TaskLoss(settings or TaskLossSettings(), model)
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Unit-norm ``image`` and ``text`` features, `(rows, dim)`."""
@@ -42,8 +44,7 @@ class ContrastiveObjective(Objective):
         student = gathered(embeddings)
         if not self.gather_gradient and world_size() > 1:
             student = student._replace(all_images=student.all_images.detach(), all_texts=student.all_texts.detach())
-        captions = batch["caption_numbers"] if self.positives == "caption" else None
-        task = task_loss(student, self.model, captions=captions)
+        task = self.task(student, self.model, batch)
         return {"loss": task, "task": task}
 
 

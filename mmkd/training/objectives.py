@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from mmkd.distributed import full_fp32, gather, rank
 from mmkd.training.chunked_loss import rows_at_once, sum_over_rows
+from mmkd.training.settings import TaskLossSettings
 
 MASKED = -1e30  # a logit whose exponential is zero, finite so that zero times it is zero
 
@@ -36,6 +38,10 @@ class Embeddings(NamedTuple):
     all_images: Tensor
     all_texts: Tensor
     row_offset: int
+
+    def prefix(self, width: int) -> Embeddings:
+        """Their first `width` numbers, of unit norm again."""
+        return Embeddings(*(F.normalize(features[:, :width], dim=1) for features in self[:4]), self.row_offset)
 
     @property
     def chunk(self) -> int | None:
@@ -86,6 +92,47 @@ def contrastive(
     to_texts = sum_over_rows(cross_entropy, image, all_texts, scale, chunk)
     to_images = sum_over_rows(cross_entropy, text, all_images, scale, chunk)
     return (to_texts + to_images) / (2 * len(image))
+
+
+def pairwise_sigmoid(
+    image: Tensor,
+    text: Tensor,
+    all_images: Tensor,
+    all_texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_offset: int = 0,
+    mask: RowMask | None = None,
+    chunk: int | None = None,
+    captions: Tensor | None = None,
+) -> Tensor:
+    """SigLIP: ``mean_i sum_j -log sigmoid(z_ij (scale * <x_i, y_j> + bias))``, z 1 for positives and -1 for others.
+
+    Source: Zhai et al. 2023 (SigLIP).
+
+    Args:
+        image: `(rows, dim)`; these and the others as in `contrastive`, whose arguments it takes.
+        text: `(rows, dim)`, not read: the rows of images meet every text.
+        all_images: `(columns, dim)`, not read.
+        all_texts: `(columns, dim)`.
+        scale: ``exp(logit_scale)``.
+        bias: `(1,)`, learned.
+        row_offset: column of the first row.
+        mask: `(rows, columns)` bool, False where a column is excluded.
+        chunk: rows at a time, None for all.
+        captions: `(columns,)`, equal for columns that are positives of each other.
+    """
+    numbers = torch.arange(len(all_texts), device=image.device) if captions is None else captions
+    own = numbers[row_offset : row_offset + len(image), None]
+
+    def cross_entropy(rows: Tensor, columns: Tensor, scale: Tensor, part: slice) -> Tensor:
+        logits, same = scale * (rows @ columns.T), own[part] == numbers
+        errors = F.softplus(torch.where(same, -logits, logits))
+        return (errors if mask is None else errors.masked_fill(~(mask[part] | same), 0)).sum()
+
+    ones, biases = torch.ones_like(all_texts[:, :1]), (bias / scale).expand(len(image), 1)
+    rows, columns = torch.cat([image, biases], dim=1), torch.cat([all_texts, ones], dim=1)
+    return sum_over_rows(cross_entropy, rows, columns, scale, chunk) / len(image)
 
 
 class Objective(nn.Module, ABC):
@@ -146,11 +193,38 @@ def gathered(embeddings: Mapping[str, Tensor]) -> Embeddings:
     return Embeddings(image, text, gather(image), gather(text), rank() * len(image))
 
 
-def task_loss(
-    student: Embeddings, model: nn.Module, mask: RowMask | None = None, captions: Tensor | None = None
-) -> Tensor:
-    """`contrastive` at the model's own ``logit_scale``; ``captions`` are numbers of this process' rows, `(rows,)`."""
-    image, text, all_images, all_texts, row_offset = student
-    scale = model.get_parameter("logit_scale").float().exp()
-    captions = None if captions is None else gather(captions)
-    return contrastive(image, text, all_images, all_texts, scale, row_offset, mask, student.chunk, captions)
+class TaskLoss(nn.Module):
+    """The contrastive loss of images and captions at the model's own ``logit_scale``, in the form that settings name.
+
+    With ``prefix_widths`` it is the mean over the whole embeddings and each prefix of theirs, normalized again. Source:
+    Kusupati et al. 2022 (Matryoshka representation learning).
+    """
+
+    def __init__(self, settings: TaskLossSettings, model: nn.Module) -> None:
+        """Take the form from `settings`.
+
+        Raises:
+            ValueError: a prefix that is not narrower than the embeddings of `model`.
+        """
+        super().__init__()
+        self.settings = settings
+        for width in settings.prefix_widths:
+            if not 0 < width < model.config.projection_dim:
+                whole = model.config.projection_dim
+                raise ValueError(f"--prefix_widths has {width}; embeddings have {whole} numbers: take 1 to {whole - 1}")
+        if settings.task_form == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor([-10.0]))
+
+    def forward(
+        self, student: Embeddings, model: nn.Module, batch: Mapping[str, Any], mask: RowMask | None = None
+    ) -> Tensor:
+        """Scalar; ``caption_numbers`` of the batch are read where equal captions are positives."""
+        captions = gather(batch["caption_numbers"]) if self.settings.positives == "caption" else None
+        scale = model.get_parameter("logit_scale").float().exp()
+        form = partial(pairwise_sigmoid, bias=self.bias) if self.settings.task_form == "sigmoid" else contrastive
+        embeddings = [student, *map(student.prefix, self.settings.prefix_widths)]
+        losses = [
+            form(*own[:4], scale, row_offset=own.row_offset, mask=mask, chunk=own.chunk, captions=captions)
+            for own in embeddings
+        ]
+        return torch.stack(losses).mean()

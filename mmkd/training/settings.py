@@ -75,6 +75,23 @@ class BatchSettings(RunSettings):
 
 
 @dataclass(kw_only=True)
+class TaskLossSettings:
+    """The task loss, of images and their captions."""
+
+    GROUP: ClassVar[str] = "losses"
+
+    positives: Literal["pair", "caption"] = setting(
+        "pair", "positives of the task loss: the own pair, or all of an equal caption, such as views of one report"
+    )
+    task_form: Literal["softmax", "sigmoid"] = setting(
+        "softmax", "task loss by a softmax over the batch (InfoNCE), or a sigmoid for every image and caption (SigLIP)"
+    )
+    prefix_widths: list[int] = setting(
+        factory=list, help="task loss also of the first N numbers of embeddings, which may be cut to N (Matryoshka)"
+    )
+
+
+@dataclass(kw_only=True)
 class LoopSettings(RunSettings):
     """The settings of the training loop."""
 

@@ -10,7 +10,7 @@ from mmkd.alignment import autoencoder
 from mmkd.distillation import losses
 from mmkd.distillation.losses import TeacherSimilarity, relational
 from mmkd.training.dataset import caption_numbers
-from mmkd.training.objectives import contrastive
+from mmkd.training.objectives import contrastive, pairwise_sigmoid
 
 
 def views(teachers, masks, scale):
@@ -73,6 +73,37 @@ def test_views_of_one_report_are_positives_of_each_other():
     torch.testing.assert_close(sum(halves) / 2, value)
     different = contrastive(image, text, image, text, scale, captions=caption_numbers(["a", "b", "a ", ""]))
     torch.testing.assert_close(different, contrastive(image, text, image, text, scale))
+
+
+@pytest.mark.parametrize("captions", [None, torch.tensor([8, 3, 8, 9])])
+def test_sigmoid_asks_of_every_image_and_caption_whether_they_belong_together(captions):
+    image, text = unit(4, 5).float(), unit(4, 5, seed=1).float()
+    scale, bias = torch.tensor(7.0), torch.tensor([-2.0])
+    same = torch.eye(4).bool() if captions is None else captions == captions[:, None]
+    signs = torch.where(same, 1.0, -1.0)
+    expected = -(signs * (scale * image @ text.T + bias)).sigmoid().log().sum() / 4
+    torch.testing.assert_close(pairwise_sigmoid(image, text, image, text, scale, bias, captions=captions), expected)
+    halves = [
+        pairwise_sigmoid(image[r], text[r], image, text, scale, bias, r.start, chunk=1, captions=captions)
+        for r in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(sum(halves) / 2, expected)
+    mask = same | (torch.arange(4) != 1)
+    masked = -((signs * (scale * image @ text.T + bias)).sigmoid().log() * mask).sum() / 4
+    torch.testing.assert_close(
+        pairwise_sigmoid(image, text, image, text, scale, bias, mask=mask, captions=captions), masked
+    )
+
+
+def test_scale_and_bias_of_the_sigmoid_are_learned_in_chunks_too():
+    image, text = unit(4, 5).float(), unit(4, 5, seed=1).float()
+    gradients = []
+    for chunk in (None, 3):
+        scale, bias = torch.tensor(7.0, requires_grad=True), torch.tensor([-2.0], requires_grad=True)
+        pairwise_sigmoid(image, text, image, text, scale, bias, chunk=chunk).backward()
+        gradients.append((scale.grad, bias.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert all(gradient.abs() > 0.01 for gradient in gradients[0])
 
 
 def test_interactive_leaves_unknown_pairs_out_of_rows_and_columns():

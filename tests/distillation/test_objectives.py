@@ -18,6 +18,7 @@ from mmkd.distributed import allow_tf32
 from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.dataset import rows_of
 from mmkd.training.objectives import ObjectiveWrapper
+from mmkd.training.settings import TaskLossSettings
 
 
 class Student(nn.Module):
@@ -159,6 +160,29 @@ def test_contrastive_objective_trains_the_logit_scale():
     model = student()
     ContrastiveObjective(model)(batch())["loss"].backward()
     assert model.logit_scale.grad.abs().item() > 0
+
+
+def test_the_task_loss_of_prefixes_is_the_mean_over_cut_embeddings():
+    model = student()
+    model.config = SimpleNamespace(projection_dim=8)
+    losses = [ContrastiveObjective(model, TaskLossSettings(prefix_widths=[3, 5]))(batch())["loss"]]
+    for width in (8, 3, 5):
+        losses.append(
+            ContrastiveObjective(Student(model.image[:, :width], model.text[:, :width], math.log(10)))(batch())["loss"]
+        )
+    torch.testing.assert_close(losses[0], torch.stack(losses[1:]).mean())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_the_sigmoid_has_a_bias_that_is_trained_with_the_model(stage):
+    model = student()
+    if stage == "pretrain":
+        objective = ContrastiveObjective(model, TaskLossSettings(task_form="sigmoid"))
+    else:
+        objective = distill(model, {"task": 1.0}, task_form="sigmoid")
+    objective(batch())["task"].backward()
+    bias = dict(objective.named_parameters())["task.bias"]
+    assert bias.item() == -10 and bias.grad.abs() > 0 and model.logit_scale.grad.abs() > 0
 
 
 def test_align_objective_reaches_every_layer():

@@ -132,7 +132,9 @@ def test_default_adapters_are_a_few_megabytes(preset):
     [
         (["--method", "full", "--merge", "false"], "--merge false writes an adapter alone"),
         (["--merge", "false", "--train_logit_scale", "true"], "an adapter cannot hold logit_scale"),
-        (["--objective", "classification", "--positives", "caption"], "belongs to --objective contrastive"),
+        (["--objective", "classification", "--positives", "caption"], "--positives belongs to --objective contrastive"),
+        (["--objective", "classification", "--prefix_widths", "4"], "--prefix_widths belongs to"),
+        (["--prefix_widths", "4,900"], "--prefix_widths has 900; embeddings have"),
         (["--rank", "0"], "--rank is 0"),
     ],
 )
