@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import singledispatch
+from functools import partial, singledispatch
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +99,29 @@ class PreviewSettings:
     overwrite: bool = setting(False, "replace OUTPUT")
 
 
+@dataclass
+class ViewsSettings:
+    """Write random crops of every training image, once, as pairs that teachers and student see alike.
+
+    Distil them with ``--crop center --positives caption``: the crops are made already, and views of one image are no
+    negatives of each other.
+
+    Example:
+        mmkd pairs views pairs --output views --number 4
+    """
+
+    folder: Path = setting(help="a folder of pairs", positional=True)
+    output: Path = setting(help="folder of pairs to write")
+    number: int = setting(4, "crops of each training image")
+    side: int = setting(256, "side of the crops [pixels]")
+    crop_area: float = setting(0.5, "smallest area of a crop, as a share of the image")
+    seed: int = setting(42, "seed of the crops")
+    workers: int = setting(4, "threads that decode")
+    shard_pairs: int = setting(10_000, "pairs per tar")
+    overwrite: bool = setting(False, "replace OUTPUT")
+    quiet: bool = setting(False, "no progress bar")
+
+
 ACTIONS = {
     "ls": ListSettings,
     "show": ShowSettings,
@@ -106,6 +129,7 @@ ACTIONS = {
     "verify": VerifySettings,
     "preview": PreviewSettings,
     "export": ExportSettings,
+    "views": ViewsSettings,
 }
 
 
@@ -114,9 +138,17 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from mmkd.data.folder import open_pairs
+from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.images import read_image_bytes
-from mmkd.data.inspection import count_pairs, faults, write_parquet, write_preview, write_webdataset
+from mmkd.data.inspection import (
+    count_pairs,
+    faults,
+    random_views,
+    stored_images,
+    write_parquet,
+    write_preview,
+    write_webdataset,
+)
 from mmkd.files import atomic_file, atomic_folder, atomic_write_bytes, refuse_existing
 
 SHOWN_FAULTS = 20
@@ -217,10 +249,34 @@ def export(settings: ExportSettings) -> None:
                 write_parquet(folder, file, bar.update)
         else:
             with atomic_folder(settings.output, settings.overwrite) as output:
-                for _ in write_webdataset(folder, output, settings.shard_pairs):
+                for _ in write_webdataset(stored_images(folder), output, settings.shard_pairs):
                     bar.update()
     if not settings.quiet:
         print(f"{settings.output}: {len(folder.pairs):,} pairs")
+
+
+@main.register
+def views(settings: ViewsSettings) -> None:
+    """Write the views.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    for name in ("number", "side", "workers", "shard_pairs"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 1")
+    if not 0 < settings.crop_area <= 1:
+        raise ValueError(f"--crop_area is {settings.crop_area}; it must be above 0 and at most 1")
+    refuse_existing(settings.output, settings.overwrite)
+    folder = open_pairs(settings.folder)
+    crops = random_views(folder, settings.number, settings.side, settings.crop_area, settings.seed, settings.workers)
+    total = sum(settings.number if pair.split == "train" else 1 for pair in folder.pairs)
+    bar = partial(tqdm, total=total, desc="views", unit="pair", disable=settings.quiet)
+    with atomic_folder(settings.output, settings.overwrite) as output:
+        (output / "images").mkdir()
+        write_manifest(output, bar(write_webdataset(crops, output / "images", settings.shard_pairs)))
+    if not settings.quiet:
+        print(f"{settings.output}: {total:,} pairs of {len(folder.pairs):,}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mmkd.command.settings import COMMAND_VARIABLE, fail, ignore_broken_pipe, ne
 
 RECIPES = {
     "curate": ("mmkd.train.curate", "curate image-text pairs from tars, Parquet, lists, folders, the Hub or packages"),
-    "pairs": ("mmkd.train.pairs", "folders of pairs: ls, show, stats, verify, export"),
+    "pairs": ("mmkd.train.pairs", "folders of pairs: ls, show, stats, verify, preview, export, views"),
     "pretrain": ("mmkd.train.pretrain", "stage 1: contrastive pretraining of a student or a teacher"),
     "extract": ("mmkd.train.extract", "extract the features of teachers for every pair"),
     "verify-teacher": ("mmkd.train.verify_teacher", "compare a teacher's features with those the authors published"),

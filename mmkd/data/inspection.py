@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import count
-from pathlib import Path
+from itertools import chain, count, islice
+from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
 from mmkd.data.archives import ArchivedFile, ArchiveWriter
 from mmkd.data.folder import PairFolder
 from mmkd.data.images import UnreadableImageError, open_image, read_image_bytes, thumbnail
+from mmkd.data.pixels import random_crop, read_pixels, to_image
 from mmkd.data.splits import spread
 from mmkd.data.table import Pair, batches, in_columns, table_schema, value_counts
 from mmkd.pages.page import Page, Section, counted, write_page
@@ -71,7 +73,7 @@ def count_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
     return {"pairs": len(words), "groups": len(groups), **usual, **ordered}
 
 
-def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int) -> Iterator[Pair]:
+def write_webdataset(samples: Iterable[tuple[Pair, bytes]], output: Path, shard_pairs: int) -> Iterator[Pair]:
     """Write pairs as tars of ``NUMBER.jpg``, ``NUMBER.txt`` and ``NUMBER.json``.
 
     webdataset and `datasets` read them. Both take what follows the first dot of a name for its column, and `datasets`
@@ -79,31 +81,79 @@ def write_webdataset(folder: PairFolder, output: Path, shard_pairs: int) -> Iter
     Readers recognise an image by its content.
 
     Args:
-        folder: the pairs.
+        samples: pairs with the bytes of their images, `stored_images` or `random_views`.
         output: an empty folder.
         shard_pairs: pairs in a tar.
 
     Yields:
         Each pair after it is written, with the place of its image in the tars.
-
-    Raises:
-        UnreadableImageError: an image is missing.
     """
-    suffix, keys = "", count()
-    for number, batch in enumerate(batches(folder.pairs, shard_pairs)):
+    suffix, keys, left = "", count(), iter(samples)
+    for number in count():
+        shard = islice(left, shard_pairs)
+        first = next(shard, None)
+        if first is None:
+            return
         archive = f"{number:06d}.tar"
         with (output / archive).open("wb") as file:
             writer = ArchiveWriter(file)
-            for pair in batch:
-                key, path = f"{next(keys):09d}", folder.image_path(pair)
-                data = read_image_bytes(path)
-                suffix = suffix or _suffix(data, path)
+            for pair, data in chain([first], shard):
+                key, suffix = f"{next(keys):09d}", suffix or _suffix(data, pair.image)
                 metadata = {k: v for k, v in asdict(pair).items() if k not in ("image", "caption")}
                 stored = writer.add(f"{key}.{suffix}", data)
                 writer.add(f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode())
                 writer.add(f"{key}.txt", pair.caption.encode())
                 yield replace(pair, image=str(ArchivedFile(Path(archive), stored.offset, stored.size)))
             writer.finish()
+
+
+def stored_images(folder: PairFolder) -> Iterator[tuple[Pair, bytes]]:
+    """Every pair with the file of its image.
+
+    Raises:
+        UnreadableImageError: an image is missing.
+    """
+    return ((pair, read_image_bytes(folder.image_path(pair))) for pair in folder.pairs)
+
+
+def random_views(
+    folder: PairFolder, number: int, side: int, area: float, seed: int, workers: int
+) -> Iterator[tuple[Pair, bytes]]:
+    """Random crops of the training pairs, stored once so that teachers and student see the same pixels.
+
+    Other splits keep their files. Source: dataset reinforcement, Vasu et al. 2024 (MobileCLIP), which stores the
+    parameters of its augmentations in place of the images.
+
+    Args:
+        folder: the pairs.
+        number: of crops of each training image; the id of the k-th ends in ``.k``.
+        side: of the crops in pixels.
+        area: smallest share of the image's area.
+        seed: of the crops, which depend on it and the pair's id alone.
+        workers: threads that decode.
+
+    Raises:
+        UnreadableImageError: an image is missing or broken.
+    """
+
+    def views(pair: Pair) -> list[tuple[Pair, bytes]]:
+        path = folder.image_path(pair)
+        if pair.split != "train":
+            return [(pair, read_image_bytes(path))]
+        pixels, made = read_pixels(path), []
+        for k in range(1, number + 1):
+            key = hashlib.sha256(f"{seed} {k} {pair.id}".encode("utf-8", "surrogatepass")).digest()
+            generator = np.random.default_rng(int.from_bytes(key[:8], "big"))
+            file = io.BytesIO()
+            to_image(random_crop(pixels, side, generator, area)).save(file, "JPEG", quality=95)
+            sha256 = hashlib.sha256(data := file.getvalue()).hexdigest()
+            view = replace(pair, id=f"{pair.id}.{k}", group=pair.group or pair.id, sha256=sha256)
+            made.append((replace(view, width=side, height=side), data))
+        return made
+
+    with ThreadPoolExecutor(workers) as pool:
+        for some in batches(folder.pairs, BATCH):
+            yield from chain.from_iterable(pool.map(views, some))
 
 
 def write_preview(folder: PairFolder, file: Path, number: int) -> int:
@@ -163,8 +213,8 @@ def _check(folder: PairFolder, pair: Pair) -> tuple[str, bool]:
     return "", hashlib.sha256(data).hexdigest() == pair.sha256
 
 
-def _suffix(data: bytes, path: Path | ArchivedFile) -> str:
+def _suffix(data: bytes, image: str) -> str:
     """How the name of an image ends: its form where Pillow recognises it, else the suffix that it has."""
     with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(data)) as opened:
         return str(opened.format).lower().replace("jpeg", "jpg")
-    return (path.suffix[1:].lower() if isinstance(path, Path) else "") or "img"
+    return PurePosixPath(image).suffix[1:].lower() or "img"

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmkd.data.features.store import FeatureStore, meta_sha256
 from mmkd.data.folder import PairFolder, open_pairs, write_manifest
-from mmkd.data.inspection import write_webdataset
+from mmkd.data.inspection import stored_images, write_webdataset
 from mmkd.data.licenses import is_open
 from mmkd.data.pixel_rules import UnreadableImageError
 from mmkd.data.provenance import UNSTATED, store_teacher
@@ -116,7 +116,9 @@ def _in_tars(pairs: PairFolder, staged: Path) -> Iterator[Pair]:
     """
     staged.mkdir()
     try:
-        yield from write_webdataset(pairs, staged, max(PAIRS_OF_A_TAR, -(-len(pairs.pairs) // MOST_TARS)))
+        yield from write_webdataset(
+            stored_images(pairs), staged, max(PAIRS_OF_A_TAR, -(-len(pairs.pairs) // MOST_TARS))
+        )
     except UnreadableImageError as error:
         raise FileNotFoundError(f"{error}; curate again, or push with --images false") from None
 

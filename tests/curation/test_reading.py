@@ -18,6 +18,7 @@ from mmkd.command import settings
 from mmkd.curation.rules import read_rules
 from mmkd.curation.stream import curate
 from mmkd.data.folder import open_pairs, write_manifest
+from mmkd.data.images import open_image
 from mmkd.data.table import PairTable
 from mmkd.training.batches import PairBatches
 from mmkd.training.dataset import GlobalBatchSampler, PairDataset
@@ -126,6 +127,32 @@ def test_the_pairs_command(pairs, tmp_path, capsys, monkeypatch):
     assert rows.num_rows == 24
     assert "image" not in rows.column_names
     assert rows["sha256"].to_pylist() == [pair.sha256 for pair in open_pairs(pairs).pairs]
+
+
+def test_views_are_pairs_whose_crops_depend_on_the_seed_and_the_pair_alone(pairs, tmp_path):
+    from mmkd.train import pairs as command
+
+    def views(source, name, **more):
+        command.main(command.ViewsSettings(source, tmp_path / name, number=2, side=24, quiet=True, **more))
+        return open_pairs(tmp_path / name)
+
+    before, made = open_pairs(pairs), views(pairs, "views", shard_pairs=7)
+    train = [pair for pair in before.pairs if pair.split == "train"]
+    crops = [pair for pair in made.pairs if pair.split == "train"]
+    assert [pair.id for pair in crops] == [f"{pair.id}.{k}" for pair in train for k in (1, 2)]
+    assert {pair.group for pair in crops} == {pair.group or pair.id for pair in train}
+    assert [pair.caption for pair in crops[::2]] == [pair.caption for pair in train]
+    pixels = [open_image(made.image_path(pair)).tobytes() for pair in crops]
+    assert len(set(pixels)) == len(crops) and {(pair.width, pair.height) for pair in crops} == {(24, 24)}
+    for pair in (p for p in before.pairs if p.split != "train"):
+        same = next(own for own in made.pairs if own.id == pair.id)
+        assert made.image_path(same).read_bytes() == before.image_path(pair).read_bytes()
+    write_manifest(tmp_path / "fewer", train[3:5], images=before.image_root)
+    fewer, other = views(tmp_path / "fewer", "two", workers=1), views(tmp_path / "fewer", "seed", seed=1)
+    hashes = [pair.sha256 for pair in fewer.pairs]
+    assert hashes == [pair.sha256 for pair in crops[6:10]] and not {pair.sha256 for pair in other.pairs} & {*hashes}
+    with pytest.raises(ValueError, match=r"--crop_area is 1\.5"):
+        views(pairs, "none", crop_area=1.5)
 
 
 def test_a_contact_sheet_is_one_escaped_page(pairs, tmp_path):
