@@ -70,7 +70,7 @@ def workplace(tmp_path_factory):
     """The folders and files that the pages name: a model with heads, pictures, an index, features."""
     folder = tmp_path_factory.mktemp("pages")
     model = save_tiny(folder / "mmkd-clip")
-    TeacherHeads(16, {"PLIP": 8}).save(model)
+    TeacherHeads({"image": 16, "text": 16}, {"PLIP": 8}).save(model)
     for name in ("picture.png", "scan.png", "xray.png"):
         Image.effect_noise((60, 44), 90).convert("RGB").save(folder / name)
     encoder = load_encoder(str(model), "cpu")

@@ -53,7 +53,14 @@ if __name__ == "__main__":
     check_arguments(DistillSettings)  # before the imports that take seconds
 
 from mmkd.data.features import FeatureKind
-from mmkd.data.features.lookup import Features, TeacherFeatures, available_features, seen_pairs
+from mmkd.data.features.lookup import (
+    MODALITIES,
+    Features,
+    Modality,
+    TeacherFeatures,
+    available_features,
+    seen_pairs,
+)
 from mmkd.data.folder import PairFolder, hold_out_split, open_pairs
 from mmkd.data.provenance import teachers_of
 from mmkd.data.table import Pair
@@ -67,6 +74,8 @@ from mmkd.training.dataset import TeacherStores
 from mmkd.training.loop import fit, start
 from mmkd.training.optimizer import make_trainable
 from mmkd.training.validation import validation_of
+from modeling_mmkd.configuration_mmkd import tower_width
+from modeling_mmkd.modeling_mmkd import vision_width
 
 DISPERSION_PAIRS, SPREAD_PAIRS = 8192, 2048
 
@@ -117,11 +126,25 @@ def distill_objective(
             standardizer = open_standardizer(settings.standardizer, raw.dims)
         else:
             dispersions = dispersions_of(features_of_some(raw, pairs, DISPERSION_PAIRS))
-        heads = TeacherHeads(model.config.projection_dim, raw.dims, standardizer)
+        heads = TeacherHeads(head_dims(settings, model), raw.dims, standardizer)
     scales = {}
     if settings.teacher_temperature == "spread" and "teachers" in features:
         scales = spread_scales(features_of_some(features["teachers"], pairs, SPREAD_PAIRS), settings.spread_factor)
     return DistillObjective(model, settings, seed=settings.seed, heads=heads, dispersions=dispersions, scales=scales)
+
+
+def head_dims(settings: DistillSettings, model: Any) -> dict[Modality, int]:
+    """Width of what the heads read.
+
+    Raises:
+        ValueError: the trunk, and no tower is trained.
+    """
+    if settings.head_input == "embedding":
+        return dict.fromkeys(MODALITIES, model.config.projection_dim)
+    towers = model.vision_model, model.text_model
+    if not any(parameter.requires_grad for tower in towers for parameter in tower.parameters()):
+        raise ValueError("--head_input trunk trains the towers, and both are frozen; train one, or take embedding")
+    return {"image": vision_width(model.vision_model), "text": tower_width(model.config.text_config)}
 
 
 def features_of_some(features: TeacherFeatures, pairs: Sequence[Pair], count: int) -> Features:

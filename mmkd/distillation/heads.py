@@ -1,6 +1,6 @@
-"""One small head per teacher: from the student's embedding it predicts that teacher's features.
+"""One small head per teacher: from the student's embedding or trunk it predicts that teacher's features.
 
-Heads shape the embedding without requiring that teachers agree. They are trained with it and saved beside the model's
+Heads shape what they read without requiring that teachers agree. They are trained with it and saved beside the model's
 weights as ``teacher_heads.safetensors``, which ``from_pretrained`` does not read: the model is the same without them,
 and with them the student emulates a teacher, in that teacher's own space.
 """
@@ -83,24 +83,27 @@ def mean_over_teachers(errors: Mapping[str, Tensor], weights: Mapping[str, Tenso
 
 
 class TeacherHeads(nn.Module):
-    """Two linear layers per teacher and modality, from the student's unit-norm embedding to the teacher's width."""
+    """A layer norm and two linear layers per teacher and modality, from student features to the teacher's width."""
 
-    def __init__(self, dim: int, widths: Mapping[str, int], standardizer: PhiSAligner | None = None) -> None:
+    def __init__(
+        self, dims: Mapping[Modality, int], widths: Mapping[str, int], standardizer: PhiSAligner | None = None
+    ) -> None:
         """Make the heads.
 
         Args:
-            dim: width of the student's embedding.
+            dims: width of the student's features that they read, of each modality: of its embedding, which all share,
+                or of the trunk, the towers' pooled outputs.
             widths: of each teacher's features.
             standardizer: how targets were standardized; None when heads predict raw directions.
         """
         super().__init__()
-        self.dim, self.widths, self.standardizer = dim, dict(widths), standardizer
+        self.dims, self.widths, self.standardizer = dict(dims), dict(widths), standardizer
         self.layers = nn.ModuleDict(
-            {modality: nn.ModuleList(_head(dim, width) for width in widths.values()) for modality in MODALITIES}
+            {own: nn.ModuleList(_head(dims[own], width) for width in widths.values()) for own in MODALITIES}
         )
 
-    def forward(self, name: str, embedding: Tensor, modality: Modality) -> Tensor:
-        """Output of a teacher's head for embeddings `(rows, dim)`: `(rows, width)`, standardized if targets are.
+    def forward(self, name: str, features: Tensor, modality: Modality) -> Tensor:
+        """Output of a teacher's head for features `(rows, dim)`: `(rows, width)`, standardized if targets are.
 
         Raises:
             KeyError: there is no head of that teacher.
@@ -108,7 +111,7 @@ class TeacherHeads(nn.Module):
         number = {teacher: k for k, teacher in enumerate(self.widths)}[name]
         heads = self.layers[modality]
         assert isinstance(heads, nn.ModuleList)
-        return heads[number](embedding)
+        return heads[number](features.float())
 
     def targets(self, name: str, features: Tensor, modality: Modality) -> Tensor:
         """Target of a head: the teacher's features `(rows, width)`, standardized or raw."""
@@ -127,7 +130,7 @@ class TeacherHeads(nn.Module):
         """Mean over samples and their teachers of the error of each teacher's head, in one modality.
 
         Args:
-            student: `(rows, dim)` unit-norm student features.
+            student: `(rows, dim)` student features.
             modality: of the features.
             teachers: teacher -> modality -> `(rows, width)` raw features.
             weights: per teacher `(rows,)`, at least 0.
@@ -146,9 +149,9 @@ class TeacherHeads(nn.Module):
         return mean_over_teachers(errors, weights)
 
     @torch.no_grad()
-    def emulate(self, name: str, embedding: Tensor, modality: Modality) -> Tensor:
-        """The student in a teacher's own space: unit-norm `(rows, width)` from unit-norm embeddings `(rows, dim)`."""
-        predicted = self(name, embedding, modality)
+    def emulate(self, name: str, features: Tensor, modality: Modality) -> Tensor:
+        """The student in a teacher's own space: unit-norm `(rows, width)` from what the heads read, `(rows, dim)`."""
+        predicted = self(name, features, modality)
         if self.standardizer is not None:
             predicted = self.standardizer.restore(name, predicted, modality)
         return F.normalize(predicted, dim=1)
@@ -160,7 +163,7 @@ class TeacherHeads(nn.Module):
             tensors |= {f"standardizer.{key}": tensor for key, tensor in self.standardizer.tensors().items()}
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         atomic_write_bytes(folder / HEADS_FILE, save(contiguous))
-        write_json(folder / HEADS_DESCRIPTION, {"dim": self.dim, "widths": self.widths})
+        write_json(folder / HEADS_DESCRIPTION, {"dims": self.dims, "widths": self.widths})
 
     @classmethod
     def load(cls, folder: Path) -> TeacherHeads:
@@ -178,7 +181,7 @@ class TeacherHeads(nn.Module):
             parts[part][name] = tensor
         widths = {str(name): int(width) for name, width in described["widths"].items()}
         standardizer = PhiSAligner(widths, 0, parts["standardizer"]) if parts["standardizer"] else None
-        heads = cls(int(described["dim"]), widths, standardizer)
+        heads = cls({own: int(described["dims"][own]) for own in MODALITIES}, widths, standardizer)
         heads.layers.load_state_dict(parts["layers"])
         return heads.eval()
 
@@ -215,4 +218,4 @@ def dispersions_of(features: Features) -> dict[str, float]:
 
 
 def _head(dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))

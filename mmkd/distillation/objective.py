@@ -74,8 +74,8 @@ class DistillObjective(Objective):
             self.affinity_logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Unit-norm ``image`` and ``text`` features of the student, `(rows, dim)`."""
-        return embed(self.model, batch)
+        """Unit-norm ``image`` and ``text`` features of the student, `(rows, dim)`; its trunk where heads read it."""
+        return embed(self.model, batch, self.heads is not None and self.options.head_input == "trunk")
 
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` and every part that has a weight, unweighted.
@@ -87,7 +87,7 @@ class DistillObjective(Objective):
         teachers = None
         if options.reasons_for_raw():
             teachers = TeacherSimilarities(batch, student.row_offset, options, self.scales)
-        whole = Rows(student, teachers, batch)
+        whole = Rows(student, teachers, {**batch, **embeddings})
         pairs = captioned_rows(whole, batch["captioned"]) if "captioned" in batch else whole
         parts: dict[str, Tensor] = {}
         if self.task is not None:
@@ -147,7 +147,7 @@ class DistillObjective(Objective):
 
     def _heads(self, modality: Modality, rows: Rows) -> Tensor:
         assert self.heads is not None
-        features, weights = rows.features(modality)[0], self._teacher_weights(rows)
+        features, weights = rows.batch.get(f"{modality}_trunk", rows.features(modality)[0]), self._teacher_weights(rows)
         return self.heads.loss(features, modality, rows.batch["teachers"], weights, self.dispersions)
 
     def _relational(self, modality: Modality, rows: Rows) -> Tensor:

@@ -96,6 +96,9 @@ class DistillOptions(TaskLossSettings):
     false_negatives: float | None = setting(
         None, "pairs whose images or captions have a mean teacher cosine above this are excluded from the negatives"
     )
+    head_input: Literal["embedding", "trunk"] = setting(
+        "embedding", "heads read the student's embedding, or the outputs of its towers before the projections"
+    )
     head_form: Literal["standardized", "angular"] = setting(
         "standardized", "heads learn PHI-S targets, or raw directions by angle over the teacher's angular dispersion"
     )
@@ -116,6 +119,9 @@ class DistillOptions(TaskLossSettings):
             _require(0 <= weight < math.inf, f"teacher_weights.{name}", weight, "at least 0")
         _require(0 <= self.confidence < math.inf, "confidence", self.confidence, "at least 0")
         _require(0 <= self.teacher_dropout < 1, "teacher_dropout", self.teacher_dropout, "at least 0 and below 1")
+        others = sum(weight for name, weight in self.losses.items() if name != "heads")
+        if self.head_input == "trunk" and self.losses["heads"] and not others:
+            raise ValueError("--head_input trunk does not train the projections; give another loss a weight, too")
         if self.false_negatives is not None:
             _require(0 < self.false_negatives <= 1, "false_negatives", self.false_negatives, "above 0, at most 1")
 

@@ -177,14 +177,14 @@ class DualEncoder(ABC):
 
 
 def with_input_of(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """The output of `run`, and the input that `module` received in it."""
+    """The output of `run`, and the inputs that `module` received in it, rows one after the other."""
     given: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     try:
         found = run()
     finally:
         handle.remove()
-    return found, given[-1]
+    return found, given[0] if len(given) == 1 else torch.cat(given)
 
 
 class HFClipEncoder(DualEncoder):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmkd.encoders.encoder import with_input_of
 
 MOST_CHUNKS = 16
 LEAST_ROWS = 8  # of a chunk on average: a smaller chunk costs more to start than its padding
@@ -33,7 +35,7 @@ class PixelStatistics:
     std: tuple[float, ...]
 
 
-def embed(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def embed(model: nn.Module, batch: Mapping[str, Any], trunk: bool = False) -> dict[str, Tensor]:
     """Run the student on a batch of pairs.
 
     Args:
@@ -43,14 +45,25 @@ def embed(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
             and ``attention_mask`` (rows, tokens); ``text_lengths``, a list with the tokens of each row, without which
             the captions are taken in one run. In place of either, ``pooled_images`` or ``pooled_texts`` (rows, width),
             stored outputs of a frozen tower: then only its projection is run.
+        trunk: also return what the towers give to their projections.
 
     Returns:
-        Unit-norm ``image`` and ``text`` features (rows, dim), in fp32.
+        Unit-norm ``image`` and ``text`` features (rows, dim), in fp32, and with `trunk` ``image_trunk`` and
+        ``text_trunk`` (rows, width).
     """
-    return {
-        "image": F.normalize(image_features(model, batch).float(), dim=1),
-        "text": F.normalize(_text_features(model, batch).float(), dim=1),
-    }
+    found = {}
+    for modality, projection, run in (
+        ("image", "visual_projection", image_features),
+        ("text", "text_projection", _text_features),
+    ):
+        if trunk:
+            features, found[f"{modality}_trunk"] = with_input_of(
+                model.get_submodule(projection), partial(run, model, batch)
+            )
+        else:
+            features = run(model, batch)
+        found[modality] = F.normalize(features.float(), dim=1)
+    return found
 
 
 def normalized_pixels(pixels: Tensor, statistics: PixelStatistics) -> Tensor:

@@ -48,7 +48,7 @@ class Student(torch.nn.Module):
 def parts_of(rows, options, some_without_caption):
     torch.manual_seed(0)
     model = Student(rows)
-    heads = TeacherHeads(DIM, WIDTHS)
+    heads = TeacherHeads({"image": DIM, "text": DIM}, WIDTHS)
     dispersions = {f"{side}/{name}": 0.8 for side in ("image", "text") for name in WIDTHS}
     objective = stage2.DistillObjective(model, options, heads=heads, dispersions=dispersions)
     cut = lambda store: rows_of(store, rows)

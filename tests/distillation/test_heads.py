@@ -100,7 +100,7 @@ def test_saved_heads_emulate_a_teacher_that_they_have_learned(tmp_path):
     widths = {"a": 12, "b": 5}
     features, aligner = fitted(widths)
     torch.manual_seed(0)
-    heads = TeacherHeads(12, widths, aligner)
+    heads = TeacherHeads({"image": 12, "text": 12}, widths, aligner)
     embedding = F.normalize(aligner.transform("a", features["a"]["image"], "image"), dim=1)
     optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
     for _ in range(150):

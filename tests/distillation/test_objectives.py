@@ -257,7 +257,7 @@ def test_no_loss_waits_for_the_device(captioned):
         losses=dict.fromkeys(DISTILL_LOSSES, 1.0), head_form="angular", target="leave_one_out", false_negatives=0.6,
         confidence=0.5, teacher_dropout=0.2, teacher_weights={"ct/a": 2.0}, relational_teachers="available",
     )  # fmt: skip
-    heads = TeacherHeads(8, {"a": 8, "b": 8})
+    heads = TeacherHeads({"image": 8, "text": 8}, {"a": 8, "b": 8})
     objective = DistillObjective(student(8), options, heads=heads, dispersions={"image/a": 0.8, "text/b": 0.7})
     embeddings = {side: F.normalize(torch.randn(8, 8), dim=1).requires_grad_() for side in ("image", "text")}
     more = {} if captioned is None else {"captioned": captioned}

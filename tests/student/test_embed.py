@@ -81,12 +81,15 @@ def test_the_text_tower_sees_few_padded_tokens():
 
 def test_pieces_of_a_batch_may_be_embedded_alone():
     student, given = model(), batch(descending(40))
-    whole = embed(student, given)
+    whole = embed(student, given, trunk=True)
+    projected = student.visual_projection(whole["image_trunk"])
+    torch.testing.assert_close(torch.nn.functional.normalize(projected, dim=1), whole["image"])
+    assert len(whole["text_trunk"]) == 40
     for start, stop in itertools.pairwise((0, 3, 30, 40)):
         piece = {
             key: value if isinstance(value, PixelStatistics) else value[start:stop] for key, value in given.items()
         }
-        for name, features in embed(student, piece).items():
+        for name, features in embed(student, piece, trunk=True).items():
             torch.testing.assert_close(features, whole[name][start:stop], atol=1e-6, rtol=0)
 
 

@@ -34,6 +34,7 @@ from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import hold_out_split, open_pairs, write_manifest
 from mmkd.data.provenance import teachers_file, teachers_of
 from mmkd.data.table import Pair
+from mmkd.distillation.heads import TeacherHeads
 from mmkd.training.batches import JoinedBatches, StoredBatches
 from mmkd.training.settings import BatchSettings
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel, MMKDClipProcessor
@@ -384,6 +385,20 @@ def test_distilling_twice_gives_the_same_bytes(tmp_path, world):
     }
     assert (told["stage"], told["data"]["pairs"]) == ("distill", PAIRS)
     assert told["started_from"] == [{"weights": "student", "license": "not stated"}]
+
+
+def test_heads_read_the_trunk_that_is_trained(tmp_path, world):
+    heads = ("--losses.heads", 1, "--head_form", "angular", "--head_input", "trunk", "--max_steps", 2)
+    distill(tmp_path / "out", world, *heads)
+    loaded = TeacherHeads.load(tmp_path / "out")
+    assert loaded.dims == {"image": SMALL["hidden_size"], "text": SMALL["hidden_size"]}
+    model = MMKDClipModel.from_pretrained(tmp_path / "out")
+    pooled = model.vision_model(torch.zeros(1, 3, 32, 32)).pooler_output
+    assert loaded.emulate("three", pooled, "image").shape == (1, 24)
+    with pytest.raises(ValueError, match="both are frozen"):
+        distill(tmp_path / "frozen", world, *heads, "--freeze", "vision_model,text_model")
+    with pytest.raises(ValueError, match="give another loss a weight"):
+        distill(tmp_path / "alone", world, *heads[2:], "--losses", "{heads: 1}")
 
 
 def test_images_without_captions_join_every_batch(tmp_path, world):
