@@ -26,9 +26,10 @@ def claim():
     return json.loads((RESULTS / "claim.json").read_text(encoding="utf-8"))
 
 
-def test_the_page_of_the_experiment_has_the_table_of_its_results(claim):
+def test_the_page_of_the_experiment_has_the_tables_of_its_results(claim):
     page, primary = (RESULTS / "claim.md").read_text(encoding="utf-8"), claim["primary"]
-    assert summary(claim).strip() in page
+    for found in (claim, json.loads((RESULTS / "claim_vision.json").read_text(encoding="utf-8"))):
+        assert summary(found).strip() in page
     assert f"{primary['delta']:+.1f} points [{primary['low']:+.1f}, {primary['high']:+.1f}]" in page
 
 

@@ -74,8 +74,7 @@ from mmkd.training.dataset import TeacherStores
 from mmkd.training.loop import fit, start
 from mmkd.training.optimizer import make_trainable
 from mmkd.training.validation import validation_of
-from modeling_mmkd.configuration_mmkd import tower_width
-from modeling_mmkd.modeling_mmkd import vision_width
+from modeling_mmkd.modeling_mmkd import tower_width, vision_width
 
 DISPERSION_PAIRS, SPREAD_PAIRS = 8192, 2048
 
