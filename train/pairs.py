@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, require_least, run, setting
 
 
 @dataclass
@@ -262,9 +262,7 @@ def views(settings: ViewsSettings) -> None:
     Raises:
         ValueError: a setting is out of range.
     """
-    for name in ("number", "side", "workers", "shard_pairs"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name} is {getattr(settings, name)}; it must be at least 1")
+    require_least(settings, number=1, side=1, workers=1, shard_pairs=1)
     if not 0 < settings.crop_area <= 1:
         raise ValueError(f"--crop_area is {settings.crop_area}; it must be above 0 and at most 1")
     refuse_existing(settings.output, settings.overwrite)
