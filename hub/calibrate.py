@@ -98,7 +98,7 @@ def main(settings: CalibrateSettings) -> None:
     """
     folder = check(settings)
     pairs = open_pairs(settings.pairs)
-    labels = read_labels(settings.labels) if settings.labels else labels_of(pairs, settings.mode)
+    labels = read_labels(settings.labels, settings.mode) if settings.labels else labels_of(pairs, settings.mode)
     templates = read_templates(settings.templates) if settings.templates else []
     encoder = load_encoder(settings.model, settings.device)
     encoder.batch_size = settings.batch_size

@@ -80,7 +80,7 @@ def main(settings: PredictSettings) -> None:
         ValueError: settings or labels that cannot work, a calibration of something else, or no readable image.
     """
     check(settings)
-    labels = read_labels(settings.labels) if settings.labels else []
+    labels = read_labels(settings.labels, settings.mode) if settings.labels else []
     templates = read_templates(settings.templates) if settings.templates else []
     files = find_images(settings.images)
     encoder = load_encoder(settings.model, settings.device)

@@ -46,6 +46,7 @@ if __name__ == "__main__":
 
 from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
+from mmkd.files import as_written
 from mmkd.publishing.datasets import stage_features, stage_pairs
 from mmkd.publishing.model import parse_size, stage_adapter, stage_model
 from mmkd.publishing.publication import Draft, Publication, Uploaded, kind_of, require_token, upload
@@ -64,7 +65,8 @@ def main(settings: PushSettings) -> None:
         OSError: the Hub does not answer.
     """
     with tempfile.TemporaryDirectory(prefix=".mmkd-push-", dir=staging_place(settings.folder)) as staged:
-        publication = make_publication(settings, Path(staged))
+        with as_written():
+            publication = make_publication(settings, Path(staged))
         for note in publication.notes:
             print(f"note: {note}", file=sys.stderr)
         if settings.dry_run:

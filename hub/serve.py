@@ -228,7 +228,7 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
     """
     templates = read_templates(settings.templates) if settings.templates else []
     default = normal_labels(templates) if settings.mode == "normal" else []
-    labels = read_labels(settings.labels) if settings.labels else default
+    labels = read_labels(settings.labels, settings.mode) if settings.labels else default
     archive = None if settings.index is None else Archive(SearchIndex.open(settings.index), settings.images)
     folder = Path(settings.model)
     encoder, count_tokens = load_served(settings.model, settings.device, settings.resize == "fast")

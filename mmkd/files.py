@@ -37,7 +37,8 @@ YAML_STARTS = (
     *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
     *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
 )
-_last_read: list[Path] = []
+MOST_NAMED = 6
+_read: dict[Path, None] = {}  # the last ones, in the order of reading
 YAML_ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
@@ -95,13 +96,39 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def note_read(path: Path) -> None:
-    """Remember the file that is read now, for an error that nobody expected and that names no file."""
-    _last_read[:] = [path]
+    """Remember the file that is read now, for an error that names no file."""
+    _read.pop(path, None)
+    _read[path] = None
+    if len(_read) > MOST_NAMED:
+        del _read[next(iter(_read))]
 
 
 def last_read() -> Path | None:
     """The file of the last `note_read`."""
-    return _last_read[0] if _last_read else None
+    return next(reversed(_read), None)
+
+
+def files_read() -> str:
+    """The files of the last `note_read`, the last one first."""
+    return " or ".join(map(str, reversed(_read)))
+
+
+@contextlib.contextmanager
+def as_written(*more: type[Exception]) -> Iterator[None]:
+    """Name the files behind an error of values that other commands write: it shows only where they are used.
+
+    Args:
+        *more: kinds of errors in the block that are meant for nobody, beside those of keys and types.
+
+    Raises:
+        ValueError: a file that was read holds other keys or types than what writes it; the message names it.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, *more) as error:
+        if any(str(path) in str(error) for path in _read):
+            raise
+        raise ValueError(f"{files_read()} is not what mmkd writes ({error!r}); make it again") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -148,7 +175,7 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path} has more than {YAML_LIMIT_BYTES} bytes; refused")
     try:
         text = path.read_text(encoding="utf-8")
-        _refuse_yaml_bombs(text)
+        _refuse_hostile_yaml(text)
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -191,14 +218,16 @@ def parse_json_object(content: bytes, place: str) -> dict[str, Any]:
     return value
 
 
-def _refuse_yaml_bombs(text: str) -> None:
-    """Refuse nesting that takes hours to parse, and copies of copies that would fill the memory when printed."""
+def _refuse_hostile_yaml(text: str) -> None:
+    """Refuse nesting that takes hours to parse, copies of copies that fill the memory when printed, half characters."""
     depth = aliases = 0
     for token in yaml.scan(text):
         depth += isinstance(token, YAML_STARTS) - isinstance(token, YAML_ENDS)
         aliases += isinstance(token, yaml.AliasToken)
         if depth > DEEPEST_YAML or aliases > MOST_ALIASES:
             raise ValueError(f"nested deeper than {DEEPEST_YAML} levels, or more than {MOST_ALIASES} aliases")
+        if isinstance(token, yaml.ScalarToken):
+            token.value.encode()
 
 
 @contextlib.contextmanager

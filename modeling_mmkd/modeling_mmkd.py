@@ -224,6 +224,10 @@ def check_bounds(name: str, values: dict[str, Any]) -> None:
         for size in value if isinstance(value, list | tuple) else [value]:
             if key.endswith(SIZES) and isinstance(size, int | float) and not -most <= size <= most:
                 raise ValueError(f"{name}: {key} is {size}; allowed: 1 to {most}")
+        if key.endswith(SIZES) and isinstance(value, str):
+            raise ValueError(f"{name}: {key} is {value!r}; allowed: 1 to {most}")
+        if key in ("output_hidden_states", "output_attentions") and not isinstance(value, bool | None):
+            raise ValueError(f"{name}: {key} is {value!r}; allowed: true and false")
         # timm opens the folder, transformers downloads and runs the kernel that stands in place of a name
         is_name = key in ("architecture", "timm_model_name") or "attn_implementation" in key
         if is_name and isinstance(value, str) and (":" in value or "/" in value):

@@ -218,7 +218,7 @@ def verify(settings: VerifySettings) -> None:
         found, originals = faults(folder, settings.workers, bar.update)
     if found:
         more = [f"and {len(found) - SHOWN_FAULTS} more"] if len(found) > SHOWN_FAULTS else []
-        raise ValueError("\n       ".join([f"{len(found)} faults:", *found[:SHOWN_FAULTS], *more]))
+        raise ValueError("\n       ".join([f"{len(found)} faults in {settings.folder}:", *found[:SHOWN_FAULTS], *more]))
     if not settings.quiet:
         total = len(folder.pairs)
         print(f"{settings.folder}: {total:,} images open and have their size, {originals:,} are the original files")

@@ -63,7 +63,7 @@ if __name__ == "__main__":
     check_arguments(PlanSettings)  # before the imports that take seconds
 
 from mmkd.encoders.weights import CONFIG_FILES, fetch, load_config
-from mmkd.files import write_json
+from mmkd.files import as_written, write_json
 from mmkd.training.planning import Estimate, Hardware, ModelSize, Stage, estimate, fitting, measure
 from modeling_mmkd import MMKDClipConfig, MMKDClipModel
 
@@ -76,7 +76,8 @@ def main(settings: PlanSettings) -> None:
     Raises:
         SystemExit: with 1 where a stage cannot run with these settings.
     """
-    size = measured_model(settings.model, settings.precision)
+    with as_written():
+        size = measured_model(settings.model, settings.precision)
     hardware = hardware_of(settings)
     estimates = [estimate(stage, size, hardware) for stage in stages_of(settings)]
     print("\n".join(report(settings, size, estimates)))

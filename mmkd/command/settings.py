@@ -39,7 +39,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from mmkd.command.launch import end_with_parent
-from mmkd.files import atomic_write_text, exclusive, last_read, read_yaml
+from mmkd.files import atomic_write_text, exclusive, files_read, read_yaml
 
 T = TypeVar("T")
 Command = type | Mapping[str, type]
@@ -108,10 +108,12 @@ def run(
     is_first = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:
         end_with_parent()
+    written: list[Path] = []
     try:
         with printable_output(), ignore_broken_pipe(), contextlib.ExitStack() as held:
             named = outputs(settings) if outputs is not None else [getattr(settings, "output", None)]
-            for output in (path for path in named if is_first and isinstance(path, Path)):
+            written += (path for path in named if isinstance(path, Path))
+            for output in written if is_first else ():
                 held.enter_context(exclusive(output))
             main(settings)
     except ModuleNotFoundError:
@@ -119,7 +121,7 @@ def run(
     except Exception as error:
         if DEBUG_VARIABLE in os.environ:
             raise
-        fail(1, _message(error))
+        fail(1, _message(error, written))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
@@ -488,15 +490,19 @@ def _program() -> str:
     return f"mmkd {os.environ.get(COMMAND_VARIABLE) or Path(sys.argv[0]).stem.removeprefix('mmkd ')}"
 
 
-def _message(error: Exception) -> str:
-    """An error of the operating system as ``FILE: what is wrong``, one that is meant for the user as it is."""
+def _message(error: Exception, outputs: Sequence[Path]) -> str:
+    """An error of the operating system as ``FILE: what is wrong``, one that is meant for the user as it is.
+
+    The system does not say where the disk is full; where no writer knows it, the outputs stand there.
+    """
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}{'; free some and try again' if error.errno == errno.ENOSPC else ''}"
+        is_full = error.errno == errno.ENOSPC
+        where = error.filename or (", ".join(map(str, outputs)) if is_full else "")
+        return f"{where}{': ' if where else ''}{error.strerror}{'; free some and try again' if is_full else ''}"
     if isinstance(error, (ValueError, OSError, SafetensorError)):
         return str(error)
-    told, path = " ".join(str(error).split()), last_read()
-    read = f" (after {path} was read, which may be damaged)" if path is not None and str(path) not in told else ""
+    told, read = " ".join(str(error).split()), files_read()
+    read = f" (perhaps of {read}, which may be damaged)" if read else ""
     return f"{type(error).__name__}: {told}{read}; this was not expected: --debug shows where it happened"
 
 

@@ -204,7 +204,10 @@ def read_rules(preset: str, **changes: Any) -> Rules:
                 raise ValueError(f"{path}: {key} must be of type {type(default).__name__}, not {value!r}")
             read[key] = float(value) if isinstance(default, float) else value
     licenses = (name if name in LICENSE_FAMILIES else plain_license(name) for name in read.get("licenses", ()))
-    return Rules(**read | {"licenses": tuple(licenses)})
+    try:
+        return Rules(**read | {"licenses": tuple(licenses)})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def plain_license(name: str) -> str:

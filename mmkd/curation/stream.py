@@ -172,9 +172,12 @@ def _finish(
     decisions = decide(files, rules, exclusions)
     account = _account(parts, count, joined, decisions) | {"test_sets": exclusions.report}
     if not account["kept"]:
+        first = next(_listed(files), {})
         discard(parts, output)
         raise ValueError(
             f"nothing is left of the {account['read']} samples of {settings['source']}; dropped: {account['dropped']}"
+            + (f", the first {first['row']}" if "row" in first else "")
+            + ("; captions come from labels.csv, .jsonl, Parquet or tars" if "no_caption" in account["dropped"] else "")
         )
     folder = parts / f"output-{decisions.fingerprint()[:16]}"
     remove(folder)  # of a killed run, whose archives would be reused unchecked
@@ -183,8 +186,7 @@ def _finish(
     bar = partial(tqdm, desc="write", unit="shard", disable=quiet)
     run_tasks(_write_shards, shards, lambda shard: not shard[2].any() or shard[1].exists(), tasks, output, bar)
     _write_manifest(files, decisions, folder, settings["source"])
-    listed = chain.from_iterable(read_json(file.with_suffix(".json"))["listed"] for file in files)
-    dropped = chain(listed, dropped_rows(files, decisions))
+    dropped = chain(_listed(files), dropped_rows(files, decisions))
     atomic_write_lines(folder / "dropped.jsonl", (json.dumps(row, ensure_ascii=False) + "\n" for row in dropped))
     origin = attribution(source)
     if origin is not None:
@@ -194,6 +196,11 @@ def _finish(
     rename_folder(folder, output)
     discard(parts, output)
     return report
+
+
+def _listed(files: Sequence[Path]) -> Iterator[dict[str, str]]:
+    """What was dropped of each part, before the parts were compared."""
+    return chain.from_iterable(read_json(file.with_suffix(".json"))["listed"] for file in files)
 
 
 def _account(parts: Path, count: int, joined: dict[str, Any], decisions: Decisions) -> dict[str, Any]:

@@ -245,11 +245,14 @@ def map_table(path: Path) -> pa.Table:
     note_read(path)
     try:
         with pa.memory_map(str(path)) as file:
-            return pa.ipc.open_file(file).read_all()
+            table = pa.ipc.open_file(file).read_all()
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise ValueError(f"{path} is not a complete Arrow file ({error}); curate again or restore it") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise ValueError(f"{path} is damaged (two columns of one name); curate again or restore it")
+    return table
 
 
 def table_schema(columns: dict[str, pa.DataType], image_root: str) -> pa.Schema:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmkd.files import is_folder_name, note_read, read_json, read_object
+from modeling_mmkd import MMKDClipProcessor
 from modeling_mmkd.modeling_mmkd import check_bounds
 
 TOKENIZER_FILES = (
@@ -43,6 +44,7 @@ PIXEL_KEYS = (
     *("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample"),
     *("rescale_factor", "image_mean", "image_std"),
 )
+PROBE = "A 12-mm nodule of the LUNG (naïve, T2*)"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 STRAY_BUFFERS = ("position_ids", "relative_position_index")  # saved by older releases, derived by newer ones
@@ -303,7 +305,10 @@ def read_part(loader: Any, folder: Path | str, files: Sequence[str] = CONFIG_FIL
         ValueError: a file is damaged, or holds what the loader does not expect; the message names it.
     """
     try:
-        return loader.from_pretrained(folder, **{"trust_remote_code": False, **options})
+        part = loader.from_pretrained(folder, **{"trust_remote_code": False, **options})
+        if isinstance(part, MMKDClipProcessor) and part.tokenizer is not None:
+            _refuse_other_tokens(Path(folder) / TOKENIZER_FILES[0], part.tokenizer)
+        return part
     except BaseException as error:  # of wrong values, transformers raises anything, and tokenizers panics
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
@@ -334,6 +339,30 @@ def read_processor(loader: Any, folder: Path, **options: Any) -> Any:
                     "transformers reads the first, other programs the second; write into both what training used"
                 )
     return read_part(loader, folder, **options)
+
+
+def _refuse_other_tokens(path: Path, tokenizer: Any) -> None:
+    """Refuse a tokenizer that makes other tokens of a text than its file states, which other programs read alone.
+
+    transformers takes the class from ``tokenizer_config.json``, and of ``tokenizer.json`` some classes take the
+    vocabulary alone.
+
+    Raises:
+        ValueError: the class, or a setting beside it, is not that of the file.
+    """
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        return
+    stated = Tokenizer.from_file(str(path))
+    stated.no_truncation()
+    stated.no_padding()
+    tokenizer(PROBE, truncation=True, padding=True)  # with a limit of another type, an error
+    if stated.encode(PROBE).ids != tokenizer(PROBE, verbose=False)["input_ids"]:
+        raise ValueError(
+            f"{type(tokenizer).__name__}, as {TOKENIZER_FILES[1]} has it, makes other tokens of {PROBE!r} than "
+            f"{path.name} states; write into both what training used"
+        )
 
 
 def _sizes(value: Any) -> Any:

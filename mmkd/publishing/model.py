@@ -16,7 +16,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
 from mmkd.data.provenance import UNSTATED
-from mmkd.files import fingerprint, read_json, write_json
+from mmkd.files import fingerprint, read_json, read_object, write_json
 from mmkd.publishing import card as cards
 from mmkd.publishing.publication import (
     ADAPTER_CONFIG,
@@ -108,7 +108,7 @@ def _stage_onnx(onnx: Path, staged: Path, files: Sequence[Path]) -> None:
     graphs = sorted((onnx / "onnx").glob("*.onnx*"))
     if not graphs or not (onnx / "export.json").is_file():
         raise FileNotFoundError(f"--onnx {onnx} holds no export; `mmkd export MODEL --format onnx` writes one")
-    if (read_json(onnx / "export.json").get("provenance") or {}).get("fingerprint") != fingerprint(sorted(files)):
+    if (read_object(onnx / "export.json").get("provenance") or {}).get("fingerprint") != fingerprint(sorted(files)):
         raise ValueError(f"--onnx {onnx} is of other weights than the model; export it again")
     for path in graphs:
         stage_file(path, staged / "onnx" / path.name)

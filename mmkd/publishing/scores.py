@@ -58,7 +58,9 @@ def read_scores(results: Path, weights: list[Path]) -> Scores:
                 index += _index_entries(key, task, result, dataset, split)
         on = f"the {split} split of {', '.join(f'`{escape(name)}`' for name in sorted(datasets))}"
         return Scores(rows, index, on, _checks(list(datasets.values())), _picture(drawn, name))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if str(results) in str(error):
+            raise
         raise ValueError(f"{path} is not what `mmkd eval` writes ({error!r}); evaluate again") from error
 
 

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -229,9 +229,23 @@ def read_calibration(folder: Path, fingerprint: str, key: str) -> Calibration | 
         return None
     try:
         quantile = math.inf if entry["quantile"] is None else entry["quantile"]
-        return Calibration(**{**entry, "fingerprint": fingerprint, "key": key, "quantile": quantile})
-    except (TypeError, KeyError, AttributeError) as error:
+        found = Calibration(**{**entry, "fingerprint": fingerprint, "key": key, "quantile": quantile})
+        _check(found)
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path.name} is damaged ({error}); run `mmkd calibrate` again") from None
+    return found
+
+
+def _check(found: Calibration) -> None:
+    """Raise on values that no calibration has: `math.isnan` takes numbers alone."""
+    numbers = [found.scale, found.alpha, found.quantile, found.abstain_rate, *found.thresholds.values()]
+    numbers += [] if found.abstain_below is None else [found.abstain_below]
+    if any(map(math.isnan, numbers)) or not 0 < found.scale < math.inf:
+        raise ValueError("its numbers are impossible")
+    if found.conformal not in get_args(Conformal):
+        raise ValueError(f"unknown method {found.conformal!r}")
+    if found.mode == "multilabel" and {*found.thresholds} != {*found.labels}:
+        raise ValueError("its thresholds are of other labels")
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:

@@ -26,7 +26,7 @@ import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
 from mmkd.data.features import IDENTITY
-from mmkd.data.features.shards import TensorMap, read_header, shard_file, write_shard
+from mmkd.data.features.shards import TensorMap, checksums_match, read_header, shard_file, write_shard
 from mmkd.data.features.store import VectorStore
 from mmkd.data.pixel_rules import Window, WindowPreset
 from mmkd.files import atomic_write_bytes, exclusive, is_folder_name, read_json, write_json
@@ -86,6 +86,7 @@ class SearchIndex:
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         """Map the files that ``meta`` names."""
         self.path = path
+        self._whole: set[str] = set()  # files of which every byte was compared
         self._load(meta)
 
     @classmethod
@@ -116,7 +117,7 @@ class SearchIndex:
 
     @classmethod
     def open(cls, path: Path) -> SearchIndex:
-        """Open an index; in milliseconds, whatever its size.
+        """Open an index: up to `GRAPH_ROWS` rows, which a search reads anyway, by every byte; else in milliseconds.
 
         Raises:
             FileNotFoundError: there is no index, or a file of it is missing.
@@ -329,7 +330,9 @@ class SearchIndex:
         counts = [shard["rows"] for shard in meta["shards"]]
         files = [self.path / shard["file"] for shard in meta["shards"]]
         for file, shard in zip(files, meta["shards"], strict=True):
-            _check_shard(file, shard, meta["dim"])
+            every_byte = sum(counts) < GRAPH_ROWS and shard["file"] not in self._whole
+            _check_shard(file, shard, meta["dim"], every_byte)
+            self._whole |= {shard["file"]} if every_byte else set()
         self._store = VectorStore(files, counts)
         if files:  # mapped now, a file stays readable after a writer has removed its name
             self._store.gather("vectors", np.cumsum([0, *counts[:-1]]))
@@ -484,8 +487,8 @@ def _removed_rows(file: Path, total: int) -> Rows:
     return rows
 
 
-def _check_shard(file: Path, entry: dict[str, Any], dim: int) -> None:
-    """Refuse a shard that is missing, truncated, or not the one that ``index.json`` names."""
+def _check_shard(file: Path, entry: dict[str, Any], dim: int, every_byte: bool) -> None:
+    """Refuse a shard that is missing, truncated, or not the one that ``index.json`` names, as far as is asked."""
     again = "make the index again: remove its folder and run `mmkd index`"
     try:
         header = read_header(file)
@@ -498,6 +501,8 @@ def _check_shard(file: Path, entry: dict[str, Any], dim: int) -> None:
     expected |= {"id_end": ("I64", [rows]), "id_text": ("U8", found.get("id_text", ("", [0]))[1][:1])}
     if header.sha256 != entry["header_sha256"] or found != expected:
         raise ValueError(f"{file} is not the file that {INDEX_FILE} names; {again}")
+    if every_byte and not checksums_match(file, header):
+        raise ValueError(f"{file} is damaged: its checksum does not match; {again}")
 
 
 def _sample(file: Path) -> str:

@@ -243,7 +243,7 @@ class Predictor:
         )
 
 
-def read_labels(source: str) -> list[Label]:
+def read_labels(source: str, mode: Mode = "multilabel") -> list[Label]:
     """The labels of a file, or of a text ``a,b,c``.
 
     A text file holds a label on each line; a CSV file the column ``label`` and optionally ``prompt``,
@@ -252,7 +252,8 @@ def read_labels(source: str) -> list[Label]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, too large, of another form or without labels, or a label occurs twice.
+        ValueError: the file is not UTF-8, too large, of another form, without labels or with too few for the mode, or a
+            label occurs twice.
     """
     path = Path(source)
     is_file = len(source) < 4096 and "\n" not in source and path.exists()
@@ -269,7 +270,7 @@ def read_labels(source: str) -> list[Label]:
     if len(labels) > MOST_LABELS:
         raise ValueError(f"--labels {source} holds {len(labels)} labels; at most {MOST_LABELS} are allowed")
     try:
-        _refuse_repeated(labels)
+        _check_labels(labels, mode)
     except ValueError as error:
         raise ValueError(f"--labels {source}: {error}" if is_file else str(error)) from None
     return labels

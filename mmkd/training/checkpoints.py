@@ -35,11 +35,13 @@ from mmkd.distributed import (
     world_size,
 )
 from mmkd.files import (
+    as_written,
     atomic_write_text,
     discard,
     fingerprint,
     is_folder_name,
     read_json,
+    read_object,
     read_yaml,
     rename_folder,
     write_json,
@@ -88,14 +90,15 @@ class RunFolder:
             ValueError: one that would change the result differs; the message names the old and the new value.
         """
         before, now = read_yaml(self._settings), resolved(settings)
-        changed = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
+        with as_written():
+            changed = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
         if changed:
             listed = "; ".join(f"{key} was {before.get(key)!r}, is now {now[key]!r}" for key in changed)
             raise ValueError(
                 f"{self.path} holds an unfinished run with other settings: {listed}. Start it with the "
                 f"same settings, choose another --output, or remove {self.path}"
             )
-        known = read_json(self._data)
+        known = read_object(self._data)
         changed = [key for key in data if known.get(key) != data[key]]
         if changed:
             listed = "; ".join(f"{key} was {known.get(key)}, is now {data[key]}" for key in changed)

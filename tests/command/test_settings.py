@@ -120,7 +120,7 @@ def test_help_lists_every_setting_in_its_group_and_required_ones_first(capsys):
         (
             OSError(28, "No space left on device"),
             1,
-            "mmkd x: error: No space left on device; free some and try again\n",
+            "mmkd x: error: o: No space left on device; free some and try again\n",
         ),
         (SafetensorError("I/O error"), 1, "mmkd x: error: I/O error\n"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume\n"),

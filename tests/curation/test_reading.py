@@ -185,7 +185,7 @@ def test_verify_finds_damage(pairs, tmp_path):
     tar.write_bytes(data)
     done = run("verify", tmp_path / "pairs", "--quiet")
     assert done.returncode == 1
-    assert f"1 faults:\n       {first.id}: its image is unsupported" in done.stderr
+    assert f"1 faults in {tmp_path / 'pairs'}:\n       {first.id}: its image is unsupported" in done.stderr
 
 
 def test_a_table_of_another_version(pairs, tmp_path):

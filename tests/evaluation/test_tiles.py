@@ -144,8 +144,22 @@ def test_slides_become_bags_and_bad_ones_are_listed(slides, tmp_path, encoder):
     tile.main(settings(slides, tmp_path / "bags", slide_mpp=0.25))
     assert encoder.calls == calls + 32, "only the missing and the damaged bag are made again"
     assert {path: path.read_bytes() for path in bags.files.values()} == before
+    with h5py.File(bags.files["a"], "r+") as file:
+        file["features"][0, 0] += 1  # HDF5 writes its own checksum anew
+    with pytest.raises(UndefinedMetricError, match="features of slide a differ from what was written"):
+        BagFolder(tmp_path / "bags").open("fake").features("a")
+    tile.main(settings(slides, tmp_path / "bags", slide_mpp=0.25))
+    assert {path: path.read_bytes() for path in bags.files.values()} == before
     with pytest.raises(ValueError, match=r"was made with other settings .size 32 there, 64 now"):
         tile.main(settings(slides, tmp_path / "bags", slide_mpp=0.25, size=64))
+
+
+def test_a_damaged_bag_stays_until_it_is_written_again_or_its_slide_cannot_be_read(slides, tmp_path):
+    writer, bag = tiles.SlideWriter(tmp_path, tiles.Tiling(), 1, 1, {}), tmp_path / "broken.h5"
+    bag.write_bytes(b"damaged")
+    assert not writer.has("broken") and bag.is_file()
+    writer.write("broken", slides / "broken.svs", None)
+    assert not bag.exists() and "OpenSlide" in writer.skipped()["broken"]
 
 
 def test_what_cannot_work_is_told(slides, tmp_path, encoder):

@@ -180,6 +180,15 @@ def test_two_files_that_describe_different_pixels_are_refused(tmp_path):
         load_student(str(tmp_path))
 
 
+@pytest.mark.parametrize("forged", [{"tokenizer_class": "CLIPTokenizer"}, {"do_lower_case": False}], ids=str)
+def test_a_tokenizer_that_makes_other_tokens_than_its_file_states_is_refused(tmp_path, forged):
+    save_tiny(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | forged))
+    with pytest.raises(ValueError, match=r"as tokenizer_config\.json has it, makes other tokens of .* states"):
+        load_student(str(tmp_path))
+
+
 def test_sizes_beyond_any_model_are_refused_before_it_is_built():
     with pytest.raises(ValueError, match="allowed: 1 to 1024"):
         MMKDClipConfig(text_config={"num_hidden_layers": 1_000_000})
@@ -227,7 +236,7 @@ def test_what_was_not_expected_names_the_file_that_was_read_last(tmp_path, monke
     with pytest.raises(SystemExit, match="1"):
         run(NoSettings, lambda _: read_json(tmp_path / "forged.json")["teachers"])
     errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and f"after {tmp_path / 'forged.json'} was read" in errors
+    assert errors.count("\n") == 1 and f"(perhaps of {tmp_path / 'forged.json'}" in errors
     with pytest.raises(ValueError, match=r"forged\.json must hold a JSON object, not a list"):
         read_object(tmp_path / "forged.json")
 

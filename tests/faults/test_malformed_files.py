@@ -15,12 +15,15 @@ import torch
 import yaml
 from damage import ROUNDS, damaged_bytes, damaged_values, outcome
 from fake_encoder import make_pairs, write_pairs
+from suite_results import write_suite
 from tiny_model import save_tiny
 
 from mmkd.data.features.writer import FeatureWriter
 from mmkd.data.folder import open_pairs
+from mmkd.evaluation.settings import ReportSettings
+from mmkd.serving.predictor import read_labels
 from mmkd.student.folder import load_student
-from mmkd.train import catalog, features, pairs, plan
+from mmkd.train import catalog, features, pairs, plan, report
 
 
 def answered(code, errors, file):
@@ -72,6 +75,7 @@ def world(tmp_path_factory):
     (folder / "settings.yaml").write_text(
         yaml.safe_dump({"gpus": 2, "gpu": "h100", "pairs": 1000, "precision": "bf16"})
     )
+    write_suite(folder / "results", [("one", "probe", "CT")], rows=("student", "plip"))
     return folder
 
 
@@ -79,6 +83,8 @@ def commands(folder):
     """File, settings, recipe and arguments of commands that read it."""
     model, manifest, store = folder / "model" / "config.json", folder / "pairs" / "manifest.arrow", folder / "features"
     meta, own, options = store / "PLIP" / "meta.json", folder / "own.yaml", folder / "settings.yaml"
+    results = folder / "results"
+    shown = ["--results", results, "--output", folder / "report.html", "--overwrite", "true", "--quiet"]
     return {
         "configuration": (model, plan.PlanSettings, plan.main, ["--model", folder / "model"]),
         "settings": (options, plan.PlanSettings, plan.main, ["--config", options, "--model", folder / "model"]),
@@ -87,10 +93,16 @@ def commands(folder):
         "features": (meta, features.ACTIONS, features.main, ["ls", store]),
         "verify": (meta, features.ACTIONS, features.main, ["verify", store, "--quiet"]),
         "dataset": (own, catalog.ACTIONS, catalog.main, ["show", own]),
+        "check": (own, catalog.ACTIONS, catalog.main, ["check", own]),
+        "results": (results / "summary.json", ReportSettings, report.main, shown),
+        "task": (results / "tasks" / "probe-one.json", ReportSettings, report.main, shown),
     }
 
 
-@pytest.mark.parametrize("name", ["configuration", "settings", "stats", "ls", "features", "verify", "dataset"])
+NAMES = ["configuration", "settings", "stats", "ls", "features", "verify", "dataset", "check", "results", "task"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_a_damaged_file_is_refused_in_one_line_that_names_it(world, capsys, monkeypatch, name, seed):
     path, settings, main, arguments = commands(world)[name]
@@ -146,3 +158,20 @@ def test_wrong_offsets_of_a_manifest_are_refused(world):
             open_pairs(world / "pairs")
     finally:
         path.write_bytes(whole)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    write_pairs(tmp_path, make_pairs(2))
+    path = tmp_path / "manifest.arrow"
+    table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
+    twice = table.append_column("id", table.column("label"))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, twice.schema) as writer:
+        writer.write_table(twice)
+    with pytest.raises(ValueError, match=r"manifest\.arrow is damaged \(two columns of one name\)"):
+        open_pairs(tmp_path)
+
+
+def test_half_a_character_in_yaml_is_refused(tmp_path):
+    (tmp_path / "labels.yaml").write_text('nodule: "\\uD800"\n')
+    with pytest.raises(ValueError, match=r"labels\.yaml is not valid YAML: .*surrogates not allowed"):
+        read_labels(str(tmp_path / "labels.yaml"))

@@ -159,10 +159,14 @@ def test_what_is_written_is_read_back_for_the_same_weights_and_labels(tmp_path):
         read_calibration(tmp_path, "others", "one")
     write_calibration(tmp_path, Calibration("others", "one", "single", ["a", "b"], 3.0))
     assert read_calibration(tmp_path, "others", "two") is None
+    written = (tmp_path / CALIBRATION_FILE).read_text().replace("others", "w")
     for content, text in (
         ("{", "not valid JSON"),
         ("[]", "not a calibration of this version"),
         ('{"version": 1, "fingerprint": "w", "sets": {"one": {"quantile": 1}}}', "is damaged"),
+        (written.replace('"scale": 3.0', '"scale": "wide"'), "is damaged"),
+        (written.replace('"scale": 3.0', '"scale": -3.0'), "numbers are impossible"),
+        (written.replace('"conformal": "lac"', '"conformal": "x"'), "unknown method"),
     ):
         (tmp_path / CALIBRATION_FILE).write_text(content)
         with pytest.raises(ValueError, match=text):

@@ -226,6 +226,7 @@ def damage_meta(path, change):
         (lambda path: next(path.glob("vectors-*")).unlink(), "is missing"),
         (lambda path: next(path.glob("vectors-*")).write_bytes(b"short"), "is truncated"),
         (lambda path: (f := next(path.glob("vectors-*"))).write_bytes(f.read_bytes()[:-9]), "is truncated"),
+        (lambda path: (f := next(path.glob("vectors-*"))).write_bytes(f.read_bytes()[:-9] + b"~" * 9), "its checksum"),
     ],
 )
 def test_a_damaged_index_is_refused(index, path, damage, text):

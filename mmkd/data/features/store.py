@@ -132,7 +132,10 @@ class VectorStore:
             arrays = self._shard(k).arrays
             text, ends = arrays["id_text"], arrays["id_end"]
             begins = np.where(local == 0, 0, ends[np.maximum(local - 1, 0)]).tolist()
-            found[places] = [bytes(text[a:b]).decode() for a, b in zip(begins, ends[local].tolist(), strict=True)]
+            try:
+                found[places] = [bytes(text[a:b]).decode() for a, b in zip(begins, ends[local].tolist(), strict=True)]
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{self.files[k]} is damaged: an id is no text ({error}); make it again") from None
         return found.tolist()
 
     def _empty(self, name: str, rows: int, dtype: Any) -> np.ndarray:

@@ -153,9 +153,9 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
         DatasetNotFoundError: it is not on this machine.
         ValueError: manifest and data disagree, or the data are broken; the message states where and what to do.
     """
-    paths = locate(manifest, data)
     kind = source_kind(manifest)
     try:
+        paths = locate(manifest, data)
         if manifest.sha256 and paths[0].is_file() and (found := content_sha256(paths[0])) != manifest.sha256.lower():
             raise ValueError(f"{paths[0]} has the SHA-256 {found}, the manifest states {manifest.sha256}")
         reading = READERS[kind](manifest, paths)
@@ -169,9 +169,9 @@ def open_dataset(manifest: Manifest, data: Path | None = None) -> Dataset:
         splits = _splits(manifest, reading.samples)
     except (FileNotFoundError, PermissionError) as error:
         raise DatasetNotFoundError(f"{error}; {where_to_get(manifest)}") from error
-    except ValueError as error:
-        path = last_read() or paths[0]  # perhaps the manifest, with which the data disagree
-        place = "" if path.name in str(error) else f"{path.name}: "
+    except (ValueError, OSError) as error:
+        path = last_read()  # perhaps the manifest, with which the data disagree
+        place = "" if path is None or path.name in str(error) else f"{path.name}: "
         raise ValueError(f"{manifest.id}: {place}{error}") from None
     pairs = _pairs(manifest, reading.samples, splits)
     dataset = Dataset(manifest, pairs, reading.questions, reading.store)

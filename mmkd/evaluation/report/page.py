@@ -26,7 +26,7 @@ from mmkd.evaluation.report.leaderboard import Leaderboard, caveat, claims, fact
 from mmkd.evaluation.results.store import ResultStore
 from mmkd.evaluation.settings import DISTILLED, ReportSettings
 from mmkd.evaluation.tasks.task import Outputs
-from mmkd.files import read_json
+from mmkd.files import as_written, read_json
 from mmkd.pages.charts import Chart, Series, lines, moving_mean
 from mmkd.pages.page import Block, Fold, Grid, Page, Section, Table, counted, number, signed, write_page
 
@@ -306,12 +306,13 @@ def write_report(inputs: ReportSettings) -> None:
 
     Raises:
         FileNotFoundError: there is no ``summary.json``, or the pairs do not exist.
-        ValueError: a JSON file is broken.
+        ValueError: a JSON file is broken, or not what the stages write.
     """
     summary_file = inputs.results / "summary.json"
     if not summary_file.is_file():
         raise FileNotFoundError(f"{summary_file} is not there; run `mmkd eval --output {inputs.results}` first")
-    page = report_page(Leaderboard(read_json(summary_file), inputs.results), inputs)
+    with as_written(ValueError):
+        page = report_page(Leaderboard(read_json(summary_file), inputs.results), inputs)
     for file in (inputs.output.with_suffix(".md"), inputs.output):
         write_page(file, page)
 

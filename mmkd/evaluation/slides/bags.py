@@ -26,6 +26,7 @@ FEATURE_NAMES = ("features", "feats", "patch_embeddings", "embeddings")
 JOINT_NAMES = ("proj", "projected")
 SUFFIXES = (".h5", ".hdf5")
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".png", ".jpg")
+CHECKSUM = "sha256"  # attribute of an array
 MEMORY = 2 * 1024**3
 DENSEST = 1032  # bytes that deflate, the densest filter of HDF5, makes of one
 NAMED = 5
@@ -144,7 +145,10 @@ class EncoderBags:
                 raise UndefinedMetricError(
                     f"{self.encoder}: {name} of slide {slide} states shape {stored.shape}, too much for its file"
                 )
-            vectors = np.asarray(stored, dtype=np.float32).reshape(-1, stored.shape[-1])
+            values = stored[()]
+            if CHECKSUM in stored.attrs and stored.attrs[CHECKSUM] != values_sha256(values):
+                raise UndefinedMetricError(f"{self.encoder}: {name} of slide {slide} differ from what was written")
+            vectors = np.asarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
         if not vectors.size:
             raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} is empty")
         if not np.isfinite(vectors).all():
@@ -193,6 +197,11 @@ class EncoderBags:
         except Exception as error:  # of damaged files, h5py raises anything from OSError to SystemError
             reason = str(error).partition("\n")[0]
             raise UndefinedMetricError(f"{self.encoder}: the bag of slide {slide} cannot be read ({reason})") from None
+
+
+def values_sha256(values: np.ndarray) -> str:
+    """SHA-256 of an array as HDF5 decodes it: its own checksums do not cover how numbers are to be read."""
+    return hashlib.sha256(f"{values.dtype.str} {values.shape}".encode() + values.tobytes()).hexdigest()
 
 
 def _lies_elsewhere(file: Any, name: str) -> bool:

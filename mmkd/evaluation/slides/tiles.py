@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from mmkd.command.tasks import Progress, resident
 from mmkd.data.images import UnreadableImageError, encode, heat_colours, open_image
 from mmkd.encoders.encoder import DualEncoder
+from mmkd.evaluation.slides.bags import CHECKSUM, values_sha256
 from mmkd.files import atomic_write_bytes, atomic_write_text
 
 THUMBNAIL = 1024
@@ -300,7 +301,7 @@ class SlideWriter:
     made_of: dict[str, Any] | None = None
 
     def has(self, slide: str) -> bool:
-        """Whether the file or note of a slide is there; a bag that is damaged is written again.
+        """Whether the file of a slide is there and whole, or its note; nothing is changed.
 
         Raises:
             ValueError: a bag was made with other settings.
@@ -313,19 +314,18 @@ class SlideWriter:
         try:
             with h5py.File(path, "r") as file:
                 own = dict(json.loads(file.attrs.get("made_of", "{}")))
-                for name in ARRAYS:
-                    file[name][:]  # compares the checksum of every chunk
+                stored = {name: file[name] for name in ARRAYS if name in file}
+                stated = [array.attrs.get(CHECKSUM) == values_sha256(array[:]) for array in stored.values()]
         except Exception:  # of damaged files, h5py raises anything from OSError to SystemError
-            path.unlink()
             return False
         differing = [key for key in self.made_of if own.get(key) != self.made_of[key]]
         if differing:
             changes = ", ".join(f"{key} {own.get(key)!r} there, {self.made_of[key]!r} now" for key in differing)
             raise ValueError(f"{path} was made with other settings ({changes}); choose another --output")
-        return True
+        return len(stored) == len(ARRAYS) and all(stated)
 
     def write(self, slide: str, path: Path, encoder: DualEncoder | None) -> None:
-        """Write the file of a slide, or the note."""
+        """Write the file of a slide in place of a damaged one, or a note without it."""
         try:
             with Slide(path) as opened:
                 corners = self.tiling.corners(opened)
@@ -334,6 +334,7 @@ class SlideWriter:
                 else:
                     content = self._bag(opened, corners, encoder, self.made_of)
         except (ValueError, OSError) as error:
+            self._file(slide).unlink(missing_ok=True)
             atomic_write_text(self._note(slide), str(error))
             return
         atomic_write_bytes(self._file(slide), content)
@@ -371,7 +372,7 @@ class SlideWriter:
         arrays = *(torch.cat(own).numpy().astype(kind) for own in (pooled, joint)), corners
         with h5py.File(buffer, "w") as file:
             for name, array in zip(ARRAYS, arrays, strict=True):
-                file.create_dataset(name, data=array, fletcher32=True)
+                file.create_dataset(name, data=array, fletcher32=True).attrs[CHECKSUM] = values_sha256(array)
             file.attrs["encoder"] = made_of["encoder"]
             file.attrs["made_of"] = json.dumps(made_of, sort_keys=True)
         return buffer.getvalue()
