@@ -60,9 +60,10 @@ from mmkd.alignment.shards import AlignmentInputs, covariances, write_stores
 from mmkd.command.settings import save_settings
 from mmkd.command.tasks import open_parts
 from mmkd.data.features.lookup import seen_pairs
+from mmkd.data.folder import manifest_sha256
 from mmkd.data.table import VERSION, take_rows
 from mmkd.distributed import rank
-from mmkd.files import content_sha256, refuse_existing, remove, rename_folder, write_json
+from mmkd.files import refuse_existing, remove, rename_folder, write_json
 from mmkd.pages.page import write_page
 from mmkd.training.batches import StoredBatches
 from mmkd.training.loop import fit, start
@@ -85,8 +86,7 @@ def main(settings: AlignSettings) -> None:
 def solve(settings: AlignSettings, inputs: AlignmentInputs) -> None:
     """Align in closed form; parts lie in ``OUTPUT.parts`` until all are there."""
     refuse_existing(settings.output, settings.overwrite)
-    parts = settings.output.with_name(f"{settings.output.name}.parts")
-    open_parts(parts, made_of(settings, inputs), settings.overwrite)
+    parts = open_parts(settings.output, made_of(settings, inputs), settings.overwrite)
     is_phi_s, bar = settings.aligner == "phi-s", partial(tqdm, disable=settings.quiet)
     found = covariances(inputs, not is_phi_s, parts / "sums", settings, bar)
     aligner: Aligner = PhiSAligner.fit(found) if is_phi_s else ProcrustesAligner.fit(found, settings.dim)
@@ -112,8 +112,7 @@ def train(settings: AlignSettings, inputs: AlignmentInputs) -> None:
 
 def made_of(settings: AlignSettings, inputs: AlignmentInputs) -> dict[str, Any]:
     """What sums and aligned features depend on."""
-    files = [file for file in sorted(settings.pairs.iterdir()) if file.suffix in (".arrow", ".jsonl")]
-    data = {"features": inputs.open()[0].identity, "pairs": content_sha256(*files)}
+    data = {"features": inputs.open()[0].identity, "pairs": manifest_sha256(settings.pairs)}
     return {"version": VERSION, "aligner": settings.aligner, "dim": settings.dim, **data}
 
 

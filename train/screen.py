@@ -61,7 +61,7 @@ from tqdm import tqdm
 from mmkd.command.settings import nearest, save_settings
 from mmkd.command.tasks import open_parts, resident, run_tasks
 from mmkd.data.features.lookup import TeacherFeatures, seen_pairs
-from mmkd.data.folder import join_parts, open_pairs
+from mmkd.data.folder import join_parts, manifest_sha256, open_pairs
 from mmkd.data.table import VERSION
 from mmkd.distillation.screening import (
     Screen,
@@ -73,7 +73,7 @@ from mmkd.distillation.screening import (
     screening_page,
     warnings_of,
 )
-from mmkd.files import atomic_folder, content_sha256, refuse_existing, remove, write_json
+from mmkd.files import atomic_folder, refuse_existing, remove, write_json
 from mmkd.pages.page import write_page
 
 RUN = 16384  # pairs whose decisions are one file
@@ -100,8 +100,7 @@ def main(settings: ScreenSettings) -> None:
         if name.lower() not in modalities:
             hint, listed = nearest(name.lower(), modalities), ", ".join(sorted(modalities))
             raise ValueError(f"--modalities {name!r}{hint}: no pair has it; the pairs have {listed}")
-    parts = settings.output.with_name(f"{settings.output.name}.parts")
-    open_parts(parts, made_of(settings, features), settings.overwrite)
+    parts = open_parts(settings.output, made_of(settings, features), settings.overwrite)
     rule = drawn, settings.modality_pairs, settings.rule, settings.percentile, settings.top
     screen, files = Screen(folder, features, *rule), runs(len(folder.pairs), parts)
     opened = partial(Screen.open, settings.pairs, settings.features, features.names, *rule)
@@ -167,8 +166,7 @@ def runs(count: int, parts: Path) -> dict[Path, range]:
 def made_of(settings: ScreenSettings, features: TeacherFeatures) -> dict[str, Any]:
     """What decisions depend on."""
     names = ("rule", "percentile", "top", "minimum_teachers", "modalities", "pool", "modality_pairs", "seed")
-    files = [file for file in sorted(settings.pairs.iterdir()) if file.suffix in (".arrow", ".jsonl")]
-    data = {"features": features.identity, "pairs": content_sha256(*files)}
+    data = {"features": features.identity, "pairs": manifest_sha256(settings.pairs)}
     return {"version": VERSION, **{name: getattr(settings, name) for name in names}, **data}
 
 

@@ -139,20 +139,21 @@ def resident(run: str, make: Callable[[], T]) -> T:
     return found
 
 
-def open_parts(parts: Path, made_of: dict[str, Any], overwrite: bool) -> None:
-    """Create the folder of an unfinished output's parts, or check that they belong to this run.
+def open_parts(output: Path, made_of: dict[str, Any], overwrite: bool) -> Path:
+    """Create the folder of an unfinished output's parts, or check that they belong to this run; returns it.
 
     Args:
-        parts: the folder.
+        output: the finished output, beside which the folder lies.
         made_of: JSON values on which the parts depend.
         overwrite: remove parts of another run.
 
     Raises:
         FileExistsError: the folder holds parts of another run.
     """
+    parts = output.with_name(f"{output.name}.parts")
     file, expected = parts / "settings.json", json.loads(json.dumps(made_of))
     if file.is_file() and read_json(file) == expected:
-        return
+        return parts
     if parts.exists() and any(parts.iterdir()):
         if not overwrite:
             raise FileExistsError(
@@ -161,6 +162,7 @@ def open_parts(parts: Path, made_of: dict[str, Any], overwrite: bool) -> None:
             )
         remove(parts)
     write_json(file, expected)
+    return parts
 
 
 def _divided(items: Sequence[Item], settings: TaskSettings) -> list[Sequence[Item]]:

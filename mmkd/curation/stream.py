@@ -105,8 +105,7 @@ def curate(
         report: dict[str, Any] = read_json(output / REPORT_FILE)
         return report
     refuse_existing(output, overwrite)
-    parts = output.with_name(f"{output.name}.parts")
-    open_parts(parts, settings | {"units": [asdict(unit) for unit in units]}, overwrite)
+    parts = open_parts(output, settings | {"units": [asdict(unit) for unit in units]}, overwrite)
     if reports is not None:
         write_reports(parts, reports, rows)
     bar = partial(tqdm, desc="curate", unit="shard", disable=quiet)

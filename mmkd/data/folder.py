@@ -32,7 +32,7 @@ from mmkd.data.table import (
     take_rows,
     write_table,
 )
-from mmkd.files import is_folder_name, is_inside, json_lines, leads_inside, parse_json_object
+from mmkd.files import content_sha256, is_folder_name, is_inside, json_lines, leads_inside, parse_json_object
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -174,6 +174,11 @@ def join_parts(output: Path, parts: Sequence[Path], images: Path) -> None:
 
 def _relative(images: Path, folder: Path) -> str:
     return Path(os.path.relpath(images, folder)).as_posix()
+
+
+def manifest_sha256(folder: Path) -> str:
+    """SHA-256 of the manifest of a folder of pairs."""
+    return content_sha256(*(folder / name for name in (TABLE_FILE, META_FILE) if (folder / name).is_file()))
 
 
 def read_published(folder: Path) -> list[PublishedSample]:
