@@ -228,7 +228,7 @@ def _published_pairs(folder: Path) -> list[Pair]:
 def ids_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[str]:
     """The ids of the pairs at these positions, (n,)."""
     if isinstance(pairs, PairTable):
-        return pairs.column("id").take(positions).to_pylist()
+        return pairs.take(positions).column("id").to_pylist()
     return [pairs[k].id for k in positions.tolist()]
 
 

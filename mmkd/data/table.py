@@ -72,12 +72,13 @@ class PairTable(Sequence[Pair]):
     Copying to another process (``spawn``) sends the file's name and the chosen rows, not the columns.
     """
 
-    def __init__(self, path: Path, rows: np.ndarray | None = None) -> None:
+    def __init__(self, path: Path, rows: np.ndarray | None = None, table: pa.Table | None = None) -> None:
         """Map the file.
 
         Args:
             path: an Arrow file with the columns of `Pair`; more are left alone.
             rows: (n,) the rows to show, in this order; by default all.
+            table: the file, where it is mapped already.
 
         Raises:
             ValueError: the file is not an Arrow file or lacks a column.
@@ -85,7 +86,7 @@ class PairTable(Sequence[Pair]):
         """
         self.path = path
         self._rows = rows
-        self._table = map_table(path)
+        self._table = map_table(path) if table is None else table
         missing = [name for name in FIELDS if name not in self._table.column_names]
         if missing:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it was written by another version")
@@ -116,16 +117,16 @@ class PairTable(Sequence[Pair]):
 
     def take(self, indices: np.ndarray) -> PairTable:
         """The pairs at these positions, (n,) integers, without copying a column."""
-        return PairTable(self.path, indices if self._rows is None else self._rows[indices])
+        return PairTable(self.path, indices if self._rows is None else self._rows[indices], self._table)
 
     def all_columns(self, indices: np.ndarray) -> pa.Table:
         """The rows at these positions, (n,), with the columns that are none of `Pair`'s, too."""
-        return self._table.take(indices if self._rows is None else self._rows[indices])
+        return _taken(self._table, indices if self._rows is None else self._rows[indices])
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of the shown rows."""
-        column = self._table.column(name)
-        return column if self._rows is None else column.take(self._rows)
+        column = self._table.select([name])
+        return (column if self._rows is None else _taken(column, self._rows)).column(0)
 
     @property
     def image_root(self) -> str:
@@ -196,7 +197,7 @@ class PairTable(Sequence[Pair]):
             yield from shown.to_batches(max_chunksize=rows)
         else:
             for start in range(0, len(self._rows), rows):
-                yield shown.take(self._rows[start : start + rows])
+                yield _taken(shown, self._rows[start : start + rows])
 
 
 def in_columns(pairs: Sequence[Pair], names: Sequence[str]) -> Iterator[list[list[Any]]]:
@@ -253,6 +254,22 @@ def map_table(path: Path) -> pa.Table:
     if len(set(table.column_names)) < len(table.column_names):
         raise ValueError(f"{path} is damaged (two columns of one name); curate again or restore it")
     return table
+
+
+def _taken(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """The rows (n,) of a table; pyarrow's `take` copies the texts of all rows first."""
+    import pyarrow as pa
+
+    if not len(rows):
+        return table.slice(0, 0)
+    first, order = int(rows.min()), np.argsort(rows, kind="stable")
+    batches = table.slice(first, int(rows.max()) + 1 - first).to_batches()
+    starts = first + np.cumsum([0, *(batch.num_rows for batch in batches)])
+    owner = np.searchsorted(starts, rows[order], side="right") - 1
+    parts = np.split(order, np.flatnonzero(np.diff(owner)) + 1)
+    owners = owner[np.cumsum([0, *map(len, parts[:-1])])].tolist()
+    found = pa.Table.from_batches([batches[k].take(rows[p] - starts[k]) for k, p in zip(owners, parts, strict=True)])
+    return found if (np.diff(order) == 1).all() else found.take(np.argsort(order))
 
 
 def table_schema(columns: dict[str, pa.DataType], image_root: str) -> pa.Schema:

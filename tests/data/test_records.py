@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from mmkd.data.folder import open_pairs, write_manifest
-from mmkd.data.table import Pair, table_schema
+from mmkd.data.table import Pair, in_columns, table_schema, take_rows
 from mmkd.files import is_inside
 
 PAIRS = [
@@ -24,6 +25,21 @@ def test_round_trip(tmp_path):
     write_manifest(tmp_path, PAIRS)
     assert (tmp_path / "manifest.arrow").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.arrow"]
+
+
+@pytest.mark.parametrize("spread", [1, 7, -3])
+def test_rows_are_read_in_any_order_without_a_copy_of_whole_columns(tmp_path, spread):
+    count = 20_000
+    write_manifest(tmp_path, (Pair(f"p{k}", f"{k}.png", f"{k:01000}") for k in range(count)))
+    table, rows = open_pairs(tmp_path).pairs, (5 + spread * np.arange(1000)) % count
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        ((ids, captions),) = in_columns(take_rows(table, rows), ("id", "caption"))
+    finally:
+        pa.set_memory_pool(before)
+    assert ids == [f"p{row}" for row in rows] and captions == [f"{row:01000}" for row in rows]
+    assert 0 < pool.max_memory() < 5_000_000  # of 20
 
 
 def test_images_may_lie_in_the_folder_of_another_stage(tmp_path):
