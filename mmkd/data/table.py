@@ -30,7 +30,8 @@ UNKNOWN = "unknown"
 TABLE_FILE = "manifest.arrow"
 VERSION = 2
 METADATA_KEY = b"mmkd"
-ROWS_TOGETHER = 65536
+ROWS_TOGETHER = 65536  # in a file
+ROWS_IN_MEMORY = 16384  # as Python objects
 LEAVES_ROOT = r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^.:|\x00|^$"
 
 
@@ -169,14 +170,14 @@ class PairTable(Sequence[Pair]):
             ("image", images, "leaves the root of the images"),
             ("id", ids, "is no name of a file below a folder, as exports need it"),
         ):
-            wrong = np.flatnonzero(~right.to_numpy())
-            if wrong.size:
-                value = self.column(name)[int(wrong[0])].as_py()
-                raise ValueError(f"{self.path}, row {wrong[0]}: {name} {value!r} {rule}; refused")
+            wrong = pc.index(right, False).as_py()
+            if wrong >= 0:
+                value = self.column(name)[wrong].as_py()
+                raise ValueError(f"{self.path}, row {wrong}: {name} {value!r} {rule}; refused")
         with tempfile.TemporaryFile() as file:  # sorted in place on disk; a set of all ids takes eighty bytes each
             file.truncate(8 * max(1, len(self)))
             hashes = np.memmap(file, np.int64, "r+")[: len(self)]
-            for start, (ids,) in zip(range(0, len(self), ROWS_TOGETHER), in_columns(self, ("id",)), strict=True):
+            for start, (ids,) in zip(range(0, len(self), ROWS_IN_MEMORY), in_columns(self, ("id",)), strict=True):
                 hashes[start : start + len(ids)] = np.fromiter(map(hash, ids), np.int64, len(ids))
             hashes.sort()
         if (hashes[1:] == hashes[:-1]).any():
@@ -202,8 +203,8 @@ class PairTable(Sequence[Pair]):
 
 def in_columns(pairs: Sequence[Pair], names: Sequence[str]) -> Iterator[list[list[Any]]]:
     """Attributes of all pairs, one list each, some thousands of pairs at a time; only these columns are read."""
-    for start in range(0, len(pairs), ROWS_TOGETHER):
-        some = pairs[start : start + ROWS_TOGETHER]
+    for start in range(0, len(pairs), ROWS_IN_MEMORY):
+        some = pairs[start : start + ROWS_IN_MEMORY]
         if isinstance(some, PairTable):
             columns = [some.column(name).to_pylist() for name in names]
             if "teachers" in names:

@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_the_pairs(work, monkeypatch):
     import tracemalloc
 
     monkeypatch.setattr(screening, "CHUNK", 500)
-    monkeypatch.setattr(table, "ROWS_TOGETHER", 500)
+    monkeypatch.setattr(table, "ROWS_IN_MEMORY", 500)
     peaks = []
     for count in (1_000, 8_000):
         write_manifest(Path("pairs"), [Pair(f"p{k}", f"{k}.png", f"caption {k}") for k in range(count)])
