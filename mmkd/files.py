@@ -123,9 +123,17 @@ def as_written(*more: type[Exception]) -> Iterator[None]:
     Raises:
         ValueError: a file that was read holds other keys or types than what writes it; the message names it.
     """
+    kinds: tuple[type[Exception], ...] = (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        *more,
+    )
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, *more) as error:
+    except kinds as error:
         if any(str(path) in str(error) for path in _read):
             raise
         raise ValueError(f"{files_read()} is not what mmkd writes ({error!r}); make it again") from error

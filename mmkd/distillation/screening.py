@@ -236,7 +236,7 @@ class ScreeningReport:
             self.counts["held out",] += 1
             return
         modality = pair.modality or "unnamed"
-        keys = [("reason", reason), ("agreeing", str(len(available))), ("modality", modality)]
+        keys: list[tuple[str, ...]] = [("reason", reason), ("agreeing", str(len(available))), ("modality", modality)]
         keys += [("available", modality, name) for name in available]
         keys += [("class", modality, pair.label)] if pair.label else []
         if reason == KEPT:
@@ -269,7 +269,7 @@ class ScreeningReport:
         """
         dropped = {reason: self.counts["reason", reason] for reason in (TOO_FEW, UNSEEN, OTHER_MODALITY)}
         kept = self.counts["reason", KEPT]
-        modalities = {
+        modalities: dict[str, dict[str, Any]] = {
             modality: {
                 "pairs": count,
                 "kept": self.counts["kept", "modality", modality],

@@ -115,7 +115,7 @@ def run_task(
     for embedded in encoders:
         name = embedded.name
         made_of = [question, embedded.fingerprint, *_extra_fingerprint(task, embedded)]
-        results[name], outputs[name] = store.result(task, name, made_of, lambda own=embedded: (task.outputs(own), {}))
+        results[name], outputs[name] = store.result(task, name, made_of, partial(_outputs_of, task, embedded))
     members = [e for e in encoders if e.name in teachers and results[e.name]["undefined"] is None]
     if len(members) < 2:
         return results
@@ -133,6 +133,10 @@ def run_task(
     if not task.manifest.target_is_modality:  # a choice by modality would reveal the answer
         results[ORACLE], _ = store.result(task, ORACLE, made_from, oracle)
     return results
+
+
+def _outputs_of(task: Task, embedded: Embedded) -> tuple[Outputs, Result]:
+    return task.outputs(embedded), {}
 
 
 def _extra_fingerprint(task: Task, embedded: Embedded) -> list[Any]:

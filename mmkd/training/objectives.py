@@ -41,7 +41,8 @@ class Embeddings(NamedTuple):
 
     def prefix(self, width: int) -> Embeddings:
         """Their first `width` numbers, of unit norm again."""
-        return Embeddings(*(F.normalize(features[:, :width], dim=1) for features in self[:4]), self.row_offset)
+        image, text, all_images, all_texts = (F.normalize(features[:, :width], dim=1) for features in self[:4])
+        return Embeddings(image, text, all_images, all_texts, self.row_offset)
 
     @property
     def chunk(self) -> int | None:
@@ -200,7 +201,7 @@ class TaskLoss(nn.Module):
     Kusupati et al. 2022 (Matryoshka representation learning).
     """
 
-    def __init__(self, settings: TaskLossSettings, model: nn.Module) -> None:
+    def __init__(self, settings: TaskLossSettings, model: Any) -> None:
         """Take the form from `settings`.
 
         Raises:
@@ -209,8 +210,7 @@ class TaskLoss(nn.Module):
         super().__init__()
         self.settings = settings
         for width in settings.prefix_widths:
-            if not 0 < width < model.config.projection_dim:
-                whole = model.config.projection_dim
+            if not 0 < width < (whole := model.config.projection_dim):
                 raise ValueError(f"--prefix_widths has {width}; embeddings have {whole} numbers: take 1 to {whole - 1}")
         if settings.task_form == "sigmoid":
             self.bias = nn.Parameter(torch.tensor([-10.0]))

@@ -21,7 +21,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -111,7 +111,7 @@ class IdIndex:
             header[name] = {"dtype": STORED_AS[array.dtype.str], "shape": list(array.shape), "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        parts = [len(text).to_bytes(8, "little"), text, *(array.data for array in arrays.values())]
+        parts: list[Any] = [len(text).to_bytes(8, "little"), text, *(array.data for array in arrays.values())]
         sha256 = hashlib.sha256()
         for part in parts:
             sha256.update(part)

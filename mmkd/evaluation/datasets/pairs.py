@@ -180,7 +180,9 @@ class PairsDataset(Dataset):
                 skipped["probe-label"] = "labels are the modalities"
             else:
                 parts = {part: getattr(samples, part) for part in ("held_out", "train", "validation")}
-                known = {part: _relabelled(filter(class_of, own), class_of) for part, own in parts.items()}
+                known: dict[str, Any] = {
+                    part: _relabelled(filter(class_of, own), class_of) for part, own in parts.items()
+                }
                 classes = sorted({pair.label for own in known.values() for pair in own})
                 view = _view("probe", name, name, classes, target_is_modality=name == "modality")
                 found.append(replace(samples, manifest=view, **known))

@@ -102,7 +102,7 @@ def embed_everything(
         batch_size: images or texts at a time.
         quiet: no progress bars.
         tasks: where shards are embedded; None for this process.
-        load_in_tasks: loads a dual encoder there; pickled.
+        load_in_tasks: loads a dual encoder there, by default as `load`; pickled.
     """
     tasks = tasks or TaskSettings()
     known: list[EncoderRecord] = []
@@ -119,7 +119,10 @@ def embed_everything(
             loaded[name] = encoder
     files = [({own.name: own.files(each) for own in known if own.stored is None}, each) for each in inputs]
     shards = [shard for of, each in files for shard in each.lacking(of)]
-    own = partial(embed, loaded) if tasks.is_here else partial(load_and_embed, uuid.uuid4().hex, load_in_tasks, sources)
+    if tasks.is_here:
+        own = partial(embed, loaded)
+    else:
+        own = partial(load_and_embed, uuid.uuid4().hex, load_in_tasks or load, sources)
     bar = partial(tqdm, desc="embedding", unit="item", disable=quiet)
     run_tasks(partial(own, batch_size), shards, _is_embedded, tasks, cache, bar, lambda shard: len(shard.keys))
     return known
