@@ -11,16 +11,24 @@ Hsu et al. 2024 (Liger Kernel).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 RowLoss = Callable[[Tensor, Tensor, Tensor, slice], Tensor]
 """From rows `(n, dim)`, columns `(columns, dim)`, the scale and which rows these n are to the sum of their losses."""
 
+
 LARGEST_MATRIX = {"cpu": 2**20, "cuda": 2**26}  # elements that fit a CPU's cache, or keep a GPU busy
+
+
+class RowMask(Protocol):
+    """A bool matrix `(rows, columns)` that is read by slices of rows: a tensor, or one computed when it is read."""
+
+    def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
 def rows_at_once(rows: int, columns: int, device: torch.device) -> int | None:
@@ -47,6 +55,47 @@ def sum_over_rows(loss: RowLoss, rows: Tensor, columns: Tensor, scale: Tensor | 
         return _ChunkedSum.apply(rows, columns, multiplier, loss, chunk)
     with torch.autocast(rows.device.type, enabled=False):
         return loss(rows.float(), columns.float(), multiplier.float(), slice(0, len(rows)))
+
+
+def pairwise_sigmoid(
+    image: Tensor,
+    text: Tensor,
+    all_images: Tensor,
+    all_texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_offset: int = 0,
+    mask: RowMask | None = None,
+    chunk: int | None = None,
+    captions: Tensor | None = None,
+) -> Tensor:
+    """SigLIP: ``mean_i sum_j -log sigmoid(z_ij (scale * <x_i, y_j> + bias))``, z 1 for positives and -1 for others.
+
+    Source: Zhai et al. 2023 (SigLIP).
+
+    Args:
+        image: `(rows, dim)`; the arguments are those of `mmkd.training.objectives.contrastive`.
+        text: `(rows, dim)`, not read: the rows of images meet every text.
+        all_images: `(columns, dim)`, not read.
+        all_texts: `(columns, dim)`.
+        scale: ``exp(logit_scale)``.
+        bias: `(1,)`, learned.
+        row_offset: column of the first row.
+        mask: `(rows, columns)` bool, False where a column is excluded.
+        chunk: rows at a time, None for all.
+        captions: `(columns,)`, equal for columns that are positives of each other.
+    """
+    numbers = torch.arange(len(all_texts), device=image.device) if captions is None else captions
+    own = numbers[row_offset : row_offset + len(image), None]
+
+    def cross_entropy(rows: Tensor, columns: Tensor, scale: Tensor, part: slice) -> Tensor:
+        logits, same = scale * (rows @ columns.T), own[part] == numbers
+        errors = F.softplus(torch.where(same, -logits, logits))
+        return (errors if mask is None else errors.masked_fill(~(mask[part] | same), 0)).sum()
+
+    ones, biases = torch.ones_like(all_texts[:, :1]), (bias / scale).expand(len(image), 1)
+    rows, columns = torch.cat([image, biases], dim=1), torch.cat([all_texts, ones], dim=1)
+    return sum_over_rows(cross_entropy, rows, columns, scale, chunk) / len(image)
 
 
 class _ChunkedSum(torch.autograd.Function):

@@ -11,23 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkd.distributed import full_fp32, gather, rank
-from mmkd.training.chunked_loss import rows_at_once, sum_over_rows
+from mmkd.training.chunked_loss import RowMask, pairwise_sigmoid, rows_at_once, sum_over_rows
 from mmkd.training.settings import TaskLossSettings
 
 MASKED = -1e30  # a logit whose exponential is zero, finite so that zero times it is zero
-
-
-class RowMask(Protocol):
-    """A bool matrix `(rows, columns)` that is read by slices of rows: a tensor, or one computed when it is read."""
-
-    def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
 class Embeddings(NamedTuple):
@@ -93,47 +87,6 @@ def contrastive(
     to_texts = sum_over_rows(cross_entropy, image, all_texts, scale, chunk)
     to_images = sum_over_rows(cross_entropy, text, all_images, scale, chunk)
     return (to_texts + to_images) / (2 * len(image))
-
-
-def pairwise_sigmoid(
-    image: Tensor,
-    text: Tensor,
-    all_images: Tensor,
-    all_texts: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_offset: int = 0,
-    mask: RowMask | None = None,
-    chunk: int | None = None,
-    captions: Tensor | None = None,
-) -> Tensor:
-    """SigLIP: ``mean_i sum_j -log sigmoid(z_ij (scale * <x_i, y_j> + bias))``, z 1 for positives and -1 for others.
-
-    Source: Zhai et al. 2023 (SigLIP).
-
-    Args:
-        image: `(rows, dim)`; these and the others as in `contrastive`, whose arguments it takes.
-        text: `(rows, dim)`, not read: the rows of images meet every text.
-        all_images: `(columns, dim)`, not read.
-        all_texts: `(columns, dim)`.
-        scale: ``exp(logit_scale)``.
-        bias: `(1,)`, learned.
-        row_offset: column of the first row.
-        mask: `(rows, columns)` bool, False where a column is excluded.
-        chunk: rows at a time, None for all.
-        captions: `(columns,)`, equal for columns that are positives of each other.
-    """
-    numbers = torch.arange(len(all_texts), device=image.device) if captions is None else captions
-    own = numbers[row_offset : row_offset + len(image), None]
-
-    def cross_entropy(rows: Tensor, columns: Tensor, scale: Tensor, part: slice) -> Tensor:
-        logits, same = scale * (rows @ columns.T), own[part] == numbers
-        errors = F.softplus(torch.where(same, -logits, logits))
-        return (errors if mask is None else errors.masked_fill(~(mask[part] | same), 0)).sum()
-
-    ones, biases = torch.ones_like(all_texts[:, :1]), (bias / scale).expand(len(image), 1)
-    rows, columns = torch.cat([image, biases], dim=1), torch.cat([all_texts, ones], dim=1)
-    return sum_over_rows(cross_entropy, rows, columns, scale, chunk) / len(image)
 
 
 class Objective(nn.Module, ABC):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from mmkd.alignment import autoencoder
 from mmkd.distillation import losses
 from mmkd.distillation.losses import TeacherSimilarity, relational
+from mmkd.training.chunked_loss import pairwise_sigmoid
 from mmkd.training.dataset import caption_numbers
-from mmkd.training.objectives import contrastive, pairwise_sigmoid
+from mmkd.training.objectives import contrastive
 
 
 def views(teachers, masks, scale):
