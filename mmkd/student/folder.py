@@ -54,7 +54,10 @@ def load_student(name: str) -> tuple[MMKDClipModel, Any]:
         raise FileNotFoundError(f"--model {name}: no such folder; `mmkd pretrain --output {name}` writes one")
     folder = fetch(name, [*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json"])
     processor = read_processor(MMKDClipProcessor, folder, backend="pil")
-    return load_transformers(MMKDClipModel, name, folder), processor
+    model = load_transformers(MMKDClipModel, name, folder)
+    tokenizer = processor.tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.text_limit)  # files may not state it
+    return model, processor
 
 
 def save_student(folder: Path, model: MMKDClipModel, processor: Any, provenance: dict[str, Any] | None = None) -> None:

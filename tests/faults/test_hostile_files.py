@@ -189,6 +189,14 @@ def test_a_tokenizer_that_makes_other_tokens_than_its_file_states_is_refused(tmp
         load_student(str(tmp_path))
 
 
+def test_the_context_is_that_of_the_model_where_no_file_of_the_tokenizer_states_it(tmp_path):
+    save_tiny(tmp_path)
+    stated = load_student(str(tmp_path))[1].tokenizer.model_max_length
+    (tmp_path / "tokenizer_config.json").unlink()
+    model, processor = load_student(str(tmp_path))
+    assert processor.tokenizer.model_max_length == model.config.text_limit == stated
+
+
 def test_sizes_beyond_any_model_are_refused_before_it_is_built():
     with pytest.raises(ValueError, match="allowed: 1 to 1024"):
         MMKDClipConfig(text_config={"num_hidden_layers": 1_000_000})
