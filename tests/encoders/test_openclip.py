@@ -97,7 +97,7 @@ def test_bmca_is_an_architecture_and_a_wrapped_checkpoint(tmp_path, images, monk
     state = {f"module.{key}": value for key, value in model.state_dict().items()}
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "BMC_CLIP_CF.pt")
     row = dataclasses.replace(zoo.TEACHERS["BMCA"], architecture="tiny-bmca")
-    monkeypatch.setitem(zoo.TEACHERS, "BMCA", row)
+    monkeypatch.setitem(zoo.KNOWN, "BMCA", row)
     encoder = load_encoder("BMCA", weights=tmp_path)
     with torch.no_grad():
         expected = model.encode_text(open_clip.SimpleTokenizer(context_length=20)(TEXTS), normalize=True)
