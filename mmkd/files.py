@@ -115,10 +115,12 @@ def files_read() -> str:
 
 @contextlib.contextmanager
 def as_written(*more: type[Exception]) -> Iterator[None]:
-    """Name the files behind an error of values that other commands write: it shows only where they are used.
+    """Name the files that were read last in an error about keys or types, which libraries report without a file.
+
+    It is put around code that uses values of files that other commands wrote.
 
     Args:
-        *more: kinds of errors in the block that are meant for nobody, beside those of keys and types.
+        *more: kinds of errors that are treated in the same way.
 
     Raises:
         ValueError: a file that was read holds other keys or types than what writes it; the message names it.

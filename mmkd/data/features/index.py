@@ -104,7 +104,10 @@ class IdIndex:
         return cls(**arrays)
 
     def save(self, folder: Path) -> tuple[str, str]:
-        """Write the index under a name derived from its content; returns the name and the SHA-256 of the file."""
+        """Write the index under a name derived from its content; returns the name and the SHA-256 of the file.
+
+        The header is written here, because `safetensors.numpy.save` copies the arrays, 16 bytes for each id.
+        """
         arrays, header, end = {"key": self.key, "check": self.check, "row": self.row}, {}, 0
         for name, array in arrays.items():
             offsets = [end, end := end + array.nbytes]
