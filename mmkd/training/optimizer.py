@@ -82,7 +82,8 @@ def rate_factors(objective: nn.Module, factors: Mapping[str, float], layer_decay
 
     Args:
         objective: with the model as ``model``, if it has one.
-        factors: for modules of the model, named as in `mmkd.student.trainable.freeze`; the longest fitting name wins.
+        factors: for modules of the model, named as in `mmkd.student.trainable.freeze`, or what the objective has
+            beside it, such as ``heads``; the longest fitting name wins.
         layer_decay: in a tower of L layers, layer k (from 0) has ``layer_decay ** (L - 1 - k)`` and everything before
             the layers ``layer_decay ** L``. Source: Howard and Ruder 2018 (ULMFiT), as used for BEiT.
 
@@ -90,8 +91,10 @@ def rate_factors(objective: nn.Module, factors: Mapping[str, float], layer_decay
         ValueError: a module that the model does not have.
     """
     prefix, model = next(((f"{n}.", m) for n, m in objective.named_children() if n == "model"), ("", objective))
+    beside = {name for name, _ in objective.named_children()} - {"model"}
     for part in factors:
-        require_part(model, part, f"--learning_rate_factors.{part}")
+        owner = objective if part.partition(".")[0] in beside else model
+        require_part(owner, part, f"--learning_rate_factors.{part}")
     result = {}
     decays = _layer_factors(model, layer_decay) if layer_decay != 1 else {}
     for name, _ in objective.named_parameters():

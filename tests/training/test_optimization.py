@@ -3,6 +3,9 @@ import tiny_run
 import torch
 from torch import nn
 
+from mmkd.distillation.heads import TeacherHeads
+from mmkd.distillation.objective import DistillObjective
+from mmkd.distillation.options import DistillOptions
 from mmkd.training.contrastive import ContrastiveObjective
 from mmkd.training.optimizer import WeightAverage, build_optimizer, clamp_scales, rate_factors, set_learning_rate
 from mmkd.training.settings import LoopSettings, check
@@ -28,6 +31,14 @@ def test_parts_and_layers_learn_at_their_own_rate(tmp_path):
     assert set_learning_rate(optimizer, 0, 10, chosen) == 8.0
     assert {group["lr"] for group in optimizer.param_groups} == {8.0, 4.0, 2.0}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(objective.parameters()))
+
+
+def test_what_an_objective_has_beside_the_model_learns_at_its_own_rate():
+    heads = TeacherHeads({"image": 16, "text": 16}, {"PLIP": 8})
+    options = DistillOptions(losses={"task": 1, "heads": 1}, head_form="angular")
+    factors = rate_factors(DistillObjective(tiny_run.tiny_student(), options, heads=heads), {"heads": 10.0})
+    assert {factor for name, factor in factors.items() if name.startswith("heads.")} == {10.0}
+    assert {factor for name, factor in factors.items() if not name.startswith("heads.")} == {1.0}
 
 
 def test_a_factor_for_an_unknown_part_is_refused():
