@@ -69,7 +69,7 @@ class Batching:
     """
 
     largest: int = 32
-    wait: float = 0.004
+    wait: float = 0.001
     threads: int = field(default_factory=lambda: max(2, os.cpu_count() or 2))
     observe: Callable[[str, int], object] = lambda kind, size: None
 

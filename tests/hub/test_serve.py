@@ -1,5 +1,6 @@
 """``mmkd serve`` as a process: what its sockets do, and how it ends."""
 
+import asyncio
 import base64
 import concurrent.futures
 import json
@@ -21,6 +22,7 @@ from served import data_url, noise, serve_apart
 from tiny_model import save_tiny
 
 from mmkd.encoders.zoo import load_encoder
+from mmkd.hub.serve import listen
 from mmkd.serving.calibration import Calibration, write_calibration
 from mmkd.serving.index import SearchIndex
 from mmkd.serving.predictor import Predictor, read_labels
@@ -200,6 +202,25 @@ def test_a_port_in_use_is_an_error_before_the_model_is_loaded(tmp_path):
         port = taken.getsockname()[1]
         done = mmkd("serve", tmp_path, "--port", port)  # the folder holds no model
     assert done.returncode == 1 and f"port {port}" in done.stderr and "--port" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_answers_are_sent_without_delay(host):
+    """Head and body of an answer are two packets, and the second would wait for the client to confirm the first."""
+
+    async def accepted():
+        found = asyncio.Future()
+        with listen(host, 0) as listening:
+            server = await asyncio.start_server(lambda _, writer: found.set_result(writer), sock=listening)
+            _, client = await asyncio.open_connection(*listening.getsockname()[:2])
+            writer = await asyncio.wait_for(found, 10)
+            delay = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for own in (client, writer):
+                own.close()
+            server.close()
+            return delay
+
+    assert asyncio.run(accepted()) == 1
 
 
 def test_a_short_key_is_refused(folder, tmp_path):
