@@ -159,8 +159,9 @@ def intervals(caption: str, rows: Sequence[Interval], mark: float | None, limits
                 axes.plot(inside(row.value), y, shape, color=color, markersize=7, zorder=3)
             student = row.role == "student"
             own = {"color": color if student else COLORS["ink"], "fontweight": "bold" if student else "normal"}
-            axes.text(0, y + 0.25, _short(row.label), transform=left, **own)
-            axes.text(1, y + 0.25, row.numbers, transform=left, ha="right", color=COLORS["soft"])
+            room = int((WIDTH - 20 - 5.7 * len(row.numbers)) / 6.6)  # characters beside the numbers, which are smaller
+            axes.text(0, y + 0.25, _short(row.label, min(LONGEST_LABEL, max(12, room))), transform=left, **own)
+            axes.text(1, y + 0.25, row.numbers, transform=left, ha="right", fontsize=10, color=COLORS["soft"])
         if mark is not None:
             axes.axvline(mark, color=COLORS["soft"], linestyle=(0, (4, 3)), linewidth=1, zorder=0)
 
