@@ -181,22 +181,10 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         lifespan=lifespan,
         responses={status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 415, 503, 504)},
     )
-    metrics.pending.set_function(lambda: service.pending)
     created = int(time.time())
 
-    @app.exception_handler(RequestError)
-    async def refuse(_: Request, error: RequestError) -> JSONResponse:
-        return error.response()
-
-    @app.exception_handler(HTTPException)
-    async def refuse_method(_: Request, error: HTTPException) -> JSONResponse:
-        return RequestError(
-            error.status_code, error.detail, "not_allowed", headers=dict(error.headers or {})
-        ).response()
-
-    @app.exception_handler(Exception)
-    async def fail(_: Request, error: Exception) -> JSONResponse:
-        return internal_error().response()  # the gate logs it
+    _add_errors(app)
+    _add_health(app, service, metrics)
 
     @app.post("/v1/embeddings", response_model=Embeddings, openapi_extra=_body_of(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
@@ -251,6 +239,45 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         """The served model."""
         return Models(data=[served()])
 
+    return app
+
+
+def with_gate(
+    app: FastAPI,
+    service: Service,
+    metrics: Metrics,
+    key: bytes | None = None,
+    hosts: Sequence[str] = (),
+    page_paths: Sequence[str] = (),
+    frame_ancestors: Sequence[str] = (),
+) -> Gate:
+    """The application behind its gate; arguments as `mmkd.serving.gate.Gate`."""
+    routes = [*list(app.openapi()["paths"]), "/openapi.json"]
+    return Gate(app, service.limits, key, hosts, routes, page_paths, metrics.request, frame_ancestors)
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Errors in the form of OpenAI, without what other users have sent."""
+
+    @app.exception_handler(RequestError)
+    async def refuse(_: Request, error: RequestError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def refuse_method(_: Request, error: HTTPException) -> JSONResponse:
+        return RequestError(
+            error.status_code, error.detail, "not_allowed", headers=dict(error.headers or {})
+        ).response()
+
+    @app.exception_handler(Exception)
+    async def fail(_: Request, error: Exception) -> JSONResponse:
+        return internal_error().response()  # the gate logs it
+
+
+def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    """Routes that say how the service is."""
+    metrics.pending.set_function(lambda: service.pending)
+
     @app.get("/livez", response_class=Response)
     async def livez() -> Response:
         """Whether the process answers."""
@@ -267,22 +294,6 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     async def show_metrics() -> Response:
         """Counters in the form of Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    return app
-
-
-def with_gate(
-    app: FastAPI,
-    service: Service,
-    metrics: Metrics,
-    key: bytes | None = None,
-    hosts: Sequence[str] = (),
-    page_paths: Sequence[str] = (),
-    frame_ancestors: Sequence[str] = (),
-) -> Gate:
-    """The application behind its gate; arguments as `mmkd.serving.gate.Gate`."""
-    routes = [*list(app.openapi()["paths"]), "/openapi.json"]
-    return Gate(app, service.limits, key, hosts, routes, page_paths, metrics.request, frame_ancestors)
 
 
 async def _read(service: Service, request: Request, form: type[Form]) -> tuple[Form, list[Item]]:
