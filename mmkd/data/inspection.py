@@ -184,7 +184,7 @@ def write_preview(folder: PairFolder, file: Path, number: int) -> int:
     ]
     lead = "Look for text about patients, captions of other images, wrong labels, and rows of the same image."
     section = Section("pairs", "Pairs", lead, template="data/preview.html.j2", content=cards)
-    write_page(file, Page(f"{len(shown)} of {counted(len(ids), 'pair')} of {folder.path.name}", [section]))
+    write_page(file, Page(f"{folder.path.name}: {len(shown)} of {counted(len(ids), 'pair')}", [section]))
     return len(shown)
 
 
