@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,12 @@ from mmkd.data.features.lookup import Modality
 from mmkd.distillation import losses
 from mmkd.distillation.heads import TeacherHeads
 from mmkd.distillation.options import ALIGNED_LOSSES, DistillOptions
-from mmkd.distillation.rows import Rows, captioned_rows
-from mmkd.distillation.targets import TeacherSimilarities, TeacherWeights, combined_target, teacher_weights
+from mmkd.distillation.targets import Rows, combined_target
 from mmkd.distillation.weighting import sample_teacher
 from mmkd.distributed import gather
 from mmkd.student.embed import embed
-from mmkd.training.objectives import Objective, TaskLoss, gathered
+from mmkd.training.dataset import rows_of
+from mmkd.training.objectives import Objective, TaskLoss
 
 
 class DistillObjective(Objective):
@@ -80,28 +81,30 @@ class DistillObjective(Objective):
     def loss(self, embeddings: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """``loss`` and every part that has a weight, unweighted.
 
-        ``captioned``, where the batch has it, is the number of rows with a caption, which come first. The other images
-        take part in the losses of images alone.
+        ``captioned``, where the batch has it, is the number of rows with a caption, which come first and are equally
+        many on all processes. The other images take part in the losses of images alone (relational, heads and feature
+        of images); every other loss sees the captioned rows, as if the batch held no others.
+
+        Raises:
+            ValueError: no row has a caption; the message has the size of the batch.
         """
-        student, options = gathered(embeddings), self.options
-        teachers = None
-        if options.reasons_for_raw():
-            teachers = TeacherSimilarities(batch, student.row_offset, options, self.scales)
-        whole = Rows(student, teachers, {**batch, **embeddings})
-        pairs = captioned_rows(whole, batch["captioned"]) if "captioned" in batch else whole
-        parts: dict[str, Tensor] = {}
-        if self.task is not None:
-            mask = None if pairs.teachers is None else pairs.teachers.negatives_mask()
-            parts["task"] = self.task(pairs.student, self.model, pairs.batch, mask)
+        rows = partial(Rows, options=self.options, scales=self.scales, seed=self.seed if self.training else None)
+        whole = pairs = rows(embeddings, batch)
+        if "captioned" in batch:
+            captioned = slice(batch["captioned"])
+            if captioned.stop < 1:
+                raise ValueError(
+                    f"a batch of {len(embeddings['image'])} pairs on a process has no caption at all; raise "
+                    "--batch_size, or train on more captioned pairs"
+                )
+            pairs = rows(rows_of(embeddings, captioned), rows_of(batch, captioned))
+        parts = {"task": self.task(pairs.student, self.model, pairs.batch, pairs.negatives_mask())} if self.task else {}
         if any(self.weights[name] for name in ALIGNED_LOSSES):
             parts |= self._aligned_losses(whole, pairs)
-        if teachers is not None:
+        if whole.teachers:
             parts |= self._raw_losses(whole, pairs)
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return {"loss": total, **parts}
-
-    def _teacher_weights(self, rows: Rows, unscreened: bool = False) -> TeacherWeights:
-        return teacher_weights(rows.batch, self.options, self.seed, rows.teachers, self.training, unscreened)
 
     def _aligned_losses(self, whole: Rows, pairs: Rows) -> dict[str, Tensor]:
         parts, (image, image_mask) = {}, self._target("image", whole)
@@ -114,30 +117,26 @@ class DistillObjective(Objective):
                 image = self._target("image", pairs)[0]
             learned = self.interactive_logit_scale
             scale = losses.PAPER_INTERACTIVE_SCALE if learned is None else learned.exp()
-            student, (images, texts, masks) = pairs.student, [gather(own) for own in (image, text, mask)]
-            parts["interactive"] = losses.interactive(
-                student.image, student.text, images, texts, masks, scale, student.row_offset, student.chunk
-            )
+            own, (images, texts, masks) = pairs.student, map(gather, (image, text, mask))
+            parts["interactive"] = losses.interactive(*own[:2], images, texts, masks, scale, *own[4:], own.chunk)
         return parts
 
     def _target(self, modality: Modality, rows: Rows) -> tuple[Tensor, Tensor]:
         """What the rows' aligned teachers make together in a modality, `(rows, dim)`, and which rows have any."""
         aligned, options, batch = rows.batch["aligned"], self.options, rows.batch
-        names, weights = sorted(aligned), self._teacher_weights(rows)
+        names, weights = sorted(aligned), rows.weights()
         share = torch.stack([weights[name] for name in names], dim=1)
         if options.target == "random":
             share = sample_teacher(share > 0, self.seed, batch["epoch"], batch["index"]).float()
-        form: Literal["mean", "leave_one_out"] = "leave_one_out" if options.target == "leave_one_out" else "mean"
         features = torch.stack([aligned[name][modality].float() for name in names], dim=1)
-        return combined_target(features, share, form, options.target_norm == "unit"), share.sum(dim=1) > 0
+        return combined_target(features, share, options.target, options.target_norm == "unit"), share.sum(dim=1) > 0
 
     def _raw_losses(self, whole: Rows, pairs: Rows) -> dict[str, Tensor]:
-        assert whole.teachers is not None and pairs.teachers is not None
         parts, student = {}, pairs.student
         if self.weights["affinity"]:
-            own, weights = self.affinity_logit_scale, self._teacher_weights(pairs)
+            own, weights = self.affinity_logit_scale, pairs.weights()
             scale = (self.model.get_parameter("logit_scale") if own is None else own).float().exp()
-            both = pairs.teachers.across("image", weights), pairs.teachers.across("text", weights)
+            both = pairs.across("image", weights), pairs.across("text", weights)
             parts["affinity"] = losses.affinity(*student[:4], *both, scale, student.chunk)
         if self.weights["heads"]:
             parts["heads"] = (self._heads("image", whole) + self._heads("text", pairs)) / 2
@@ -147,12 +146,11 @@ class DistillObjective(Objective):
 
     def _heads(self, modality: Modality, rows: Rows) -> Tensor:
         assert self.heads is not None
-        features, weights = rows.batch.get(f"{modality}_trunk", rows.features(modality)[0]), self._teacher_weights(rows)
-        return self.heads.loss(features, modality, rows.batch["teachers"], weights, self.dispersions)
+        features = rows.batch.get(f"{modality}_trunk", rows.batch[modality])
+        return self.heads.loss(features, modality, rows.teachers, rows.weights(), self.dispersions)
 
     def _relational(self, modality: Modality, rows: Rows) -> Tensor:
-        assert rows.teachers is not None
         unscreened, scale = self.options.relational_teachers == "all", self.options.relational_scale
-        teachers = rows.teachers.within(modality, self._teacher_weights(rows, unscreened), unscreened)
-        own, others = rows.features(modality)
-        return losses.relational(own, others, teachers, scale, *rows.student[4:], rows.student.chunk)
+        teachers = rows.within(modality, rows.weights(unscreened), unscreened)
+        others = rows.student.all_images if modality == "image" else rows.student.all_texts
+        return losses.relational(rows.batch[modality], others, teachers, scale, *rows.student[4:], rows.student.chunk)

@@ -195,11 +195,12 @@ class Progress:
     skipped_in_a_row: int = 0
     processes: int = 1
 
-    def count(self, is_finite: bool) -> None:
-        """Count a step, as skipped where it was not finite."""
+    def count(self, is_finite: bool) -> int:
+        """Count a step, as skipped where it was not finite; returns the steps done."""
         self.step += 1
         self.skipped += not is_finite
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        return self.step
 
 
 class Checkpoints:

@@ -67,7 +67,6 @@ def cached_backward(
     trained: Callable[..., Any],
     batch: Mapping[str, Any],
     micro_batch_size: int | None,
-    *,
     to_device: Callable[[Any], Any],
     backward: Callable[[Tensor], None],
     without_sync: Callable[[], contextlib.AbstractContextManager[Any]],

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +109,22 @@ def fit(
         for batch, waited, began in timed(batches_from(batches, progress.step, total)):
             rate = set_learning_rate(training.optimizer, progress.step, total, settings)
             values, is_finite, stop = training.step(batch, progress.step, request.requested)
-            progress.count(is_finite)
-            line = {"step": progress.step, "epoch": batch["epoch"], **values, "learning_rate": rate}
+            step = progress.count(is_finite)
+            line = {"step": step, "epoch": batch["epoch"], **values, "learning_rate": rate}
             if not is_finite:
                 report_skipped(line, batch["ids"], progress, settings.skipped_in_a_row)
             seconds = time.perf_counter() - began
-            if validation is not None and validation.is_due(progress.step, total):
-                average, to_device = training.average, training.to_device
-                line |= validation.run(progress.step, training.wrapper, objective, average, folder, to_device)
+            if validation is not None and validation.is_due(step, total):
+                line |= validation.run(step, training.wrapper, objective, training.average, folder, training.to_device)
             log.write(line, batch, waited=waited, seconds=seconds)
             bar.set_postfix_str(log.shown, refresh=False)
             bar.update()
             profiled()
-            is_last = progress.step == total
-            if not is_last and (stop or progress.step % settings.checkpoint_every == 0):
+            if step < total and (stop or step % settings.checkpoint_every == 0):
                 checkpoints.save(progress)
-            if not is_last and stop:
-                logger.warning("stopped by a signal; saved at step %d, run the same command to resume", progress.step)
-                raise SystemExit(0)
+                if stop:
+                    logger.warning("stopped by a signal; saved at step %d, run the same command to resume", step)
+                    raise SystemExit(0)
     log.close()
     checkpoints.finish(write_output, best=validation is not None and validation.best_metric is not None)
 
@@ -135,6 +134,7 @@ class _Training:
 
     def __init__(self, accelerator: Accelerator, objective: Objective, settings: LoopSettings) -> None:
         self.accelerator, self.objective, self.settings = accelerator, objective, settings
+        self.to_device = partial(send_to_device, device=accelerator.device, non_blocking=True)
         set_training_mode(objective, settings.dropout)
         objective.to(accelerator.device)
         if accelerator.distributed_type != DistributedType.FSDP:  # shards must be contiguous
@@ -174,19 +174,9 @@ class _Training:
         """Leave the gradient in the weights; returns the loss and its parts of this process."""
         seed, size = (self.settings.seed, number, rank()), self.settings.micro_batch_size
         if "micro_batches" in batch or (size is not None and size < len(batch["ids"])):
-            return cached_backward(
-                self.wrapper,
-                batch,
-                size,
-                to_device=self.to_device,
-                backward=self.accelerator.backward,
-                without_sync=lambda: self.accelerator.no_sync(self.wrapper),
-                seed=seed,
-            )
+            no_sync = partial(self.accelerator.no_sync, self.wrapper)
+            return cached_backward(self.wrapper, batch, size, self.to_device, self.accelerator.backward, no_sync, seed)
         set_seed(*seed)
         parts = self.wrapper(ObjectiveWrapper.loss_of_batch, self.to_device(batch))
         self.accelerator.backward(parts["loss"])
         return parts
-
-    def to_device(self, batch: Any) -> Any:
-        return send_to_device(batch, self.accelerator.device, non_blocking=True)

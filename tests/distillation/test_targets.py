@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mmkd.distillation.losses import TeacherSimilarity
 from mmkd.distillation.options import DistillOptions
-from mmkd.distillation.targets import TeacherSimilarities, combined_target, teacher_weights
+from mmkd.distillation.targets import Rows, combined_target
 from mmkd.distillation.weighting import drop_teachers, teacher_confidence, uniform, weights_by_name
 
 
@@ -73,9 +73,9 @@ def test_weights_of_a_batch_multiply_availability_names_and_confidence():
     teacher = {"image": torch.randn(3, 4, generator=g), "text": torch.randn(3, 4, generator=g), "mask": mask}
     batch = {"teachers": {"plip": teacher}, "index": torch.arange(3), "epoch": 0, "modality": ["ct", "mri", "ct"]}
     options = DistillOptions(losses={"affinity": 1}, teacher_weights={"mri/plip": 3.0}, confidence=2.0)
-    raw = TeacherSimilarities(batch, 0, options)
-    found = teacher_weights(batch, options, 0, raw, training=True)["plip"]
-    p = raw.confidence()["plip"]
+    rows = Rows({"image": torch.eye(3), "text": torch.eye(3)}, batch, options, {}, seed=0)
+    found = rows.weights()["plip"]
+    p = rows.confidence()["plip"]
     torch.testing.assert_close(found, torch.tensor([1.0, 3.0, 0.0]) * p**2)
     assert found[2] == 0
 
