@@ -37,6 +37,8 @@ class ServeSettings:
     )
     index: Path | None = setting(None, "archive to search: a folder of `mmkd index`")
     images: Path | None = setting(None, "(index) the folder that was indexed, to show what is found on the page")
+    pairs: Path | None = setting(None, "pairs on which the page shows the model beside its teachers")
+    features: Path | None = setting(None, "(pairs) the teachers' features of these pairs: a folder of `mmkd extract`")
     window: WindowPreset | None = setting(
         None, "window of CT: auto, lung, soft, bone, brain or three; by default that of the index, else auto"
     )
@@ -59,7 +61,7 @@ class ServeSettings:
     grace: int = setting(20, "time to finish requests when the service is stopped [s]")
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "labels templates mode index images window",
+        "data": "labels templates mode index images pairs features window",
         "computing": "device resize max_batch max_wait_ms",
     }
 
@@ -155,6 +157,10 @@ def check(settings: ServeSettings) -> None:
         raise ValueError("--images shows what --index finds; give --index too")
     if settings.images is not None and not settings.images.is_dir():
         raise FileNotFoundError(f"--images {settings.images}: no such folder")
+    if (settings.pairs is None) != (settings.features is None):
+        raise ValueError("--pairs and --features are needed together: pairs, and the teachers' features of them")
+    if settings.pairs is not None and not settings.page:
+        raise ValueError("--pairs are shown on the page; leave out --page false")
 
 
 def is_loopback(host: str) -> bool:
@@ -225,8 +231,8 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
     """The model with its labels and its archive.
 
     Raises:
-        FileNotFoundError: the model, the index or the labels are not there.
-        ValueError: an index or export of another model, or labels that are wrong.
+        FileNotFoundError: the model, the index, the pairs, the features or the labels are not there.
+        ValueError: an index or export of another model, features of other pairs, or labels that are wrong.
     """
     templates = read_templates(settings.templates) if settings.templates else []
     default = normal_labels(templates) if settings.mode == "normal" else []
@@ -237,6 +243,13 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
     if archive is not None:
         archive.index.require_model(encoder.provenance)
         archive.index.require_window(settings.window)
+    comparison = None
+    if settings.pairs is not None and settings.features is not None:
+        from mmkd.data.features.lookup import TeacherFeatures  # with torch
+        from mmkd.data.folder import open_pairs
+        from mmkd.serving.comparison import Comparison
+
+        comparison = Comparison(open_pairs(settings.pairs), TeacherFeatures.open(settings.features))
 
     def predict(own: Sequence[Label]) -> Predictor:
         predictor = Predictor(encoder, own, templates, settings.mode)
@@ -249,6 +262,7 @@ def load(settings: ServeSettings, metrics: Metrics) -> Service:
         predict,
         labels,
         archive,
+        comparison,
         facts(settings, encoder),
         count_tokens,
         Limits(

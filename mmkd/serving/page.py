@@ -129,6 +129,12 @@ def build_page(service: Service) -> gr.Blocks:
             search = gr.Button("Search")
             found = gr.HTML("", elem_classes="mmkd")
             gr.on([search.click, caption.submit], actions.search, [caption], [found], **own)
+        if service.comparison is not None:
+            gr.HTML(PARTS.compared(service.comparison), elem_classes="mmkd")
+            place = gr.State(-1)
+            another = gr.Button("Show another pair")
+            beside = gr.HTML("", elem_classes="mmkd")
+            another.click(actions.compare, [place], [place, beside], **own)
         gr.HTML(PARTS.facts(service.facts), elem_classes="mmkd")
         read = picker.upload(actions.read, [picker], [picture, shown, heat], **own | {"concurrency_limit": MOST_READ})
         read.success(actions.classify, [picture, labels], [answer], **own)
@@ -217,6 +223,18 @@ class _Actions:
         except (RequestError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         return await self._hits(vectors[0], f"Images for “{caption.strip()}”")
+
+    async def compare(self, place: int) -> tuple[int, str]:
+        """The model beside its teachers for the next pair."""
+        comparison = self.service.comparison
+        assert comparison is not None
+        place = (place + 1) % len(comparison.captions)
+        try:
+            image, answers = await self.service.compare(place)
+        except (RequestError, UnreadableImageError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        data = await self.service.in_pool(_jpeg, shrink(image, PREVIEW_SIDE))
+        return place, PARTS.beside(comparison, place, data, answers)
 
     async def _hits(self, vector: Vectors, title: str) -> str:
         archive = self.service.archive

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +29,9 @@ from mmkd.serving.explain import heat_map, overlay
 from mmkd.serving.gate import Limits, RequestError, overloaded
 from mmkd.serving.index import Hit, SearchIndex
 from mmkd.serving.predictor import Label, Prediction, Predictor, ServedEncoder
+
+if TYPE_CHECKING:
+    from mmkd.serving.comparison import Answer, Comparison
 
 Vectors = NDArray[np.float32]
 Result = TypeVar("Result")
@@ -82,6 +86,7 @@ class Service:
         dim: width of its vectors.
         labels: of the service; empty where each request must name its own.
         archive: None without an index.
+        comparison: of the model with its teachers; None without their features.
         facts: what the page shows of the model: name of the fact -> its value.
     """
 
@@ -92,6 +97,7 @@ class Service:
         predict: Callable[[Sequence[Label]], Predictor],
         labels: Sequence[Label] = (),
         archive: Archive | None = None,
+        comparison: Comparison | None = None,
         facts: dict[str, str] | None = None,
         count_tokens: Callable[[Sequence[str]], int] = lambda texts: 0,
         limits: Limits | None = None,
@@ -106,6 +112,7 @@ class Service:
             predict: makes the predictor of a set of labels.
             labels: of requests that name none.
             archive: to search.
+            comparison: of the model with its teachers.
             facts: of the model.
             count_tokens: of texts, for ``usage``.
             limits: of requests.
@@ -113,12 +120,14 @@ class Service:
             window: in which CT images are read.
         """
         self.encoder, self.name, self.dim = encoder, name, encoder.dim
-        self.archive, self.facts, self.count_tokens = archive, facts or {}, count_tokens
+        self.archive, self.comparison, self.facts = archive, comparison, facts or {}
+        self.count_tokens = count_tokens
         self.limits, self.batching, self.window = limits or Limits(), batching or Batching(), window
         self._predict, self._own = predict, predict(labels) if labels else None
         self.labels = [label.name for label in labels]
         self._predictors: OrderedDict[tuple[str, ...], Predictor] = OrderedDict()
         self._pending = 0
+        self._captions: Vectors | None = None
         self.ready = False
 
     async def start(self) -> None:
@@ -203,6 +212,22 @@ class Service:
         assert self.archive is not None
         (hits,) = await self.in_pool(self.archive.index.search, vector[None], k)
         return hits
+
+    async def compare(self, place: int) -> tuple[Image.Image, list[Answer]]:
+        """The image of a pair of the comparison, and what the model and its teachers find for it.
+
+        Raises:
+            UnreadableImageError: the image is missing or broken.
+        """
+        assert self.comparison is not None
+        image = await self.in_pool(partial(open_image, window=self.window), self.comparison.images[place])
+        captions = self.comparison.captions
+        if self._captions is None:
+            size = self.batching.largest
+            parts = [await self.embed(captions[k : k + size]) for k in range(0, len(captions), size)]
+            self._captions = np.concatenate(parts)
+        (vector,) = await self.embed([image])
+        return image, self.comparison.answers(place, self.name, vector, self._captions)
 
     async def explain(self, image: Image.Image, text: str) -> Image.Image:
         """The image with what speaks for a text in colour."""

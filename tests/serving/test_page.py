@@ -6,10 +6,14 @@ import urllib.error
 import urllib.request
 
 import pytest
+import torch
 from chromium_page import PROGRAM, ChromiumPage
 from served import noise, serve_apart
 from tiny_model import save_tiny
 
+from mmkd.data.features.writer import FeatureWriter
+from mmkd.data.folder import write_manifest
+from mmkd.data.table import Pair
 from mmkd.encoders.zoo import load_encoder
 from mmkd.serving.index import SearchIndex
 
@@ -31,17 +35,23 @@ MOST_TABS = 40
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The address of a service with an archive, and the folder that Gradio would write to."""
+    """The address of a service with an archive and a teacher's features, and the folder that Gradio would write to."""
     place = tmp_path_factory.mktemp("page")
-    folder, pictures = save_tiny(place / "tiny"), place / "pictures"
-    pictures.mkdir()
+    folder, pictures = save_tiny(place / "tiny"), place / "pairs" / "images"
+    pictures.mkdir(parents=True)
     names = [f"picture-{seed}.png" for seed in range(3)]
     for seed, name in enumerate(names):
         (pictures / name).write_bytes(noise(seed))
     encoder = load_encoder(str(folder))
     index = SearchIndex.create(place / "index", encoder.provenance, encoder.dim)
     index.add([*names, "gone.png"], encoder.encode_texts(["w3", "w4", "w5", "w6"]))
+    pairs = [Pair(name, name, f"<i>w{seed}</i>", modality="MRI") for seed, name in enumerate(names)]
+    write_manifest(place / "pairs", pairs)
+    writer = FeatureWriter(place / "features" / "PLIP", "PLIP")
+    writer.add(names, torch.eye(3), torch.eye(3).roll(1, 0))
+    writer.finish({})
     options = ["--labels", "w3,<b>w4</b>", "--index", place / "index", "--images", pictures]
+    options += ["--pairs", place / "pairs", "--features", place / "features"]
     with serve_apart(folder, *options, GRADIO_TEMP_DIR=str(place / "gradio")) as (_, address):
         yield address, place / "gradio"
 
@@ -97,6 +107,11 @@ def test_everything_by_keyboard_at_400_pixels(served, browser):
     page.write("w5 w6")
     page.press(*ENTER)
     page.wait_for("document.body.innerText.includes('Images for “w5 w6”')")
+    tab_to(page, "Show another pair")
+    page.press(*ENTER)
+    page.wait_for("document.querySelectorAll('.mmkd-encoders dt').length === 2")
+    beside = page.run("document.querySelector('.mmkd-beside').innerText")
+    assert "tiny" in beside and "PLIP" in beside and "number 2 of 3" in beside and "<i>w" in beside
     assert page.run("document.documentElement.scrollWidth") <= 400
     assert page.run("[...document.querySelectorAll('img')].every(i => i.complete && i.naturalWidth > 0 && i.alt)")
     assert page.requests and all(url.startswith((address, "data:", "blob:")) for url in page.requests)
