@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,28 +58,11 @@ class Comparison:
         Raises:
             ValueError: the features are of other captions or images, or there are not two such pairs.
         """
-        listed: list[tuple[int, str, str, str]] = []
-        rows = 0
-        for ids, modalities, splits in in_columns(folder.pairs, ("id", "modality", "split")):
-            complete = np.all([mask for mask, _ in features.fingerprints(ids).values()], axis=0)
-            listed += [(rows + k, ids[k], modalities[k], splits[k]) for k in np.flatnonzero(complete).tolist()]
-            rows += len(ids)
-            if len(listed) > MOST_LISTED:
-                break
-        tested = [own for own in listed if own[3] == "test"]
-        self.split = "test" if len(tested) > 1 else "all"
-        own = tested if self.split == "test" else listed
-        by_caption: dict[str, Pair] = {}
-        for k in spread([id for _, id, _, _ in own], [modality for _, _, modality, _ in own], len(own)):
-            pair = folder.pairs[own[k][0]]
-            by_caption.setdefault(pair.caption, pair)
-            if len(by_caption) == MOST_PAIRS:
-                break
-        pairs = list(by_caption.values())
+        pairs, self.split = _chosen(folder, features)
         if len(pairs) < 2:
             raise ValueError(f"{folder.path} has no two pairs of different captions with features of every teacher")
         seen_pairs(features, pairs, "--features")
-        self.captions = list(by_caption)
+        self.captions = [pair.caption for pair in pairs]
         self.images: list[Path | ArchivedFile] = [folder.image_path(pair) for pair in pairs]
         self._similarities: dict[str, Vectors] = {
             name: (normalize(found["image"], dim=1) @ normalize(found["text"], dim=1).T).numpy()
@@ -95,10 +79,32 @@ class Comparison:
             image: (dim,) unit vector of the student.
             captions: (n, dim) unit vectors of the student.
         """
-        found = {student: captions @ image, **{name: own[place] for name, own in self._similarities.items()}}
-        return [self._answer(place, name, cosines) for name, cosines in found.items()]
+        teachers = [(name, similarities[place]) for name, similarities in self._similarities.items()]
+        return [self._answer(place, name, cosines) for name, cosines in [(student, captions @ image), *teachers]]
 
     def _answer(self, place: int, name: str, values: Vectors) -> Answer:
         best = np.argsort(-values, kind="stable")[:SHOWN_CAPTIONS].tolist()
         rank = 1 + int((values > values[place]).sum())
         return Answer(name, rank, [(self.captions[k], float(values[k])) for k in best])
+
+
+def _chosen(folder: PairFolder, features: TeacherFeatures) -> tuple[list[Pair], Literal["test", "all"]]:
+    """Pairs of different captions, modalities in turn, and the split that they are of."""
+    listed: list[tuple[int, str, str, str]] = []
+    rows = 0
+    for ids, modalities, splits in in_columns(folder.pairs, ("id", "modality", "split")):
+        complete = np.all([mask for mask, _ in features.fingerprints(ids).values()], axis=0)
+        listed += [(rows + k, ids[k], modalities[k], splits[k]) for k in np.flatnonzero(complete).tolist()]
+        rows += len(ids)
+        if len(listed) > MOST_LISTED:
+            break
+    tested = [own for own in listed if own[3] == "test"]
+    split: Literal["test", "all"] = "test" if len(tested) > 1 else "all"
+    own = tested if split == "test" else listed
+    by_caption: dict[str, Pair] = {}
+    for k in spread([id for _, id, _, _ in own], [modality for _, _, modality, _ in own], len(own)):
+        pair = folder.pairs[own[k][0]]
+        by_caption.setdefault(pair.caption, pair)
+        if len(by_caption) == MOST_PAIRS:
+            break
+    return list(by_caption.values()), split
