@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
 
 
@@ -36,16 +36,20 @@ class CalibrateSettings:
     mode: Literal["single", "multilabel", "normal"] = setting(
         "single", "one label applies, several (written a|b in the pairs), or normal against abnormal"
     )
-    alpha: float = setting(0.1, "share of images whose conformal set may lack the true label")
+    alpha: float = setting(0.1, "share of images whose conformal set may lack the true label", above=0, below=1)
     conformal: Literal["lac", "aps"] = setting("lac", "conformal score: smallest sets, or more even over images")
     thresholds: Literal["f1", "sensitivity"] = setting("f1", "(multilabel) highest F1, or --sensitivity")
-    sensitivity: float = setting(0.95, "(multilabel) share of images with a finding that reach its threshold")
-    abstain: float = setting(0.05, "share of labelled images that may be refused as none of the labels; 0 refuses none")
-    replicates: int = setting(REPLICATES, "replicates of the bootstrap")
+    sensitivity: float = setting(
+        0.95, "(multilabel) share of images with a finding that reach its threshold", above=0, below=1
+    )
+    abstain: float = setting(
+        0.05, "share of labelled images that may be refused as none of the labels; 0 refuses none", least=0, below=1
+    )
+    replicates: int = setting(REPLICATES, "replicates of the bootstrap", least=100)
     seed: int = setting(SEED, "seed of the bootstrap")
     output: Path | None = setting(None, "folder for calibration.json; by default that of the model")
-    batch_size: int = setting(32, "images at a time")
-    workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores")
+    batch_size: int = setting(32, "images at a time", least=1)
+    workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     quiet: bool = setting(False, "no progress bar, print nothing")
 
@@ -127,13 +131,6 @@ def check(settings: CalibrateSettings) -> Path:
     Raises:
         ValueError: what came, what is allowed and what to do.
     """
-    shares = {"alpha": settings.alpha, "sensitivity": settings.sensitivity}
-    for name, value in shares.items():
-        if not 0 < value < 1:
-            raise ValueError(f"--{name} {value:g} must be between 0 and 1")
-    if not 0 <= settings.abstain < 1:
-        raise ValueError(f"--abstain {settings.abstain:g} must be at least 0 and below 1")
-    require_least(settings, batch_size=1, workers=0, replicates=100)
     folder = settings.output or Path(settings.model)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder for {CALIBRATION_FILE}; name one with --output")

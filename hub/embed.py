@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 from mmkd.data.pixel_rules import Window, WindowPreset
 
 
@@ -38,8 +38,8 @@ class EmbedSettings:
     kind: Literal["images", "texts"] = setting("images", "kind of the inputs")
     log: Path | None = setting(None, "file for the provenance of the run: weights, preprocessing, versions")
     window: WindowPreset = setting("auto", "window of CT: auto, lung, soft, bone, brain, or three of them as RGB")
-    batch_size: int = setting(32, "images or texts at a time")
-    workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores")
+    batch_size: int = setting(32, "images or texts at a time", least=1)
+    workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     overwrite: bool = setting(False, "replace OUTPUT if it exists")
     quiet: bool = setting(False, "no progress bar")
@@ -102,7 +102,6 @@ def check(settings: EmbedSettings) -> None:
     """
     if settings.output.suffix not in SUFFIXES:
         raise ValueError(f"--output {settings.output} must end in {', '.join(SUFFIXES)}")
-    require_least(settings, batch_size=1, workers=0)
     refuse_existing(settings.output, settings.overwrite)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED, as_text
 
 
@@ -32,8 +32,8 @@ class ExportSettings:
     output: Path = setting(help="folder to write")
     pairs: Path | None = setting(None, "folder of pairs, to compare zero-shot accuracy on")
     split: Literal["train", "validation", "test"] = setting("test", "split of the pairs")
-    repeats: int = setting(20, "maximum number of timed runs of each side, alternated; 0 skips the comparison")
-    replicates: int = setting(REPLICATES, "bootstrap replicates")
+    repeats: int = setting(20, "maximum number of timed runs of each side, alternated; 0 skips the comparison", least=0)
+    replicates: int = setting(REPLICATES, "bootstrap replicates", least=100)
     seed: int = setting(SEED, "seed of the bootstrap")
     quiet: bool = setting(False, "print nothing")
     overwrite: bool = setting(False, "replace OUTPUT")
@@ -95,7 +95,6 @@ def main(settings: ExportSettings) -> None:
 def check(settings: ExportSettings) -> None:
     """Raise on invalid settings before anything is loaded."""
     refuse_existing(settings.output, settings.overwrite)
-    require_least(settings, repeats=0, replicates=100)
     if settings.pairs is not None:
         open_pairs(settings.pairs, settings.split)
     for package in NEEDED.get(settings.format, ()):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 from mmkd.data.pixel_rules import WindowPreset
 
 
@@ -31,9 +31,9 @@ class IndexSettings:
     window: WindowPreset | None = setting(
         None, "window of CT: auto, lung, soft, bone, brain or three; by default that of the index, auto for a new one"
     )
-    batch_size: int = setting(32, "images at a time")
-    workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores")
-    threads: int = setting(0, "threads that make the graph of a large index; 0 takes all cores")
+    batch_size: int = setting(32, "images at a time", least=1)
+    workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores", least=0)
+    threads: int = setting(0, "threads that make the graph of a large index; 0 takes all cores", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     quiet: bool = setting(False, "no progress bar, print nothing")
 
@@ -64,7 +64,6 @@ def main(settings: IndexSettings) -> None:
         FileExistsError: OUTPUT holds something else.
         ValueError: settings that cannot work, an index of another model or a damaged one, or no readable image.
     """
-    require_least(settings, batch_size=1, workers=0, threads=0)
     if not settings.folder.is_dir():
         raise FileNotFoundError(f"{settings.folder}: no such folder")
     files = [file for file in find_images([settings.folder]) if not leads_inside(settings.output, file.path)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 from mmkd.data.pixel_rules import Window, WindowPreset
 
 
@@ -40,13 +40,13 @@ class PredictSettings:
         "single", "one label, independent labels, or normal against abnormal"
     )
     calibration: str = setting("auto", "folder with calibration.json; auto is that of the model, none uses none")
-    top: int = setting(5, "labels shown for each image")
+    top: int = setting(5, "labels shown for each image", least=1)
     format: Literal["table", "csv", "json", "parquet"] = setting("table", "form of the output")
     output: Path | None = setting(None, "file to write; by default standard output")
     log: Path | None = setting(None, "file for the provenance of the run: weights, preprocessing, versions")
     window: WindowPreset = setting("auto", "window of CT: auto, lung, soft, bone, brain, or three of them as RGB")
-    batch_size: int = setting(32, "images at a time")
-    workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores")
+    batch_size: int = setting(32, "images at a time", least=1)
+    workers: int = setting(0, "threads that read images; 0 takes this process' share of the cores", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     quiet: bool = setting(False, "no progress bar")
 
@@ -121,7 +121,6 @@ def check(settings: PredictSettings) -> None:
     Raises:
         ValueError: what came, what is allowed and what to do.
     """
-    require_least(settings, top=1, batch_size=1, workers=0)
     if not settings.labels and settings.mode != "normal":
         raise ValueError("--labels is required: a,b,c, or a file with one label on each line")
     if settings.format == "parquet" and settings.output is None:

@@ -21,9 +21,9 @@ class SearchSettings:
 
     index: Path = setting(help="folder that `mmkd index` has written", positional=True)
     query: str = setting(help="a sentence, or the file of an image", positional=True)
-    k: int = setting(10, "number of results; an index of fewer images gives all")
+    k: int = setting(10, "number of results; an index of fewer images gives all", least=1)
     near: bool = setting(False, "only near duplicates: a cosine of at least 0.95")
-    least: float = setting(-1.0, "minimum cosine similarity of a result")
+    least: float = setting(-1.0, "minimum cosine similarity of a result", least=-1, most=1)
     format: Literal["table", "csv", "json"] = setting("table", "form of the output")
     model: str = setting("", "folder or Hub id of the model; by default the one that the index names")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
@@ -57,8 +57,6 @@ def main(settings: SearchSettings) -> None:
         FileNotFoundError: the index, the model or the image is not there.
         ValueError: settings that cannot work, a damaged index, one of another model, or an unreadable image.
     """
-    if settings.k < 1 or not -1 <= settings.least <= 1:
-        raise ValueError(f"-k {settings.k} must be at least 1, --least {settings.least:g} from -1 to 1")
     is_image = names_image(settings.query)
     index = SearchIndex.open(settings.index)
     encoder = load_encoder(settings.model or index.model_source, settings.device)

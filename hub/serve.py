@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 from mmkd.data.pixel_rules import Window, WindowPreset
 
 KEY_VARIABLE = "MMKD_SERVE_KEY"
@@ -46,19 +46,19 @@ class ServeSettings:
     resize: Literal["exact", "fast"] = setting("exact", "the model's own, or faster and within one grey level")
     page: bool = setting(True, "web page at /")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all addresses of this machine")
-    port: int = setting(8000, "port to listen on")
+    port: int = setting(8000, "port to listen on; 0 takes a free one", least=0, most=65535)
     key_file: Path | None = setting(None, f"file with the key that clients must send; or the variable {KEY_VARIABLE}")
     without_key: bool = setting(False, "serve without a key, where another layer restricts access")
     names: list[str] = setting(factory=list, help="other host names that requests may use, such as a reverse proxy's")
     frame_ancestors: list[str] = setting(factory=list, help="web sites that may embed the page")
-    max_batch: int = setting(32, "maximum number of images or texts computed together")
-    max_wait_ms: float = setting(1.0, "time that a lone item waits for others [ms]")
-    max_queue: int = setting(512, "maximum number of waiting images and texts; more are refused with 503")
-    max_items: int = setting(64, "maximum number of images and texts of a request")
-    max_body: int = setting(32, "maximum body of a request [MiB]")
-    max_memory: int = setting(512, "maximum of the bodies of all requests together [MiB]")
-    timeout: float = setting(30.0, "maximum time of a request [s]")
-    grace: int = setting(20, "time to finish requests when the service is stopped [s]")
+    max_batch: int = setting(32, "maximum number of images or texts computed together", above=0)
+    max_wait_ms: float = setting(1.0, "time that a lone item waits for others [ms]", least=0)
+    max_queue: int = setting(512, "maximum number of waiting images and texts; more are refused with 503", above=0)
+    max_items: int = setting(64, "maximum number of images and texts of a request", above=0)
+    max_body: int = setting(32, "maximum body of a request [MiB]", above=0)
+    max_memory: int = setting(512, "maximum of the bodies of all requests together [MiB]", above=0)
+    timeout: float = setting(30.0, "maximum time of a request [s]", above=0)
+    grace: int = setting(20, "time to finish requests when the service is stopped [s]", least=0)
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "labels templates mode index images pairs features window",
@@ -141,12 +141,6 @@ def check(settings: ServeSettings) -> None:
         FileNotFoundError: a folder is not there.
         ValueError: what came, what is allowed and what to do.
     """
-    if not 0 <= settings.port <= 65535:
-        raise ValueError(f"--port {settings.port} must be 1 to 65535, or 0 for a free one")
-    for name in ("max_batch", "max_queue", "max_items", "max_body", "max_memory", "timeout"):
-        if getattr(settings, name) <= 0:
-            raise ValueError(f"--{name} {getattr(settings, name)} must be above 0")
-    require_least(settings, max_wait_ms=0, grace=0)
     if settings.max_queue < settings.max_items:
         raise ValueError(
             f"--max_queue {settings.max_queue} is below --max_items {settings.max_items}: such requests never fit"

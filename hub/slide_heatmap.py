@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -33,8 +33,8 @@ class SlideHeatmapSettings:
     level: int | None = setting(None, "cut at this pyramid level, whatever its resolution")
     size: int = setting(256, "side of a tile [pixels]")
     tissue: float = setting(0.25, "smallest share of tissue in a tile")
-    batch_size: int = setting(64, "tiles per batch of the model")
-    workers: int = setting(4, "threads that read tiles")
+    batch_size: int = setting(64, "tiles per batch of the model", least=1)
+    workers: int = setting(4, "threads that read tiles", least=1)
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one")
     quiet: bool = setting(False, "no progress bar, print nothing")
     overwrite: bool = setting(False, "replace OUTPUT if it exists")
@@ -66,7 +66,6 @@ def main(settings: SlideHeatmapSettings) -> None:
     table, picture = (settings.output.with_name(settings.output.name + end) for end in (".geojson", ".png"))
     for file in (table, picture):
         refuse_existing(file, settings.overwrite)
-    require_least(settings, batch_size=1, workers=1)
     if not settings.text.strip():
         raise ValueError("the text must not be empty")
     if not settings.slide.is_file():

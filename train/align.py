@@ -36,10 +36,10 @@ class AlignSettings(TaskSettings, LoopSettings):
         "procrustes", "rotation to agreement, the paper's autoencoder, or equal variances in each teacher's own space"
     )
     dim: int = setting(512, "width of the shared space: the student's projection_dim (phi-s keeps each teacher's)")
-    epochs: int = setting(20, "passes over the pairs (autoencoder)")
-    batch_size: int = setting(1024, "global batch size over all processes [pairs] (autoencoder)")
-    learning_rate: float = setting(1e-3, "peak learning rate (autoencoder)")
-    dropout: float = setting(0.2, "probability of dropout in the shared encoders (autoencoder)")
+    epochs: int = setting(20, "passes over the pairs (autoencoder)", least=1)
+    batch_size: int = setting(1024, "global batch size over all processes [pairs] (autoencoder)", least=2)
+    learning_rate: float = setting(1e-3, "peak learning rate (autoencoder)", above=0)
+    dropout: float = setting(0.2, "probability of dropout in the shared encoders (autoencoder)", least=0, below=1)
     noise: float = setting(0.01, "standard deviation of the noise on inputs in training (autoencoder)")
 
 

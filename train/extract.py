@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from mmkd.command.settings import nearest, require_least
+from mmkd.command.settings import nearest
 from mmkd.command.tasks import run_tasks
 from mmkd.data.features.writer import SKIPPED_FILE
 from mmkd.encoders.encoder import DualEncoder
@@ -80,7 +80,6 @@ def check(settings: ExtractSettings) -> None:
         if name not in sources:
             raise ValueError(f"--weights.{name}{nearest(name, sources)}: no such teacher here; {', '.join(sources)}")
     settings.check_tasks()
-    require_least(settings, batch_size=1, shard_size=0, threads=0)
     if settings.cache_frozen_towers and (settings.precision != "float32" or settings.resize == "fast"):
         raise ValueError(
             "--cache_frozen_towers keeps exact outputs: leave out --precision and --resize fast, or the cache"

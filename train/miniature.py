@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkd.command.settings import check_arguments, run, setting
+from mmkd.command.settings import check_arguments, check_limits, run, setting
 
 
 @dataclass(kw_only=True)
@@ -35,9 +35,9 @@ class MiniatureSettings:
     results: Path = setting(Path("miniature-results"), "folder for claim.json and claim.md")
     arms: list[str] = setting(factory=list, help="arms by name; empty takes all")
     noise: list[float] = setting(factory=lambda: [0.0, 0.2, 0.4], help="shares of the student's captions made wrong")
-    draws: int = setting(3, "number of assignments of groups to teachers, student and test")
-    seeds: int = setting(3, "number of training seeds of each student")
-    maximum: int = setting(1500, "maximum number of images of a collection")
+    draws: int = setting(3, "number of assignments of groups to teachers, student and test", least=1)
+    seeds: int = setting(3, "number of training seeds of each student", least=1)
+    maximum: int = setting(1500, "maximum number of images of a collection", least=1)
     image_size: int = setting(128, "side of the images [pixels]")
     page: Path | None = setting(None, "Markdown file in which the table between <!-- claim --> markers is replaced")
     protocol: str = setting("", "version of the protocol, such as a commit; recorded in claim.json")
@@ -45,7 +45,7 @@ class MiniatureSettings:
     train_vision: bool = setting(
         False, "also train the students' vision towers, minutes each; tuning trials are chosen with frozen towers"
     )
-    workers: int = setting(2, "number of processes")
+    workers: int = setting(2, "number of processes", least=1)
     quiet: bool = setting(False, "show no progress bars")
 
     def __post_init__(self) -> None:
@@ -56,9 +56,7 @@ class MiniatureSettings:
         """
         if self.quick:
             self.draws, self.seeds, self.noise, self.maximum = 1, 1, [0.2], min(self.maximum, 300)
-        for name in ("draws", "seeds", "maximum", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        check_limits(self, vars(self))
         if not self.noise or not all(0 <= share < 1 for share in self.noise):
             raise ValueError(f"--noise {self.noise}: give shares from 0 to below 1")
 

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 
 
 @dataclass
@@ -112,12 +112,12 @@ class ViewsSettings:
 
     folder: Path = setting(help="a folder of pairs", positional=True)
     output: Path = setting(help="folder of pairs to write")
-    number: int = setting(4, "crops of each training image")
-    side: int = setting(256, "side of the crops [pixels]")
-    crop_area: float = setting(0.5, "smallest area of a crop, as a share of the image")
+    number: int = setting(4, "crops of each training image", least=1)
+    side: int = setting(256, "side of the crops [pixels]", least=1)
+    crop_area: float = setting(0.5, "smallest area of a crop, as a share of the image", above=0, most=1)
     seed: int = setting(42, "seed of the crops")
-    workers: int = setting(4, "threads that decode")
-    shard_pairs: int = setting(10_000, "pairs per tar")
+    workers: int = setting(4, "threads that decode", least=1)
+    shard_pairs: int = setting(10_000, "pairs per tar", least=1)
     overwrite: bool = setting(False, "replace OUTPUT")
     quiet: bool = setting(False, "no progress bar")
 
@@ -262,9 +262,6 @@ def views(settings: ViewsSettings) -> None:
     Raises:
         ValueError: a setting is out of range.
     """
-    require_least(settings, number=1, side=1, workers=1, shard_pairs=1)
-    if not 0 < settings.crop_area <= 1:
-        raise ValueError(f"--crop_area is {settings.crop_area}; it must be above 0 and at most 1")
     refuse_existing(settings.output, settings.overwrite)
     folder = open_pairs(settings.folder)
     crops = random_views(folder, settings.number, settings.side, settings.crop_area, settings.seed, settings.workers)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from mmkd.command.settings import check_arguments, resolved, run, setting
+from mmkd.command.settings import check_arguments, check_limits, resolved, run, setting
 
 PAPER = "paper"
 
@@ -23,40 +23,32 @@ class PlanSettings:
         mmkd plan --gpus 8 --gpu h100 --pairs 2900000 --batch_size 4096
     """
 
-    gpus: int = setting(8, "number of GPUs, over all machines")
+    gpus: int = setting(8, "number of GPUs, over all machines", above=0)
     gpu: str = setting("h100", "name of a GPU, such as b200, h100, a100, l40s or rtx-4090")
     model: str = setting(PAPER, "folder of a student, or paper: ViT-B/16 and BERT-base")
-    pairs: int = setting(2_900_000, "number of training pairs")
-    teachers: int = setting(9, "number of teachers to extract, each at the cost of the student's forward pass")
-    pretrain_epochs: float = setting(20.0, "epochs of stage 1")
-    distill_epochs: float = setting(20.0, "epochs of stage 2")
-    batch_size: int = setting(4096, "global batch size [pairs]")
+    pairs: int = setting(2_900_000, "number of training pairs", above=0)
+    teachers: int = setting(9, "number of teachers to extract, each at the cost of the student's forward pass", least=0)
+    pretrain_epochs: float = setting(20.0, "epochs of stage 1", above=0)
+    distill_epochs: float = setting(20.0, "epochs of stage 2", above=0)
+    batch_size: int = setting(4096, "global batch size [pairs]", above=0)
     micro_batch_size: int | None = setting(None, "pairs that a GPU encodes at once; null is its whole share")
     gradient_checkpointing: bool = setting(False, "recompute activations")
     precision: Literal["fp32", "bf16"] = setting("bf16", "precision of the forward pass")
     sharded: bool = setting(False, "shard weights and optimizer over the GPUs (FSDP2)")
-    mean_tokens: float = setting(60.0, "mean length of a caption [tokens]")
-    efficiency: float = setting(0.35, "share of a GPU's peak that a step reaches, mfu in the log of a run")
-    cores_per_gpu: int = setting(8, "cores that read images for each GPU, --workers")
-    images_per_core: float = setting(700.0, "images per second of one core; tests/benchmarks/loader.py measures it")
-    price: float = setting(2.5, "price of a GPU for an hour, in your currency")
+    mean_tokens: float = setting(60.0, "mean length of a caption [tokens]", above=0)
+    efficiency: float = setting(
+        0.35, "share of a GPU's peak that a step reaches, mfu in the log of a run", above=0, most=1
+    )
+    cores_per_gpu: int = setting(8, "cores that read images for each GPU, --workers", above=0)
+    images_per_core: float = setting(
+        700.0, "images per second of one core; tests/benchmarks/loader.py measures it", above=0
+    )
+    price: float = setting(2.5, "price of a GPU for an hour, in your currency", least=0)
     output: Path | None = setting(None, "JSON file to write with the same figures")
 
     def __post_init__(self) -> None:
-        """Refuse values out of range.
-
-        Raises:
-            ValueError: the message names the setting, its value and what is allowed.
-        """
-        counts = ("gpus", "pairs", "batch_size", "cores_per_gpu")
-        for name in (*counts, "pretrain_epochs", "distill_epochs", "mean_tokens", "images_per_core"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be above 0")
-        if not 0 < self.efficiency <= 1 or self.price < 0 or self.teachers < 0:
-            raise ValueError(
-                f"--efficiency {self.efficiency} must be above 0 and at most 1, --price {self.price} and --teachers "
-                f"{self.teachers} at least 0"
-            )
+        """Refuse values out of range, see `check_limits`."""
+        check_limits(self, vars(self))
 
 
 if __name__ == "__main__":

@@ -36,19 +36,23 @@ class ScreenSettings(TaskSettings):
     rule: Literal["percentile", "rank", "all"] = setting(
         "percentile", "above a percentile of mismatches | rank = own caption within --top | all"
     )
-    percentile: float = setting(80.0, "percentage of mismatched similarities that a pair's own must exceed")
-    top: int = setting(1, "rank of the own caption in the pool that still passes (rule rank)")
+    percentile: float = setting(
+        80.0, "percentage of mismatched similarities that a pair's own must exceed", least=0, most=100
+    )
+    top: int = setting(1, "rank of the own caption in the pool that still passes (rule rank)", least=1)
     minimum_teachers: int | None = setting(
         None, "number of teachers that must agree; null is 5 of 9, or that share of fewer; 0 keeps every pair"
     )
     modalities: list[str] = setting(
         factory=list, help="training pairs of other modalities are dropped; empty keeps all"
     )
-    pool: int = setting(1024, "random pairs of each split, and of each modality in it, that give the mismatches")
-    modality_pairs: int | None = setting(
-        50, "pairs in the pool from which a modality has a threshold of its own; null = one threshold for all"
+    pool: int = setting(
+        1024, "random pairs of each split, and of each modality in it, that give the mismatches", least=2
     )
-    seed: int = setting(42, "seed of the pools")
+    modality_pairs: int | None = setting(
+        50, "pairs in the pool from which a modality has a threshold of its own; null = one threshold for all", least=2
+    )
+    seed: int = setting(42, "seed of the pools", least=0)
     quiet: bool = setting(False, "show no progress bar")
     overwrite: bool = setting(False, "replace OUTPUT if it exists")
 
@@ -148,13 +152,6 @@ def check(settings: ScreenSettings, features: TeacherFeatures) -> int:
         raise ValueError(
             f"--minimum_teachers is {minimum}; {settings.features} has {count} teachers, so allowed: 0-{count}"
         )
-    if not 0 <= settings.percentile <= 100 or settings.pool < 2 or settings.seed < 0 or settings.top < 1:
-        raise ValueError(
-            f"--percentile {settings.percentile} must be 0 to 100, --pool {settings.pool} at least 2, --top "
-            f"{settings.top} at least 1, --seed {settings.seed} at least 0"
-        )
-    if settings.modality_pairs is not None and settings.modality_pairs < 2:
-        raise ValueError(f"--modality_pairs is {settings.modality_pairs}; it must be at least 2, or null")
     return minimum
 
 

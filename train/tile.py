@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mmkd.command.settings import check_arguments, require_least, run, setting
+from mmkd.command.settings import check_arguments, run, setting
 from mmkd.command.tasks import TaskSettings
 
 
@@ -41,8 +41,8 @@ class TileSettings(TaskSettings):
     size: int = setting(256, "side of a tile [pixels]")
     tissue: float = setting(0.25, "smallest share of tissue in a tile")
     dtype: Literal["float16", "float32"] = setting("float16", "stored number format")
-    batch_size: int = setting(64, "tiles per batch of the encoder")
-    threads: int = setting(4, "threads that read tiles")
+    batch_size: int = setting(64, "tiles per batch of the encoder", least=1)
+    threads: int = setting(4, "threads that read tiles", least=1)
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one, another for each process")
     quiet: bool = setting(False, "no progress bar")
 
@@ -111,7 +111,6 @@ def check(settings: TileSettings) -> None:
     if not settings.encoder and not settings.preview:
         raise ValueError("give --encoder, whose features are kept, or --preview true")
     settings.check_tasks()
-    require_least(settings, batch_size=1, threads=1)
     tiling(settings)
 
 

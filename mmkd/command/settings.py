@@ -23,6 +23,8 @@ import errno
 import importlib.resources
 import inspect
 import io
+import math
+import operator
 import os
 import shutil
 import sys
@@ -57,6 +59,12 @@ GROUPS = (
 )
 REQUIRED, COMMON = Group("required", sort_key=-1), Group("command", sort_key=len(GROUPS))
 EXAMPLE = "Example:"
+LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # of a number: in words, and its test
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def setting(
@@ -67,6 +75,7 @@ def setting(
     preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     positional: bool = False,
     whole: bool = False,
+    **limits: float,
 ) -> Any:
     """A dataclass field with a help text; without a default or factory the setting is required.
 
@@ -80,8 +89,10 @@ def setting(
             last.
         whole: words of a list that stand without its name are not split at commas, which sentences and names of files
             may hold.
+        limits: of a number, by the names in `LIMITS`.
     """
-    metadata = {"help": help, "preset": preset, "positional": positional, "whole": whole}
+    assert limits.keys() <= LIMITS.keys(), f"limits are {', '.join(LIMITS)}, not {', '.join(limits)}"
+    metadata = {"help": help, "preset": preset, "positional": positional, "whole": whole, "limits": limits}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -194,6 +205,7 @@ def given_values(settings_class: type, argv: Sequence[str], action: str = "") ->
             changes, preset = mappings.get(field.name, {}), field.metadata.get("preset")
             start = preset(values) if preset and changes else field.default_factory()
             values[field.name] = {**values.get(field.name, start), **changes}
+    check_limits(settings_class, values)
     if checks_only:
         raise SystemExit(0)
     return values
@@ -239,19 +251,24 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def require_least(settings: Any, **least: float) -> None:
-    """Refuse numbers below the least that is allowed.
+def check_limits(settings: Any, values: Mapping[str, Any]) -> None:
+    """Refuse numbers outside the limits of their settings, and those that are not finite.
 
     Args:
-        settings: any dataclass.
-        least: allowed value by name of the setting.
+        settings: a dataclass, or an instance.
+        values: by name of the setting.
 
     Raises:
         ValueError: the message names the first such setting, its value and what is allowed.
     """
-    for name, bound in least.items():
-        if getattr(settings, name) < bound:
-            raise ValueError(f"--{name} {getattr(settings, name)} must be at least {bound:g}")
+    for field in dataclasses.fields(settings):
+        value, limits = values.get(field.name), field.metadata.get("limits")
+        if value is None or not limits:
+            continue
+        if not math.isfinite(value) or not all(LIMITS[name][1](value, bound) for name, bound in limits.items()):
+            allowed = " and ".join(f"{LIMITS[name][0]} {bound:g}" for name, bound in limits.items())
+            null = ", or null" if field.default is None else ""
+            raise ValueError(f"--{field.name} is {value}; it must be {allowed}{null}")
 
 
 def bare(hint: Any) -> Any:

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from tqdm import tqdm
 
 from mmkd.command.launch import end_with_parent
-from mmkd.command.settings import setting
+from mmkd.command.settings import check_limits, setting
 from mmkd.files import read_json, remove, write_json
 
 Item = TypeVar("Item")
@@ -58,8 +58,8 @@ class TaskSettings:
     executor: Literal["local", "slurm", "ray"] = setting(
         "local", "processes of this machine, jobs of Slurm, or a Ray cluster; all machines must see the same folders"
     )
-    tasks: int = setting(0, f"number of tasks; 0 takes {TASKS_PER_WORKER} for each worker")
-    workers: int = setting(1, "tasks that run at the same time; with executor local, 1 runs in this process")
+    tasks: int = setting(0, f"number of tasks; 0 takes {TASKS_PER_WORKER} for each worker", least=0)
+    workers: int = setting(1, "tasks that run at the same time; with executor local, 1 runs in this process", least=1)
     resources: dict[str, Any] = setting(
         factory=dict,
         help="resources of a task, by name of submitit (slurm_partition, timeout_min, gpus_per_node, cpus_per_task, "
@@ -72,8 +72,7 @@ class TaskSettings:
         Raises:
             ValueError: a number is out of range, or resources are given that nobody allots.
         """
-        if self.workers < 1 or self.tasks < 0:
-            raise ValueError(f"--workers {self.workers} must be at least 1, --tasks {self.tasks} at least 0")
+        check_limits(self, vars(self))
         if self.resources and self.executor == "local":
             raise ValueError("--resources are allotted by slurm and ray: name one as --executor, or leave them out")
 

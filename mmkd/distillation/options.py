@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from mmkd.command.settings import nearest, setting
+from mmkd.command.settings import check_limits, nearest, setting
 from mmkd.training.settings import TaskLossSettings
 
 DISTILL_LOSSES = ("task", "affinity", "feature", "interactive", "relational", "heads")
@@ -74,10 +74,14 @@ class DistillOptions(TaskLossSettings):
         "inverse temperatures of the teachers as given by --teacher_scale and --relational_scale, or of each teacher "
         "and loss --spread_factor over the standard deviation of its cosines",
     )
-    spread_factor: float = setting(3.5, "inverse temperature times the standard deviation of a teacher's cosines")
-    teacher_scale: float = setting(50.0, "inverse temperature of the teachers' image-text softmax")
+    spread_factor: float = setting(
+        3.5, "inverse temperature times the standard deviation of a teacher's cosines", above=0
+    )
+    teacher_scale: float = setting(50.0, "inverse temperature of the teachers' image-text softmax", above=0)
     teacher_scales: dict[str, float] = setting(factory=dict, help="--teacher_scale of single teachers, by name")
-    relational_scale: float = setting(20.0, "inverse temperature of the relational loss, of student and teachers")
+    relational_scale: float = setting(
+        20.0, "inverse temperature of the relational loss, of student and teachers", above=0
+    )
     relational_teachers: Literal["all", "available"] = setting(
         "all",
         "teachers of the relational loss: all with features, or those that screening found available",
@@ -89,12 +93,17 @@ class DistillOptions(TaskLossSettings):
     teacher_weights: dict[str, float] = setting(
         factory=dict, help="weight of TEACHER, or of MODALITY/TEACHER for pairs of that modality; 1 where not given"
     )
-    confidence: float = setting(0.0, "power of a teacher's own-pair probability in its weight; 0 gives equal weights")
+    confidence: float = setting(
+        0.0, "power of a teacher's own-pair probability in its weight; 0 gives equal weights", least=0
+    )
     teacher_dropout: float = setting(
-        0.0, "probability of dropping a teacher for a pair, sampled each epoch; one is kept"
+        0.0, "probability of dropping a teacher for a pair, sampled each epoch; one is kept", least=0, below=1
     )
     false_negatives: float | None = setting(
-        None, "pairs whose images or captions have a mean teacher cosine above this are excluded from the negatives"
+        None,
+        "pairs whose images or captions have a mean teacher cosine above this are excluded from the negatives",
+        above=0,
+        most=1,
     )
     head_input: Literal["embedding", "trunk"] = setting(
         "embedding", "heads read the student's embedding, or the outputs of its towers before the projections"
@@ -111,19 +120,16 @@ class DistillOptions(TaskLossSettings):
         self.target_norm = self.target_norm or preset["target_norm"]
         self.feature_form = self.feature_form or preset["feature_form"]
         self.interactive_scale = self.interactive_scale or preset["interactive_scale"]
-        for name in ("teacher_scale", "relational_scale", "spread_factor"):
-            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        check_limits(self, vars(self))
         for name, scale in self.teacher_scales.items():
-            _require(0 < scale < math.inf, f"teacher_scales.{name}", scale, "above 0")
+            if not 0 < scale < math.inf:
+                raise ValueError(f"--teacher_scales.{name} is {scale}; it must be above 0")
         for name, weight in self.teacher_weights.items():
-            _require(0 <= weight < math.inf, f"teacher_weights.{name}", weight, "at least 0")
-        _require(0 <= self.confidence < math.inf, "confidence", self.confidence, "at least 0")
-        _require(0 <= self.teacher_dropout < 1, "teacher_dropout", self.teacher_dropout, "at least 0 and below 1")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"--teacher_weights.{name} is {weight}; it must be at least 0")
         others = sum(weight for name, weight in self.losses.items() if name != "heads")
         if self.head_input == "trunk" and self.losses["heads"] and not others:
             raise ValueError("--head_input trunk does not train the projections; give another loss a weight, too")
-        if self.false_negatives is not None:
-            _require(0 < self.false_negatives <= 1, "false_negatives", self.false_negatives, "above 0, at most 1")
 
     def reasons_for_raw(self) -> list[str]:
         """The settings that read raw teacher features."""
@@ -189,8 +195,3 @@ def require_width(widths: Mapping[str, int], dim: int) -> None:
 def _known(what: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise ValueError(f"{what} {name!r} is unknown{nearest(name, known)}; known: {', '.join(known) or 'none'}")
-
-
-def _require(fits: bool, name: str, value: float, allowed: str) -> None:
-    if not fits:
-        raise ValueError(f"--{name} is {value}; it must be {allowed}")

@@ -43,9 +43,9 @@ class ExtractSettings(TaskSettings):
         "exact",
         "the teacher's own, or five times as fast and within one grey level (usual preprocessing only)",
     )
-    batch_size: int = setting(32, "images per batch of a teacher")
-    shard_size: int = setting(0, "pairs per shard, the most a killed run loses; 0 chooses 256 to 16384")
-    threads: int = setting(0, "threads that read and prepare images; 0 takes this process' share of the cores")
+    batch_size: int = setting(32, "images per batch of a teacher", least=1)
+    shard_size: int = setting(0, "pairs per shard, the most a killed run loses; 0 chooses 256 to 16384", least=0)
+    threads: int = setting(0, "threads that read and prepare images; 0 takes this process' share of the cores", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one, another for each process")
     cache_frozen_towers: Path | None = setting(
         None, "folder for the outputs of frozen towers; models of this package that share towers encode with them once"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mmkd.command.settings import nearest, require_least, setting
+from mmkd.command.settings import check_limits, nearest, setting
 from mmkd.command.tasks import TaskSettings
 from mmkd.encoders.settings import Precision
 from mmkd.evaluation.statistics.bootstrap import REPLICATES, SEED
@@ -58,12 +58,12 @@ class EvalSettings(TaskSettings):
     )
     questions: Path | None = setting(None, "(pairs) JSON in the form of VQA-RAD, its images in images/ beside it")
     baselines: list[str] = setting(factory=lambda: [STAGE1], help="baseline encoders")
-    replicates: int = setting(REPLICATES, "bootstrap replicates")
-    batch_size: int = setting(32, "images or texts embedded at a time")
+    replicates: int = setting(REPLICATES, "bootstrap replicates", least=100)
+    batch_size: int = setting(32, "images or texts embedded at a time", least=1)
     precision: Precision = setting("float32", "precision of the forward pass; tf32 and bfloat16 are faster on GPUs")
     device: str = setting("auto", "cpu, cuda, cuda:1 ...; auto = a GPU if there is one, another for each process")
     watch: Path | None = setting(None, "output of a training: evaluate its checkpoints as they appear, as the student")
-    poll_seconds: float = setting(30.0, "(watch) polling interval [s]")
+    poll_seconds: float = setting(30.0, "(watch) polling interval [s]", above=0)
     seed: int = setting(SEED, "seed of the bootstrap")
     quiet: bool = setting(False, "no progress bars")
 
@@ -124,6 +124,4 @@ def check(settings: EvalSettings, sources: dict[str, str]) -> None:
             raise ValueError(
                 f"baseline {name!r}{nearest(name, sources)} is not among the encoders: {', '.join(sources)}"
             )
-    require_least(settings, replicates=100, batch_size=1)
-    if settings.poll_seconds <= 0:
-        raise ValueError(f"--poll_seconds is {settings.poll_seconds}; it must be above 0")
+    check_limits(settings, vars(settings))

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from mmkd.command.settings import nearest, setting
+from mmkd.command.settings import check_limits, nearest, setting
 
-RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (  # what is allowed, its test, settings
-    ("at least 0", lambda value: value >= 0, ("warmup_steps", "workers", "seed")),
-    ("at least 1", lambda value: value >= 1, ("epochs", "max_steps", "checkpoint_every", "checkpoints_kept")),
-    ("at least 1", lambda value: value >= 1, ("micro_batch_size", "skipped_in_a_row", "profile_steps")),
-    ("at least 2", lambda value: value >= 2, ("batch_size", "validation_pairs")),
-    ("above 0", lambda value: value > 0, ("learning_rate", "clip_norm", "peak_tflops")),
-    ("above 0 and at most 1", lambda value: 0 < value <= 1, ("layer_decay", "crop_area")),
-    ("above 0 and below 1", lambda value: 0 < value < 1, ("ema_decay",)),
-    ("at least 0 and below 1", lambda value: 0 <= value < 1, ("dropout", "hold_out")),
-)
 RECALLS = (1, 5, 10)
 AUTO, NONE = "auto", "none"
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
@@ -36,9 +26,11 @@ class RunSettings:
         "checkpoints and logging": "quiet",
     }
 
-    seed: int = setting(42, "seed of order, crops, new layers and dropout")
+    seed: int = setting(42, "seed of order, crops, new layers and dropout", least=0)
     micro_batch_size: int | None = setting(
-        None, "pairs encoded at once by each process, the same gradient in less memory; null encodes all at once"
+        None,
+        "pairs encoded at once by each process, the same gradient in less memory; null encodes all at once",
+        least=1,
     )
     quiet: bool = setting(False, "show no progress bar")
 
@@ -65,10 +57,10 @@ class BatchSettings(RunSettings):
 
     GROUP: ClassVar[str] = "data"
 
-    batch_size: int = setting(64, "global batch size over all processes [pairs]")
+    batch_size: int = setting(64, "global batch size over all processes [pairs]", least=2)
     crop: Literal["random", "center"] = setting("random", "crop of training images: a random part, or the center")
-    crop_area: float = setting(0.9, "smallest area of a random crop, as a share of the image")
-    workers: int = setting(2, "processes that read images, for each training process")
+    crop_area: float = setting(0.9, "smallest area of a random crop, as a share of the image", above=0, most=1)
+    workers: int = setting(2, "processes that read images, for each training process", least=0)
     cache_frozen_towers: Path | None = setting(
         None, "folder for the outputs of frozen towers, encoded once for all runs that name it; needs --crop center"
     )
@@ -101,32 +93,43 @@ class LoopSettings(RunSettings):
     }
 
     output: Path = setting(help="folder to write; OUTPUT.partial while running, from which the same command resumes")
-    epochs: int = setting(1, "passes over the pairs")
-    max_steps: int | None = setting(None, "maximum number of training steps; null trains all epochs")
-    learning_rate: float = setting(5e-5, "peak learning rate, reached after the warm-up, then cosine to 0")
+    epochs: int = setting(1, "passes over the pairs", least=1)
+    max_steps: int | None = setting(None, "maximum number of training steps; null trains all epochs", least=1)
+    learning_rate: float = setting(5e-5, "peak learning rate, reached after the warm-up, then cosine to 0", above=0)
     learning_rate_factors: dict[str, float] = setting(
         factory=dict, help="factors of the learning rate by module, such as vision_model: 0.1"
     )
-    layer_decay: float = setting(1.0, "factor of the learning rate from each layer of a tower to the one below")
-    warmup_steps: int = setting(0, "linear warm-up [steps]")
+    layer_decay: float = setting(
+        1.0, "factor of the learning rate from each layer of a tower to the one below", above=0, most=1
+    )
+    warmup_steps: int = setting(0, "linear warm-up [steps]", least=0)
     weight_decay: float = setting(0.2, "weight decay of AdamW; none on biases, norms and scales")
-    clip_norm: float | None = setting(1.0, "maximum gradient norm; null disables clipping")
+    clip_norm: float | None = setting(1.0, "maximum gradient norm; null disables clipping", above=0)
     ema_decay: float | None = setting(
-        None, "decay per step of the exponential moving average of the weights, which is the output; null disables it"
+        None,
+        "decay per step of the exponential moving average of the weights, which is the output; null disables it",
+        above=0,
+        below=1,
     )
     precision: Literal["fp32", "bf16"] = setting("fp32", "precision of the model's forward pass; losses are fp32")
     tf32: bool = setting(True, "on GPUs, fp32 products in TF32, except the similarities of losses")
     dropout: float = setting(
-        0.0, "probability of every dropout layer; above 0 results depend on the number of processes"
+        0.0, "probability of every dropout layer; above 0 results depend on the number of processes", least=0, below=1
     )
-    checkpoint_every: int = setting(1000, "interval of checkpoints [steps]")
-    checkpoints_kept: int = setting(2, "number of newest checkpoints to keep")
-    skipped_in_a_row: int = setting(3, "stop after this many consecutive steps that were not finite and skipped")
+    checkpoint_every: int = setting(1000, "interval of checkpoints [steps]", least=1)
+    checkpoints_kept: int = setting(2, "number of newest checkpoints to keep", least=1)
+    skipped_in_a_row: int = setting(
+        3, "stop after this many consecutive steps that were not finite and skipped", least=1
+    )
     trackers: list[str] = setting(
         factory=lambda: ["auto"], help="tensorboard, wandb, trackio ...; auto is TensorBoard where installed; none"
     )
-    peak_tflops: float | None = setting(None, "peak of one device for the log's MFU; null takes it from a GPU's name")
-    profile_steps: int | None = setting(None, "steps to record with torch's profiler, after two; null disables it")
+    peak_tflops: float | None = setting(
+        None, "peak of one device for the log's MFU; null takes it from a GPU's name", above=0
+    )
+    profile_steps: int | None = setting(
+        None, "steps to record with torch's profiler, after two; null disables it", least=1
+    )
     overwrite: bool = setting(False, "replace OUTPUT if it exists")
 
 
@@ -136,25 +139,11 @@ def check(settings: LoopSettings) -> None:
     Raises:
         ValueError: the message names the setting, its value and what is allowed.
     """
-    check_ranges(settings)
+    check_limits(settings, vars(settings))
     chosen_trackers(settings.trackers)
     for part, factor in settings.learning_rate_factors.items():
         if not factor > 0:
             raise ValueError(f"--learning_rate_factors.{part} is {factor}; it must be above 0, or --freeze {part}")
-
-
-def check_ranges(settings: RunSettings) -> None:
-    """Refuse numbers out of `RANGES`.
-
-    Raises:
-        ValueError: the message names the setting, its value and what is allowed.
-    """
-    values, null = vars(settings), {field.name for field in fields(settings) if field.default is None}
-    for allowed, fits, names in RANGES:
-        for name in names:
-            if values.get(name) is not None and not fits(values[name]):
-                more = ", or null" if name in null else ""
-                raise ValueError(f"--{name} is {values[name]}; it must be {allowed}{more}")
 
 
 def chosen_trackers(names: Sequence[str]) -> list[str]:
@@ -182,13 +171,16 @@ class ValidationSettings(BatchSettings):
 
     GROUP: ClassVar[str] = "validation"
 
-    validate_every: int | None = setting(None, "interval of validation [steps]; null disables it")
+    validate_every: int | None = setting(None, "interval of validation [steps]; null disables it", least=1)
     best_metric: str | None = setting(
         None, f"write the weights that are best by this metric, null the last; one of {', '.join(METRICS)}"
     )
-    validation_pairs: int = setting(5000, "maximum number of validation pairs")
+    validation_pairs: int = setting(5000, "maximum number of validation pairs", least=2)
     hold_out: float = setting(
-        0.0, "share of the training groups held out for validation, for a folder without a validation split"
+        0.0,
+        "share of the training groups held out for validation, for a folder without a validation split",
+        least=0,
+        below=1,
     )
 
     def __post_init__(self) -> None:
@@ -197,22 +189,11 @@ class ValidationSettings(BatchSettings):
         Raises:
             ValueError: the message names the setting and what is allowed.
         """
-        check_ranges(self)
-        check_validation(self.validate_every, self.best_metric)
+        check_limits(self, vars(self))
+        if self.best_metric is not None and self.best_metric not in METRICS:
+            hint, allowed = nearest(self.best_metric, METRICS), ", ".join(METRICS)
+            raise ValueError(f"--best_metric {self.best_metric} is not measured{hint}; allowed: {allowed}")
+        if self.best_metric is not None and self.validate_every is None:
+            raise ValueError(f"--best_metric {self.best_metric} needs --validate_every STEPS")
         if self.hold_out and self.validate_every is None:
             raise ValueError(f"--hold_out {self.hold_out} needs --validate_every STEPS, or those pairs are never used")
-
-
-def check_validation(every: int | None, best_metric: str | None) -> None:
-    """Refuse settings that cannot work, before anything is read.
-
-    Raises:
-        ValueError: the message names the setting and what is allowed.
-    """
-    if best_metric is not None and best_metric not in METRICS:
-        hint = nearest(best_metric, METRICS)
-        raise ValueError(f"--best_metric {best_metric} is not measured{hint}; allowed: {', '.join(METRICS)}")
-    if every is not None and every < 1:
-        raise ValueError(f"--validate_every is {every}; it must be at least 1, or null")
-    if best_metric is not None and every is None:
-        raise ValueError(f"--best_metric {best_metric} needs --validate_every STEPS")

@@ -24,7 +24,7 @@ from mmkd.training.dataset import TeacherStores, micro_batches, without_inputs
 from mmkd.training.gradient_cache import encoded
 from mmkd.training.objectives import ObjectiveWrapper
 from mmkd.training.optimizer import WeightAverage
-from mmkd.training.settings import DIRECTIONS, RECALLS, ValidationSettings, check_validation
+from mmkd.training.settings import DIRECTIONS, RECALLS, ValidationSettings
 
 ROWS_AT_ONCE = 1024
 
@@ -40,12 +40,7 @@ class Validation:
         best_metric: str | None = None,
         micro_batch_size: int | None = None,
     ) -> None:
-        """Measure on `pairs`, read by `batches`, every `every` steps, encoding as many at once as training does.
-
-        Raises:
-            ValueError: `every` is below 1, or `best_metric` is none of `METRICS`.
-        """
-        check_validation(every, best_metric)
+        """Measure on `pairs`, read by `batches`, every `every` steps, encoding as many at once as training does."""
         self.batches, self.every, self.best_metric = batches, every, best_metric
         self.micro_batch_size = micro_batch_size
         numbers: dict[str, int] = {}

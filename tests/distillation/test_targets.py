@@ -88,7 +88,7 @@ def test_weights_of_a_batch_multiply_availability_names_and_confidence():
         ({"teacher_scales": {"plip": -1.0}}, "teacher_scales.plip"),
         ({"teacher_weights": {"plip": -1.0}}, "teacher_weights.plip"),
         ({"confidence": -1.0}, "confidence is -1.0"),
-        ({"false_negatives": 1.5}, "false_negatives is 1.5; it must be above 0, at most 1"),
+        ({"false_negatives": 1.5}, "false_negatives is 1.5; it must be above 0 and at most 1, or null"),
         ({"losses": {"afinity": 1.0}}, "did you mean 'affinity'"),
     ],
 )

@@ -138,7 +138,7 @@ def test_what_is_refused(published_student, scans, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     for arguments, error, text in (
         ([tmp_path / "none", "text"], FileNotFoundError, "is no index; make one"),
-        ([output, "text", "-k", "0"], ValueError, "-k 0 must be at least 1"),
+        ([output, "text", "-k", "0"], ValueError, "--k is 0; it must be at least 1"),
         ([output, " "], ValueError, "the query is empty"),
         ([output, "none.png"], FileNotFoundError, "no such file; it is taken for an image"),
         ([output, "https://host/a.png"], ValueError, "is a URL"),

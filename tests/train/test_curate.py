@@ -108,7 +108,7 @@ def test_tars_follow_the_paper_unless_told_otherwise(tars, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workers", "0"], "--workers 0 must be at least 1"),
+        (["--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--resources.mem_gb", "4"], "allotted by slurm and ray"),
         (["--preset", "papre"], "neither paper, list, any nor a file"),
         (["--panel_types", "both"], "panel_types"),

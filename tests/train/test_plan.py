@@ -111,5 +111,5 @@ def test_wrong_settings_are_refused():
         main(PlanSettings(gpu="h1000"))
     with pytest.raises(ValueError, match="--gpus is 0"):
         PlanSettings(gpus=0)
-    with pytest.raises(ValueError, match=r"--efficiency 1\.5"):
+    with pytest.raises(ValueError, match=r"--efficiency is 1\.5"):
         PlanSettings(efficiency=1.5)
