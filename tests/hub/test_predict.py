@@ -85,7 +85,7 @@ def test_other_modes(published_student, scans, capsys, mode):
         (["--labels", "a"], "needs at least 2"),
         (["--labels", "a,A"], "occurs twice"),
         ([], "--labels is required"),
-        (["--labels", "a,b", "--top", "0"], "--top 0"),
+        (["--labels", "a,b", "--top", "0"], "--top is 0"),
         (["--labels", "a,b", "--format", "parquet"], "--format parquet needs --output"),
         (["--labels", "a,b", "--calibration", "nowhere"], "--calibration nowhere is no folder"),
         (["--labels", "a,b", "--templates", "sentence without"], "names no known modality"),

@@ -175,7 +175,7 @@ REFUSED = [
     (["--host", "0.0.0.0"], "--key_file"),
     (["--host", "example.org"], "no IP address"),
     (["--host", "192.0.2.7", "--without_key", "true"], "cannot listen"),
-    (["--port", "70000"], "--port 70000"),
+    (["--port", "70000"], "--port is 70000"),
     (["--index", "nowhere"], "mmkd index"),
     (["--images", "nowhere"], "--index"),
     (["--pairs", "nowhere"], "--features"),

@@ -272,7 +272,7 @@ def test_settings_that_cannot_work_and_nothing_left(work):
         (["--minimum_teachers", "-1"], "allowed: 0-3"),
         (["--top", "0"], "at least 1"),
         (["--modalities", "ct,mry"], "did you mean 'mri'"),
-        (["--percentile", "101"], "0 to 100"),
+        (["--percentile", "101"], "at least 0 and at most 100"),
         (["--pool", "1"], "at least 2"),
         (["--modality_pairs", "1"], "at least 2, or null"),
         (["--teachers", "absent"], "no features of absent"),

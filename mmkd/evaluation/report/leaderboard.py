@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mmkd.evaluation.results.summary import Replicates, dataset_ranks, mean_bloc
 from mmkd.evaluation.settings import NO_TEACHER, STAGE1
 from mmkd.evaluation.statistics.bootstrap import BY_IMAGE
 from mmkd.evaluation.statistics.metrics import Floats
-from mmkd.pages.page import Block, Section, counted, number, signed
+from mmkd.pages.page import Block, Code, Fold, Grid, Notes, Section, Table, counted, number, signed
 
 TEXTS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
 KINDS: dict[str, str] = TEXTS["kinds"]
@@ -240,13 +240,24 @@ def section(anchor: str, blocks: Sequence[Block], template: str = "", content: A
 
     Args:
         anchor: its name there.
-        blocks: see `Section`, as ``template`` and ``content``.
+        blocks: see `Section`, as ``template`` and ``content``; those that show nothing are left out.
         template: as above.
         content: as above.
         values: what the lead names in braces.
     """
     own = TEXTS["sections"][anchor]
-    return Section(anchor, own["heading"], own["lead"].format(**values), blocks, template, content)
+    return Section(anchor, own["heading"], own["lead"].format(**values), filled(blocks), template, content)
+
+
+def filled(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks that show something: rows, items, a text or blocks that do."""
+    found: list[Block] = []
+    for block in blocks:
+        if isinstance(block, (Grid, Fold)):
+            block = replace(block, blocks=filled(block.blocks))
+        shown = {Table: "rows", Notes: "items", Code: "text", Grid: "blocks", Fold: "blocks"}.get(type(block))
+        found += [block] if shown is None or vars(block)[shown] else []
+    return found
 
 
 def tone(found: Metric | None) -> str:

@@ -176,9 +176,8 @@ def training_section(logs: dict[str, Path | None]) -> Section:
         if "loss" not in curves:
             continue
         parts = [_curve(name, points, 130) for name, points in curves.items() if name != "loss"]
-        folded = [Fold(f"Parts of the loss ({len(parts)})", [Grid(parts)])] if len(parts) > 1 else []
         blocks.append(Grid([_curve(f"{stage}: loss", curves["loss"], 220)]))
-        blocks += folded
+        blocks += [Fold(f"Parts of the loss ({len(parts)})", [Grid(parts)])] if len(parts) > 1 else []
     return section("training", blocks)
 
 
@@ -225,9 +224,9 @@ def choice_section(choice: dict[str, Any] | None) -> Section:
         for own in (choice["candidates"] if choice else [])
     ]
     header = ["Share of the distilled student", "mean", "minus stage 1", "standard error"]
-    blocks: list[Block] = [Table("Candidates on validation", header, rows)] if rows else []
     chosen = choice or {"rule": "", "weight": 0}
-    return section("choice", blocks, rule=chosen["rule"], weight=chosen["weight"])
+    table = Table("Candidates on validation", header, rows)
+    return section("choice", [table], rule=chosen["rule"], weight=chosen["weight"])
 
 
 def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
@@ -262,7 +261,7 @@ def teachers_section(aligned: Any, screened: Any) -> Section:
         tables.append(Table("Mean cosines before and after alignment", ["Between", "before", "after"], rows))
     if isinstance(screened, dict) and (counts := _flatten(screened)):
         tables.append(Table("Screening: pairs that each teacher agrees with", ["Count", "value"], counts))
-    return section("teachers", [Grid(tables)] if tables else [])
+    return section("teachers", [Grid(tables)])
 
 
 def _curve(caption: str, points: list[tuple[float, float]], height: int) -> Chart:

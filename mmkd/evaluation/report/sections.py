@@ -83,8 +83,8 @@ def leaderboard_section(board: Leaderboard) -> Section:
         f"{board.label(row)} has no result on {', '.join(own)}" for row, own in board.mean().missing.items() if own
     ]
     table = Table("Leaderboard: mean of the primary metrics", ["Encoder", *columns], rows, anchor="board")
-    excluded = [Notes("Excluded from the means over all kinds, since an encoder lacks them:", missing)]
-    return section("leaderboard", [choice, table, *(excluded if missing else [])])
+    excluded = Notes("Excluded from the means over all kinds, since an encoder lacks them:", missing)
+    return section("leaderboard", [choice, table, excluded])
 
 
 def results_section(board: Leaderboard) -> Section:
@@ -113,8 +113,7 @@ def best_teachers_section(board: Leaderboard) -> Section:
         for modality, best, mean in board.best_teachers()
     ]  # fmt: skip
     columns = ["Modality", "Best teacher", "its mean", "student", "student minus teacher", "tasks"]
-    tables = [Table("Best teacher", columns, rows)] if rows else []
-    return section("best", tables)
+    return section("best", [Table("Best teacher", columns, rows)])
 
 
 def wins_section(board: Leaderboard) -> Section:
@@ -130,8 +129,7 @@ def wins_section(board: Leaderboard) -> Section:
         mean = compared(board.mean().differences.get(row))
         rows.append(Row([board.label(row), wins, ties, losses, unknown, mean, *of_clean], board.role(row)))
     columns = ["Encoder", "wins", "ties", "losses", "unknown", "mean difference", "clean: w / t / l", "clean: mean"]
-    tables = [Table("Student against each encoder", columns, rows)] if rows else []
-    return section("wins", tables, tasks=len(tasks))
+    return section("wins", [Table("Student against each encoder", columns, rows)], tasks=len(tasks))
 
 
 def ranks_section(board: Leaderboard) -> Section:
@@ -148,8 +146,7 @@ def ranks_section(board: Leaderboard) -> Section:
             ]
         rows.append(Row([board.label(row), Cell(number(own["rank"]), value=own["rank"]), *tests], board.role(row)))
     columns = ["Encoder", "average rank", "median difference", "signed-rank p", "Holm-adjusted p"]
-    tables = [Table("Average rank over datasets", columns, rows)] if rows else []
-    return section("ranks", tables, datasets=len(ranks["datasets"]))
+    return section("ranks", [Table("Average rank over datasets", columns, rows)], datasets=len(ranks["datasets"]))
 
 
 def differences_table(board: Leaderboard) -> Table:
@@ -228,19 +225,16 @@ def contamination_section(board: Leaderboard) -> Section:
         if row not in COMPOSED
     }
     rows = [[board.label(row), dataset, reason] for row, dataset, reason in sorted(marked)]
-    tables = [Table("Marks of contamination", ["Encoder", "Dataset", "Reason"], rows)] if rows else []
-    return section("contamination", tables)
+    return section("contamination", [Table("Marks of contamination", ["Encoder", "Dataset", "Reason"], rows)])
 
 
 def skipped_section(board: Leaderboard) -> Section:
     """Datasets and tasks without results, and unreadable images."""
     left_out = {**board.summary.get("skipped_datasets", {}), **board.summary.get("skipped", {})}
     rows = [[name, reason] for name, reason in left_out.items()]
-    tables: list[Block] = [Table("Skipped datasets and tasks", ["Left out", "Reason"], rows)] if rows else []
     unreadable = [f"{name}: {reason}" for name, reason in board.summary.get("unreadable", {}).items()]
-    if unreadable:
-        tables.append(Fold(f"Images that could not be read ({len(unreadable)})", [Notes("", unreadable)]))
-    return section("skipped", tables)
+    images = Fold(f"Images that could not be read ({len(unreadable)})", [Notes("", unreadable)])
+    return section("skipped", [Table("Skipped datasets and tasks", ["Left out", "Reason"], rows), images])
 
 
 def datasets_section(board: Leaderboard, datasheet: str) -> Section:
@@ -270,13 +264,9 @@ def datasets_section(board: Leaderboard, datasheet: str) -> Section:
         ]  # fmt: skip
         notes += [f"{name}: {note}" for note in own.get("notes") or []]
     columns = ["Dataset", "modality", "task", "licence", "tier", "held out", "shared with training"]
-    blocks: list[Block] = []
-    if rows:
-        by_split = Table("Samples by split", ["Dataset", "split", "samples", "sources", "modalities"], counts)
-        blocks = [Table("Datasets evaluated on", columns, rows), Fold("Samples by split", [by_split])]
-    blocks += [Notes("Notes:", notes)] if notes else []
-    blocks += [Fold("Datasheet of the pairs", [Code(datasheet)])] if datasheet else []
-    return section("data", blocks)
+    by_split = Table("Samples by split", ["Dataset", "split", "samples", "sources", "modalities"], counts)
+    more = [Notes("Notes:", notes), Fold("Datasheet of the pairs", [Code(datasheet)])]
+    return section("data", [Table("Datasets evaluated on", columns, rows), Fold("Samples by split", [by_split]), *more])
 
 
 def provenance_section(board: Leaderboard, settings: dict[str, str], stages: Any) -> Section:
@@ -287,16 +277,15 @@ def provenance_section(board: Leaderboard, settings: dict[str, str], stages: Any
         for name, own in summary.get("encoders", {}).items()
     ]
     versions = [[name, str(version)] for name, version in summary.get("versions", {}).items()]
+    timed = {name: own for name, own in stages.items() if isinstance(own, dict)} if isinstance(stages, dict) else {}
+    seconds = [
+        [name, f"{own['seconds']:g} s" if own.get("seconds") is not None else "–"] for name, own in timed.items()
+    ]
     tables = [
         Table("Encoders", ["Name", "loaded from", "weights"], encoders),
         Table("Versions", ["Package", "version"], versions),
+        Table("Time of each stage", ["Stage", "time"], seconds),
     ]
-    timed = {name: own for name, own in stages.items() if isinstance(own, dict)} if isinstance(stages, dict) else {}
-    if timed:
-        seconds = [
-            [name, f"{own['seconds']:g} s" if own.get("seconds") is not None else "–"] for name, own in timed.items()
-        ]
-        tables.append(Table("Time of each stage", ["Stage", "time"], seconds))
     failures = [
         f"{name}: {line}" for name, own in summary.get("encoders", {}).items() for line in own.get("failures", [])
     ]
@@ -307,8 +296,8 @@ def provenance_section(board: Leaderboard, settings: dict[str, str], stages: Any
         where = f"Weights, data, settings and versions behind every number are in {LOCK} beside the results."
     blocks: list[Block] = [
         Grid(tables),
-        *([Notes("Failures:", failures)] if failures else []),
-        *([Fold(LOCK, [Code(lock)])] if lock else []),
+        Notes("Failures:", failures),
+        Fold(LOCK, [Code(lock)]),
         *(Fold(f"mmkd {name} --config settings.yaml", [Code(own)]) for name, own in settings.items()),
     ]
     return section("provenance", blocks, where=where)
@@ -357,7 +346,7 @@ def means_section(board: Leaderboard) -> Section:
     if found:
         charts.append(_differences("Student minus each encoder", {board.label(row): own for row, own in found.items()}))
     kinds = ", ".join(dict.fromkeys(kind_label(board.tasks[name]["kind"]) for name in mean.tasks))
-    return section("overall", [Grid(charts)] if charts else [], kinds=kinds)
+    return section("overall", [Grid(charts)], kinds=kinds)
 
 
 def tasks_section(board: Leaderboard) -> Section:
@@ -443,9 +432,7 @@ def survival_section(board: Leaderboard) -> Section:
                 series.append(Series(f"{half} risk{size}", color, points))
             caption = f"{board.task_label(name)}, {board.label(row)}: log-rank {p_value(found.get('logrank_p'))}"
             (own if row == board.student else others).append(lines(caption, "time", series, steps=True))
-    blocks: list[Block] = [Grid(own)] if own else []
-    blocks += [Fold(f"Other encoders ({len(others)})", [Grid(others)])] if others else []
-    return section("survival", blocks)
+    return section("survival", [Grid(own), Fold(f"Other encoders ({len(others)})", [Grid(others)])])
 
 
 def confusions_section(board: Leaderboard) -> Section:
@@ -463,9 +450,8 @@ def confusions_section(board: Leaderboard) -> Section:
         label = f"{board.task_label(name)}, {kind_label(task['kind'])}"
         caption = f"{label}: share of each true class (row) by answer (column)"
         tables.append(Table(caption, ["True class", *classes], rows, "heat"))
-    blocks: list[Block] = [*tables[:1]]
-    blocks += [Fold(f"More matrices ({len(tables) - 1})", tables[1:])] if len(tables) > 1 else []
-    return section("confusions", blocks, student=board.label(board.student))
+    more = Fold(f"More matrices ({len(tables) - 1})", tables[1:])
+    return section("confusions", [*tables[:1], more], student=board.label(board.student))
 
 
 def _interval(label: str, role: str, metric: Metric) -> Interval:
@@ -529,5 +515,4 @@ def _confusion(board: Leaderboard, name: str, task: Task) -> tuple[Integers | No
 def _gallery(charts: Sequence[Chart], rest: str, shown: int = OPEN_CHARTS) -> list[Block]:
     """The first charts, the others behind a click."""
     hidden = charts[shown:]
-    blocks: list[Block] = [Grid(charts[:shown])] if charts else []
-    return [*blocks, *([Fold(f"{rest} ({len(hidden)})", [Grid(hidden)])] if hidden else [])]
+    return [Grid(charts[:shown]), Fold(f"{rest} ({len(hidden)})", [Grid(hidden)])]
