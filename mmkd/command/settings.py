@@ -267,7 +267,7 @@ def check_limits(settings: Any, values: Mapping[str, Any]) -> None:
             continue
         if not math.isfinite(value) or not all(LIMITS[name][1](value, bound) for name, bound in limits.items()):
             allowed = " and ".join(f"{LIMITS[name][0]} {bound:g}" for name, bound in limits.items())
-            null = ", or null" if field.default is None else ""
+            null = ", or null" if "None" in str(field.type) else ""
             raise ValueError(f"--{field.name} is {value}; it must be {allowed}{null}")
 
 
