@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -149,13 +148,15 @@ class FrozenTowers:
         return tqdm(total=sum(map(len, shards)), desc="frozen tower", unit=unit, disable=hidden)
 
 
-class FrozenEncoder(DualEncoder):
-    """Encoder of a model of this package that reads cached outputs of its towers."""
+class FrozenEncoder(HFClipEncoder):
+    """Encoder of a model of this package that reads cached outputs of its towers; images without a file have none."""
 
     def __init__(self, encoder: HFClipEncoder, towers: FrozenTowers) -> None:
-        """Take the name, width and provenance of `encoder`."""
-        super().__init__(encoder.name, encoder.dim, encoder.provenance, encoder.batch_size)
-        self.encoder, self.towers = encoder, towers
+        """Take the model and all else of `encoder`."""
+        super().__init__(
+            encoder.name, encoder.dim, encoder.provenance, encoder.model, encoder.processor, encoder.context
+        )
+        self.batch_size, self.towers = encoder.batch_size, towers
 
     def encode_shards(
         self,
@@ -182,7 +183,7 @@ class FrozenEncoder(DualEncoder):
                 skipped |= unreadable
                 kept = [pair for pair in pairs if pair.id not in skipped]
                 left_out = [(pair, skipped[pair.id]) for pair in pairs if pair.id in skipped]
-                found = arrays(self._projected(self.encoder.model.visual_projection, outputs), outputs) if kept else {}
+                found = arrays(self._projected(self.model.visual_projection, outputs), outputs) if kept else {}
                 task.write(shard, kept, found, left_out)
             progress(len(pairs))
 
@@ -190,28 +191,8 @@ class FrozenEncoder(DualEncoder):
         """See `DualEncoder`; equal texts are encoded once."""
         distinct = sorted(set(texts))
         rows = {text: row for row, text in enumerate(distinct)}
-        encoded = self._projected(self.encoder.model.text_projection, self.towers.text_outputs(distinct))
+        encoded = self._projected(self.model.text_projection, self.towers.text_outputs(distinct))
         return encoded[[rows[text] for text in texts]]
-
-    def prepare(self, image: Image.Image) -> Any:
-        """See `DualEncoder`."""
-        return self.encoder.prepare(image)
-
-    def image_features(self, prepared: list[Any]) -> Tensor:
-        """See `DualEncoder`; images without a file are not cached."""
-        return self.encoder.image_features(prepared)
-
-    def text_features(self, texts: list[str]) -> Tensor:
-        """See `DualEncoder`."""
-        return self.encode_texts(texts)
-
-    def image_token_features(self, prepared: list[Any]) -> Tensor:
-        """See `DualEncoder`; tokens are not cached."""
-        return self.encoder.image_token_features(prepared)
-
-    def text_token_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """See `DualEncoder`; tokens are not cached."""
-        return self.encoder.text_token_features(texts)
 
     @torch.inference_mode()
     def _projected(self, projection: nn.Module, outputs: Tensor) -> Tensor:
