@@ -54,8 +54,8 @@ def main(settings: ExtractSettings) -> None:
     for task in tasks:
         skipped = task.extraction.close()
         if skipped is not None and not settings.quiet:
-            count = len(opened.ids) - len(skipped)
-            print(f"{task.extraction.path}: {count} of {len(opened.ids)} pairs{reasons(skipped)}")
+            count = len(opened.folder.pairs)
+            print(f"{task.extraction.path}: {count - len(skipped)} of {count} pairs{reasons(skipped)}")
 
 
 def extract(group: Sequence[FeatureTask], work: Callable[..., None], settings: ExtractSettings) -> None:

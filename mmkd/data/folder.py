@@ -225,13 +225,6 @@ def _published_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
-def ids_at(pairs: Sequence[Pair], positions: np.ndarray) -> list[str]:
-    """The ids of the pairs at these positions, (n,)."""
-    if isinstance(pairs, PairTable):
-        return pairs.take(positions).column("id").to_pylist()
-    return [pairs[k].id for k in positions.tolist()]
-
-
 def hold_out_split(folder: PairFolder, share: float) -> tuple[PairFolder, PairFolder | None]:
     """Split training pairs into those to train on and a share that is held out: whole groups, chosen by hash.
 

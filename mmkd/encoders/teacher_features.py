@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from mmkd.command.tasks import Progress, resident
-from mmkd.data.features.index import Ids, fingerprints_of
 from mmkd.data.features.writer import FeatureExtraction
-from mmkd.data.folder import PairFolder, ids_at, open_pairs
+from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair, take_rows
 from mmkd.encoders.encoder import DualEncoder
@@ -74,7 +73,6 @@ class OpenExtraction:
 
     Attributes:
         folder: the pairs.
-        ids: of the pairs.
         tasks: one for each teacher, by its name.
     """
 
@@ -86,13 +84,10 @@ class OpenExtraction:
             ValueError: a store of other weights, or an id that occurs twice.
         """
         self.settings, self.folder = settings, open_pairs(settings.pairs)
-        pairs = self.folder.pairs
-        self.ids = Ids(len(pairs), partial(ids_at, pairs))  # twenty million as a list are two gigabytes
-        fingerprints = fingerprints_of(pairs)
         self.tasks: dict[str, FeatureTask] = {}
         for name, source in named_sources(settings.teacher).items():
             encoder = load_teacher(name, source, settings, device)
-            stored = (settings.output / name, name, self.ids, fingerprints, encoder.provenance)
+            stored = (settings.output / name, name, self.folder.pairs, encoder.provenance)
             self.tasks[name] = FeatureTask(encoder, FeatureExtraction(*stored, settings.dtype, settings.shard_size))
 
     def extract(self, names: Sequence[str], shards: Sequence[int], progress: Progress) -> None:

@@ -34,7 +34,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmkd.data.features.index import fingerprints_of
 from mmkd.data.features.writer import FeatureExtraction
 from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.pixels import read_pixels
@@ -127,8 +126,7 @@ def profile(images: int, width: int, height: int, resize: str) -> dict[str, floa
         teacher.encode_prepared = timed("encode images", teacher.encode_prepared)  # type: ignore[method-assign]
         teacher.encode_texts = timed("encode texts", teacher.encode_texts)  # type: ignore[method-assign]
         decode = timed("read and decode", read_pixels)
-        ids, stamps = [pair.id for pair in pairs.pairs], fingerprints_of(pairs.pairs)
-        extraction = FeatureExtraction(folder / "out", "tiny", ids, stamps, teacher.provenance, "float16")
+        extraction = FeatureExtraction(folder / "out", "tiny", pairs.pairs, teacher.provenance, "float16")
         extraction.write = timed("write", extraction.write)  # type: ignore[method-assign]
         shards = [(k, list(take_rows(pairs.pairs, extraction.positions(k)))) for k in range(len(extraction))]
         whole = time.process_time()

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from private_memory import PrivateMemory, private_bytes
 
-from mmkd.data.features.index import Ids, fingerprints_of
 from mmkd.data.features.writer import FeatureExtraction, FeatureWriter
-from mmkd.data.folder import ids_at, open_pairs, write_manifest
+from mmkd.data.folder import open_pairs, write_manifest
 from mmkd.data.table import Pair
 from mmkd.train.align import AlignSettings
 from mmkd.train.align import main as align
@@ -107,9 +106,7 @@ def measure(stage: str, folder: Path, pairs: int, teachers: int, width: int) -> 
 
 def extract(folder: Path, output: Path, width: int) -> None:
     """All of an extraction but the teacher and the images."""
-    pairs = open_pairs(folder).pairs
-    ids, fingerprints = Ids(len(pairs), partial(ids_at, pairs)), fingerprints_of(pairs)
-    extraction = FeatureExtraction(output, "teacher", ids, fingerprints, {}, "float16")
+    extraction = FeatureExtraction(output, "teacher", open_pairs(folder).pairs, {}, "float16")
     for shard in range(len(extraction)):
         features = torch.ones(len(extraction.positions(shard)), width)
         extraction.write(shard, features, features, {})

@@ -6,7 +6,9 @@ All three end in `finish_store`: an index of ids and ``meta.json`` over shards t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmkd.data.features import IDENTITY
-from mmkd.data.features.index import COMPARED_TOGETHER, FINGERPRINT, Ids, changes, refuse_repeated
+from mmkd.data.features.index import FINGERPRINT, changes, fingerprinted, refuse_repeated
 from mmkd.data.features.shards import is_whole, read_header, shard_file, write_shard
 from mmkd.data.features.store import (
     VERSION,
@@ -25,6 +27,7 @@ from mmkd.data.features.store import (
     meta_sha256,
     store_paths,
 )
+from mmkd.data.table import Pair, take_rows
 from mmkd.files import atomic_write_text, write_json
 
 TORCH_TYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -154,8 +157,7 @@ class FeatureExtraction:
         self,
         path: Path,
         name: str,
-        ids: Sequence[str],
-        fingerprints: np.ndarray,
+        pairs: Sequence[Pair],
         provenance: dict[str, Any],
         dtype: FeatureType,
         size: int = 0,
@@ -165,8 +167,7 @@ class FeatureExtraction:
         Args:
             path: the store.
             name: the teacher.
-            ids: the pairs to store.
-            fingerprints: of these pairs, (n,).
+            pairs: to store.
             provenance: of the teacher.
             dtype: how numbers are stored.
             size: pairs a shard; 0 to choose by their number.
@@ -177,9 +178,9 @@ class FeatureExtraction:
         """
         self.path, self.name, self.provenance, self.dtype = path, name, provenance, dtype
         self._store = FeatureStore(path) if (path / "meta.json").is_file() else None
-        self._ids, self._fingerprints = ids, fingerprints
+        self._pairs = pairs
         self._files: dict[int, Path] = {}
-        self.missing: Sequence[int] | np.ndarray = range(len(ids))
+        self.missing: Sequence[int] | np.ndarray = range(len(pairs))
         if self._store is not None:
             self._refuse_other(self._store)
             self.missing = self._missing_from(self._store)
@@ -192,7 +193,7 @@ class FeatureExtraction:
 
     def positions(self, shard: int) -> np.ndarray:
         """Positions of a shard's pairs among all."""
-        return np.asarray(self.missing[shard * self.size : (shard + 1) * self.size])
+        return np.asarray(self.missing[shard * self.size : (shard + 1) * self.size], dtype=np.int64)
 
     def lacks_same_pairs(self, other: FeatureExtraction) -> bool:
         """Whether the same pairs are missing as in another store."""
@@ -217,12 +218,11 @@ class FeatureExtraction:
             ValueError: a number is not finite.
             OSError: the disk is full; shards that are whole stay.
         """
-        positions = self.positions(shard)
-        found = self._ids_at(positions)
-        kept = [k for k, id in enumerate(found) if id not in skipped]
-        ids, prints = [found[k] for k in kept], self._fingerprints[positions[kept]]
+        ids, prints = self._ids_and_fingerprints(shard)
+        kept = [k for k, id in enumerate(ids) if id not in skipped]
         features = stored(image, text, self.dtype, self.path)
-        write_shard(self._file(shard), ids, {"features": features}, prints, {"skipped": skipped})
+        notes = {"skipped": skipped}
+        write_shard(self._file(shard), [ids[k] for k in kept], {"features": features}, prints[kept], notes)
 
     def close(self) -> dict[str, str] | None:
         """Finish the store, all of whose shards exist.
@@ -261,32 +261,36 @@ class FeatureExtraction:
 
     def _file(self, shard: int) -> Path:
         if shard not in self._files:
-            positions = self.positions(shard)
-            ids, prints = self._ids_at(positions), self._fingerprints[positions].tolist()
-            self._files[shard] = shard_file(self.path, VERSION, self._identity, ids, prints)
+            ids, prints = self._ids_and_fingerprints(shard)
+            self._files[shard] = shard_file(self.path, VERSION, self._identity, ids, prints.tolist())
         return self._files[shard]
 
-    def _ids_at(self, positions: np.ndarray) -> list[str]:
-        return self._ids.take(positions) if isinstance(self._ids, Ids) else [self._ids[k] for k in positions.tolist()]
+    def _ids_and_fingerprints(self, shard: int) -> tuple[list[str], np.ndarray]:
+        """Of a shard's pairs, read again whenever they are needed: those of all pairs would stay in memory."""
+        pairs = take_rows(self._pairs, self.positions(shard))
+        ids, prints = zip(([], np.zeros(0, FINGERPRINT)), *fingerprinted(pairs), strict=True)
+        return [*chain(*ids)], np.concatenate(prints)
 
     def _missing_from(self, store: FeatureStore) -> np.ndarray:
         """Positions of the pairs that a store lacks; refuses pairs that have changed."""
-        missing, counts, changed = [np.zeros(0, np.int64)], dict[str, int](), list[int]()
-        for begin in range(0, len(self._ids), COMPARED_TOGETHER):
-            part = np.arange(begin, min(begin + COMPARED_TOGETHER, len(self._ids)))
-            rows = store.rows(self._ids_at(part))
-            missing.append(part[rows < 0])
-            for what, differ in changes(store.fingerprints(rows), self._fingerprints[part]).items():
-                counts[what] = counts.get(what, 0) + int(differ.sum())
-                changed += part[differ][:SHOWN].tolist()
+        missing, count, start = np.empty(len(self._pairs), np.uint32), 0, 0
+        counts, changed = Counter[str](), dict[str, None]()
+        for ids, now in fingerprinted(self._pairs):
+            rows = store.rows(ids)
+            absent = start + np.flatnonzero(rows < 0)
+            missing[count : count + len(absent)] = absent
+            count, start = count + len(absent), start + len(ids)
+            for what, differ in changes(store.fingerprints(rows), now).items():
+                counts[what] += int(differ.sum())
+                changed |= dict.fromkeys(ids[row] for row in np.flatnonzero(differ)[:SHOWN].tolist())
         if changed:
-            counts_shown = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
-            first = ", ".join(self._ids[row] for row in sorted(set(changed))[:SHOWN])
+            counts_shown = " and ".join(f"{number} {what}" for what, number in counts.items() if number)
+            first = ", ".join(islice(changed, SHOWN))
             raise ValueError(
-                f"{self.path} holds features of other captions or images: {counts_shown} of {len(self._ids)} pairs "
+                f"{self.path} holds features of other captions or images: {counts_shown} of {len(self._pairs)} pairs "
                 f"differ, first {first}. Give pairs that changed new ids, or remove {self.path} and extract again"
             )
-        return np.concatenate(missing)
+        return missing[:count]
 
     def _refuse_other(self, store: FeatureStore) -> None:
         differing = [key for key in IDENTITY if store.provenance.get(key) != self.provenance.get(key)]
