@@ -18,7 +18,6 @@ from mmkd.data.pixel_rules import Window, WindowPreset
 
 KEY_VARIABLE = "MMKD_SERVE_KEY"
 LEAST_KEY = 16
-MOST_OPEN_FILES = 65536
 
 
 @dataclass
@@ -115,7 +114,6 @@ def main(settings: ServeSettings) -> None:
         address, port = listening.getsockname()[:2]
         where = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         print(f"{service.name} on {where}; stop it with ctrl-C", flush=True)
-        allow_open_files()
         refuse_outgoing_connections()
         config = uvicorn.Config(
             gate,
@@ -314,17 +312,6 @@ def facts(settings: ServeSettings, encoder: ServedEncoder) -> dict[str, str]:
         "Modalities": ", ".join(data.get("modalities") or {}),
     }
     return {name: value for name, value in found.items() if value}
-
-
-def allow_open_files() -> None:
-    """Raise the limit of open files, of which each client takes one, as far as the system lets this user."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def refuse_outgoing_connections() -> None:

@@ -20,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux; it is kept by the program that takes the place of the process
+MOST_OPEN_FILES = 65536
 STARTER = (
     "import os, sys; from mmkd.command.launch import end_with_parent; end_with_parent(); "
     "os.execvp(sys.argv[1], sys.argv[1:])"
@@ -68,6 +69,21 @@ def end_with_parent() -> None:
     libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def allow_open_files() -> None:
+    """Raise this process' limit of open files to what the system lets the user have, at most `MOST_OPEN_FILES`.
+
+    Each shard of features that is read stays mapped, which keeps its file open, and so does each client of a service;
+    the usual limit of 1,024 is reached by nine teachers' features of two million pairs.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def training_processes(launcher: int, module: str) -> list[int]:

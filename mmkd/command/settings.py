@@ -40,7 +40,7 @@ from cyclopts import App, Group, Parameter, Token
 from rich.console import Console
 from safetensors import SafetensorError
 
-from mmkd.command.launch import end_with_parent
+from mmkd.command.launch import allow_open_files, end_with_parent
 from mmkd.files import atomic_write_text, exclusive, files_read, read_yaml
 
 T = TypeVar("T")
@@ -116,6 +116,7 @@ def run(
         ModuleNotFoundError: a package is not installed; `mmkd` says how to install it.
     """
     settings = _from_process(lambda: parse(command))
+    allow_open_files()
     is_first = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:
         end_with_parent()

@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from tqdm import tqdm
 
-from mmkd.command.launch import end_with_parent
+from mmkd.command.launch import allow_open_files, end_with_parent
 from mmkd.command.settings import check_limits, setting
 from mmkd.files import read_json, remove, write_json
 
@@ -276,4 +276,5 @@ def _begin(started: Any, count: int, parent: int) -> None:
 def _run(work: Work[Item], task: Sequence[Item], folder: str) -> None:
     """Work through a task in the working directory of the command, since paths may be relative."""
     os.chdir(folder)
+    allow_open_files()  # also on nodes of a cluster
     work(task, lambda items: None)

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,25 @@ def test_run_turns_user_errors_into_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x"])
     with pytest.raises(SystemExit, match="2"):
         run(Example, fails)
+
+
+def test_a_command_opens_more_files_than_the_usual_limit(monkeypatch, tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("the system allows no more")
+
+    def opens(_settings):
+        with contextlib.ExitStack() as opened:
+            for k in range(1100):
+                opened.enter_context((tmp_path / f"{k % 2}").open("w"))
+
+    monkeypatch.setattr("sys.argv", ["x", "--output", str(tmp_path / "o")])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        run(Example, opens)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_later_file_merges_mappings_into_an_earlier_one(tmp_path):
