@@ -20,6 +20,7 @@ from mmkd.train import extract
 from mmkd.train.extract import ExtractSettings, main
 
 TEACHER = """
+import contextlib
 import os
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Tiny(torch.nn.Module):
         self.letters = torch.nn.Embedding(256, dim)
 
     def encode_images(self, images):
-        if os.path.exists("kill"):
+        with contextlib.suppress(FileNotFoundError):  # for one of two processes alone
             os.remove("kill")
             os.kill(os.getpid(), 9)
         pixels = torch.stack([pil_to_tensor(image.resize((32, 32))) for image in images]) / 255
