@@ -1,7 +1,8 @@
 """Memory and time of curation's join: exact and near duplicates among all pairs of all parts, out of core.
 
     python tests/benchmarks/scale_join.py --work /tmp/join                       # 2.4 M pairs, a tenth of BIOMEDICA
-    python tests/benchmarks/scale_join.py --work /tmp/join --pairs 24000000      # 7 GB of parts
+    python tests/benchmarks/scale_join.py --work /tmp/join --pairs 24000000      # 12 GB of parts and fingerprints
+    python tests/benchmarks/scale_join.py --work /tmp/join --validation_share 0.005      # as in pipeline_paper.yaml
 
 Parts are simulated: fingerprints of random bits, of which one in a hundred pairs is a near duplicate of the one before
 it (three bits of the image, four of 64 values of the caption differ), and one in a hundred has an equal image.
@@ -31,14 +32,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=FULL // 10)
+    parser.add_argument("--validation_share", type=float, default=0.0, help="of the groups, four pairs each")
     parser.add_argument("--alone", action="store_true", help="one size in this process")
     options = parser.parse_args()
     if options.alone:
-        print(json.dumps(join(options.work, options.pairs)))
+        print(json.dumps(join(options.work, options.pairs, options.validation_share)))
         return
     sizes, found = (options.pairs // 4, options.pairs), []
     for pairs in sizes:
         command = [sys.executable, __file__, "--alone", "--work", str(options.work), "--pairs", str(pairs)]
+        command += ["--validation_share", str(options.validation_share)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"{pairs} pairs: {found[-1]}", flush=True)
@@ -49,7 +52,7 @@ def main() -> None:
                       "bytes_a_pair": round(slope * 2**20, 1)}))  # fmt: skip
 
 
-def join(work: Path, pairs: int) -> dict[str, float]:
+def join(work: Path, pairs: int, validation_share: float) -> dict[str, float]:
     """Simulate the parts, join them, check what was found and return memory and time."""
     from mmkd.curation.contamination import Exclusions
     from mmkd.curation.decisions import decide
@@ -59,7 +62,7 @@ def join(work: Path, pairs: int) -> dict[str, float]:
     work.mkdir(parents=True)
     files = [write_part(work, number, min(PER_PART, pairs - number * PER_PART))
              for number in range(-(-pairs // PER_PART))]  # fmt: skip
-    rules = read_rules("paper", near_duplicates="both")
+    rules = read_rules("paper", near_duplicates="both", validation_share=validation_share)
     decide(files[:1], rules, Exclusions())  # libraries are loaded
     start = time.process_time()
     with PrivateMemory() as memory:
