@@ -24,7 +24,7 @@ from mmkd.curation.duplicates import PERMUTATIONS, Fingerprints, components, fir
 from mmkd.curation.part import STATED
 from mmkd.curation.rules import Rules
 from mmkd.data.splits import assign_splits, subsample
-from mmkd.data.table import SPLITS, map_table
+from mmkd.data.table import ROWS_TOGETHER, SPLITS, map_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -200,9 +200,8 @@ def join_near_groups(groups: list[str], near: np.ndarray, stated: np.ndarray) ->
     Returns:
         For each row the group to assign, and (m,) its split; a group without one takes that of the near images.
     """
-    import pyarrow as pa
-
-    codes = pa.array(groups, pa.string()).dictionary_encode().indices.to_numpy()
+    numbers: dict[str, int] = {}
+    codes = np.fromiter((numbers.setdefault(group, len(numbers)) for group in groups), np.int32, len(groups))
     count = int(codes.max(initial=-1)) + 1
     size = count + int(near.max(initial=-1)) + 1
     cluster = components(np.stack([codes, count + near]), size)[codes]
@@ -215,19 +214,25 @@ def join_near_groups(groups: list[str], near: np.ndarray, stated: np.ndarray) ->
     given = np.where(of_group[codes] == 0, highest[cluster], stated)
     first = np.full(size, len(codes))
     np.minimum.at(first, cluster, np.arange(len(codes)))
-    agreed = lowest >= highest
-    return [groups[first[c]] if agreed[c] else g for g, c in zip(groups, cluster.tolist(), strict=True)], given
+    named_by = np.where((lowest >= highest)[cluster], first[cluster], np.arange(len(codes)))
+    return [groups[row] for row in named_by], given
 
 
 def _groups_and_classes(
     texts: pa.Table, rows: np.ndarray, spellings: dict[str, dict[str, str]]
 ) -> tuple[list[str], list[tuple[str, str]]]:
-    """The group of each row (its key if it has none), its modality and its label."""
-    chosen = texts.take(rows)
-    groups, keys, modalities, labels = (chosen[name].to_pylist() for name in ("group", "key", "modality", "label"))
-    named = [f"group:{group}" if group else f"file:{key}" for group, key in zip(groups, keys, strict=True)]
-    classes = [
-        (spellings["modality"].get(modality, modality), spellings["label"].get(label, label))
-        for modality, label in zip(modalities, labels, strict=True)
-    ]
+    """The group of each row (its key if it has none), its modality and its label; rows (m,) ascending."""
+    named: list[str] = []
+    classes: list[tuple[str, str]] = []
+    names: dict[str, str] = {}  # rows of a group share its name, and those of a class the class
+    known: dict[tuple[str, str], tuple[str, str]] = {}
+    for start in range(0, len(rows), ROWS_TOGETHER):
+        some = rows[start : start + ROWS_TOGETHER]
+        chosen = texts.slice(some[0], some[-1] + 1 - some[0]).take(some - some[0])
+        columns = (chosen[name].to_pylist() for name in ("group", "key", "modality", "label"))
+        for group, key, modality, label in zip(*columns, strict=True):
+            name = f"group:{group}" if group else f"file:{key}"
+            own = spellings["modality"].get(modality, modality), spellings["label"].get(label, label)
+            named.append(names.setdefault(name, name))
+            classes.append(known.setdefault(own, own))
     return named, classes

@@ -56,8 +56,9 @@ def assign_splits(
     """
     votes: dict[str, Counter[str]] = defaultdict(Counter)
     for group, split in zip(groups, given, strict=True):
-        votes[group][split] += 1
-    chosen = {group: _majority(counts) for group, counts in votes.items()}
+        if split:
+            votes[group][split] += 1
+    chosen = dict.fromkeys(groups, "") | {group: _majority(counts) for group, counts in votes.items()}
     order = _in_turn(groups, strata, seed, none_late=False)
     undecided = [group for group in order if not chosen[group]]
     assigned = dict(zip(undecided, _by_shares(len(undecided), shares), strict=True))
@@ -122,19 +123,19 @@ def _in_turn(groups: Sequence[str], strata: Sequence[Hashable], seed: int, none_
     """
     first = dict(zip(reversed(groups), reversed(strata), strict=True))
     by_stratum: dict[Hashable, list[str]] = defaultdict(list)
-    for group in sorted(first, key=lambda group: hashed(seed, group)):
+    by_hash = sorted(first, key=lambda group: bytes.fromhex(hashed(seed, group)))
+    for group in by_hash:
         by_stratum[first[group]].append(group)
     places: dict[str, float] = {}
     for own in by_stratum.values():
         start = 0.0 if none_late else int(hashed(seed, f"start:{own[0]}")[:8], 16) / 16**8
         places |= {group: (rank + start) / len(own) for rank, group in enumerate(own)}
-    return sorted(places, key=lambda group: (places[group], hashed(seed, group)))
+    return sorted(by_hash, key=places.__getitem__)  # stable: groups of one place stay in the order of their hashes
 
 
 def _majority(counts: Counter[str]) -> str:
-    """The most frequent split of a group, of equally frequent ones the held-out one; empty if it has none."""
-    named = [(count, SPLITS.index(split)) for split, count in counts.items() if split]
-    return SPLITS[max(named)[1]] if named else ""
+    """The most frequent split of a group, of equally frequent ones the held-out one."""
+    return max(counts, key=lambda split: (counts[split], SPLITS.index(split)))
 
 
 def _by_shares(n: int, shares: tuple[float, float]) -> list[str]:
