@@ -1,4 +1,4 @@
-"""Fast reading of training images: from a file to a random square of uint8 in about a third of Pillow's time.
+"""Fast reading of training images: from a file to a random square of uint8 in less than half of Pillow's time.
 
 Nearly all of a collection is upright 8-bit grey or colour JPEG. Those are decoded by libjpeg-turbo through simplejpeg,
 whose pixels are Pillow's own bit for bit, at 1/2, 1/4 or 1/8 size where that is enough; everything else is read by
