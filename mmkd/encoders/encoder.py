@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmkd.data.images import to_rgb
 from mmkd.data.pixels import to_image, to_tensor
+from mmkd.encoders.hooks import with_input_of
 from modeling_mmkd import MMKDClipModel
 
 BATCH_SIZE = 64
@@ -174,17 +175,6 @@ class DualEncoder(ABC):
                 raise ValueError(f"{self.name} gave {kind} features of length 0, or beyond what float32 can hold")
             encoded.append(unit)
         return torch.cat(encoded)
-
-
-def with_input_of(module: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """The output of `run`, and the inputs that `module` received in it, rows one after the other."""
-    given: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    try:
-        found = run()
-    finally:
-        handle.remove()
-    return found, given[0] if len(given) == 1 else torch.cat(given)
 
 
 class HFClipEncoder(DualEncoder):

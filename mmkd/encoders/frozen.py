@@ -31,8 +31,9 @@ from mmkd.data.images import UnreadableImageError, read_image_bytes
 from mmkd.data.pixels import read_pixels
 from mmkd.data.table import Pair
 from mmkd.distributed import chosen_device, rank, wait_for_everyone, world_size
-from mmkd.encoders.encoder import DualEncoder, HFClipEncoder, with_input_of
+from mmkd.encoders.encoder import DualEncoder, HFClipEncoder
 from mmkd.encoders.extraction import EncodingTask, encode_shards, read_or_reason, share_of_cores
+from mmkd.encoders.hooks import with_input_of
 from modeling_mmkd import MMKDClipModel, clean_text
 
 NOT_OF_THE_TOWER = ("dtype", "transformers_version", "architectures", "_name_or_path")  # differ where towers do not

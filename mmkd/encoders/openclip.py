@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmkd.command.settings import nearest
-from mmkd.encoders.encoder import DualEncoder, FastSquare, NoTokens, with_input_of
+from mmkd.encoders.encoder import DualEncoder, FastSquare, NoTokens
+from mmkd.encoders.hooks import with_input_of
 from mmkd.encoders.spec import TeacherSpec, describe
 from mmkd.encoders.weights import TOKENIZER_FILES, companion, fetch, first_file, load_strictly, read_state_dict
 from mmkd.files import is_inside, read_object

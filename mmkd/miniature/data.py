@@ -31,7 +31,7 @@ from mmkd.data.prompts import label_prompts
 from mmkd.data.readers import is_empty, read_csv
 from mmkd.data.splits import hashed
 from mmkd.data.table import Pair
-from mmkd.encoders.encoder import with_input_of
+from mmkd.encoders.hooks import with_input_of
 from mmkd.files import atomic_write_bytes
 from mmkd.student.embed import PixelStatistics, normalized_pixels
 from mmkd.student.towers import build_model

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkd.encoders.encoder import with_input_of
+from mmkd.encoders.hooks import with_input_of
 
 MOST_CHUNKS = 16
 LEAST_ROWS = 8  # of a chunk on average: a smaller chunk costs more to start than its padding
