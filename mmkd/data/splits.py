@@ -205,6 +205,9 @@ def _named(shares: dict[str, dict[str, Any]], count: int) -> dict[str, dict[str,
 
 def _name(share: Counter[str]) -> str:
     """A folder name from the two largest values of a share."""
-    largest = [value for value, _ in share.most_common(2)]
-    words = "-".join(largest).lower()
-    return "-".join("".join(c if c.isalnum() else " " for c in words).split())[:40] or "specialist"
+    return slug("-".join(value for value, _ in share.most_common(2))) or "specialist"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: letters and digits, the rest hyphens, cut at 40 characters."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())[:40]

@@ -146,10 +146,7 @@ class RunFolder:
         new = self._best.with_name("best.new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        try:
-            save_file(tensors, new / WEIGHTS)
-        except SafetensorError as error:
-            raise OSError(f"{new} cannot be written: {error}") from error
+        _write(new / WEIGHTS, tensors)
         write_json(new / "metadata.json", metadata)
         rename_folder(new, self._best)
 

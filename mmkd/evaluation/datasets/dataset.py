@@ -44,6 +44,7 @@ class Dataset:
     Attributes:
         manifest: its description.
         pairs: one for each image (or slide); the label is a class of the manifest, several are joined by ``|``.
+        listed: all pairs of the source, also those that no task reads.
         questions: about the images, for visual question answering.
         root: the folder that holds bags of features of slides; None where there are none.
         metadata: pair id -> further columns of its row, for slides: ``time``, ``event`` and what else the table has.
@@ -56,16 +57,11 @@ class Dataset:
         """Keep what was read; ``store`` holds the images, unless a subclass reads them in its own way."""
         self._store = store
         self.manifest = manifest
-        self.pairs = pairs
+        self.pairs = self.listed = pairs
         self.questions = list(questions)
         self.root: Path | None = None
         self.metadata: dict[str, dict[str, str]] = {}
         self.notes: list[str] = []
-
-    @property
-    def listed(self) -> Sequence[Pair]:
-        """All pairs of the source, also those that no task reads."""
-        return self.pairs
 
     @property
     def image_pairs(self) -> Sequence[Pair]:

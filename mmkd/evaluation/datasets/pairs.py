@@ -21,6 +21,7 @@ from mmkd.data.folder import PairFolder, open_pairs
 from mmkd.data.images import read_image_bytes
 from mmkd.data.pixels import read_pixels, to_image
 from mmkd.data.prompts import label_prompts, modality_prompts
+from mmkd.data.splits import slug
 from mmkd.data.table import UNKNOWN, Pair
 from mmkd.evaluation.datasets.dataset import Dataset, Samples
 from mmkd.evaluation.datasets.manifest import DatasetTask, Manifest
@@ -85,12 +86,7 @@ class PairsDataset(Dataset):
         licenses = ", ".join(sorted({pair.license for pair in folder.pairs if pair.license}))
         super().__init__(View(NAME, "classification", "", {NAME: ""}, licenses, "Pairs"), folder.pairs, questions)
         self.folder, self.split = folder, split
-        self._listed = folder.pairs if listed is None else listed
-
-    @property
-    def listed(self) -> Sequence[Pair]:
-        """See `Dataset`."""
-        return self._listed
+        self.listed = folder.pairs if listed is None else listed
 
     def image(self, pair: Pair) -> Image.Image:
         """See `Dataset`."""
@@ -225,11 +221,6 @@ def open_pairs_dataset(path: Path, split: str, trains: bool, questions: Sequence
 def known_modality(pair: Pair) -> str:
     """The modality of a pair, empty where its source does not state it: "unknown" is not a class."""
     return "" if pair.modality == UNKNOWN else pair.modality
-
-
-def slug(name: str) -> str:
-    """A name as part of a file name: letters and digits, the rest hyphens, cut at 40 characters."""
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())[:40]
 
 
 def _view(

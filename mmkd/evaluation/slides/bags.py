@@ -27,7 +27,7 @@ JOINT_NAMES = ("proj", "projected")
 SUFFIXES = (".h5", ".hdf5")
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".png", ".jpg")
 CHECKSUM = "sha256"  # attribute of an array
-MEMORY = 2 * 1024**3
+MEMORY = 2 * 1024**3  # most bytes of features that are kept for another reading
 DENSEST = 1032  # bytes that deflate, the densest filter of HDF5, makes of one
 NAMED = 5
 
@@ -35,16 +35,15 @@ NAMED = 5
 class EncoderBags:
     """The bags of one encoder; files are opened when a slide is read, and the last ones are kept in memory."""
 
-    def __init__(self, encoder: str, files: dict[str, Path], memory: int = MEMORY) -> None:
+    def __init__(self, encoder: str, files: dict[str, Path]) -> None:
         """Keep where each slide's file lies.
 
         Args:
             encoder: whose features these are.
             files: by slide.
-            memory: most bytes of features that are kept for another reading.
         """
         self.encoder, self.files = encoder, files
-        self._memory, self._held = memory, 0
+        self._memory, self._held = MEMORY, 0
         self._kept: OrderedDict[tuple[str, str], Vectors] = OrderedDict()
 
     def __contains__(self, slide: str) -> bool:
