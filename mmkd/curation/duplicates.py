@@ -106,12 +106,15 @@ def candidates(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield order[piece], order[piece + step]
 
 
-def bit_ranges(hashes: np.ndarray, distance: int) -> Iterator[np.ndarray]:
-    """The ``distance + 1`` ranges of bits of 64-bit hashes (n,), each as keys (n,)."""
-    edges = np.linspace(0, HASH_BITS, distance + 2).round().astype(int)
-    for low, high in itertools.pairwise(edges):
-        mask = np.uint64((1 << int(high - low)) - 1)
-        yield (hashes >> np.uint64(low)) & mask
+def bit_ranges(hashes: np.ndarray, distance: int, together: int = 1) -> Iterator[np.ndarray]:
+    """Keys (n,) of 64-bit hashes (n,), of which two that differ in at most ``distance`` bits share one.
+
+    Of ``distance + together`` ranges of bits, at least ``together`` are equal; each choice of so many is a key. One
+    gives the fewest keys, two give keys of more bits and thus few candidates among millions.
+    """
+    edges = np.linspace(0, HASH_BITS, distance + together + 1).round().astype(int).tolist()
+    for ranges in itertools.combinations(itertools.pairwise(edges), together):
+        yield hashes & np.uint64(sum((1 << high) - (1 << low) for low, high in ranges))
 
 
 def _keys(prints: Fingerprints, rows: np.ndarray, mode: NearMode, distance: int) -> Iterator[np.ndarray]:
@@ -120,7 +123,7 @@ def _keys(prints: Fingerprints, rows: np.ndarray, mode: NearMode, distance: int)
     if mode == "caption":
         yield from (captions[rows, band] for band in range(BANDS))
     elif mode == "image":
-        yield from bit_ranges(prints.perceptual[rows], distance)
+        yield from bit_ranges(prints.perceptual[rows], distance, together=2)
     else:
         for bits in bit_ranges(prints.perceptual[rows], distance):
             yield from (_mixed(bits, captions[rows, band]) for band in range(BANDS))
