@@ -265,7 +265,7 @@ def datasets_section(board: Leaderboard, datasheet: str) -> Section:
         notes += [f"{name}: {note}" for note in own.get("notes") or []]
     columns = ["Dataset", "modality", "task", "licence", "tier", "held out", "shared with training"]
     by_split = Table("Samples by split", ["Dataset", "split", "samples", "sources", "modalities"], counts)
-    more = [Notes("Notes:", notes), Fold("Datasheet of the pairs", [Code(datasheet)])]
+    more: list[Block] = [Notes("Notes:", notes), Fold("Datasheet of the pairs", [Code(datasheet)])]
     return section("data", [Table("Datasets evaluated on", columns, rows), Fold("Samples by split", [by_split]), *more])
 
 
