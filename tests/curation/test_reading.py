@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from biomedica_form import write_source
+from processes import mmkd
 
 from mmkd.command import settings
 from mmkd.curation.rules import read_rules
@@ -151,8 +152,8 @@ def test_views_are_pairs_whose_crops_depend_on_the_seed_and_the_pair_alone(pairs
     fewer, other = views(tmp_path / "fewer", "two", workers=1), views(tmp_path / "fewer", "seed", seed=1)
     hashes = [pair.sha256 for pair in fewer.pairs]
     assert hashes == [pair.sha256 for pair in crops[6:10]] and not {pair.sha256 for pair in other.pairs} & {*hashes}
-    with pytest.raises(ValueError, match=r"--crop_area is 1\.5"):
-        views(pairs, "none", crop_area=1.5)
+    done = mmkd("pairs", "views", pairs, "--output", tmp_path / "none", "--crop_area", "1.5")
+    assert done.returncode == 2 and "--crop_area is 1.5; it must be above 0 and at most 1" in done.stderr
 
 
 def test_a_contact_sheet_is_one_escaped_page(pairs, tmp_path):
