@@ -61,7 +61,7 @@ def main(settings: SlideHeatmapSettings) -> None:
         FileExistsError: one of the files exists.
         FileNotFoundError: the slide or the model is not there.
         ModuleNotFoundError: a package of the extra ``slides`` is not installed.
-        ValueError: a setting is out of range, or the slide cannot be read or holds no tissue.
+        ValueError: the slide cannot be read or holds no tissue, or settings do not fit together.
     """
     table, picture = (settings.output.with_name(settings.output.name + end) for end in (".geojson", ".png"))
     for file in (table, picture):

@@ -260,7 +260,9 @@ def views(settings: ViewsSettings) -> None:
     """Write the views.
 
     Raises:
-        ValueError: a setting is out of range.
+        FileExistsError: the output is there.
+        FileNotFoundError: the folder holds no pairs.
+        UnreadableImageError: an image is missing or broken.
     """
     refuse_existing(settings.output, settings.overwrite)
     folder = open_pairs(settings.folder)

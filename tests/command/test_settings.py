@@ -156,10 +156,13 @@ def test_a_command_opens_more_files_than_the_usual_limit(monkeypatch, tmp_path):
     if hard != resource.RLIM_INFINITY and hard < 2048:
         pytest.skip("the system allows no more")
 
+    counts = []
+
     def opens(_settings):
         with contextlib.ExitStack() as opened:
             for k in range(1100):
                 opened.enter_context((tmp_path / f"{k % 2}").open("w"))
+            counts.append(k + 1)
 
     monkeypatch.setattr("sys.argv", ["x", "--output", str(tmp_path / "o")])
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
@@ -167,6 +170,7 @@ def test_a_command_opens_more_files_than_the_usual_limit(monkeypatch, tmp_path):
         run(Example, opens)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert counts == [1100]
 
 
 def test_a_later_file_merges_mappings_into_an_earlier_one(tmp_path):
